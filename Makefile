@@ -1,0 +1,35 @@
+# make run    set up and run experiments/smoke.yaml in rootless network namespaces
+# make test   set up and run the checks and all tests
+# Both work on a fresh machine with Python >= 3.11; EXPERIMENT=path.yaml runs another experiment.
+
+PYTHON ?= python3
+VENV ?= .venv
+EXPERIMENT ?= experiments/smoke.yaml
+PYTEST_ARGS ?=
+
+.PHONY: run test check setup clean
+
+run: setup
+	$(VENV)/bin/testbed run $(EXPERIMENT)
+
+test: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+setup: check $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# Every missing system package is named together with the command that installs it.
+check:
+	@command -v $(PYTHON) >/dev/null || { echo "Python is missing; install it with: sudo apt-get install python3 (or: sudo dnf install python3)"; exit 4; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, $(PYTHON) is older; name another one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 4; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv is missing; install it with: sudo apt-get install python3-venv"; exit 4; }
+	@command -v unshare >/dev/null || { echo "unshare is missing; install it with: sudo apt-get install util-linux (or: sudo dnf install util-linux)"; exit 4; }
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""What a worker needs to talk to the testbed; imports no torch."""

@@ -1,0 +1,166 @@
+"""Names and options of methods, models, data sets and optimizers, without importing torch.
+
+The testbed validates a spec against these tables before anything starts; the worker resolves its configuration with
+the same functions, so both accept exactly the same things. A name may also be ``package.module:attribute``. Such a
+name is the user's own code: it is accepted here together with its options, and loaded by the worker.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option: its type, its default and the values it may take.
+
+    kind: bool, int, float or list (of positive integers). An int is accepted where a float is meant.
+    low, high: inclusive bounds of a number; above: exclusive lower bound.
+    """
+
+    kind: type
+    default: Any
+    help: str
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+
+    def check(self, value: Any) -> Any:
+        """The value in the option's type; raises ValueError saying what is expected."""
+        if self.kind is list:
+            if isinstance(value, (list, tuple)) and all(_is_int(item) and item > 0 for item in value):
+                return list(value)
+            raise ValueError("a list of positive integers")
+        if self.kind is float and _is_int(value):
+            value = float(value)
+        fits = _is_int(value) if self.kind is int else isinstance(value, self.kind)
+        if not fits or (self.kind is not bool and not (self.low <= value <= self.high and value > self.above)):
+            raise ValueError(self.expected)
+        return value
+
+    @property
+    def expected(self) -> str:
+        """What a value must look like, in words."""
+        if self.kind is bool:
+            return "true or false"
+        bounds = [
+            f"> {self.above:g}" if self.above > -math.inf else "",
+            f">= {self.low:g}" if self.low > -math.inf else "",
+            f"<= {self.high:g}" if self.high < math.inf else "",
+        ]
+        return " ".join(["an integer" if self.kind is int else "a number", " and ".join(filter(None, bounds))]).strip()
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+Options = Mapping[str, Option]
+
+METHODS: Mapping[str, Options] = {
+    "allreduce": {},
+    "bf16": {},
+    "topk": {
+        "ratio": Option(float, 0.1, "share of the gradient elements that every rank sends", above=0, high=1),
+    },
+    "netsense": {
+        "share": Option(float, 0.9, "share of bandwidth x window that a step's payload may use", above=0, high=100),
+        "floor": Option(float, 0.001, "smallest ratio", above=0, high=1),
+        "start": Option(float, 1.0, "ratio of the first steps, 1 = plain all-reduce", above=0, high=1),
+        "fall": Option(float, 0.1, "ratio falls at most to this share of itself in one step", above=0, high=1),
+        "rise": Option(float, 1.25, "ratio rises at most by this factor in one step", above=1, high=100),
+    },
+}
+
+MODELS: Mapping[str, Options] = {
+    "mlp": {"hidden": Option(list, [512, 512], "widths of the hidden layers")},
+    "cnn": {
+        "channels": Option(list, [32, 64], "channels of the 3x3 convolutions, each followed by ReLU"),
+        "hidden": Option(int, 256, "width of the hidden layer before the classifier", low=1),
+    },
+}
+
+DATA: Mapping[str, Options] = {"digits": {}}
+
+_LEARNING_RATE = {"lr": Option(float, 0.1, "learning rate", above=0)}
+_WEIGHT_DECAY = {"weight_decay": Option(float, 0.0, "weight decay", low=0)}
+_ADAM = {
+    "lr": Option(float, 1e-3, "learning rate", above=0),
+    "weight_decay": Option(float, 0.0, "weight decay", low=0),
+    "beta1": Option(float, 0.9, "decay of the first moment", low=0, high=1),
+    "beta2": Option(float, 0.999, "decay of the second moment", low=0, high=1),
+    "eps": Option(float, 1e-8, "added to the denominator", low=0),
+}
+
+OPTIMIZERS: Mapping[str, Options] = {
+    "sgd": {
+        **_LEARNING_RATE,
+        **_WEIGHT_DECAY,
+        "momentum": Option(float, 0.0, "momentum", low=0),
+        "nesterov": Option(bool, False, "Nesterov momentum"),
+    },
+    "adam": _ADAM,
+    "adamw": {**_ADAM, "weight_decay": Option(float, 0.01, "decoupled weight decay", low=0)},
+}
+
+
+def check_method(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Options of a method with the defaults filled in.
+
+    Raises ValueError, one line that names the valid choices, nearest first.
+    """
+    return _resolve("method", METHODS, name, options)
+
+
+def check_model(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Options of a model with the defaults filled in; errors as in ``check_method``."""
+    return _resolve("model", MODELS, name, options)
+
+
+def check_data(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Options of a data set with the defaults filled in; errors as in ``check_method``."""
+    return _resolve("data", DATA, name, options)
+
+
+def check_optimizer(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Options of an optimizer with the defaults filled in; errors as in ``check_method``."""
+    resolved = _resolve("optimizer", OPTIMIZERS, name, options)
+    if resolved.get("nesterov") and not resolved["momentum"]:
+        raise ValueError(f"optimizer '{name}': nesterov needs momentum > 0")
+    return resolved
+
+
+def is_import_path(name: str) -> bool:
+    """True if the name has the form ``package.module:attribute``."""
+    module, colon, attribute = name.partition(":")
+    return bool(colon) and all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")])
+
+
+def nearest_first(name: str, choices: Iterable[str]) -> list[str]:
+    """The choices, those that look most like ``name`` first."""
+    return sorted(choices, key=lambda choice: -difflib.SequenceMatcher(None, name, choice).ratio())
+
+
+def _resolve(
+    kind: str, catalog: Mapping[str, Options], name: str, options: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    given = dict(options or {})
+    if is_import_path(name):
+        return given
+    if name not in catalog:
+        choices = ", ".join(nearest_first(name, catalog))
+        raise ValueError(f"unknown {kind} '{name}'; choose from {choices}, or package.module:attribute")
+    known = catalog[name]
+    for key in given:
+        if key not in known:
+            choices = ", ".join(nearest_first(key, known)) if known else "none"
+            raise ValueError(f"{kind} '{name}' has no option '{key}'; its options: {choices}")
+    resolved = {}
+    for key, option in known.items():
+        try:
+            resolved[key] = option.check(given.get(key, option.default))
+        except ValueError as error:
+            raise ValueError(f"{kind} '{name}': {key} must be {error}, not {given[key]!r}") from None
+    return resolved

@@ -1,0 +1,220 @@
+"""What the testbed and a worker agree on: environment, files and messages.
+
+This module is the only code that both packages share. It imports neither torch nor testbed, so that the
+orchestrator stays light and a worker needs no testbed.
+
+A *cell* is one training run: one method, one seed, one set of link conditions. Its directory holds
+
+    cell.json         what to run (``CellConfig``), written before any worker starts
+    control.sock      Unix stream socket of the orchestrator, one JSON object a line in both directions
+    steps-r<R>.jsonl  one line a step, written by rank R (columns: ``STEP_COLUMNS``)
+    evals.jsonl       one line an evaluation, written by rank 0 (columns: ``EVAL_COLUMNS``)
+
+Messages of a worker (every one carries ``"rank"``):
+
+    {"type": "ready", "pid": int, "parameters": str}   model built, group formed; ``parameters`` is their hash
+    {"type": "heartbeat", "step": int}                 once a second; ``step`` is the step now in work
+    {"type": "holding", "step": int}                   the answer to ``hold``: the step now in work
+    {"type": "eval", "step": int, "t_s": float, "accuracy": float, "loss": float}
+    {"type": "done", "steps": int, "parameters": str, "accuracy": float | None, "loss": float | None}
+    {"type": "failed", "error": str}
+
+Messages of the orchestrator:
+
+    {"type": "start", "t0": float}    CLOCK_MONOTONIC seconds of t = 0: every worker was ready
+    {"type": "hold"}                  begin no further step until ``stop`` says which one is the last
+    {"type": "stop", "steps": int}    end after ``steps`` steps in all
+    {"type": "heartbeat"}             once a second; silence for ``SILENCE_S`` ends the worker
+
+Stopping at a time needs one decision for all ranks, or the ranks that stop early leave the others hanging in a
+collective. Synchronous ranks are at most one step apart, so the orchestrator asks every rank to hold, takes
+S = max(step now in work) + 1 and tells all of them to end after S steps. No control byte crosses a shaped link.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+ENV_CELL_DIR = "NETSENSE_CELL_DIR"
+"""Directory of the cell as the worker sees it; unset outside the testbed."""
+
+CELL_FILE = "cell.json"
+SOCKET_FILE = "control.sock"
+EVALS_FILE = "evals.jsonl"
+HEARTBEAT_S = 1.0
+SILENCE_S = 10.0
+
+STEP_COLUMNS: Mapping[str, str] = {
+    "rank": "rank of the worker that wrote the row",
+    "step": "number of the optimizer step, from 0",
+    "t_s": "end of the step, seconds after t = 0 (CLOCK_MONOTONIC)",
+    "loss": "training loss of this rank's batch; null if the script does not report it",
+    "samples": "samples of this rank's batch; null if the script does not report them",
+    "step_s": "wall time of the step",
+    "compute_s": "step_s less comm_s",
+    "comm_s": "exposed communication: from the last gradient being ready to the last bucket being exchanged",
+    "encode_s": "time spent in encoding and decoding",
+    "payload_bytes": "bytes this rank sent for the exchange by the collective's cost formula, without TCP/IP headers",
+    "dense_bytes": "bytes a ring all-reduce of the same float32 gradients would have sent from this rank",
+    "scheme": "how the gradients were encoded, for example 'allreduce', 'bf16', 'topk'",
+    "ratio": "share of the gradient elements that were sent, 1 = all",
+    "bandwidth_bps": "bandwidth estimate in use for this step, bits/s; null if the method does not sense",
+    "rtt_s": "smoothed RTT estimate; null if the method does not sense",
+    "min_rtt_s": "smallest RTT in the window; null if the method does not sense",
+    "retransmits": "TCP segments retransmitted by this rank since the group was formed; null if unknown",
+}
+"""Columns of one row of steps, with their meaning. The testbed adds cell, method and seed on loading."""
+
+EVAL_COLUMNS: Mapping[str, str] = {
+    "step": "optimizer steps done before the evaluation",
+    "t_s": "seconds after t = 0",
+    "accuracy": "share of the test set that is classified correctly, 0 to 1",
+    "loss": "mean loss over the test set",
+}
+
+
+class MethodConfig(TypedDict):
+    """A method and its options, for example ``{"name": "topk", "options": {"ratio": 0.1}}``."""
+
+    name: str
+    options: dict[str, Any]
+
+
+class StopConfig(TypedDict, total=False):
+    """When a cell ends: whichever of the given limits is reached first."""
+
+    steps: int
+    epochs: float
+    seconds: float
+    accuracy: float
+
+
+class WorkloadConfig(TypedDict):
+    """What a built-in worker trains. ``compute`` is "real" or ``{"pace_s": seconds}``."""
+
+    model: str
+    model_options: dict[str, Any]
+    data: str
+    data_options: dict[str, Any]
+    batch: int
+    stop: StopConfig
+    optimizer: dict[str, Any]
+    compute: Any
+    evaluate_every_s: float
+
+
+class CellConfig(TypedDict):
+    """Content of ``cell.json``. ``workload`` is null where the user's own script runs."""
+
+    cell: str
+    method: MethodConfig
+    seed: int
+    workers: int
+    workload: WorkloadConfig | None
+
+
+def read_cell(directory: Path) -> CellConfig:
+    """Read ``cell.json``; raises OSError or ValueError if it is missing or damaged."""
+    config: CellConfig = json.loads((directory / CELL_FILE).read_text())
+    return config
+
+
+def steps_file(directory: Path, rank: int) -> Path:
+    """Path of the step records of one rank."""
+    return directory / f"steps-r{rank}.jsonl"
+
+
+class RecordFile:
+    """Append-only JSON lines that survive SIGKILL: every row is one ``write`` of a whole line.
+
+    Only the row being written at the moment of a power failure can be torn; ``read_records`` leaves it out.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+    def append(self, rows: list[Mapping[str, Any]]) -> None:
+        """Append rows; values must be JSON scalars. NaN is written as null."""
+        text = "".join(json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n" for row in rows)
+        os.write(self._fd, text.encode())
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a record file, skipping a torn last line."""
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue
+
+
+def monotonic_s() -> float:
+    """Seconds on CLOCK_MONOTONIC, the one clock of all records."""
+    return time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+def _short_address(path: Path, directory_fd: int) -> str:
+    # AF_UNIX paths end at 107 bytes; run directories are often deeper. /proc gives any directory a short name.
+    return f"/proc/self/fd/{directory_fd}/{path.name}"
+
+
+def listen_unix(path: Path, backlog: int = 128) -> socket.socket:
+    """A listening Unix stream socket at ``path``, however long the path is."""
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        server.bind(_short_address(path, directory))
+    except BaseException:
+        server.close()
+        raise
+    finally:
+        os.close(directory)
+    server.listen(backlog)
+    return server
+
+
+def connect_unix(path: Path) -> socket.socket:
+    """Connect to a Unix stream socket at ``path``, however long the path is."""
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        client.connect(_short_address(path, directory))
+    except BaseException:
+        client.close()
+        raise
+    finally:
+        os.close(directory)
+    return client
+
+
+def encode_message(message: Mapping[str, Any]) -> bytes:
+    """One message as a line."""
+    return json.dumps(message).encode() + b"\n"
+
+
+class MessageBuffer:
+    """Splits a byte stream into messages."""
+
+    LIMIT = 1 << 20
+
+    def __init__(self) -> None:
+        self._pending = b""
+
+    def feed(self, data: bytes) -> list[dict[str, Any]]:
+        """Messages completed by ``data``; raises ValueError on anything that is not a JSON object a line."""
+        *lines, self._pending = (self._pending + data).split(b"\n")
+        if len(self._pending) > self.LIMIT:
+            raise ValueError(f"a message is longer than {self.LIMIT} bytes")
+        messages = [json.loads(line) for line in lines if line.strip()]
+        if not all(isinstance(message, dict) for message in messages):
+            raise ValueError("a message is not a JSON object")
+        return messages

@@ -1,0 +1,1 @@
+"""Compression of gradients: selection, packing, error feedback."""

@@ -1,0 +1,1 @@
+"""Policies: how hard to compress the next step."""

@@ -1,0 +1,1 @@
+"""Collectives over the process group: all-reduce and gather of fixed slots."""

@@ -1,0 +1,49 @@
+"""Asynchronous collectives with their cost.
+
+Every function is called by all ranks in the same order and returns at once with a future of one tensor. The byte
+formulas are what one rank sends, without TCP/IP headers; n is the number of ranks.
+"""
+
+import torch
+import torch.distributed as dist
+from torch.futures import Future
+
+# Newer releases of torch have the same collective under another name and warn about the old one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def all_reduce_mean(tensor: torch.Tensor, group: dist.ProcessGroup) -> Future[torch.Tensor]:
+    """Mean over the ranks, in place. Divides before summing, so that a low-precision sum cannot overflow."""
+    work = dist.all_reduce(tensor.div_(group.size()), group=group, async_op=True)
+    return work.get_future().then(_first)
+
+
+def all_reduce_min(tensor: torch.Tensor, group: dist.ProcessGroup) -> Future[torch.Tensor]:
+    """Element-wise minimum over the ranks, in place."""
+    return dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=group, async_op=True).get_future().then(_first)
+
+
+def all_reduce_bytes(payload_bytes: int, ranks: int) -> float:
+    """Bytes a rank sends in a ring all-reduce of ``payload_bytes`` = B: 2 (n - 1) / n * B.
+
+    Each rank passes on n - 1 chunks of B / n while reducing, and as many while gathering the sums.
+    """
+    return 2 * (ranks - 1) / ranks * payload_bytes
+
+
+def all_gather_slots(slot: torch.Tensor, group: dist.ProcessGroup) -> Future[torch.Tensor]:
+    """Gather one slot of equal size from every rank: slot of shape (s,) -> (n, s), row r from rank r."""
+    slots = slot.new_empty(group.size() * slot.numel())
+    work = _all_gather(slots, slot, group=group, async_op=True)
+    # The future's own value differs between backends; the output tensor is the same everywhere. Reading the value
+    # first lets an error through.
+    return work.get_future().then(lambda done: (done.value(), slots.view(group.size(), -1))[1])
+
+
+def all_gather_bytes(slot_bytes: int, ranks: int) -> float:
+    """Bytes a rank sends in a ring all-gather of slots of ``slot_bytes`` = S: (n - 1) * S."""
+    return (ranks - 1) * slot_bytes
+
+
+def _first(done: Future[list[torch.Tensor]]) -> torch.Tensor:
+    return done.value()[0]

@@ -1,0 +1,91 @@
+"""What one step's exchange costs, measured the same way for every method."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.futures import Future
+
+from netsenseml.agent.protocol import monotonic_s
+from netsenseml.exchange.collectives import all_reduce_bytes
+from netsenseml.sensing.tcp import TcpSample
+
+
+class Ledger:
+    """Account of one step: bytes, elements and times of all its buckets.
+
+    A method calls ``coding`` around its encoding and sends every collective by ``launch``; the session does the rest.
+    Callbacks of collectives run on threads of the process group, hence the lock.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self.began_s = monotonic_s()
+        """When the step began, CLOCK_MONOTONIC seconds."""
+        self.scheme = ""
+        self.payload_bytes = 0
+        self.elements = 0
+        self.elements_sent = 0
+        self.encode_s = 0.0
+        self.comm_s = 0.0
+        """Exposed communication: from the last gradient being ready to the last bucket being exchanged."""
+        self.flight_s = 0.0
+        """Time in which at least one collective was under way."""
+        self.window_s = 0.0
+        """Compute that preceded the exchange: from the last exchange (or the beginning) to the last gradient."""
+        self.tcp: TcpSample | None = None
+        """What the kernel saw of the connections since the exchange before."""
+        self._lock = threading.Lock()
+        self._in_flight = 0
+        self._in_flight_since = 0.0
+
+    @contextmanager
+    def coding(self) -> Iterator[None]:
+        """Count the time spent inside as encoding or decoding."""
+        began = monotonic_s()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.encode_s += monotonic_s() - began
+
+    def launch(
+        self,
+        collective: Callable[[], Future[torch.Tensor]],
+        payload_bytes: float,
+        elements: int,
+        decode: Callable[[torch.Tensor], torch.Tensor],
+    ) -> Future[torch.Tensor]:
+        """Launch a collective and account for it; the returned future holds its decoded result.
+
+        payload_bytes: what this rank sends for it by the collective's cost formula.
+        elements: gradient elements of this rank in the payload.
+        """
+        with self._lock:
+            self.payload_bytes += round(payload_bytes)
+            self.elements_sent += elements
+            if not self._in_flight:
+                self._in_flight_since = monotonic_s()
+            self._in_flight += 1
+
+        def arrived(done: Future[torch.Tensor]) -> torch.Tensor:
+            with self._lock:
+                self._in_flight -= 1
+                if not self._in_flight:
+                    self.flight_s += monotonic_s() - self._in_flight_since
+            value = done.value()
+            with self.coding():
+                return decode(value)
+
+        return collective().then(arrived)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that a ring all-reduce of the same gradients in float32 would send from this rank."""
+        return round(all_reduce_bytes(4 * self.elements, self.ranks))
+
+    @property
+    def ratio(self) -> float:
+        """Share of the gradient elements that were sent."""
+        return self.elements_sent / self.elements if self.elements else 1.0

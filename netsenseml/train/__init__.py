@@ -1,0 +1,1 @@
+"""The built-in worker: models, data and the training loop."""

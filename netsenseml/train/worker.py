@@ -1,0 +1,223 @@
+"""The worker program: ``python -m netsenseml.train.worker``.
+
+Environment: NETSENSE_CELL_DIR (directory of the cell), RANK, WORLD_SIZE, NETSENSE_RENDEZVOUS (init_method of the process
+group, default env://), GLOO_SOCKET_IFNAME (interface of the shaped link).
+
+Importing this module loads everything heavy and starts no thread, so that one process can import it once and fork the
+workers. Nothing here may run a parallel operation of torch on import: its threads would not survive the fork.
+"""
+
+import contextlib
+import itertools
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from netsenseml.agent import protocol
+from netsenseml.agent.catalog import check_method
+from netsenseml.agent.client import ControlClient
+from netsenseml.agent.protocol import monotonic_s
+from netsenseml.hook import Session, attach
+from netsenseml.train.zoo import Dataset, make_data, make_model, make_optimizer
+
+ENV_RENDEZVOUS = "NETSENSE_RENDEZVOUS"
+
+
+def main() -> int:
+    """Train the cell's workload as one rank; returns the exit status: 0, or 1 after a failure that stderr explains."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # end at once, whatever a parent process had installed
+    torch.set_num_threads(1)
+    run = None
+    try:
+        run = Run.from_environment()
+        run.train()
+    except Exception as error:
+        if run is None and isinstance(error, ValueError):
+            print(f"netsenseml: {error}", file=sys.stderr)  # a bad configuration, said in one line
+        else:
+            traceback.print_exc()
+        sys.stderr.flush()
+        _report(error, run and run.session)
+        return 1
+    return 0
+
+
+@dataclass
+class Run:
+    """What one rank trains, and for how long."""
+
+    rank: int
+    ranks: int
+    seed: int
+    batch: int
+    last_step: float
+    evaluate_every_s: float
+    pace_s: float
+    bucket_cap_mb: float | None
+    model: nn.Module
+    data: Dataset
+    optimizer: torch.optim.Optimizer
+    session: Session | None = None
+
+    @classmethod
+    def from_environment(cls) -> "Run":
+        """Read the cell and build its parts; raises ValueError, one line, for a configuration that cannot work."""
+        rank, ranks = _integer("RANK"), _integer("WORLD_SIZE")
+        cell = protocol.read_cell(Path(_required(protocol.ENV_CELL_DIR)))
+        check_method(cell["method"]["name"], cell["method"]["options"])
+        workload = cell["workload"]
+        if workload is None:
+            raise ValueError("the cell has no workload: run its script instead")
+        data = make_data(workload["data"], workload["data_options"])
+        epoch_steps = len(data[0]) // (workload["batch"] * ranks)
+        if not epoch_steps:
+            raise ValueError(
+                f"{ranks} workers with batches of {workload['batch']} need more than {len(data[0])} training samples"
+            )
+        model = make_model(workload["model"], workload["model_options"], cell["seed"])
+        stop = workload["stop"]
+        return cls(
+            rank=rank,
+            ranks=ranks,
+            seed=cell["seed"],
+            batch=workload["batch"],
+            last_step=min(stop.get("steps", math.inf), stop.get("epochs", math.inf) * epoch_steps),
+            evaluate_every_s=workload["evaluate_every_s"] or math.inf,
+            pace_s=_pace_s(workload["compute"]),
+            bucket_cap_mb=workload.get("bucket_cap_mb"),
+            model=model,
+            data=data,
+            optimizer=make_optimizer(model.parameters(), workload["optimizer"]),
+        )
+
+    def train(self) -> None:
+        """Form the group, train until the stop, evaluate, and take leave."""
+        dist.init_process_group(
+            "gloo", init_method=os.environ.get(ENV_RENDEZVOUS, "env://"), rank=self.rank, world_size=self.ranks
+        )
+        # Every rank built the same replica from the seed: nothing has to cross the links before the start.
+        ddp = DistributedDataParallel(self.model, init_sync=False, bucket_cap_mb=self.bucket_cap_mb)
+        torch.manual_seed(self.seed * self.ranks + self.rank)  # from here on dropout differs between ranks
+        self.session = session = attach(ddp)
+        self._steps(ddp, session)
+        if self.rank == 0:
+            session.close(*self._evaluate(session))
+        else:
+            session.close()
+        dist.destroy_process_group()
+
+    def _steps(self, ddp: nn.Module, session: Session) -> None:
+        pace = Pace(self.pace_s, session)
+        next_evaluation_s = monotonic_s() + self.evaluate_every_s
+        for x, y in self._batches():
+            pace.begin()
+            loss = nn.functional.cross_entropy(ddp(x), y)
+            pace.wait()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            if not session.step(loss.detach(), samples=len(x)) or session.steps >= self.last_step:
+                return
+            if self.rank == 0 and monotonic_s() >= next_evaluation_s:
+                with session.pause():
+                    self._evaluate(session)
+                next_evaluation_s = monotonic_s() + self.evaluate_every_s
+
+    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's share of every global batch, epoch after epoch, without end; an incomplete batch is dropped."""
+        train_x, train_y, *_ = self.data
+        size = self.batch * self.ranks
+        for epoch in itertools.count():
+            generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+            order = torch.randperm(len(train_x), generator=generator)
+            for begin in range(0, len(order) - size + 1, size):
+                chosen = order[begin + self.rank : begin + size : self.ranks]
+                yield train_x[chosen], train_y[chosen]
+
+    def _evaluate(self, session: Session) -> tuple[float, float]:
+        """Accuracy and mean loss over the test set, recorded."""
+        *_, test_x, test_y = self.data
+        self.model.eval()
+        with torch.no_grad():
+            logits = self.model(test_x)
+        self.model.train()
+        accuracy = (logits.argmax(dim=1) == test_y).double().mean().item()
+        loss = nn.functional.cross_entropy(logits, test_y).item()
+        session.evaluated(accuracy, loss)
+        return accuracy, loss
+
+
+class Pace:
+    """Stretches a step's compute to ``pace_s`` by waiting between forward and backward.
+
+    What follows the wait (backward up to the last gradient, optimizer) is taken to last as long as it did lately.
+    """
+
+    def __init__(self, pace_s: float, session: Session) -> None:
+        self._pace_s = pace_s
+        self._session = session
+        self._began_s = self._waited_s = monotonic_s()
+        self._rest_s = 0.0
+
+    def begin(self) -> None:
+        """A step begins."""
+        now = monotonic_s()
+        if self._session.last is not None:
+            rest_s = self._session.last["compute_s"] - (self._waited_s - self._began_s)
+            self._rest_s += (rest_s - self._rest_s) / 2
+        self._began_s = now
+
+    def wait(self) -> None:
+        """Forward is done."""
+        time.sleep(max(0.0, self._began_s + self._pace_s - self._rest_s - monotonic_s()))
+        self._waited_s = monotonic_s()
+
+
+def _report(error: Exception, session: Session | None) -> None:
+    """Tell the orchestrator, if it can still be reached."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    with contextlib.suppress(OSError, ValueError):
+        if session is None:
+            path = Path(_required(protocol.ENV_CELL_DIR)) / protocol.SOCKET_FILE
+            ControlClient(path, _integer("RANK")).send({"type": "failed", "error": line})
+        else:
+            session.fail(line)
+
+
+def _pace_s(compute: Any) -> float:
+    match compute:
+        case "real":
+            return 0.0
+        case {"pace_s": float() | int() as pace_s}:
+            return float(pace_s)
+    raise ValueError(f'compute must be "real" or {{"pace_s": seconds}}, not {compute!r}')
+
+
+def _required(name: str) -> str:
+    try:
+        return os.environ[name]
+    except KeyError:
+        raise ValueError(f"the environment variable {name} is not set") from None
+
+
+def _integer(name: str) -> int:
+    try:
+        return int(_required(name))
+    except ValueError as error:
+        raise ValueError(f"the environment variable {name} must be an integer: {error}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The command ``testbed``: parse, call, print. Exit codes: 0 done and valid; 1 a run failed; 2 bad input, nothing was
+touched; 3 done, but not valid; 4 this machine cannot do it; 130 interrupted."""
+
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+
+from testbed.labs.base import LabError
+from testbed.plan import Plan, describe, make_plan
+from testbed.spec.errors import SpecError
+from testbed.spec.load import load_spec
+from testbed.spec.models import Spec
+
+T = TypeVar("T")
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_CANNOT = 1, 2, 4
+
+app = typer.Typer(
+    help="Distributed training over links that the kernel shapes: run it, measure it, see who wins.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class LabKind(StrEnum):
+    """Where the workers run."""
+
+    NETNS = "netns"
+    DOCKER = "docker"
+
+
+SpecPath = Annotated[Path, typer.Argument(help="The experiment, a YAML file such as experiments/smoke.yaml.")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the spec, e.g. workers=8. Repeatable.")
+]
+LabOption = Annotated[LabKind | None, typer.Option("--lab", help="Where the workers run; overrides the spec.")]
+
+
+@app.command()
+def run(
+    spec: Annotated[Path | None, typer.Argument(help="The experiment, a YAML file such as experiments/smoke.yaml.")] = None,
+    lab: LabOption = None,
+    out: Annotated[Path, typer.Option(help="Directory in which the run directory is made.")] = Path("runs"),
+    overrides: Overrides = [],  # noqa: B006
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run directory instead of a new run.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print hosts, timeline and tc commands; do nothing.")] = False,
+) -> None:
+    """Run an experiment and say who won."""
+    from testbed.run.start import continue_run, start_run
+
+    console = Console()
+    if resume is not None:
+        if spec is not None or overrides or lab is not None or dry_run:
+            _fail("--resume takes the spec of the run directory; give neither SPEC nor --set, --lab, --dry-run", EXIT_BAD_INPUT)
+        loaded, plan = _plan(resume / "spec.yaml", [], None)
+        raise typer.Exit(_guarded(lambda: continue_run(plan, resume, resume, console)))
+    if spec is None:
+        _fail("SPEC is missing; name a YAML file, for example: testbed run experiments/smoke.yaml", EXIT_BAD_INPUT)
+    loaded, plan = _plan(spec, overrides, lab)
+    if dry_run:
+        console.print("\n".join(describe(plan)), markup=False, highlight=False, soft_wrap=True)
+        return
+    raise typer.Exit(_guarded(lambda: start_run(loaded, plan, out, spec.parent.resolve(), console)[0]))
+
+
+@app.command()
+def validate(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Check a spec without running anything."""
+    _, plan = _plan(spec, overrides, None)
+    cells = len(plan.cells)
+    typer.echo(f"{spec}: good; {cells} {'cell' if cells == 1 else 'cells'}, {len(plan.cells[0].workers)} workers, lab {plan.lab}")
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Write summary and report of a run again, for example of one that was killed."""
+    from testbed.results.load import NotARun
+    from testbed.run.start import finish
+
+    try:
+        raise typer.Exit(_guarded(lambda: finish(directory, Console())))
+    except (NotARun, ValueError) as error:
+        _fail(str(error), EXIT_BAD_INPUT)
+
+
+@app.command()
+def clean(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
+) -> None:
+    """Remove containers and networks that a killed Docker run left behind. Rootless labs leave nothing."""
+    from testbed.labs.docker import clean as clean_docker
+
+    removed = _guarded(lambda: clean_docker(dry_run))
+    verb = "would remove" if dry_run else "removed"
+    typer.echo("\n".join(f"{verb} {name}" for name in removed) or "nothing to remove")
+
+
+def _plan(path: Path, overrides: list[str], lab: LabKind | None) -> tuple[Spec, Plan]:
+    try:
+        spec = load_spec(path, [*overrides, *([f"lab={lab.value}"] if lab else [])])
+        try:
+            return spec, make_plan(spec)
+        except SpecError as error:
+            raise error.found_in(path.name) from None
+    except SpecError as error:
+        _fail(str(error), EXIT_BAD_INPUT)
+
+
+def _guarded(call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except LabError as error:
+        _fail(str(error), EXIT_CANNOT)
+    except OSError as error:
+        _fail(f"{error.filename or 'this machine'}: {error.strerror or error}", EXIT_FAILED)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(message if code == EXIT_BAD_INPUT else f"testbed: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

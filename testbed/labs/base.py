@@ -1,0 +1,72 @@
+"""What the orchestrator knows of a lab: named hosts that start programs, and named links that change.
+
+A lab is a context manager. Entering it makes the hosts and the links (already shaped by their first state),
+leaving it removes every trace, whatever happened in between.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from testbed.links.shaper import Shaper
+from testbed.links.state import LinkState
+
+
+@dataclass(frozen=True, slots=True)
+class LabPlan:
+    """What a lab has to build: one link for every host, of the same name, in its first state.
+
+    impaired: links that get netem at some time of the run and so need it in their qdisc tree from the start.
+    """
+
+    links: Mapping[str, LinkState]
+    impaired: frozenset[str] = frozenset()
+
+
+class Process(Protocol):
+    """A program that runs on a host."""
+
+    def poll(self) -> int | None:
+        """Exit code, negative for a signal; None while it runs."""
+
+    def kill(self) -> None:
+        """End it at once; no error if it has ended."""
+
+
+class Host(Protocol):
+    """One machine of the lab, with an interface of its own."""
+
+    name: str
+    address: str
+    interface: str
+
+    def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> Process:
+        """Start a program; ``env`` is added to the host's own, output is appended to ``log``.
+
+        ``argv[0]`` of "python" means the Python that has the packages.
+        """
+
+    def seen(self, path: Path) -> str:
+        """Path under which the host sees a file of the run directory."""
+
+
+class Lab(Protocol):
+    """Hosts and links with a lifetime."""
+
+    @property
+    def hosts(self) -> Mapping[str, Host]: ...
+
+    @property
+    def links(self) -> Shaper: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class LabError(Exception):
+    """This machine cannot run the lab. The message says why and what would mend it (exit code 4)."""

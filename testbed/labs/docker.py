@@ -1,0 +1,455 @@
+"""The Docker lab: every host a container, joined by a network of the daemon, links shaped from outside.
+
+Workers have no privileges at all. The orchestrator enters a worker's network namespace to shape the worker's egress (up),
+and finds the other end of its cable among the daemon's interfaces to shape the way back (down). That needs root in the
+daemon's own PID and network namespaces, which is what ``docker compose up experiment`` gives it.
+
+Everything made carries labels. ``LABEL`` names the lab, ``OWNER`` the process that made it, so that ``clean`` never
+touches a lab whose orchestrator lives. Containers end with their orchestrator by themselves (``labs.keeper``).
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Self
+
+import docker
+import requests
+from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+from docker.models.containers import Container
+from docker.models.networks import Network
+from docker.types import Mount
+from pyroute2.netlink.rtnl import RTM_GETLINK
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+
+from netsenseml.agent import protocol
+from testbed.labs.base import LabError, LabPlan
+from testbed.links.netlink import NetlinkSocket, decode, encode
+from testbed.links.shaper import Port, Shaper
+
+LABEL = "netsense.testbed"
+OWNER = "netsense.testbed.owner"
+DEFAULT_IMAGE = "netsense-testbed:local"
+ENV_IMAGE = "TESTBED_IMAGE"
+INTERFACE = "eth0"
+
+_RUN_DIR = PurePosixPath("/run/netsense")
+_NOBODY = 65534
+_READY_S = 60.0
+_START_THREADS = 8
+_COMPOSE = "docker compose up experiment"
+_CAPABILITIES = {"NET_ADMIN": 12, "SYS_PTRACE": 19, "SYS_ADMIN": 21}  # <linux/capability.h>
+
+
+class _Line:
+    """Our end of the connection to one container's keeper."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._incoming = protocol.MessageBuffer()
+        self._codes: dict[int, int] = {}
+        self._started = 0
+        self._gone = False
+        self._lock = threading.Lock()
+
+    def start(self, argv: Sequence[str], env: Mapping[str, str], log: str) -> int:
+        with self._lock:
+            self._started += 1
+            self._send({"start": self._started, "argv": list(argv), "env": dict(env), "log": log})
+            return self._started
+
+    def kill(self, number: int) -> None:
+        with self._lock:
+            self._send({"kill": number})
+
+    def poll(self, number: int) -> int | None:
+        with self._lock:
+            while not self._gone:
+                try:
+                    data = self._connection.recv(1 << 16, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    break
+                except OSError:
+                    data = b""
+                self._gone = not data
+                for message in self._incoming.feed(data):
+                    self._codes[message["exited"]] = message["code"]
+            # With the container everything in it has been killed.
+            return self._codes.get(number, -signal.SIGKILL if self._gone else None)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        try:
+            self._connection.sendall(protocol.encode_message(message))
+        except OSError:
+            self._gone = True
+
+
+@dataclass(frozen=True, slots=True)
+class DockerProcess:
+    """A program in a container (``labs.base.Process``)."""
+
+    line: _Line
+    number: int
+
+    def poll(self) -> int | None:
+        return self.line.poll(self.number)
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            self.line.kill(self.number)
+
+
+class DockerHost:
+    """A container with one interface (``labs.base.Host``)."""
+
+    interface = INTERFACE
+
+    def __init__(self, name: str, address: str, directory: Path, line: _Line, sock: NetlinkSocket) -> None:
+        self.name = name
+        self.address = address
+        self.socket = sock
+        self._directory = directory
+        self._line = line
+
+    def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> DockerProcess:
+        return DockerProcess(self._line, self._line.start(argv, env, self.seen(log)))
+
+    def seen(self, path: Path) -> str:
+        return str(_RUN_DIR / path.resolve().relative_to(self._directory))
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class DockerLab:
+    """Hosts and links made by a Docker daemon (``labs.base.Lab``).
+
+    directory: the run directory; the workers see it as /run/netsense and nothing else of the machine. They run as its
+    owner, or as nobody if that is root. writable: directories in it that are given to that user, with all they hold.
+    """
+
+    def __init__(
+        self, plan: LabPlan, directory: Path, writable: Sequence[Path] = (), image: str | None = None
+    ) -> None:
+        self._plan = plan
+        self._directory = directory.resolve()
+        self._writable = writable
+        self._image = image or os.environ.get(ENV_IMAGE, DEFAULT_IMAGE)
+        self._token = secrets.token_hex(4)
+        self._labels = {LABEL: self._token, OWNER: _owner_mark()}
+        self._client: docker.DockerClient | None = None
+        self._lines: dict[str, _Line] = {}
+        self._switch: NetlinkSocket | None = None
+        self.hosts: dict[str, DockerHost] = {}
+        self.links = Shaper()
+
+    @property
+    def user(self) -> tuple[int, int]:
+        """User and group that the workers run as."""
+        owner = self._directory.stat()
+        return (owner.st_uid, owner.st_gid) if owner.st_uid else (_NOBODY, _NOBODY)
+
+    def __enter__(self) -> Self:
+        _require_capabilities()
+        self._client = connect()
+        try:
+            with _docker_errors():
+                self._build(self._client)
+            self.links.impair(self._plan.impaired)
+            foreign = self.links.foreign_roots()
+            if foreign:
+                raise LabError(f"somebody else shapes {foreign[0]}; end that first")
+            self.links.apply(self._plan.links)
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def _build(self, client: docker.DockerClient) -> None:
+        try:
+            client.images.get(self._image)
+        except ImageNotFound:
+            raise LabError(
+                f"the image {self._image} is missing; build it with: docker compose build experiment"
+            ) from None
+        clean(dry_run=False, client=client)
+        for path in self._writable:
+            _give(path, *self.user)
+        source = _path_for_daemon(client, self._directory)
+        network = client.networks.create(
+            f"netsense-{self._token}", driver="bridge", internal=True, labels=self._labels
+        )
+        rendezvous = self._directory / f".hosts-{self._token}.sock"
+        pool = ThreadPoolExecutor(_START_THREADS, thread_name_prefix="container")
+        try:
+            with protocol.listen_unix(rendezvous, backlog=len(self._plan.links) + 8) as listener:
+                os.chown(rendezvous, *self.user)
+                starting = {
+                    name: pool.submit(self._start_container, client, network, name, source, rendezvous.name)
+                    for name in self._plan.links
+                }
+                self._answer(listener, starting)
+                # Nobody else must be able to speak for a host, so the door is shut before any program runs.
+                rendezvous.unlink()
+            containers = {name: future.result() for name, future in starting.items()}
+        finally:
+            # Even after Ctrl-C every container must be known to the daemon before they are removed by their label.
+            pool.shutdown(wait=True, cancel_futures=True)
+            rendezvous.unlink(missing_ok=True)
+        self._wire(network, containers)
+
+    def _start_container(
+        self, client: docker.DockerClient, network: Network, name: str, source: str, rendezvous: str
+    ) -> Container:
+        keeper = Path(__file__).with_name("keeper.py").read_text()
+        container = client.containers.run(
+            self._image,
+            entrypoint=["python", "-I", "-S", "-c", keeper, str(_RUN_DIR / rendezvous), name],
+            command=[],
+            name=f"netsense-{self._token}-{name}",
+            hostname=name,
+            labels=self._labels,
+            detach=True,
+            auto_remove=True,
+            network=network.name,
+            # Without this, reverse look-ups (torch does some) wait 10 s for a server that an internal network cannot reach.
+            dns_opt=["attempts:0"],
+            user="{}:{}".format(*self.user),
+            cap_drop=["ALL"],
+            read_only=True,
+            security_opt=["no-new-privileges:true"],
+            tmpfs={"/tmp": "rw,nosuid,nodev"},
+            mounts=[Mount(str(_RUN_DIR), source, type="bind")],
+            environment={"HOME": "/tmp", "TMPDIR": "/tmp", "OMP_NUM_THREADS": "1"},
+        )
+        container.reload()
+        return container
+
+    def _answer(self, listener: socket.socket, starting: Mapping[str, Future[Container]]) -> None:
+        """Wait until every host has called; raises what went wrong with a container, or LabError."""
+        listener.settimeout(0.2)
+        deadline = time.monotonic() + _READY_S
+        while len(self._lines) < len(starting):
+            for future in starting.values():
+                if future.done():
+                    future.result()
+            if time.monotonic() > deadline:
+                missing = ", ".join(name for name in starting if name not in self._lines)
+                raise LabError(f"no answer from the container of {missing}; does the image {self._image} have python?")
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
+            connection.settimeout(10)
+            (greeting,) = protocol.MessageBuffer().feed(connection.recv(4096))
+            self._lines[greeting["host"]] = _Line(connection)
+
+    def _wire(self, network: Network, containers: Mapping[str, Container]) -> None:
+        self._switch = NetlinkSocket()
+        outside = {link["index"]: link for link in _interfaces(self._switch)}
+        for name in self._plan.links:
+            attached = containers[name].attrs["NetworkSettings"]["Networks"][network.name]
+            inner = _enter(containers[name].attrs["State"]["Pid"])
+            self.hosts[name] = DockerHost(name, attached["IPAddress"], self._directory, self._lines[name], inner)
+            # The daemon's word is checked: a PID means another process if we do not share its PID namespace, and an index
+            # another interface if we do not share its network namespace.
+            mine = next((x for x in _interfaces(inner) if x.get_attr("IFLA_IFNAME") == INTERFACE), None)
+            if mine is None or mine.get_attr("IFLA_ADDRESS") != attached["MacAddress"]:
+                raise LabError(f"cannot see the container of {name}: run with the PID namespace of the host, as {_COMPOSE} does")
+            peer = outside.get(mine.get_attr("IFLA_LINK"))
+            if peer is None or peer.get_attr("IFLA_LINK") != mine["index"] or not peer.get_attr("IFLA_MASTER"):
+                raise LabError(f"cannot see the cable of {name}: run with the network of the host, as {_COMPOSE} does")
+            self.links.add(
+                name,
+                up=Port(inner, mine["index"], INTERFACE),
+                down=Port(self._switch, peer["index"], peer.get_attr("IFLA_IFNAME")),
+            )
+
+    def _close(self) -> None:
+        with _undisturbed():
+            for closing in (*self._lines.values(), *self.hosts.values()):
+                closing.close()
+            self._lines.clear()
+            self.hosts.clear()
+            if self._switch is not None:
+                self._switch.close()
+                self._switch = None
+            if self._client is not None:
+                with contextlib.suppress(DockerException, requests.RequestException):
+                    _remove(self._client, *_labelled(self._client, f"{LABEL}={self._token}"))
+                self._client.close()
+                self._client = None
+
+
+def connect() -> docker.DockerClient:
+    """A client of the daemon; raises LabError with the mend."""
+    try:
+        client = docker.from_env(timeout=60)
+        client.ping()
+        return client
+    except (DockerException, requests.RequestException) as error:
+        if "ermission denied" in str(error):
+            raise LabError(f"this user may not use Docker; run with sudo, or: {_COMPOSE}") from None
+        raise LabError(
+            "no Docker daemon answers; start it (for example: sudo systemctl start docker), or use --lab netns"
+        ) from None
+
+
+def clean(dry_run: bool, client: docker.DockerClient | None = None) -> list[str]:
+    """Remove what labs have left whose orchestrator is gone; returns what that is. Without a daemon there is nothing."""
+    own = client is None
+    if client is None:
+        try:
+            client = connect()
+        except LabError:
+            return []
+    try:
+        containers, networks = _labelled(client, LABEL)
+        containers = [one for one in containers if not _owner_lives(one.labels.get(OWNER, ""))]
+        networks = [one for one in networks if not _owner_lives(one.attrs["Labels"].get(OWNER, ""))]
+        if not dry_run:
+            _remove(client, containers, networks)
+        return [f"container {one.name}" for one in containers] + [f"network {one.name}" for one in networks]
+    finally:
+        if own:
+            client.close()
+
+
+def _labelled(client: docker.DockerClient, label: str) -> tuple[list[Container], list[Network]]:
+    chosen = {"label": label}
+    return client.containers.list(all=True, filters=chosen, ignore_removed=True), client.networks.list(filters=chosen)
+
+
+def _remove(client: docker.DockerClient, containers: Sequence[Container], networks: Sequence[Network]) -> None:
+    def remove(container: Container) -> None:
+        # It may be gone, or on its way: containers remove themselves when their orchestrator hangs up.
+        with contextlib.suppress(APIError):
+            container.remove(force=True)
+
+    with ThreadPoolExecutor(_START_THREADS) as pool:
+        list(pool.map(remove, containers))
+    for network in networks:
+        # A container that is being removed by the daemon itself keeps its network for a moment longer.
+        for _ in range(50):
+            try:
+                network.remove()
+            except NotFound:
+                pass
+            except APIError:
+                time.sleep(0.1)
+                continue
+            break
+
+
+def _enter(pid: int) -> NetlinkSocket:
+    try:
+        return NetlinkSocket.inside(f"/proc/{pid}/ns/net")
+    except PermissionError:
+        raise LabError(f"this process may not enter a container's network; run: {_COMPOSE}, or use sudo") from None
+    except FileNotFoundError:
+        raise LabError(f"cannot see the containers: run with the PID namespace of the host, as {_COMPOSE} does") from None
+
+
+def _interfaces(sock: NetlinkSocket) -> list[ifinfmsg]:
+    return [decode(answer, ifinfmsg) for answer in sock.dump(encode(ifinfmsg(), RTM_GETLINK, 0, "list interfaces"))]
+
+
+def _require_capabilities() -> None:
+    status = Path("/proc/self/status").read_text()
+    held = int(re.search(r"^CapEff:\s*(\w+)", status, re.MULTILINE)[1], 16)  # type: ignore[index]
+    missing = [name for name, bit in _CAPABILITIES.items() if not held >> bit & 1]
+    if missing:
+        raise LabError(f"shaping containers needs {', '.join(missing)}; run: {_COMPOSE}, or use sudo, or --lab netns")
+
+
+def _give(path: Path, uid: int, gid: int) -> None:
+    for directory, _, files in os.walk(path):
+        os.chown(directory, uid, gid)
+        for name in files:
+            os.chown(Path(directory, name), uid, gid, follow_symlinks=False)
+
+
+def _path_for_daemon(client: docker.DockerClient, path: Path) -> str:
+    """The path under which the daemon's machine has a directory; another one if we run in a container ourselves."""
+    own = re.search(r"/containers/([0-9a-f]{64})/(?:hostname|hosts|resolv\.conf) /etc/", Path("/proc/self/mountinfo").read_text())
+    if own is None:
+        return str(path)
+    try:
+        mounts = client.containers.get(own[1]).attrs["Mounts"]
+    except NotFound:
+        return str(path)  # a container of some other daemon
+    inside = [mount for mount in mounts if path.is_relative_to(mount["Destination"])]
+    if not inside:
+        raise LabError(f"the workers cannot see {path}; results must go to a directory that is mounted, such as runs")
+    nearest = max(inside, key=lambda mount: len(mount["Destination"]))
+    return str(PurePosixPath(nearest["Source"]) / path.relative_to(nearest["Destination"]))
+
+
+def _owner_mark() -> str:
+    pid = os.getpid()
+    return f"{pid}:{_start_time(pid)}:{_boot_id()}:{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def _owner_lives(mark: str) -> bool:
+    """False only if the process is known to be gone."""
+    try:
+        pid, started, boot, namespace = mark.split(":")
+        if boot != _boot_id():
+            return False
+        if namespace != str(os.stat("/proc/self/ns/pid").st_ino):
+            return True  # its PID means nothing to us
+        return _start_time(int(pid)) == started
+    except ValueError:
+        return True  # not a mark of this version
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _start_time(pid: int) -> str:
+    # Field 22 of proc(5) stat; the name in parentheses before it may hold anything. PIDs come round again, this does not.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@contextlib.contextmanager
+def _docker_errors() -> Iterator[None]:
+    try:
+        yield
+    except (DockerException, requests.RequestException) as error:
+        words = error.explanation if isinstance(error, APIError) else str(error)
+        raise LabError(f"Docker refused: {words}") from error
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold off Ctrl-C while the lab is being removed; only the main thread can, and only it is interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

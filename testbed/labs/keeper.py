@@ -1,0 +1,112 @@
+"""First process of a worker container: starts programs that the orchestrator asks for, and ends with it.
+
+The orchestrator sends this file's text with the container (``python -c``), so it imports nothing but the standard library.
+Both ends speak JSON, one object a line, over a Unix socket in the run directory:
+
+    orchestrator: {"start": id, "argv": [..], "env": {..}, "log": path}     {"kill": id}
+    keeper:       {"host": name}, once     {"exited": id, "code": int}      code as in subprocess: -9 for SIGKILL
+
+The connection is also the lease. When the orchestrator dies, in whatever way, the kernel closes it; the keeper then ends,
+and as it is the first process of the container's PID namespace, everything else in the container ends too.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+from typing import Any
+
+_DEATH_CODE = 127  # as the shell: the program could not be started
+
+
+def main(path: str, host: str) -> None:
+    """Serve one orchestrator until it hangs up."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # the first process gets no default actions
+    # The orchestrator must be on time while the workers are busy.
+    os.nice(5)
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    channel.connect(path)
+    _send(channel, {"host": host})
+
+    wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(wake_write)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    selector = selectors.DefaultSelector()
+    selector.register(channel, selectors.EVENT_READ)
+    selector.register(wake_read, selectors.EVENT_READ)
+    programs: dict[int, int] = {}  # pid → id
+    pending = b""
+    while True:
+        for key, _ in selector.select():
+            if key.fd == wake_read:
+                os.read(wake_read, 4096)
+                _report_ended(channel, programs)
+                continue
+            data = channel.recv(1 << 16)
+            if not data:
+                os._exit(0)
+            *lines, pending = (pending + data).split(b"\n")
+            for line in lines:
+                _serve(channel, programs, json.loads(line))
+
+
+def _serve(channel: socket.socket, programs: dict[int, int], request: dict[str, Any]) -> None:
+    if "kill" in request:
+        for pid, number in programs.items():
+            if number == request["kill"]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+        return
+    number = request["start"]
+    try:
+        programs[_spawn(request["argv"], request["env"], request["log"])] = number
+    except OSError as error:
+        print(f"cannot start {request['argv'][0]}: {error}", file=sys.stderr)
+        _send(channel, {"exited": number, "code": _DEATH_CODE})
+
+
+def _spawn(argv: list[str], env: dict[str, str], log: str) -> int:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        return os.posix_spawnp(
+            argv[0],
+            argv,
+            {**os.environ, **env},
+            file_actions=[(os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)],
+            setsid=True,
+            setsigmask=[],
+            setsigdef=[signal.SIGPIPE, signal.SIGTERM],
+        )
+    except OSError as error:
+        os.write(output, f"cannot start {argv[0]}: {error}\n".encode())
+        raise
+    finally:
+        os.close(output)
+
+
+def _report_ended(channel: socket.socket, programs: dict[int, int]) -> None:
+    # Whoever loses its parent in a container becomes a child of the first process, so there are strangers among them.
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        number = programs.pop(pid, None)
+        if number is not None:
+            _send(channel, {"exited": number, "code": os.waitstatus_to_exitcode(status)})
+
+
+def _send(channel: socket.socket, message: dict[str, Any]) -> None:
+    try:
+        channel.sendall(json.dumps(message).encode() + b"\n")
+    except OSError:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

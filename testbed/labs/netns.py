@@ -1,0 +1,214 @@
+"""The rootless lab: every host a network namespace, joined by a bridge in a namespace of its own.
+
+It lives inside private user, network, mount and PID namespaces (``enter`` gives the command), so it needs no root, touches
+nothing on the machine, and whatever way its first process dies the kernel removes it all.
+"""
+
+import ipaddress
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pyroute2.netlink import NLM_F_CREATE, NLM_F_EXCL
+from pyroute2.netlink.rtnl import RTM_NEWADDR, RTM_NEWLINK
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+
+from testbed.labs.base import LabError, LabPlan, Process
+from testbed.labs.forkserver import ForkServer
+from testbed.links.netlink import NetlinkSocket, Request, back_to_own_namespace, encode, unshare_network
+from testbed.links.shaper import Port, Shaper
+
+INTERFACE = "eth0"
+_NETWORK = ipaddress.ip_network("10.77.0.0/16")
+_LOOPBACK_INDEX, _ETH0_INDEX, _BRIDGE_INDEX, _FIRST_PORT_INDEX = 1, 2, 2, 10
+_IFF_UP = 1
+_NEW = NLM_F_CREATE | NLM_F_EXCL
+
+
+def enclosure() -> list[str]:
+    """The command prefix that runs a program in fresh private namespaces; raises LabError with the mend."""
+    if shutil.which("unshare") is None:
+        raise LabError("the program unshare is missing; install it with: apt-get install util-linux (or dnf install util-linux)")
+    private = ["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    rootless = ["unshare", "--user", "--map-root-user", *private]
+    attempts = [rootless]
+    if os.geteuid() == 0:
+        attempts.append(["unshare", *private])
+    elif shutil.which("sudo"):
+        attempts.append(["sudo", "--non-interactive", "--preserve-env", "unshare", *private])
+    reason = ""
+    for prefix in attempts:
+        done = subprocess.run([*prefix, "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        if done.returncode == 0:
+            return prefix
+        reason = reason or done.stderr.strip().splitlines()[-1]
+    raise LabError(
+        f"this machine forbids unprivileged user namespaces ({reason}); either allow them "
+        "(sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0 on Ubuntu, "
+        "sudo sysctl -w user.max_user_namespaces=10000 elsewhere), "
+        "or refresh sudo with: sudo -v, or use Docker: docker compose up experiment"
+    )
+
+
+class NetnsHost:
+    """A network namespace with loopback and one interface (``labs.base.Host``)."""
+
+    interface = INTERFACE
+
+    def __init__(self, name: str, address: str, namespace: int, socket: NetlinkSocket, server: ForkServer) -> None:
+        self.name = name
+        self.address = address
+        self.namespace = namespace
+        self.socket = socket
+        self._server = server
+        self._processes: list[Process] = []
+
+    def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> Process:
+        process = self._server.start(argv, env, log, self.namespace)
+        self._processes.append(process)
+        return process
+
+    def seen(self, path: Path) -> str:
+        return str(path.resolve())
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        self.socket.close()
+        os.close(self.namespace)
+
+
+class NetnsLab:
+    """Hosts and links in namespaces of the calling process (``labs.base.Lab``).
+
+    Sockets and namespaces are held by descriptors alone: closing them, or dying, is the whole teardown.
+    """
+
+    def __init__(self, plan: LabPlan, server: ForkServer) -> None:
+        self._plan = plan
+        self._server = server
+        self._switch: NetlinkSocket | None = None
+        self.hosts: dict[str, NetnsHost] = {}
+        self.links = Shaper()
+
+    def __enter__(self) -> Self:
+        try:
+            with back_to_own_namespace():
+                _fresh_namespace()
+                self._switch = NetlinkSocket()
+                addresses = _NETWORK.hosts()
+                for name in self._plan.links:
+                    _fresh_namespace()
+                    socket = NetlinkSocket()
+                    namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+                    self.hosts[name] = NetnsHost(name, str(next(addresses)), namespace, socket, self._server)
+            self._wire(self._switch)
+            self.links.apply(self._plan.links)
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def _wire(self, switch: NetlinkSocket) -> None:
+        # Interface indices are chosen by us, so nothing has to be looked up and each namespace takes one batch.
+        requests = [_link("bridge", _BRIDGE_INDEX, "br0", kind="bridge", up=True)]
+        for position, host in enumerate(self.hosts.values()):
+            port = _FIRST_PORT_INDEX + position
+            requests.append(_veth(host.name, port, host.namespace))
+            requests.append(_link("port", port, host.name, master=_BRIDGE_INDEX, up=True))
+        switch.batch(requests)
+        self.links.impair(self._plan.impaired)
+        for position, host in enumerate(self.hosts.values()):
+            host.socket.batch(
+                [
+                    _link("loopback", _LOOPBACK_INDEX, "lo", up=True),
+                    _address(host.address),
+                    _link("interface", _ETH0_INDEX, INTERFACE, up=True),
+                ]
+            )
+            self.links.add(
+                host.name,
+                up=Port(host.socket, _ETH0_INDEX, INTERFACE),
+                down=Port(switch, _FIRST_PORT_INDEX + position, host.name),
+            )
+
+    def _close(self) -> None:
+        for host in self.hosts.values():
+            host.close()
+        self.hosts.clear()
+        if self._switch is not None:
+            self._switch.close()
+            self._switch = None
+
+
+def _fresh_namespace() -> None:
+    unshare_network()
+    # IPv6 would add multicast chatter to the counters of every link.
+    for scope in ("all", "default"):
+        setting = Path(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6")
+        try:
+            setting.write_text("1")
+        except OSError:
+            pass  # a kernel without IPv6
+
+
+def _link(
+    what: str, index: int, name: str, *, kind: str | None = None, master: int | None = None, up: bool = False
+) -> Request:
+    message = ifinfmsg()
+    message["index"] = index
+    if up:
+        message["flags"] = message["change"] = _IFF_UP
+    attrs: list[tuple[str, object]] = [("IFLA_IFNAME", name)] if kind else []
+    if kind:
+        attrs.append(("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", kind)]}))
+    if master is not None:
+        attrs.append(("IFLA_MASTER", master))
+    message["attrs"] = attrs
+    return encode(message, RTM_NEWLINK, _NEW if kind else 0, f"{what} {name}")
+
+
+def _veth(name: str, index: int, peer_namespace: int) -> Request:
+    peer = {
+        "index": _ETH0_INDEX,
+        "attrs": [("IFLA_IFNAME", INTERFACE), ("IFLA_NET_NS_FD", peer_namespace)],
+    }
+    message = ifinfmsg()
+    message["index"] = index
+    message["attrs"] = [
+        ("IFLA_IFNAME", name),
+        (
+            "IFLA_LINKINFO",
+            {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", {"attrs": [("VETH_INFO_PEER", peer)]})]},
+        ),
+    ]
+    return encode(message, RTM_NEWLINK, _NEW, f"cable of {name}")
+
+
+def _address(address: str) -> Request:
+    message = ifaddrmsg()
+    message["family"] = 2  # AF_INET
+    message["prefixlen"] = _NETWORK.prefixlen
+    message["index"] = _ETH0_INDEX
+    message["attrs"] = [
+        ("IFA_ADDRESS", address),
+        ("IFA_LOCAL", address),
+        ("IFA_BROADCAST", str(_NETWORK.broadcast_address)),
+    ]
+    return encode(message, RTM_NEWADDR, _NEW, f"address {address}")
+
+
+def inside_command(prefix: Sequence[str], module: str, arguments: Sequence[str]) -> list[str]:
+    """The command that runs a Python module of ours inside the private namespaces."""
+    return [*prefix, sys.executable, "-m", module, *arguments]

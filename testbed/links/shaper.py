@@ -1,0 +1,115 @@
+"""Apply link states to interfaces, read back what the kernel took, and read its counters.
+
+Thin on purpose: what to send is compiled in ``qdiscs``; this only sends it, one batch per network namespace.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pyroute2.netlink import NLM_F_ECHO
+from pyroute2.netlink.rtnl import RTM_GETQDISC, TC_H_ROOT
+from pyroute2.netlink.rtnl.tcmsg import tcmsg
+
+from netsenseml.agent.protocol import monotonic_s
+from testbed.links import qdiscs
+from testbed.links.netlink import NetlinkError, NetlinkSocket, Request, encode
+from testbed.links.qdiscs import QdiscCounters, compile_tree
+from testbed.links.state import DIRECTIONS, LinkState
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An interface whose egress is one direction of a link; the socket sits in the interface's namespace."""
+
+    socket: NetlinkSocket
+    ifindex: int
+    interface: str
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What became of one change: when its batch was acknowledged, and whether the kernel reports what was asked."""
+
+    applied_s: float
+    verified: bool
+
+
+class Shaper:
+    """All links of a lab. Ports are added once, then states are applied and counters read for many links at a time."""
+
+    def __init__(self) -> None:
+        self._ports: dict[tuple[str, str], Port] = {}
+        self._impaired: frozenset[str] = frozenset()
+        self._states: dict[str, LinkState] = {}
+
+    def add(self, link: str, up: Port, down: Port) -> None:
+        """Make a link known by its two egress ports."""
+        self._ports[link, "up"] = up
+        self._ports[link, "down"] = down
+
+    def impair(self, links: Iterable[str]) -> None:
+        """Name the links that carry netem from the start, because some state of theirs will need it."""
+        self._impaired = frozenset(links)
+
+    @property
+    def states(self) -> Mapping[str, LinkState]:
+        """The state that each link was given last."""
+        return self._states
+
+    def apply(self, changes: Mapping[str, LinkState]) -> dict[str, Applied]:
+        """Put links into new states; raises NetlinkError if the kernel refuses one.
+
+        The kernel echoes each qdisc as it took it, in the same round trip; ``verified`` says if that is what was asked.
+        """
+        by_socket: dict[NetlinkSocket, list[tuple[str, qdiscs.Qdisc, Request]]] = {}
+        for link, state in changes.items():
+            for direction in DIRECTIONS:
+                port = self._ports[link, direction]
+                shape = state.up if direction == "up" else state.down
+                # Delay and loss are on down only, so only down ever needs netem.
+                tree = compile_tree(shape, impaired=direction == "down" and link in self._impaired)
+                wanted = zip(tree, qdiscs.requests(tree, port.ifindex, f"{link} {direction}"), strict=True)
+                by_socket.setdefault(port.socket, []).extend((link, qdisc, request) for qdisc, request in wanted)
+
+        verified = dict.fromkeys(changes, True)
+        done_s = dict.fromkeys(changes, 0.0)
+        for socket, work in by_socket.items():
+            replies = socket.batch(request.with_flags(NLM_F_ECHO) for _, _, request in work)
+            now = monotonic_s()
+            for (link, qdisc, _), answers in zip(work, replies, strict=True):
+                verified[link] &= any(qdiscs.same_on_kernel(qdisc, answer) for answer in answers)
+                done_s[link] = max(done_s[link], now)
+        self._states.update(changes)
+        return {link: Applied(done_s[link], verified[link]) for link in changes}
+
+    def counters(self) -> dict[tuple[str, str], QdiscCounters]:
+        """Counters of every link and direction, of the qdisc that limits the rate: one dump per namespace."""
+        by_place: dict[tuple[NetlinkSocket, int], QdiscCounters] = {}
+        for socket in {port.socket for port in self._ports.values()}:
+            for answer in socket.dump(_dump_request()):
+                ifindex, handle, _, counters = qdiscs.read_counters(answer)
+                # The leaf comes after the root in a dump, and it is the leaf that limits the rate and holds the queue.
+                if counters and qdiscs.is_ours(handle):
+                    by_place[socket, ifindex] = counters
+        return {
+            place: by_place[port.socket, port.ifindex]
+            for place, port in self._ports.items()
+            if (port.socket, port.ifindex) in by_place
+        }
+
+    def foreign_roots(self) -> list[str]:
+        """Links whose interface already has a root qdisc of someone else; such an interface must not be touched."""
+        found = []
+        for (link, direction), port in self._ports.items():
+            for answer in port.socket.dump(_dump_request()):
+                ifindex, handle, parent, _ = qdiscs.read_counters(answer)
+                if ifindex == port.ifindex and parent == TC_H_ROOT and handle and not qdiscs.is_ours(handle):
+                    found.append(f"{link} {direction} ({port.interface})")
+        return found
+
+
+def _dump_request() -> Request:
+    return encode(tcmsg(), RTM_GETQDISC, 0, "list qdiscs")
+
+
+__all__ = ["Applied", "NetlinkError", "Port", "Shaper"]

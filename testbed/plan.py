@@ -1,0 +1,162 @@
+"""Spec → cells × hosts × links × timeline. Pure: needs no root, no network and no lab."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from netsenseml.agent import protocol
+from testbed.links.qdiscs import compile_tree, tc_commands
+from testbed.links.state import DIRECTIONS, LinkState
+from testbed.spec.errors import SpecError, did_you_mean, place_of
+from testbed.spec.load import apply_overrides, combinations, validate
+from testbed.spec.models import MethodSpec, Spec, WorkloadSpec, initial_state
+from testbed.spec.units import format_time
+from testbed.timeline import Change, expand
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One training run: one method and seed under one set of conditions.
+
+    links: first state of every worker's link (link and worker share a name). impaired: links whose states need netem at
+    some time. program: the user's script with its arguments, or None for the built-in worker. stop: protocol.StopConfig.
+    """
+
+    name: str
+    method: MethodSpec
+    seed: int
+    overrides: Mapping[str, Any]
+    workload: WorkloadSpec | None
+    program: tuple[str, ...] | None
+    stop: protocol.StopConfig
+    links: Mapping[str, LinkState]
+    timeline: tuple[Change, ...]
+    impaired: frozenset[str]
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """Names of the workers in order of rank."""
+        return tuple(self.links)
+
+    def config(self) -> protocol.CellConfig:
+        """What the workers need to know, as it is written to cell.json."""
+        return {
+            "cell": self.name,
+            "method": {"name": self.method.name, "options": dict(self.method.options)},
+            "seed": self.seed,
+            "workers": len(self.links),
+            "workload": _workload_config(self.workload) if self.workload else None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All cells of an experiment in the order in which they run."""
+
+    name: str
+    lab: str
+    cells: tuple[Cell, ...]
+
+    @property
+    def needs_netem(self) -> bool:
+        """True if some link has delay, jitter or loss at some time."""
+        return any(cell.impaired for cell in self.cells)
+
+
+def make_plan(spec: Spec) -> Plan:
+    """Cells of a spec: every combination of matrix, seed and method. Raises SpecError with the place in the spec."""
+    cells: list[Cell] = []
+    raw = spec.model_dump(mode="json", exclude_none=True)
+    for overrides in combinations(spec):
+        varied = validate(apply_overrides(raw, overrides)) if overrides else spec
+        cells += _cells(varied, overrides)
+    return Plan(spec.name, spec.lab, tuple(cells))
+
+
+def _cells(spec: Spec, overrides: Mapping[str, Any]) -> list[Cell]:
+    workers = [f"w{rank}" for rank in range(spec.workers)]
+    for name in spec.network.links:
+        if name not in workers:
+            fault = f"there is no worker {name!r} among {spec.workers}; {did_you_mean(name, workers)}"
+            raise SpecError([(place_of(["network", "links", name]), fault)])
+    stop = spec.stop.limits() if spec.stop else {}
+    _check_end(spec, stop.get("seconds"))
+    links = {worker: initial_state(spec.network, worker) for worker in workers}
+    timeline = expand(spec.schedule, links)
+    impaired = {name for name, state in links.items() if state.needs_netem}
+    impaired |= {change.link for change in timeline if change.state.needs_netem}
+    return [
+        Cell(
+            name=_slug("-".join([method.label, *(f"{k.split('.')[-1]}-{v}" for k, v in overrides.items()), f"s{seed}"])),
+            method=method,
+            seed=seed,
+            overrides=dict(overrides),
+            workload=spec.workload,
+            program=(spec.script.file, *spec.script.args) if spec.script else None,
+            stop=stop,
+            links=links,
+            timeline=timeline,
+            impaired=frozenset(impaired),
+        )
+        for seed in spec.seeds
+        for method in spec.methods
+    ]
+
+
+def _check_end(spec: Spec, end_s: float | None) -> None:
+    if end_s is None:
+        return
+    for index, entry in enumerate(spec.schedule):
+        last = entry.at + (entry.over or 0.0)
+        if last >= end_s:
+            key = "over" if entry.over and entry.at < end_s else "at"
+            fault = (
+                f"the change at {format_time(last)} comes after the end of the run at {format_time(end_s)} "
+                "(stop.seconds); make it earlier or the run longer"
+            )
+            raise SpecError([(place_of(["schedule", index, key]), fault)])
+
+
+def _workload_config(workload: WorkloadSpec) -> protocol.WorkloadConfig:
+    compute: Any = "real" if workload.compute.pace is None else {"pace_s": workload.compute.pace}
+    return {
+        "model": workload.model.name,
+        "model_options": workload.model.options,
+        "data": workload.data.name,
+        "data_options": workload.data.options,
+        "batch": workload.batch,
+        "stop": protocol.StopConfig(**workload.stop.limits()),
+        "optimizer": {"name": workload.optimizer.name, **workload.optimizer.options},
+        "compute": compute,
+        "evaluate_every_s": workload.evaluate_every,
+    }
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).strip("._")[:120]
+
+
+def describe(plan: Plan) -> list[str]:
+    """Hosts, timeline and equivalent tc commands of a plan, for --dry-run."""
+    lines = [f"{plan.name}: {len(plan.cells)} cells in the {plan.lab} lab"]
+    shown: set[tuple[Any, ...]] = set()
+    for cell in plan.cells:
+        lines.append(f"cell {cell.name}: method {cell.method.label}, seed {cell.seed}, {len(cell.workers)} workers")
+        network = (tuple(cell.links.items()), cell.timeline)
+        if network in shown:
+            lines.append("  (network as above)")
+            continue
+        shown.add(network)
+        lines += ["  t=0 " + command for link in cell.links for command in _commands(cell, link, cell.links[link])]
+        for change in cell.timeline:
+            lines += [f"  t={change.at_s:g}s " + command for command in _commands(cell, change.link, change.state)]
+    return lines
+
+
+def _commands(cell: Cell, link: str, state: LinkState) -> list[str]:
+    commands = []
+    for side in DIRECTIONS:
+        tree = compile_tree(getattr(state, side), impaired=side == "down" and link in cell.impaired)
+        commands += tc_commands(tree, "eth0" if side == "up" else link, f"[{link if side == 'up' else 'switch'}] ")
+    return commands

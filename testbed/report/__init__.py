@@ -1,0 +1,1 @@
+"""From a loaded run to what people read: figures, one HTML page, a table on the terminal."""

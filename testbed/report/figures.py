@@ -1,0 +1,266 @@
+"""Figures of a run: tables → plotly. Each function draws the cells it is given, which share one set of overrides.
+
+A method has one colour in all figures (``palette``). Seeds of a method are lines of the same colour.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from testbed.report import series
+from testbed.results.load import Run
+from testbed.results.summary import BASELINE, method_order, scenario, target_accuracy
+
+BASELINE_COLOUR = "#4d4d4d"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4fbf")
+"""Okabe and Ito's palette, which the colour-blind can tell apart, less its yellow, which paper swallows."""
+DASHES = ("solid", "dash", "dot", "dashdot")
+INK, FAINT, GRID, SCHEDULE = "#1f2933", "#616e7c", "rgba(31, 41, 51, 0.09)", "#e4eaf1"
+
+Palette = Mapping[str, Mapping[str, str]]
+
+
+def palette(methods: Sequence[str]) -> Palette:
+    """Line style of each method: {"color", "dash"}; past the last colour the dashes tell methods apart."""
+    others = [method for method in method_order(methods) if method != BASELINE]
+    styles = {m: {"color": COLOURS[i % len(COLOURS)], "dash": DASHES[i // len(COLOURS) % 4]} for i, m in enumerate(others)}
+    return {BASELINE: {"color": BASELINE_COLOUR, "dash": "solid"}, **styles}
+
+
+def figures(run: Run) -> dict[str, dict[str, go.Figure]]:
+    """All figures of a run: {text of the overrides ("" for none): {name of the figure: figure}}."""
+    styles = palette(run.cells["method"])
+    names = run.cells["overrides"].map(scenario)
+    return {name: _of_scenario(run, set(run.cells.loc[names == name, "cell"]), styles) for name in dict.fromkeys(names)}
+
+
+def _of_scenario(run: Run, cells: set[str], styles: Palette) -> dict[str, go.Figure]:
+    steps, links, evals = (table[table["cell"].isin(cells)] for table in (run.steps, run.links, run.evals))
+    drawn: dict[str, go.Figure | None] = {
+        "throughput": throughput(steps, links, styles),
+        "compression": compression(steps, styles),
+        "loss_over_time": loss(steps, styles, over="t_s"),
+        "loss_over_bytes": loss(steps, styles, over="sent_bytes"),
+        "accuracy": accuracy(evals, styles, target_accuracy(run.spec)),
+        "breakdown": breakdown(steps),
+        "links": utilisation(links, styles),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def throughput(steps: pd.DataFrame, links: pd.DataFrame, styles: Palette) -> go.Figure | None:
+    """Samples/s over time; behind it the tightest limit of any link."""
+    figure = go.Figure()
+    longest = links.loc[links["cell"] == links.loc[links["t_s"].idxmax(), "cell"]] if len(links) else links
+    schedule = series.limits(longest)
+    if len(schedule):
+        figure.add_scatter(
+            x=schedule["t_s"],
+            y=schedule["rate_bps"],
+            name="link limit",
+            mode="lines",
+            line={"shape": "hv", "color": "#b8c4d2", "width": 1},
+            fill="tozeroy",
+            fillcolor=SCHEDULE,
+            hovertemplate="link limit %{y:~s}bit/s<extra></extra>",
+        )
+    if not _lines(figure, steps, styles, series.throughput, "samples_per_s", "%{y:.4~s} samples/s", yaxis="y2"):
+        return None
+    # The first axis lies behind the second: the schedule has to be the one on y.
+    return _finish(figure, 380).update_layout(
+        xaxis=_time_axis(),
+        yaxis=_axis("link limit (bit/s)", side="right", showgrid=False, rangemode="tozero", tickformat="~s"),
+        yaxis2=_axis("samples/s", overlaying="y", side="left", rangemode="tozero", gridcolor=GRID, tickmode="auto"),
+    )
+
+
+def compression(steps: pd.DataFrame, styles: Palette) -> go.Figure | None:
+    """Share of the gradient elements sent, and bytes sent per step and rank, over time."""
+    figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.08)
+    panels = (("ratio", "%{y:.2~%} of the gradient sent"), ("payload_bytes", "%{y:.4~s}B per step and rank"))
+    drawn = [
+        _lines(figure, steps, styles, series.by_step, column, hover, xaxis=f"x{row or ''}", yaxis=f"y{row or ''}")
+        for row, (column, hover) in zip((None, 2), panels, strict=True)
+    ]
+    if not any(drawn):
+        return None
+    return _finish(figure, 440).update_layout(
+        xaxis=_axis(""),
+        xaxis2=_time_axis(),
+        yaxis=_log_axis("share sent", tickformat=".1~%"),
+        yaxis2=_log_axis("bytes per step", tickformat="~s"),
+    )
+
+
+def loss(steps: pd.DataFrame, styles: Palette, over: str) -> go.Figure | None:
+    """Training loss over time (``over="t_s"``) or over the bytes that all ranks had sent (``over="sent_bytes"``)."""
+    figure = go.Figure()
+    if not _lines(figure, steps, styles, _smooth_loss, "loss", "loss %{y:.3~f}", x=over):
+        return None
+    axis = _time_axis() if over == "t_s" else _axis("bytes sent by all ranks", rangemode="tozero", tickformat="~s")
+    return _finish(figure, 340).update_layout(xaxis=axis, yaxis=_log_axis("training loss", tickformat="~g"))
+
+
+def accuracy(evals: pd.DataFrame, styles: Palette, target: float | None) -> go.Figure | None:
+    """Accuracy on the test set over time, with the target accuracy."""
+    figure = go.Figure()
+    hover = "%{y:.1%} correct"
+    if not _lines(figure, evals, styles, lambda cell: cell, "accuracy", hover, mode="lines+markers", marker={"size": 4}):
+        return None
+    if target is not None:
+        figure.add_hline(target, line={"color": FAINT, "width": 1, "dash": "dot"}, annotation_text="target")
+    return _finish(figure, 340).update_layout(xaxis=_time_axis(), yaxis=_axis("test accuracy", tickformat=".0%"))
+
+
+def breakdown(steps: pd.DataFrame) -> go.Figure | None:
+    """Where the time of a step goes, mean over steps and ranks: compute + exposed communication, and encoding in it."""
+    parts = ["compute_s", "comm_s", "encode_s"]
+    means = steps.groupby("method")[parts].mean()
+    if means.dropna(how="all").empty:
+        return None
+    means = means.loc[method_order(means.index)]
+    figure = go.Figure()
+    looks = (
+        ("compute", "#9fb3c8", "step"),
+        ("exposed communication", "#334e68", "step"),
+        ("of which encoding", "#e69f00", "encoding"),
+    )
+    for part, (name, colour, group) in zip(parts, looks, strict=True):
+        figure.add_bar(
+            y=[escape(str(method)) for method in means.index],
+            x=means[part] * 1e3,
+            name=name,
+            orientation="h",
+            offsetgroup=group,
+            marker={"color": colour},
+            hovertemplate=f"{name} %{{x:.3~f}} ms<extra>%{{y}}</extra>",
+        )
+    return _finish(figure, 150 + 56 * len(means), hovermode="closest").update_layout(
+        barmode="stack", bargap=0.3, margin_t=48, xaxis=_axis("mean time of a step (ms)"), yaxis=_axis("", showgrid=False, autorange="reversed")
+    )
+
+
+def utilisation(links: pd.DataFrame, styles: Palette) -> go.Figure | None:
+    """What the links carried against their limit, one panel a method; of its cells, the one with the first seed."""
+    methods = method_order(links["method"])
+    if not methods:
+        return None
+    figure = make_subplots(
+        rows=len(methods),
+        shared_xaxes=True,
+        vertical_spacing=0.3 / (len(methods) + 2),
+        subplot_titles=[escape(m) for m in methods],
+    )
+    for row, method in enumerate(methods, start=1):
+        own = links[links["method"] == method]
+        cell = own[own["cell"] == own.loc[own["seed"].idxmin(), "cell"]]
+        rates, limit, colour = series.carried(cell), series.limits(cell), styles[method]["color"]
+        band = {"x": rates["t_s"], "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
+        figure.add_scatter(**band, y=rates["min_bps"], row=row, col=1)
+        figure.add_scatter(**band, y=rates["max_bps"], fill="tonexty", fillcolor=f"{colour}40", row=row, col=1)
+        figure.add_scatter(
+            x=rates["t_s"],
+            y=rates["mean_bps"],
+            name="carried (mean and range over links)",
+            mode="lines",
+            line={"color": colour, "width": 1.5},
+            hovertemplate="carried %{y:.3~s}bit/s<extra></extra>",
+            showlegend=row == 1,
+            row=row,
+            col=1,
+        )
+        figure.add_scatter(
+            x=limit["t_s"],
+            y=limit["rate_bps"],
+            name="tightest limit",
+            mode="lines",
+            line={"shape": "hv", "color": INK, "width": 1, "dash": "dot"},
+            hovertemplate="limit %{y:.3~s}bit/s<extra></extra>",
+            showlegend=row == 1,
+            row=row,
+            col=1,
+        )
+    height = 110 + 140 * len(methods)
+    _finish(figure, height).update_layout(legend_y=1 + 26 / height)  # above the title of the first panel
+    figure.update_annotations(x=0, xanchor="left", font={"size": 13, "color": INK})
+    figure.update_yaxes(_axis("bit/s", rangemode="tozero", nticks=4, tickformat="~s")).update_xaxes(_axis(""))
+    return figure.update_xaxes(_time_axis(), row=len(methods), col=1)
+
+
+def _lines(
+    figure: go.Figure,
+    table: pd.DataFrame,
+    styles: Palette,
+    transform: Callable[[pd.DataFrame], pd.DataFrame],
+    y: str,
+    hover: str,
+    x: str = "t_s",
+    **options: object,
+) -> int:
+    """One line a cell, one entry of the legend a method; returns the number of lines that have a point."""
+    named = {trace.name for trace in figure.data}
+    drawn = 0
+    for method, cell in _cells(table):
+        line = transform(cell).dropna(subset=[x, y])
+        if line.empty:
+            continue
+        drawn += 1
+        figure.add_scatter(
+            x=line[x],
+            y=line[y],
+            name=escape(method),
+            legendgroup=method,
+            showlegend=escape(method) not in named,
+            line={"width": 1.8, **styles[method]},
+            hovertemplate=f"{escape(method)}: {hover}<extra></extra>",
+            **{"mode": "lines", **options},
+        )
+        named.add(escape(method))
+    return drawn
+
+
+def _cells(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """(method, rows) of each cell, in the order of methods."""
+    for method in method_order(table["method"]):
+        own = table[table["method"] == method]
+        for _, cell in own.groupby("cell"):
+            yield method, cell
+
+
+def _smooth_loss(cell: pd.DataFrame) -> pd.DataFrame:
+    # The loss of one batch is noise; a mean over a fortieth of the run shows where it goes.
+    per_step = series.by_step(cell)
+    per_step["loss"] = per_step["loss"].rolling(max(1, len(per_step) // 40), min_periods=1, center=True).mean()
+    return per_step
+
+
+def _axis(title: str, **options: object) -> dict[str, object]:
+    text = {"text": title, "standoff": 8, "font": {"size": 13, "color": FAINT}}
+    return {"title": text, "gridcolor": GRID, "zeroline": False, "automargin": True, "ticklabelstandoff": 4, **options}
+
+
+def _log_axis(title: str, **options: object) -> dict[str, object]:
+    # plotly labels the ticks within a decade by their first digit alone; ours have to be named.
+    ticks = [factor * 10.0**power for power in range(-6, 12) for factor in (1, 2, 5)]
+    return _axis(title, type="log", tickvals=ticks, **options)
+
+
+def _time_axis() -> dict[str, object]:
+    return _axis("time since every worker was ready", ticksuffix=" s", rangemode="tozero")
+
+
+def _finish(figure: go.Figure, height: int, hovermode: str = "x unified") -> go.Figure:
+    return figure.update_layout(
+        template="none",
+        height=height,
+        margin={"l": 8, "r": 8, "t": 8, "b": 8},
+        font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
+        legend={"orientation": "h", "traceorder": "normal", "y": 1, "yanchor": "bottom", "x": 0, "font": {"size": 13}},
+        hovermode=hovermode,
+        hoverlabel={"font": {"size": 12}},
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+    )

@@ -1,0 +1,145 @@
+"""A run → one HTML page that needs nothing else: no network, no server, no second file."""
+
+import base64
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from testbed.report import text
+from testbed.report.figures import figures, palette
+from testbed.results.columns import EVENT_COLUMNS, LINK_COLUMNS, TABLES
+from testbed.results.load import Run
+from testbed.results.records import replacing
+from testbed.results.summary import METRICS, scenario, summarize
+
+CAPTIONS: Mapping[str, tuple[str, str]] = {
+    "throughput": (
+        "Throughput",
+        "Samples trained per second by all ranks together, every step spread evenly over its duration. The grey area"
+        " is the tightest limit of any link at that time (right axis). A line that ends earlier is a run that ended earlier.",
+    ),
+    "compression": (
+        "What was sent",
+        "Above: the share of the gradient's elements that was sent in a step; 100 % is no sparsification. Below: the"
+        " bytes that one rank sent for it, without TCP/IP headers. Both axes are logarithmic; means over ranks.",
+    ),
+    "loss_over_time": (
+        "Training loss over time",
+        "Mean over ranks, smoothed over a fortieth of the run. The lower line at a given time learned faster.",
+    ),
+    "loss_over_bytes": (
+        "Training loss over bytes",
+        "The same losses over what all ranks together had sent. The lower line made more of its bytes.",
+    ),
+    "accuracy": (
+        "Accuracy over time",
+        "Share of the test set that is classified correctly, one dot an evaluation. Steeper is sooner.",
+    ),
+    "breakdown": (
+        "Where a step's time goes",
+        "Mean over all steps and ranks. Compute and exposed communication add up to the step. Encoding and decoding is"
+        " part of either, so it has a bar of its own.",
+    ),
+    "links": (
+        "Were the links full?",
+        "What the kernel counted, with Ethernet headers: the line is the mean over all links and directions, the band"
+        " goes from the idlest to the busiest. At the dotted limit the network is the bottleneck; nothing may pass it for long.",
+    ),
+}
+"""Title and caption of each figure: how to read it, and what was measured."""
+
+WIDE = {"throughput", "compression", "links"}
+"""Figures that take the whole width of a wide page."""
+
+
+def write_report(run: Run, path: Path) -> None:
+    """Write the page for a run, finished or not."""
+    with replacing(path) as temporary:
+        temporary.write_text(render(run), encoding="utf-8")
+
+
+def render(run: Run) -> str:
+    """The page as text. Everything that comes from the run is escaped."""
+    summary = summarize(run)
+    rows = text.rows(summary)
+    drawn = figures(run)
+    ids = {
+        (name, key): f"figure-{number}"
+        for number, (name, key) in enumerate((name, key) for name, group in drawn.items() for key in group)
+    }
+    plots = {ids[name, key]: json.loads(group[key].to_json()) for name, group in drawn.items() for key in group}
+    environment = Environment(
+        loader=PackageLoader("testbed.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters.update(
+        si=text.si, number=text.number, times=text.times, percent=text.percent, scenario=scenario
+    )
+    return environment.get_template("report.html.j2").render(
+        run=run,
+        summary=summary,
+        headline=text.headline(summary),
+        scenarios={name: [row for row in rows if row.scenario == name] for name in dict.fromkeys(r.scenario for r in rows)},
+        widest=max((row.ratio for row in rows if row.ratio), default=1.0),
+        colours={method: style["color"] for method, style in palette(run.cells["method"]).items()},
+        interval=text.interval,
+        changes={cell: changes(run.events[run.events["cell"] == cell]) for cell in run.cells["cell"]},
+        drawn={name: {key: ids[name, key] for key in group} for name, group in drawn.items()},
+        captions=CAPTIONS,
+        wide=WIDE,
+        metrics=METRICS,
+        tables={"steps": TABLES["steps"].columns, "links": LINK_COLUMNS, "events": EVENT_COLUMNS},
+        environment=dict(flat(run.environment)),
+        spec=yaml.safe_dump(dict(run.spec), sort_keys=False, allow_unicode=True),
+        facts=facts(run),
+        plotly=packed(get_plotlyjs()),
+        plots=packed(json.dumps(plots)),
+    )
+
+
+def packed(content: str) -> str:
+    """Text as base64 of gzip, a third of the size of plotly.js; and nothing in it can end a script element."""
+    return base64.b64encode(gzip.compress(content.encode(), mtime=0)).decode()
+
+
+def facts(run: Run) -> list[str]:
+    """What was run, in a few words each."""
+    workload = run.spec.get("workload") or {}
+    workers = sorted({int(count) for count in run.cells["workers"] if count})
+    wanted = (
+        f"{'/'.join(map(str, workers))} workers" if workers else "",
+        f"{run.spec['lab']} lab" if run.spec.get("lab") else "",
+        f"{workload['model']} on {workload['data']}" if workload.get("model") and workload.get("data") else "",
+        f"{len(run.cells)} cell{'s' if len(run.cells) != 1 else ''}",
+        run.path.name,
+    )
+    return [fact for fact in wanted if fact]
+
+
+def changes(events: pd.DataFrame) -> str:
+    """How the scheduled changes of one cell's links went: "6 changes, at most 2 ms late"."""
+    due = events[events["kind"] != "initial"]
+    if due.empty:
+        return "none"
+    late_s = (due["applied_s"] - due["planned_s"]).max()
+    count = f"{len(due)} change{'s' if len(due) != 1 else ''}"
+    return f"{count}, at most {max(late_s, 0) * 1e3:.1f} ms late" if pd.notna(late_s) else f"{count}, never applied"
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested mappings as (dotted key, text)."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,43 @@
+"""The result on a terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from testbed.report import text
+
+
+def terminal_table(summary: Mapping[str, Any]) -> RenderableType:
+    """Headline, one table a set of overrides, and every problem; fits 80 columns. Print it with a rich Console."""
+    rows = text.rows(summary)
+    parts: list[RenderableType] = [Text(text.headline(summary), style="bold" if summary["valid"] else "bold red"), ""]
+    for name in dict.fromkeys(row.scenario for row in rows):
+        parts += [_table(name, [row for row in rows if row.scenario == name]), ""]
+    if summary["problems"]:
+        parts += [Text("Not valid, because", style="red"), *(Text(f"  {line}") for line in summary["problems"]), ""]
+    return Group(*parts[:-1])
+
+
+def _table(name: str, rows: list[text.Row]) -> Table:
+    baseline = next(row.method for row in rows if row.is_baseline)
+    # Names from the spec are Text: square brackets in them are not markup.
+    table = Table(title=Text(name, style="bold") if name else None, title_justify="left", box=None, pad_edge=False)
+    table.add_column("method", overflow="fold")
+    for heading in ("samples/s", Text(f"× {baseline}"), "bytes/step", "accuracy", "to target"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    for row in rows:
+        ratio = "1×" if row.is_baseline else text.times(row.ratio)
+        table.add_row(
+            Text(row.method),
+            text.number(row.means["throughput_samples_per_s"]),
+            ratio + text.interval(row.ci95, prefix=" (", suffix=")"),
+            text.si(row.means["payload_bytes_per_step"], "B"),
+            text.percent(row.means["final_accuracy"]),
+            text.si(row.means["time_to_target_s"], "s"),
+            Text("valid", style="green") if row.valid else Text("not valid", style="red"),
+        )
+    return table

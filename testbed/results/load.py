@@ -1,0 +1,116 @@
+"""A run directory → pandas. Works while the run is going on, after it, and on what a killed run has left."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from netsenseml.agent.protocol import CELL_FILE
+from testbed.results.columns import IDENTITY_COLUMNS, TABLES
+from testbed.results.records import identity, read_table, to_frame
+
+RESULT_FILE = "result.json"
+SUMMARY_FILE = "summary.json"
+
+
+class NotARun(FileNotFoundError):
+    """The directory holds no run. The message is one line."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Run:
+    """One run. Every table holds the rows of all cells and starts with the columns cell, method, seed.
+
+    path, name: its directory and the name in its spec.
+    spec, environment: what was asked for, and the machine that did it; {} if not recorded.
+    summary: content of ``summary.json``; None until the run has ended (``summarize(run)`` makes one at any time).
+    cells: one row a cell: cell, method, seed, workers, overrides ({dotted key: value}), status ("done", "failed",
+        "interrupted", or "unfinished" if it is running or was killed), problems ([text]), steps, t_end_s,
+        final_accuracy, final_loss, parameters ({rank: hash}).
+    steps, links, events, evals: columns and units in ``testbed.results.columns``.
+    """
+
+    path: Path
+    name: str
+    spec: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    summary: Mapping[str, Any] | None
+    cells: pd.DataFrame
+    steps: pd.DataFrame
+    links: pd.DataFrame
+    events: pd.DataFrame
+    evals: pd.DataFrame
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}: {len(self.cells)} cells, {len(self.steps)} step rows)"
+
+
+def load_run(path: str | Path) -> Run:
+    """Load a run directory. Raises ``NotARun`` if there is none, ValueError if its spec cannot be read."""
+    path = Path(path)
+    if not path.is_dir():
+        raise NotARun(f"{path}: no such directory")
+    if not (path / "spec.yaml").is_file() and not (path / "cells").is_dir():
+        raise NotARun(f"{path}: not a run directory, it has neither spec.yaml nor cells/")
+    spec = _read_spec(path / "spec.yaml")
+    cell_dirs = sorted((d for d in (path / "cells").glob("*") if d.is_dir()), key=_natural)
+    return Run(
+        path=path,
+        name=str(spec.get("name", path.name)),
+        spec=spec,
+        environment=_read_json(path / "environment.json") or {},
+        summary=_read_json(path / SUMMARY_FILE),
+        cells=pd.DataFrame([cell_row(d) for d in cell_dirs], columns=list(_CELL_DEFAULTS)),
+        **{name: _all_cells(cell_dirs, name) for name in TABLES},
+    )
+
+
+def cell_row(cell_dir: Path) -> dict[str, Any]:
+    """One row of ``Run.cells``; what is not recorded (yet) has its default."""
+    config = _read_json(cell_dir / CELL_FILE) or {"problems": [f"{CELL_FILE} is missing or damaged"]}
+    result = _read_json(cell_dir / RESULT_FILE) or {}
+    known = {key: value for key, value in {**config, **result}.items() if key in _CELL_DEFAULTS and value is not None}
+    return {**_CELL_DEFAULTS, **known, **identity(cell_dir)}
+
+
+_CELL_DEFAULTS: Mapping[str, Any] = {
+    **{"cell": "", "method": "", "seed": -1, "workers": 0, "overrides": {}, "status": "unfinished", "problems": []},
+    **{"steps": None, "t_end_s": None, "final_accuracy": None, "final_loss": None, "parameters": {}},
+}
+
+
+def _all_cells(cell_dirs: list[Path], name: str) -> pd.DataFrame:
+    tables = [table for d in cell_dirs if len(table := read_table(d, name))]
+    return pd.concat(tables or [to_frame([], TABLES[name], dict.fromkeys(IDENTITY_COLUMNS))], ignore_index=True)
+
+
+def _natural(path: Path) -> list[int | str]:
+    """Sort key under which "w10" follows "w9"."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+
+def _read_spec(path: Path) -> dict[str, Any]:
+    try:
+        spec = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    return spec if isinstance(spec, dict) else {}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None if the file is missing or was cut off."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

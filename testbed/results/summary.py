@@ -1,0 +1,175 @@
+"""Who won, by how much, and whether it can be believed: the content of ``summary.json``.
+
+    {"name", "valid", "problems": ["<cell>: <problem>"],
+     "cells": [{"cell", "method", "seed", "overrides", "workers", "steps", "throughput_samples_per_s", "step_s_median",
+                "payload_bytes_per_step", "final_loss", "final_accuracy", "best_accuracy", "time_to_target_s",
+                "valid", "problems", "replicas_identical"}],
+     "comparisons": [{"baseline", "method", "overrides", "throughput_ratio", "ci95": [lo, hi], "time_to_target_ratio",
+                      "seeds", "valid"}]}
+
+A number that is not known is null. ``METRICS`` gives the meaning and unit of each number.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from testbed.results.load import SUMMARY_FILE, Run
+from testbed.results.records import replacing
+from testbed.results.validity import cell_problems, replicas_identical
+
+BASELINE = "allreduce"
+CSV_FILE = "summary.csv"
+RESAMPLES = 10_000
+
+METRICS: Mapping[str, str] = {
+    "throughput_samples_per_s": "samples of all ranks ÷ time of the last step's end; everything after t = 0 counts",
+    "step_s_median": "median wall time of a step, over all steps and ranks",
+    "payload_bytes_per_step": "bytes that one rank sent for one step's exchange, mean over steps and ranks",
+    "final_loss": "loss over the test set at the end",
+    "final_accuracy": "share of the test set classified correctly at the end",
+    "best_accuracy": "the best accuracy of any evaluation",
+    "time_to_target_s": "time of the first evaluation that reached the spec's target accuracy",
+    "replicas_identical": "whether all ranks ended with bit-identical parameters",
+    "throughput_ratio": "method ÷ baseline, geometric mean over the seeds that both ran",
+    "ci95": "95 % bootstrap interval of throughput_ratio over seeds; null below three seeds",
+    "time_to_target_ratio": "method ÷ baseline: below 1 the method was sooner; geometric mean over seeds",
+    "seeds": "number of seeds that both ran",
+}
+
+
+def summarize(run: Run) -> dict[str, Any]:
+    """Summary of a run at any time; a cell that has not ended is counted as it stands, and is not valid."""
+    cells = [summarize_cell(cell, run) for cell in run.cells.to_dict("records")]
+    problems = [f"{cell['cell']}: {problem}" for cell in cells for problem in cell["problems"]]
+    return {
+        "name": run.name,
+        "valid": bool(cells) and not problems,
+        "problems": problems if cells else ["no cell was run"],
+        "cells": cells,
+        "comparisons": compare(cells),
+    }
+
+
+def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    """Metrics and verdict of one cell. ``cell`` is a row of ``Run.cells``."""
+    steps, evals, links, events = (
+        table[table["cell"] == cell["cell"]] for table in (run.steps, run.evals, run.links, run.events)
+    )
+    problems = cell_problems(cell, steps, links, events)
+    last = evals.iloc[-1] if len(evals) else {"accuracy": None, "loss": None}
+    final_accuracy = _number(cell["final_accuracy"], last["accuracy"])
+    return {
+        "cell": cell["cell"],
+        "method": cell["method"],
+        "seed": cell["seed"],
+        "overrides": cell["overrides"],
+        "workers": cell["workers"],
+        "steps": int(_number(cell["steps"], steps["step"].max() + 1) or 0),
+        "throughput_samples_per_s": _number(steps["samples"].sum(min_count=1) / steps["t_s"].max()),
+        "step_s_median": _number(steps["step_s"].median()),
+        "payload_bytes_per_step": _number(steps["payload_bytes"].mean()),
+        "final_loss": _number(cell["final_loss"], last["loss"]),
+        "final_accuracy": final_accuracy,
+        "best_accuracy": _number(pd.Series([*evals["accuracy"], final_accuracy], dtype="float64").max()),
+        "time_to_target_s": time_to_target(evals, target_accuracy(run.spec)),
+        "valid": not problems,
+        "problems": problems,
+        "replicas_identical": replicas_identical(cell),
+    }
+
+
+def target_accuracy(spec: Mapping[str, Any]) -> float | None:
+    """The accuracy at which the spec's workload stops, None if it does not."""
+    stop = (spec.get("workload") or {}).get("stop") or {}
+    return stop.get("accuracy")
+
+
+def time_to_target(evals: pd.DataFrame, target: float | None) -> float | None:
+    """Time in s of the first evaluation that reached the target accuracy; None if none did."""
+    return None if target is None else _number(evals.loc[evals["accuracy"] >= target, "t_s"].min())
+
+
+def scenario(overrides: Mapping[str, Any]) -> str:
+    """Text that is equal for equal overrides, "network.link.rate=200mbit"; "" for none."""
+    return ", ".join(f"{key}={overrides[key]}" for key in sorted(overrides))
+
+
+def method_order(methods: Iterable[str]) -> list[str]:
+    """Each method once, the baseline first, the others by name: the one order of all tables and figures."""
+    return sorted(set(methods), key=lambda method: (method != BASELINE, method))
+
+
+def compare(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every method against the baseline under the same overrides, paired over seeds.
+
+    A comparison is valid if all cells in it are. Cells are the dicts of ``summarize_cell``.
+    """
+    comparisons = []
+    for name in dict.fromkeys(scenario(cell["overrides"]) for cell in cells):
+        group = [cell for cell in cells if scenario(cell["overrides"]) == name]
+        baseline, *others = method_order(cell["method"] for cell in group)
+        base = {cell["seed"]: cell for cell in group if cell["method"] == baseline}
+        for method in others:
+            pairs = [(c, base[c["seed"]]) for c in group if c["method"] == method and c["seed"] in base]
+            throughput = _ratios(pairs, "throughput_samples_per_s")
+            comparisons.append(
+                {
+                    "baseline": baseline,
+                    "method": method,
+                    "overrides": group[0]["overrides"],
+                    "throughput_ratio": geometric_mean(throughput),
+                    "ci95": bootstrap_ci95(throughput),
+                    "time_to_target_ratio": geometric_mean(_ratios(pairs, "time_to_target_s")),
+                    "seeds": len(throughput),
+                    "valid": bool(pairs) and all(ours["valid"] and theirs["valid"] for ours, theirs in pairs),
+                }
+            )
+    return comparisons
+
+
+def geometric_mean(ratios: Sequence[float]) -> float | None:
+    """The mean that treats 2 and ½ as opposites; None of nothing."""
+    return float(np.exp(np.mean(np.log(ratios)))) if len(ratios) else None
+
+
+def bootstrap_ci95(ratios: Sequence[float]) -> list[float | None]:
+    """95 % percentile bootstrap interval of the geometric mean; [None, None] below three ratios.
+
+    The unit is the seed. The steps of one run share its start, its links and its host, so one run gives no interval
+    however long it is. With few seeds the interval is too narrow (three seeds cover nearer 75 % than 95 %).
+    The generator is seeded: equal ratios give equal intervals.
+    """
+    if len(ratios) < 3:
+        return [None, None]
+    drawn = np.random.default_rng(0).choice(np.log(ratios), size=(RESAMPLES, len(ratios)))
+    low, high = np.exp(np.quantile(drawn.mean(axis=1), [0.025, 0.975]))
+    return [float(low), float(high)]
+
+
+def write_summary(summary: Mapping[str, Any], directory: Path) -> None:
+    """Write ``summary.json``, and ``summary.csv`` with one row a cell and one column an override."""
+    with replacing(directory / SUMMARY_FILE) as path:
+        path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    rows = [
+        {**cell, **cell["overrides"], "overrides": scenario(cell["overrides"]), "problems": "; ".join(cell["problems"])}
+        for cell in summary["cells"]
+    ]
+    with replacing(directory / CSV_FILE) as path, open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _ratios(pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]], metric: str) -> list[float]:
+    return [ours[metric] / theirs[metric] for ours, theirs in pairs if ours[metric] and theirs[metric]]
+
+
+def _number(*candidates: Any) -> float | None:
+    """The first that is a finite number."""
+    return next((float(value) for value in candidates if pd.notna(value) and np.isfinite(value)), None)

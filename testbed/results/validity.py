@@ -1,0 +1,136 @@
+"""Can the emulation of a cell be believed? Each check is a function from tables to problems, one line of text each.
+
+No problem, valid cell. A check that cannot be made (nothing was recorded) is a problem, never a pass.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+LATE_S = 0.05
+"""A change of a link may be applied this much after its time."""
+GAP_S = 1.0
+"""The longest time without a sample of a link; samples are due every 0.1 s, so a gap means a starved host."""
+WINDOW_S = 1.0
+EXCESS = 0.05
+"""A link may carry this share more than its limit over any ``WINDOW_S``: the width of the counters' time stamps."""
+BUCKET_BYTES = 4 * 1514
+"""And the tokens saved up by the smallest bucket of the shaper, which matter at low rates only."""
+
+
+def cell_problems(
+    cell: Mapping[str, Any], steps: pd.DataFrame, links: pd.DataFrame, events: pd.DataFrame
+) -> list[str]:
+    """All that speaks against a cell. ``cell`` is a row of ``Run.cells``; the tables hold the rows of that cell."""
+    t_end_s = cell["t_end_s"] if pd.notna(cell["t_end_s"]) else steps["t_s"].max() if len(steps) else 0.0
+    return [
+        *end_problems(cell),
+        *([] if len(steps) else ["no step was recorded"]),
+        *late_changes(events),
+        *unverified_changes(events),
+        *telemetry_gaps(links, float(t_end_s)),
+        *excess_rates(links, events),
+    ]
+
+
+def replicas_identical(cell: Mapping[str, Any]) -> bool | None:
+    """Whether all ranks ended with the same parameters; None if not all of them reported theirs."""
+    hashes = cell["parameters"]
+    return len(set(hashes.values())) == 1 if hashes and len(hashes) == cell["workers"] else None
+
+
+def end_problems(cell: Mapping[str, Any]) -> list[str]:
+    """How the cell ended: what the orchestrator noted, an end that was none, replicas that differ."""
+    problems = list(cell["problems"])
+    match cell["status"]:
+        case "done":
+            if replicas_identical(cell) is None:
+                problems.append("not every rank reported its final parameters")
+        case "unfinished":
+            problems.append("did not finish: it is still running or was killed")
+        case status:
+            problems = problems or [f"the cell {'was interrupted' if status == 'interrupted' else status}"]
+    if replicas_identical(cell) is False:
+        problems.append("the replicas ended with different parameters")
+    return problems
+
+
+def late_changes(events: pd.DataFrame) -> list[str]:
+    """Scheduled changes that were applied more than ``LATE_S`` after their time, or not at all."""
+    due = events[events["kind"] == "schedule"]
+    late_s = (due["applied_s"] - due["planned_s"]).fillna(np.inf)
+    late = late_s > LATE_S
+    if not late.any():
+        return []
+    worst = due.loc[late_s.idxmax()]
+    by = "never applied" if np.isinf(late_s.max()) else f"{late_s.max() * 1e3:.0f} ms late"
+    return [
+        f"{late.sum()} of {len(due)} scheduled link changes came late"
+        f" (the worst: {worst['link']} at {worst['planned_s']:.4g} s, {by})"
+    ]
+
+
+def unverified_changes(events: pd.DataFrame) -> list[str]:
+    """Changes after which the kernel did not report the state that was asked for."""
+    unverified = events[~events["verified"]]
+    if unverified.empty:
+        return []
+    links = ", ".join(dict.fromkeys(unverified["link"]))
+    return [f"the kernel did not confirm {len(unverified)} of {len(events)} link changes ({links})"]
+
+
+def telemetry_gaps(links: pd.DataFrame, t_end_s: float) -> list[str]:
+    """The longest gap between samples of each direction of each link over 0…``t_end_s``, if above ``GAP_S``."""
+    if links.empty:
+        return ["no telemetry of any link was recorded"]
+    problems = []
+    for (link, direction), samples in links.groupby(["link", "direction"]):
+        times_s = np.sort(np.concatenate([[0.0, t_end_s], samples["t_s"]]))
+        gaps_s = np.diff(times_s)
+        widest = int(np.argmax(gaps_s))
+        if gaps_s[widest] > GAP_S:
+            gap = f"no telemetry for {gaps_s[widest]:.2g} s from {times_s[widest]:.4g} s on"
+            problems.append(f"{link} {direction}: {gap}")
+    return problems
+
+
+def excess_rates(links: pd.DataFrame, events: pd.DataFrame) -> list[str]:
+    """Directions that carried more than their limit over a window of ``WINDOW_S`` with a constant limit."""
+    problems = []
+    for (link, direction), samples in links.groupby(["link", "direction"]):
+        changes_s = events.loc[events["link"] == link, "applied_s"].to_numpy()
+        if excess := worst_excess(samples, changes_s):
+            start_s, carried_bps, limit_bps = excess
+            problems.append(
+                f"{link} {direction}: carried {carried_bps / 1e6:.4g} Mbit/s from {start_s:.4g} s on,"
+                f" above its limit of {limit_bps / 1e6:.4g} Mbit/s"
+            )
+    return problems
+
+
+def worst_excess(samples: pd.DataFrame, changes_s: np.ndarray) -> tuple[float, float, float] | None:
+    """The window that breaks the limit most: (start in s, carried bits/s, limit in bits/s); None if none does.
+
+    samples: rows of links of one direction of one link. changes_s: when its limit was changed, in s.
+    A window with a change inside is left out: what may pass in it depends on the instant of the change.
+    """
+    samples = samples.sort_values("t_s")
+    t_s, rate_bps = samples["t_s"].to_numpy(), samples["rate_bps"].to_numpy()
+    last = np.searchsorted(t_s, t_s + WINDOW_S)
+    first = np.flatnonzero(last < len(t_s))
+    last = last[first]
+
+    limit_of = np.cumsum(np.diff(rate_bps, prepend=rate_bps[:1]) != 0)  # number of the limit in force; NaN ≠ NaN
+    changes = np.searchsorted(np.sort(changes_s), t_s, side="right")
+    constant = (limit_of[first] == limit_of[last]) & (changes[first] == changes[last])
+    first, last = first[constant], last[constant]
+
+    span_s = t_s[last] - t_s[first]
+    carried_bits = 8 * (samples["bytes"].to_numpy()[last] - samples["bytes"].to_numpy()[first])
+    excess = (carried_bits - 8 * BUCKET_BYTES) / (rate_bps[first] * span_s) - 1
+    if not len(excess) or not excess.max() > EXCESS:
+        return None
+    worst = int(np.argmax(excess))
+    return float(t_s[first[worst]]), float(carried_bits[worst] / span_s[worst]), float(rate_bps[first[worst]])

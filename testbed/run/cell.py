@@ -1,0 +1,215 @@
+"""The orchestrator of one cell: lab up, workers ready, t = 0, stop, teardown; whatever happens, a result is written."""
+
+import json
+import os
+import queue
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from netsenseml.agent import protocol
+from netsenseml.agent.protocol import monotonic_s
+from testbed.labs.base import Lab, LabPlan, Process
+from testbed.plan import Cell
+from testbed.run.control import ControlServer
+from testbed.run.driver import LinkDriver
+
+RESULT_FILE = "result.json"
+READY_TIMEOUT_S = 180.0
+SILENT_WORKER_S = 30.0
+_POLL_S = 0.25
+_LAST_WORDS_S = 1.0
+"""How long a worker that ended has for its last message to arrive before it counts as crashed."""
+
+OpenLab = Callable[[LabPlan], Lab]
+Tick = Callable[[float, int], None]
+"""Called some times a second with the seconds since t = 0 and the number of the step in work."""
+
+
+class CellFailed(Exception):
+    """A cell could not be run to its end; the message is one line."""
+
+
+@dataclass
+class CellResult:
+    """How a cell ended, written to result.json. status: done, failed or interrupted. parameters: hash by rank."""
+
+    status: str = "interrupted"
+    problems: list[str] = field(default_factory=list)
+    parameters: dict[str, str] = field(default_factory=dict)
+    steps: int = 0
+    final_accuracy: float | None = None
+    final_loss: float | None = None
+    t_end_s: float = 0.0
+
+
+def run_cell(cell: Cell, open_lab: OpenLab, directory: Path, script_directory: Path, tick: Tick) -> CellResult:
+    """Run a cell in a fresh lab and leave its records in ``directory``.
+
+    A failure of the cell is a result; LabError and KeyboardInterrupt pass through after the result is written.
+    """
+    (directory / "logs").mkdir(parents=True, exist_ok=True)
+    links = {name: state.to_json() for name, state in cell.links.items()}
+    config = {**cell.config(), "overrides": dict(cell.overrides), "links": links}
+    (directory / protocol.CELL_FILE).write_text(json.dumps(config, indent=1))
+    result = CellResult()
+    try:
+        with (
+            open_lab(LabPlan(cell.links, cell.impaired)) as lab,
+            ControlServer(directory / protocol.SOCKET_FILE, len(cell.workers)) as control,
+        ):
+            _Conductor(cell, lab, control, directory, result, tick).conduct(script_directory)
+        result.status = "done"
+    except CellFailed as error:
+        result.status = "failed"
+        result.problems.append(str(error))
+    finally:
+        write_result(directory, result)
+    return result
+
+
+def write_result(directory: Path, result: CellResult) -> None:
+    """Write result.json in one step; its presence says that the cell ended."""
+    scratch = directory / (RESULT_FILE + ".tmp")
+    scratch.write_text(json.dumps(asdict(result), indent=1))
+    os.replace(scratch, directory / RESULT_FILE)
+
+
+class _Conductor:
+    """The conversation with the workers of one cell."""
+
+    def __init__(
+        self, cell: Cell, lab: Lab, control: ControlServer, directory: Path, result: CellResult, tick: Tick
+    ) -> None:
+        self._cell, self._lab, self._control = cell, lab, control
+        self._directory, self._result, self._tick = directory, result, tick
+        self._processes: dict[int, Process] = {}
+        self._seen: dict[str, dict[int, dict[str, Any]]] = {}
+        self._ended_s: dict[int, float] = {}
+        self._heard_s: dict[int, float] = {}
+        self._next_poll_s = 0.0
+        self._step = 0
+        self._holding = False
+
+    def conduct(self, script_directory: Path) -> None:
+        self._start_workers(script_directory)
+        self._wait_for("ready", monotonic_s() + READY_TIMEOUT_S)
+        hashes = {message["parameters"] for message in self._seen["ready"].values()}
+        if len(hashes) > 1:
+            raise CellFailed("the workers do not begin with the same parameters; seed the model before it is built")
+        t0_s = monotonic_s()
+        self._control.broadcast({"type": "start", "t0": t0_s})
+        with LinkDriver(self._lab.links, self._cell.timeline, t0_s, self._directory) as driver:
+            try:
+                self._watch(t0_s, driver)
+            finally:
+                self._result.t_end_s = round(monotonic_s() - t0_s, 6)
+        done = self._seen["done"]
+        self._result.parameters = {str(rank): message["parameters"] for rank, message in sorted(done.items())}
+        self._result.steps = max(message["steps"] for message in done.values())
+        for message in done.values():
+            if message.get("accuracy") is not None:
+                self._result.final_accuracy = message["accuracy"]
+            if message.get("loss") is not None:
+                self._result.final_loss = message["loss"]
+
+    def _start_workers(self, script_directory: Path) -> None:
+        hosts = [self._lab.hosts[name] for name in self._cell.workers]
+        for rank, host in enumerate(hosts):
+            directory = host.seen(self._directory)
+            env = {
+                "RANK": str(rank),
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": str(len(hosts)),
+                "MASTER_ADDR": hosts[0].address,
+                "MASTER_PORT": "29500",
+                "GLOO_SOCKET_IFNAME": host.interface,
+                "OMP_NUM_THREADS": "1",
+                "NETSENSE_RENDEZVOUS": f"file://{directory}/rendezvous",
+                protocol.ENV_CELL_DIR: directory,
+            }
+            if self._cell.program:
+                argv = ["python", str(script_directory / self._cell.program[0]), *self._cell.program[1:]]
+            else:
+                argv = ["python", "-m", "netsenseml.train.worker"]
+            self._processes[rank] = host.start(argv, env, self._log(rank))
+
+    def _log(self, rank: int) -> Path:
+        return self._directory / "logs" / f"{self._cell.workers[rank]}.log"
+
+    def _wait_for(self, kind: str, deadline_s: float) -> None:
+        while len(self._seen.get(kind, {})) < len(self._processes):
+            if monotonic_s() > deadline_s:
+                raise CellFailed(f"not all workers became {kind} in {READY_TIMEOUT_S:g} s; see {self._directory / 'logs'}")
+            self._receive(0.2)
+            self._check_processes(finished="")
+
+    def _watch(self, t0_s: float, driver: LinkDriver) -> None:
+        stop = self._cell.stop
+        while len(self._seen.get("done", {})) < len(self._processes):
+            now = monotonic_s() - t0_s
+            if not self._holding and "seconds" in stop and now >= stop["seconds"]:
+                self._hold()
+            self._receive(min(0.1, stop["seconds"] - now) if stop.get("seconds", 0) > now else 0.1)
+            self._check_processes(finished="done")
+            if driver.failure is not None:
+                raise CellFailed(f"a link could not be changed or read: {driver.failure}")
+            self._tick(now, self._step)
+
+    def _hold(self) -> None:
+        self._holding = True
+        self._control.broadcast({"type": "hold"})
+
+    def _receive(self, timeout_s: float) -> None:
+        try:
+            message = self._control.inbox.get(timeout=max(0.001, timeout_s))
+        except queue.Empty:
+            return
+        kind, rank = message["type"], message["rank"]
+        self._heard_s[rank] = monotonic_s()
+        self._seen.setdefault(kind, {})[rank] = message
+        if kind == "failed":
+            raise CellFailed(f"{self._cell.workers[rank]}: {message['error']}; see {self._log(rank)}")
+        if kind == "fault":
+            raise CellFailed(f"a worker sent something that is no message: {message['error']}")
+        if kind == "heartbeat":
+            self._step = max(self._step, message["step"])
+        elif kind == "eval":
+            target = self._cell.stop.get("accuracy")
+            if target is not None and message["accuracy"] >= target and not self._holding:
+                self._hold()
+        elif kind == "holding" and len(self._seen["holding"]) == len(self._processes):
+            last = max(reply["step"] for reply in self._seen["holding"].values()) + 1
+            self._control.broadcast({"type": "stop", "steps": last})
+
+    def _check_processes(self, finished: str) -> None:
+        now = monotonic_s()
+        if now < self._next_poll_s:
+            return
+        self._next_poll_s = now + _POLL_S
+        for rank, process in self._processes.items():
+            if now - self._heard_s.get(rank, now) > SILENT_WORKER_S and rank not in self._seen.get("done", {}):
+                raise CellFailed(f"{self._cell.workers[rank]} has not been heard for {SILENT_WORKER_S:g} s; see {self._log(rank)}")
+            if rank in self._seen.get(finished, {}) or (code := process.poll()) is None:
+                continue
+            if now - self._ended_s.setdefault(rank, now) > _LAST_WORDS_S:
+                how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+                raise CellFailed(f"{self._cell.workers[rank]} {how} before it was {finished or 'ready'}; {_last_line(self._log(rank))}")
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        lines = []
+    return f"its log ends with: {lines[-1]:.200} ({log})" if lines else f"its log is empty ({log})"
+
+
+def read_result(directory: Path) -> Mapping[str, Any] | None:
+    """Content of result.json, or None if the cell has not ended."""
+    try:
+        content: Mapping[str, Any] = json.loads((directory / RESULT_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return content

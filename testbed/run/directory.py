@@ -1,0 +1,71 @@
+"""The run directory: made before anything starts, owned by the caller at the end."""
+
+import json
+import os
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from testbed.spec.load import dump_spec
+from testbed.spec.models import Spec
+
+SPEC_FILE = "spec.yaml"
+_PACKAGES = ("netsense-testbed", "torch", "numpy", "pyroute2", "docker", "pandas", "pydantic")
+
+
+def create(spec: Spec, parent: Path) -> Path:
+    """A new run directory ``<name>-<UTC time>`` with spec.yaml and environment.json."""
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
+        directory = parent / f"{spec.name}-{stamp}{suffix}"
+        try:
+            directory.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+    (directory / "cells").mkdir()
+    (directory / SPEC_FILE).write_text(dump_spec(spec))
+    (directory / "environment.json").write_text(json.dumps(environment(), indent=1))
+    return directory
+
+
+def environment() -> dict[str, object]:
+    """What a figure depends on: kernel, processor, memory, versions."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "kernel": platform.release(),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "load_average": os.getloadavg(),
+        "python": sys.version.split()[0],
+        "packages": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def give_to_owner_of(parent: Path, directory: Path) -> None:
+    """Hand a tree made as root to the owner of the directory above it; no effect for anyone but root."""
+    if os.geteuid() != 0:
+        return
+    owner = parent.stat()
+    for root, _, files in os.walk(directory):
+        for path in (root, *(os.path.join(root, name) for name in files)):
+            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)

@@ -1,0 +1,41 @@
+"""The first process of a netns lab: ``python -m testbed.run.inside RUN_DIRECTORY SCRIPT_DIRECTORY``.
+
+Not for people: ``testbed run`` starts it inside private namespaces, with a pipe as standard input whose end means stop.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from testbed.labs.base import LabError
+from testbed.run.sweep import EXIT_INTERRUPTED, execute, interrupt_main_thread_once
+
+EXIT_CANNOT = 4
+
+
+def main() -> int:
+    """Run the cells; exit code 0, 4 (this machine cannot) or 130 (interrupted)."""
+    stop = interrupt_main_thread_once()
+    threading.Thread(target=_watch_lifeline, args=(stop,), daemon=True).start()
+    try:
+        execute(Path(sys.argv[1]), Path(sys.argv[2]), Console())
+    except LabError as error:
+        print(f"testbed: {error}", file=sys.stderr)
+        return EXIT_CANNOT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _watch_lifeline(stop: Callable[[], None]) -> None:
+    while os.read(0, 1):
+        pass
+    stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

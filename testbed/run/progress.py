@@ -1,0 +1,73 @@
+"""Progress of a run: a live bar on a terminal, plain lines elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from testbed.plan import Cell
+
+_PLAIN_EVERY_S = 5.0
+
+
+class RunProgress:
+    """Shows which cell runs and how far it is. ``cells`` is how many there are in all."""
+
+    def __init__(self, console: Console, cells: int) -> None:
+        self._console = console
+        self._cells = cells
+        self._number = 0
+        self._next_line_s = 0.0
+        self._task: TaskID | None = None
+        self._live = console.is_terminal
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not self._live,
+        )
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def begin(self, cell: Cell, number: int) -> None:
+        """A cell starts; ``number`` counts from 1."""
+        self._cell, self._number = cell, number
+        self._next_line_s = time.monotonic() + _PLAIN_EVERY_S
+        title = f"[{number}/{self._cells}] {cell.name}"
+        if self._live:
+            self._task = self._bar.add_task(title, total=1.0, note="starting workers")
+        else:
+            self._console.print(f"{title}: starting {len(cell.workers)} workers", markup=False)
+
+    def tick(self, t_s: float, step: int) -> None:
+        """The cell is ``t_s`` seconds old and works on ``step``."""
+        if self._live and self._task is not None:
+            self._bar.update(self._task, completed=self._share(t_s, step), note=f"step {step}")
+        elif not self._live and time.monotonic() >= self._next_line_s:
+            self._next_line_s = time.monotonic() + _PLAIN_EVERY_S
+            self._console.print(f"[{self._number}/{self._cells}] {self._cell.name}: {t_s:.0f} s, step {step}", markup=False)
+
+    def end(self, text: str) -> None:
+        """The cell ended; ``text`` says how."""
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+        self._console.print(f"[{self._number}/{self._cells}] {self._cell.name}: {text}", markup=False, highlight=False)
+
+    def _share(self, t_s: float, step: int) -> float:
+        stop = self._cell.stop
+        shares = [t_s / stop["seconds"]] if stop.get("seconds") else []
+        shares += [step / stop["steps"]] if stop.get("steps") else []
+        return min(1.0, max(shares, default=0.0))

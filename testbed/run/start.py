@@ -1,0 +1,112 @@
+"""From a validated spec to a finished run: check the machine, make the directory, run the cells, write the results."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from testbed.labs.base import LabError
+from testbed.labs.netns import enclosure
+from testbed.links.probe import missing_qdiscs
+from testbed.plan import Plan
+from testbed.run import directory as run_directory
+from testbed.run.sweep import EXIT_INTERRUPTED, execute, execute_enclosed, interrupt_main_thread_once
+from testbed.spec.models import Spec
+
+EXIT_DONE, EXIT_FAILED, EXIT_INVALID = 0, 1, 3
+
+_NO_NETEM = (
+    "the spec asks for delay, jitter or loss, which needs the kernel's netem, and this kernel has none; "
+    "remove them, or load it (sudo modprobe sch_netem; on Ubuntu first: sudo apt-get install linux-modules-extra-$(uname -r)), "
+    "or use a machine whose kernel has it"
+)
+
+
+def check_machine(plan: Plan) -> None:
+    """Raise LabError, before anything is made, if this machine's kernel cannot shape what the plan asks for."""
+    needed = ["tbf", *(["netem"] if plan.needs_netem else [])]
+    if plan.lab == "netns":
+        command = [*enclosure(), sys.executable, "-m", "testbed.links.probe", *needed]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        if done.returncode != 0:
+            raise LabError(f"cannot make a network namespace: {done.stderr.strip().splitlines()[-1]}")
+        missing = done.stdout.split()
+    else:
+        try:
+            missing = missing_qdiscs(needed)
+        except OSError as error:
+            raise LabError(
+                f"shaping containers needs rights that this process lacks ({error.strerror}); "
+                "use: docker compose up experiment, or run testbed with sudo"
+            ) from None
+    if "netem" in missing:
+        raise LabError(_NO_NETEM)
+    if missing:
+        raise LabError(f"this kernel lacks {', '.join(missing)}; load it with: sudo modprobe sch_{missing[0]}")
+
+
+def start_run(spec: Spec, plan: Plan, out: Path, script_directory: Path, console: Console) -> tuple[int, Path]:
+    """Run a new experiment; returns the exit code and the run directory."""
+    check_machine(plan)
+    directory = run_directory.create(spec, out)
+    return continue_run(plan, directory, script_directory, console), directory
+
+
+def continue_run(plan: Plan, directory: Path, script_directory: Path, console: Console) -> int:
+    """Run the cells that have not ended, then write summary and report; returns the exit code."""
+    # The results need pandas and plotly; they load while the cells run.
+    threading.Thread(target=_load_results, daemon=True).start()
+    try:
+        code = _run_cells(plan, directory, script_directory, console)
+        return finish(directory, console, interrupted=code == EXIT_INTERRUPTED) or code
+    finally:
+        run_directory.give_to_owner_of(directory.parent, directory)
+
+
+def _run_cells(plan: Plan, directory: Path, script_directory: Path, console: Console) -> int:
+    if plan.lab == "netns":
+        code = execute_enclosed(directory, script_directory)
+        if code < 0:
+            console.print(f"testbed: the lab was ended by signal {-code}", style="red")
+            return EXIT_FAILED
+        return code
+    interrupt_main_thread_once()
+    try:
+        execute(directory, script_directory, console)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return EXIT_DONE
+
+
+def _load_results() -> None:
+    import testbed.report.html
+    import testbed.results.summary  # noqa: F401
+
+
+def finish(directory: Path, console: Console, *, interrupted: bool = False) -> int:
+    """Records → Parquet, summary, table, report; returns the exit code that the results deserve."""
+    from testbed.report.html import write_report
+    from testbed.report.terminal import terminal_table
+    from testbed.results.load import load_run
+    from testbed.results.records import finish_cell
+    from testbed.results.summary import summarize, write_summary
+
+    for cell in sorted((directory / "cells").iterdir()):
+        finish_cell(cell)
+    run = load_run(directory)
+    summary: dict[str, Any] = summarize(run)
+    write_summary(summary, directory)
+    console.print(terminal_table(summary))
+    shown = Path(os.path.relpath(directory))
+    if interrupted:
+        console.print(f"interrupted; the records so far are in {shown}", markup=False)
+        return EXIT_INTERRUPTED
+    write_report(run, directory / "report.html")
+    console.print(f"report: {shown / 'report.html'}", markup=False, soft_wrap=True)
+    if any(status != "done" for status in run.cells["status"]):
+        return EXIT_FAILED
+    return EXIT_DONE if summary["valid"] else EXIT_INVALID

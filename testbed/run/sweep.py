@@ -1,0 +1,108 @@
+"""All cells of a run directory, one after the other. A cell that ended before is not run again."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from testbed.labs import open_labs
+from testbed.labs.netns import enclosure
+from testbed.plan import make_plan
+from testbed.run.cell import read_result, run_cell
+from testbed.run.directory import SPEC_FILE
+from testbed.run.progress import RunProgress
+from testbed.spec.load import load_spec
+
+EXIT_INTERRUPTED = 130
+_GRACE_S = 4.0
+"""From the first interrupt to the hard end; users were promised five seconds."""
+
+
+def execute(directory: Path, script_directory: Path, console: Console) -> None:
+    """Run every cell of a run directory that has not ended yet; for netns the caller is inside the enclosure."""
+    plan = make_plan(load_spec(directory / SPEC_FILE))
+    pending = [cell for cell in plan.cells if not _ended(directory / "cells" / cell.name)]
+    with RunProgress(console, len(plan.cells)) as progress, open_labs(plan.lab, directory) as open_lab:
+        for cell in pending:
+            progress.begin(cell, plan.cells.index(cell) + 1)
+            cell_directory = directory / "cells" / cell.name
+            shutil.rmtree(cell_directory, ignore_errors=True)  # an unfinished try of an earlier run
+            result = run_cell(cell, open_lab, cell_directory, script_directory, progress.tick)
+            text = f"{result.status}, {result.steps} steps in {result.t_end_s:.1f} s"
+            progress.end("; ".join([text, *result.problems]))
+
+
+def _ended(cell_directory: Path) -> bool:
+    result = read_result(cell_directory)
+    return result is not None and result["status"] == "done"
+
+
+def execute_enclosed(directory: Path, script_directory: Path) -> int:
+    """Run ``execute`` inside private namespaces as a child process; returns its exit code.
+
+    The child's standard input is a pipe that only we hold open. When we end, in whatever way, it reads the end of the pipe
+    and stops in an orderly way; and when its first process ends, the kernel removes the rest.
+    """
+    command = [*enclosure(), sys.executable, "-m", "testbed.run.inside", str(directory), str(script_directory)]
+    read_end, lifeline = os.pipe2(os.O_CLOEXEC)
+    with subprocess.Popen(command, stdin=read_end) as child:
+        os.close(read_end)
+        with _closing_on_signal(lifeline) as close_lifeline:
+            try:
+                return child.wait()
+            finally:
+                close_lifeline()
+
+
+class _closing_on_signal:  # noqa: N801
+    """While active, SIGINT and SIGTERM close the lifeline instead of ending this process."""
+
+    def __init__(self, lifeline: int) -> None:
+        self._lifeline = lifeline
+
+    def __enter__(self) -> Callable[[], None]:
+        self._before = {number: signal.signal(number, self._interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self._close
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _interrupted(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+
+
+def interrupt_main_thread_once() -> Callable[[], None]:
+    """Make SIGINT and SIGTERM raise KeyboardInterrupt once; returns a function that does the same from any thread.
+
+    Whoever cleans up must not be interrupted again, so later signals are ignored; but the process ends after a grace time
+    even if the clean-up hangs.
+    """
+    fired = threading.Event()
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def handler(*_: object) -> None:
+        if fired.is_set():
+            return
+        fired.set()
+        timer = threading.Timer(_GRACE_S, os._exit, (EXIT_INTERRUPTED,))
+        timer.daemon = True
+        timer.start()
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return lambda: signal.pthread_kill(main, signal.SIGINT)
+

@@ -1,0 +1,193 @@
+"""YAML file → validated Spec. Every fault becomes a SpecError with its place; nothing else escapes."""
+
+import copy
+import itertools
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from testbed.spec.errors import SpecError, place_of
+from testbed.spec.models import Spec
+
+MAX_BYTES = 1 << 20
+_MAX_NODES = 100_000
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice (YAML would silently keep the last)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands there twice", key_node.start_mark)
+            if isinstance(key, Hashable):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
+    """Read and validate a spec; ``overrides`` are texts of the form "dotted.key=value" (YAML value). Raises SpecError."""
+    raw = read_yaml(path)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise SpecError([("--set", f"{text!r} is not of the form key=value, for example network.link.rate=20mbit")])
+        try:
+            raw = with_override(raw, key.strip(), yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise SpecError([("--set", f"the value of {key.strip()} is not YAML: {value!r}")]) from None
+        except SpecError as error:
+            raise error.found_in("--set") from None
+    try:
+        spec = validate(raw)
+        for combination in combinations(spec):
+            validate(apply_overrides(raw, combination))
+    except SpecError as error:
+        raise error.found_in(path.name) from None
+    if spec.script and not (path.parent / spec.script.file).is_file():
+        fault = ("script", f"there is no file {spec.script.file!r} beside the spec")
+        raise SpecError([fault], path.name)
+    return spec
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises SpecError for anything else."""
+    name = path.name or str(path)
+    try:
+        size = path.stat().st_size
+        if path.is_dir():
+            raise SpecError([("", "is a directory; name the YAML file in it")], name)
+        if size > MAX_BYTES:
+            raise SpecError([("", f"is {size / 2**20:.0f} MiB long; a spec is smaller than 1 MiB, is this the right file?")], name)
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SpecError([("", "there is no such file; try experiments/smoke.yaml")], str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SpecError([("", f"cannot be read: {reason}")], str(path)) from None
+    try:
+        data = yaml.load(text, _UniqueKeyLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise SpecError([(line, f"not valid YAML: {error.problem or error.context}")], name) from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise SpecError([("", f"not valid YAML: {str(error) or type(error).__name__}")], name) from None
+    if data is None:
+        raise SpecError([("", "is empty; start from experiments/smoke.yaml")], name)
+    if not isinstance(data, dict):
+        raise SpecError([("", f"must be a mapping of keys to values, not a {type(data).__name__}")], name)
+    # Aliases let a small file stand for billions of nodes; count before anything walks them.
+    if sum(1 for _ in itertools.islice(_nodes(data), _MAX_NODES)) >= _MAX_NODES:
+        raise SpecError([("", f"has more than {_MAX_NODES} values once its aliases are expanded")], name)
+    return data
+
+
+def _nodes(data: Any) -> Iterator[Any]:
+    stack = [data]
+    while stack:
+        node = stack.pop()
+        yield node
+        if isinstance(node, Mapping):
+            stack.extend(node.values())
+        elif isinstance(node, list):
+            stack.extend(node)
+
+
+def validate(raw: Mapping[str, Any]) -> Spec:
+    """Raw mapping → Spec; raises SpecError with every fault."""
+    try:
+        return Spec.model_validate(raw)
+    except ValidationError as error:
+        raise SpecError([_fault(detail) for detail in error.errors(include_url=False)]) from None
+
+
+_WORDING = {
+    "missing": "is missing",
+    "list_type": "must be a list, for example [a, b]",
+    "string_type": "must be text",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "dict_type": "must be a mapping, for example {key: value}",
+    "too_short": "must not be empty",
+}
+
+
+def _fault(detail: Any) -> tuple[str, str]:
+    path = [part for part in detail["loc"] if part != "[key]"]
+    context = detail.get("ctx") or {}
+    path += context.get("path", [])
+    kind, given = detail["type"], detail.get("input")
+    if kind in _WORDING:
+        text = _WORDING[kind]
+        if kind != "missing" and isinstance(given, (str, int, float, bool)):
+            text += f", not {given!r:.40}"
+    elif kind == "literal_error":
+        text = f"{given!r:.40} is unknown; valid: {context['expected'].replace(' or ', ', ').replace(chr(39), '')}"
+    elif kind == "string_pattern_mismatch":
+        text = f"{given!r:.40} has other characters than letters, digits, '_', '-' and '.', or is longer than 64"
+    else:
+        text = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        if kind.startswith(("greater", "less")):
+            text = f"{given!r:.40} is out of range; it must be {text}"
+    return place_of(path), text
+
+
+def combinations(spec: Spec) -> list[dict[str, Any]]:
+    """Every combination of the matrix as {dotted key: value}; one empty one if there is no matrix."""
+    for key, values in spec.matrix.items():
+        if not values:
+            raise SpecError([(place_of(["matrix", key]), "has no values; give at least one")])
+        if key.split(".")[0] in ("matrix", "methods", "seeds", "name", "lab"):
+            raise SpecError([(place_of(["matrix", key]), "cannot vary by matrix; methods and seeds are lists of their own")])
+    return [dict(zip(spec.matrix, values, strict=True)) for values in itertools.product(*spec.matrix.values())]
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a raw spec with dotted keys replaced."""
+    out = dict(raw)
+    for key, value in overrides.items():
+        out = with_override(out, key, value)
+    return out
+
+
+def with_override(raw: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy with one dotted key replaced; ``schedule.0.set.rate`` reaches into lists. Raises SpecError."""
+    out = copy.deepcopy(dict(raw))
+    *parents, last = key.split(".")
+    node: Any = out
+    for part in parents:
+        if isinstance(node, list):
+            node = node[_position(node, part, key)]
+            continue
+        if not isinstance(node, dict):
+            raise SpecError([(key, f"{part!r} lies below a value that is no mapping")])
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+    if isinstance(node, list):
+        node[_position(node, last, key)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise SpecError([(key, f"{last!r} lies below a value that is no mapping")])
+    return out
+
+
+def _position(items: list[Any], text: str, key: str) -> int:
+    if not text.isdigit() or int(text) >= len(items):
+        raise SpecError([(key, f"{text!r} is no position in a list of {len(items)}")])
+    return int(text)
+
+
+def dump_spec(spec: Spec) -> str:
+    """The resolved spec as YAML; ``load_spec`` of it gives the same spec."""
+    return str(yaml.safe_dump(spec.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True))

@@ -1,0 +1,353 @@
+"""The YAML spec as pydantic models. What a key means stands here; how it is read is in ``load``."""
+
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic_core import PydanticCustomError
+
+from netsenseml.agent import catalog
+from testbed.links.state import DIRECTIONS, LinkState, Shape
+from testbed.spec import units
+from testbed.spec.errors import did_you_mean
+
+
+class Queue(NamedTuple):
+    """How much may wait at a link: a time at the line rate, or bytes. Exactly one of them is set."""
+
+    seconds: float | None
+    bytes: int | None
+
+
+def parse_queue(text: object) -> Queue:
+    """A queue from "50ms" or "64KiB"."""
+    if isinstance(text, Queue):
+        return text
+    try:
+        return Queue(units.parse_time(text), None)
+    except ValueError as no_time:
+        try:
+            return Queue(None, units.parse_size(text))
+        except ValueError as no_size:
+            if "out of range" in str(no_time) or "negative" in str(no_time):
+                raise no_time from None
+            if "out of range" in str(no_size):
+                raise no_size from None
+            times, sizes = ", ".join(units.TIMES), ", ".join(units.SIZES)
+            raise ValueError(
+                f"{text!r} is not a queue; write a time like 50ms ({times}) or a size like 64KiB ({sizes})"
+            ) from None
+
+
+def _format_queue(queue: Queue) -> str:
+    return units.format_time(queue.seconds) if queue.bytes is None else units.format_size(queue.bytes)
+
+
+Rate = Annotated[int, BeforeValidator(units.parse_rate), PlainSerializer(units.format_rate, return_type=str)]
+Time = Annotated[float, BeforeValidator(units.parse_time), PlainSerializer(units.format_time, return_type=str)]
+Share = Annotated[float, BeforeValidator(units.parse_share)]
+QueueText = Annotated[Queue, BeforeValidator(parse_queue), PlainSerializer(_format_queue, return_type=str)]
+
+
+class Model(BaseModel):
+    """Base of all parts of a spec: frozen, and an unknown key is an error that names the nearest valid one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if isinstance(data, cls):
+            return data
+        valid = [field.alias or name for name, field in cls.model_fields.items()]
+        if not isinstance(data, dict):
+            raise PydanticCustomError("mapping", f"must be a mapping with the keys {', '.join(valid)}, not {data!r:.40}")
+        for key in data:
+            if key not in valid:
+                raise PydanticCustomError("at_key", f"unknown key; {did_you_mean(str(key), valid)}", {"path": [key]})
+        return data
+
+
+class ShapeSpec(Model):
+    """Properties of one direction of a link; what is left out stays as it is."""
+
+    rate: Rate | None = None
+    queue: QueueText | None = None
+    delay: Time | None = None
+    jitter: Time | None = None
+    loss: Share | None = None
+
+    def changes(self) -> dict[str, Any]:
+        """The given properties under the names of ``Shape``."""
+        out: dict[str, Any] = {}
+        if self.rate is not None:
+            out["rate_bps"] = self.rate
+        if self.queue is not None:
+            out["queue_bytes"] = self.queue.bytes
+            if self.queue.seconds is not None:
+                out["queue_s"] = self.queue.seconds
+        for name, value in (("delay_s", self.delay), ("jitter_s", self.jitter), ("loss", self.loss)):
+            if value is not None:
+                out[name] = value
+        return out
+
+
+class LinkSpec(ShapeSpec):
+    """Properties of a link: both directions, then what differs in one of them.
+
+    Rate and queue hold in both directions. Delay, jitter and loss exist on down only (DESIGN: a one-way delay of 10 ms is an
+    RTT of 20 ms between two workers).
+    """
+
+    DOWN_ONLY: ClassVar[tuple[str, ...]] = ("delay", "jitter", "loss")
+
+    up: ShapeSpec | None = None
+    down: ShapeSpec | None = None
+
+    @model_validator(mode="after")
+    def _impairments_on_down(self) -> Self:
+        for name in self.DOWN_ONLY:
+            if self.up is not None and getattr(self.up, name) is not None:
+                raise PydanticCustomError(
+                    "at_key", f"{name} exists on the down direction only; move it to the link itself", {"path": ["up", name]}
+                )
+        return self
+
+    def changes_by_direction(self) -> dict[str, dict[str, Any]]:
+        """{"up": …, "down": …} under the names of ``Shape``."""
+        both = self.changes()
+        up = {k: v for k, v in both.items() if k not in ("delay_s", "jitter_s", "loss")}
+        return {
+            "up": up | (self.up.changes() if self.up else {}),
+            "down": both | (self.down.changes() if self.down else {}),
+        }
+
+    def applied_to(self, state: LinkState) -> LinkState:
+        """The state with these properties replaced."""
+        changes = self.changes_by_direction()
+        return LinkState(*(getattr(state, side).with_changes(changes[side]) for side in DIRECTIONS))
+
+
+class NetworkSpec(Model):
+    """topology: how hosts are joined. link: every access link. links: what differs, by worker (w0, w1, …)."""
+
+    topology: Literal["star"] = "star"
+    link: LinkSpec = LinkSpec()
+    links: dict[str, LinkSpec] = Field(default_factory=dict)
+
+
+def _links(value: object) -> object:
+    if value == "all":
+        return ["all"]
+    return [value] if isinstance(value, str) else value
+
+
+class ScheduleEntry(Model):
+    """One line of the script: at a time, on some links, ``set`` properties at once or ``ramp`` them.
+
+    over: how long a ramp takes. every: the time between its steps.
+    """
+
+    at: Time
+    links: Annotated[list[str], BeforeValidator(_links)] = Field(default_factory=lambda: ["all"], min_length=1)
+    set: LinkSpec | None = None
+    ramp: LinkSpec | None = None
+    over: Time | None = None
+    every: Time | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.set is None) == (self.ramp is None):
+            raise PydanticCustomError("kind", "needs exactly one of set and ramp, for example set: {rate: 10mbit}")
+        if self.ramp is None and (self.over is not None or self.every is not None):
+            key = "over" if self.over is not None else "every"
+            raise PydanticCustomError("at_key", "belongs to a ramp; remove it, or write ramp instead of set", {"path": [key]})
+        if self.ramp is not None and not self.over:
+            raise PydanticCustomError("at_key", "a ramp needs the time it takes, for example over: 4s", {"path": ["over"]})
+        if self.every is not None and self.every < 0.001:
+            raise PydanticCustomError("at_key", "steps of a ramp are at least 1ms apart", {"path": ["every"]})
+        if self.ramp is not None and any(part and part.queue for part in (self.ramp, self.ramp.up, self.ramp.down)):
+            raise PydanticCustomError("at_key", "a queue cannot be ramped; use set", {"path": ["ramp", "queue"]})
+        changed = self.set if self.set is not None else self.ramp
+        if changed is not None and not any(changed.changes_by_direction().values()):
+            key = "set" if self.set is not None else "ramp"
+            raise PydanticCustomError("at_key", "changes nothing; name a property, for example rate: 10mbit", {"path": [key]})
+        return self
+
+
+class StopSpec(Model):
+    """When a cell ends: whichever of the given limits comes first. accuracy needs one of the others as a cap."""
+
+    steps: int | None = Field(None, ge=1, le=10_000_000)
+    epochs: float | None = Field(None, gt=0, le=100_000)
+    seconds: Time | None = None
+    accuracy: Share | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_seconds(cls, data: Any) -> Any:
+        # `seconds: 30` says its unit in its name.
+        if isinstance(data, dict) and isinstance(data.get("seconds"), (int, float)) and not isinstance(data["seconds"], bool):
+            if data["seconds"] < 0:
+                raise PydanticCustomError("at_key", f"{data['seconds']} is negative; write it like 30", {"path": ["seconds"]})
+            return {**data, "seconds": f"{data['seconds']}s"}
+        return data
+
+    @model_validator(mode="after")
+    def _capped(self) -> Self:
+        if self.steps is None and self.epochs is None and not self.seconds:
+            raise PydanticCustomError("stop", "needs one of steps, epochs and seconds, for example {steps: 60}")
+        return self
+
+    def limits(self) -> dict[str, Any]:
+        """Only the limits that are set, numbers in SI units."""
+        return {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
+
+
+class Named(Model):
+    """A name from a catalogue with its options, written as ``topk`` or ``{name: topk, ratio: 0.1}``."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    label: str = ""
+
+    @staticmethod
+    def spread(data: Any) -> Any:
+        """Bring the short forms into {name, options, label}."""
+        if isinstance(data, str):
+            return {"name": data}
+        if isinstance(data, dict) and "name" in data:
+            inner = data.get("options")
+            options = {k: v for k, v in data.items() if k not in ("name", "options", "label")}
+            return {"name": data["name"], "options": {**(inner or {}), **options}, "label": data.get("label", "")}
+        if isinstance(data, dict):
+            raise PydanticCustomError("at_key", "is missing; write a name, or {name: …, option: …}", {"path": ["name"]})
+        return data
+
+
+class MethodSpec(Named):
+    """A method of exchange. label: its name in tables and directories."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        data = cls.spread(data)
+        if isinstance(data, dict) and isinstance(data.get("name"), str):
+            given = data.get("options") or {}
+            catalog.check_method(data["name"], given)
+            if not data.get("label"):
+                data["label"] = "-".join([data["name"].replace(":", "."), *(str(v) for v in given.values())])
+        return data
+
+
+class ModelSpec(Named):
+    """A model of the zoo, or package.module:callable."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        data = cls.spread(data)
+        if isinstance(data, dict) and isinstance(data.get("name"), str):
+            catalog.check_model(data["name"], data.get("options") or {})
+        return data
+
+
+class DataSpec(Named):
+    """A data set by name, or package.module:callable."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        data = cls.spread(data)
+        if isinstance(data, dict) and isinstance(data.get("name"), str):
+            catalog.check_data(data["name"], data.get("options") or {})
+        return data
+
+
+class OptimizerSpec(Named):
+    """An optimizer by name with its options, for example ``{name: sgd, lr: 0.1, momentum: 0.9}``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        data = cls.spread(data)
+        if isinstance(data, dict) and isinstance(data.get("name"), str):
+            catalog.check_optimizer(data["name"], data.get("options") or {})
+        return data
+
+
+class ComputeSpec(Model):
+    """real: takes the time it takes. pace: real, and waits so that a step's compute takes at least that long."""
+
+    pace: Time | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _real(cls, data: Any) -> Any:
+        if data == "real":
+            return {}
+        if isinstance(data, str):
+            raise PydanticCustomError("compute", f"{data!r} is unknown; valid: real, {{pace: 120ms}}")
+        return data
+
+
+class WorkloadSpec(Model):
+    """What the workers train. batch is per worker."""
+
+    model: ModelSpec = ModelSpec(name="mlp")
+    data: DataSpec = DataSpec(name="digits")
+    batch: int = Field(64, ge=1, le=1_000_000)
+    stop: StopSpec
+    optimizer: OptimizerSpec = OptimizerSpec(name="sgd", options={"lr": 0.1, "momentum": 0.9})
+    compute: ComputeSpec = ComputeSpec()
+    evaluate_every: Time = 1.0
+
+
+class ScriptSpec(Model):
+    """A program of the user that every worker runs. stop.seconds ends it from outside."""
+
+    file: str
+    args: list[str] = Field(default_factory=list)
+    stop: StopSpec | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        return {"file": data} if isinstance(data, str) else data
+
+
+class Spec(Model):
+    """A whole experiment."""
+
+    name: str = Field("experiment", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}$")
+    lab: Literal["netns", "docker"] = "netns"
+    workers: int = Field(4, ge=1, le=64)
+    network: NetworkSpec = NetworkSpec()
+    schedule: list[ScheduleEntry] = Field(default_factory=list, max_length=10_000)
+    workload: WorkloadSpec | None = None
+    script: ScriptSpec | None = None
+    methods: list[MethodSpec] = Field(min_length=1, max_length=100)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(default_factory=lambda: [0], min_length=1, max_length=1000)
+    matrix: dict[str, list[Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_program(self) -> Self:
+        if (self.workload is None) == (self.script is None):
+            raise PydanticCustomError("program", "needs exactly one of workload and script")
+        for key in ("methods", "seeds"):
+            names = [m.label if isinstance(m, MethodSpec) else m for m in getattr(self, key)]
+            for index, name in enumerate(names):
+                if name in names[:index]:
+                    raise PydanticCustomError("at_key", f"{name!r} stands there twice; remove one", {"path": [key, index]})
+        return self
+
+    @property
+    def stop(self) -> StopSpec | None:
+        """When a cell ends; None if the script alone decides."""
+        program = self.workload or self.script
+        return program.stop if program else None
+
+
+def initial_state(network: NetworkSpec, link: str) -> LinkState:
+    """State of a worker's link before the schedule begins."""
+    state = network.link.applied_to(LinkState(Shape(), Shape()))
+    return network.links[link].applied_to(state) if link in network.links else state

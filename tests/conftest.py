@@ -1,0 +1,54 @@
+"""What a test needs from the machine, and what happens where it is missing.
+
+A test that needs a lab is skipped where that lab cannot be had. NETSENSE_REQUIRE=netns,docker,compose turns such a skip into
+a failure; CI sets it, so that nothing is skipped there unseen.
+"""
+
+import os
+import shutil
+import subprocess
+from functools import cache
+
+import pytest
+
+REQUIRED = frozenset(filter(None, os.environ.get("NETSENSE_REQUIRE", "").split(",")))
+
+
+@cache
+def missing(need: str) -> str | None:
+    """Why a need is not met on this machine; None if it is met."""
+    if need == "netns":
+        from testbed.labs.base import LabError
+        from testbed.labs.netns import enclosure
+
+        try:
+            enclosure()
+        except LabError as error:
+            return str(error)
+    elif need == "docker":
+        import docker
+        from docker.errors import DockerException, ImageNotFound
+
+        try:
+            docker.from_env().images.get(os.environ.get("TESTBED_IMAGE", "netsense-testbed:local"))
+        except ImageNotFound:
+            return "the image is not built; build it with: docker compose build"
+        except DockerException as error:
+            return f"no Docker daemon answers ({error}); start it with: sudo systemctl start docker"
+        if os.geteuid() != 0:
+            return "shaping containers from the host needs root"
+    elif need == "compose":
+        done = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False) if shutil.which("docker") else None
+        if done is None or done.returncode != 0:
+            return "Docker Compose v2 is missing; install it with: sudo apt-get install docker-compose-plugin"
+    elif need == "chromium" and not shutil.which("chromium"):
+        return "Chromium is missing; install it with: sudo apt-get install chromium"
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for need in ("netns", "docker", "compose", "chromium"):
+        if item.get_closest_marker(need) and (reason := missing(need)):
+            if need in REQUIRED:
+                pytest.fail(f"{need} is required here: {reason}", pytrace=False)
+            pytest.skip(reason)
