@@ -1,7 +1,6 @@
 """The command ``testbed``: parse, call, print. Exit codes: 0 done and valid; 1 a run failed; 2 bad input, nothing was
 touched; 3 done, but not valid; 4 this machine cannot do it; 130 interrupted."""
 
-import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -74,7 +73,9 @@ def validate(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
     """Check a spec without running anything."""
     _, plan = _plan(spec, overrides, None)
     cells = len(plan.cells)
-    typer.echo(f"{spec}: good; {cells} {'cell' if cells == 1 else 'cells'}, {len(plan.cells[0].workers)} workers, lab {plan.lab}")
+    typer.echo(
+        f"{spec}: good; {cells} {'cell' if cells == 1 else 'cells'}, {len(plan.cells[0].workers)} workers, lab {plan.lab}"
+    )
 
 
 @app.command()
@@ -132,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from netsenseml.agent import protocol
-from testbed.links.qdiscs import compile_tree, tc_commands
+from testbed.labs.base import LabPlan
+from testbed.links.qdiscs import compile_tree, largest_packet_bytes, tc_commands
 from testbed.links.state import DIRECTIONS, LinkState
 from testbed.spec.errors import SpecError, did_you_mean, place_of
 from testbed.spec.load import apply_overrides, combinations, validate
@@ -19,8 +20,8 @@ from testbed.timeline import Change, expand
 class Cell:
     """One training run: one method and seed under one set of conditions.
 
-    links: first state of every worker's link (link and worker share a name). impaired: links whose states need netem at
-    some time. program: the user's script with its arguments, or None for the built-in worker. stop: protocol.StopConfig.
+    lab: the hosts and links to build; link and worker share a name. program: the user's script with its arguments, or None for
+    the built-in worker.
     """
 
     name: str
@@ -30,14 +31,13 @@ class Cell:
     workload: WorkloadSpec | None
     program: tuple[str, ...] | None
     stop: protocol.StopConfig
-    links: Mapping[str, LinkState]
     timeline: tuple[Change, ...]
-    impaired: frozenset[str]
+    lab: LabPlan
 
     @property
     def workers(self) -> tuple[str, ...]:
         """Names of the workers in order of rank."""
-        return tuple(self.links)
+        return tuple(self.lab.links)
 
     def config(self) -> protocol.CellConfig:
         """What the workers need to know, as it is written to cell.json."""
@@ -45,7 +45,7 @@ class Cell:
             "cell": self.name,
             "method": {"name": self.method.name, "options": dict(self.method.options)},
             "seed": self.seed,
-            "workers": len(self.links),
+            "workers": len(self.lab.links),
             "workload": _workload_config(self.workload) if self.workload else None,
         }
 
@@ -61,7 +61,7 @@ class Plan:
     @property
     def needs_netem(self) -> bool:
         """True if some link has delay, jitter or loss at some time."""
-        return any(cell.impaired for cell in self.cells)
+        return any(cell.lab.impaired for cell in self.cells)
 
 
 def make_plan(spec: Spec) -> Plan:
@@ -80,12 +80,16 @@ def _cells(spec: Spec, overrides: Mapping[str, Any]) -> list[Cell]:
         if name not in workers:
             fault = f"there is no worker {name!r} among {spec.workers}; {did_you_mean(name, workers)}"
             raise SpecError([(place_of(["network", "links", name]), fault)])
-    stop = spec.stop.limits() if spec.stop else {}
+    stop = spec.stop.limits() if spec.stop else protocol.StopConfig()
     _check_end(spec, stop.get("seconds"))
     links = {worker: initial_state(spec.network, worker) for worker in workers}
     timeline = expand(spec.schedule, links)
-    impaired = {name for name, state in links.items() if state.needs_netem}
-    impaired |= {change.link for change in timeline if change.state.needs_netem}
+    states = [*links.items(), *((change.link, change.state) for change in timeline)]
+    lab = LabPlan(
+        links,
+        impaired=frozenset(name for name, state in states if state.needs_netem),
+        packet_bytes=largest_packet_bytes(shape.rate_bps for _, state in states for shape in (state.up, state.down)),
+    )
     return [
         Cell(
             name=_slug("-".join([method.label, *(f"{k.split('.')[-1]}-{v}" for k, v in overrides.items()), f"s{seed}"])),
@@ -95,9 +99,8 @@ def _cells(spec: Spec, overrides: Mapping[str, Any]) -> list[Cell]:
             workload=spec.workload,
             program=(spec.script.file, *spec.script.args) if spec.script else None,
             stop=stop,
-            links=links,
             timeline=timeline,
-            impaired=frozenset(impaired),
+            lab=lab,
         )
         for seed in spec.seeds
         for method in spec.methods
@@ -126,7 +129,7 @@ def _workload_config(workload: WorkloadSpec) -> protocol.WorkloadConfig:
         "data": workload.data.name,
         "data_options": workload.data.options,
         "batch": workload.batch,
-        "stop": protocol.StopConfig(**workload.stop.limits()),
+        "stop": workload.stop.limits(),
         "optimizer": {"name": workload.optimizer.name, **workload.optimizer.options},
         "compute": compute,
         "evaluate_every_s": workload.evaluate_every,
@@ -143,12 +146,12 @@ def describe(plan: Plan) -> list[str]:
     shown: set[tuple[Any, ...]] = set()
     for cell in plan.cells:
         lines.append(f"cell {cell.name}: method {cell.method.label}, seed {cell.seed}, {len(cell.workers)} workers")
-        network = (tuple(cell.links.items()), cell.timeline)
+        network = (tuple(cell.lab.links.items()), cell.timeline)
         if network in shown:
             lines.append("  (network as above)")
             continue
         shown.add(network)
-        lines += ["  t=0 " + command for link in cell.links for command in _commands(cell, link, cell.links[link])]
+        lines += ["  t=0 " + command for link, state in cell.lab.links.items() for command in _commands(cell, link, state)]
         for change in cell.timeline:
             lines += [f"  t={change.at_s:g}s " + command for command in _commands(cell, change.link, change.state)]
     return lines
@@ -157,6 +160,10 @@ def describe(plan: Plan) -> list[str]:
 def _commands(cell: Cell, link: str, state: LinkState) -> list[str]:
     commands = []
     for side in DIRECTIONS:
-        tree = compile_tree(getattr(state, side), impaired=side == "down" and link in cell.impaired)
+        tree = compile_tree(
+            getattr(state, side),
+            impaired=side == "down" and link in cell.lab.impaired,
+            packet_bytes=cell.lab.packet_bytes,
+        )
         commands += tc_commands(tree, "eth0" if side == "up" else link, f"[{link if side == 'up' else 'switch'}] ")
     return commands

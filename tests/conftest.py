@@ -10,6 +10,11 @@ import subprocess
 from functools import cache
 
 import pytest
+from hypothesis import settings
+
+# Shared machines stall at will; a slow example is no fault of the code.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
 
 REQUIRED = frozenset(filter(None, os.environ.get("NETSENSE_REQUIRE", "").split(",")))
 
@@ -38,7 +43,11 @@ def missing(need: str) -> str | None:
         if os.geteuid() != 0:
             return "shaping containers from the host needs root"
     elif need == "compose":
-        done = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False) if shutil.which("docker") else None
+        done = (
+            subprocess.run(["docker", "compose", "version"], capture_output=True, check=False)
+            if shutil.which("docker")
+            else None
+        )
         if done is None or done.returncode != 0:
             return "Docker Compose v2 is missing; install it with: sudo apt-get install docker-compose-plugin"
     elif need == "chromium" and not shutil.which("chromium"):

@@ -35,9 +35,9 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 ENV_CELL_DIR = "NETSENSE_CELL_DIR"
 """Directory of the cell as the worker sees it; unset outside the testbed."""
@@ -94,7 +94,10 @@ class StopConfig(TypedDict, total=False):
 
 
 class WorkloadConfig(TypedDict):
-    """What a built-in worker trains. ``compute`` is "real" or ``{"pace_s": seconds}``."""
+    """What a built-in worker trains. ``compute`` is "real" or ``{"pace_s": seconds}``.
+
+    ``bucket_cap_mb`` is DDP's bucket size; DDP's default where it is absent.
+    """
 
     model: str
     model_options: dict[str, Any]
@@ -105,6 +108,7 @@ class WorkloadConfig(TypedDict):
     optimizer: dict[str, Any]
     compute: Any
     evaluate_every_s: float
+    bucket_cap_mb: NotRequired[float]
 
 
 class CellConfig(TypedDict):
@@ -137,7 +141,7 @@ class RecordFile:
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
-    def append(self, rows: list[Mapping[str, Any]]) -> None:
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows; values must be JSON scalars. NaN is written as null."""
         text = "".join(json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n" for row in rows)
         os.write(self._fd, text.encode())

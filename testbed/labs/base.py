@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+from testbed.links.qdiscs import UNCUT_PACKET_BYTES
 from testbed.links.shaper import Shaper
 from testbed.links.state import LinkState
 
@@ -19,10 +20,12 @@ class LabPlan:
     """What a lab has to build: one link for every host, of the same name, in its first state.
 
     impaired: links that get netem at some time of the run and so need it in their qdisc tree from the start.
+    packet_bytes: wire size that no packet of a host may exceed (``qdiscs.largest_packet_bytes``).
     """
 
     links: Mapping[str, LinkState]
     impaired: frozenset[str] = frozenset()
+    packet_bytes: int = UNCUT_PACKET_BYTES
 
 
 class Process(Protocol):
@@ -63,9 +66,7 @@ class Lab(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
 
 class LabError(Exception):

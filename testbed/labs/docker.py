@@ -29,12 +29,13 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.models.containers import Container
 from docker.models.networks import Network
 from docker.types import Mount
-from pyroute2.netlink.rtnl import RTM_GETLINK
+from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_NEWLINK
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from netsenseml.agent import protocol
 from testbed.labs.base import LabError, LabPlan
-from testbed.links.netlink import NetlinkSocket, decode, encode
+from testbed.links.netlink import NetlinkSocket, Request, decode, encode
+from testbed.links.qdiscs import gso_max_size
 from testbed.links.shaper import Port, Shaper
 
 LABEL = "netsense.testbed"
@@ -48,6 +49,9 @@ _NOBODY = 65534
 _READY_S = 60.0
 _START_THREADS = 8
 _COMPOSE = "docker compose up experiment"
+_OTHER_NAMESPACE = f"this process needs the PID and network namespaces of the Docker daemon; run: {_COMPOSE}"
+_OWN_MOUNT = re.compile(r"/containers/([0-9a-f]{64})/(?:hostname|hosts|resolv\.conf) /etc/")
+"""A line of mountinfo(5): Docker mounts these files from a directory named after the container."""
 _CAPABILITIES = {"NET_ADMIN": 12, "SYS_PTRACE": 19, "SYS_ADMIN": 21}  # <linux/capability.h>
 
 
@@ -137,16 +141,15 @@ class DockerHost:
 class DockerLab:
     """Hosts and links made by a Docker daemon (``labs.base.Lab``).
 
-    directory: the run directory; the workers see it as /run/netsense and nothing else of the machine. They run as its
-    owner, or as nobody if that is root. writable: directories in it that are given to that user, with all they hold.
+    directory: the run directory. The workers see it as /run/netsense and run as its owner, or, if that is root, as the
+    owner of the directory above it or as nobody, to whom it and its ``cells`` are then given.
+    shared: other directories, which they see under the same path but cannot write, such as that of the user's script.
     """
 
-    def __init__(
-        self, plan: LabPlan, directory: Path, writable: Sequence[Path] = (), image: str | None = None
-    ) -> None:
+    def __init__(self, plan: LabPlan, directory: Path, shared: Sequence[Path] = (), image: str | None = None) -> None:
         self._plan = plan
         self._directory = directory.resolve()
-        self._writable = writable
+        self._shared = [path.resolve() for path in shared]
         self._image = image or os.environ.get(ENV_IMAGE, DEFAULT_IMAGE)
         self._token = secrets.token_hex(4)
         self._labels = {LABEL: self._token, OWNER: _owner_mark()}
@@ -154,13 +157,16 @@ class DockerLab:
         self._lines: dict[str, _Line] = {}
         self._switch: NetlinkSocket | None = None
         self.hosts: dict[str, DockerHost] = {}
-        self.links = Shaper()
+        self.links = Shaper(plan.impaired, plan.packet_bytes)
 
     @property
     def user(self) -> tuple[int, int]:
         """User and group that the workers run as."""
-        owner = self._directory.stat()
-        return (owner.st_uid, owner.st_gid) if owner.st_uid else (_NOBODY, _NOBODY)
+        for path in (self._directory, self._directory.parent):
+            owner = path.stat()
+            if owner.st_uid:
+                return owner.st_uid, owner.st_gid
+        return _NOBODY, _NOBODY
 
     def __enter__(self) -> Self:
         _require_capabilities()
@@ -168,7 +174,6 @@ class DockerLab:
         try:
             with _docker_errors():
                 self._build(self._client)
-            self.links.impair(self._plan.impaired)
             foreign = self.links.foreign_roots()
             if foreign:
                 raise LabError(f"somebody else shapes {foreign[0]}; end that first")
@@ -178,32 +183,27 @@ class DockerLab:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._close()
 
     def _build(self, client: docker.DockerClient) -> None:
         try:
             client.images.get(self._image)
         except ImageNotFound:
-            raise LabError(
-                f"the image {self._image} is missing; build it with: docker compose build experiment"
-            ) from None
+            raise LabError(f"the image {self._image} is missing; build it with: docker compose build experiment") from None
         clean(dry_run=False, client=client)
-        for path in self._writable:
-            _give(path, *self.user)
-        source = _path_for_daemon(client, self._directory)
-        network = client.networks.create(
-            f"netsense-{self._token}", driver="bridge", internal=True, labels=self._labels
-        )
+        os.chown(self._directory, *self.user)
+        _give(self._directory / "cells", *self.user)
+        mounts = [Mount(str(_RUN_DIR), _path_for_daemon(client, self._directory), type="bind")]
+        mounts += [Mount(str(path), _path_for_daemon(client, path), type="bind", read_only=True) for path in self._shared]
+        network = client.networks.create(f"netsense-{self._token}", driver="bridge", internal=True, labels=self._labels)
         rendezvous = self._directory / f".hosts-{self._token}.sock"
         pool = ThreadPoolExecutor(_START_THREADS, thread_name_prefix="container")
         try:
             with protocol.listen_unix(rendezvous, backlog=len(self._plan.links) + 8) as listener:
                 os.chown(rendezvous, *self.user)
                 starting = {
-                    name: pool.submit(self._start_container, client, network, name, source, rendezvous.name)
+                    name: pool.submit(self._start_container, client, network, name, mounts, rendezvous.name)
                     for name in self._plan.links
                 }
                 self._answer(listener, starting)
@@ -217,7 +217,7 @@ class DockerLab:
         self._wire(network, containers)
 
     def _start_container(
-        self, client: docker.DockerClient, network: Network, name: str, source: str, rendezvous: str
+        self, client: docker.DockerClient, network: Network, name: str, mounts: list[Mount], rendezvous: str
     ) -> Container:
         keeper = Path(__file__).with_name("keeper.py").read_text()
         container = client.containers.run(
@@ -237,7 +237,7 @@ class DockerLab:
             read_only=True,
             security_opt=["no-new-privileges:true"],
             tmpfs={"/tmp": "rw,nosuid,nodev"},
-            mounts=[Mount(str(_RUN_DIR), source, type="bind")],
+            mounts=mounts,
             environment={"HOME": "/tmp", "TMPDIR": "/tmp", "OMP_NUM_THREADS": "1"},
         )
         container.reload()
@@ -248,19 +248,29 @@ class DockerLab:
         listener.settimeout(0.2)
         deadline = time.monotonic() + _READY_S
         while len(self._lines) < len(starting):
-            for future in starting.values():
-                if future.done():
-                    future.result()
+            for name, future in starting.items():
+                if future.done() and not (future.exception() is None and name in self._lines):
+                    self._expect_alive(name, future.result())
             if time.monotonic() > deadline:
                 missing = ", ".join(name for name in starting if name not in self._lines)
-                raise LabError(f"no answer from the container of {missing}; does the image {self._image} have python?")
+                raise LabError(f"no answer from the container of {missing} within {_READY_S:g} s")
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
                 continue
             connection.settimeout(10)
             (greeting,) = protocol.MessageBuffer().feed(connection.recv(4096))
+            connection.settimeout(None)
             self._lines[greeting["host"]] = _Line(connection)
+
+    def _expect_alive(self, name: str, container: Container) -> None:
+        with contextlib.suppress(NotFound):
+            container.reload()
+            if container.status == "running":
+                return
+        raise LabError(
+            f"the container of {name} ended at once; see: docker run --rm --entrypoint python {self._image} --version"
+        )
 
     def _wire(self, network: Network, containers: Mapping[str, Container]) -> None:
         self._switch = NetlinkSocket()
@@ -273,10 +283,11 @@ class DockerLab:
             # another interface if we do not share its network namespace.
             mine = next((x for x in _interfaces(inner) if x.get_attr("IFLA_IFNAME") == INTERFACE), None)
             if mine is None or mine.get_attr("IFLA_ADDRESS") != attached["MacAddress"]:
-                raise LabError(f"cannot see the container of {name}: run with the PID namespace of the host, as {_COMPOSE} does")
+                raise LabError(f"cannot see the container of {name}: {_OTHER_NAMESPACE}")
             peer = outside.get(mine.get_attr("IFLA_LINK"))
             if peer is None or peer.get_attr("IFLA_LINK") != mine["index"] or not peer.get_attr("IFLA_MASTER"):
-                raise LabError(f"cannot see the cable of {name}: run with the network of the host, as {_COMPOSE} does")
+                raise LabError(f"cannot see the cable of {name}: {_OTHER_NAMESPACE}")
+            inner.batch([_limit_packets(mine["index"], gso_max_size(self._plan.packet_bytes))])
             self.links.add(
                 name,
                 up=Port(inner, mine["index"], INTERFACE),
@@ -285,8 +296,10 @@ class DockerLab:
 
     def _close(self) -> None:
         with _undisturbed():
-            for closing in (*self._lines.values(), *self.hosts.values()):
-                closing.close()
+            for line in self._lines.values():
+                line.close()
+            for host in self.hosts.values():
+                host.close()
             self._lines.clear()
             self.hosts.clear()
             if self._switch is not None:
@@ -365,11 +378,18 @@ def _enter(pid: int) -> NetlinkSocket:
     except PermissionError:
         raise LabError(f"this process may not enter a container's network; run: {_COMPOSE}, or use sudo") from None
     except FileNotFoundError:
-        raise LabError(f"cannot see the containers: run with the PID namespace of the host, as {_COMPOSE} does") from None
+        raise LabError(f"cannot see the containers: {_OTHER_NAMESPACE}") from None
 
 
 def _interfaces(sock: NetlinkSocket) -> list[ifinfmsg]:
     return [decode(answer, ifinfmsg) for answer in sock.dump(encode(ifinfmsg(), RTM_GETLINK, 0, "list interfaces"))]
+
+
+def _limit_packets(index: int, gso_max_bytes: int) -> Request:
+    message = ifinfmsg()
+    message["index"] = index
+    message["attrs"] = [("IFLA_GSO_MAX_SIZE", gso_max_bytes)]
+    return encode(message, RTM_NEWLINK, 0, f"largest packet of {INTERFACE}")
 
 
 def _require_capabilities() -> None:
@@ -389,7 +409,7 @@ def _give(path: Path, uid: int, gid: int) -> None:
 
 def _path_for_daemon(client: docker.DockerClient, path: Path) -> str:
     """The path under which the daemon's machine has a directory; another one if we run in a container ourselves."""
-    own = re.search(r"/containers/([0-9a-f]{64})/(?:hostname|hosts|resolv\.conf) /etc/", Path("/proc/self/mountinfo").read_text())
+    own = _OWN_MOUNT.search(Path("/proc/self/mountinfo").read_text())
     if own is None:
         return str(path)
     try:
@@ -405,7 +425,7 @@ def _path_for_daemon(client: docker.DockerClient, path: Path) -> str:
 
 def _owner_mark() -> str:
     pid = os.getpid()
-    return f"{pid}:{_start_time(pid)}:{_boot_id()}:{os.stat('/proc/self/ns/pid').st_ino}"
+    return f"{pid}:{_start_time(pid)}:{_boot_id()}:{_pid_namespace()}"
 
 
 def _owner_lives(mark: str) -> bool:
@@ -414,7 +434,7 @@ def _owner_lives(mark: str) -> bool:
         pid, started, boot, namespace = mark.split(":")
         if boot != _boot_id():
             return False
-        if namespace != str(os.stat("/proc/self/ns/pid").st_ino):
+        if namespace != _pid_namespace():
             return True  # its PID means nothing to us
         return _start_time(int(pid)) == started
     except ValueError:
@@ -426,6 +446,10 @@ def _owner_lives(mark: str) -> bool:
 def _start_time(pid: int) -> str:
     # Field 22 of proc(5) stat; the name in parentheses before it may hold anything. PIDs come round again, this does not.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+def _pid_namespace() -> str:
+    return str(Path("/proc/self/ns/pid").stat().st_ino)
 
 
 def _boot_id() -> str:
@@ -443,13 +467,17 @@ def _docker_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Hold off Ctrl-C while the lab is being removed; only the main thread can, and only it is interrupted."""
+    """Put off Ctrl-C until the lab is removed; only the main thread can, and only it is interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda which, _: came.append(which)) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])

@@ -70,9 +70,7 @@ class ForkServer:
         threading.Thread(target=self._listen, name="forkserver", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for child in self._children.values():
             child.kill()
         # shutdown, not close: the listening thread is blocked in recv and holds the socket open.
@@ -93,8 +91,7 @@ class ForkServer:
         if "pid" not in reply:
             raise LabError(f"cannot start {argv[0]}: {reply['error']}")
         with self._arrived:
-            child = self._children.setdefault(reply["pid"], ForkedProcess(reply["pid"]))
-        return child
+            return self._children.setdefault(reply["pid"], ForkedProcess(reply["pid"]))
 
     def _listen(self) -> None:
         while True:

@@ -8,7 +8,6 @@ import ipaddress
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +21,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from testbed.labs.base import LabError, LabPlan, Process
 from testbed.labs.forkserver import ForkServer
 from testbed.links.netlink import NetlinkSocket, Request, back_to_own_namespace, encode, unshare_network
+from testbed.links.qdiscs import gso_max_size
 from testbed.links.shaper import Port, Shaper
 
 INTERFACE = "eth0"
@@ -34,7 +34,9 @@ _NEW = NLM_F_CREATE | NLM_F_EXCL
 def enclosure() -> list[str]:
     """The command prefix that runs a program in fresh private namespaces; raises LabError with the mend."""
     if shutil.which("unshare") is None:
-        raise LabError("the program unshare is missing; install it with: apt-get install util-linux (or dnf install util-linux)")
+        raise LabError(
+            "the program unshare is missing; install it with: apt-get install util-linux (or dnf install util-linux)"
+        )
     private = ["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     rootless = ["unshare", "--user", "--map-root-user", *private]
     attempts = [rootless]
@@ -95,7 +97,7 @@ class NetnsLab:
         self._server = server
         self._switch: NetlinkSocket | None = None
         self.hosts: dict[str, NetnsHost] = {}
-        self.links = Shaper()
+        self.links = Shaper(plan.impaired, plan.packet_bytes)
 
     def __enter__(self) -> Self:
         try:
@@ -115,9 +117,7 @@ class NetnsLab:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._close()
 
     def _wire(self, switch: NetlinkSocket) -> None:
@@ -128,13 +128,12 @@ class NetnsLab:
             requests.append(_veth(host.name, port, host.namespace))
             requests.append(_link("port", port, host.name, master=_BRIDGE_INDEX, up=True))
         switch.batch(requests)
-        self.links.impair(self._plan.impaired)
         for position, host in enumerate(self.hosts.values()):
             host.socket.batch(
                 [
                     _link("loopback", _LOOPBACK_INDEX, "lo", up=True),
                     _address(host.address),
-                    _link("interface", _ETH0_INDEX, INTERFACE, up=True),
+                    _link("interface", _ETH0_INDEX, INTERFACE, up=True, gso_max=gso_max_size(self._plan.packet_bytes)),
                 ]
             )
             self.links.add(
@@ -164,7 +163,14 @@ def _fresh_namespace() -> None:
 
 
 def _link(
-    what: str, index: int, name: str, *, kind: str | None = None, master: int | None = None, up: bool = False
+    what: str,
+    index: int,
+    name: str,
+    *,
+    kind: str | None = None,
+    master: int | None = None,
+    up: bool = False,
+    gso_max: int | None = None,
 ) -> Request:
     message = ifinfmsg()
     message["index"] = index
@@ -175,6 +181,8 @@ def _link(
         attrs.append(("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", kind)]}))
     if master is not None:
         attrs.append(("IFLA_MASTER", master))
+    if gso_max is not None:
+        attrs.append(("IFLA_GSO_MAX_SIZE", gso_max))
     message["attrs"] = attrs
     return encode(message, RTM_NEWLINK, _NEW if kind else 0, f"{what} {name}")
 
@@ -207,8 +215,3 @@ def _address(address: str) -> Request:
         ("IFA_BROADCAST", str(_NETWORK.broadcast_address)),
     ]
     return encode(message, RTM_NEWADDR, _NEW, f"address {address}")
-
-
-def inside_command(prefix: Sequence[str], module: str, arguments: Sequence[str]) -> list[str]:
-    """The command that runs a Python module of ours inside the private namespaces."""
-    return [*prefix, sys.executable, "-m", module, *arguments]

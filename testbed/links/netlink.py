@@ -148,8 +148,8 @@ class NetlinkSocket:
         for request in pending:
             self._sequence += 1
             message = bytearray(request.data)
-            (flags,) = struct.unpack_from("=H", message, 6)
-            struct.pack_into("=HII", message, 6, flags | NLM_F_ACK, self._sequence, 0)
+            (asked,) = struct.unpack_from("=H", message, 6)
+            struct.pack_into("=HII", message, 6, asked | NLM_F_ACK, self._sequence, 0)
             out += message + b"\0" * (-len(message) % 4)
         self._socket.send(out)
 
@@ -157,23 +157,23 @@ class NetlinkSocket:
         failure: NetlinkError | None = None
         missing = len(pending)
         while missing:
-            for kind, flags, sequence, message in self._receive():
+            for kind, flags, sequence, answer in self._receive():
                 position = sequence - first
                 if not 0 <= position < len(pending):
                     continue
                 if kind == NLMSG_ERROR:
                     missing -= 1
-                    failure = failure or _refusal(message, flags, pending[position].what)
+                    failure = failure or _refusal(answer, flags, pending[position].what)
                 else:
-                    replies[position].append(message)
+                    replies[position].append(answer)
         return replies, failure
 
     def dump(self, request: Request) -> list[bytes]:
         """All messages that answer a dump request."""
         self._sequence += 1
-        message = bytearray(request.with_flags(NLM_F_DUMP).data)
-        struct.pack_into("=II", message, 8, self._sequence, 0)
-        self._socket.send(message)
+        question = bytearray(request.with_flags(NLM_F_DUMP).data)
+        struct.pack_into("=II", question, 8, self._sequence, 0)
+        self._socket.send(question)
         answers: list[bytes] = []
         while True:
             for kind, flags, sequence, answer in self._receive():

@@ -12,7 +12,7 @@ and are dropped there when it is full. The other way round netem's packet limit 
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,6 +27,10 @@ MAJOR = 0x7E50
 """Handles 7e50: to 7e5f: mark the qdiscs that are ours; nothing else at a root is ever replaced (Pumba's habit)."""
 
 ETHERNET_FRAME_BYTES = 1514
+_SEGMENT_BYTES = 1448
+"""TCP payload of a full frame: 1500 less IP, TCP and the timestamp option."""
+UNCUT_PACKET_BYTES = 46 * ETHERNET_FRAME_BYTES
+"""Wire size of the largest GSO packet that Linux builds unless told otherwise (64 KiB of TCP/IP)."""
 _HANDLES = {"netem": MAJOR | 1, "tbf": MAJOR | 2, "pfifo": MAJOR | 3}
 _TCMSG = struct.Struct("=BBHiIII")  # family, pads, ifindex, handle, parent, info
 _NLMSG_BYTES = 16
@@ -39,15 +43,29 @@ def burst_bytes(rate_bps: int) -> int:
     Two opposing needs. The timer that refills the bucket, and the softirq behind it, run some ms late on a busy machine, and
     a bucket that was full meanwhile loses rate: with 2 ms of line rate a ring all-reduce got 42 of 50 Mbit/s on a loaded
     2-core machine, with 4 ms and more 44 to 48. But a full bucket is a free ride after every pause: 64 KiB let 10.8 Mbit/s of
-    payload through a 10 Mbit/s link. So: 4 ms of line rate, and at low rates a few frames; tbf cuts larger GSO packets itself.
+    payload through a 10 Mbit/s link. So: 4 ms of line rate, and at low rates a few frames.
     """
     return max(math.ceil(rate_bps / 8 * 0.004), 8 * ETHERNET_FRAME_BYTES)
 
 
-def queue_bytes(shape: Shape, rate_bps: int) -> int:
+def largest_packet_bytes(rates_bps: Iterable[int | None]) -> int:
+    """Wire size that no packet may exceed, so that it fits the bucket of every rate that a lab's links will ever have.
+
+    tbf cuts a packet that is larger than the bucket when it is queued, but not one that was queued before the bucket became
+    smaller: that one can never collect its tokens, and the link stands still until the rate rises again.
+    """
+    return min((burst_bytes(rate) for rate in rates_bps if rate is not None), default=UNCUT_PACKET_BYTES)
+
+
+def gso_max_size(packet_bytes: int) -> int:
+    """IFLA_GSO_MAX_SIZE for an interface whose packets must not exceed a wire size."""
+    return min(packet_bytes // ETHERNET_FRAME_BYTES * _SEGMENT_BYTES, 65536)
+
+
+def queue_bytes(shape: Shape, rate_bps: int, burst: int) -> int:
     """Bytes that may wait at a rate: the time or size asked for, but never less than one burst and a frame."""
     wanted = shape.queue_bytes if shape.queue_bytes is not None else math.ceil(rate_bps / 8 * shape.queue_s)
-    return max(wanted, burst_bytes(rate_bps) + ETHERNET_FRAME_BYTES)
+    return max(wanted, burst + ETHERNET_FRAME_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +118,17 @@ Tree = tuple[Qdisc, ...]
 """Qdiscs from the root downwards, each the only child of the one before."""
 
 
-def compile_tree(shape: Shape, *, impaired: bool = False) -> Tree:
+def compile_tree(shape: Shape, *, impaired: bool = False, packet_bytes: int = 0) -> Tree:
     """The qdisc tree of one direction.
 
+    packet_bytes: largest packet that can arrive (``largest_packet_bytes``); the bucket is never smaller.
     impaired: put netem into the tree even if this shape does not need it, because a later one on the same link will; so
     that no change ever has to replace the root and lose what is queued.
     """
     below: Qdisc = Pfifo()
     if shape.rate_bps is not None:
-        below = Tbf(shape.rate_bps, burst_bytes(shape.rate_bps), queue_bytes(shape, shape.rate_bps))
+        burst = max(burst_bytes(shape.rate_bps), min(packet_bytes, UNCUT_PACKET_BYTES))
+        below = Tbf(shape.rate_bps, burst, queue_bytes(shape, shape.rate_bps, burst))
     if not (impaired or shape.needs_netem):
         return (below,)
     held_s = shape.delay_s + 4 * shape.jitter_s
@@ -136,9 +156,7 @@ def tc_commands(tree: Tree, interface: str, prefix: str = "") -> list[str]:
     for level, qdisc in enumerate(tree):
         handle, parent = handle_of(tree, level)
         place = "root" if parent == TC_H_ROOT else f"parent {parent >> 16:x}:{parent & 0xFFFF:x}"
-        commands.append(
-            f"{prefix}tc qdisc replace dev {interface} {place} handle {handle >> 16:x}: {qdisc.tc_arguments()}"
-        )
+        commands.append(f"{prefix}tc qdisc replace dev {interface} {place} handle {handle >> 16:x}: {qdisc.tc_arguments()}")
     return commands
 
 
@@ -155,7 +173,7 @@ class _TbfOptions(nla):
         ("TCA_TBF_PAD", "hex"),
     )
 
-    class parms(nla):  # struct tc_tbf_qopt of <linux/pkt_sched.h>
+    class parms(nla):  # noqa: N801 (pyroute2 wants the name of the map) struct tc_tbf_qopt of <linux/pkt_sched.h>
         fields = (
             ("rate_head", "Q"),
             ("rate", "I"),
@@ -202,7 +220,7 @@ class _PfifoOptions(nla):
 _OPTIONS: dict[str, type[nla]] = {"tbf": _TbfOptions, "netem": _NetemOptions, "pfifo": _PfifoOptions}
 
 
-class QdiscMessage(tcmsg):  # type: ignore[misc]
+class QdiscMessage(tcmsg):
     """A tcmsg that knows all attributes of tbf and netem; pyroute2's own lack the 64-bit ones and tbf's burst."""
 
     @staticmethod
@@ -308,5 +326,3 @@ def read_counters(answer: bytes) -> tuple[int, int, int, QdiscCounters | None]:
                 qlen, backlog, drops, _, overlimits = queue
                 return ifindex, handle, parent, QdiscCounters(basic[0], basic[1], drops, overlimits, backlog, qlen)
     return ifindex, handle, parent, None
-
-

@@ -35,21 +35,22 @@ class Applied:
 
 
 class Shaper:
-    """All links of a lab. Ports are added once, then states are applied and counters read for many links at a time."""
+    """All links of a lab. Ports are added once, then states are applied and counters read for many links at a time.
 
-    def __init__(self) -> None:
+    impaired: links that carry netem from the start, because some state of theirs will need it.
+    packet_bytes: wire size of the largest packet that the hosts send (``qdiscs.largest_packet_bytes``).
+    """
+
+    def __init__(self, impaired: Iterable[str] = (), packet_bytes: int = qdiscs.UNCUT_PACKET_BYTES) -> None:
+        self.packet_bytes = packet_bytes
+        self._impaired = frozenset(impaired)
         self._ports: dict[tuple[str, str], Port] = {}
-        self._impaired: frozenset[str] = frozenset()
         self._states: dict[str, LinkState] = {}
 
     def add(self, link: str, up: Port, down: Port) -> None:
         """Make a link known by its two egress ports."""
         self._ports[link, "up"] = up
         self._ports[link, "down"] = down
-
-    def impair(self, links: Iterable[str]) -> None:
-        """Name the links that carry netem from the start, because some state of theirs will need it."""
-        self._impaired = frozenset(links)
 
     @property
     def states(self) -> Mapping[str, LinkState]:
@@ -67,7 +68,9 @@ class Shaper:
                 port = self._ports[link, direction]
                 shape = state.up if direction == "up" else state.down
                 # Delay and loss are on down only, so only down ever needs netem.
-                tree = compile_tree(shape, impaired=direction == "down" and link in self._impaired)
+                tree = compile_tree(
+                    shape, impaired=direction == "down" and link in self._impaired, packet_bytes=self.packet_bytes
+                )
                 wanted = zip(tree, qdiscs.requests(tree, port.ifindex, f"{link} {direction}"), strict=True)
                 by_socket.setdefault(port.socket, []).extend((link, qdisc, request) for qdisc, request in wanted)
 

@@ -51,6 +51,4 @@ class LinkState:
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Plain data, for records."""
-        return {
-            side: {f.name: getattr(getattr(self, side), f.name) for f in fields(Shape)} for side in DIRECTIONS
-        }
+        return {side: {f.name: getattr(getattr(self, side), f.name) for f in fields(Shape)} for side in DIRECTIONS}

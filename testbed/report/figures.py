@@ -139,7 +139,10 @@ def breakdown(steps: pd.DataFrame) -> go.Figure | None:
             hovertemplate=f"{name} %{{x:.3~f}} ms<extra>%{{y}}</extra>",
         )
     return _finish(figure, 150 + 56 * len(means), hovermode="closest").update_layout(
-        barmode="stack", bargap=0.3, margin_t=48, xaxis=_axis("mean time of a step (ms)"), yaxis=_axis("", showgrid=False, autorange="reversed")
+        barmode="stack",
+        bargap=0.3,
+        xaxis=_axis("mean time of a step (ms)"),
+        yaxis=_axis("", showgrid=False, autorange="reversed"),
     )
 
 

@@ -23,7 +23,7 @@ CAPTIONS: Mapping[str, tuple[str, str]] = {
     "throughput": (
         "Throughput",
         "Samples trained per second by all ranks together, every step spread evenly over its duration. The grey area"
-        " is the tightest limit of any link at that time (right axis). A line that ends earlier is a run that ended earlier.",
+        " is the tightest limit of any link at that time (right axis). A line ends where its run ended.",
     ),
     "compression": (
         "What was sent",
@@ -50,7 +50,7 @@ CAPTIONS: Mapping[str, tuple[str, str]] = {
     "links": (
         "Were the links full?",
         "What the kernel counted, with Ethernet headers: the line is the mean over all links and directions, the band"
-        " goes from the idlest to the busiest. At the dotted limit the network is the bottleneck; nothing may pass it for long.",
+        " goes from the idlest to the busiest. A line at the dotted limit means that the network was the bottleneck.",
     ),
 }
 """Title and caption of each figure: how to read it, and what was measured."""
@@ -82,9 +82,7 @@ def render(run: Run) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters.update(
-        si=text.si, number=text.number, times=text.times, percent=text.percent, scenario=scenario
-    )
+    environment.filters.update(si=text.si, number=text.number, times=text.times, percent=text.percent, scenario=scenario)
     return environment.get_template("report.html.j2").render(
         run=run,
         summary=summary,
@@ -115,15 +113,21 @@ def packed(content: str) -> str:
 def facts(run: Run) -> list[str]:
     """What was run, in a few words each."""
     workload = run.spec.get("workload") or {}
+    model, data = (_name(workload.get(key)) for key in ("model", "data"))
     workers = sorted({int(count) for count in run.cells["workers"] if count})
     wanted = (
         f"{'/'.join(map(str, workers))} workers" if workers else "",
         f"{run.spec['lab']} lab" if run.spec.get("lab") else "",
-        f"{workload['model']} on {workload['data']}" if workload.get("model") and workload.get("data") else "",
+        f"{model} on {data}" if model and data else "",
         f"{len(run.cells)} cell{'s' if len(run.cells) != 1 else ''}",
         run.path.name,
     )
     return [fact for fact in wanted if fact]
+
+
+def _name(choice: Any) -> str:
+    """The name in "mlp" or {"name": "mlp", …}; "" if there is none."""
+    return str((choice.get("name") if isinstance(choice, Mapping) else choice) or "")
 
 
 def changes(events: pd.DataFrame) -> str:

@@ -20,7 +20,8 @@ def flow(t_s: np.ndarray, cumulative: np.ndarray, edges_s: np.ndarray) -> np.nda
     Spreading a step over its duration keeps a slow step from looking like a pause and a peak.
     """
     order = np.argsort(t_s, kind="stable")
-    return np.diff(np.interp(edges_s, t_s[order], cumulative[order])) / np.diff(edges_s)
+    rates: np.ndarray = np.diff(np.interp(edges_s, t_s[order], cumulative[order])) / np.diff(edges_s)
+    return rates
 
 
 def throughput(steps: pd.DataFrame) -> pd.DataFrame:
@@ -29,9 +30,11 @@ def throughput(steps: pd.DataFrame) -> pd.DataFrame:
     if known.empty:
         return pd.DataFrame({"t_s": [], "samples_per_s": []}, dtype="float64")
     edges_s = bin_edges(known["t_s"].iloc[-1])
-    t_s = np.append(0.0, known["t_s"].to_numpy())
-    done = np.append(0.0, known["samples"].cumsum().to_numpy())
-    return pd.DataFrame({"t_s": (edges_s[1:] + edges_s[:-1]) / 2, "samples_per_s": flow(t_s, done, edges_s)})
+    # Rank by rank: all ranks end a step at nearly the same time, and their samples must not bunch up there.
+    rates = [
+        flow(np.append(0.0, own["t_s"]), np.append(0.0, own["samples"].cumsum()), edges_s) for _, own in known.groupby("rank")
+    ]
+    return pd.DataFrame({"t_s": (edges_s[1:] + edges_s[:-1]) / 2, "samples_per_s": np.sum(rates, axis=0)})
 
 
 def by_step(steps: pd.DataFrame) -> pd.DataFrame:
@@ -68,7 +71,7 @@ def limits(links: pd.DataFrame) -> pd.DataFrame:
 
 
 def carried(links: pd.DataFrame) -> pd.DataFrame:
-    """What the links of one cell carried: columns t_s (middle of the bin), mean_bps, min_bps, max_bps over directions."""
+    """What the links of one cell carried: columns t_s (middle of the bin); mean_bps, min_bps, max_bps over them."""
     during = links[links["t_s"] >= 0]
     if during.empty:
         return pd.DataFrame({"t_s": [], "mean_bps": [], "min_bps": [], "max_bps": []}, dtype="float64")

@@ -25,10 +25,11 @@ def _table(name: str, rows: list[text.Row]) -> Table:
     baseline = next(row.method for row in rows if row.is_baseline)
     # Names from the spec are Text: square brackets in them are not markup.
     table = Table(title=Text(name, style="bold") if name else None, title_justify="left", box=None, pad_edge=False)
+    table.padding = (0, 1) if all(row.ci95[0] is None for row in rows) else (0, 1, 0, 0)  # intervals need the room
     table.add_column("method", overflow="fold")
-    for heading in ("samples/s", Text(f"× {baseline}"), "bytes/step", "accuracy", "to target"):
+    for heading in ("samples/s", Text(f"× {baseline}"), "bytes/step", "accuracy", "target"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for row in rows:
         ratio = "1×" if row.is_baseline else text.times(row.ratio)
         table.add_row(
@@ -38,6 +39,6 @@ def _table(name: str, rows: list[text.Row]) -> Table:
             text.si(row.means["payload_bytes_per_step"], "B"),
             text.percent(row.means["final_accuracy"]),
             text.si(row.means["time_to_target_s"], "s"),
-            Text("valid", style="green") if row.valid else Text("not valid", style="red"),
+            Text("valid", style="green") if row.valid else Text("invalid", style="red"),
         )
     return table

@@ -134,8 +134,9 @@ def _accuracies(summary: Mapping[str, Any], method: str, baseline: str) -> str:
     ours, theirs = (_mean(c["final_accuracy"] for c in summary["cells"] if c["method"] == m) for m in (method, baseline))
     if ours is None or theirs is None:
         return ""
-    same = percent(ours) == percent(theirs)
-    return f" and reached {'the same ' if same else ''}{percent(ours)} accuracy{'' if same else f', not {percent(theirs)}'}"
+    if percent(ours) == percent(theirs):
+        return f" and reached the same {percent(ours)} accuracy"
+    return f" and reached {percent(ours)} accuracy against {percent(theirs)}"
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

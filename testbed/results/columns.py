@@ -11,7 +11,7 @@ from netsenseml.agent.protocol import EVAL_COLUMNS, STEP_COLUMNS
 
 IDENTITY_COLUMNS: Mapping[str, str] = {
     "cell": "name of the cell, as its directory",
-    "method": "method and its options, for example 'topk ratio=0.1'",
+    "method": "label of the method, for example 'topk-0.1'",
     "seed": "seed of the cell",
 }
 """The first columns of every table."""
@@ -63,8 +63,6 @@ TABLES: Mapping[str, Table] = {
     "steps": Table("steps-r*.jsonl", STEP_COLUMNS, {"rank": "int64", "step": "int64", "scheme": "str"}),
     "evals": Table("evals.jsonl", EVAL_COLUMNS, {"step": "int64"}),
     "links": Table("links.jsonl", LINK_COLUMNS, {"link": "str", "direction": "str"}),
-    "events": Table(
-        "events.jsonl", EVENT_COLUMNS, {"link": "str", "state": "json", "kind": "str", "verified": "bool"}
-    ),
+    "events": Table("events.jsonl", EVENT_COLUMNS, {"link": "str", "state": "json", "kind": "str", "verified": "bool"}),
 }
 """All tables of a cell. ``<name>.parquet`` replaces the record files when the cell has ended."""

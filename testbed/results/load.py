@@ -12,9 +12,8 @@ import yaml
 
 from netsenseml.agent.protocol import CELL_FILE
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES
-from testbed.results.records import identity, read_table, to_frame
+from testbed.results.records import RESULT_FILE, identity, read_table, to_frame
 
-RESULT_FILE = "result.json"
 SUMMARY_FILE = "summary.json"
 
 
@@ -82,8 +81,18 @@ def cell_row(cell_dir: Path) -> dict[str, Any]:
 
 
 _CELL_DEFAULTS: Mapping[str, Any] = {
-    **{"cell": "", "method": "", "seed": -1, "workers": 0, "overrides": {}, "status": "unfinished", "problems": []},
-    **{"steps": None, "t_end_s": None, "final_accuracy": None, "final_loss": None, "parameters": {}},
+    "cell": "",
+    "method": "",
+    "seed": -1,
+    "workers": 0,
+    "overrides": {},
+    "status": "unfinished",
+    "problems": [],
+    "steps": None,
+    "t_end_s": None,
+    "final_accuracy": None,
+    "final_loss": None,
+    "parameters": {},
 }
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 from netsenseml.agent.protocol import MethodConfig, read_cell, read_records
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES, Table
 
+RESULT_FILE = "result.json"
 UNKNOWN = "unknown"
 
 
@@ -24,21 +25,22 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def method_label(method: MethodConfig) -> str:
-    """What a method is called in every table and figure: its name and its options, "topk ratio=0.1"."""
-    return " ".join([method["name"], *(f"{key}={value}" for key, value in (method.get("options") or {}).items())])
+    """What a method is called in every table and figure unless the cell names it: name and options, "topk-0.1"."""
+    return "-".join([method["name"].replace(":", "."), *map(str, (method.get("options") or {}).values())])
 
 
 def identity(cell_dir: Path) -> dict[str, Any]:
     """The values of ``IDENTITY_COLUMNS``. A cell whose ``cell.json`` is missing or damaged is "unknown", seed -1."""
     try:
-        config = read_cell(cell_dir)
-        return {"cell": cell_dir.name, "method": method_label(config["method"]), "seed": int(config["seed"])}
+        config: Mapping[str, Any] = read_cell(cell_dir)
+        label = config.get("label") or method_label(config["method"])
+        return {"cell": cell_dir.name, "method": str(label), "seed": int(config["seed"])}
     except (OSError, ValueError, KeyError, TypeError):
         return {"cell": cell_dir.name, "method": UNKNOWN, "seed": -1}
 
@@ -75,11 +77,13 @@ def read_table(cell_dir: Path, name: str) -> pd.DataFrame:
 
 
 def finish_cell(cell_dir: Path) -> None:
-    """Turn the record files of an ended cell into Parquet.
+    """Turn the record files of an ended cell into Parquet; a cell without ``result.json`` is left as it is.
 
     Safe to repeat, and to be killed at any point: a Parquet file is there only if it is whole, and the records
     go only after it. Record files found beside a Parquet file are therefore leftovers, of which some may be gone.
     """
+    if not (cell_dir / RESULT_FILE).exists():
+        return  # still being written to, or killed; its records can be read where they are
     for name in TABLES:
         parquet = cell_dir / f"{name}.parquet"
         if not parquet.exists():

@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from testbed.links.qdiscs import burst_bytes
+
 LATE_S = 0.05
 """A change of a link may be applied this much after its time."""
 GAP_S = 1.0
 """The longest time without a sample of a link; samples are due every 0.1 s, so a gap means a starved host."""
+STALL_S = 1.0
+"""The longest time in which a link may send nothing while packets wait in its queue."""
 WINDOW_S = 1.0
 EXCESS = 0.05
-"""A link may carry this share more than its limit over any ``WINDOW_S``: the width of the counters' time stamps."""
-BUCKET_BYTES = 4 * 1514
-"""And the tokens saved up by the smallest bucket of the shaper, which matter at low rates only."""
+"""A link may carry one bucket of its shaper plus this share more than its limit over any ``WINDOW_S``."""
 
 
-def cell_problems(
-    cell: Mapping[str, Any], steps: pd.DataFrame, links: pd.DataFrame, events: pd.DataFrame
-) -> list[str]:
+def cell_problems(cell: Mapping[str, Any], steps: pd.DataFrame, links: pd.DataFrame, events: pd.DataFrame) -> list[str]:
     """All that speaks against a cell. ``cell`` is a row of ``Run.cells``; the tables hold the rows of that cell."""
     t_end_s = cell["t_end_s"] if pd.notna(cell["t_end_s"]) else steps["t_s"].max() if len(steps) else 0.0
     return [
@@ -31,6 +31,7 @@ def cell_problems(
         *late_changes(events),
         *unverified_changes(events),
         *telemetry_gaps(links, float(t_end_s)),
+        *stalls(links),
         *excess_rates(links, events),
     ]
 
@@ -96,6 +97,21 @@ def telemetry_gaps(links: pd.DataFrame, t_end_s: float) -> list[str]:
     return problems
 
 
+def stalls(links: pd.DataFrame) -> list[str]:
+    """Directions that sent nothing for more than ``STALL_S`` although their queue was never empty: a shaper that is stuck."""
+    problems = []
+    for (link, direction), samples in links.sort_values("t_s").groupby(["link", "direction"]):
+        waiting = (samples["backlog_bytes"] > 0) & (samples["bytes"].diff() == 0)
+        stuck = samples[waiting].groupby((~waiting).cumsum()[waiting])["t_s"]
+        lengths_s = (stuck.max() - stuck.min()) if len(stuck) else pd.Series(dtype=float)
+        if len(lengths_s) and lengths_s.max() > STALL_S:
+            start_s = stuck.min()[lengths_s.idxmax()]
+            problems.append(
+                f"{link} {direction}: stood still for {lengths_s.max():.2g} s from {start_s:.4g} s on with packets in its queue"
+            )
+    return problems
+
+
 def excess_rates(links: pd.DataFrame, events: pd.DataFrame) -> list[str]:
     """Directions that carried more than their limit over a window of ``WINDOW_S`` with a constant limit."""
     problems = []
@@ -129,7 +145,8 @@ def worst_excess(samples: pd.DataFrame, changes_s: np.ndarray) -> tuple[float, f
 
     span_s = t_s[last] - t_s[first]
     carried_bits = 8 * (samples["bytes"].to_numpy()[last] - samples["bytes"].to_numpy()[first])
-    excess = (carried_bits - 8 * BUCKET_BYTES) / (rate_bps[first] * span_s) - 1
+    bucket_bits = 8 * np.array([burst_bytes(int(rate)) for rate in rate_bps[first]])
+    excess = (carried_bits - bucket_bits) / (rate_bps[first] * span_s) - 1
     if not len(excess) or not excess.max() > EXCESS:
         return None
     worst = int(np.argmax(excess))

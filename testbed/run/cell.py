@@ -1,8 +1,8 @@
 """The orchestrator of one cell: lab up, workers ready, t = 0, stop, teardown; whatever happens, a result is written."""
 
 import json
-import os
 import queue
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,18 +45,14 @@ class CellResult:
 
 
 def run_cell(cell: Cell, open_lab: OpenLab, directory: Path, script_directory: Path, tick: Tick) -> CellResult:
-    """Run a cell in a fresh lab and leave its records in ``directory``.
+    """Run a cell in a fresh lab and leave its records in ``directory``, which ``prepare_cell`` made.
 
     A failure of the cell is a result; LabError and KeyboardInterrupt pass through after the result is written.
     """
-    (directory / "logs").mkdir(parents=True, exist_ok=True)
-    links = {name: state.to_json() for name, state in cell.links.items()}
-    config = {**cell.config(), "overrides": dict(cell.overrides), "links": links}
-    (directory / protocol.CELL_FILE).write_text(json.dumps(config, indent=1))
     result = CellResult()
     try:
         with (
-            open_lab(LabPlan(cell.links, cell.impaired)) as lab,
+            open_lab(cell.lab) as lab,
             ControlServer(directory / protocol.SOCKET_FILE, len(cell.workers)) as control,
         ):
             _Conductor(cell, lab, control, directory, result, tick).conduct(script_directory)
@@ -69,19 +65,26 @@ def run_cell(cell: Cell, open_lab: OpenLab, directory: Path, script_directory: P
     return result
 
 
+def prepare_cell(cell: Cell, directory: Path) -> None:
+    """Make the cell's directory afresh, with cell.json; what an unfinished try left there is removed."""
+    shutil.rmtree(directory, ignore_errors=True)
+    (directory / "logs").mkdir(parents=True)
+    links = {name: state.to_json() for name, state in cell.lab.links.items()}
+    config = {**cell.config(), "label": cell.method.label, "overrides": dict(cell.overrides), "links": links}
+    (directory / protocol.CELL_FILE).write_text(json.dumps(config, indent=1))
+
+
 def write_result(directory: Path, result: CellResult) -> None:
     """Write result.json in one step; its presence says that the cell ended."""
     scratch = directory / (RESULT_FILE + ".tmp")
     scratch.write_text(json.dumps(asdict(result), indent=1))
-    os.replace(scratch, directory / RESULT_FILE)
+    scratch.replace(directory / RESULT_FILE)
 
 
 class _Conductor:
     """The conversation with the workers of one cell."""
 
-    def __init__(
-        self, cell: Cell, lab: Lab, control: ControlServer, directory: Path, result: CellResult, tick: Tick
-    ) -> None:
+    def __init__(self, cell: Cell, lab: Lab, control: ControlServer, directory: Path, result: CellResult, tick: Tick) -> None:
         self._cell, self._lab, self._control = cell, lab, control
         self._directory, self._result, self._tick = directory, result, tick
         self._processes: dict[int, Process] = {}
@@ -190,12 +193,16 @@ class _Conductor:
         self._next_poll_s = now + _POLL_S
         for rank, process in self._processes.items():
             if now - self._heard_s.get(rank, now) > SILENT_WORKER_S and rank not in self._seen.get("done", {}):
-                raise CellFailed(f"{self._cell.workers[rank]} has not been heard for {SILENT_WORKER_S:g} s; see {self._log(rank)}")
+                raise CellFailed(
+                    f"{self._cell.workers[rank]} has not been heard for {SILENT_WORKER_S:g} s; see {self._log(rank)}"
+                )
             if rank in self._seen.get(finished, {}) or (code := process.poll()) is None:
                 continue
             if now - self._ended_s.setdefault(rank, now) > _LAST_WORDS_S:
                 how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-                raise CellFailed(f"{self._cell.workers[rank]} {how} before it was {finished or 'ready'}; {_last_line(self._log(rank))}")
+                raise CellFailed(
+                    f"{self._cell.workers[rank]} {how} before it was {finished or 'ready'}; {_last_line(self._log(rank))}"
+                )
 
 
 def _last_line(log: Path) -> str:

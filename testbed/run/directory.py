@@ -35,7 +35,7 @@ def create(spec: Spec, parent: Path) -> Path:
 
 def environment() -> dict[str, object]:
     """What a figure depends on: kernel, processor, memory, versions."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
@@ -67,5 +67,5 @@ def give_to_owner_of(parent: Path, directory: Path) -> None:
         return
     owner = parent.stat()
     for root, _, files in os.walk(directory):
-        for path in (root, *(os.path.join(root, name) for name in files)):
+        for path in (Path(root), *(Path(root, name) for name in files)):
             os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)

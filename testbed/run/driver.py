@@ -36,9 +36,7 @@ class LinkDriver:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stopping.set()
         self._thread.join()
         self._events.close()
@@ -78,9 +76,7 @@ class LinkDriver:
 
     def _record_initial(self) -> None:
         # The lab applied and verified the first states before t = 0.
-        self._events.append(
-            [_event(0.0, 0.0, link, state, "initial", True) for link, state in self._links.states.items()]
-        )
+        self._events.append([_event(0.0, 0.0, link, state, "initial", True) for link, state in self._links.states.items()])
 
     def _apply(self, batch: Sequence[Change]) -> None:
         results = self._links.apply({change.link: change.state for change in batch})

@@ -1,7 +1,6 @@
 """All cells of a run directory, one after the other. A cell that ended before is not run again."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from rich.console import Console
 from testbed.labs import open_labs
 from testbed.labs.netns import enclosure
 from testbed.plan import make_plan
-from testbed.run.cell import read_result, run_cell
+from testbed.run.cell import prepare_cell, read_result, run_cell
 from testbed.run.directory import SPEC_FILE
 from testbed.run.progress import RunProgress
 from testbed.spec.load import load_spec
@@ -28,11 +27,12 @@ def execute(directory: Path, script_directory: Path, console: Console) -> None:
     """Run every cell of a run directory that has not ended yet; for netns the caller is inside the enclosure."""
     plan = make_plan(load_spec(directory / SPEC_FILE))
     pending = [cell for cell in plan.cells if not _ended(directory / "cells" / cell.name)]
+    for cell in pending:
+        prepare_cell(cell, directory / "cells" / cell.name)
     with RunProgress(console, len(plan.cells)) as progress, open_labs(plan.lab, directory) as open_lab:
         for cell in pending:
             progress.begin(cell, plan.cells.index(cell) + 1)
             cell_directory = directory / "cells" / cell.name
-            shutil.rmtree(cell_directory, ignore_errors=True)  # an unfinished try of an earlier run
             result = run_cell(cell, open_lab, cell_directory, script_directory, progress.tick)
             text = f"{result.status}, {result.steps} steps in {result.t_end_s:.1f} s"
             progress.end("; ".join([text, *result.problems]))
@@ -105,4 +105,3 @@ def interrupt_main_thread_once() -> Callable[[], None]:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
     return lambda: signal.pthread_kill(main, signal.SIGINT)
-

@@ -63,7 +63,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if path.is_dir():
             raise SpecError([("", "is a directory; name the YAML file in it")], name)
         if size > MAX_BYTES:
-            raise SpecError([("", f"is {size / 2**20:.0f} MiB long; a spec is smaller than 1 MiB, is this the right file?")], name)
+            raise SpecError(
+                [("", f"is {size / 2**20:.0f} MiB long; a spec has less than 1 MiB, is this the right file?")], name
+            )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise SpecError([("", "there is no such file; try experiments/smoke.yaml")], str(path)) from None
@@ -71,7 +73,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise SpecError([("", f"cannot be read: {reason}")], str(path)) from None
     try:
-        data = yaml.load(text, _UniqueKeyLoader)
+        data = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -1,11 +1,12 @@
 """The YAML spec as pydantic models. What a key means stands here; how it is read is in ``load``."""
 
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from netsenseml.agent import catalog
+from netsenseml.agent.protocol import StopConfig
 from testbed.links.state import DIRECTIONS, LinkState, Shape
 from testbed.spec import units
 from testbed.spec.errors import did_you_mean
@@ -39,7 +40,7 @@ def parse_queue(text: object) -> Queue:
 
 
 def _format_queue(queue: Queue) -> str:
-    return units.format_time(queue.seconds) if queue.bytes is None else units.format_size(queue.bytes)
+    return units.format_size(queue.bytes) if queue.bytes is not None else units.format_time(queue.seconds or 0.0)
 
 
 Rate = Annotated[int, BeforeValidator(units.parse_rate), PlainSerializer(units.format_rate, return_type=str)]
@@ -198,9 +199,10 @@ class StopSpec(Model):
             raise PydanticCustomError("stop", "needs one of steps, epochs and seconds, for example {steps: 60}")
         return self
 
-    def limits(self) -> dict[str, Any]:
+    def limits(self) -> StopConfig:
         """Only the limits that are set, numbers in SI units."""
-        return {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
+        given = {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
+        return cast(StopConfig, given)
 
 
 class Named(Model):

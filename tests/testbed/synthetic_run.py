@@ -69,8 +69,13 @@ def write_cell(
     append(path / "events.jsonl", event_rows(workers, t_end_s, late_s))
     if not killed:
         end = {
-            **{"status": "done", "problems": [], "parameters": {str(rank): "cafe" for rank in range(workers)}},
-            **{"steps": len(steps), "final_accuracy": 0.95, "final_loss": 0.2, "t_end_s": t_end_s},
+            "status": "done",
+            "problems": [],
+            "parameters": {str(rank): "cafe" for rank in range(workers)},
+            "steps": len(steps),
+            "final_accuracy": 0.95,
+            "final_loss": 0.2,
+            "t_end_s": t_end_s,
         }
         (path / "result.json").write_text(json.dumps({**end, **(result or {})}))
     return path

@@ -1,0 +1,158 @@
+"""The netns lab as a real lab: real namespaces, real qdiscs, real traffic; run inside the enclosure as a child process."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from testbed.labs.netns import enclosure
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.netns
+
+PRELUDE = """
+import json, sys, time
+from pathlib import Path
+from testbed.labs.base import LabPlan
+from testbed.labs.forkserver import ForkServer
+from testbed.labs.netns import NetnsLab
+from testbed.links.qdiscs import largest_packet_bytes
+from testbed.links.state import LinkState, Shape
+
+def both(rate_bps, **more):
+    return LinkState(Shape(rate_bps=rate_bps, **more), Shape(rate_bps=rate_bps, **more))
+
+def lab_of(names, rate_bps, *other_rates):
+    links = {name: both(rate_bps) for name in names}
+    return NetnsLab(LabPlan(links, packet_bytes=largest_packet_bytes([rate_bps, *other_rates])), server)
+
+def wait(process, seconds=30):
+    end = time.monotonic() + seconds
+    while process.poll() is None:
+        assert time.monotonic() < end, "the program does not end"
+        time.sleep(0.02)
+    return process.poll()
+
+SINK = "import socket; s = socket.create_server(('0.0.0.0', 5001)); c, _ = s.accept()\\nwhile c.recv(1 << 20): pass"
+SOURCE = '''import socket, sys, time
+end = time.monotonic() + float(sys.argv[2])
+while True:
+    try: s = socket.create_connection((sys.argv[1], 5001)); break
+    except ConnectionRefusedError: time.sleep(0.02)
+while time.monotonic() < end: s.send(b"x" * 65536)
+'''
+"""
+
+
+def in_lab(tmp_path, body):
+    """Run Python code inside private namespaces; it prints one JSON value."""
+    script = tmp_path / "inside.py"
+    script.write_text(
+        PRELUDE + f"tmp = Path({str(tmp_path)!r})\n" + "with ForkServer() as server:\n" + textwrap.indent(body, "    ")
+    )
+    done = subprocess.run(
+        [*enclosure(), sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_program_runs_on_its_host_with_its_environment_and_its_exit_code_comes_back(tmp_path):
+    seen = in_lab(
+        tmp_path,
+        """
+with lab_of(["w0", "w1"], 10_000_000) as lab:
+    log = tmp / "w1.log"
+    code = wait(lab.hosts["w1"].start(["sh", "-c", "cat /proc/net/fib_trie; echo $WHO; exit 7"], {"WHO": "me"}, log))
+    print(json.dumps({"code": code, "log": log.read_text(), "address": lab.hosts["w1"].address}))
+""",
+    )
+    assert seen["code"] == 7
+    assert seen["address"] in seen["log"]
+    assert seen["log"].strip().endswith("me")
+
+
+def test_a_killed_program_and_one_that_cannot_start(tmp_path):
+    seen = in_lab(
+        tmp_path,
+        """
+with lab_of(["w0"], 10_000_000) as lab:
+    sleeper = lab.hosts["w0"].start(["sleep", "100"], {}, tmp / "a.log")
+    sleeper.kill()
+    absent = lab.hosts["w0"].start(["/no/such/program"], {}, tmp / "b.log")
+    print(json.dumps([wait(sleeper), wait(absent), (tmp / "b.log").read_text()]))
+""",
+    )
+    assert seen[:2] == [-9, 1]
+    assert "No such file" in seen[2]
+
+
+def test_the_kernel_carries_the_rate_that_was_set_and_follows_a_change(tmp_path):
+    # Before packets were kept smaller than the smallest bucket of a run, those still queued at the drop blocked the link.
+    seen = in_lab(
+        tmp_path,
+        """
+def rate_over(lab, seconds):
+    before, start = lab.links.counters(), time.monotonic()
+    time.sleep(seconds)
+    after, took = lab.links.counters(), time.monotonic() - start
+    return {f"{n} {d}": (after[n, d].bytes - before[n, d].bytes) * 8 / took / 1e6 for n, d in after}
+
+with lab_of(["w0", "w1"], 50_000_000, 10_000_000) as lab:
+    lab.hosts["w1"].start(["python", "-c", SINK], {}, tmp / "sink.log")
+    lab.hosts["w0"].start(["python", "-c", SOURCE, lab.hosts["w1"].address, "20"], {}, tmp / "source.log")
+    time.sleep(1)
+    fast = rate_over(lab, 2)
+    applied = lab.links.apply({n: both(10_000_000) for n in ("w0", "w1")})
+    time.sleep(0.5)
+    slow = rate_over(lab, 3)
+    lab.links.apply({n: both(50_000_000) for n in ("w0", "w1")})
+    time.sleep(0.5)
+    again = rate_over(lab, 2)
+    print(json.dumps([fast, slow, again, all(a.verified for a in applied.values())]))
+""",
+    )
+    fast, slow, again, verified = seen
+    assert verified
+    assert 45 <= fast["w0 up"] <= 50.5
+    assert 8.5 <= slow["w0 up"] <= 10.1
+    assert 8.5 <= slow["w1 down"] <= 10.1
+    assert 40 <= again["w0 up"] <= 50.5
+
+
+def test_a_link_of_one_host_leaves_the_others_alone(tmp_path):
+    seen = in_lab(
+        tmp_path,
+        """
+with lab_of(["w0", "w1", "w2"], 50_000_000) as lab:
+    before = lab.links.states["w2"]
+    lab.links.apply({"w0": both(5_000_000), "w1": LinkState(Shape(rate_bps=1_000_000), Shape())})
+    print(json.dumps([before == lab.links.states["w2"], sorted(map(list, lab.links.counters()))]))
+""",
+    )
+    assert seen == [True, [[n, d] for n in ("w0", "w1", "w2") for d in ("down", "up")]]
+
+
+def test_labs_in_turn_and_no_descriptor_is_lost(tmp_path):
+    seen = in_lab(
+        tmp_path,
+        """
+import os
+counts = []
+for _ in range(4):
+    with lab_of([f"w{i}" for i in range(8)], 10_000_000) as lab:
+        lab.hosts["w3"].start(["sleep", "100"], {}, tmp / "log")
+    counts.append(len(os.listdir("/proc/self/fd")))
+print(json.dumps(counts))
+""",
+    )
+    assert len(set(seen)) == 1

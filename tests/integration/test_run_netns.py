@@ -1,0 +1,191 @@
+"""Whole runs in the netns lab through the command line: results, interrupts, kills, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import testbed
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.netns
+
+SPEC = {
+    "name": "tiny",
+    "workers": 2,
+    "network": {"link": {"rate": "20mbit"}},
+    "schedule": [{"at": "1s", "set": {"rate": "5mbit"}}, {"at": "2s", "ramp": {"rate": "20mbit"}, "over": "500ms"}],
+    "workload": {"model": {"name": "mlp", "hidden": [64]}, "batch": 32, "stop": {"seconds": 4}, "compute": {"pace": "20ms"}},
+    "methods": ["allreduce", "netsense"],
+}
+
+
+def launch(tmp_path, **changes):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**SPEC, **changes}))
+    return subprocess.Popen(
+        [sys.executable, "-m", "testbed.cli", "run", str(path), "--out", str(tmp_path / "runs")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def run(tmp_path, **changes):
+    process = launch(tmp_path, **changes)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def only_run(tmp_path):
+    (directory,) = (tmp_path / "runs").iterdir()
+    return directory
+
+
+def descendants_of(directory):
+    """Processes that name the run directory on their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if str(directory).encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def wait_until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("finished")
+    code, out, err = run(tmp_path)
+    assert code == 0, out + err
+    return out, testbed.load_run(only_run(tmp_path))
+
+
+def test_summary_says_who_won_and_all_replicas_agree(finished):
+    out, loaded = finished
+    summary = json.loads((loaded.path / "summary.json").read_text())
+    assert summary["valid"]
+    assert [cell["method"] for cell in summary["cells"]] == ["allreduce", "netsense"]
+    assert all(cell["replicas_identical"] for cell in summary["cells"])
+    assert all(cell["steps"] > 0 and cell["throughput_samples_per_s"] > 0 for cell in summary["cells"])
+    assert "report.html" in out
+    assert (loaded.path / "report.html").stat().st_size > 100_000
+    assert not list(loaded.path.rglob("*.jsonl"))
+
+
+def test_all_ranks_did_the_same_steps_and_the_time_limit_held(finished):
+    _, loaded = finished
+    for _, cell in loaded.steps.groupby("cell"):
+        assert cell.groupby("rank")["step"].max().nunique() == 1
+        assert 3.0 <= cell["t_s"].max() <= 6.0
+
+
+def test_every_change_was_made_on_time_and_read_back(finished):
+    _, loaded = finished
+    changes = loaded.events[loaded.events["kind"] == "schedule"]
+    assert len(changes) == 2 * 2 * (1 + 5)  # cells x links x (set + five steps of the ramp)
+    assert changes["verified"].all()
+    assert (changes["applied_s"] - changes["planned_s"]).between(0, 0.05).all()
+
+
+def test_bytes_in_the_records_are_the_bytes_that_the_kernel_counted(finished):
+    _, loaded = finished
+    for name, cell in loaded.steps.groupby("cell"):
+        sent = cell.groupby("rank")["payload_bytes"].sum()
+        links = loaded.links[(loaded.links["cell"] == name) & (loaded.links["direction"] == "up")]
+        carried = links.groupby("link")["bytes"].max() - links.groupby("link")["bytes"].min()
+        for rank, payload in sent.items():
+            # Headers, acknowledgements of the other side's data and netsense's tiny agreement come on top.
+            assert payload <= carried[f"w{rank}"] <= payload * 1.35 + 50_000, (name, rank)
+
+
+def test_telemetry_runs_ten_times_a_second(finished):
+    _, loaded = finished
+    for _, series in loaded.links.groupby(["cell", "link", "direction"]):
+        assert series["t_s"].diff().median() == pytest.approx(0.1, abs=0.02)
+        assert (series["bytes"].diff().dropna() >= 0).all()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_within_five_seconds_and_keeps_the_records(tmp_path, number):
+    process = launch(tmp_path, workload={**SPEC["workload"], "stop": {"seconds": 60}})
+    wait_until(lambda: list(tmp_path.glob("runs/*/cells/*/steps-r0.jsonl")), 60)
+    time.sleep(1.5)
+    process.send_signal(number)
+    start = time.monotonic()
+    process.communicate(timeout=20)
+    assert time.monotonic() - start < 5
+    assert process.returncode == 130
+    loaded = testbed.load_run(only_run(tmp_path))
+    assert len(loaded.steps) > 5
+    assert len(loaded.links) > 5
+    assert loaded.cells["status"].tolist() == ["interrupted", "unfinished"]
+    wait_until(lambda: not descendants_of(tmp_path), 2)
+
+
+def test_sigkill_leaves_no_process_and_keeps_the_records_and_resume_finishes(tmp_path):
+    process = launch(tmp_path)
+    wait_until(lambda: list(tmp_path.glob("runs/*/cells/netsense-s0/steps-r0.jsonl")), 60)
+    time.sleep(1.0)
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not descendants_of(tmp_path), 8)
+    directory = only_run(tmp_path)
+    loaded = testbed.load_run(directory)
+    assert set(loaded.cells["cell"]) == {"allreduce-s0", "netsense-s0"}
+    assert len(loaded.steps[loaded.steps["cell"] == "netsense-s0"]) > 5
+    before = (directory / "cells" / "allreduce-s0" / "result.json").read_text()
+    done = subprocess.run(
+        [sys.executable, "-m", "testbed.cli", "run", "--resume", str(directory)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert testbed.load_run(directory).cells["status"].tolist() == ["done", "done"]
+    assert (directory / "cells" / "allreduce-s0" / "result.json").read_text() == before
+
+
+def test_a_worker_that_dies_fails_its_cell_and_says_why(tmp_path):
+    code, out, _ = run(tmp_path, workload={**SPEC["workload"], "model": "no_such_module:build"}, methods=["allreduce"])
+    assert code == 1
+    assert "no_such_module" in out
+    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    assert not summary["valid"]
+    assert "no_such_module" in summary["problems"][0]
+
+
+def test_netem_is_refused_before_anything_starts_where_the_kernel_lacks_it(tmp_path):
+    from testbed.labs.netns import enclosure
+
+    asked = subprocess.run(
+        [*enclosure(), sys.executable, "-m", "testbed.links.probe", "tbf", "netem"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    ).stdout.split()
+    code, out, err = run(tmp_path, network={"link": {"rate": "20mbit", "delay": "5ms"}}, methods=["allreduce"])
+    if "netem" in asked:
+        assert code == 4
+        assert "modprobe sch_netem" in err
+        assert not (tmp_path / "runs").exists()
+    else:
+        assert code == 0, out + err

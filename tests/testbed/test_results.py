@@ -1,0 +1,375 @@
+"""Records → tables → verdict → summary, on runs whose numbers can be checked by hand."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from netsenseml.agent.protocol import steps_file
+from testbed.results import validity
+from testbed.results.columns import IDENTITY_COLUMNS, TABLES
+from testbed.results.load import NotARun, Run, load_run
+from testbed.results.records import finish_cell, method_label, read_table
+from testbed.results.summary import bootstrap_ci95, compare, geometric_mean, summarize, write_summary
+from tests.testbed.synthetic_run import append, write_cell, write_run
+
+
+def cell_of(run: Run, name: str) -> dict[str, Any]:
+    """The summary of one cell."""
+    cells: list[dict[str, Any]] = summarize(run)["cells"]
+    return next(cell for cell in cells if cell["cell"] == name)
+
+
+def problems_of(path: Path, **options: Any) -> list[str]:
+    """What a run of one cell is blamed for."""
+    found: list[str] = summarize(load_run(write_run(path / "run", methods=("allreduce",), **options)))["problems"]
+    return found
+
+
+# Loading
+
+
+def test_a_running_and_a_finished_run_load_alike(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", seeds=2)
+    before = load_run(path)
+    for cell in (path / "cells").iterdir():
+        finish_cell(cell)
+    after = load_run(path)
+    assert not list(path.rglob("*.jsonl")) and not list(path.rglob("*.tmp"))
+    for name, table in TABLES.items():
+        pd.testing.assert_frame_equal(getattr(before, name), getattr(after, name))
+        assert list(getattr(after, name).columns) == [*IDENTITY_COLUMNS, *table.columns]
+    assert summarize(before) == summarize(after)
+    assert summarize(after)["valid"]
+
+
+def test_state_of_an_event_is_json_text(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path / "run"))
+    assert json.loads(run.events["state"].iloc[0])["up"]["rate_bps"] == 50_000_000
+
+
+def test_a_killed_run_loads_with_its_torn_last_line_left_out(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", methods=("allreduce",), killed=True)
+    cell = path / "cells" / "allreduce-s0"
+    complete = len(read_table(cell, "steps"))
+    with open(steps_file(cell, 0), "a") as file:
+        file.write('{"rank": 0, "step": 9')
+    run = load_run(path)
+    assert len(run.steps) == complete
+    assert run.summary is None
+    assert run.cells["status"].tolist() == ["unfinished"]
+    assert "did not finish" in summarize(run)["problems"][0]
+
+
+def test_cells_of_which_little_was_written_load(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", methods=("allreduce",))
+    (path / "cells" / "empty").mkdir()
+    torn = path / "cells" / "torn"
+    torn.mkdir()
+    (torn / "cell.json").write_text('{"cell": "to')
+    append(steps_file(torn, 0), [{"rank": 0, "step": 0, "t_s": 1.0}])
+    run = load_run(path)
+    assert run.cells["cell"].tolist() == ["allreduce-s0", "empty", "torn"]
+    assert run.cells["method"].tolist() == ["allreduce", "unknown", "unknown"]
+    summary = summarize(run)
+    assert [cell["valid"] for cell in summary["cells"]] == [True, False, False]
+    assert "torn: cell.json is missing or damaged" in summary["problems"]
+
+
+def test_a_run_without_cells_is_not_valid_and_keeps_its_columns(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text("name: empty\n")
+    run = load_run(tmp_path)
+    problems = ["no cell was run"]
+    assert summarize(run) == {"name": "empty", "valid": False, "problems": problems, "cells": [], "comparisons": []}
+    assert run.steps["loss"].dtype == "float64" and run.events["verified"].dtype == "bool"
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("x")])
+def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "x")
+    with pytest.raises(NotARun) as error:
+        load_run(tmp_path / "x")
+    assert "x" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_damaged_spec_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text("a: [1\nb: {")
+    with pytest.raises(ValueError, match=r"spec\.yaml") as error:
+        load_run(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+# Parquet
+
+
+def test_finishing_twice_changes_nothing(tmp_path: Path) -> None:
+    cell = write_cell(tmp_path / "cell", evaluated=False)
+    finish_cell(cell)
+    before = {path.name: path.read_bytes() for path in cell.iterdir()}
+    finish_cell(cell)
+    assert {path.name: path.read_bytes() for path in cell.iterdir()} == before
+    evals = read_table(cell, "evals")
+    assert evals.empty and evals["accuracy"].dtype == "float64" and evals["method"].dtype == "str"
+
+
+def test_a_cell_that_has_not_ended_keeps_its_records(tmp_path: Path) -> None:
+    cell = write_cell(tmp_path / "cell", killed=True)
+    finish_cell(cell)
+    append(steps_file(cell, 0), [{"rank": 0, "step": 999, "t_s": 31.0}])
+    assert read_table(cell, "steps")["step"].max() == 999
+
+
+@pytest.mark.parametrize("survives", range(13))
+def test_nothing_is_lost_when_finishing_is_killed_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survives: int
+) -> None:
+    """Die at the n-th replacement or removal of a file, then look, then finish."""
+    cell = write_cell(tmp_path / "cell", t_end_s=3)
+    whole = {name: read_table(cell, name) for name in TABLES}
+    left = survives
+
+    def dying(act: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return act(*args, **kwargs)
+
+        return wrapper
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", dying(Path.replace))
+        patch.setattr(Path, "unlink", dying(Path.unlink))
+        finish_cell(cell)
+    for name in TABLES:
+        pd.testing.assert_frame_equal(read_table(cell, name), whole[name])
+    finish_cell(cell)
+    for name in TABLES:
+        pd.testing.assert_frame_equal(read_table(cell, name), whole[name])
+    assert not list(cell.glob("*.jsonl"))
+
+
+# Numbers
+
+
+def step(rank: int, number: int, t_s: float, **columns: Any) -> dict[str, Any]:
+    return {"rank": rank, "step": number, "t_s": t_s, "samples": 10, "step_s": 1.0, "payload_bytes": 100.0, **columns}
+
+
+def test_metrics_by_hand(tmp_path: Path) -> None:
+    cell = write_cell(tmp_path / "cells" / "c", overrides={"network.link.rate": "1mbit"}, evaluated=False)
+    (tmp_path / "spec.yaml").write_text("name: hand\nworkload: {stop: {accuracy: 0.8}}\n")
+    for records_file in cell.glob("steps-*"):
+        records_file.unlink()
+    # Two ranks, two steps, 10 samples each, the last one ends at 4 s: 40 samples in 4 s.
+    append(steps_file(cell, 0), [step(0, 0, 1.0), step(0, 1, 3.0, step_s=2.0, payload_bytes=300)])
+    append(steps_file(cell, 1), [step(1, 0, 1.0), step(1, 1, 4.0, step_s=3.0, payload_bytes=300)])
+    evals = [(1.0, 0.5), (2.0, 0.8), (3.0, 0.96), (4.0, 0.95)]
+    append(cell / "evals.jsonl", [{"step": 1, "t_s": t, "accuracy": a, "loss": 1 - a} for t, a in evals])
+    found = cell_of(load_run(tmp_path), "c")
+    assert found["throughput_samples_per_s"] == 10.0
+    assert found["step_s_median"] == 1.5
+    assert found["payload_bytes_per_step"] == 200.0
+    assert (found["final_accuracy"], found["best_accuracy"], found["final_loss"]) == (0.95, 0.96, 0.2)
+    assert found["time_to_target_s"] == 2.0
+    assert found["replicas_identical"] is True
+    assert found["overrides"] == {"network.link.rate": "1mbit"}
+
+
+def test_what_was_not_measured_is_null(tmp_path: Path) -> None:
+    cell = write_cell(tmp_path / "cells" / "c", evaluated=False, result={"final_accuracy": None, "final_loss": None})
+    append(steps_file(cell, 0), [])
+    for records_file in cell.glob("steps-*"):
+        records_file.unlink()
+    append(steps_file(cell, 0), [step(0, 0, 1.0, samples=None)])
+    found = cell_of(load_run(tmp_path), "c")
+    unknown = ("throughput_samples_per_s", "final_loss", "final_accuracy", "best_accuracy", "time_to_target_s")
+    assert all(found[key] is None for key in unknown)
+
+
+def summary_cell(method: str, seed: int, throughput: float, **columns: Any) -> dict[str, Any]:
+    known: dict[str, Any] = {
+        "throughput_samples_per_s": throughput,
+        "time_to_target_s": None,
+        "overrides": {},
+        "valid": True,
+    }
+    return {"method": method, "seed": seed, **known, **columns}
+
+
+def test_comparison_is_paired_over_seeds() -> None:
+    cells = [summary_cell("netsense", seed, rate) for seed, rate in ((0, 20.0), (1, 80.0), (7, 1e9))]
+    cells += [summary_cell("allreduce", seed, 10.0, time_to_target_s=8.0) for seed in (0, 1)]
+    cells[0]["time_to_target_s"] = 2.0
+    [comparison] = compare(cells)
+    assert (comparison["baseline"], comparison["method"]) == ("allreduce", "netsense")
+    assert comparison["throughput_ratio"] == pytest.approx(4.0)  # of 2 and 8; seed 7 has no partner
+    assert comparison["ci95"] == [None, None]
+    assert comparison["time_to_target_ratio"] == 0.25
+    assert comparison["seeds"] == 2 and comparison["valid"]
+
+
+def test_comparison_with_an_invalid_cell_is_not_valid() -> None:
+    [comparison] = compare([summary_cell("allreduce", 0, 1.0, valid=False), summary_cell("topk", 0, 2.0)])
+    assert not comparison["valid"]
+
+
+def test_comparison_stays_within_equal_overrides_and_without_allreduce_takes_the_first() -> None:
+    cells = [
+        summary_cell(method, 0, rate, overrides={"network.link.rate": link})
+        for link, rates in (("1mbit", (1.0, 3.0)), ("2mbit", (2.0, 4.0)))
+        for method, rate in zip(("bf16", "topk"), rates, strict=True)
+    ]
+    found = [(c["baseline"], c["method"], c["overrides"]["network.link.rate"], c["throughput_ratio"]) for c in compare(cells)]
+    assert found == [("bf16", "topk", "1mbit", pytest.approx(3.0)), ("bf16", "topk", "2mbit", pytest.approx(2.0))]
+
+
+ratios = st.lists(st.floats(0.01, 100), min_size=1, max_size=12)
+
+
+@given(ratios)
+def test_geometric_mean_takes_both_directions_alike(values: list[float]) -> None:
+    mean, opposite = geometric_mean(values), geometric_mean([1 / value for value in values])
+    assert mean is not None and opposite is not None
+    assert mean * opposite == pytest.approx(1)
+    assert min(values) * (1 - 1e-9) <= mean <= max(values) * (1 + 1e-9)
+
+
+@given(ratios)
+def test_bootstrap_interval(values: list[float]) -> None:
+    low, high = bootstrap_ci95(values)
+    assert (low is None) == (high is None) == (len(values) < 3)
+    if low is not None and high is not None:
+        assert min(values) * (1 - 1e-9) <= low <= high <= max(values) * (1 + 1e-9)
+        assert [low, high] == bootstrap_ci95(values)
+
+
+def test_bootstrap_interval_covers_the_truth() -> None:
+    """Of 200 experiments of 20 seeds with true ratio 2, the interval holds it in roughly 95 %."""
+    drawn = np.exp(np.random.default_rng(1).normal(np.log(2), 0.2, (200, 20)))
+    intervals = np.array([bootstrap_ci95(list(sample)) for sample in drawn], dtype=float)
+    assert 0.87 <= np.mean((intervals[:, 0] <= 2) & (intervals[:, 1] >= 2)) <= 0.99
+
+
+def test_method_label_tells_options_apart() -> None:
+    assert method_label({"name": "topk", "options": {"ratio": 0.1}}) == "topk-0.1"
+    assert method_label({"name": "allreduce", "options": {}}) == "allreduce"
+
+
+def test_summary_files(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", overrides={"network.link.rate": "50mbit"})
+    write_summary(summarize(load_run(path)), path)
+    assert load_run(path).summary == summarize(load_run(path))
+    with open(path / "summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["allreduce", "netsense", "topk"]
+    assert rows[0]["network.link.rate"] == "50mbit" and rows[0]["valid"] == "True"
+
+
+# Validity
+
+
+def test_a_sound_cell_has_no_problem(tmp_path: Path) -> None:
+    assert problems_of(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"killed": True}, "did not finish"),
+        ({"result": {"status": "failed", "problems": ["w1 exited with code 1"]}}, "w1 exited with code 1"),
+        ({"result": {"status": "failed"}}, "failed"),
+        ({"result": {"status": "interrupted"}}, "interrupted"),
+        ({"result": {"parameters": {"0": "a", "1": "b"}}}, "different parameters"),
+        ({"result": {"parameters": {"0": "a"}}}, "not every rank"),
+        ({"result": {"t_end_s": 33.0}}, "no telemetry for 3 s from 30 s on"),
+        ({"late_s": 0.2}, "4 of 4 scheduled link changes came late (the worst: w0 at 10 s, 200 ms late)"),
+        ({"late_s": float("nan")}, "never applied"),
+    ],
+)
+def test_what_spoils_a_cell_is_named(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    problems = problems_of(tmp_path, **options)
+    assert any(words in problem and problem.startswith("allreduce-s0: ") for problem in problems), problems
+
+
+def test_unconfirmed_changes_are_named(tmp_path: Path) -> None:
+    events = load_run(write_run(tmp_path / "run")).events
+    events.loc[3, "verified"] = False
+    assert validity.unverified_changes(events) == ["the kernel did not confirm 1 of 18 link changes (w1)"]
+
+
+def test_no_telemetry_is_a_problem(tmp_path: Path) -> None:
+    links = load_run(write_run(tmp_path / "run")).links
+    assert validity.telemetry_gaps(links.iloc[:0], 30.0)
+    gappy = links[~links["t_s"].between(4.95, 6.45)]
+    assert "w0 down: no telemetry for 1.6 s from 4.9 s on" in validity.telemetry_gaps(gappy, 30.0)
+
+
+def samples(carried_bps: np.ndarray, limit_bps: np.ndarray, jitter_s: np.ndarray) -> pd.DataFrame:
+    """Rows of links of one direction that carried these rates between samples 0.1 s apart, give or take."""
+    t_s = np.arange(len(carried_bps)) * 0.1 + jitter_s
+    sent = np.append(0.0, np.cumsum(carried_bps[1:] * np.diff(t_s) / 8))
+    return pd.DataFrame({"t_s": t_s, "link": "w0", "direction": "up", "rate_bps": limit_bps, "bytes": sent})
+
+
+NO_EVENT = pd.DataFrame({"link": pd.Series(dtype="str"), "applied_s": pd.Series(dtype="float64")})
+
+
+@given(rate_bps=st.floats(1e5, 1e10), share=st.floats(0, 1.04), seed=st.integers(0, 99))
+def test_a_link_within_its_limit_is_never_blamed(rate_bps: float, share: float, seed: int) -> None:
+    jitter_s = np.random.default_rng(seed).uniform(0, 0.05, 60)
+    links = samples(np.full(60, share * rate_bps), np.full(60, rate_bps), jitter_s)
+    assert validity.excess_rates(links, NO_EVENT) == []
+
+
+@given(rate_bps=st.floats(2e6, 1e10), start=st.integers(0, 45), seed=st.integers(0, 99))
+def test_a_link_above_its_limit_for_a_second_is_blamed(rate_bps: float, start: int, seed: int) -> None:
+    jitter_s = np.random.default_rng(seed).uniform(0, 0.05, 60)
+    carried = np.where((np.arange(60) >= start) & (np.arange(60) < start + 14), 1.2, 0.5) * rate_bps
+    [problem] = validity.excess_rates(samples(carried, np.full(60, rate_bps), jitter_s), NO_EVENT)
+    assert problem.startswith("w0 up: carried ")
+
+
+def test_a_window_with_a_change_inside_is_left_out() -> None:
+    """Down and up again between two samples: only the events know of it."""
+    t = np.arange(60)
+    limit = np.where((t >= 20) & (t < 40), 1e7, 5e7)
+    follows = samples(limit, limit, np.zeros(60))
+    assert validity.excess_rates(follows, NO_EVENT) == []
+    burst = samples(np.where(t == 30, 5e7, 1e7), np.full(60, 1e7), np.zeros(60))
+    assert validity.excess_rates(burst, NO_EVENT)
+    events = pd.DataFrame({"link": "w0", "applied_s": [2.92, 2.98]})
+    assert validity.excess_rates(burst, events) == []
+
+
+def test_an_unlimited_link_may_carry_anything() -> None:
+    assert validity.excess_rates(samples(np.full(60, 1e11), np.full(60, np.nan), np.zeros(60)), NO_EVENT) == []
+
+
+def test_the_columns_can_be_had_without_pandas() -> None:
+    code = "import sys, testbed.results.columns; sys.exit('pandas' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def queue_samples(sent_bytes: list[int], backlog: list[int]) -> pd.DataFrame:
+    t_s = np.arange(len(sent_bytes)) / 10
+    return pd.DataFrame({"link": "w0", "direction": "up", "t_s": t_s, "bytes": sent_bytes, "backlog_bytes": backlog})
+
+
+def test_a_link_that_stands_still_with_a_full_queue_is_blamed() -> None:
+    stuck = queue_samples([*range(0, 1000, 100), *[1000] * 30, 2000], [500] * 41)
+    assert validity.stalls(stuck) == ["w0 up: stood still for 2.8 s from 1.1 s on with packets in its queue"]
+
+
+def test_a_link_with_nothing_to_send_or_a_slow_one_is_not_blamed() -> None:
+    assert validity.stalls(queue_samples([1000] * 40, [0] * 40)) == []
+    assert validity.stalls(queue_samples([1000 * (n // 8) for n in range(40)], [500] * 40)) == []

@@ -1,0 +1,164 @@
+"""Specs through the command line's door: good ones load, bad ones get one line with the place and the mend."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from testbed.cli import app
+from testbed.plan import make_plan
+from testbed.spec.load import dump_spec, load_spec
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ROOT / "experiments" / "smoke.yaml"
+
+
+def write(tmp_path, text, **replaced):
+    data = yaml.safe_load(SMOKE.read_text()) if text is None else None
+    path = tmp_path / "bad.yaml"
+    if data is not None:
+        for key, value in replaced.items():
+            node = data
+            *parents, last = key.split("__")
+            for part in parents:
+                node = node[int(part) if part.isdigit() else part]
+            node[int(last) if last.isdigit() else last] = value
+        text = yaml.safe_dump(data)
+    path.write_text(text)
+    return path
+
+
+def refused(path, *arguments):
+    """The one line that a bad spec gets; nothing may be left behind by it."""
+    out = path.parent / "out"
+    for command in (["validate", str(path)], ["run", str(path), "--out", str(out)]):
+        result = CliRunner().invoke(app, [*command, *arguments])
+        assert result.exit_code == 2, result.output
+        assert not result.stdout
+        assert not out.exists()
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_specs_are_good_and_survive_a_round_trip(path, tmp_path):
+    spec = load_spec(path)
+    again = tmp_path / "spec.yaml"
+    again.write_text(dump_spec(spec))
+    assert load_spec(again) == spec
+    assert make_plan(load_spec(again)) == make_plan(spec)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "place", "words"),
+    [
+        ({"wokers": 4}, "bad.yaml: wokers: ", "did you mean 'workers'?"),
+        ({"network__link__rat": "5mbit"}, "bad.yaml: network.link.rat: ", "did you mean 'rate'?"),
+        ({"network__link__rate": "50mb"}, "bad.yaml: network.link.rate: ", "bit, kbit, mbit, gbit"),
+        ({"network__link__rate": "-50mbit"}, "bad.yaml: network.link.rate: ", "negative"),
+        ({"network__link__queue": "much"}, "bad.yaml: network.link.queue: ", "64KiB"),
+        ({"network__link__up": {"delay": "5ms"}}, "bad.yaml: network.link.up.delay: ", "down direction only"),
+        ({"network__links": {"w7": {"rate": "5mbit"}}}, "bad.yaml: network.links.w7: ", "w0, w1, w2, w3"),
+        ({"network__topology": "ring"}, "bad.yaml: network.topology: ", "valid: star"),
+        ({"schedule__0__links": ["w1", "w9"]}, "bad.yaml: schedule[0].links[1]: ", "there is no link 'w9'"),
+        ({"schedule__1__at": "30s"}, "bad.yaml: schedule[1].at: ", "after the end of the run at 24s"),
+        ({"schedule__0__set": {}}, "bad.yaml: schedule[0].set: ", "changes nothing"),
+        ({"schedule__0__ramp": {"rate": "5mbit"}}, "bad.yaml: schedule[0]: ", "exactly one of set and ramp"),
+        ({"schedule__0__over": "5s"}, "bad.yaml: schedule[0].over: ", "belongs to a ramp"),
+        ({"workers": "four"}, "bad.yaml: workers: ", "whole number"),
+        ({"workers": 0}, "bad.yaml: workers: ", "out of range"),
+        ({"workload__stop": {}}, "bad.yaml: workload.stop: ", "steps, epochs and seconds"),
+        ({"workload__model": "resnet"}, "bad.yaml: workload.model: ", "mlp"),
+        ({"workload__compute": "fast"}, "bad.yaml: workload.compute: ", "{pace: 120ms}"),
+        ({"workload__batch": 0}, "bad.yaml: workload.batch: ", "out of range"),
+        ({"methods": []}, "bad.yaml: methods: ", "must not be empty"),
+        ({"methods__0": "allredcue"}, "bad.yaml: methods[0]: ", "allreduce"),
+        ({"methods__1": {"name": "topk", "ratio": 7}}, "bad.yaml: methods[1]: ", "ratio"),
+        ({"methods__1": "allreduce"}, "bad.yaml: methods[1]: ", "twice"),
+        ({"matrix": {"network.link.rate": []}}, "bad.yaml: matrix.network.link.rate: ", "no values"),
+        ({"matrix": {"network.link.rate": ["5mbit", "fast"]}}, "bad.yaml: network.link.rate: ", "'fast'"),
+        ({"script": "train.py"}, "bad.yaml: needs exactly one of workload and script", ""),
+        ({"name": "../escape"}, "bad.yaml: name: ", "letters, digits"),
+        ({"seeds": [-1]}, "bad.yaml: seeds[0]: ", "out of range"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_fault_is_named_with_its_place_and_mend(tmp_path, replaced, place, words):
+    line = refused(write(tmp_path, None, **replaced))
+    assert line.startswith(place)
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty"),
+        ("# only a comment\n", "is empty"),
+        ("- a\n- b\n", "must be a mapping"),
+        ("name: [unclosed\n", "line 2, column 1: not valid YAML"),
+        ("name: a\nname: b\n", "line 2, column 1: not valid YAML: the key 'name' stands there twice"),
+        ("name: \x00\n", "not valid YAML"),
+        (
+            "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+            + "".join(
+                f"{new}: &{new} [{', '.join(['*' + old] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+            ),
+            "more than 100000 values",
+        ),
+        ("a: " + "[" * 5000 + "]" * 5000, "not valid YAML"),
+        ("# " + "x" * (10 << 20), "is 10 MiB long"),
+    ],
+    ids=["empty", "comment", "list", "syntax", "twice", "nul", "bomb", "deep", "10MB"],
+)
+def test_a_file_that_is_no_spec(tmp_path, text, words):
+    assert words in refused(write(tmp_path, text))
+
+
+def test_missing_file_directory_and_binary(tmp_path):
+    assert "there is no such file" in refused(tmp_path / "nowhere.yaml")
+    assert "is a directory" in refused(tmp_path)
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00\x01")
+    assert "not UTF-8" in refused(binary)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("workers", "not of the form key=value"),
+        ("network.link.rate=fast", "network.link.rate: 'fast' is not a rate"),
+        ("methods.9=topk", "no position in a list of 3"),
+        ("name.x=1", "below a value that is no mapping"),
+        ("workers=[", "not YAML"),
+    ],
+)
+def test_bad_override(text, words):
+    result = CliRunner().invoke(app, ["validate", str(SMOKE), "--set", text])
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_overrides_reach_into_the_spec():
+    spec = load_spec(SMOKE, ["network.link.rate=20mbit", "schedule.0.at=2s", "methods.1.ratio=0.05"])
+    assert spec.network.link.rate == 20_000_000
+    assert spec.schedule[0].at == 2.0
+    assert spec.methods[1].options == {"ratio": 0.05}
+
+
+def test_dry_run_prints_hosts_timeline_and_tc(tmp_path):
+    result = CliRunner().invoke(app, ["run", str(SMOKE), "--dry-run", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0
+    assert "t=0 [w0] tc qdisc replace dev eth0 root handle 7e52: tbf rate 50000000bit" in result.stdout
+    assert "t=8s [switch] tc qdisc replace dev w3 root handle 7e52: tbf rate 10000000bit" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_matrix_makes_a_cell_for_every_combination(tmp_path):
+    path = write(tmp_path, None, matrix={"network.link.rate": ["20mbit", "50mbit"], "workers": [2, 3]}, seeds=[0, 1])
+    cells = make_plan(load_spec(path)).cells
+    assert len(cells) == 2 * 2 * 2 * 3
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert {len(cell.workers) for cell in cells} == {2, 3}
