@@ -58,7 +58,7 @@ def run(
         if spec is not None or overrides or lab is not None or dry_run:
             _fail("--resume takes the spec of the run directory; give neither SPEC nor --set, --lab, --dry-run", EXIT_BAD_INPUT)
         loaded, plan = _plan(resume / "spec.yaml", [], None)
-        raise typer.Exit(_guarded(lambda: continue_run(plan, resume, resume, console)))
+        raise typer.Exit(_guarded(lambda: continue_run(plan, resume, console)))
     if spec is None:
         _fail("SPEC is missing; name a YAML file, for example: testbed run experiments/smoke.yaml", EXIT_BAD_INPUT)
     loaded, plan = _plan(spec, overrides, lab)

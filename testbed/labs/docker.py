@@ -44,6 +44,8 @@ DEFAULT_IMAGE = "netsense-testbed:local"
 ENV_IMAGE = "TESTBED_IMAGE"
 INTERFACE = "eth0"
 
+_NOT_COMPOSE = {"com.docker.compose.project": "", "com.docker.compose.service": ""}
+"""Compose marks the images that it builds, containers inherit that, and Compose would take a worker for one of its own."""
 _RUN_DIR = PurePosixPath("/run/netsense")
 _NOBODY = 65534
 _READY_S = 60.0
@@ -174,9 +176,6 @@ class DockerLab:
         try:
             with _docker_errors():
                 self._build(self._client)
-            foreign = self.links.foreign_roots()
-            if foreign:
-                raise LabError(f"somebody else shapes {foreign[0]}; end that first")
             self.links.apply(self._plan.links)
         except BaseException:
             self._close()
@@ -226,7 +225,7 @@ class DockerLab:
             command=[],
             name=f"netsense-{self._token}-{name}",
             hostname=name,
-            labels=self._labels,
+            labels={**_NOT_COMPOSE, **self._labels},
             detach=True,
             auto_remove=True,
             network=network.name,
@@ -287,6 +286,9 @@ class DockerLab:
             peer = outside.get(mine.get_attr("IFLA_LINK"))
             if peer is None or peer.get_attr("IFLA_LINK") != mine["index"] or not peer.get_attr("IFLA_MASTER"):
                 raise LabError(f"cannot see the cable of {name}: {_OTHER_NAMESPACE}")
+            # A new cable has no queue. What has one is being shaped by some other tool, which matches containers by itself.
+            if {mine.get_attr("IFLA_QDISC"), peer.get_attr("IFLA_QDISC")} != {"noqueue"}:
+                raise LabError(f"something else shapes the link of {name}; end that first")
             inner.batch([_limit_packets(mine["index"], gso_max_size(self._plan.packet_bytes))])
             self.links.add(
                 name,

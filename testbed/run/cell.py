@@ -44,8 +44,8 @@ class CellResult:
     t_end_s: float = 0.0
 
 
-def run_cell(cell: Cell, open_lab: OpenLab, directory: Path, script_directory: Path, tick: Tick) -> CellResult:
-    """Run a cell in a fresh lab and leave its records in ``directory``, which ``prepare_cell`` made.
+def run_cell(cell: Cell, open_lab: OpenLab, directory: Path, tick: Tick) -> CellResult:
+    """Run a cell in a fresh lab and leave its records in ``directory`` (run directory/cells/name), which ``prepare_cell`` made.
 
     A failure of the cell is a result; LabError and KeyboardInterrupt pass through after the result is written.
     """
@@ -55,7 +55,7 @@ def run_cell(cell: Cell, open_lab: OpenLab, directory: Path, script_directory: P
             open_lab(cell.lab) as lab,
             ControlServer(directory / protocol.SOCKET_FILE, len(cell.workers)) as control,
         ):
-            _Conductor(cell, lab, control, directory, result, tick).conduct(script_directory)
+            _Conductor(cell, lab, control, directory, result, tick).conduct()
         result.status = "done"
     except CellFailed as error:
         result.status = "failed"
@@ -95,8 +95,8 @@ class _Conductor:
         self._step = 0
         self._holding = False
 
-    def conduct(self, script_directory: Path) -> None:
-        self._start_workers(script_directory)
+    def conduct(self) -> None:
+        self._start_workers()
         self._wait_for("ready", monotonic_s() + READY_TIMEOUT_S)
         hashes = {message["parameters"] for message in self._seen["ready"].values()}
         if len(hashes) > 1:
@@ -117,7 +117,7 @@ class _Conductor:
             if message.get("loss") is not None:
                 self._result.final_loss = message["loss"]
 
-    def _start_workers(self, script_directory: Path) -> None:
+    def _start_workers(self) -> None:
         hosts = [self._lab.hosts[name] for name in self._cell.workers]
         for rank, host in enumerate(hosts):
             directory = host.seen(self._directory)
@@ -133,7 +133,7 @@ class _Conductor:
                 protocol.ENV_CELL_DIR: directory,
             }
             if self._cell.program:
-                argv = ["python", str(script_directory / self._cell.program[0]), *self._cell.program[1:]]
+                argv = ["python", f"{directory}/../../{self._cell.program[0]}", *self._cell.program[1:]]
             else:
                 argv = ["python", "-m", "netsenseml.train.worker"]
             self._processes[rank] = host.start(argv, env, self._log(rank))

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from importlib import metadata
@@ -17,8 +18,11 @@ SPEC_FILE = "spec.yaml"
 _PACKAGES = ("netsense-testbed", "torch", "numpy", "pyroute2", "docker", "pandas", "pydantic")
 
 
-def create(spec: Spec, parent: Path) -> Path:
-    """A new run directory ``<name>-<UTC time>`` with spec.yaml and environment.json."""
+def create(spec: Spec, parent: Path, script_directory: Path) -> Path:
+    """A new run directory ``<name>-<UTC time>`` with spec.yaml, environment.json and a copy of the user's script.
+
+    script_directory: where the spec's script lies. With the copy a run can be resumed, and read, after the script has changed.
+    """
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
         directory = parent / f"{spec.name}-{stamp}{suffix}"
@@ -28,6 +32,9 @@ def create(spec: Spec, parent: Path) -> Path:
         except FileExistsError:
             continue
     (directory / "cells").mkdir()
+    if spec.script:
+        copied = shutil.copy(script_directory / spec.script.file, directory)
+        spec = spec.model_copy(update={"script": spec.script.model_copy(update={"file": Path(copied).name})})
     (directory / SPEC_FILE).write_text(dump_spec(spec))
     (directory / "environment.json").write_text(json.dumps(environment(), indent=1))
     return directory

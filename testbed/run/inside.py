@@ -1,4 +1,4 @@
-"""The first process of a netns lab: ``python -m testbed.run.inside RUN_DIRECTORY SCRIPT_DIRECTORY``.
+"""The first process of a netns lab: ``python -m testbed.run.inside RUN_DIRECTORY``.
 
 Not for people: ``testbed run`` starts it inside private namespaces, with a pipe as standard input whose end means stop.
 """
@@ -22,7 +22,7 @@ def main() -> int:
     stop = interrupt_main_thread_once()
     threading.Thread(target=_watch_lifeline, args=(stop,), daemon=True).start()
     try:
-        execute(Path(sys.argv[1]), Path(sys.argv[2]), Console())
+        execute(Path(sys.argv[1]), Console())
     except LabError as error:
         print(f"testbed: {error}", file=sys.stderr)
         return EXIT_CANNOT

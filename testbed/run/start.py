@@ -52,31 +52,31 @@ def check_machine(plan: Plan) -> None:
 def start_run(spec: Spec, plan: Plan, out: Path, script_directory: Path, console: Console) -> tuple[int, Path]:
     """Run a new experiment; returns the exit code and the run directory."""
     check_machine(plan)
-    directory = run_directory.create(spec, out)
-    return continue_run(plan, directory, script_directory, console), directory
+    directory = run_directory.create(spec, out, script_directory)
+    return continue_run(plan, directory, console), directory
 
 
-def continue_run(plan: Plan, directory: Path, script_directory: Path, console: Console) -> int:
+def continue_run(plan: Plan, directory: Path, console: Console) -> int:
     """Run the cells that have not ended, then write summary and report; returns the exit code."""
     # The results need pandas and plotly; they load while the cells run.
     threading.Thread(target=_load_results, daemon=True).start()
     try:
-        code = _run_cells(plan, directory, script_directory, console)
+        code = _run_cells(plan, directory, console)
         return finish(directory, console, interrupted=code == EXIT_INTERRUPTED) or code
     finally:
         run_directory.give_to_owner_of(directory.parent, directory)
 
 
-def _run_cells(plan: Plan, directory: Path, script_directory: Path, console: Console) -> int:
+def _run_cells(plan: Plan, directory: Path, console: Console) -> int:
     if plan.lab == "netns":
-        code = execute_enclosed(directory, script_directory)
+        code = execute_enclosed(directory)
         if code < 0:
             console.print(f"testbed: the lab was ended by signal {-code}", style="red")
             return EXIT_FAILED
         return code
     interrupt_main_thread_once()
     try:
-        execute(directory, script_directory, console)
+        execute(directory, console)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return EXIT_DONE

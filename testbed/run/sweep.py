@@ -23,7 +23,7 @@ _GRACE_S = 4.0
 """From the first interrupt to the hard end; users were promised five seconds."""
 
 
-def execute(directory: Path, script_directory: Path, console: Console) -> None:
+def execute(directory: Path, console: Console) -> None:
     """Run every cell of a run directory that has not ended yet; for netns the caller is inside the enclosure."""
     plan = make_plan(load_spec(directory / SPEC_FILE))
     pending = [cell for cell in plan.cells if not _ended(directory / "cells" / cell.name)]
@@ -33,7 +33,7 @@ def execute(directory: Path, script_directory: Path, console: Console) -> None:
         for cell in pending:
             progress.begin(cell, plan.cells.index(cell) + 1)
             cell_directory = directory / "cells" / cell.name
-            result = run_cell(cell, open_lab, cell_directory, script_directory, progress.tick)
+            result = run_cell(cell, open_lab, cell_directory, progress.tick)
             text = f"{result.status}, {result.steps} steps in {result.t_end_s:.1f} s"
             progress.end("; ".join([text, *result.problems]))
 
@@ -43,13 +43,13 @@ def _ended(cell_directory: Path) -> bool:
     return result is not None and result["status"] == "done"
 
 
-def execute_enclosed(directory: Path, script_directory: Path) -> int:
+def execute_enclosed(directory: Path) -> int:
     """Run ``execute`` inside private namespaces as a child process; returns its exit code.
 
     The child's standard input is a pipe that only we hold open. When we end, in whatever way, it reads the end of the pipe
     and stops in an orderly way; and when its first process ends, the kernel removes the rest.
     """
-    command = [*enclosure(), sys.executable, "-m", "testbed.run.inside", str(directory), str(script_directory)]
+    command = [*enclosure(), sys.executable, "-m", "testbed.run.inside", str(directory)]
     read_end, lifeline = os.pipe2(os.O_CLOEXEC)
     with subprocess.Popen(command, stdin=read_end) as child:
         os.close(read_end)

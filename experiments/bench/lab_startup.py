@@ -1,0 +1,85 @@
+"""Time of a netns lab of 64 shaped hosts, up and down, against the same lab made with ip and tc.
+
+    python experiments/bench/lab_startup.py [HOSTS] [REPETITIONS]
+
+Both ways make the same namespaces, cables, addresses and tbf on both ends of every cable, in the same private namespaces,
+in turn. The ratio is what counts; the machine may be busy.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from testbed.labs.base import LabPlan
+from testbed.labs.forkserver import ForkServer
+from testbed.labs.netns import NetnsLab, enclosure
+from testbed.links.qdiscs import compile_tree, tc_commands
+from testbed.links.state import LinkState, Shape
+
+SHAPE = Shape(rate_bps=100_000_000)
+
+
+def ours(server: ForkServer, hosts: int) -> tuple[float, float]:
+    """(seconds up, seconds down) of our lab, every qdisc read back."""
+    plan = LabPlan({f"w{i}": LinkState(SHAPE, SHAPE) for i in range(hosts)})
+    begin = time.perf_counter()
+    with NetnsLab(plan, server) as lab:
+        up = time.perf_counter()
+        assert len(lab.links.counters()) == 2 * hosts
+        closing = time.perf_counter()
+    return up - begin, time.perf_counter() - closing
+
+
+def with_programs(hosts: int) -> tuple[float, float]:
+    """(seconds up, seconds down) with one call of ip or tc after another."""
+
+    def call(command: str) -> None:
+        subprocess.run(command.split(), check=True, stdout=subprocess.DEVNULL)
+
+    begin = time.perf_counter()
+    call("ip netns add switch")
+    call("ip -n switch link add br0 type bridge")
+    call("ip -n switch link set br0 up")
+    for i in range(hosts):
+        call(f"ip netns add w{i}")
+        call(f"ip -n switch link add w{i} type veth peer name eth0 netns w{i}")
+        call(f"ip -n switch link set w{i} master br0 up")
+        call(f"ip -n w{i} address add 10.77.{i // 250}.{i % 250 + 1}/16 dev eth0")
+        call(f"ip -n w{i} link set lo up")
+        call(f"ip -n w{i} link set eth0 up")
+        (tbf,) = tc_commands(compile_tree(SHAPE), "eth0")
+        call(tbf.replace("tc ", f"tc -n w{i} ", 1))
+        (tbf,) = tc_commands(compile_tree(SHAPE), f"w{i}")
+        call(tbf.replace("tc ", "tc -n switch ", 1))
+    up = time.perf_counter()
+    for name in ["switch", *(f"w{i}" for i in range(hosts))]:
+        call(f"ip netns delete {name}")
+    return up - begin, time.perf_counter() - up
+
+
+def report(name: str, measure: Callable[[], tuple[float, float]], repetitions: int) -> float:
+    """Print the median of some repetitions; returns up + down in seconds."""
+    times = [measure() for _ in range(repetitions)]
+    up, down = (statistics.median(column) for column in zip(*times, strict=True))
+    print(f"{name:24} up {up:6.3f} s   down {down:6.3f} s   both {up + down:6.3f} s")
+    return up + down
+
+
+def main() -> None:
+    hosts = int(sys.argv[1]) if len(sys.argv) > 1 else 64
+    repetitions = int(sys.argv[2]) if len(sys.argv) > 2 else 5
+    if os.environ.get("BENCH_INSIDE") != "1":
+        os.execvpe("env", ["env", "BENCH_INSIDE=1", *enclosure(), sys.executable, *sys.argv], os.environ)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True)
+    print(f"{hosts} hosts, tbf on both ends of each cable, median of {repetitions}")
+    with ForkServer() as server:
+        mine = report("testbed (netlink batches)", lambda: ours(server, hosts), repetitions)
+    theirs = report("ip and tc programs", lambda: with_programs(hosts), repetitions)
+    print(f"ratio {theirs / mine:.1f}")
+
+
+if __name__ == "__main__":
+    main()
