@@ -21,11 +21,13 @@ class LabPlan:
 
     impaired: links that get netem at some time of the run and so need it in their qdisc tree from the start.
     packet_bytes: wire size that no packet of a host may exceed (``qdiscs.largest_packet_bytes``).
+    seed: of random impairments.
     """
 
     links: Mapping[str, LinkState]
     impaired: frozenset[str] = frozenset()
     packet_bytes: int = UNCUT_PACKET_BYTES
+    seed: int = 0
 
 
 class Process(Protocol):

@@ -97,7 +97,7 @@ class NetnsLab:
         self._server = server
         self._switch: NetlinkSocket | None = None
         self.hosts: dict[str, NetnsHost] = {}
-        self.links = Shaper(plan.impaired, plan.packet_bytes)
+        self.links = Shaper(plan.impaired, plan.packet_bytes, plan.seed)
 
     def __enter__(self) -> Self:
         try:

@@ -15,13 +15,14 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist, fmean, pstdev
 
-from pyroute2.netlink import NLM_F_CREATE, NLM_F_REPLACE, nla
+from pyroute2.netlink import NLA_F_NESTED, NLM_F_CREATE, NLM_F_REPLACE, nla
 from pyroute2.netlink.rtnl import RTM_NEWQDISC, TC_H_ROOT
 from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
 from testbed.links.netlink import Request, attributes, decode, encode
-from testbed.links.state import Shape
+from testbed.links.state import Loss, Shape
 
 MAJOR = 0x7E50
 """Handles 7e50: to 7e5f: mark the qdiscs that are ours; nothing else at a root is ever replaced (Pumba's habit)."""
@@ -32,6 +33,9 @@ _SEGMENT_BYTES = 1448
 UNCUT_PACKET_BYTES = 46 * ETHERNET_FRAME_BYTES
 """Wire size of the largest GSO packet that Linux builds unless told otherwise (64 KiB of TCP/IP)."""
 _HANDLES = {"netem": MAJOR | 1, "tbf": MAJOR | 2, "pfifo": MAJOR | 3}
+_SMALLEST_FRAME_BYTES = 60
+_UNLIMITED_PACKETS = 10_000
+_TABLE_ENTRIES = 1024
 _TCMSG = struct.Struct("=BBHiIII")  # family, pads, ifindex, handle, parent, info
 _NLMSG_BYTES = 16
 _STATS2, _STATS_BASIC, _STATS_QUEUE = 7, 1, 3
@@ -65,7 +69,7 @@ def gso_max_size(packet_bytes: int) -> int:
 def queue_bytes(shape: Shape, rate_bps: int, burst: int) -> int:
     """Bytes that may wait at a rate: the time or size asked for, but never less than one burst and a frame."""
     wanted = shape.queue_bytes if shape.queue_bytes is not None else math.ceil(rate_bps / 8 * shape.queue_s)
-    return max(wanted, burst + ETHERNET_FRAME_BYTES)
+    return min(max(wanted, burst + ETHERNET_FRAME_BYTES), 2**32 - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +87,40 @@ class Tbf:
 
 @dataclass(frozen=True, slots=True)
 class Netem:
-    """Delay and its standard deviation in ns; loss as a fraction of 2**32 - 1; packets it can hold."""
+    """Delay and its standard deviation in ns; shares of packets between 0 and 1; how many packets it can hold.
+
+    seed: of the kernel's random numbers; kernels before 6.6 do not take one.
+    """
 
     delay_ns: int
     jitter_ns: int
-    loss_u32: int
+    distribution: str
+    loss: Loss
+    duplicate: float
+    corrupt: float
+    reorder: float
     limit_packets: int
+    seed: int
     kind = "netem"
 
     def tc_arguments(self) -> str:
         words = [f"netem limit {self.limit_packets}"]
-        if self.delay_ns:
+        if self.delay_ns or self.jitter_ns:
             words.append(f"delay {self.delay_ns / 1e3:g}us")
         if self.jitter_ns:
-            words.append(f"{self.jitter_ns / 1e3:g}us")
-        if self.loss_u32:
-            words.append(f"loss {self.loss_u32 / 0xFFFFFFFF * 100:.6g}%")
+            words.append(f"{self.jitter_ns / 1e3:g}us distribution {self.distribution}")
+        if self.loss.burst is not None:
+            p, r = self.loss.transitions
+            rates = (p, r, self.loss.bad_loss, self.loss.good_loss)
+            words.append("loss gemodel " + " ".join(f"{100 * rate:.6g}%" for rate in rates))
+        elif self.loss.share:
+            words.append(f"loss {100 * self.loss.share:.6g}%")
+            words += [f"{100 * self.loss.correlation:.6g}%"] if self.loss.correlation else []
+        for name in ("duplicate", "corrupt", "reorder"):
+            if share := getattr(self, name):
+                words.append(f"{name} {100 * share:.6g}%")
+        if self.seed:
+            words.append(f"seed {self.seed}")
         return " ".join(words)
 
 
@@ -106,7 +128,7 @@ class Netem:
 class Pfifo:
     """Plain queue of a number of packets."""
 
-    limit_packets: int = 10_000
+    limit_packets: int
     kind = "pfifo"
 
     def tc_arguments(self) -> str:
@@ -118,25 +140,55 @@ Tree = tuple[Qdisc, ...]
 """Qdiscs from the root downwards, each the only child of the one before."""
 
 
-def compile_tree(shape: Shape, *, impaired: bool = False, packet_bytes: int = 0) -> Tree:
+def compile_tree(shape: Shape, *, impaired: bool = False, packet_bytes: int = 0, seed: int = 0) -> Tree:
     """The qdisc tree of one direction.
 
     packet_bytes: largest packet that can arrive (``largest_packet_bytes``); the bucket is never smaller.
     impaired: put netem into the tree even if this shape does not need it, because a later one on the same link will; so
     that no change ever has to replace the root and lose what is queued.
     """
-    below: Qdisc = Pfifo()
+    below: Qdisc = Pfifo(_UNLIMITED_PACKETS)
+    waiting = _UNLIMITED_PACKETS
     if shape.rate_bps is not None:
         burst = max(burst_bytes(shape.rate_bps), min(packet_bytes, UNCUT_PACKET_BYTES))
         below = Tbf(shape.rate_bps, burst, queue_bytes(shape, shape.rate_bps, burst))
+        waiting = below.limit_bytes // _SMALLEST_FRAME_BYTES
     if not (impaired or shape.needs_netem):
         return (below,)
-    held_s = shape.delay_s + 4 * shape.jitter_s
-    packets = math.ceil((shape.rate_bps or 10**10) / 8 * held_s / 64) + 1000  # every frame may be a small one
-    return (
-        Netem(round(shape.delay_s * 1e9), round(shape.jitter_s * 1e9), round(shape.loss * 0xFFFFFFFF), packets),
-        below,
+    # Room for a bandwidth-delay product of the smallest frames; older kernels count the packets of the child, too.
+    flying = (shape.rate_bps or 10**10) / 8 * (shape.delay_s + 4 * shape.jitter_s) / _SMALLEST_FRAME_BYTES
+    netem = Netem(
+        delay_ns=round(shape.delay_s * 1e9),
+        jitter_ns=round(shape.jitter_s * 1e9),
+        distribution=shape.distribution,
+        loss=shape.loss,
+        duplicate=shape.duplicate,
+        corrupt=shape.corrupt,
+        reorder=shape.reorder,
+        limit_packets=min(math.ceil(flying) + waiting + 1000, 2**31),
+        seed=seed,
     )
+    return (netem, below)
+
+
+@lru_cache
+def distribution_table(name: str) -> bytes:
+    """Table of a delay distribution for netem: quantiles with mean 0 and standard deviation 1, as int16 in units of 1/8192.
+
+    normal: cut at 4 standard deviations by the range of int16. uniform. pareto: shape 3, netem's own choice, cut likewise.
+    """
+    ranks = [(i + 0.5) / _TABLE_ENTRIES for i in range(_TABLE_ENTRIES)]
+    if name == "normal":
+        values = [NormalDist().inv_cdf(rank) for rank in ranks]
+    elif name == "uniform":
+        values = [(rank - 0.5) * math.sqrt(12) for rank in ranks]
+    else:
+        values = [(1 - rank) ** (-1 / 3) for rank in ranks]
+    values = [min(max(value, -10.0), 10.0) for value in values]
+    for _ in range(20):  # the cut moves mean and deviation, so scale again until both hold
+        mean, deviation = fmean(values), pstdev(values)
+        values = [min(max((value - mean) / deviation, -3.9999), 3.9999) for value in values]
+    return struct.pack(f"={_TABLE_ENTRIES}h", *(round(value * 8192) for value in values))
 
 
 def handle_of(tree: Sequence[Qdisc], level: int) -> tuple[int, int]:
@@ -185,7 +237,7 @@ class _TbfOptions(nla):
         )
 
 
-class _NetemOptions(nla):  # struct tc_netem_qopt, then attributes
+class _NetemOptions(nla):  # struct tc_netem_qopt of <linux/pkt_sched.h>, then attributes
     fields = (
         ("latency", "I"),
         ("limit", "I"),
@@ -198,19 +250,26 @@ class _NetemOptions(nla):  # struct tc_netem_qopt, then attributes
         (f"TCA_NETEM_{name}", kind)
         for name, kind in (
             ("UNSPEC", "none"),
-            ("CORR", "hex"),
-            ("DELAY_DIST", "hex"),
-            ("REORDER", "hex"),
-            ("CORRUPT", "hex"),
-            ("LOSS", "hex"),
-            ("RATE", "hex"),
+            ("CORR", "cdata"),
+            ("DELAY_DIST", "cdata"),
+            ("REORDER", "cdata"),
+            ("CORRUPT", "cdata"),
+            ("LOSS", "loss"),
+            ("RATE", "cdata"),
             ("ECN", "uint32"),
             ("RATE64", "uint64"),
-            ("PAD", "hex"),
+            ("PAD", "cdata"),
             ("LATENCY64", "int64"),
             ("JITTER64", "int64"),
+            ("SLOT", "cdata"),
+            ("SLOT_DIST", "cdata"),
+            ("PRNG_SEED", "uint64"),
         )
     )
+
+    class loss(nla):  # noqa: N801
+        nla_flags = NLA_F_NESTED
+        nla_map = (("NETEM_LOSS_UNSPEC", "none"), ("NETEM_LOSS_GI", "cdata"), ("NETEM_LOSS_GE", "cdata"))
 
 
 class _PfifoOptions(nla):
@@ -237,14 +296,46 @@ def _options(qdisc: Qdisc) -> dict[str, object]:
             if rate > 0xFFFFFFFF:
                 attrs.append(("TCA_TBF_RATE64", rate))
             return {"attrs": attrs}
-        case Netem(delay, jitter, loss, limit):
+        case Netem():
+            # All attributes every time: netem keeps what a change leaves out, so an impairment could never be taken back.
+            loss = qdisc.loss
+            netem: list[tuple[str, object]] = [
+                ("TCA_NETEM_LATENCY64", qdisc.delay_ns),
+                ("TCA_NETEM_JITTER64", qdisc.jitter_ns),
+                ("TCA_NETEM_CORR", struct.pack("=III", 0, _u32(loss.correlation), 0)),
+                ("TCA_NETEM_REORDER", struct.pack("=II", _u32(qdisc.reorder), 0)),
+                ("TCA_NETEM_CORRUPT", struct.pack("=II", _u32(qdisc.corrupt), 0)),
+            ]
+            if loss.burst is not None:
+                netem.append(("TCA_NETEM_LOSS", {"attrs": [("NETEM_LOSS_GE", _gilbert_elliott(loss))]}))
+            if qdisc.jitter_ns:
+                netem.append(("TCA_NETEM_DELAY_DIST", distribution_table(qdisc.distribution)))
+            if qdisc.seed:
+                netem.append(("TCA_NETEM_PRNG_SEED", qdisc.seed))
             return {
-                "limit": limit,
-                "loss": loss,
-                "attrs": [("TCA_NETEM_LATENCY64", delay), ("TCA_NETEM_JITTER64", jitter)],
+                "limit": qdisc.limit_packets,
+                "loss": _u32(loss.share) if loss.burst is None else 0,
+                "gap": 1 if qdisc.reorder else 0,
+                "duplicate": _u32(qdisc.duplicate),
+                "attrs": netem,
             }
         case Pfifo(limit):
             return {"limit": limit}
+
+
+def _u32(share: float) -> int:
+    return round(share * 0xFFFFFFFF)
+
+
+def _gilbert_elliott(loss: Loss) -> bytes:
+    """struct tc_netem_gemodel: p, r, h, k1; netem keeps what passes in the bad state and what is lost in the good one."""
+    p, r = loss.transitions
+    return struct.pack("=IIII", _u32(p), _u32(r), _u32(1 - loss.bad_loss), _u32(loss.good_loss))
+
+
+def _head(data: bytes | None, words: int) -> tuple[int, ...]:
+    """The first 32-bit words of a structure; zeros where the kernel left it out."""
+    return struct.unpack_from(f"={words}I", data) if data else (0,) * words
 
 
 @lru_cache(maxsize=4096)
@@ -284,12 +375,20 @@ def same_on_kernel(wanted: Qdisc, answer: bytes) -> bool:
             rate = options.get_attr("TCA_TBF_RATE64") or parms["rate"]
             kept = parms["buffer"] * 64e-9 * rate
             return rate == rate_bps // 8 and parms["limit"] == limit and abs(kept - burst) <= 64e-9 * rate + 1
-        case Netem(delay, jitter, loss, limit):
+        case Netem():
+            loss = wanted.loss
+            models = options.get_attr("TCA_NETEM_LOSS")
+            bursts = models.get_attr("NETEM_LOSS_GE") if models is not None else None
             return (
-                options["limit"] == limit
-                and options["loss"] == loss
-                and options.get_attr("TCA_NETEM_LATENCY64", 0) == delay
-                and options.get_attr("TCA_NETEM_JITTER64", 0) == jitter
+                options["limit"] == wanted.limit_packets
+                and options["loss"] == (_u32(loss.share) if loss.burst is None else 0)
+                and options["duplicate"] == _u32(wanted.duplicate)
+                and options.get_attr("TCA_NETEM_LATENCY64", 0) == wanted.delay_ns
+                and options.get_attr("TCA_NETEM_JITTER64", 0) == wanted.jitter_ns
+                and _head(options.get_attr("TCA_NETEM_CORR"), 3) == (0, _u32(loss.correlation), 0)
+                and _head(options.get_attr("TCA_NETEM_REORDER"), 1) == (_u32(wanted.reorder),)
+                and _head(options.get_attr("TCA_NETEM_CORRUPT"), 1) == (_u32(wanted.corrupt),)
+                and bytes(bursts or b"") == (_gilbert_elliott(loss) if loss.burst is not None else b"")
             )
         case Pfifo(limit):
             return bool(options["limit"] == limit)

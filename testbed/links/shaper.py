@@ -3,18 +3,24 @@
 Thin on purpose: what to send is compiled in ``qdiscs``; this only sends it, one batch per network namespace.
 """
 
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from pyroute2.netlink import NLM_F_ECHO
-from pyroute2.netlink.rtnl import RTM_GETQDISC, TC_H_ROOT
+from pyroute2.netlink import NLA_F_NESTED, NLM_F_ECHO
+from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_GETQDISC, RTM_SETLINK, TC_H_ROOT
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
 from netsenseml.agent.protocol import monotonic_s
 from testbed.links import qdiscs
-from testbed.links.netlink import NetlinkError, NetlinkSocket, Request, encode
+from testbed.links.netlink import NetlinkError, NetlinkSocket, Request, decode, encode
 from testbed.links.qdiscs import QdiscCounters, compile_tree
-from testbed.links.state import DIRECTIONS, LinkState
+from testbed.links.state import DIRECTIONS, LinkState, Shape
+
+
+AF_BRIDGE = 7
+BR_STATE_DISABLED, BR_STATE_FORWARDING = 0, 3  # <linux/if_bridge.h>
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +45,16 @@ class Shaper:
 
     impaired: links that carry netem from the start, because some state of theirs will need it.
     packet_bytes: wire size of the largest packet that the hosts send (``qdiscs.largest_packet_bytes``).
+    seed: of the random impairments.
     """
 
-    def __init__(self, impaired: Iterable[str] = (), packet_bytes: int = qdiscs.UNCUT_PACKET_BYTES) -> None:
+    def __init__(
+        self, impaired: Iterable[str] = (), packet_bytes: int = qdiscs.UNCUT_PACKET_BYTES, seed: int = 0
+    ) -> None:
         self.packet_bytes = packet_bytes
+        self.seed = seed
         self._impaired = frozenset(impaired)
+        self._changes = 0
         self._ports: dict[tuple[str, str], Port] = {}
         self._states: dict[str, LinkState] = {}
 
@@ -66,11 +77,7 @@ class Shaper:
         for link, state in changes.items():
             for direction in DIRECTIONS:
                 port = self._ports[link, direction]
-                shape = state.up if direction == "up" else state.down
-                # Delay and loss are on down only, so only down ever needs netem.
-                tree = compile_tree(
-                    shape, impaired=direction == "down" and link in self._impaired, packet_bytes=self.packet_bytes
-                )
+                tree = self._tree(link, direction, getattr(state, direction))
                 wanted = zip(tree, qdiscs.requests(tree, port.ifindex, f"{link} {direction}"), strict=True)
                 by_socket.setdefault(port.socket, []).extend((link, qdisc, request) for qdisc, request in wanted)
 
@@ -82,8 +89,42 @@ class Shaper:
             for (link, qdisc, _), answers in zip(work, replies, strict=True):
                 verified[link] &= any(qdiscs.same_on_kernel(qdisc, answer) for answer in answers)
                 done_s[link] = max(done_s[link], now)
+        for link, state in changes.items():
+            before = self._states.get(link)
+            if state.connected != (before is None or before.connected):
+                verified[link] &= self._connect(link, state.connected)
+                done_s[link] = monotonic_s()
         self._states.update(changes)
         return {link: Applied(done_s[link], verified[link]) for link in changes}
+
+    def _tree(self, link: str, direction: str, shape: Shape) -> qdiscs.Tree:
+        # Only down is ever impaired. The seed differs between links, or all would lose the same packets, and between changes,
+        # because netem begins its random numbers anew with each.
+        impaired = direction == "down" and link in self._impaired
+        if impaired:
+            self._changes += 1
+        seed = zlib.crc32(f"{link} {self._changes}".encode(), self.seed) if impaired else 0
+        return compile_tree(shape, impaired=impaired, packet_bytes=self.packet_bytes, seed=seed)
+
+    def _connect(self, link: str, connected: bool) -> bool:
+        """Let the switch forward to and from a link, or not; True if the kernel confirms it.
+
+        A disabled port of a bridge drops in both directions, and neither end is told: no carrier is lost, no address is
+        unreachable. That is what a partition looks like.
+        """
+        port = self._ports[link, "down"]
+        wanted = BR_STATE_FORWARDING if connected else BR_STATE_DISABLED
+        # As `bridge link set` does it: the other way, IFLA_INFO_SLAVE_DATA, is accepted and has no effect.
+        message = ifinfmsg()
+        message["family"] = AF_BRIDGE
+        message["index"] = port.ifindex
+        message["attrs"] = [("IFLA_PROTINFO", {"attrs": [("IFLA_BRPORT_STATE", wanted)]}, NLA_F_NESTED)]
+        port.socket.batch([encode(message, RTM_SETLINK, 0, f"{link}: bridge port state {wanted}")])
+        question = ifinfmsg()
+        question["index"] = port.ifindex
+        ((answer,),) = port.socket.batch([encode(question, RTM_GETLINK, 0, f"{link}: bridge port")])
+        found = decode(answer, ifinfmsg).get_nested("IFLA_LINKINFO", "IFLA_INFO_SLAVE_DATA", "IFLA_BRPORT_STATE")
+        return bool(found == wanted)
 
     def counters(self) -> dict[tuple[str, str], QdiscCounters]:
         """Counters of every link and direction, of the qdisc that limits the rate: one dump per namespace."""

@@ -1,9 +1,39 @@
 """What a link is at one moment: a frozen value in SI units, free of any kernel notion."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 DIRECTIONS = ("up", "down")
+DISTRIBUTIONS = ("normal", "uniform", "pareto")
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Which packets are lost. All zero: none.
+
+    share, correlation: each packet is lost with probability ``share``; the correlation ties a packet to the one before
+        (netem(8): the generated values are correlated, so that the share itself comes out lower).
+    burst: mean length of a burst in packets. None: no bursts. Otherwise a Gilbert model whose stationary loss is ``share``.
+    bad_loss, good_loss: loss in the bad and in the good state (Gilbert-Elliott); 1 and 0 give the Gilbert model.
+    """
+
+    share: float = 0.0
+    correlation: float = 0.0
+    burst: float | None = None
+    bad_loss: float = 1.0
+    good_loss: float = 0.0
+
+    @property
+    def transitions(self) -> tuple[float, float]:
+        """(p, r): probability per packet of going from good to bad and from bad to good.
+
+        With mean sojourn ``burst`` in the bad state, r = 1 / burst; the share of time in the bad state is
+        b = p / (p + r), and the loss b * bad_loss + (1 - b) * good_loss must come out as ``share``. (Elliott 1963)
+        """
+        assert self.burst is not None
+        r = 1 / self.burst
+        bad = (self.share - self.good_loss) / (self.bad_loss - self.good_loss)
+        return r * bad / (1 - bad), r
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,8 +42,10 @@ class Shape:
 
     rate_bps: bits/s on the wire, Ethernet header included; None = not limited.
     queue_s, queue_bytes: how much may wait for the rate limiter; time is used unless bytes are given.
-    delay_s, jitter_s: one-way propagation delay and its standard deviation.
-    loss: share of packets dropped at random, 0 to 1.
+    delay_s, jitter_s: one-way propagation delay and its standard deviation. distribution: of the delay (``DISTRIBUTIONS``).
+    loss: which packets are lost.
+    duplicate, corrupt: share of packets sent twice, or with one flipped bit.
+    reorder: share of packets that overtake, by being sent without the delay.
     """
 
     rate_bps: int | None = None
@@ -21,12 +53,18 @@ class Shape:
     queue_bytes: int | None = None
     delay_s: float = 0.0
     jitter_s: float = 0.0
-    loss: float = 0.0
+    distribution: str = "normal"
+    loss: Loss = Loss()
+    duplicate: float = 0.0
+    corrupt: float = 0.0
+    reorder: float = 0.0
 
     @property
     def needs_netem(self) -> bool:
         """True if tbf alone cannot make this shape."""
-        return bool(self.delay_s or self.jitter_s or self.loss)
+        return bool(
+            self.delay_s or self.jitter_s or self.loss.share or self.duplicate or self.corrupt or self.reorder
+        )
 
     def with_changes(self, changes: dict[str, Any]) -> "Shape":
         """A copy with some properties replaced; all others stay as they are."""
@@ -38,17 +76,19 @@ class LinkState:
     """Both directions of one access link.
 
     up is the egress of the worker's own interface, down the egress of the switch port that faces it.
-    Delay, jitter and loss exist on down only, so a one-way delay of 10 ms gives an RTT of 20 ms between workers.
+    All but rate and queue exist on down only, so a one-way delay of 10 ms gives an RTT of 20 ms between workers.
+    connected: False is a partition; nothing passes in either direction, and nobody is told.
     """
 
     up: Shape = Shape()
     down: Shape = Shape()
+    connected: bool = True
 
     @property
     def needs_netem(self) -> bool:
         """True if the kernel must offer netem for this link."""
         return self.up.needs_netem or self.down.needs_netem
 
-    def to_json(self) -> dict[str, dict[str, Any]]:
+    def to_json(self) -> dict[str, Any]:
         """Plain data, for records."""
-        return {side: {f.name: getattr(getattr(self, side), f.name) for f in fields(Shape)} for side in DIRECTIONS}
+        return asdict(self)

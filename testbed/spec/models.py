@@ -7,7 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from netsenseml.agent import catalog
 from netsenseml.agent.protocol import StopConfig
-from testbed.links.state import DIRECTIONS, LinkState, Shape
+from testbed.links.state import DIRECTIONS, DISTRIBUTIONS, LinkState, Loss, Shape
 from testbed.spec import units
 from testbed.spec.errors import did_you_mean
 
@@ -68,64 +68,126 @@ class Model(BaseModel):
         return data
 
 
+class LossSpec(Model):
+    """Loss of packets, written as ``1%`` or as a mapping.
+
+    share with correlation: random loss. share with burst (mean length in packets): a Gilbert model; with bad and good, the
+    loss in its two states: Gilbert-Elliott.
+    """
+
+    share: Share
+    correlation: Share = 0.0
+    burst: float | None = Field(None, ge=1, le=1e6)
+    bad: Share = 1.0
+    good: Share = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        return data if isinstance(data, dict | LossSpec) else {"share": data}
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.burst is None and (self.bad != 1 or self.good != 0):
+            raise PydanticCustomError("at_key", "is missing; bad and good belong to bursts of a mean length", {"path": ["burst"]})
+        if self.burst is not None and self.correlation:
+            text = "goes with random loss only; bursts have their own"
+            raise PydanticCustomError("at_key", text, {"path": ["correlation"]})
+        if self.burst is not None and not self.good <= self.share < self.bad:
+            text = f"{self.share:g} must lie between the loss in the good state ({self.good:g}) and in the bad one ({self.bad:g})"
+            raise PydanticCustomError("at_key", text, {"path": ["share"]})
+        if self.burst is not None and self.burst * (self.bad - self.share) < self.share - self.good:
+            text = f"bursts of mean length {self.burst:g} cannot make up a loss of {self.share:g}; make them longer"
+            raise PydanticCustomError("at_key", text, {"path": ["burst"]})
+        return self
+
+    def loss(self) -> Loss:
+        """As a value of ``links.state``."""
+        bursts = (self.burst, self.bad, self.good) if self.share or self.good else (None, 1.0, 0.0)
+        return Loss(self.share, self.correlation, *bursts)
+
+
 class ShapeSpec(Model):
-    """Properties of one direction of a link; what is left out stays as it is."""
+    """Properties of one direction of a link; what is left out stays as it is.
+
+    distribution: of the delay around its mean, with jitter as standard deviation. As in netem, jitter reorders packets.
+    """
 
     rate: Rate | None = None
     queue: QueueText | None = None
     delay: Time | None = None
     jitter: Time | None = None
-    loss: Share | None = None
+    distribution: Literal[*DISTRIBUTIONS] | None = None  # type: ignore[valid-type]
+    loss: LossSpec | None = None
+    duplicate: Share | None = None
+    corrupt: Share | None = None
+    reorder: Share | None = None
 
     def changes(self) -> dict[str, Any]:
         """The given properties under the names of ``Shape``."""
         out: dict[str, Any] = {}
-        if self.rate is not None:
-            out["rate_bps"] = self.rate
         if self.queue is not None:
             out["queue_bytes"] = self.queue.bytes
             if self.queue.seconds is not None:
                 out["queue_s"] = self.queue.seconds
-        for name, value in (("delay_s", self.delay), ("jitter_s", self.jitter), ("loss", self.loss)):
-            if value is not None:
-                out[name] = value
+        for name, target in _DIRECT.items():
+            if (value := getattr(self, name)) is not None:
+                out[target] = value
+        if self.loss is not None:
+            out["loss"] = self.loss.loss()
         return out
+
+
+_DIRECT = {
+    "rate": "rate_bps",
+    "delay": "delay_s",
+    "jitter": "jitter_s",
+    "distribution": "distribution",
+    "duplicate": "duplicate",
+    "corrupt": "corrupt",
+    "reorder": "reorder",
+}
+_BOTH_DIRECTIONS = ("rate_bps", "queue_s", "queue_bytes")
+
+
+def _up(value: Any) -> Any:
+    # A union would report the faults of both its sides; a bool is itself, all else must be a shape.
+    return value if isinstance(value, bool | ShapeSpec) or value is None else ShapeSpec.model_validate(value)
 
 
 class LinkSpec(ShapeSpec):
     """Properties of a link: both directions, then what differs in one of them.
 
-    Rate and queue hold in both directions. Delay, jitter and loss exist on down only (DESIGN: a one-way delay of 10 ms is an
-    RTT of 20 ms between two workers).
+    Rate and queue hold in both directions. All else exists on down only (DESIGN: a one-way delay of 10 ms is an RTT of 20 ms
+    between two workers). ``up: false`` is a partition, ``up: true`` ends it.
     """
 
-    DOWN_ONLY: ClassVar[tuple[str, ...]] = ("delay", "jitter", "loss")
-
-    up: ShapeSpec | None = None
+    up: Annotated[ShapeSpec | bool | None, BeforeValidator(_up)] = None
     down: ShapeSpec | None = None
 
     @model_validator(mode="after")
     def _impairments_on_down(self) -> Self:
-        for name in self.DOWN_ONLY:
-            if self.up is not None and getattr(self.up, name) is not None:
-                raise PydanticCustomError(
-                    "at_key", f"{name} exists on the down direction only; move it to the link itself", {"path": ["up", name]}
-                )
+        if isinstance(self.up, ShapeSpec):
+            for name in type(self.up).model_fields:
+                if getattr(self.up, name) is not None and name not in ("rate", "queue"):
+                    text = f"{name} exists on the down direction only; move it to the link itself"
+                    raise PydanticCustomError("at_key", text, {"path": ["up", name]})
         return self
 
     def changes_by_direction(self) -> dict[str, dict[str, Any]]:
         """{"up": …, "down": …} under the names of ``Shape``."""
         both = self.changes()
-        up = {k: v for k, v in both.items() if k not in ("delay_s", "jitter_s", "loss")}
+        up = {name: value for name, value in both.items() if name in _BOTH_DIRECTIONS}
         return {
-            "up": up | (self.up.changes() if self.up else {}),
+            "up": up | (self.up.changes() if isinstance(self.up, ShapeSpec) else {}),
             "down": both | (self.down.changes() if self.down else {}),
         }
 
     def applied_to(self, state: LinkState) -> LinkState:
         """The state with these properties replaced."""
         changes = self.changes_by_direction()
-        return LinkState(*(getattr(state, side).with_changes(changes[side]) for side in DIRECTIONS))
+        up, down = (getattr(state, side).with_changes(changes[side]) for side in DIRECTIONS)
+        return LinkState(up, down, connected=self.up if isinstance(self.up, bool) else state.connected)
 
 
 class NetworkSpec(Model):

@@ -156,3 +156,33 @@ print(json.dumps(counts))
 """,
     )
     assert len(set(seen)) == 1
+
+
+def test_a_partition_stops_a_link_without_a_sign_and_ends(tmp_path):
+    seen = in_lab(
+        tmp_path,
+        """
+from dataclasses import replace
+with lab_of(["w0", "w1"], 50_000_000) as lab:
+    lab.hosts["w1"].start(["python", "-c", SINK], {}, tmp / "sink.log")
+    lab.hosts["w0"].start(["python", "-c", SOURCE, lab.hosts["w1"].address, "20"], {}, tmp / "source.log")
+    def delivered(seconds):
+        before = lab.links.counters()["w1", "down"].bytes
+        time.sleep(seconds)
+        return lab.links.counters()["w1", "down"].bytes - before
+    time.sleep(1)
+    flowing = delivered(1)
+    cut = lab.links.apply({"w1": replace(lab.links.states["w1"], connected=False)})["w1"].verified
+    time.sleep(0.2)
+    dead = delivered(1)
+    healed = lab.links.apply({"w1": replace(lab.links.states["w1"], connected=True)})["w1"].verified
+    time.sleep(4)  # TCP backs off meanwhile
+    print(json.dumps([flowing, dead, delivered(1), cut, healed]))
+""",
+    )
+    flowing, dead, again, cut, healed = seen
+    assert cut
+    assert healed
+    assert flowing > 4_000_000
+    assert dead == 0
+    assert again > 2_000_000

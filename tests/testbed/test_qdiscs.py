@@ -1,5 +1,7 @@
 """The compiled qdisc trees: rules of burst and queue, stable structure."""
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,12 +12,13 @@ from testbed.links.qdiscs import (
     Pfifo,
     Tbf,
     compile_tree,
+    distribution_table,
     gso_max_size,
     largest_packet_bytes,
     requests,
     tc_commands,
 )
-from testbed.links.state import Shape
+from testbed.links.state import DISTRIBUTIONS, Loss, Shape
 
 rates = st.integers(8_000, 100 * 10**9)
 shapes = st.builds(
@@ -25,7 +28,12 @@ shapes = st.builds(
     queue_bytes=st.none() | st.integers(1, 2**31),
     delay_s=st.floats(0, 1),
     jitter_s=st.floats(0, 0.1),
-    loss=st.floats(0, 1),
+    loss=st.builds(Loss, share=st.floats(0, 1), correlation=st.floats(0, 1))
+    | st.builds(Loss, share=st.floats(0.001, 0.3), burst=st.floats(1, 100)),
+    duplicate=st.floats(0, 1),
+    corrupt=st.floats(0, 1),
+    reorder=st.floats(0, 1),
+    distribution=st.sampled_from(DISTRIBUTIONS),
 )
 
 
@@ -55,9 +63,27 @@ def test_a_tree_limits_and_impairs_as_asked(shape, impaired):
     assert len(requests(tree, 7, "w0")) == len(tc_commands(tree, "w0")) == len(tree)
 
 
+@given(st.floats(0.001, 0.2), st.floats(1, 50), st.floats(0.5, 1), st.floats(0, 0.0009))
+def test_a_gilbert_elliott_model_has_the_loss_and_the_bursts_asked_for(share, burst, bad, good):
+    p, r = Loss(share, burst=burst, bad_loss=bad, good_loss=good).transitions
+    in_bad = p / (p + r)
+    assert in_bad * bad + (1 - in_bad) * good == pytest.approx(share)
+    assert 1 / r == pytest.approx(burst)
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_a_delay_distribution_has_mean_zero_and_deviation_one(name):
+    values = np.frombuffer(distribution_table(name), dtype=np.int16) / 8192
+    assert values.mean() == pytest.approx(0, abs=1e-4)
+    assert values.std() == pytest.approx(1, abs=1e-4)
+    assert (np.diff(values) >= 0).all()
+
+
 def test_tc_commands_are_the_ones_a_person_would_type():
-    tree = compile_tree(Shape(rate_bps=10_000_000, delay_s=0.01, loss=0.01))
+    shape = Shape(rate_bps=10_000_000, delay_s=0.01, jitter_s=0.001, loss=Loss(0.01, burst=4), duplicate=0.001)
+    tree = compile_tree(shape, seed=7)
     assert tc_commands(tree, "w1") == [
-        "tc qdisc replace dev w1 root handle 7e51: netem limit 1196 delay 10000us loss 1%",
+        "tc qdisc replace dev w1 root handle 7e51: netem limit 2333 delay 10000us 1000us distribution normal "
+        "loss gemodel 0.252525% 25% 100% 0% duplicate 0.1% seed 7",
         "tc qdisc replace dev w1 parent 7e51:1 handle 7e52: tbf rate 10000000bit burst 12112 limit 62500",
     ]
