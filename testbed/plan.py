@@ -2,16 +2,17 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from netsenseml.agent import protocol
 from testbed.labs.base import LabPlan
 from testbed.links.qdiscs import compile_tree, largest_packet_bytes, tc_commands
 from testbed.links.state import DIRECTIONS, LinkState
-from testbed.spec.errors import SpecError, did_you_mean, place_of
+from testbed.network import plan_network
+from testbed.spec.errors import SpecError, place_of
 from testbed.spec.load import apply_overrides, combinations, validate
-from testbed.spec.models import MethodSpec, Spec, WorkloadSpec, initial_state
+from testbed.spec.models import MethodSpec, Spec, WorkloadSpec
 from testbed.spec.units import format_time
 from testbed.timeline import Change, expand
 
@@ -20,7 +21,7 @@ from testbed.timeline import Change, expand
 class Cell:
     """One training run: one method and seed under one set of conditions.
 
-    lab: the hosts and links to build; link and worker share a name. program: the user's script with its arguments, or None for
+    lab: the hosts and links to build. program: the user's script with its arguments, or None for
     the built-in worker.
     """
 
@@ -37,7 +38,7 @@ class Cell:
     @property
     def workers(self) -> tuple[str, ...]:
         """Names of the workers in order of rank."""
-        return tuple(self.lab.links)
+        return self.lab.hosts
 
     def config(self) -> protocol.CellConfig:
         """What the workers need to know, as it is written to cell.json."""
@@ -45,7 +46,7 @@ class Cell:
             "cell": self.name,
             "method": {"name": self.method.name, "options": dict(self.method.options)},
             "seed": self.seed,
-            "workers": len(self.lab.links),
+            "workers": len(self.workers),
             "workload": _workload_config(self.workload) if self.workload else None,
         }
 
@@ -66,6 +67,9 @@ class Plan:
 
 def make_plan(spec: Spec) -> Plan:
     """Cells of a spec: every combination of matrix, seed and method. Raises SpecError with the place in the spec."""
+    if spec.lab == "docker" and spec.network.topology != "star":
+        fault = f"{spec.network.topology} is built in the netns lab only; use lab: netns, or topology: star"
+        raise SpecError([("network.topology", fault)])
     cells: list[Cell] = []
     raw = spec.model_dump(mode="json", exclude_none=True)
     for overrides in combinations(spec):
@@ -75,21 +79,16 @@ def make_plan(spec: Spec) -> Plan:
 
 
 def _cells(spec: Spec, overrides: Mapping[str, Any]) -> list[Cell]:
-    workers = [f"w{rank}" for rank in range(spec.workers)]
-    for name in spec.network.links:
-        if name not in workers:
-            fault = f"there is no worker {name!r} among {spec.workers}; {did_you_mean(name, workers)}"
-            raise SpecError([(place_of(["network", "links", name]), fault)])
     stop = spec.stop.limits() if spec.stop else protocol.StopConfig()
     _check_end(spec, stop.get("seconds"))
-    links = {worker: initial_state(spec.network, worker) for worker in workers}
-    timeline = expand(spec.schedule, links)
-    states = [*links.items(), *((change.link, change.state) for change in timeline)]
-    lab = LabPlan(
-        links,
-        impaired=frozenset(name for name, state in states if state.needs_netem),
-        packet_bytes=largest_packet_bytes(shape.rate_bps for _, state in states for shape in (state.up, state.down)),
-    )
+    network = plan_network(spec.network, [f"w{rank}" for rank in range(spec.workers)])
+    timeline = expand(spec.schedule, network.links)
+    states = [*network.links.items(), *((change.link, change.state) for change in timeline)]
+    shapes = [(link, side, getattr(state, side)) for link, state in states for side in DIRECTIONS]
+    for link, _, shape in shapes:
+        if shape.reorder and not shape.delay_s:
+            fault = f"packets of {link} cannot overtake where nothing is delayed; give it a delay, too"
+            raise SpecError([("network.link.reorder", fault)])
     return [
         Cell(
             name=_slug("-".join([method.label, *(f"{k.split('.')[-1]}-{v}" for k, v in overrides.items()), f"s{seed}"])),
@@ -100,7 +99,12 @@ def _cells(spec: Spec, overrides: Mapping[str, Any]) -> list[Cell]:
             program=(spec.script.file, *spec.script.args) if spec.script else None,
             stop=stop,
             timeline=timeline,
-            lab=lab,
+            lab=replace(
+                network,
+                impaired=frozenset((link, side) for link, side, shape in shapes if shape.needs_netem),
+                packet_bytes=largest_packet_bytes(shape.rate_bps for *_, shape in shapes),
+                seed=seed,
+            ),
         )
         for seed in spec.seeds
         for method in spec.methods
@@ -161,9 +165,10 @@ def _commands(cell: Cell, link: str, state: LinkState) -> list[str]:
     commands = []
     for side in DIRECTIONS:
         tree = compile_tree(
-            getattr(state, side),
-            impaired=side == "down" and link in cell.lab.impaired,
-            packet_bytes=cell.lab.packet_bytes,
+            getattr(state, side), impaired=(link, side) in cell.lab.impaired, packet_bytes=cell.lab.packet_bytes
         )
-        commands += tc_commands(tree, "eth0" if side == "up" else link, f"[{link if side == 'up' else 'switch'}] ")
+        where, interface = (link, "eth0") if side == "up" and link not in cell.lab.trunks else ("switch", link)
+        commands += tc_commands(tree, interface, f"[{where}] ")
+    if not state.connected:
+        commands.append(f"[switch] bridge link set dev {link} state 0")
     return commands

@@ -5,7 +5,7 @@ leaving it removes every trace, whatever happened in between.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -17,17 +17,33 @@ from testbed.links.state import LinkState
 
 @dataclass(frozen=True, slots=True)
 class LabPlan:
-    """What a lab has to build: one link for every host, of the same name, in its first state.
+    """What a lab has to build: hosts at switches, and links in their first state.
 
-    impaired: links that get netem at some time of the run and so need it in their qdisc tree from the start.
+    links: one for every host, of the same name, and one for every trunk. A host's up is its own egress.
+    switches: hosts by switch; empty: one switch for all. trunks: the two switches that a trunk joins; its up is the
+        direction from the first to the second. Frames that come from one trunk never leave by another, so a full mesh of
+        trunks makes no loop.
+    impaired: (link, direction) that gets netem at some time of the run and so needs it in the qdisc tree from the start.
     packet_bytes: wire size that no packet of a host may exceed (``qdiscs.largest_packet_bytes``).
     seed: of random impairments.
     """
 
     links: Mapping[str, LinkState]
-    impaired: frozenset[str] = frozenset()
+    switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    trunks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    impaired: frozenset[tuple[str, str]] = frozenset()
     packet_bytes: int = UNCUT_PACKET_BYTES
     seed: int = 0
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Names of all hosts, in order."""
+        return tuple(name for name in self.links if name not in self.trunks)
+
+    @property
+    def hosts_by_switch(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of the hosts at each switch; there is at least one switch."""
+        return self.switches or {"switch": self.hosts}
 
 
 class Process(Protocol):

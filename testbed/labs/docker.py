@@ -159,7 +159,7 @@ class DockerLab:
         self._lines: dict[str, _Line] = {}
         self._switch: NetlinkSocket | None = None
         self.hosts: dict[str, DockerHost] = {}
-        self.links = Shaper(plan.impaired, plan.packet_bytes)
+        self.links = Shaper(plan.impaired, plan.packet_bytes, plan.seed)
 
     @property
     def user(self) -> tuple[int, int]:
@@ -171,6 +171,8 @@ class DockerLab:
         return _NOBODY, _NOBODY
 
     def __enter__(self) -> Self:
+        if self._plan.trunks:
+            raise LabError("the Docker lab has a single switch; a topology with trunks runs with --lab netns")
         _require_capabilities()
         self._client = connect()
         try:
@@ -199,11 +201,11 @@ class DockerLab:
         rendezvous = self._directory / f".hosts-{self._token}.sock"
         pool = ThreadPoolExecutor(_START_THREADS, thread_name_prefix="container")
         try:
-            with protocol.listen_unix(rendezvous, backlog=len(self._plan.links) + 8) as listener:
+            with protocol.listen_unix(rendezvous, backlog=len(self._plan.hosts) + 8) as listener:
                 os.chown(rendezvous, *self.user)
                 starting = {
                     name: pool.submit(self._start_container, client, network, name, mounts, rendezvous.name)
-                    for name in self._plan.links
+                    for name in self._plan.hosts
                 }
                 self._answer(listener, starting)
                 # Nobody else must be able to speak for a host, so the door is shut before any program runs.
@@ -274,7 +276,7 @@ class DockerLab:
     def _wire(self, network: Network, containers: Mapping[str, Container]) -> None:
         self._switch = NetlinkSocket()
         outside = {link["index"]: link for link in _interfaces(self._switch)}
-        for name in self._plan.links:
+        for name in self._plan.hosts:
             attached = containers[name].attrs["NetworkSettings"]["Networks"][network.name]
             inner = _enter(containers[name].attrs["State"]["Pid"])
             self.hosts[name] = DockerHost(name, attached["IPAddress"], self._directory, self._lines[name], inner)

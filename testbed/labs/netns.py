@@ -22,11 +22,11 @@ from testbed.labs.base import LabError, LabPlan, Process
 from testbed.labs.forkserver import ForkServer
 from testbed.links.netlink import NetlinkSocket, Request, back_to_own_namespace, encode, unshare_network
 from testbed.links.qdiscs import gso_max_size
-from testbed.links.shaper import Port, Shaper
+from testbed.links.shaper import Port, Shaper, set_port
 
 INTERFACE = "eth0"
 _NETWORK = ipaddress.ip_network("10.77.0.0/16")
-_LOOPBACK_INDEX, _ETH0_INDEX, _BRIDGE_INDEX, _FIRST_PORT_INDEX = 1, 2, 2, 10
+_LOOPBACK_INDEX, _ETH0_INDEX, _BRIDGE_INDEX = 1, 2, 2
 _IFF_UP = 1
 _NEW = NLM_F_CREATE | NLM_F_EXCL
 
@@ -95,22 +95,22 @@ class NetnsLab:
     def __init__(self, plan: LabPlan, server: ForkServer) -> None:
         self._plan = plan
         self._server = server
-        self._switch: NetlinkSocket | None = None
+        self._switches: dict[str, _Switch] = {}
         self.hosts: dict[str, NetnsHost] = {}
         self.links = Shaper(plan.impaired, plan.packet_bytes, plan.seed)
 
     def __enter__(self) -> Self:
         try:
             with back_to_own_namespace():
-                _fresh_namespace()
-                self._switch = NetlinkSocket()
+                for name in self._plan.hosts_by_switch:
+                    self._switches[name] = _Switch(*_new_namespace())
                 addresses = _NETWORK.hosts()
-                for name in self._plan.links:
-                    _fresh_namespace()
-                    socket = NetlinkSocket()
-                    namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+                for name in self._plan.hosts:
+                    namespace, socket = _new_namespace()
                     self.hosts[name] = NetnsHost(name, str(next(addresses)), namespace, socket, self._server)
-            self._wire(self._switch)
+            for switch, hosts in self._plan.hosts_by_switch.items():
+                self._wire_hosts(self._switches[switch], [self.hosts[name] for name in hosts])
+            self._wire_trunks()
             self.links.apply(self._plan.links)
         except BaseException:
             self._close()
@@ -120,15 +120,20 @@ class NetnsLab:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._close()
 
-    def _wire(self, switch: NetlinkSocket) -> None:
+    def _wire_hosts(self, switch: "_Switch", hosts: Sequence[NetnsHost]) -> None:
         # Interface indices are chosen by us, so nothing has to be looked up and each namespace takes one batch.
         requests = [_link("bridge", _BRIDGE_INDEX, "br0", kind="bridge", up=True)]
-        for position, host in enumerate(self.hosts.values()):
-            port = _FIRST_PORT_INDEX + position
-            requests.append(_veth(host.name, port, host.namespace))
+        for host in hosts:
+            port = switch.next_port()
+            requests.append(_veth(host.name, port, INTERFACE, _ETH0_INDEX, host.namespace))
             requests.append(_link("port", port, host.name, master=_BRIDGE_INDEX, up=True))
-        switch.batch(requests)
-        for position, host in enumerate(self.hosts.values()):
+            self.links.add(
+                host.name,
+                up=Port(host.socket, _ETH0_INDEX, INTERFACE),
+                down=Port(switch.socket, port, host.name),
+            )
+        switch.socket.batch(requests)
+        for host in hosts:
             host.socket.batch(
                 [
                     _link("loopback", _LOOPBACK_INDEX, "lo", up=True),
@@ -136,22 +141,55 @@ class NetnsLab:
                     _link("interface", _ETH0_INDEX, INTERFACE, up=True, gso_max=gso_max_size(self._plan.packet_bytes)),
                 ]
             )
+
+    def _wire_trunks(self) -> None:
+        for number, (name, ends) in enumerate(self._plan.trunks.items()):
+            first, second = (self._switches[end] for end in ends)
+            ports = first.next_port(), second.next_port()
+            interface = f"trunk{number}"
+            first.socket.batch([_veth(interface, ports[0], interface, ports[1], second.namespace)])
+            for switch, port in zip((first, second), ports, strict=True):
+                switch.socket.batch(
+                    [
+                        _link("trunk", port, interface, master=_BRIDGE_INDEX, up=True),
+                        set_port(port, f"trunk {name}", "IFLA_BRPORT_ISOLATED", 1),
+                    ]
+                )
             self.links.add(
-                host.name,
-                up=Port(host.socket, _ETH0_INDEX, INTERFACE),
-                down=Port(switch, _FIRST_PORT_INDEX + position, host.name),
+                name,
+                up=Port(first.socket, ports[0], interface),
+                down=Port(second.socket, ports[1], interface),
             )
 
     def _close(self) -> None:
         for host in self.hosts.values():
             host.close()
+        for switch in self._switches.values():
+            switch.close()
         self.hosts.clear()
-        if self._switch is not None:
-            self._switch.close()
-            self._switch = None
+        self._switches.clear()
 
 
-def _fresh_namespace() -> None:
+class _Switch:
+    """A namespace with a bridge."""
+
+    def __init__(self, namespace: int, socket: NetlinkSocket) -> None:
+        self.namespace = namespace
+        self.socket = socket
+        self._ports = 0
+
+    def next_port(self) -> int:
+        """A fresh interface index."""
+        self._ports += 1
+        return _BRIDGE_INDEX + self._ports
+
+    def close(self) -> None:
+        self.socket.close()
+        os.close(self.namespace)
+
+
+def _new_namespace() -> tuple[int, NetlinkSocket]:
+    """Descriptor and socket of a fresh network namespace; the calling thread is left inside it."""
     unshare_network()
     # IPv6 would add multicast chatter to the counters of every link.
     for scope in ("all", "default"):
@@ -160,6 +198,7 @@ def _fresh_namespace() -> None:
             setting.write_text("1")
         except OSError:
             pass  # a kernel without IPv6
+    return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC), NetlinkSocket()
 
 
 def _link(
@@ -187,10 +226,10 @@ def _link(
     return encode(message, RTM_NEWLINK, _NEW if kind else 0, f"{what} {name}")
 
 
-def _veth(name: str, index: int, peer_namespace: int) -> Request:
+def _veth(name: str, index: int, peer_name: str, peer_index: int, peer_namespace: int) -> Request:
     peer = {
-        "index": _ETH0_INDEX,
-        "attrs": [("IFLA_IFNAME", INTERFACE), ("IFLA_NET_NS_FD", peer_namespace)],
+        "index": peer_index,
+        "attrs": [("IFLA_IFNAME", peer_name), ("IFLA_NET_NS_FD", peer_namespace)],
     }
     message = ifinfmsg()
     message["index"] = index

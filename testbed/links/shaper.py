@@ -40,16 +40,28 @@ class Applied:
     verified: bool
 
 
+def set_port(ifindex: int, what: str, attribute: str, value: int) -> Request:
+    """The request that sets an attribute of a bridge port.
+
+    As ``bridge link set`` does it: the other way, IFLA_INFO_SLAVE_DATA, takes a port state and ignores it.
+    """
+    message = ifinfmsg()
+    message["family"] = AF_BRIDGE
+    message["index"] = ifindex
+    message["attrs"] = [("IFLA_PROTINFO", {"attrs": [(attribute, value)]}, NLA_F_NESTED)]
+    return encode(message, RTM_SETLINK, 0, f"{what}: {attribute} {value}")
+
+
 class Shaper:
     """All links of a lab. Ports are added once, then states are applied and counters read for many links at a time.
 
-    impaired: links that carry netem from the start, because some state of theirs will need it.
+    impaired: (link, direction) that carries netem from the start, because some state of it will need it.
     packet_bytes: wire size of the largest packet that the hosts send (``qdiscs.largest_packet_bytes``).
     seed: of the random impairments.
     """
 
     def __init__(
-        self, impaired: Iterable[str] = (), packet_bytes: int = qdiscs.UNCUT_PACKET_BYTES, seed: int = 0
+        self, impaired: Iterable[tuple[str, str]] = (), packet_bytes: int = qdiscs.UNCUT_PACKET_BYTES, seed: int = 0
     ) -> None:
         self.packet_bytes = packet_bytes
         self.seed = seed
@@ -98,9 +110,9 @@ class Shaper:
         return {link: Applied(done_s[link], verified[link]) for link in changes}
 
     def _tree(self, link: str, direction: str, shape: Shape) -> qdiscs.Tree:
-        # Only down is ever impaired. The seed differs between links, or all would lose the same packets, and between changes,
-        # because netem begins its random numbers anew with each.
-        impaired = direction == "down" and link in self._impaired
+        # The seed differs between links, or all would lose the same packets, and between changes, because netem begins its
+        # random numbers anew with each.
+        impaired = (link, direction) in self._impaired
         if impaired:
             self._changes += 1
         seed = zlib.crc32(f"{link} {self._changes}".encode(), self.seed) if impaired else 0
@@ -114,12 +126,7 @@ class Shaper:
         """
         port = self._ports[link, "down"]
         wanted = BR_STATE_FORWARDING if connected else BR_STATE_DISABLED
-        # As `bridge link set` does it: the other way, IFLA_INFO_SLAVE_DATA, is accepted and has no effect.
-        message = ifinfmsg()
-        message["family"] = AF_BRIDGE
-        message["index"] = port.ifindex
-        message["attrs"] = [("IFLA_PROTINFO", {"attrs": [("IFLA_BRPORT_STATE", wanted)]}, NLA_F_NESTED)]
-        port.socket.batch([encode(message, RTM_SETLINK, 0, f"{link}: bridge port state {wanted}")])
+        port.socket.batch([set_port(port.ifindex, link, "IFLA_BRPORT_STATE", wanted)])
         question = ifinfmsg()
         question["index"] = port.ifindex
         ((answer,),) = port.socket.batch([encode(question, RTM_GETLINK, 0, f"{link}: bridge port")])

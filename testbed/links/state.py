@@ -62,9 +62,7 @@ class Shape:
     @property
     def needs_netem(self) -> bool:
         """True if tbf alone cannot make this shape."""
-        return bool(
-            self.delay_s or self.jitter_s or self.loss.share or self.duplicate or self.corrupt or self.reorder
-        )
+        return bool(self.delay_s or self.jitter_s or self.loss.share or self.duplicate or self.corrupt or self.reorder)
 
     def with_changes(self, changes: dict[str, Any]) -> "Shape":
         """A copy with some properties replaced; all others stay as they are."""
@@ -76,7 +74,7 @@ class LinkState:
     """Both directions of one access link.
 
     up is the egress of the worker's own interface, down the egress of the switch port that faces it.
-    All but rate and queue exist on down only, so a one-way delay of 10 ms gives an RTT of 20 ms between workers.
+    A spec puts all but rate and queue on down, so a one-way delay of 10 ms gives an RTT of 20 ms between workers.
     connected: False is a partition; nothing passes in either direction, and nobody is told.
     """
 

@@ -89,12 +89,16 @@ class LossSpec(Model):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.burst is None and (self.bad != 1 or self.good != 0):
-            raise PydanticCustomError("at_key", "is missing; bad and good belong to bursts of a mean length", {"path": ["burst"]})
+            raise PydanticCustomError(
+                "at_key", "is missing; bad and good belong to bursts of a mean length", {"path": ["burst"]}
+            )
         if self.burst is not None and self.correlation:
             text = "goes with random loss only; bursts have their own"
             raise PydanticCustomError("at_key", text, {"path": ["correlation"]})
         if self.burst is not None and not self.good <= self.share < self.bad:
-            text = f"{self.share:g} must lie between the loss in the good state ({self.good:g}) and in the bad one ({self.bad:g})"
+            text = (
+                f"{self.share:g} must lie between the loss in the good state ({self.good:g}) and in the bad one ({self.bad:g})"
+            )
             raise PydanticCustomError("at_key", text, {"path": ["share"]})
         if self.burst is not None and self.burst * (self.bad - self.share) < self.share - self.good:
             text = f"bursts of mean length {self.burst:g} cannot make up a loss of {self.share:g}; make them longer"
@@ -158,44 +162,59 @@ def _up(value: Any) -> Any:
 class LinkSpec(ShapeSpec):
     """Properties of a link: both directions, then what differs in one of them.
 
-    Rate and queue hold in both directions. All else exists on down only (DESIGN: a one-way delay of 10 ms is an RTT of 20 ms
-    between two workers). ``up: false`` is a partition, ``up: true`` ends it.
+    Rate and queue hold in both directions. All else is put on down, where netem does not get in the way of TCP's small queues,
+    so that a one-way delay of 10 ms is an RTT of 20 ms between two workers; what stands under ``up`` is put on up.
+    ``up: false`` is a partition, ``up: true`` ends it.
     """
 
     up: Annotated[ShapeSpec | bool | None, BeforeValidator(_up)] = None
     down: ShapeSpec | None = None
 
-    @model_validator(mode="after")
-    def _impairments_on_down(self) -> Self:
-        if isinstance(self.up, ShapeSpec):
-            for name in type(self.up).model_fields:
-                if getattr(self.up, name) is not None and name not in ("rate", "queue"):
-                    text = f"{name} exists on the down direction only; move it to the link itself"
-                    raise PydanticCustomError("at_key", text, {"path": ["up", name]})
-        return self
-
-    def changes_by_direction(self) -> dict[str, dict[str, Any]]:
-        """{"up": …, "down": …} under the names of ``Shape``."""
+    def changes_by_direction(self, trunk: bool = False) -> dict[str, dict[str, Any]]:
+        """{"up": …, "down": …} under the names of ``Shape``; on a trunk everything holds in both directions."""
         both = self.changes()
-        up = {name: value for name, value in both.items() if name in _BOTH_DIRECTIONS}
+        up = both if trunk else {name: value for name, value in both.items() if name in _BOTH_DIRECTIONS}
         return {
             "up": up | (self.up.changes() if isinstance(self.up, ShapeSpec) else {}),
             "down": both | (self.down.changes() if self.down else {}),
         }
 
-    def applied_to(self, state: LinkState) -> LinkState:
+    def applied_to(self, state: LinkState, trunk: bool = False) -> LinkState:
         """The state with these properties replaced."""
-        changes = self.changes_by_direction()
+        changes = self.changes_by_direction(trunk)
         up, down = (getattr(state, side).with_changes(changes[side]) for side in DIRECTIONS)
         return LinkState(up, down, connected=self.up if isinstance(self.up, bool) else state.connected)
 
 
 class NetworkSpec(Model):
-    """topology: how hosts are joined. link: every access link. links: what differs, by worker (w0, w1, …)."""
+    """How hosts are joined.
 
-    topology: Literal["star"] = "star"
+    topology: star: one switch. dumbbell: two switches with workers at the ``left`` and all others at the right, and the shared
+        ``trunk`` between them. regions: one switch for each of the ``regions``, and a trunk ``between`` any two of them.
+    link: every access link. links: what differs, by worker (w0, w1, …) or trunk. A trunk has delay and all other impairments
+        in both directions; a delay between two regions is the one-way delay.
+    between: properties by pair ("eu-us"), or "all" for what every pair has.
+    """
+
+    topology: Literal["star", "dumbbell", "regions"] = "star"
     link: LinkSpec = LinkSpec()
     links: dict[str, LinkSpec] = Field(default_factory=dict)
+    trunk: LinkSpec | None = None
+    left: list[str] | None = None
+    regions: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*$")], list[str]] | None = None
+    between: dict[str, LinkSpec] | None = None
+
+    @model_validator(mode="after")
+    def _keys_of_topology(self) -> Self:
+        needed = {"star": (), "dumbbell": ("trunk",), "regions": ("regions", "between")}[self.topology]
+        allowed = {*needed, *(("left",) if self.topology == "dumbbell" else ())}
+        for key in ("trunk", "left", "regions", "between"):
+            given = getattr(self, key) is not None
+            if key in needed and not given:
+                raise PydanticCustomError("at_key", f"is missing; topology {self.topology} needs it", {"path": [key]})
+            if given and key not in allowed:
+                raise PydanticCustomError("at_key", f"does not belong to topology {self.topology}; remove it", {"path": [key]})
+        return self
 
 
 def _links(value: object) -> object:
@@ -409,9 +428,3 @@ class Spec(Model):
         """When a cell ends; None if the script alone decides."""
         program = self.workload or self.script
         return program.stop if program else None
-
-
-def initial_state(network: NetworkSpec, link: str) -> LinkState:
-    """State of a worker's link before the schedule begins."""
-    state = network.link.applied_to(LinkState(Shape(), Shape()))
-    return network.links[link].applied_to(state) if link in network.links else state

@@ -186,3 +186,68 @@ with lab_of(["w0", "w1"], 50_000_000) as lab:
     assert flowing > 4_000_000
     assert dead == 0
     assert again > 2_000_000
+
+
+def test_two_flows_share_the_trunk_of_a_dumbbell_fairly_and_the_links_at_one_side_do_not(tmp_path):
+    seen = in_lab(
+        tmp_path,
+        """
+links = {name: both(100_000_000) for name in ("w0", "w1", "w2", "w3")} | {"trunk": both(20_000_000)}
+plan = LabPlan(
+    links,
+    switches={"left": ("w0", "w1"), "right": ("w2", "w3")},
+    trunks={"trunk": ("left", "right")},
+    packet_bytes=largest_packet_bytes([20_000_000]),
+)
+with NetnsLab(plan, server) as lab:
+    for source, sink in (("w0", "w2"), ("w1", "w3")):
+        lab.hosts[sink].start(["python", "-c", SINK], {}, tmp / f"{sink}.log")
+        lab.hosts[source].start(["python", "-c", SOURCE, lab.hosts[sink].address, "30"], {}, tmp / f"{source}.log")
+    time.sleep(2)
+    before = lab.links.counters()
+    time.sleep(12)
+    after = lab.links.counters()
+    print(json.dumps({" ".join(p): (after[p].bytes - before[p].bytes) * 8 / 12 / 1e6 for p in after}))
+""",
+    )
+    shares = seen["w2 down"], seen["w3 down"]
+    jain = sum(shares) ** 2 / (2 * sum(share**2 for share in shares))
+    assert jain >= 0.9
+    assert 18.5 <= seen["trunk up"] <= 20.1
+    assert seen["trunk down"] < 2  # acknowledgements
+
+
+def test_regions_are_a_mesh_of_trunks_without_a_loop(tmp_path):
+    seen = in_lab(
+        tmp_path,
+        """
+rates = {"eu-us": 10_000_000, "eu-as": 20_000_000, "us-as": 40_000_000}
+plan = LabPlan(
+    {name: both(100_000_000) for name in ("w0", "w1", "w2", "w3")} | {pair: both(rate) for pair, rate in rates.items()},
+    switches={"eu": ("w0", "w3"), "us": ("w1",), "as": ("w2",)},
+    trunks={pair: tuple(pair.split("-")) for pair in rates},
+    packet_bytes=largest_packet_bytes([10_000_000]),
+)
+found = {}
+with NetnsLab(plan, server) as lab:
+    for source, sink in (("w0", "w1"), ("w0", "w2"), ("w1", "w2"), ("w0", "w3")):
+        sinking = lab.hosts[sink].start(["python", "-c", SINK], {}, tmp / "sink.log")
+        flow = lab.hosts[source].start(["python", "-c", SOURCE, lab.hosts[sink].address, "4"], {}, tmp / "source.log")
+        time.sleep(1)
+        before = lab.links.counters()
+        time.sleep(2)
+        after = lab.links.counters()
+        found[f"{source} {sink}"] = (after[sink, "down"].bytes - before[sink, "down"].bytes) * 8 / 2 / 1e6
+        wait(flow)
+        sinking.kill()
+    quiet = lab.links.counters()
+    time.sleep(1)
+    found["idle"] = sum(c.packets - quiet[p].packets for p, c in lab.links.counters().items())
+print(json.dumps(found))
+""",
+    )
+    assert 9 <= seen["w0 w1"] <= 10.1
+    assert 18 <= seen["w0 w2"] <= 20.2
+    assert 36 <= seen["w1 w2"] <= 40.5
+    assert 80 <= seen["w0 w3"] <= 101
+    assert seen["idle"] < 50  # a loop would storm

@@ -1,5 +1,6 @@
 """Specs through the command line's door: good ones load, bad ones get one line with the place and the mend."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,8 @@ def refused(path, *arguments):
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_specs_are_good_and_survive_a_round_trip(path, tmp_path):
     spec = load_spec(path)
+    for script in (ROOT / "experiments").glob("*.py"):
+        shutil.copy(script, tmp_path)
     again = tmp_path / "spec.yaml"
     again.write_text(dump_spec(spec))
     assert load_spec(again) == spec
@@ -59,9 +62,36 @@ def test_shipped_specs_are_good_and_survive_a_round_trip(path, tmp_path):
         ({"network__link__rate": "50mb"}, "bad.yaml: network.link.rate: ", "bit, kbit, mbit, gbit"),
         ({"network__link__rate": "-50mbit"}, "bad.yaml: network.link.rate: ", "negative"),
         ({"network__link__queue": "much"}, "bad.yaml: network.link.queue: ", "64KiB"),
-        ({"network__link__up": {"delay": "5ms"}}, "bad.yaml: network.link.up.delay: ", "down direction only"),
+        ({"network__link__up": {"dealy": "5ms"}}, "bad.yaml: network.link.up.dealy: ", "did you mean 'delay'?"),
+        ({"network__link__loss": {"share": "1%", "brust": 4}}, "bad.yaml: network.link.loss.brust: ", "did you mean 'burst'?"),
+        ({"network__link__loss": {"share": "50%", "burst": 1, "bad": "60%"}}, "bad.yaml: network.link.loss.burst: ", "longer"),
+        ({"network__link__distribution": "gauss"}, "bad.yaml: network.link.distribution: ", "normal, uniform, pareto"),
+        ({"network__link__reorder": "1%"}, "bad.yaml: network.link.reorder: ", "delay"),
+        ({"network__topology": "dumbbell"}, "bad.yaml: network.trunk: is missing", "dumbbell"),
+        ({"network__trunk": {"rate": "5mbit"}}, "bad.yaml: network.trunk: ", "does not belong to topology star"),
+        (
+            {"network": {"topology": "dumbbell", "trunk": {"rate": "5mbit"}, "left": ["w0", "w8"]}},
+            "bad.yaml: network.left[1]: ",
+            "'w8'",
+        ),
+        (
+            {"network": {"topology": "regions", "regions": {"eu": ["w0", "w1"], "us": ["w2"]}, "between": {"all": {}}}},
+            "bad.yaml: network.regions: ",
+            "w3",
+        ),
+        (
+            {
+                "network": {
+                    "topology": "regions",
+                    "regions": {"eu": ["w0", "w1"], "us": ["w2", "w3"]},
+                    "between": {"eu-as": {"rate": "5mbit"}},
+                }
+            },
+            "bad.yaml: network.between.eu-as: ",
+            "eu-us",
+        ),
         ({"network__links": {"w7": {"rate": "5mbit"}}}, "bad.yaml: network.links.w7: ", "w0, w1, w2, w3"),
-        ({"network__topology": "ring"}, "bad.yaml: network.topology: ", "valid: star"),
+        ({"network__topology": "ring"}, "bad.yaml: network.topology: ", "valid: star, dumbbell, regions"),
         ({"schedule__0__links": ["w1", "w9"]}, "bad.yaml: schedule[0].links[1]: ", "there is no link 'w9'"),
         ({"schedule__1__at": "30s"}, "bad.yaml: schedule[1].at: ", "after the end of the run at 24s"),
         ({"schedule__0__set": {}}, "bad.yaml: schedule[0].set: ", "changes nothing"),
