@@ -32,7 +32,8 @@ _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port: struct
 _ACK_TLVS = 0x200  # NLM_F_ACK_TLVS
 _ACK_CAPPED = 0x100  # NLM_F_CAPPED
 _BUFFER_BYTES = 4 << 20
-_BATCH = 64
+BATCH = 64
+"""Requests in one write; the answers to more would overflow the socket."""
 
 M = TypeVar("M", bound=nlmsg)
 
@@ -56,6 +57,14 @@ class Request:
         (flags,) = struct.unpack_from("=H", patched, 6)
         struct.pack_into("=H", patched, 6, flags | extra)
         return Request(bytes(patched), self.what)
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """Requests on their way; ``first`` is the sequence number of the first."""
+
+    requests: list[Request]
+    first: int
 
 
 def encode(message: nlmsg, kind: int, flags: int, what: str) -> Request:
@@ -126,23 +135,38 @@ class NetlinkSocket:
         self._socket.close()
 
     def batch(self, requests: Iterable[Request]) -> list[list[bytes]]:
-        """Send all requests in one write (64 at a time, so that the answers fit the socket's buffer) and wait for all.
+        """Send all requests and wait for all answers; ``post`` and ``collect`` in one."""
+        return self.collect(self.post(requests))
 
-        Returns, for each request, the messages that the kernel sent back for it (the echo of NLM_F_ECHO). The kernel
-        carries out the requests in their order and goes on after one that fails; the first failure is then raised.
+    def post(self, requests: Iterable[Request]) -> "Posted":
+        """Send requests in one write. The kernel carries them out, in their order, before this returns.
+
+        More than 64 would overflow the socket with answers; the rest is sent by ``collect``.
         """
-        everything = list(requests)
+        pending = list(requests)
+        return Posted(pending, self._send(pending[:BATCH]))
+
+    def collect(self, posted: "Posted") -> list[list[bytes]]:
+        """For each posted request, the messages that the kernel sent back for it (the echo of NLM_F_ECHO).
+
+        The kernel goes on after a request that fails; the first failure is raised when all are done.
+        """
         replies: list[list[bytes]] = []
         failure: NetlinkError | None = None
-        for begin in range(0, len(everything), _BATCH):
-            answers, refused = self._exchange(everything[begin : begin + _BATCH])
+        first = posted.first
+        for begin in range(0, len(posted.requests), BATCH):
+            chunk = posted.requests[begin : begin + BATCH]
+            if begin:
+                first = self._send(chunk)
+            answers, refused = self._receive_all(chunk, first)
             replies += answers
             failure = failure or refused
         if failure:
             raise failure
         return replies
 
-    def _exchange(self, pending: list[Request]) -> tuple[list[list[bytes]], NetlinkError | None]:
+    def _send(self, pending: list[Request]) -> int:
+        """Send; returns the sequence number of the first request."""
         first = self._sequence + 1
         out = bytearray()
         for request in pending:
@@ -151,8 +175,11 @@ class NetlinkSocket:
             (asked,) = struct.unpack_from("=H", message, 6)
             struct.pack_into("=HII", message, 6, asked | NLM_F_ACK, self._sequence, 0)
             out += message + b"\0" * (-len(message) % 4)
-        self._socket.send(out)
+        if out:
+            self._socket.send(out)
+        return first
 
+    def _receive_all(self, pending: list[Request], first: int) -> tuple[list[list[bytes]], NetlinkError | None]:
         replies: list[list[bytes]] = [[] for _ in pending]
         failure: NetlinkError | None = None
         missing = len(pending)

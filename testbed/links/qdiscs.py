@@ -6,6 +6,9 @@ One direction is one tree at the root of one interface:
     with impairments       netem ─ tbf        netem delays, tbf below it limits rate and bounds the queue in bytes
     neither                pfifo              only so that the kernel counts the traffic
 
+pyroute2 knows neither tbf's burst and 64-bit rate nor most of netem, and is slow at ten changes a second of many links, so the
+options are packed here, straight from <linux/pkt_sched.h>.
+
 netem above tbf keeps the queue honest: packets leave netem when their delay is over, enter the byte-limited queue of tbf
 and are dropped there when it is full. The other way round netem's packet limit would replace the queue (tbf(8), netem(8)).
 """
@@ -17,11 +20,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist, fmean, pstdev
 
-from pyroute2.netlink import NLA_F_NESTED, NLM_F_CREATE, NLM_F_REPLACE, nla
+from pyroute2.netlink import NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST
 from pyroute2.netlink.rtnl import RTM_NEWQDISC, TC_H_ROOT
-from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
-from testbed.links.netlink import Request, attributes, decode, encode
+from testbed.links.netlink import Request, attributes
 from testbed.links.state import Loss, Shape
 
 MAJOR = 0x7E50
@@ -36,6 +38,14 @@ _HANDLES = {"netem": MAJOR | 1, "tbf": MAJOR | 2, "pfifo": MAJOR | 3}
 _SMALLEST_FRAME_BYTES = 60
 _UNLIMITED_PACKETS = 10_000
 _TABLE_ENTRIES = 1024
+_TCA_KIND, _TCA_OPTIONS = 1, 2
+_NESTED = 0x8000  # NLA_F_NESTED
+_TBF_PARMS = struct.Struct("=QIQIIII")  # rate and peak as (head, bytes/s), limit, buffer, mtu: struct tc_tbf_qopt
+_TBF_PARMS_KIND, _TBF_RATE64, _TBF_BURST = 1, 4, 6
+_NETEM_QOPT = struct.Struct("=6I")  # latency, limit, loss, gap, duplicate, jitter: struct tc_netem_qopt
+_NETEM_CORR, _NETEM_DELAY_DIST, _NETEM_REORDER, _NETEM_CORRUPT, _NETEM_LOSS = 1, 2, 3, 4, 5
+_NETEM_LATENCY64, _NETEM_JITTER64, _NETEM_PRNG_SEED = 10, 11, 14
+_NETEM_LOSS_GE = 2
 _TCMSG = struct.Struct("=BBHiIII")  # family, pads, ifindex, handle, parent, info
 _NLMSG_BYTES = 16
 _STATS2, _STATS_BASIC, _STATS_QUEUE = 7, 1, 3
@@ -212,151 +222,65 @@ def tc_commands(tree: Tree, interface: str, prefix: str = "") -> list[str]:
     return commands
 
 
-class _TbfOptions(nla):
-    nla_map = (
-        ("TCA_TBF_UNSPEC", "none"),
-        ("TCA_TBF_PARMS", "parms"),
-        ("TCA_TBF_RTAB", "hex"),
-        ("TCA_TBF_PTAB", "hex"),
-        ("TCA_TBF_RATE64", "uint64"),
-        ("TCA_TBF_PRATE64", "uint64"),
-        ("TCA_TBF_BURST", "uint32"),
-        ("TCA_TBF_PBURST", "uint32"),
-        ("TCA_TBF_PAD", "hex"),
-    )
-
-    class parms(nla):  # noqa: N801 (pyroute2 wants the name of the map) struct tc_tbf_qopt of <linux/pkt_sched.h>
-        fields = (
-            ("rate_head", "Q"),
-            ("rate", "I"),
-            ("peak_head", "Q"),
-            ("peak", "I"),
-            ("limit", "I"),
-            ("buffer", "I"),
-            ("mtu", "I"),
-        )
-
-
-class _NetemOptions(nla):  # struct tc_netem_qopt of <linux/pkt_sched.h>, then attributes
-    fields = (
-        ("latency", "I"),
-        ("limit", "I"),
-        ("loss", "I"),
-        ("gap", "I"),
-        ("duplicate", "I"),
-        ("jitter", "I"),
-    )
-    nla_map = tuple(
-        (f"TCA_NETEM_{name}", kind)
-        for name, kind in (
-            ("UNSPEC", "none"),
-            ("CORR", "cdata"),
-            ("DELAY_DIST", "cdata"),
-            ("REORDER", "cdata"),
-            ("CORRUPT", "cdata"),
-            ("LOSS", "loss"),
-            ("RATE", "cdata"),
-            ("ECN", "uint32"),
-            ("RATE64", "uint64"),
-            ("PAD", "cdata"),
-            ("LATENCY64", "int64"),
-            ("JITTER64", "int64"),
-            ("SLOT", "cdata"),
-            ("SLOT_DIST", "cdata"),
-            ("PRNG_SEED", "uint64"),
-        )
-    )
-
-    class loss(nla):  # noqa: N801
-        nla_flags = NLA_F_NESTED
-        nla_map = (("NETEM_LOSS_UNSPEC", "none"), ("NETEM_LOSS_GI", "cdata"), ("NETEM_LOSS_GE", "cdata"))
-
-
-class _PfifoOptions(nla):
-    fields = (("limit", "I"),)
-
-
-_OPTIONS: dict[str, type[nla]] = {"tbf": _TbfOptions, "netem": _NetemOptions, "pfifo": _PfifoOptions}
-
-
-class QdiscMessage(tcmsg):
-    """A tcmsg that knows all attributes of tbf and netem; pyroute2's own lack the 64-bit ones and tbf's burst."""
-
-    @staticmethod
-    def get_options(message: "QdiscMessage", *args: object, **kwargs: object) -> type[nla]:
-        return _OPTIONS.get(message.get_attr("TCA_KIND"), nla.hex)
-
-
-def _options(qdisc: Qdisc) -> dict[str, object]:
-    match qdisc:
-        case Tbf(rate_bps, burst, limit):
-            rate = rate_bps // 8
-            parms = {"rate": min(rate, 0xFFFFFFFF), "limit": limit, "buffer": 0, "mtu": 0}
-            attrs: list[tuple[str, object]] = [("TCA_TBF_PARMS", parms), ("TCA_TBF_BURST", burst)]
-            if rate > 0xFFFFFFFF:
-                attrs.append(("TCA_TBF_RATE64", rate))
-            return {"attrs": attrs}
-        case Netem():
-            # All attributes every time: netem keeps what a change leaves out, so an impairment could never be taken back.
-            loss = qdisc.loss
-            netem: list[tuple[str, object]] = [
-                ("TCA_NETEM_LATENCY64", qdisc.delay_ns),
-                ("TCA_NETEM_JITTER64", qdisc.jitter_ns),
-                ("TCA_NETEM_CORR", struct.pack("=III", 0, _u32(loss.correlation), 0)),
-                ("TCA_NETEM_REORDER", struct.pack("=II", _u32(qdisc.reorder), 0)),
-                ("TCA_NETEM_CORRUPT", struct.pack("=II", _u32(qdisc.corrupt), 0)),
-            ]
-            if loss.burst is not None:
-                netem.append(("TCA_NETEM_LOSS", {"attrs": [("NETEM_LOSS_GE", _gilbert_elliott(loss))]}))
-            if qdisc.jitter_ns:
-                netem.append(("TCA_NETEM_DELAY_DIST", distribution_table(qdisc.distribution)))
-            if qdisc.seed:
-                netem.append(("TCA_NETEM_PRNG_SEED", qdisc.seed))
-            return {
-                "limit": qdisc.limit_packets,
-                "loss": _u32(loss.share) if loss.burst is None else 0,
-                "gap": 1 if qdisc.reorder else 0,
-                "duplicate": _u32(qdisc.duplicate),
-                "attrs": netem,
-            }
-        case Pfifo(limit):
-            return {"limit": limit}
-
-
 def _u32(share: float) -> int:
     return round(share * 0xFFFFFFFF)
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
 
 
 def _gilbert_elliott(loss: Loss) -> bytes:
     """struct tc_netem_gemodel: p, r, h, k1; netem keeps what passes in the bad state and what is lost in the good one."""
     p, r = loss.transitions
-    return struct.pack("=IIII", _u32(p), _u32(r), _u32(1 - loss.bad_loss), _u32(loss.good_loss))
+    return struct.pack("=4I", _u32(p), _u32(r), _u32(1 - loss.bad_loss), _u32(loss.good_loss))
 
 
-def _head(data: bytes | None, words: int) -> tuple[int, ...]:
-    """The first 32-bit words of a structure; zeros where the kernel left it out."""
-    return struct.unpack_from(f"={words}I", data) if data else (0,) * words
-
-
-@lru_cache(maxsize=4096)
-def _template(tree: Tree) -> tuple[tuple[bytes, str], ...]:
-    messages = []
-    for level, qdisc in enumerate(tree):
-        message = QdiscMessage()
-        message["handle"], message["parent"] = handle_of(tree, level)
-        message["attrs"] = [("TCA_KIND", qdisc.kind), ("TCA_OPTIONS", _options(qdisc))]
-        request = encode(message, RTM_NEWQDISC, NLM_F_CREATE | NLM_F_REPLACE, qdisc.kind)
-        messages.append((request.data, qdisc.tc_arguments()))
-    return tuple(messages)
+def _options(qdisc: Qdisc) -> bytes:
+    """TCA_OPTIONS of a qdisc as <linux/pkt_sched.h> lays them out."""
+    match qdisc:
+        case Tbf():
+            rate = qdisc.rate_bps // 8
+            parms = _TBF_PARMS.pack(0, min(rate, 0xFFFFFFFF), 0, 0, qdisc.limit_bytes, 0, 0)
+            large = _attribute(_TBF_RATE64, struct.pack("=Q", rate)) if rate > 0xFFFFFFFF else b""
+            return _attribute(_TBF_PARMS_KIND, parms) + large + _attribute(_TBF_BURST, struct.pack("=I", qdisc.burst_bytes))
+        case Netem():
+            # All attributes every time: netem keeps what a change leaves out, so an impairment could never be taken back.
+            loss = qdisc.loss
+            out = _NETEM_QOPT.pack(
+                0,
+                qdisc.limit_packets,
+                _u32(loss.share) if loss.burst is None else 0,
+                1 if qdisc.reorder else 0,
+                _u32(qdisc.duplicate),
+                0,
+            )
+            out += _attribute(_NETEM_LATENCY64, struct.pack("=q", qdisc.delay_ns))
+            out += _attribute(_NETEM_JITTER64, struct.pack("=q", qdisc.jitter_ns))
+            out += _attribute(_NETEM_CORR, struct.pack("=3I", 0, _u32(loss.correlation), 0))
+            out += _attribute(_NETEM_REORDER, struct.pack("=2I", _u32(qdisc.reorder), 0))
+            out += _attribute(_NETEM_CORRUPT, struct.pack("=2I", _u32(qdisc.corrupt), 0))
+            if loss.burst is not None:
+                out += _attribute(_NETEM_LOSS | _NESTED, _attribute(_NETEM_LOSS_GE, _gilbert_elliott(loss)))
+            if qdisc.jitter_ns:
+                out += _attribute(_NETEM_DELAY_DIST, distribution_table(qdisc.distribution))
+            if qdisc.seed:
+                out += _attribute(_NETEM_PRNG_SEED, struct.pack("=Q", qdisc.seed))
+            return out
+        case Pfifo():
+            return struct.pack("=I", qdisc.limit_packets)
 
 
 def requests(tree: Tree, ifindex: int, interface: str) -> list[Request]:
     """The netlink requests that put a tree on an interface or change the one that is there."""
     out = []
-    for data, words in _template(tree):
-        patched = bytearray(data)
-        struct.pack_into("=i", patched, _NLMSG_BYTES + 4, ifindex)
-        out.append(Request(bytes(patched), f"{interface}: {words}"))
+    for level, qdisc in enumerate(tree):
+        handle, parent = handle_of(tree, level)
+        body = _TCMSG.pack(0, 0, 0, ifindex, handle, parent, 0)
+        body += _attribute(_TCA_KIND, qdisc.kind.encode() + b"\0") + _attribute(_TCA_OPTIONS, _options(qdisc))
+        flags = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE
+        header = struct.pack("=IHHII", _NLMSG_BYTES + len(body), RTM_NEWQDISC, flags, 0, 0)
+        out.append(Request(header + body, f"{interface}: {qdisc.tc_arguments()}"))
     return out
 
 
@@ -365,33 +289,41 @@ def same_on_kernel(wanted: Qdisc, answer: bytes) -> bool:
 
     tbf keeps the bucket as time in ticks of 64 ns, so the burst may come back a few bytes smaller.
     """
-    message = decode(answer, QdiscMessage)
-    options = message.get_attr("TCA_OPTIONS")
-    if message.get_attr("TCA_KIND") != wanted.kind or options is None:
+    found = {kind: (start, end) for kind, start, end in attributes(answer, _NLMSG_BYTES + _TCMSG.size)}
+    start, end = found.get(_TCA_KIND, (0, 0))
+    if answer[start:end].rstrip(b"\0") != wanted.kind.encode() or _TCA_OPTIONS not in found:
         return False
+    start, end = found[_TCA_OPTIONS]
+    options = answer[start:end]
     match wanted:
-        case Tbf(rate_bps, burst, limit):
-            parms = options.get_attr("TCA_TBF_PARMS")
-            rate = options.get_attr("TCA_TBF_RATE64") or parms["rate"]
-            kept = parms["buffer"] * 64e-9 * rate
-            return rate == rate_bps // 8 and parms["limit"] == limit and abs(kept - burst) <= 64e-9 * rate + 1
-        case Netem():
-            loss = wanted.loss
-            models = options.get_attr("TCA_NETEM_LOSS")
-            bursts = models.get_attr("NETEM_LOSS_GE") if models is not None else None
+        case Tbf():
+            parts = {kind: options[a:b] for kind, a, b in attributes(options, 0)}
+            _, rate, _, _, limit, buffer, _ = _TBF_PARMS.unpack_from(parts[_TBF_PARMS_KIND])
+            if _TBF_RATE64 in parts:
+                (rate,) = struct.unpack("=Q", parts[_TBF_RATE64])
+            burst = buffer * 64e-9 * rate
             return (
-                options["limit"] == wanted.limit_packets
-                and options["loss"] == (_u32(loss.share) if loss.burst is None else 0)
-                and options["duplicate"] == _u32(wanted.duplicate)
-                and options.get_attr("TCA_NETEM_LATENCY64", 0) == wanted.delay_ns
-                and options.get_attr("TCA_NETEM_JITTER64", 0) == wanted.jitter_ns
-                and _head(options.get_attr("TCA_NETEM_CORR"), 3) == (0, _u32(loss.correlation), 0)
-                and _head(options.get_attr("TCA_NETEM_REORDER"), 1) == (_u32(wanted.reorder),)
-                and _head(options.get_attr("TCA_NETEM_CORRUPT"), 1) == (_u32(wanted.corrupt),)
-                and bytes(bursts or b"") == (_gilbert_elliott(loss) if loss.burst is not None else b"")
+                rate == wanted.rate_bps // 8
+                and limit == wanted.limit_bytes
+                and abs(burst - wanted.burst_bytes) <= 64e-9 * rate + 1
             )
-        case Pfifo(limit):
-            return bool(options["limit"] == limit)
+        case Netem():
+            parts = {kind: options[a:b] for kind, a, b in attributes(options, _NETEM_QOPT.size)}
+            # What is sent and comes back the same; the table does not come back, and the seed not from old kernels.
+            sent = {kind: _options(wanted)[a:b] for kind, a, b in attributes(_options(wanted), _NETEM_QOPT.size)}
+            same = (_NETEM_LATENCY64, _NETEM_JITTER64, _NETEM_CORR, _NETEM_REORDER, _NETEM_CORRUPT, _NETEM_LOSS)
+            _, limit, loss, _, duplicate, _ = _NETEM_QOPT.unpack_from(options)
+            _, limit_sent, loss_sent, _, duplicate_sent, _ = _NETEM_QOPT.unpack_from(_options(wanted))
+            return (limit, loss, duplicate) == (limit_sent, loss_sent, duplicate_sent) and all(
+                _stripped(parts.get(kind)) == _stripped(sent.get(kind)) for kind in same
+            )
+        case Pfifo():
+            return struct.unpack("=I", options) == (wanted.limit_packets,)
+
+
+def _stripped(value: bytes | None) -> bytes:
+    # A kernel leaves out an attribute that is all zeros, or not.
+    return (value or b"").rstrip(b"\0")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ Thin on purpose: what to send is compiled in ``qdiscs``; this only sends it, one
 """
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pyroute2.netlink import NLA_F_NESTED, NLM_F_ECHO
@@ -14,10 +14,9 @@ from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
 from netsenseml.agent.protocol import monotonic_s
 from testbed.links import qdiscs
-from testbed.links.netlink import NetlinkError, NetlinkSocket, Request, decode, encode
+from testbed.links.netlink import BATCH, NetlinkError, NetlinkSocket, Request, decode, encode
 from testbed.links.qdiscs import QdiscCounters, compile_tree
 from testbed.links.state import DIRECTIONS, LinkState, Shape
-
 
 AF_BRIDGE = 7
 BR_STATE_DISABLED, BR_STATE_FORWARDING = 0, 3  # <linux/if_bridge.h>
@@ -38,6 +37,14 @@ class Applied:
 
     applied_s: float
     verified: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A change of links, encoded; by socket: link, qdisc and request."""
+
+    changes: Mapping[str, LinkState]
+    work: Mapping[NetlinkSocket, Sequence[tuple[str, qdiscs.Qdisc, Request]]]
 
 
 def set_port(ifindex: int, what: str, attribute: str, value: int) -> Request:
@@ -81,26 +88,41 @@ class Shaper:
         return self._states
 
     def apply(self, changes: Mapping[str, LinkState]) -> dict[str, Applied]:
-        """Put links into new states; raises NetlinkError if the kernel refuses one.
+        """Put links into new states; raises NetlinkError if the kernel refuses one."""
+        return self.commit(self.prepare(changes))
 
-        The kernel echoes each qdisc as it took it, in the same round trip; ``verified`` says if that is what was asked.
-        """
-        by_socket: dict[NetlinkSocket, list[tuple[str, qdiscs.Qdisc, Request]]] = {}
+    def prepare(self, changes: Mapping[str, LinkState]) -> "Prepared":
+        """Compile and encode a change ahead of its time."""
+        work: dict[NetlinkSocket, list[tuple[str, qdiscs.Qdisc, Request]]] = {}
         for link, state in changes.items():
             for direction in DIRECTIONS:
                 port = self._ports[link, direction]
                 tree = self._tree(link, direction, getattr(state, direction))
-                wanted = zip(tree, qdiscs.requests(tree, port.ifindex, f"{link} {direction}"), strict=True)
-                by_socket.setdefault(port.socket, []).extend((link, qdisc, request) for qdisc, request in wanted)
+                for qdisc, request in zip(tree, qdiscs.requests(tree, port.ifindex, f"{link} {direction}"), strict=True):
+                    work.setdefault(port.socket, []).append((link, qdisc, request.with_flags(NLM_F_ECHO)))
+        return Prepared(changes, work)
 
+    def commit(self, prepared: "Prepared") -> dict[str, Applied]:
+        """Make a prepared change: first everything is sent, one write a namespace, then the answers are read.
+
+        The kernel echoes each qdisc as it took it; ``verified`` says if that is what was asked.
+        """
+        changes = prepared.changes
         verified = dict.fromkeys(changes, True)
         done_s = dict.fromkeys(changes, 0.0)
-        for socket, work in by_socket.items():
-            replies = socket.batch(request.with_flags(NLM_F_ECHO) for _, _, request in work)
+        posted = []
+        for socket, work in prepared.work.items():
+            posted.append((socket, work, socket.post(request for *_, request in work)))
             now = monotonic_s()
-            for (link, qdisc, _), answers in zip(work, replies, strict=True):
-                verified[link] &= any(qdiscs.same_on_kernel(qdisc, answer) for answer in answers)
+            for link, *_ in work[:BATCH]:
                 done_s[link] = max(done_s[link], now)
+        for socket, work, sent in posted:
+            replies = socket.collect(sent)
+            now = monotonic_s()
+            for position, ((link, qdisc, _), answers) in enumerate(zip(work, replies, strict=True)):
+                verified[link] &= any(qdiscs.same_on_kernel(qdisc, answer) for answer in answers)
+                if position >= BATCH:
+                    done_s[link] = max(done_s[link], now)
         for link, state in changes.items():
             before = self._states.get(link)
             if state.connected != (before is None or before.connected):

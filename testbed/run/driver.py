@@ -1,13 +1,15 @@
 """The thread that owns the links of a running cell: changes at absolute deadlines, counters in between."""
 
+import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from netsenseml.agent.protocol import RecordFile, monotonic_s
-from testbed.links.shaper import Shaper
+from testbed.links.shaper import Prepared, Shaper
 from testbed.links.state import DIRECTIONS, LinkState
 from testbed.timeline import Change
 
@@ -50,40 +52,45 @@ class LinkDriver:
             self.failure = error
 
     def _loop(self) -> None:
-        position = 0
+        pending = self._moments()
+        due = next(pending, None)
         next_sample = 0.0
-        while True:
+        while not self._stopping.is_set():
             now = monotonic_s() - self._t0_s
-            change_due = self._timeline[position].at_s if position < len(self._timeline) else float("inf")
-            if change_due <= now:
-                moment = self._timeline[position].at_s
-                batch = []
-                while position < len(self._timeline) and self._timeline[position].at_s <= moment:
-                    batch.append(self._timeline[position])
-                    position += 1
-                self._apply(batch)
-            elif next_sample <= now and change_due - now > _GUARD_S:
+            if due is not None and due.at_s <= now:
+                self._apply(due)
+                due = next(pending, None)
+            elif next_sample <= now and (due is None or due.at_s - now > _GUARD_S):
                 self._sample()
                 next_sample = max(next_sample + SAMPLE_S, now)
             else:
-                pause = min(change_due, max(next_sample, now + 0.0002)) - now
-                if self._stopping.wait(max(0.0, pause)):
-                    break
-                continue
-            if self._stopping.is_set():
-                break
+                wake = max(next_sample, now + 0.0002) if due is None else min(due.at_s, max(next_sample, now + 0.0002))
+                self._stopping.wait(max(0.0, wake - now))
         self._sample()
+
+    def _moments(self) -> Iterator["_Moment"]:
+        """The changes that are due together, encoded before they are due."""
+        for at_s, group in itertools.groupby(self._timeline, key=lambda change: change.at_s):
+            changes = list(group)
+            yield _Moment(at_s, changes, self._links.prepare({change.link: change.state for change in changes}))
 
     def _record_initial(self) -> None:
         # The lab applied and verified the first states before t = 0.
         self._events.append([_event(0.0, 0.0, link, state, "initial", True) for link, state in self._links.states.items()])
 
-    def _apply(self, batch: Sequence[Change]) -> None:
-        results = self._links.apply({change.link: change.state for change in batch})
+    def _apply(self, moment: "_Moment") -> None:
+        results = self._links.commit(moment.prepared)
         self._events.append(
             [
-                _event(c.at_s, results[c.link].applied_s - self._t0_s, c.link, c.state, "schedule", results[c.link].verified)
-                for c in batch
+                _event(
+                    change.at_s,
+                    results[change.link].applied_s - self._t0_s,
+                    change.link,
+                    change.state,
+                    "schedule",
+                    results[change.link].verified,
+                )
+                for change in moment.changes
             ]
         )
 
@@ -108,6 +115,13 @@ class LinkDriver:
                 }
             )
         self._samples.append(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    at_s: float
+    changes: Sequence[Change]
+    prepared: Prepared
 
 
 def _event(planned_s: float, applied_s: float, link: str, state: LinkState, kind: str, verified: bool) -> dict[str, Any]:
