@@ -15,7 +15,7 @@ __all__ = ["Session", "attach", "comm_hook"]
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from netsenseml import hook  # noqa: PLC0415  (torch is loaded on first use, not on import)
+        from netsenseml import hook  # loads torch
 
         return getattr(hook, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

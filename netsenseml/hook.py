@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public, but not declared so
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,10 +30,11 @@ def attach(
 ) -> "Session":
     """Let ``ddp`` exchange its gradients by ``method``, on every rank with the same arguments.
 
-    method: a name of ``agent.catalog.METHODS`` or ``package.module:Class``; ``options`` are its options. Without it the
-        method of the testbed's cell is used. Inside a cell this also reports to the orchestrator and waits for the start.
-    record: file that receives one JSON line a step (``protocol.STEP_COLUMNS``). In a cell, the cell's own file.
+    method: a name of ``agent.catalog.METHODS`` or ``package.module:Class``; ``options`` are its options. Without it
+        the method of the testbed's cell is used.
+    record: file that receives one JSON line a step (``protocol.STEP_COLUMNS``); in a cell it has a default.
 
+    In a cell of the testbed this also reports to the orchestrator, and waits until all workers are there.
     Raises ValueError, one line, if no method is known or a name or option does not exist.
     """
     cell_dir = os.environ.get(protocol.ENV_CELL_DIR)
@@ -51,7 +52,7 @@ def attach(
     return session
 
 
-def comm_hook(session: "Session", bucket: dist.GradBucket) -> Future[torch.Tensor]:
+def comm_hook(session: "Session", bucket: GradBucket) -> Future[torch.Tensor]:
     """The hook of the plain pair: ``ddp.register_comm_hook(Session(ddp, "topk", ratio=0.01), comm_hook)``."""
     return session.exchange(bucket)
 
@@ -104,7 +105,7 @@ class Session:
         self._control = ControlClient(directory / protocol.SOCKET_FILE, self._rank)
         self._start(self._control.ready(parameters_hash(self._module)))
 
-    def exchange(self, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+    def exchange(self, bucket: GradBucket) -> Future[torch.Tensor]:
         """Exchange one bucket; DDP calls this through ``comm_hook``."""
         arrived_s = monotonic_s()
         if bucket.index() == 0:
@@ -141,7 +142,7 @@ class Session:
         In a cell this waits while the orchestrator asks to hold, so that all ranks end after the same step.
         """
         self._closed_by_step = True
-        self._close_step(monotonic_s(), None if loss is None else float(loss), samples)
+        self._close_step(monotonic_s(), loss.item() if isinstance(loss, torch.Tensor) else loss, samples)
         if self._control is None:
             return True
         with self.pause():

@@ -10,20 +10,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public, but not declared so
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 
 from netsenseml.agent.catalog import check_method, is_import_path
 from netsenseml.compress.feedback import ErrorFeedback
-from netsenseml.compress.pack import BYTES_PER_ELEMENT, pack, unpack
+from netsenseml.compress.pack import pack, unpack
 from netsenseml.compress.sparsify import largest, slots
 from netsenseml.control.bdp import BdpPolicy
+from netsenseml.exchange.agreement import Agreement
 from netsenseml.exchange.collectives import (
     all_gather_bytes,
+    all_gather_hops,
     all_gather_slots,
     all_reduce_bytes,
+    all_reduce_hops,
     all_reduce_mean,
-    all_reduce_min,
 )
 from netsenseml.ledger import Ledger
 from netsenseml.sensing.bandwidth import BandwidthEstimate
@@ -50,7 +53,7 @@ class Method:
     def begin(self) -> None:
         """Prepare for a backward."""
 
-    def exchange(self, bucket: dist.GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
+    def exchange(self, bucket: GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
         """Launch the exchange of one bucket; the future holds the mean gradient, in the bucket's shape and type."""
         raise NotImplementedError
 
@@ -71,7 +74,7 @@ class Method:
 class AllReduce(Method):
     """DDP's own exchange: all-reduce of every bucket in the gradients' own type."""
 
-    def exchange(self, bucket: dist.GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
+    def exchange(self, bucket: GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
         ledger.scheme = "allreduce"
         payload = all_reduce_bytes(bucket.buffer().nbytes, self.group.size())
         return ledger.launch(partial(allreduce_hook, self.group, bucket), payload, bucket.buffer().numel(), _as_it_is)
@@ -80,7 +83,7 @@ class AllReduce(Method):
 class BFloat16(Method):
     """All-reduce in bfloat16: half the bytes, 8 bits of precision."""
 
-    def exchange(self, bucket: dist.GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
+    def exchange(self, bucket: GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
         ledger.scheme = "bf16"
         with ledger.coding():
             half = bucket.buffer().to(torch.bfloat16)
@@ -100,18 +103,18 @@ class TopK(Method):
         self.ratio = ratio
         self.feedback = ErrorFeedback(module.named_parameters())
 
-    def exchange(self, bucket: dist.GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
+    def exchange(self, bucket: GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
         ledger.scheme = "topk"
         with ledger.coding():
             wanted = self.feedback.residual(bucket.parameters()).add_(bucket.buffer())
             chosen = largest(wanted, slots(wanted.numel(), self.ratio))
             slot = pack(wanted[chosen], chosen)
-            wanted[chosen] = 0
+            wanted.index_fill_(0, chosen, 0)
         payload = all_gather_bytes(slot.nbytes, self.group.size())
         send = partial(all_gather_slots, slot, self.group)
         return ledger.launch(send, payload, chosen.numel(), partial(_mean_of_slots, bucket.buffer()))
 
-    def exchange_all(self, bucket: dist.GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
+    def exchange_all(self, bucket: GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
         """Plain all-reduce that also brings in what was left behind."""
         ledger.scheme = "allreduce"
         with ledger.coding():
@@ -131,48 +134,45 @@ class TopK(Method):
 class NetSense(TopK):
     """Sense, decide, compress: the ratio of every step is what the network can carry while the ranks compute.
 
-    1. When a step's exchange is over, every rank votes with what it measured: how long the exchange took and how long
-       it had computed before. The votes' minimum is formed by a tiny all-reduce over a process group of its own, which
-       runs behind the optimizer and the next forward.
-    2. Before the first bucket of the next step every rank feeds the same minimum into the same estimator and policy,
+    1. When a step's exchange is over, every rank shares what it measured: how long the exchange took, how long it had
+       computed before, and the round-trip time. That runs behind the optimizer and the next forward.
+    2. Before the first bucket of the next step, every rank feeds the same numbers into the same estimator and policy,
        and so arrives at the same ratio. At ratio 1 the step is a plain all-reduce.
 
-    The shortest exchange among the ranks is that of the rank which came last: the others were also waiting for it.
+    The time of an exchange is the shortest among the ranks, that of the rank which came last: the others were waiting
+    for it, too.
     """
 
     senses = True
 
-    def __init__(self, module: torch.nn.Module, group: dist.ProcessGroup, *, start: float, **policy: float) -> None:
-        super().__init__(module, group, start)
-        self._policy = BdpPolicy(ranks=group.size(), ratio=start, **policy)
+    def __init__(self, module: torch.nn.Module, group: dist.ProcessGroup, *, start: float, **options: float) -> None:
+        self._policy = BdpPolicy(group.size(), start, **options)
+        super().__init__(module, group, self._policy.ratio)
         self._estimate = BandwidthEstimate()
-        # Gloo, so that a vote is on the CPU and needs no stream; its order is that of the steps, on every rank.
-        self._voters = dist.new_group(
-            dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True
-        )
-        self._vote: Future[torch.Tensor] | None = None
-        self._sent = (0, 0)
+        self._agreement = Agreement(group)
+        self._payload_bytes = self._dense_bytes = 0
 
     def begin(self) -> None:
-        if self._vote is None:
+        measured = self._agreement.result()
+        if measured is None:
             return
-        flight_s, window_s = self._vote.wait().tolist()
-        self._vote = None
-        payload_bytes, dense_bytes = self._sent
-        self.bandwidth_bps = self._estimate.update(payload_bytes, flight_s)
-        self.ratio = self._policy.decide(self.bandwidth_bps, window_s, dense_bytes)
+        flight_s, window_s, _ = measured.amin(dim=0).tolist()
+        hops = (all_reduce_hops if self.ratio == 1 else all_gather_hops)(self.group.size())
+        latency_s = hops * measured[:, 2].mean().item() / 2
+        self.bandwidth_bps = self._estimate.update(self._payload_bytes, flight_s, latency_s)
+        self.ratio = self._policy.decide(self.bandwidth_bps, window_s, latency_s, self._dense_bytes)
 
-    def exchange(self, bucket: dist.GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
-        return (self.exchange_all if self.ratio >= 1 else super().exchange)(bucket, ledger)
+    def exchange(self, bucket: GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
+        return (self.exchange_all if self.ratio == 1 else super().exchange)(bucket, ledger)
 
     def finish(self, ledger: Ledger) -> None:
-        self._sent = (ledger.payload_bytes, ledger.dense_bytes)
-        vote = torch.tensor([ledger.flight_s, ledger.window_s], dtype=torch.float64)
-        self._vote = all_reduce_min(vote, self._voters)
+        if not ledger.payload_bytes:  # a single rank has nobody to exchange with
+            return
+        self._payload_bytes, self._dense_bytes = ledger.payload_bytes, ledger.dense_bytes
+        self._agreement.share([ledger.flight_s, ledger.window_s, ledger.tcp.min_rtt_s if ledger.tcp else 0.0])
 
     def close(self) -> None:
-        if self._vote is not None:
-            self._vote.wait()
+        self._agreement.result()
 
 
 METHODS: Mapping[str, Callable[..., Method]] = {

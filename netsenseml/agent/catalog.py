@@ -143,9 +143,7 @@ def nearest_first(name: str, choices: Iterable[str]) -> list[str]:
     return sorted(choices, key=lambda choice: -difflib.SequenceMatcher(None, name, choice).ratio())
 
 
-def _resolve(
-    kind: str, catalog: Mapping[str, Options], name: str, options: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def _resolve(kind: str, catalog: Mapping[str, Options], name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     given = dict(options or {})
     if is_import_path(name):
         return given

@@ -20,5 +20,5 @@ def unpack(buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Values (k,) float32 and indices (k,) int32 of a packed buffer, as views of it."""
     if buffer.dtype != torch.uint8 or buffer.numel() % BYTES_PER_ELEMENT:
         raise ValueError(f"not a packed buffer: {buffer.numel()} elements of {buffer.dtype}")
-    values, indices = buffer.view(2, -1).unbind()
+    values, indices = buffer.tensor_split(2)
     return values.view(torch.float32), indices.view(torch.int32)

@@ -18,17 +18,17 @@ def all_reduce_mean(tensor: torch.Tensor, group: dist.ProcessGroup) -> Future[to
     return work.get_future().then(_first)
 
 
-def all_reduce_min(tensor: torch.Tensor, group: dist.ProcessGroup) -> Future[torch.Tensor]:
-    """Element-wise minimum over the ranks, in place."""
-    return dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=group, async_op=True).get_future().then(_first)
-
-
 def all_reduce_bytes(payload_bytes: int, ranks: int) -> float:
     """Bytes a rank sends in a ring all-reduce of ``payload_bytes`` = B: 2 (n - 1) / n * B.
 
     Each rank passes on n - 1 chunks of B / n while reducing, and as many while gathering the sums.
     """
     return 2 * (ranks - 1) / ranks * payload_bytes
+
+
+def all_reduce_hops(ranks: int) -> int:
+    """One-way delays that a ring all-reduce passes one after another: 2 (n - 1)."""
+    return 2 * (ranks - 1)
 
 
 def all_gather_slots(slot: torch.Tensor, group: dist.ProcessGroup) -> Future[torch.Tensor]:
@@ -43,6 +43,11 @@ def all_gather_slots(slot: torch.Tensor, group: dist.ProcessGroup) -> Future[tor
 def all_gather_bytes(slot_bytes: int, ranks: int) -> float:
     """Bytes a rank sends in a ring all-gather of slots of ``slot_bytes`` = S: (n - 1) * S."""
     return (ranks - 1) * slot_bytes
+
+
+def all_gather_hops(ranks: int) -> int:
+    """One-way delays that a ring all-gather passes one after another: n - 1."""
+    return ranks - 1
 
 
 def _first(done: Future[list[torch.Tensor]]) -> torch.Tensor:

@@ -2,15 +2,15 @@
 
 import contextlib
 import ipaddress
-import os
 import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 # struct tcp_info of <linux/tcp.h>, whose fields never move: 8 single bytes, then the u32 from tcpi_rto on.
-_LAYOUT = struct.Struct("=8x24I4Q6I4Q")
-_RTT, _TOTAL_RETRANS, _BYTES_ACKED, _MIN_RTT, _BUSY, _RWND_LIMITED, _SNDBUF_LIMITED = 15, 23, 26, 31, 35, 36, 37
+_LAYOUT = struct.Struct("=8x24I4Q4I")
+_RTT, _TOTAL_RETRANS, _BYTES_ACKED, _MIN_RTT = 15, 23, 26, 31
 _SPACE = 512
 
 
@@ -19,20 +19,16 @@ class TcpInfo:
     """Sender side of one connection since it was opened (Linux ``struct tcp_info``).
 
     rtt_s: smoothed round-trip time. min_rtt_s: smallest of the kernel's window (300 s by default).
-    busy_s: time with data waiting to be sent or acknowledged, in steps of a kernel tick (1 to 10 ms).
-    limited_s: part of busy_s in which the receiver's window or the send buffer held the sender back.
     """
 
     rtt_s: float
     min_rtt_s: float
     bytes_acked: int
-    busy_s: float
-    limited_s: float
     retransmits: int
 
     @classmethod
     def parse(cls, raw: bytes) -> "TcpInfo":
-        """Parse the kernel's answer; raises ValueError if the kernel is too old (< 4.10) to tell all of it."""
+        """Parse the kernel's answer; raises ValueError if the kernel is too old (< 4.6) to tell all of it."""
         if len(raw) < _LAYOUT.size:
             raise ValueError(f"struct tcp_info has {len(raw)} bytes, {_LAYOUT.size} are needed")
         field = _LAYOUT.unpack_from(raw)
@@ -40,30 +36,23 @@ class TcpInfo:
             rtt_s=field[_RTT] / 1e6,
             min_rtt_s=field[_MIN_RTT] / 1e6,
             bytes_acked=field[_BYTES_ACKED],
-            busy_s=field[_BUSY] / 1e6,
-            limited_s=(field[_RWND_LIMITED] + field[_SNDBUF_LIMITED]) / 1e6,
             retransmits=field[_TOTAL_RETRANS],
         )
 
 
-_NOTHING = TcpInfo(0.0, 0.0, 0, 0.0, 0.0, 0)
+_NOTHING = TcpInfo(0.0, 0.0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class TcpSample:
-    """All connections of this process together, since the sample before.
+    """All connections of this process together.
 
-    rtt_s, min_rtt_s: of the connection that carried most.
-    bytes_acked: payload bytes that the other side has confirmed.
-    busy_s: longest busy time of a connection; connections that work side by side share the link.
+    rtt_s, min_rtt_s: of the connection that carried most since the sample before.
     retransmits: segments retransmitted since the connections were opened.
     """
 
     rtt_s: float
     min_rtt_s: float
-    bytes_acked: int
-    busy_s: float
-    limited_s: float
     retransmits: int
 
 
@@ -82,20 +71,18 @@ class TcpMonitor:
 
         The first call looks for the connections, so it belongs after the first exchange.
         """
-        before = {fd: _NOTHING for fd in _descriptors() if _leaves_the_host(fd)} if self._before is None else self._before
+        before = self._before
+        if before is None:
+            before = {fd: _NOTHING for fd in _descriptors() if _leaves_the_host(fd)}
         now = {fd: info for fd in before if (info := read(fd)) is not None}
         self._before = now
         if not now:
             return None
         acked = {fd: info.bytes_acked - before[fd].bytes_acked for fd, info in now.items()}
         main = max(now, key=acked.__getitem__)
-        busy = max(now, key=lambda fd: now[fd].busy_s - before[fd].busy_s)
         return TcpSample(
             rtt_s=now[main].rtt_s,
             min_rtt_s=now[main].min_rtt_s,
-            bytes_acked=sum(acked.values()),
-            busy_s=now[busy].busy_s - before[busy].busy_s,
-            limited_s=now[busy].limited_s - before[busy].limited_s,
             retransmits=sum(info.retransmits for info in now.values()),
         )
 
@@ -110,14 +97,10 @@ def read(fd: int) -> TcpInfo | None:
 
 
 def _descriptors() -> Iterator[int]:
-    try:
-        entries = os.listdir("/proc/self/fd")
-    except OSError:
-        return
-    for entry in entries:
+    for entry in Path("/proc/self/fd").glob("*"):
         with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{entry}").startswith("socket:"):
-                yield int(entry)
+            if str(entry.readlink()).startswith("socket:"):
+                yield int(entry.name)
 
 
 @contextlib.contextmanager

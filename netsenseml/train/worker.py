@@ -1,7 +1,7 @@
 """The worker program: ``python -m netsenseml.train.worker``.
 
-Environment: NETSENSE_CELL_DIR (directory of the cell), RANK, WORLD_SIZE, NETSENSE_RENDEZVOUS (init_method of the process
-group, default env://), GLOO_SOCKET_IFNAME (interface of the shaped link).
+Environment: NETSENSE_CELL_DIR (directory of the cell), RANK, WORLD_SIZE, NETSENSE_RENDEZVOUS (init_method of the
+process group, default env://), GLOO_SOCKET_IFNAME (interface of the shaped link).
 
 Importing this module loads everything heavy and starts no thread, so that one process can import it once and fork the
 workers. Nothing here may run a parallel operation of torch on import: its threads would not survive the fork.
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # seconds of import that DDP would otherwise do in every worker when it is made
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -49,7 +50,7 @@ def main() -> int:
         else:
             traceback.print_exc()
         sys.stderr.flush()
-        _report(error, run and run.session)
+        _report(error, run.session if run else None)
         return 1
     return 0
 

@@ -1,6 +1,7 @@
 """Models, data sets and optimizers of the built-in worker; their options are in ``agent.catalog``."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import sklearn.datasets
@@ -19,19 +20,19 @@ _CLASSES = 10
 
 
 def make_model(name: str, options: dict[str, Any], seed: int) -> nn.Module:
-    """The model called ``name``, or made by ``package.module:callable`` from the options; weights drawn from ``seed``."""
+    """The model called ``name``, or what ``package.module:callable`` makes of the options; weights drawn from ``seed``."""
     options = check_model(name, options)
     torch.manual_seed(seed)
     if is_import_path(name):
         model: nn.Module = load(name)(**options)
         return model
-    return {"mlp": mlp, "cnn": cnn}[name](**options)
+    return _MODELS[name](**options)
 
 
 def mlp(hidden: list[int]) -> nn.Module:
     """Multi-layer perceptron with ReLU on (b, 64); 301 066 parameters at the default of two layers of 512."""
     widths = [_SIDE * _SIDE, *hidden]
-    layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
+    layers = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(widths[-1], _CLASSES))
 
 
@@ -39,9 +40,7 @@ def cnn(channels: list[int], hidden: int) -> nn.Module:
     """Convolutions (3x3, ReLU), 2x2 max pooling and two linear layers on (b, 64), taken as 8x8 images."""
     depths = [1, *channels]
     convolutions = [
-        layer
-        for a, b in zip(depths, depths[1:], strict=False)
-        for layer in (nn.Conv2d(a, b, kernel_size=3, padding=1), nn.ReLU())
+        layer for a, b in itertools.pairwise(depths) for layer in (nn.Conv2d(a, b, kernel_size=3, padding=1), nn.ReLU())
     ]
     return nn.Sequential(
         nn.Unflatten(1, (1, _SIDE, _SIDE)),
@@ -52,6 +51,9 @@ def cnn(channels: list[int], hidden: int) -> nn.Module:
         nn.ReLU(),
         nn.Linear(hidden, _CLASSES),
     )
+
+
+_MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn}
 
 
 def make_data(name: str, options: dict[str, Any]) -> Dataset:
@@ -93,4 +95,5 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: dict[str, Any]) -
     if name == "sgd":
         return torch.optim.SGD(parameters, **options)
     betas = (options.pop("beta1"), options.pop("beta2"))
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](parameters, betas=betas, **options)
+    adam = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+    return adam(parameters, betas=betas, **options)

@@ -1,0 +1,60 @@
+"""Names and options, checked without torch."""
+
+import pytest
+
+from netsenseml.agent import catalog
+
+
+def test_defaults_are_filled_in() -> None:
+    assert catalog.check_method("topk") == {"ratio": 0.1}
+    assert catalog.check_method("topk", {"ratio": 1}) == {"ratio": 1.0}
+    assert catalog.check_method("allreduce") == {}
+    assert catalog.check_model("mlp") == {"hidden": [512, 512]}
+    assert catalog.check_data("digits") == {}
+    assert catalog.check_optimizer("sgd", {"lr": 0.2, "momentum": 0.9})["nesterov"] is False
+
+
+@pytest.mark.parametrize("table", [catalog.METHODS, catalog.MODELS, catalog.DATA, catalog.OPTIMIZERS])
+def test_every_default_is_valid_and_every_option_explained(table: dict[str, dict[str, catalog.Option]]) -> None:
+    for options in table.values():
+        for option in options.values():
+            assert option.check(option.default) == option.default
+            assert option.help and option.expected
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("topkk", {}, "unknown method 'topkk'; choose from topk, "),
+        ("topk", {"ratoi": 0.1}, "method 'topk' has no option 'ratoi'; its options: ratio"),
+        ("allreduce", {"ratio": 0.1}, "method 'allreduce' has no option 'ratio'; its options: none"),
+        ("topk", {"ratio": 0}, "method 'topk': ratio must be a number > 0 and <= 1, not 0"),
+        ("topk", {"ratio": 1.5}, "ratio must be a number > 0 and <= 1, not 1.5"),
+        ("topk", {"ratio": "half"}, "ratio must be a number > 0 and <= 1, not 'half'"),
+        ("topk", {"ratio": True}, "not True"),
+        ("topk", {"ratio": float("nan")}, "not nan"),
+    ],
+)
+def test_errors_are_one_line_that_names_the_choices(name: str, options: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError) as error:
+        catalog.check_method(name, options)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_lists_and_booleans() -> None:
+    assert catalog.check_model("mlp", {"hidden": [3]}) == {"hidden": [3]}
+    for wrong in ([0], [1.5], "3", [True]):
+        with pytest.raises(ValueError, match="a list of positive integers"):
+            catalog.check_model("mlp", {"hidden": wrong})
+    with pytest.raises(ValueError, match="true or false"):
+        catalog.check_optimizer("sgd", {"nesterov": 1})
+    with pytest.raises(ValueError, match="nesterov needs momentum"):
+        catalog.check_optimizer("sgd", {"nesterov": True})
+
+
+def test_code_of_the_users_own_is_taken_as_it_is() -> None:
+    assert catalog.check_method("my.package:Method", {"anything": [1]}) == {"anything": [1]}
+    for not_a_path in ("my.package:", ":Method", "my package:Method", "a:b:c"):
+        with pytest.raises(ValueError, match="unknown method"):
+            catalog.check_method(not_a_path)

@@ -1,0 +1,247 @@
+"""Methods at work in DDP over real Gloo groups."""
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from groups import run_group
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from netsenseml import Session, attach, comm_hook
+from netsenseml.agent.protocol import STEP_COLUMNS, read_records
+from netsenseml.hook import parameters_hash
+from netsenseml.methods import AllReduce
+
+METHODS = [
+    ("allreduce", {}),
+    ("bf16", {}),
+    ("topk", {"ratio": 0.05}),
+    ("netsense", {}),
+    ("netsense", {"start": 0.02, "share": 0.001}),  # sparse for ever
+]
+
+
+class Twice(AllReduce):
+    """A method of the user's own, with an option."""
+
+    def __init__(self, module: nn.Module, group: dist.ProcessGroup, factor: float) -> None:
+        super().__init__(module, group)
+        self.factor = factor
+
+    def exchange(self, bucket: Any, ledger: Any) -> Any:
+        bucket.buffer().mul_(self.factor)
+        return super().exchange(bucket, ledger)
+
+
+def make_ddp(bucket_cap_mb: float = 0.01, **options: Any) -> DistributedDataParallel:
+    """A small model in several buckets, which DDP rebuilds after the first backward."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 60), nn.ReLU(), nn.Linear(60, 60), nn.ReLU(), nn.Linear(60, 5))
+    return DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb, **options)
+
+
+def flat_gradient(module: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.grad.reshape(-1) for parameter in module.parameters()]).clone()
+
+
+def batches(rank: int, steps: int) -> Any:
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(steps):
+        yield torch.randn(8, 20, generator=generator), torch.randint(0, 5, (8,), generator=generator)
+
+
+def train_30_steps(rank: int, method: str, options: dict[str, Any]) -> tuple[str, list[float]]:
+    ddp = make_ddp()
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
+    session = attach(ddp, method, **options)
+    ratios = []
+    for step, (x, y) in enumerate(batches(rank, 30)):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(ddp(x), y).backward()
+        optimizer.step()
+        time.sleep(0.002 * (rank == step % 3))  # ranks are not equally fast
+        assert session.step(loss=0.0, samples=len(x))
+        ratios.append(session.last["ratio"])
+    session.close()
+    return parameters_hash(ddp.module), ratios
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS)
+def test_replicas_stay_bit_identical_and_agree_on_the_ratio(method: str, options: dict[str, Any]) -> None:
+    first, *others = run_group(train_30_steps, 3, method, options)
+    assert all(other == first for other in others)
+    if method == "netsense" and "start" in options:
+        assert max(first[1]) < 0.1
+
+
+def exchange_with_reference(
+    rank: int, method: str, options: dict[str, Any], accumulate: bool, ddp_options: dict[str, Any]
+) -> list[list[float]]:
+    """Sums over some steps of the exchanged mean and of the own gradient, and the final residual."""
+    ddp = make_ddp(**ddp_options)
+    reference = nn.Sequential(*[type(m)(m.in_features, m.out_features) if isinstance(m, nn.Linear) else m for m in ddp.module])
+    session = Session(ddp, method, **options)
+    ddp.register_comm_hook(session, comm_hook)
+    exchanged, own = torch.zeros(()), torch.zeros(())
+    for step in range(6):
+        reference.load_state_dict(ddp.module.state_dict())
+        reference.zero_grad()
+        ddp.zero_grad()
+        parts = list(batches(10 * step + rank, 2))
+        for i, (x, y) in enumerate(parts):
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last or not accumulate else ddp.no_sync():
+                if last or accumulate:
+                    nn.functional.cross_entropy(ddp(x), y).backward()
+                    nn.functional.cross_entropy(reference(x), y).backward()
+        exchanged = exchanged + flat_gradient(ddp.module)
+        own = own + flat_gradient(reference)
+        with torch.no_grad():
+            for parameter in ddp.parameters():
+                parameter -= 0.1 * parameter.grad
+        session.step()
+        assert session.steps == step + 1
+    residuals = session.state_dict().get("feedback", {})
+    residual = torch.cat([residuals.get(n, torch.zeros_like(p)).reshape(-1) for n, p in ddp.module.named_parameters()])
+    return [exchanged.tolist(), own.tolist(), residual.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "ddp_options"),
+    [(False, {}), (True, {}), (True, {"gradient_as_bucket_view": True, "find_unused_parameters": True})],
+    ids=["every backward", "no_sync", "no_sync, bucket views, unused parameters"],
+)
+@pytest.mark.parametrize(("method", "options"), [*METHODS, ("topk", {"ratio": 1.0})])
+def test_nothing_is_lost(method: str, options: dict[str, Any], accumulate: bool, ddp_options: dict[str, Any]) -> None:
+    """Sum of exchanged means = sum of true means - mean residual: buckets are rebuilt on the way, ranks share indices."""
+    ranks = run_group(exchange_with_reference, 3, method, options, accumulate, ddp_options)
+    exchanged, own, residual = (torch.tensor([rank[i] for rank in ranks]) for i in range(3))
+    assert torch.equal(exchanged, exchanged[:1].expand_as(exchanged))
+    tolerance = {"rtol": 2e-2, "atol": 2e-3} if method == "bf16" else {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(exchanged[0], (own - residual).mean(dim=0), **tolerance)
+    if options.get("ratio") == 1.0:
+        assert not residual.any()
+
+
+def records_of(rank: int, directory: str, explicit: bool) -> list[dict[str, Any]]:
+    ddp = make_ddp()
+    path = Path(directory, f"{explicit}-{rank}.jsonl")
+    session = attach(ddp, "topk", ratio=0.1, record=path)
+    for x, y in batches(rank, 4):
+        loss = nn.functional.cross_entropy(ddp(x), y)
+        loss.backward()
+        time.sleep(0.05)
+        if explicit:
+            assert session.step(loss, samples=len(x)) is True
+            with session.pause():
+                time.sleep(0.4)
+    session.close()
+    return list(read_records(path))
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["session.step", "no session.step"])
+def test_records(tmp_path: Path, explicit: bool) -> None:
+    for rank, rows in enumerate(run_group(records_of, 2, str(tmp_path), explicit)):
+        assert [row["step"] for row in rows] == [0, 1, 2, 3]
+        elements = 20 * 60 + 60 + 60 * 60 + 60 + 60 * 5 + 5
+        for row in rows:
+            assert row.keys() == STEP_COLUMNS.keys()
+            assert row["rank"] == rank and row["scheme"] == "topk"
+            assert row["dense_bytes"] == 4 * elements  # 2 (n - 1) / n = 1 for two ranks
+            assert row["payload_bytes"] == pytest.approx(8 * 0.1 * elements, rel=0.02)
+            assert row["ratio"] == pytest.approx(0.1, rel=0.02)
+            assert row["compute_s"] + row["comm_s"] == pytest.approx(row["step_s"])
+            assert row["bandwidth_bps"] is row["rtt_s"] is row["min_rtt_s"] is None
+            assert (row["loss"] is not None, row["samples"]) == ((True, 8) if explicit else (False, None))
+        for row in rows[1:]:
+            assert 0.05 <= row["step_s"] < 0.4, "a pause belongs to no step"
+            assert 0 < row["encode_s"] < row["step_s"]
+        assert [row["t_s"] for row in rows] == sorted(row["t_s"] for row in rows)
+
+
+def resume(rank: int, method: str, options: dict[str, Any]) -> bool:
+    """Whether 3 steps, a checkpoint and 3 steps equal 6 steps without a break."""
+
+    def steps(ddp: DistributedDataParallel, data: list[Any]) -> None:
+        for x, y in data:
+            ddp.zero_grad()
+            nn.functional.cross_entropy(ddp(x), y).backward()
+            with torch.no_grad():
+                for parameter in ddp.parameters():
+                    parameter -= 0.1 * parameter.grad
+
+    data = list(batches(rank, 6))
+    straight = make_ddp(bucket_cap_mb=25)
+    attach(straight, method, **options)
+    steps(straight, data)
+    before = make_ddp(bucket_cap_mb=25)
+    session = attach(before, method, **options)
+    steps(before, data[:3])
+    after = make_ddp(bucket_cap_mb=25)
+    after.module.load_state_dict(before.module.state_dict())
+    attach(after, method, **options).load_state_dict(session.state_dict())
+    steps(after, data[3:])
+    return all(torch.allclose(a, b, atol=1e-7) for a, b in zip(after.parameters(), straight.parameters(), strict=True))
+
+
+def test_resume_from_a_checkpoint() -> None:
+    assert run_group(resume, 2, "topk", {"ratio": 0.05}) == [True, True]
+
+
+def use_of_own_method(rank: int) -> tuple[list[float], list[float]]:
+    gradients = []
+    for method, options in (("allreduce", {}), ("test_methods:Twice", {"factor": 2.0})):
+        ddp = make_ddp()
+        attach(ddp, method, **options)
+        x, y = next(batches(rank, 1))
+        nn.functional.cross_entropy(ddp(x), y).backward()
+        gradients.append(flat_gradient(ddp.module).tolist())
+    return gradients[0], gradients[1]
+
+
+def test_a_method_of_ones_own() -> None:
+    for plain, twice in run_group(use_of_own_method, 2):
+        assert twice == pytest.approx([2 * value for value in plain])
+
+
+def errors_of(rank: int) -> list[str]:
+    found = []
+    for method, options in (
+        (None, {}),
+        ("topkk", {}),
+        ("topk", {"rate": 1}),
+        ("no.such.module:Method", {}),
+        ("netsenseml.methods:Nothing", {}),
+    ):
+        with pytest.raises(ValueError) as error:
+            attach(make_ddp(), method, **options)
+        found.append(str(error.value))
+    return found
+
+
+def test_errors_name_the_choices() -> None:
+    (errors,) = run_group(errors_of, 1)
+    assert all("\n" not in error for error in errors)
+    for error, said in zip(
+        errors, ("no method: call attach", "choose from topk", "its options: ratio", "no.such.module", "Nothing"), strict=True
+    ):
+        assert said in error
+
+
+def single_rank(rank: int) -> str:
+    ddp = make_ddp()
+    session = attach(ddp, "netsense")
+    for x, y in batches(rank, 3):
+        nn.functional.cross_entropy(ddp(x), y).backward()
+        session.step()
+    session.close()
+    return session.last["scheme"]
+
+
+def test_a_single_rank_has_nobody_to_talk_to() -> None:
+    assert run_group(single_rank, 1) == ["allreduce"]
