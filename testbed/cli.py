@@ -1,10 +1,11 @@
 """The command ``testbed``: parse, call, print. Exit codes: 0 done and valid; 1 a run failed; 2 bad input, nothing was
 touched; 3 done, but not valid; 4 this machine cannot do it; 130 interrupted."""
 
+import json
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.console import Console
 from testbed.labs.base import LabError
 from testbed.plan import Plan, describe, make_plan
 from testbed.spec.errors import SpecError
-from testbed.spec.load import load_spec
+from testbed.spec.load import load_spec, parse_link, with_text
 from testbed.spec.models import Spec
 
 T = TypeVar("T")
@@ -88,6 +89,40 @@ def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) 
         raise typer.Exit(_guarded(lambda: finish(directory, Console())))
     except (NotARun, ValueError) as error:
         _fail(str(error), EXIT_BAD_INPUT)
+
+
+@app.command()
+def link(
+    links: Annotated[list[str] | None, typer.Argument(help="Links to show or change, such as w0; all if none.")] = None,
+    run: Annotated[Path | None, typer.Option(help="The run directory; the newest live run in ./runs if left out.")] = None,
+    changes: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a property, e.g. rate=5mbit, up.rate=1mbit, up=false."),
+    ] = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+) -> None:
+    """Show the links of a live run, or change one by hand; the change enters the event log as manual."""
+    from testbed.report.terminal import links_table
+    from testbed.run.door import ask, live_cell
+
+    wanted: dict[str, Any] = {}
+    try:
+        for text in changes:
+            wanted = with_text(wanted, text)
+        parse_link(wanted)
+    except SpecError as error:
+        _fail(str(error), EXIT_BAD_INPUT)
+    runs = [run] if run else sorted(Path("runs").glob("*/"), key=lambda path: path.stat().st_mtime, reverse=True)
+    cell = next((cell for path in runs if (cell := live_cell(path))), None)
+    if cell is None:
+        _fail(f"no cell is running in {run or 'runs'}; start one with: testbed run SPEC", EXIT_BAD_INPUT)
+    answer = _guarded(lambda: ask(cell, {"links": links or [], "set": wanted}))
+    if "error" in answer:
+        _fail(str(answer["error"]), EXIT_BAD_INPUT)
+    if as_json:
+        typer.echo(json.dumps(answer["links"]))
+    else:
+        Console().print(links_table(answer["links"]))
 
 
 @app.command()

@@ -83,6 +83,11 @@ class Shaper:
         self._ports[link, "down"] = down
 
     @property
+    def impaired(self) -> frozenset[tuple[str, str]]:
+        """(link, direction) that carries netem."""
+        return self._impaired
+
+    @property
     def states(self) -> Mapping[str, LinkState]:
         """The state that each link was given last."""
         return self._states

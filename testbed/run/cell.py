@@ -13,6 +13,7 @@ from netsenseml.agent.protocol import monotonic_s
 from testbed.labs.base import Lab, LabPlan, Process
 from testbed.plan import Cell
 from testbed.run.control import ControlServer
+from testbed.run.door import LinkDoor
 from testbed.run.driver import LinkDriver
 
 RESULT_FILE = "result.json"
@@ -103,7 +104,12 @@ class _Conductor:
             raise CellFailed("the workers do not begin with the same parameters; seed the model before it is built")
         t0_s = monotonic_s()
         self._control.broadcast({"type": "start", "t0": t0_s})
-        with LinkDriver(self._lab.links, self._cell.timeline, t0_s, self._directory) as driver:
+        with (
+            LinkDoor(self._directory) as door,
+            LinkDriver(
+                self._lab.links, self._cell.timeline, t0_s, self._directory, door, trunks=self._cell.lab.trunks
+            ) as driver,
+        ):
             try:
                 self._watch(t0_s, driver)
             finally:

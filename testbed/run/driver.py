@@ -1,16 +1,22 @@
 """The thread that owns the links of a running cell: changes at absolute deadlines, counters in between."""
 
 import itertools
+import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from netsenseml.agent.protocol import RecordFile, monotonic_s
-from testbed.links.shaper import Prepared, Shaper
+from testbed.links.qdiscs import QdiscCounters
+from testbed.links.shaper import Applied, Prepared, Shaper
 from testbed.links.state import DIRECTIONS, LinkState
+from testbed.run.door import LinkDoor
+from testbed.spec.errors import did_you_mean
+from testbed.spec.load import parse_link
 from testbed.timeline import Change
 
 SAMPLE_S = 0.1
@@ -21,11 +27,23 @@ _GUARD_S = 0.005
 class LinkDriver:
     """Runs from entering to leaving. Records go to events.jsonl (every change) and links.jsonl (ten times a second).
 
-    One thread does both, so the netlink sockets need no lock. ``failure`` has the error that ended it early, if any.
+    One thread does both, and answers the visitors of the door, so the netlink sockets need no lock. ``failure`` has the error
+    that ended it early, if any. trunks: names of the links on which all properties hold in both directions.
     """
 
-    def __init__(self, links: Shaper, timeline: Sequence[Change], t0_s: float, directory: Path) -> None:
+    def __init__(
+        self,
+        links: Shaper,
+        timeline: Sequence[Change],
+        t0_s: float,
+        directory: Path,
+        door: LinkDoor | None = None,
+        trunks: Collection[str] = (),
+    ) -> None:
         self.failure: Exception | None = None
+        self._door = door
+        self._trunks = trunks
+        self._carried = CarriedRates()
         self._links = links
         self._timeline = timeline
         self._t0_s = t0_s
@@ -63,16 +81,48 @@ class LinkDriver:
             elif next_sample <= now and (due is None or due.at_s - now > _GUARD_S):
                 self._sample()
                 next_sample = max(next_sample + SAMPLE_S, now)
+                self._answer_visitors()
             else:
                 wake = max(next_sample, now + 0.0002) if due is None else min(due.at_s, max(next_sample, now + 0.0002))
                 self._stopping.wait(max(0.0, wake - now))
         self._sample()
 
+    def _answer_visitors(self) -> None:
+        while self._door is not None:
+            try:
+                visit = self._door.visits.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                visit.answer.put({"links": self._visited(visit.request)})
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                visit.answer.put({"error": str(error)})
+
+    def _visited(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        states = self._links.states
+        names = list(request.get("links") or states)
+        for name in names:
+            if name not in states:
+                raise ValueError(f"there is no link {name!r}; {did_you_mean(str(name), states)}")
+        if request.get("set"):
+            wanted = parse_link(request["set"])
+            changes = {name: wanted.applied_to(states[name], trunk=name in self._trunks) for name in names}
+            wanted_netem = {
+                (link, side) for link, state in changes.items() for side in DIRECTIONS if getattr(state, side).needs_netem
+            }
+            if missing := wanted_netem - self._links.impaired:
+                raise ValueError(
+                    f"{sorted(missing)[0][0]} has no netem, because nothing in its schedule needs it; "
+                    "give the link some delay in the spec to be able to change it by hand"
+                )
+            asked_s = monotonic_s() - self._t0_s
+            self._record(asked_s, "manual", changes, self._links.apply(changes))
+        return {name: {"state": self._links.states[name].to_json(), **self._carried.of(name)} for name in names}
+
     def _moments(self) -> Iterator["_Moment"]:
         """The changes that are due together, encoded before they are due."""
         for at_s, group in itertools.groupby(self._timeline, key=lambda change: change.at_s):
-            changes = list(group)
-            yield _Moment(at_s, changes, self._links.prepare({change.link: change.state for change in changes}))
+            yield _Moment(at_s, self._links.prepare({change.link: change.state for change in group}))
 
     def _record_initial(self) -> None:
         # The lab applied and verified the first states before t = 0.
@@ -80,47 +130,66 @@ class LinkDriver:
 
     def _apply(self, moment: "_Moment") -> None:
         results = self._links.commit(moment.prepared)
+        self._record(moment.at_s, "schedule", moment.prepared.changes, results)
+
+    def _record(self, planned_s: float, kind: str, changes: Mapping[str, LinkState], results: Mapping[str, Applied]) -> None:
         self._events.append(
             [
-                _event(
-                    change.at_s,
-                    results[change.link].applied_s - self._t0_s,
-                    change.link,
-                    change.state,
-                    "schedule",
-                    results[change.link].verified,
-                )
-                for change in moment.changes
+                _event(planned_s, results[link].applied_s - self._t0_s, link, state, kind, results[link].verified)
+                for link, state in changes.items()
             ]
         )
 
     def _sample(self) -> None:
         t_s = round(monotonic_s() - self._t0_s, 6)
         states = self._links.states
-        rows: list[dict[str, Any]] = []
-        for (link, direction), counters in self._links.counters().items():
-            shape = states[link].up if direction == DIRECTIONS[0] else states[link].down
-            rows.append(
+        counters = self._links.counters()
+        self._carried.update(t_s, counters)
+        self._samples.append(
+            [
                 {
                     "t_s": t_s,
                     "link": link,
                     "direction": direction,
-                    "rate_bps": shape.rate_bps,
-                    "bytes": counters.bytes,
-                    "packets": counters.packets,
-                    "drops": counters.drops,
-                    "overlimits": counters.overlimits,
-                    "backlog_bytes": counters.backlog_bytes,
-                    "qlen": counters.qlen,
+                    "rate_bps": getattr(states[link], direction).rate_bps,
+                    "bytes": counted.bytes,
+                    "packets": counted.packets,
+                    "drops": counted.drops,
+                    "overlimits": counted.overlimits,
+                    "backlog_bytes": counted.backlog_bytes,
+                    "qlen": counted.qlen,
                 }
-            )
-        self._samples.append(rows)
+                for (link, direction), counted in counters.items()
+            ]
+        )
+
+
+class CarriedRates:
+    """What every link carries now, from the counters of the last second."""
+
+    def __init__(self) -> None:
+        self._history: deque[tuple[float, Mapping[tuple[str, str], QdiscCounters]]] = deque(maxlen=round(1 / SAMPLE_S) + 1)
+
+    def update(self, t_s: float, counters: Mapping[tuple[str, str], QdiscCounters]) -> None:
+        """Take a sample."""
+        self._history.append((t_s, counters))
+
+    def of(self, link: str) -> dict[str, dict[str, float]]:
+        """By direction: carried_bps over the last second, backlog_bytes now, drops so far."""
+        (first_s, first), (last_s, last) = self._history[0], self._history[-1]
+        return {
+            direction: {
+                "carried_bps": (last[link, direction].bytes - first[link, direction].bytes) * 8 / max(last_s - first_s, 1e-3),
+                "backlog_bytes": last[link, direction].backlog_bytes,
+                "drops": last[link, direction].drops,
+            }
+            for direction in DIRECTIONS
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class _Moment:
     at_s: float
-    changes: Sequence[Change]
     prepared: Prepared
 
 

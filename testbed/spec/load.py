@@ -10,18 +10,20 @@ import yaml
 from pydantic import ValidationError
 
 from testbed.spec.errors import SpecError, place_of
-from testbed.spec.models import Spec
+from testbed.spec.models import LinkSpec, Spec
 
 MAX_BYTES = 1 << 20
 _MAX_NODES = 100_000
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice (YAML would silently keep the last)."""
+    """SafeLoader that refuses a key given twice (YAML would silently keep the last), and takes ``on`` and ``off`` for keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:bool":  # what YAML 1.1 makes of a plain on or off
+                key_node.tag = "tag:yaml.org,2002:str"
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands there twice", key_node.start_mark)
@@ -34,15 +36,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
     """Read and validate a spec; ``overrides`` are texts of the form "dotted.key=value" (YAML value). Raises SpecError."""
     raw = read_yaml(path)
     for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise SpecError([("--set", f"{text!r} is not of the form key=value, for example network.link.rate=20mbit")])
-        try:
-            raw = with_override(raw, key.strip(), yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise SpecError([("--set", f"the value of {key.strip()} is not YAML: {value!r}")]) from None
-        except SpecError as error:
-            raise error.found_in("--set") from None
+        raw = with_text(raw, text)
     try:
         spec = validate(raw)
         for combination in combinations(spec):
@@ -101,6 +95,14 @@ def _nodes(data: Any) -> Iterator[Any]:
             stack.extend(node)
 
 
+def parse_link(raw: Mapping[str, Any]) -> LinkSpec:
+    """Properties of a link, as under ``set`` in a schedule; raises SpecError."""
+    try:
+        return LinkSpec.model_validate(raw)
+    except ValidationError as error:
+        raise SpecError([_fault(detail) for detail in error.errors(include_url=False)]) from None
+
+
 def validate(raw: Mapping[str, Any]) -> Spec:
     """Raw mapping → Spec; raises SpecError with every fault."""
     try:
@@ -153,6 +155,19 @@ def combinations(spec: Spec) -> list[dict[str, Any]]:
     return [dict(zip(spec.matrix, values, strict=True)) for values in itertools.product(*spec.matrix.values())]
 
 
+def with_text(raw: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """A copy with one "dotted.key=value" of the command line taken in; the value is YAML. Raises SpecError."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise SpecError([("--set", f"{text!r} is not of the form key=value, for example network.link.rate=20mbit")])
+    try:
+        return with_override(raw, key.strip(), yaml.safe_load(value))
+    except yaml.YAMLError:
+        raise SpecError([("--set", f"the value of {key.strip()} is not YAML: {value!r}")]) from None
+    except SpecError as error:
+        raise error.found_in("--set") from None
+
+
 def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a raw spec with dotted keys replaced."""
     out = dict(raw)
@@ -192,4 +207,5 @@ def _position(items: list[Any], text: str, key: str) -> int:
 
 def dump_spec(spec: Spec) -> str:
     """The resolved spec as YAML; ``load_spec`` of it gives the same spec."""
-    return str(yaml.safe_dump(spec.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True))
+    plain = spec.model_dump(mode="json", exclude_none=True, by_alias=True)
+    return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))

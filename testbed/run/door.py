@@ -1,0 +1,98 @@
+"""The door to the links of a running cell: ``testbed link`` asks here, over a Unix socket in the cell's directory.
+
+One request a connection, one JSON object each way:
+
+    {"links": ["w0"], "set": {"rate": "5mbit"}}  →  {"links": {...}} with the states after the change
+    {"links": []}                                →  {"links": {name: {"state": …, "up": {…}, "down": {…}}}} of all
+    anything that is wrong                       →  {"error": "one line"}
+"""
+
+import contextlib
+import json
+import queue
+import socket
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from netsenseml.agent import protocol
+
+SOCKET_FILE = "links.sock"
+_TIMEOUT_S = 5.0
+
+
+@dataclass
+class Visit:
+    """A request that waits for the thread that owns the links; ``answer`` takes one reply."""
+
+    request: Mapping[str, Any]
+    answer: "queue.Queue[Mapping[str, Any]]" = field(default_factory=lambda: queue.Queue(1))
+
+
+class LinkDoor:
+    """Listens from entering to leaving and puts every request into ``visits``."""
+
+    def __init__(self, directory: Path) -> None:
+        self.visits: queue.Queue[Visit] = queue.Queue()
+        self._path = directory / SOCKET_FILE
+        self._thread = threading.Thread(target=self._serve, name="door", daemon=True)
+        self._closing = False
+
+    def __enter__(self) -> Self:
+        self._path.unlink(missing_ok=True)
+        self._server = protocol.listen_unix(self._path)
+        self._path.chmod(0o600)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._closing = True
+        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)
+        self._thread.join(timeout=_TIMEOUT_S)
+        self._server.close()
+
+    def _serve(self) -> None:
+        while not self._closing:
+            try:
+                connection, _ = self._server.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError, ValueError, queue.Empty):
+                connection.settimeout(_TIMEOUT_S)
+                visit = Visit(_receive(connection))
+                self.visits.put(visit)
+                connection.sendall(protocol.encode_message(visit.answer.get(timeout=_TIMEOUT_S)))
+
+
+def ask(directory: Path, request: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Put a request to the cell that runs in ``directory``; raises OSError if none does."""
+    with protocol.connect_unix(directory / SOCKET_FILE) as connection:
+        connection.settimeout(2 * _TIMEOUT_S)
+        connection.sendall(protocol.encode_message(request))
+        return _receive(connection)
+
+
+def live_cell(run: Path) -> Path | None:
+    """Directory of the cell of a run that is running now."""
+    for found in sorted(run.glob(f"cells/*/{SOCKET_FILE}")):
+        with contextlib.suppress(OSError), protocol.connect_unix(found):
+            return found.parent
+    return None
+
+
+def _receive(connection: socket.socket) -> Mapping[str, Any]:
+    data = b""
+    while not data.endswith(b"\n"):
+        piece = connection.recv(65536)
+        if not piece or len(data) > protocol.MessageBuffer.LIMIT:
+            raise ValueError("no message")
+        data += piece
+    message = json.loads(data)
+    if not isinstance(message, dict):
+        raise ValueError("the message is no JSON object")
+    return message

@@ -1,0 +1,81 @@
+"""``testbed link`` against a live run: what it shows is the kernel's, what it changes is recorded as manual."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import testbed
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.netns
+SPEC = {
+    "name": "door",
+    "workers": 2,
+    "network": {"link": {"rate": "20mbit"}},
+    "workload": {"batch": 32, "stop": {"seconds": 20}, "compute": {"pace": "20ms"}},
+    "methods": ["allreduce"],
+}
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "testbed.cli", *map(str, arguments)]
+
+
+def link(run, *arguments):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command("link", "--run", run, *arguments), capture_output=True, text=True, env=env, check=False)
+
+
+def test_show_and_change_a_link_of_a_live_run(tmp_path):
+    path = tmp_path / "door.yaml"
+    path.write_text(yaml.safe_dump(SPEC))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command("run", path, "--out", tmp_path / "runs"), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob("runs/*/cells/*/links.sock")):
+        assert time.monotonic() < end, process.communicate()
+        time.sleep(0.05)
+    (run,) = tmp_path.glob("runs/*")
+    time.sleep(2)
+
+    shown = json.loads(link(run, "--json").stdout)
+    assert set(shown) == {"w0", "w1"}
+    assert shown["w0"]["state"]["up"]["rate_bps"] == 20_000_000
+    assert 10e6 < shown["w0"]["up"]["carried_bps"] < 21e6
+
+    changed = link(run, "w1", "--set", "rate=4mbit", "--set", "down.queue=20ms")
+    assert changed.returncode == 0, changed.stderr
+    assert "4 Mbit/s" in changed.stdout.replace("\xa0", " ")
+
+    for arguments, words in (
+        (("w9",), "did you mean"),
+        (("w0", "--set", "rate=fast"), "'fast' is not a rate"),
+        (("w0", "--set", "rat=5mbit"), "did you mean 'rate'?"),
+        (("w0", "--set", "delay=5ms"), "no netem"),
+    ):
+        refused = link(run, *arguments)
+        assert refused.returncode == 2, refused.stdout
+        assert words in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
+
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    loaded = testbed.load_run(run)
+    (event,) = loaded.events[loaded.events["kind"] == "manual"].to_dict("records")
+    assert event["link"] == "w1"
+    assert event["verified"]
+    assert json.loads(event["state"])["down"]["rate_bps"] == 4_000_000
+    after = loaded.links[(loaded.links["link"] == "w1") & (loaded.links["t_s"] > event["applied_s"] + 0.5)]
+    assert set(after["rate_bps"]) == {4_000_000}
+
+    gone = link(run)
+    assert gone.returncode == 2
+    assert "no cell is running" in gone.stderr
