@@ -79,7 +79,21 @@ setting() {
 mv "$work/pip.conf" "$files/etc/pip.conf"
 chmod -R a+rX "$files"
 
-changes=(--change "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" --change "ENV LANG=C.UTF-8"
+# An image of the same making is used again, and so are the layers that were built on it.
+made_from=$({
+    cat "$0"
+    echo "$suite $mirror"
+    env | grep -i '_proxy=' | sort || true
+    find "$files" -type f -size +1M -printf '%P %s\n' | sort
+    find "$files" -type f -size -1025k -exec sha256sum {} + | sort
+} | sed "s|$work||" | sha256sum | cut -c1-16)
+label=netsense.base
+if [ "$("$docker" image inspect --format "{{index .Config.Labels \"$label\"}}" "$image" 2>/dev/null)" = "$made_from" ]; then
+    echo "$image: is up to date"
+    exit 0
+fi
+
+changes=(--change "LABEL $label=$made_from" --change "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" --change "ENV LANG=C.UTF-8"
     --change "ENV PIP_DISABLE_PIP_VERSION_CHECK=1" --change "ENV SSL_CERT_FILE=$inside_bundle"
     --change "CMD [\"python3\"]")
 for name in http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY; do

@@ -25,7 +25,7 @@ from typing import Any, Self
 
 import docker
 import requests
-from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+from docker.errors import APIError, ContainerError, DockerException, ImageNotFound, NotFound
 from docker.models.containers import Container
 from docker.models.networks import Network
 from docker.types import Mount
@@ -145,13 +145,11 @@ class DockerLab:
 
     directory: the run directory. The workers see it as /run/netsense and run as its owner, or, if that is root, as the
     owner of the directory above it or as nobody, to whom it and its ``cells`` are then given.
-    shared: other directories, which they see under the same path but cannot write, such as that of the user's script.
     """
 
-    def __init__(self, plan: LabPlan, directory: Path, shared: Sequence[Path] = (), image: str | None = None) -> None:
+    def __init__(self, plan: LabPlan, directory: Path, image: str | None = None) -> None:
         self._plan = plan
         self._directory = directory.resolve()
-        self._shared = [path.resolve() for path in shared]
         self._image = image or os.environ.get(ENV_IMAGE, DEFAULT_IMAGE)
         self._token = secrets.token_hex(4)
         self._labels = {LABEL: self._token, OWNER: _owner_mark()}
@@ -188,15 +186,11 @@ class DockerLab:
         self._close()
 
     def _build(self, client: docker.DockerClient) -> None:
-        try:
-            client.images.get(self._image)
-        except ImageNotFound:
-            raise LabError(f"the image {self._image} is missing; build it with: docker compose build experiment") from None
+        _require_image(client, self._image)
         clean(dry_run=False, client=client)
         os.chown(self._directory, *self.user)
         _give(self._directory / "cells", *self.user)
-        mounts = [Mount(str(_RUN_DIR), _path_for_daemon(client, self._directory), type="bind")]
-        mounts += [Mount(str(path), _path_for_daemon(client, path), type="bind", read_only=True) for path in self._shared]
+        mount = Mount(str(_RUN_DIR), _path_for_daemon(client, self._directory), type="bind")
         network = client.networks.create(f"netsense-{self._token}", driver="bridge", internal=True, labels=self._labels)
         rendezvous = self._directory / f".hosts-{self._token}.sock"
         pool = ThreadPoolExecutor(_START_THREADS, thread_name_prefix="container")
@@ -204,7 +198,7 @@ class DockerLab:
             with protocol.listen_unix(rendezvous, backlog=len(self._plan.hosts) + 8) as listener:
                 os.chown(rendezvous, *self.user)
                 starting = {
-                    name: pool.submit(self._start_container, client, network, name, mounts, rendezvous.name)
+                    name: pool.submit(self._start_container, client, network, name, mount, rendezvous.name)
                     for name in self._plan.hosts
                 }
                 self._answer(listener, starting)
@@ -218,7 +212,7 @@ class DockerLab:
         self._wire(network, containers)
 
     def _start_container(
-        self, client: docker.DockerClient, network: Network, name: str, mounts: list[Mount], rendezvous: str
+        self, client: docker.DockerClient, network: Network, name: str, mount: Mount, rendezvous: str
     ) -> Container:
         keeper = Path(__file__).with_name("keeper.py").read_text()
         container = client.containers.run(
@@ -238,7 +232,7 @@ class DockerLab:
             read_only=True,
             security_opt=["no-new-privileges:true"],
             tmpfs={"/tmp": "rw,nosuid,nodev"},
-            mounts=mounts,
+            mounts=[mount],
             environment={"HOME": "/tmp", "TMPDIR": "/tmp", "OMP_NUM_THREADS": "1"},
         )
         container.reload()
@@ -328,6 +322,26 @@ def connect() -> docker.DockerClient:
         raise LabError(
             "no Docker daemon answers; start it (for example: sudo systemctl start docker), or use --lab netns"
         ) from None
+
+
+def image_has(program: str) -> bool:
+    """Whether the image of the hosts has a program; asked in a container of it that ends at once. Raises LabError."""
+    image = os.environ.get(ENV_IMAGE, DEFAULT_IMAGE)
+    question = ["sh", "-c", f"command -v {program}"]
+    with contextlib.closing(connect()) as client, _docker_errors():
+        _require_image(client, image)
+        try:
+            client.containers.run(image, entrypoint=question, command=[], remove=True, network_mode="none", labels=_NOT_COMPOSE)
+        except ContainerError:
+            return False
+        return True
+
+
+def _require_image(client: docker.DockerClient, image: str) -> None:
+    try:
+        client.images.get(image)
+    except ImageNotFound:
+        raise LabError(f"the image {image} is missing; build it with: docker compose build experiment") from None
 
 
 def clean(dry_run: bool, client: docker.DockerClient | None = None) -> list[str]:

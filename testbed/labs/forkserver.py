@@ -7,6 +7,7 @@ Requests go over a Unix socket pair, one JSON object a datagram, with the descri
 {"argv", "env", "log"} → {"pid"} or {"error"}. Ends of children come back unasked as {"exited": pid, "code": int}.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -38,11 +39,14 @@ class ForkedProcess:
         return self.code
 
     def kill(self) -> None:
-        if self.code is None:
-            try:
-                os.killpg(self.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        if self.code is not None:
+            return
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            # It ended meanwhile, or it was forked just now and leads no group yet.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
 
 class ForkServer:
@@ -184,6 +188,7 @@ def _run(request: Mapping[str, Any], namespace: int, preload: Sequence[str]) -> 
             sys.argv = [argv[2], *argv[3:]]
             sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
             sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+            sys.modules.pop(argv[2])  # it is run as __main__ now; runpy would warn of two copies in every log
             runpy.run_module(argv[2], run_name="__main__", alter_sys=False)
             code = 0
         else:

@@ -1,0 +1,282 @@
+"""The Docker lab as a real lab: what workers may do, what links carry, and that nothing is left, whatever ended it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from testbed.labs import docker as lab_module
+from testbed.labs.base import LabError, LabPlan, Process
+from testbed.labs.docker import LABEL, OWNER, DockerHost, DockerLab, clean, connect
+from testbed.links.state import LinkState, Shape
+
+pytestmark = pytest.mark.docker
+
+RUNS = Path(__file__).parents[2] / "runs"
+LINK = LinkState(Shape(rate_bps=50_000_000), Shape(rate_bps=20_000_000))
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    # Not tmp_path: the tests may run in a container, and then only runs is a directory that the daemon can see.
+    path = Path(tempfile.mkdtemp(prefix="test-", dir=RUNS))
+    (path / "cells").mkdir()
+    yield path
+    shutil.rmtree(path)
+
+
+def plan(hosts: int) -> LabPlan:
+    return LabPlan({f"w{n}": LINK for n in range(hosts)})
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 15) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def finish(process: Process, seconds: float = 15) -> int | None:
+    wait_for(lambda: process.poll() is not None, seconds)
+    return process.poll()
+
+
+def run(host: DockerHost, directory: Path, code: str) -> str:
+    log = directory / "cells" / "program.log"
+    log.unlink(missing_ok=True)
+    assert finish(host.start(["python", "-c", code], {"GREETING": "hello"}, log)) == 0, log.read_text()
+    return log.read_text()
+
+
+def left(label: str = LABEL) -> list[str]:
+    client = connect()
+    try:
+        everything = [
+            *client.containers.list(all=True, filters={"label": label}),
+            *client.networks.list(filters={"label": label}),
+        ]
+        return [str(one.name) for one in everything]
+    finally:
+        client.close()
+
+
+@pytest.fixture
+def orchestrator(directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that says "ready", opens a lab of two hosts and says "open"; what it makes carries its PID."""
+    program = f"""
+        import signal, sys, time
+        from pathlib import Path
+        from testbed.labs.base import LabPlan
+        from testbed.labs.docker import DockerLab
+        from testbed.links.state import LinkState, Shape
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
+        print("ready", flush=True)
+        plan = LabPlan({{"w0": LinkState(Shape(10**7), Shape(10**7)), "w1": LinkState()}})
+        with DockerLab(plan, Path({str(directory)!r})) as lab:
+            lab.hosts["w0"].start(["sleep", "600"], {{}}, Path({str(directory / "cells" / "log")!r}))
+            print("open", flush=True)
+            time.sleep(600)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        process.kill()
+
+
+def made_by(process: subprocess.Popen[str]) -> list[str]:
+    client = connect()
+    try:
+        containers = client.containers.list(all=True, filters={"label": OWNER}, ignore_removed=True)
+        mine = [one.name for one in containers if one.labels[OWNER].startswith(f"{process.pid}:")]
+        networks = client.networks.list(filters={"label": OWNER})
+        return mine + [one.name for one in networks if one.attrs["Labels"][OWNER].startswith(f"{process.pid}:")]
+    finally:
+        client.close()
+
+
+def test_programs_run_without_any_privilege_and_write_to_the_run_directory_only(directory: Path) -> None:
+    with DockerLab(plan(1), directory) as lab:
+        host = lab.hosts["w0"]
+        assert run(host, directory, "import os; print(os.environ['GREETING'], os.environ['HOME'])") == "hello /tmp\n"
+        status = run(host, directory, "print(open('/proc/self/status').read())")
+        assert "CapEff:\t0000000000000000" in status
+        assert "CapBnd:\t0000000000000000" in status
+        assert "NoNewPrivs:\t1" in status
+        uid, gid = lab.user
+        assert uid != 0
+        assert f"Uid:\t{uid}\t" in status
+        target = directory / "cells" / "made"
+        run(host, directory, f"open({host.seen(target)!r}, 'w').write('x'); open('/tmp/x', 'w').write('x')")
+        assert (target.stat().st_uid, target.stat().st_gid) == (uid, gid)
+        refused = "import errno\ntry: open('/opt/x', 'w')\nexcept OSError as e: print(errno.errorcode[e.errno])"
+        assert run(host, directory, refused) == "EROFS\n"
+    assert not left(f"{LABEL}={lab._token}")
+
+
+def test_process_reports_its_end_and_can_be_killed(directory: Path) -> None:
+    with DockerLab(plan(1), directory) as lab:
+        host, log = lab.hosts["w0"], directory / "cells" / "log"
+        assert finish(host.start(["python", "-c", "raise SystemExit(7)"], {}, log)) == 7
+        assert finish(host.start(["no-such-program"], {}, log)) == 127
+        assert "no-such-program" in log.read_text()
+        sleeper = host.start(["sleep", "600"], {}, log)
+        assert sleeper.poll() is None
+        sleeper.kill()
+        assert finish(sleeper) == -signal.SIGKILL
+        sleeper.kill()
+        said = directory / "cells" / "family"
+        said.touch()
+        os.chown(said, *lab.user)
+        family = host.start(["sh", "-c", "sleep 600 & echo $!; wait"], {}, said)
+        assert wait_for(said.read_text)
+        family.kill()
+        assert finish(family) == -signal.SIGKILL
+        child = int(said.read_text())
+        assert wait_for(lambda: run(host, directory, f"import os; print(os.path.exists('/proc/{child}'))") == "False\n")
+
+
+def test_links_carry_their_rate_and_not_more(directory: Path) -> None:
+    """w1 sends to w0: its way up has 50 Mbit/s, the way down to w0 20 Mbit/s."""
+    with DockerLab(plan(2), directory) as lab:
+        receiver, sender = lab.hosts["w0"], lab.hosts["w1"]
+        receive = "import socket\nc = socket.create_server(('', 5000)).accept()[0]\nwhile c.recv(1 << 20): pass"
+        send = (
+            "import socket, sys, time\nwhile True:\n try: s = socket.create_connection((sys.argv[1], 5000)); break\n"
+            " except ConnectionRefusedError: time.sleep(0.05)\ns.sendall(bytes(8_000_000)); s.close()"
+        )
+        sink = receiver.start(["python", "-c", receive], {}, directory / "cells" / "sink")
+        source = sender.start(["python", "-c", send, receiver.address], {}, directory / "cells" / "source")
+        assert wait_for(lambda: lab.links.counters()["w0", "down"].bytes > 1_000_000)
+        first, begin = lab.links.counters()["w0", "down"].bytes, time.monotonic()
+        time.sleep(1.5)
+        last, end = lab.links.counters()["w0", "down"].bytes, time.monotonic()
+        rate = (last - first) * 8 / (end - begin)
+        assert 16e6 < rate < 20.4e6  # one TCP flow that meets a full queue now and then
+        assert (finish(sink), finish(source)) == (0, 0)
+        counters = lab.links.counters()
+        assert counters["w1", "up"].bytes > 8_000_000
+        assert counters["w1", "down"].bytes < 1_000_000
+
+
+def test_name_look_ups_do_not_stall(directory: Path) -> None:
+    code = (
+        "import socket, time\nbegin = time.monotonic()\ntry: socket.gethostbyaddr('10.1.2.3')\nexcept OSError: pass\n"
+        "print(time.monotonic() - begin)"
+    )
+    with DockerLab(plan(1), directory) as lab:
+        assert float(run(lab.hosts["w0"], directory, code)) < 0.5
+
+
+def test_killed_orchestrator_leaves_no_container_and_clean_removes_the_network(orchestrator: subprocess.Popen[str]) -> None:
+    assert orchestrator.stdout is not None
+    assert [orchestrator.stdout.readline() for _ in range(2)] == ["ready\n", "open\n"], orchestrator.communicate()
+    made = made_by(orchestrator)
+    assert len(made) == 3
+    assert not set(clean(dry_run=False)) & {f"container {name}" for name in made}
+    assert made_by(orchestrator) == made, "clean touched a living lab"
+    orchestrator.kill()
+    orchestrator.communicate()
+    assert wait_for(lambda: len(made_by(orchestrator)) == 1), made_by(orchestrator)
+    (network,) = made_by(orchestrator)
+    assert f"network {network}" in clean(dry_run=True)
+    assert made_by(orchestrator) == [network]
+    assert f"network {network}" in clean(dry_run=False)
+    assert not made_by(orchestrator)
+
+
+@pytest.mark.parametrize("delay_s", [0.2, 0.6, 1.2, None])
+def test_interrupt_leaves_nothing(orchestrator: subprocess.Popen[str], delay_s: float | None) -> None:
+    """At some moment of the start, or (None) when the lab is open."""
+    assert orchestrator.stdout is not None
+    assert orchestrator.stdout.readline() == "ready\n"
+    if delay_s is None:
+        assert orchestrator.stdout.readline() == "open\n"
+    else:
+        time.sleep(delay_s)
+    orchestrator.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    _, errors = orchestrator.communicate(timeout=30)
+    assert "KeyboardInterrupt" in errors
+    assert time.monotonic() - begin < 5
+    assert wait_for(lambda: not made_by(orchestrator)), made_by(orchestrator)
+
+
+def test_missing_image_says_how_to_build_it(directory: Path) -> None:
+    with pytest.raises(LabError, match="docker compose build"), DockerLab(plan(1), directory, image="no-such-image:x"):
+        pass
+
+
+def test_topology_that_needs_another_lab_is_refused(directory: Path) -> None:
+    trunk = LabPlan({"w0": LINK, "w1": LINK, "t": LINK}, {"a": ("w0",), "b": ("w1",)}, {"t": ("a", "b")})
+    with pytest.raises(LabError, match="--lab netns"), DockerLab(trunk, directory):
+        pass
+
+
+def test_partition_stops_a_link_and_ends(directory: Path) -> None:
+    send = (
+        "import socket, sys, time\ns = socket.socket(type=socket.SOCK_DGRAM)\n"
+        "while True: s.sendto(b'x', (sys.argv[1], 5000)); time.sleep(0.01)"
+    )
+    receive = (
+        "import socket, sys\ns = socket.socket(type=socket.SOCK_DGRAM); s.bind(('', 5000))\n"
+        "while True: s.recv(9); print('x', end='', flush=True)"
+    )
+    with DockerLab(plan(2), directory) as lab:
+        log = directory / "cells" / "received"
+        lab.hosts["w0"].start(["python", "-c", receive], {}, log)
+        lab.hosts["w1"].start(["python", "-c", send, lab.hosts["w0"].address], {}, directory / "cells" / "sender")
+        assert wait_for(lambda: log.exists() and log.stat().st_size > 20)
+        assert lab.links.apply({"w0": replace(LINK, connected=False)})["w0"].verified
+        time.sleep(0.3)
+        cut = log.stat().st_size
+        time.sleep(0.5)
+        assert log.stat().st_size == cut
+        assert lab.links.apply({"w0": LINK})["w0"].verified
+        assert wait_for(lambda: log.stat().st_size > cut + 20)
+
+
+def test_container_that_cannot_start_is_reported_and_removed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab_module, "INTERFACE", "eth7")
+    lab = DockerLab(plan(2), directory)
+    with pytest.raises(LabError, match="cannot see the container"), lab:
+        pass
+    assert not left(f"{LABEL}={lab._token}")
+
+
+def test_unprivileged_user_is_told_what_would_help(directory: Path) -> None:
+    code = f"""
+        import ctypes
+        from pathlib import Path
+        from testbed.labs.base import LabPlan
+        from testbed.labs.docker import DockerLab
+        # capset(2), version 3: root without any capability
+        assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()) == 0
+        DockerLab(LabPlan({{}}), Path({str(directory)!r})).__enter__()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert "LabError: shaping containers needs NET_ADMIN, SYS_PTRACE, SYS_ADMIN" in done.stderr
+    assert "docker compose up experiment" in done.stderr
+
+
+def test_owner_is_known_by_more_than_its_pid() -> None:
+    mark = lab_module._owner_mark()
+    pid, started, boot, namespace = mark.split(":")
+    lives = lab_module._owner_lives
+    assert lives(mark)
+    assert not lives(f"{pid}:{int(started) + 1}:{boot}:{namespace}")
+    assert not lives(f"{pid}:{started}:another-boot:{namespace}")
+    assert lives(f"999999999:1:{boot}:1"), "a PID of another namespace says nothing"
+    assert not lives(f"999999999:1:{boot}:{namespace}")
+    assert lives("something else")
