@@ -1,13 +1,14 @@
 # make run    set up and run experiments/smoke.yaml in rootless network namespaces
 # make test   set up and run the checks and all tests
-# Both work on a fresh machine with Python >= 3.11; EXPERIMENT=path.yaml runs another experiment.
+# make test-netem    the tests of delay, jitter and loss, under User-Mode Linux (package user-mode-linux)
+# They work on a fresh machine with Python >= 3.11; EXPERIMENT=path.yaml runs another experiment.
 
 PYTHON ?= python3
 VENV ?= .venv
 EXPERIMENT ?= experiments/smoke.yaml
 PYTEST_ARGS ?=
 
-.PHONY: run test check setup clean
+.PHONY: run test test-netem check setup clean
 
 run: setup
 	$(VENV)/bin/testbed run $(EXPERIMENT)
@@ -16,6 +17,10 @@ test: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# Delay, jitter, loss and the like need netem, which not every kernel has; a User-Mode Linux kernel brings it along.
+test-netem: setup
+	$(VENV)/bin/python tests/netem/uml.py -- python -m pytest tests/netem $(PYTEST_ARGS)
 
 setup: check $(VENV)/installed
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -50,13 +51,20 @@ def missing(need: str) -> str | None:
         )
         if done is None or done.returncode != 0:
             return "Docker Compose v2 is missing; install it with: sudo apt-get install docker-compose-plugin"
+    elif need == "netem":
+        if "User Mode Linux" not in Path("/proc/cpuinfo").read_text():
+            return "these tests run under User-Mode Linux; run them with: make test-netem"
+        from testbed.links.probe import missing_qdiscs
+
+        if missing_qdiscs(["netem"]):
+            return "this kernel of User-Mode Linux has no netem"
     elif need == "chromium" and not shutil.which("chromium"):
         return "Chromium is missing; install it with: sudo apt-get install chromium"
     return None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for need in ("netns", "docker", "compose", "chromium"):
+    for need in ("netns", "docker", "compose", "chromium", "netem"):
         if item.get_closest_marker(need) and (reason := missing(need)):
             if need in REQUIRED:
                 pytest.fail(f"{need} is required here: {reason}", pytrace=False)
