@@ -4,7 +4,7 @@
 
 1. Lateness: every link gets a new rate ten times a second; prints the percentiles of applied_s - planned_s from the event log.
 2. Rate after a change: one saturated link alternates between two rates; prints carried ÷ set in the first 200 ms after a change.
-3. Cost: one change of all links as netlink batches against one call of the program tc for each qdisc, in the same lab, in turn.
+3. Cost: one change of all links as netlink batches against one call of tc for each qdisc, in turn.
 """
 
 import os
@@ -113,7 +113,7 @@ def cost(server: ForkServer, links: int, scratch: Path) -> None:
                 subprocess.run(command.split(), check=True)
             theirs.append(time.perf_counter() - begin)
     mine, tc = statistics.median(ours), statistics.median(theirs)
-    print(f"one change of {links} links, both directions: {mine * 1e3:.1f} ms, tc program {tc * 1e3:.1f} ms, ratio {tc / mine:.1f}")
+    print(f"one change of {links} links, up and down: {mine * 1e3:.1f} ms, with tc {tc * 1e3:.1f} ms, ratio {tc / mine:.1f}")
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The run directory: made before anything starts, owned by the caller at the end."""
 
+import itertools
 import json
 import os
 import platform
@@ -11,17 +12,19 @@ from pathlib import Path
 
 import psutil
 
+from testbed.spec.files import trace_files, with_trace_files
 from testbed.spec.load import dump_spec
 from testbed.spec.models import Spec
 
 SPEC_FILE = "spec.yaml"
+TRACES = "traces"
 _PACKAGES = ("netsense-testbed", "torch", "numpy", "pyroute2", "docker", "pandas", "pydantic")
 
 
-def create(spec: Spec, parent: Path, script_directory: Path) -> Path:
-    """A new run directory ``<name>-<UTC time>`` with spec.yaml, environment.json and a copy of the user's script.
+def create(spec: Spec, parent: Path, spec_directory: Path) -> Path:
+    """A new run directory ``<name>-<UTC time>`` with spec.yaml, environment.json and copies of all files that the spec names.
 
-    script_directory: where the spec's script lies. With the copy a run can be resumed, and read, after the script has changed.
+    spec_directory: where the spec lies. With the copies a run can be resumed, and read, after script and traces have changed.
     """
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
@@ -33,11 +36,23 @@ def create(spec: Spec, parent: Path, script_directory: Path) -> Path:
             continue
     (directory / "cells").mkdir()
     if spec.script:
-        copied = shutil.copy(script_directory / spec.script.file, directory)
+        copied = shutil.copy(spec_directory / spec.script.file, directory)
         spec = spec.model_copy(update={"script": spec.script.model_copy(update={"file": Path(copied).name})})
+    spec = _with_traces_copied(spec, spec_directory, directory)
     (directory / SPEC_FILE).write_text(dump_spec(spec))
     (directory / "environment.json").write_text(json.dumps(environment(), indent=1))
     return directory
+
+
+def _with_traces_copied(spec: Spec, spec_directory: Path, directory: Path) -> Spec:
+    names: dict[str, str] = {}
+    for name in trace_files(spec):
+        (directory / TRACES).mkdir(exist_ok=True)
+        copy = Path(TRACES, Path(name).name)
+        numbered = (copy.with_stem(f"{copy.stem}-{number}") for number in itertools.count(2))
+        names[name] = next(str(path) for path in itertools.chain([copy], numbered) if str(path) not in names.values())
+        shutil.copy(spec_directory / name, directory / names[name])
+    return with_trace_files(spec, names) if names else spec
 
 
 def environment() -> dict[str, object]:

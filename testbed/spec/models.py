@@ -1,15 +1,21 @@
 """The YAML spec as pydantic models. What a key means stands here; how it is read is in ``load``."""
 
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, SerializeAsAny, model_validator
 from pydantic_core import PydanticCustomError
 
 from netsenseml.agent import catalog
 from netsenseml.agent.protocol import StopConfig
-from testbed.links.state import DIRECTIONS, DISTRIBUTIONS, LinkState, Loss, Shape
+from testbed.links.state import DIRECTIONS, DISTRIBUTIONS, LinkState, Loss
 from testbed.spec import units
 from testbed.spec.errors import did_you_mean
+from testbed.traffic.flows import MAX_STREAMS, ONE_STREAM, Duration, Streams
+
+if TYPE_CHECKING:
+    from testbed.timeline.moves import Move, Start
 
 
 class Queue(NamedTuple):
@@ -46,6 +52,7 @@ def _format_queue(queue: Queue) -> str:
 Rate = Annotated[int, BeforeValidator(units.parse_rate), PlainSerializer(units.format_rate, return_type=str)]
 Time = Annotated[float, BeforeValidator(units.parse_time), PlainSerializer(units.format_time, return_type=str)]
 Share = Annotated[float, BeforeValidator(units.parse_share)]
+Size = Annotated[int, BeforeValidator(units.parse_size), PlainSerializer(units.format_size, return_type=str)]
 QueueText = Annotated[Queue, BeforeValidator(parse_queue), PlainSerializer(_format_queue, return_type=str)]
 
 
@@ -223,36 +230,121 @@ def _links(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-class ScheduleEntry(Model):
-    """One line of the script: at a time, on some links, ``set`` properties at once or ``ramp`` them.
+class ScheduleEntry(Model, ABC):
+    """One line of the script: from a time on, some links follow a shape. The shapes are in ``testbed.timeline.shapes``.
 
-    over: how long a ramp takes. every: the time between its steps.
+    links: names of links, or all: those of all workers. LENGTH: the key that says how long it takes.
     """
 
-    at: Time
+    LENGTH: ClassVar[str] = "at"
+
+    at: Time = Field(examples=["5s"])
     links: Annotated[list[str], BeforeValidator(_links)] = Field(default_factory=lambda: ["all"], min_length=1)
-    set: LinkSpec | None = None
-    ramp: LinkSpec | None = None
-    over: Time | None = None
-    every: Time | None = None
+
+    @property
+    def length_s(self) -> float:
+        """Seconds from its start to its last possible change, as far as the spec says; else 0."""
+        return 0.0
+
+    @abstractmethod
+    def moves(self, start: "Start") -> "Iterator[Move]":
+        """What it does to one link, in order of time; may go on for ever. Raises SpecError with a place within the entry."""
+
+
+def _shaped(entry: object) -> object:
+    # The shapes are built from the models above, so they cannot be imported before these are complete.
+    from testbed.timeline.shapes import parse_entry
+
+    return parse_entry(entry)
+
+
+AnyEntry = Annotated[SerializeAsAny[ScheduleEntry], BeforeValidator(_shaped)]
+
+
+_SHORTEST_PHASE_S = 0.1
+
+
+def parse_streams(value: object) -> Streams:
+    """Parallel streams from 4 or ``{random: [1, 50]}``."""
+    bounds = value.get("random") if isinstance(value, dict) and len(value) == 1 else value
+    if not isinstance(bounds, list | tuple):
+        bounds = [bounds, bounds]
+    if len(bounds) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) for n in bounds):
+        raise ValueError(f"{value!r:.40} is not a number of streams; write one like 4, or {{random: [1, 50]}}")
+    if not 1 <= bounds[0] <= bounds[1] <= MAX_STREAMS:
+        raise ValueError(f"{value!r:.40} is out of range; a flow has 1 to {MAX_STREAMS} streams, the smaller number first")
+    return Streams(*bounds)
+
+
+def _format_streams(streams: Streams) -> int | dict[str, list[int]]:
+    return streams.most if streams.fewest == streams.most else {"random": list(streams)}
+
+
+def parse_duration(value: object) -> Duration:
+    """How long a flow is on or off, from "60s" or ``{mean: 60s}``."""
+    if isinstance(value, Duration):
+        return value
+    if isinstance(value, dict) and set(value) != {"mean"}:
+        raise ValueError(f"{value!r:.40} is no duration; write one like 60s, or {{mean: 60s}} for an exponential one")
+    exponential = isinstance(value, dict)
+    seconds = units.parse_time(value["mean"] if isinstance(value, dict) else value)
+    if seconds < _SHORTEST_PHASE_S:
+        raise ValueError(f"{value!r:.40} is too short; it must be at least {units.format_time(_SHORTEST_PHASE_S)}")
+    return Duration(seconds, exponential)
+
+
+def _format_duration(duration: Duration) -> str | dict[str, str]:
+    text = units.format_time(duration.seconds)
+    return {"mean": text} if duration.exponential else text
+
+
+class TcpSpec(Model):
+    """TCP as fast as it goes. congestion: a congestion control such as cubic; left out: the host's own."""
+
+    streams: Annotated[Streams, BeforeValidator(parse_streams), PlainSerializer(_format_streams)] = ONE_STREAM
+    congestion: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,15}$")] | None = None
+
+
+class UdpSpec(Model):
+    """Datagrams at an even rate. rate: of their payload. packet: payload of each, in one frame."""
+
+    rate: Rate
+    packet: Annotated[Size, Field(ge=16, le=1472)] = 1200
+
+
+class TrafficSpec(Model):
+    """A flow that competes with the training: from one host to another, TCP or UDP.
+
+    from, to: workers, or hosts that exist for traffic alone: bg0, bg1, …
+    at, for: when it begins, and how long it goes on; to the end of the cell if left out.
+    on, off: it flows for the one and pauses for the other, in turn, beginning with on.
+    seed: of what is drawn at random; the same in every cell, so that all methods meet the same traffic.
+    engine: builtin needs nothing; iperf3 where the hosts have it.
+    """
+
+    source: str = Field(alias="from")
+    target: str = Field(alias="to")
+    at: Time = 0.0
+    duration: Time | None = Field(None, alias="for")
+    tcp: TcpSpec | None = None
+    udp: UdpSpec | None = None
+    on: Annotated[Duration, BeforeValidator(parse_duration), PlainSerializer(_format_duration)] | None = None
+    off: Annotated[Duration, BeforeValidator(parse_duration), PlainSerializer(_format_duration)] | None = None
+    seed: int = Field(0, ge=0, lt=2**31)
+    engine: Literal["builtin", "iperf3"] = "builtin"
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        if (self.set is None) == (self.ramp is None):
-            raise PydanticCustomError("kind", "needs exactly one of set and ramp, for example set: {rate: 10mbit}")
-        if self.ramp is None and (self.over is not None or self.every is not None):
-            key = "over" if self.over is not None else "every"
-            raise PydanticCustomError("at_key", "belongs to a ramp; remove it, or write ramp instead of set", {"path": [key]})
-        if self.ramp is not None and not self.over:
-            raise PydanticCustomError("at_key", "a ramp needs the time it takes, for example over: 4s", {"path": ["over"]})
-        if self.every is not None and self.every < 0.001:
-            raise PydanticCustomError("at_key", "steps of a ramp are at least 1ms apart", {"path": ["every"]})
-        if self.ramp is not None and any(part and part.queue for part in (self.ramp, self.ramp.up, self.ramp.down)):
-            raise PydanticCustomError("at_key", "a queue cannot be ramped; use set", {"path": ["ramp", "queue"]})
-        changed = self.set if self.set is not None else self.ramp
-        if changed is not None and not any(changed.changes_by_direction().values()):
-            key = "set" if self.set is not None else "ramp"
-            raise PydanticCustomError("at_key", "changes nothing; name a property, for example rate: 10mbit", {"path": [key]})
+    def _possible(self) -> Self:
+        if (self.tcp is None) == (self.udp is None):
+            raise PydanticCustomError("kind", "needs exactly one of tcp and udp, for example tcp: {streams: 4}")
+        if self.source == self.target:
+            raise PydanticCustomError("at_key", "is the host that it comes from; name another one", {"path": ["to"]})
+        if self.duration is not None and self.duration < _SHORTEST_PHASE_S:
+            raise PydanticCustomError("at_key", "is too short; it must be at least 100ms", {"path": ["for"]})
+        if (self.on is None) != (self.off is None):
+            key, other = ("off", "on") if self.off is None else ("on", "off")
+            text = f"is missing; {other} needs it, for example {{on: 60s, off: 10s}}"
+            raise PydanticCustomError("at_key", text, {"path": [key]})
         return self
 
 
@@ -399,18 +491,20 @@ class ScriptSpec(Model):
 
 
 class Spec(Model):
-    """A whole experiment."""
+    """A whole experiment. calibrate: whether every cell measures its links before it starts, which takes about a second."""
 
     name: str = Field("experiment", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}$")
     lab: Literal["netns", "docker"] = "netns"
     workers: int = Field(4, ge=1, le=64)
     network: NetworkSpec = NetworkSpec()
-    schedule: list[ScheduleEntry] = Field(default_factory=list, max_length=10_000)
+    schedule: list[AnyEntry] = Field(default_factory=list, max_length=10_000)
+    traffic: list[TrafficSpec] = Field(default_factory=list, max_length=100)
     workload: WorkloadSpec | None = None
     script: ScriptSpec | None = None
     methods: list[MethodSpec] = Field(min_length=1, max_length=100)
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(default_factory=lambda: [0], min_length=1, max_length=1000)
     matrix: dict[str, list[Any]] = Field(default_factory=dict)
+    calibrate: bool = True
 
     @model_validator(mode="after")
     def _one_program(self) -> Self:

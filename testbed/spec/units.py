@@ -30,7 +30,7 @@ def parse_time(text: object) -> float:
     value = _quantity(text, TIMES, "a time", "10ms", also={"µs": 1e-6})
     if value < 0 or value > 1e7:
         raise ValueError(f"{_shown(text)} is out of range; a time lies between 0s and 10000000s")
-    return value
+    return round(value, 12)  # 9 * 1e-3 is not 0.009, which is what its shortest text would be read as
 
 
 def parse_size(text: object) -> int:

@@ -292,7 +292,7 @@ def test_a_sound_cell_has_no_problem(tmp_path: Path) -> None:
         ({"result": {"parameters": {"0": "a", "1": "b"}}}, "different parameters"),
         ({"result": {"parameters": {"0": "a"}}}, "not every rank"),
         ({"result": {"t_end_s": 33.0}}, "no telemetry for 3 s from 30 s on"),
-        ({"late_s": 0.2}, "4 of 4 scheduled link changes came late (the worst: w0 at 10 s, 200 ms late)"),
+        ({"late_s": 0.2}, "4 of 4 scheduled changes came late (the worst: w0 at 10 s, 200 ms late)"),
         ({"late_s": float("nan")}, "never applied"),
     ],
 )

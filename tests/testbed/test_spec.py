@@ -95,7 +95,7 @@ def test_shipped_specs_are_good_and_survive_a_round_trip(path, tmp_path):
         ({"schedule__0__links": ["w1", "w9"]}, "bad.yaml: schedule[0].links[1]: ", "there is no link 'w9'"),
         ({"schedule__1__at": "30s"}, "bad.yaml: schedule[1].at: ", "after the end of the run at 24s"),
         ({"schedule__0__set": {}}, "bad.yaml: schedule[0].set: ", "changes nothing"),
-        ({"schedule__0__ramp": {"rate": "5mbit"}}, "bad.yaml: schedule[0]: ", "exactly one of set and ramp"),
+        ({"schedule__0__ramp": {"rate": "5mbit"}}, "bad.yaml: schedule[0]: ", "exactly one of set, ramp, sawtooth"),
         ({"schedule__0__over": "5s"}, "bad.yaml: schedule[0].over: ", "belongs to a ramp"),
         ({"workers": "four"}, "bad.yaml: workers: ", "whole number"),
         ({"workers": 0}, "bad.yaml: workers: ", "out of range"),

@@ -1,0 +1,49 @@
+"""Types and checks of keys that several shapes have."""
+
+from typing import Annotated
+
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
+
+from testbed.links.state import DIRECTIONS
+from testbed.spec.models import LinkSpec, ShapeSpec, Time
+from testbed.timeline.moves import values_of
+
+SHORTEST_S = 0.001
+"""Between two changes of a link: no driver is on time more often."""
+_CONTINUOUS = frozenset({"rate", "delay", "jitter", "loss", "duplicate", "corrupt", "reorder"})
+
+
+def _positive(time_s: float) -> float:
+    if time_s <= 0:
+        raise ValueError("must be longer than 0s")
+    return time_s
+
+
+def _not_too_often(time_s: float) -> float:
+    if time_s < SHORTEST_S:
+        raise ValueError("changes are at least 1ms apart")
+    return time_s
+
+
+PositiveTime = Annotated[Time, AfterValidator(_positive)]
+Interval = Annotated[Time, AfterValidator(_not_too_often)]
+
+
+def check_changes(spec: LinkSpec, key: str) -> None:
+    """Raise an error at ``key`` if a spec names no property."""
+    if not values_of(spec, trunk=True):
+        raise PydanticCustomError("at_key", "changes nothing; name a property, for example rate: 10mbit", {"path": [key]})
+
+
+def check_continuous(spec: LinkSpec, *, at: tuple[str, ...] = (), instead: str) -> None:
+    """Raise an error, ``at`` a place, if a property cannot move gradually. instead: the shape that can have it."""
+    for path, part in (((), spec), (("up",), spec.up), (("down",), spec.down)):
+        if isinstance(part, ShapeSpec):
+            given = {name for name in part.model_fields_set if getattr(part, name) is not None}
+            bad = [(*path, name) for name in sorted(given - _CONTINUOUS - {*DIRECTIONS})]
+        else:
+            bad = [] if part is None else [path]
+        if bad:
+            text = f"{bad[0][-1]} has no values in between; use {instead}"
+            raise PydanticCustomError("at_key", text, {"path": [*at, *bad[0]]})

@@ -1,0 +1,64 @@
+"""What an entry of a schedule can be. A new shape is one file here and one line in ``SHAPES``."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic_core import PydanticCustomError
+
+from testbed.spec.errors import did_you_mean
+from testbed.spec.models import ScheduleEntry
+from testbed.timeline.shapes.ramp import Ramp
+from testbed.timeline.shapes.sawtooth import Sawtooth
+from testbed.timeline.shapes.square import Square
+from testbed.timeline.shapes.step import Step
+from testbed.timeline.shapes.trace import Trace
+from testbed.timeline.shapes.walk import Walk
+
+SHAPES: Mapping[str, type[ScheduleEntry]] = {
+    "set": Step,
+    "ramp": Ramp,
+    "sawtooth": Sawtooth,
+    "square": Square,
+    "walk": Walk,
+    "trace": Trace,
+}
+"""By the key that tells an entry's shape."""
+
+
+def parse_entry(raw: object) -> ScheduleEntry:
+    """The entry of the shape whose key it has; raises pydantic's errors."""
+    if isinstance(raw, ScheduleEntry):
+        return raw
+    if not isinstance(raw, dict):
+        text = f"must be a mapping, for example {{at: 5s, set: {{rate: 10mbit}}}}, not {raw!r:.40}"
+        raise PydanticCustomError("entry", text)
+    owners: dict[str, list[str]] = {}
+    for name, shape in SHAPES.items():
+        for key in _keys(shape):
+            owners.setdefault(key, []).append(name)
+    for key in raw:
+        if key not in owners:
+            _refuse(key, f"unknown key; {did_you_mean(str(key), owners)}")
+    given = [name for name in SHAPES if name in raw]
+    if len(given) != 1:
+        *others, last = SHAPES
+        text = f"needs exactly one of {', '.join(others)} and {last}, for example set: {{rate: 10mbit}}"
+        raise PydanticCustomError("entry", text)
+    chosen = given[0]
+    for key in raw:
+        if chosen not in owners[key]:
+            owner = owners[key][0]
+            _refuse(key, f"belongs to a {' or a '.join(owners[key])}; remove it, or write {owner} instead of {chosen}")
+    for key, field in _keys(SHAPES[chosen]).items():
+        if field.is_required() and key not in raw:
+            example = f"; for example {key}: {field.examples[0]}" if field.examples else ""
+            _refuse(key, f"is missing{example}")
+    return SHAPES[chosen].model_validate(raw)
+
+
+def _keys(shape: type[ScheduleEntry]) -> dict[str, Any]:
+    return {field.alias or name: field for name, field in shape.model_fields.items()}
+
+
+def _refuse(key: str, text: str) -> None:
+    raise PydanticCustomError("at_key", text, {"path": [key]})

@@ -1,0 +1,47 @@
+"""``ramp: {rate: 50mbit}, over: 4s, every: 200ms``: in a straight line."""
+
+import math
+from collections.abc import Iterator
+from typing import ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from testbed.spec.errors import SpecError
+from testbed.spec.models import LinkSpec, ScheduleEntry
+from testbed.timeline.keys import Interval, PositiveTime, check_changes, check_continuous
+from testbed.timeline.moves import Move, Start, between, value_in, values_of
+
+
+class Ramp(ScheduleEntry):
+    """From the values in force to new ones, which are met exactly at the end.
+
+    over: how long it takes. every: the time between its steps.
+    """
+
+    LENGTH: ClassVar[str] = "over"
+
+    ramp: LinkSpec
+    over: PositiveTime = Field(examples=["4s"])
+    every: Interval = 0.1
+
+    @model_validator(mode="after")
+    def _has_values_in_between(self) -> Self:
+        check_changes(self.ramp, "ramp")
+        check_continuous(self.ramp, at=("ramp",), instead="set")
+        return self
+
+    @property
+    def length_s(self) -> float:
+        """Seconds from its start to its end."""
+        return self.over
+
+    def moves(self, start: Start) -> Iterator[Move]:
+        targets = values_of(self.ramp, start.trunk)
+        origins = {key: value_in(start.state, key) for key in targets}
+        if None in origins.values():
+            fault = f"link {start.link} has no rate to start from; give network.link.rate"
+            raise SpecError([("ramp.rate", fault)])
+        steps = max(1, math.ceil(self.over / self.every - 1e-9))
+        for step in range(1, steps + 1):
+            share = step * self.every / self.over if step < steps else 1.0
+            yield self.over * share, {key: between(origins[key], targets[key], share) for key in targets}

@@ -1,0 +1,43 @@
+"""``sawtooth: {rate: [10mbit, 50mbit]}, period: 4s``: straight from one value to another, then back at once."""
+
+from collections.abc import Iterator
+from itertools import count
+from typing import Self
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from testbed.timeline.keys import Interval, PositiveTime
+from testbed.timeline.lasting import LastingEntry
+from testbed.timeline.moves import Move, Start
+from testbed.timeline.span import ContinuousSpan, values_at
+
+
+class Sawtooth(LastingEntry):
+    """Equal steps of equal length: the first has the first value, the last the second one, so their mean is the middle.
+
+    period: from jump to jump. every: the time between two steps, or a little longer so that they fill the period.
+    """
+
+    sawtooth: ContinuousSpan
+    period: PositiveTime = Field(examples=["4s"])
+    every: Interval = 0.1
+
+    @model_validator(mode="after")
+    def _has_steps(self) -> Self:
+        if self._steps < 2:
+            text = "is too short for two steps; make it longer, or every shorter"
+            raise PydanticCustomError("at_key", text, {"path": ["period"]})
+        return self
+
+    @property
+    def _steps(self) -> int:
+        return int(self.period / self.every + 1e-9)
+
+    def pattern(self, start: Start) -> Iterator[Move]:
+        steps = self._steps
+        pairs = self.sawtooth.pairs(start.trunk)
+        levels = [values_at(pairs, step / (steps - 1)) for step in range(steps)]
+        for cycle in count():
+            for step, values in enumerate(levels):
+                yield (cycle + step / steps) * self.period, values

@@ -1,0 +1,39 @@
+"""``square: {rate: [50mbit, 10mbit]}, period: 10s, duty: 50%``: to and fro between two values."""
+
+from collections.abc import Iterator
+from itertools import count
+from typing import Self
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from testbed.spec.models import Share
+from testbed.timeline.keys import PositiveTime
+from testbed.timeline.lasting import LastingEntry
+from testbed.timeline.moves import Move, Start
+from testbed.timeline.span import AnySpan
+
+
+class Square(LastingEntry):
+    """The first value, then the second, again and again; ``square: {up: [true, false]}`` is a link that flaps.
+
+    period: length of both together. duty: share of it that the first one has.
+    """
+
+    square: AnySpan
+    period: PositiveTime = Field(examples=["10s"])
+    duty: Share = Field(0.5, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _not_too_often(self) -> Self:
+        if min(self.duty, 1 - self.duty) * self.period < 0.001:
+            text = "is too short; changes are at least 1ms apart"
+            raise PydanticCustomError("at_key", text, {"path": ["period"]})
+        return self
+
+    def pattern(self, start: Start) -> Iterator[Move]:
+        pairs = self.square.pairs(start.trunk)
+        first, second = ({key: pair[position] for key, pair in pairs.items()} for position in (0, 1))
+        for cycle in count():
+            yield cycle * self.period, first
+            yield (cycle + self.duty) * self.period, second

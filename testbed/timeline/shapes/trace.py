@@ -1,0 +1,109 @@
+"""``trace: traces/example.csv, repeat: true, scale: {rate: 0.5, time: 2}, offset: 10s``: what was recorded elsewhere."""
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from testbed.links.state import DIRECTIONS, Loss
+from testbed.spec.errors import SpecError
+from testbed.spec.models import Model, Time
+from testbed.spec.units import MAX_RATE_BPS, MIN_RATE_BPS, format_time
+from testbed.timeline.keys import SHORTEST_S, Interval
+from testbed.timeline.lasting import LastingEntry
+from testbed.timeline.moves import Key, Move, Start
+from testbed.timeline.recording import DEFAULT_WINDOW_S, Recording, parse_recording
+
+Factor = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+_BOTH_DIRECTIONS = ("rate_bps",)
+
+
+class Scale(Model):
+    """Factors, written as one number for the rate or as a mapping. delay: of the jitter, too. time: 2 takes twice as long."""
+
+    rate: Factor = 1.0
+    delay: Factor = 1.0
+    loss: Factor = 1.0
+    time: Factor = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        return {"rate": data} if isinstance(data, int | float) else data
+
+
+class Trace(LastingEntry):
+    """Replay of a file (``timeline.recording`` has the formats), which is named relative to the spec.
+
+    repeat: begin again at its end. scale: factors. offset: where in the recording to begin, in its own time.
+    every: width of the windows in which a packet-delivery file is counted.
+    direction: replay it in this direction only. Otherwise the rate holds in both, all else on down (on a trunk in both).
+
+    A rate below 8kbit, such as the 0 of an outage, becomes 8kbit, the least that tbf can do; what waits stays in the queue.
+    Rows that change nothing are left out, as the kernel gives a free burst with every change.
+    """
+
+    trace: str = Field(min_length=1, max_length=4096)
+    repeat: bool = False
+    scale: Scale = Scale()
+    offset: Time = 0.0
+    every: Interval | None = None
+    direction: Literal[*DIRECTIONS] | None = None  # type: ignore[valid-type]
+
+    @property
+    def endless(self) -> bool:
+        """True if it begins again and again."""
+        return self.repeat
+
+    def pattern(self, start: Start) -> Iterator[Move]:
+        recording = self._recording(start)
+        rows = [self._values(row, start) for row in recording.rows()]
+        last: dict[Key, Any] | None = None
+        for at_s, index in recording.replay(self.offset, self.repeat):
+            if rows[index] != last:
+                last = rows[index]
+                yield at_s * self.scale.time, last
+
+    def _recording(self, start: Start) -> Recording:
+        try:
+            recording = parse_recording(start.read(self.trace), self.every or DEFAULT_WINDOW_S)
+        except ValueError as error:
+            raise SpecError([("trace", f"{self.trace} {error}")]) from None
+        self._check(recording, start.trunk)
+        return recording
+
+    def _check(self, recording: Recording, trunk: bool) -> None:
+        key = fault = ""
+        if self.every is not None and not recording.counted:
+            key, fault = "every", f"is for packet-delivery files; {self.trace} has times of its own, remove it"
+        elif self.offset >= recording.length_s:
+            key, fault = (
+                "offset",
+                f"{format_time(self.offset)} lies behind the end of {self.trace} at {recording.length_s:g}s",
+            )
+        elif recording.shortest_s * self.scale.time < SHORTEST_S - 1e-9:
+            key, fault = "trace", f"{self.trace} has rows less than 1ms apart; scale its time or thin it out"
+        elif max(recording.columns.get("rate_bps", (0.0,))) * self.scale.rate > MAX_RATE_BPS:
+            key, fault = "trace", f"{self.trace} has rates above 100gbit; scale them down"
+        elif self.direction == "up" and not trunk and recording.columns.keys() - {*_BOTH_DIRECTIONS}:
+            key, fault = "direction", f"{self.trace} has more than a rate, and all else exists on the down direction only"
+        if key:
+            raise SpecError([(key, fault)])
+
+    def _values(self, row: dict[str, float], start: Start) -> dict[Key, Any]:
+        values = {name: self._scaled(name, value) for name, value in row.items()}
+        sides = (self.direction,) if self.direction else DIRECTIONS
+        return {
+            (side, name): value
+            for side in sides
+            for name, value in values.items()
+            if side == "down" or start.trunk or name in _BOTH_DIRECTIONS
+        }
+
+    def _scaled(self, name: str, value: float) -> Any:
+        if name == "rate_bps":
+            return max(MIN_RATE_BPS, math.floor(value * self.scale.rate + 0.5))
+        if name == "loss":
+            return Loss(min(1.0, value * self.scale.loss))
+        return value * self.scale.delay

@@ -1,0 +1,40 @@
+"""``walk: {rate: [5mbit, 50mbit]}, every: 500ms, step: 20%, seed: 1``: a random walk between two bounds."""
+
+import random
+from collections.abc import Iterator
+from itertools import count
+
+from pydantic import Field
+
+from testbed.spec.models import Share
+from testbed.timeline.keys import Interval
+from testbed.timeline.lasting import LastingEntry
+from testbed.timeline.moves import Move, Start
+from testbed.timeline.span import ContinuousSpan, values_at
+
+
+class Walk(LastingEntry):
+    """Steps of a random size up or down, reflected at the bounds; each value between them is equally likely at any time.
+
+    step: the largest step, as a share of the range; sizes are uniform. seed: the same one gives the same walk on every machine.
+    Each link walks on its own; all properties of a link, and both its directions, walk together.
+    """
+
+    walk: ContinuousSpan
+    every: Interval = 0.5
+    step: Share = Field(0.2, gt=0)
+    seed: int = Field(0, ge=0, lt=2**31)
+
+    def pattern(self, start: Start) -> Iterator[Move]:
+        # Only a text as seed and random() itself are promised to be the same in all versions and on all platforms.
+        pairs = self.walk.pairs(start.trunk)
+        numbers = random.Random(f"{self.seed} {start.link}")
+        place = numbers.random()  # uniform, which is what the walk keeps: it needs no time to settle
+        for number in count():
+            yield number * self.every, values_at(pairs, place)
+            place = _reflected(place + (2 * numbers.random() - 1) * self.step)
+
+
+def _reflected(place: float) -> float:
+    """Fold a place that is at most 1 outside of 0 to 1 back into it."""
+    return -place if place < 0 else 2 - place if place > 1 else place

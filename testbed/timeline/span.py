@@ -1,0 +1,75 @@
+"""Two values for each property, written ``{rate: [10mbit, 50mbit], up: {rate: [1mbit, 2mbit]}}``."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BeforeValidator, PlainSerializer
+from pydantic_core import PydanticCustomError
+
+from testbed.links.state import DIRECTIONS
+from testbed.spec.models import LinkSpec
+from testbed.timeline.keys import check_continuous
+from testbed.timeline.moves import Key, between, values_of
+
+
+class Span(NamedTuple):
+    """The same properties twice."""
+
+    first: LinkSpec
+    second: LinkSpec
+
+    def pairs(self, trunk: bool) -> dict[Key, tuple[Any, Any]]:
+        """The two values of each property."""
+        first, second = (values_of(part, trunk) for part in self)
+        return {key: (first[key], second[key]) for key in first}
+
+
+def values_at(pairs: Mapping[Key, tuple[Any, Any]], share: float) -> dict[Key, Any]:
+    """The values at a share (0 to 1) of the way from the first to the second."""
+    return {key: between(first, second, share) for key, (first, second) in pairs.items()}
+
+
+def parse_span(value: Any) -> Span:
+    """A span from the mapping of properties to pairs."""
+    if isinstance(value, Span):
+        return value
+    first, second = (LinkSpec.model_validate(_half(value, position, ())) for position in (0, 1))
+    if not values_of(first, trunk=True):
+        raise PydanticCustomError("span", "changes nothing; name a property, for example rate: [10mbit, 50mbit]")
+    return Span(first, second)
+
+
+def _half(value: Any, position: int, path: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        return {key: _half(part, position, (*path, key)) for key, part in value.items()}
+    if not path:
+        text = f"must be a mapping of properties to two values, for example {{rate: [10mbit, 50mbit]}}, not {value!r:.40}"
+        raise PydanticCustomError("span", text)
+    if not isinstance(value, list) or len(value) != 2:
+        text = f"must be two values, for example [10mbit, 50mbit], not {value!r:.40}"
+        raise PydanticCustomError("at_key", text, {"path": list(path)})
+    return value[position]
+
+
+def parse_continuous_span(value: Any) -> Span:
+    """A span of properties that have values in between."""
+    span = parse_span(value)
+    check_continuous(span.first, instead="square")
+    return span
+
+
+def _format_span(span: Span) -> dict[str, Any]:
+    first, second = (part.model_dump(mode="json", exclude_none=True) for part in span)
+    return _paired(first, second)
+
+
+def _paired(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    # A direction is a mapping of pairs; all else that is a mapping, such as a loss, is a value.
+    nested = {key for key in DIRECTIONS if isinstance(first.get(key), dict)}
+    return {key: _paired(value, second[key]) if key in nested else [value, second[key]] for key, value in first.items()}
+
+
+AnySpan = Annotated[Span, BeforeValidator(parse_span), PlainSerializer(_format_span, return_type=dict[str, Any])]
+ContinuousSpan = Annotated[
+    Span, BeforeValidator(parse_continuous_span), PlainSerializer(_format_span, return_type=dict[str, Any])
+]
