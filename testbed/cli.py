@@ -15,10 +15,11 @@ from testbed.plan import Plan, describe, make_plan
 from testbed.spec.errors import SpecError
 from testbed.spec.load import load_spec, parse_link, with_text
 from testbed.spec.models import Spec
+from testbed.spec.units import parse_rate, parse_share, parse_time
 
 T = TypeVar("T")
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_CANNOT = 1, 2, 4
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INVALID, EXIT_CANNOT, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
 app = typer.Typer(
     help="Distributed training over links that the kernel shapes: run it, measure it, see who wins.",
@@ -126,6 +127,38 @@ def link(
 
 
 @app.command()
+def calibrate(
+    rates: Annotated[list[str], typer.Option("--rate", help="A rate to measure, e.g. 37mbit. Repeatable.")] = ["100mbit"],  # noqa: B006
+    delay: Annotated[str, typer.Option(help="One-way delay, e.g. 10ms.")] = "0ms",
+    loss: Annotated[str, typer.Option(help="Share of packets lost on their way, e.g. 1%.")] = "0%",
+    jitter: Annotated[str, typer.Option(help="Standard deviation of the delay, at most a quarter of it.")] = "0ms",
+    lab: Annotated[LabKind, typer.Option("--lab", help="Where the hosts run.")] = LabKind.NETNS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Measure on a scratch lab whether links do what they are set to: goodput, RTT, jitter, loss."""
+    from testbed.calibrate import Conditions
+    from testbed.calibrate import calibrate as measure
+    from testbed.report.terminal import calibration_table
+    from testbed.run.start import check_kernel
+
+    try:
+        conditions = Conditions(tuple(map(parse_rate, rates)), parse_time(delay), parse_time(jitter), parse_share(loss))
+    except ValueError as error:
+        _fail(str(error), EXIT_BAD_INPUT)
+    if conditions.jitter_s * 4 > conditions.delay_s:
+        _fail("jitter must be at most a quarter of the delay: no packet can come before it is sent", EXIT_BAD_INPUT)
+    _guarded(lambda: check_kernel(lab.value, conditions.qdiscs))
+    console = Console(stderr=as_json)
+    with console.status("making the lab", refresh_per_second=2) as status:
+        result = _guarded(lambda: measure(conditions, lab.value, status.update))
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        console.print(calibration_table(result))
+    raise typer.Exit(0 if result["valid"] else EXIT_INVALID)
+
+
+@app.command()
 def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
 ) -> None:
@@ -141,7 +174,7 @@ def _plan(path: Path, overrides: list[str], lab: LabKind | None) -> tuple[Spec, 
     try:
         spec = load_spec(path, [*overrides, *([f"lab={lab.value}"] if lab else [])])
         try:
-            return spec, make_plan(spec)
+            return spec, make_plan(spec, path.parent)
         except SpecError as error:
             raise error.found_in(path.name) from None
     except SpecError as error:
@@ -153,6 +186,8 @@ def _guarded(call: Callable[[], T]) -> T:
         return call()
     except LabError as error:
         _fail(str(error), EXIT_CANNOT)
+    except KeyboardInterrupt:
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     except OSError as error:
         _fail(f"{error.filename or 'this machine'}: {error.strerror or error}", EXIT_FAILED)
 

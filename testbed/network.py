@@ -15,10 +15,14 @@ from testbed.spec.models import LinkSpec, NetworkSpec
 TRUNK = "trunk"
 
 
-def plan_network(network: NetworkSpec, workers: Sequence[str]) -> LabPlan:
-    """Hosts, switches and links for some workers. Raises SpecError with the place in the spec."""
-    switches, trunks, between = _topology(network, workers)
+def plan_network(network: NetworkSpec, workers: Sequence[str], background: Sequence[str] = ()) -> LabPlan:
+    """Hosts, switches and links for some workers. Raises SpecError with the place in the spec.
+
+    background: hosts that only compete for the network. Their links have no limit unless ``network.links`` names them.
+    """
+    switches, trunks, between = _topology(network, workers, background)
     links = {worker: network.link.applied_to(LinkState()) for worker in workers}
+    links |= {name: LinkState() for name in background}
     links |= {name: spec.applied_to(LinkState(), trunk=True) for name, spec in between.items()}
     for name, spec in network.links.items():
         if name not in links:
@@ -32,26 +36,32 @@ _Topology = tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, str]], dict[s
 """Hosts by switch, ends by trunk, properties by trunk."""
 
 
-def _topology(network: NetworkSpec, workers: Sequence[str]) -> _Topology:
+def _topology(network: NetworkSpec, workers: Sequence[str], background: Sequence[str]) -> _Topology:
+    hosts = [*workers, *background]
     if network.topology == "dumbbell" and network.trunk is not None:
-        left = network.left if network.left is not None else list(workers[: (len(workers) + 1) // 2])
-        _check_workers(left, workers, ["network", "left"])
-        right = tuple(worker for worker in workers if worker not in left)
+        left = network.left if network.left is not None else [*workers[: (len(workers) + 1) // 2], *background]
+        _check_hosts(left, hosts, ["network", "left"])
+        right = tuple(host for host in hosts if host not in left)
         return {"left": tuple(left), "right": right}, {TRUNK: ("left", "right")}, {TRUNK: network.trunk}
     if network.topology == "regions" and network.regions is not None and network.between is not None:
-        return _regions(network.regions, network.between, workers)
-    return {"switch": tuple(workers)}, {}, {}
+        return _regions(network.regions, network.between, workers, background)
+    return {"switch": tuple(hosts)}, {}, {}
 
 
-def _regions(regions: Mapping[str, list[str]], between: Mapping[str, LinkSpec], workers: Sequence[str]) -> _Topology:
+def _regions(
+    regions: Mapping[str, list[str]], between: Mapping[str, LinkSpec], workers: Sequence[str], background: Sequence[str]
+) -> _Topology:
+    hosts = [*workers, *background]
     placed: list[str] = []
     for name, members in regions.items():
-        _check_workers(members, workers, ["network", "regions", name])
+        _check_hosts(members, hosts, ["network", "regions", name])
         placed += members
-    for worker in workers:
-        if placed.count(worker) != 1:
-            fault = f"{worker} is in no region" if worker not in placed else f"{worker} is in more than one region"
+    for host in hosts:
+        if placed.count(host) != 1 and (host in workers or host in placed):
+            fault = f"{host} is in no region" if host not in placed else f"{host} is in more than one region"
             raise SpecError([("network.regions", f"{fault}; put every worker into exactly one")])
+    first = next(iter(regions))
+    unplaced = [host for host in background if host not in placed]
     pairs = {f"{a}-{b}": (a, b) for a, b in itertools.combinations(regions, 2)}
     given: dict[str, LinkSpec] = {}
     for key, spec in between.items():
@@ -64,14 +74,14 @@ def _regions(regions: Mapping[str, list[str]], between: Mapping[str, LinkSpec], 
             fault = f"says nothing of {pair}; give every pair, or all"
             raise SpecError([("network.between", fault)])
     return (
-        {name: tuple(members) for name, members in regions.items()},
+        {name: (*members, *(unplaced if name == first else ())) for name, members in regions.items()},
         pairs,
         {pair: given.get(pair) or given["all"] for pair in pairs},
     )
 
 
-def _check_workers(names: Sequence[str], workers: Sequence[str], place: list[str]) -> None:
+def _check_hosts(names: Sequence[str], hosts: Sequence[str], place: list[str]) -> None:
     for position, name in enumerate(names):
-        if name not in workers:
-            fault = f"there is no worker {name!r}; {did_you_mean(name, workers)}"
+        if name not in hosts:
+            fault = f"there is no host {name!r}; {did_you_mean(name, hosts)}"
             raise SpecError([(place_of([*place, position]), fault)])

@@ -1,8 +1,9 @@
 """Spec → cells × hosts × links × timeline. Pure: needs no root, no network and no lab."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from netsenseml.agent import protocol
@@ -10,11 +11,13 @@ from testbed.labs.base import LabPlan
 from testbed.links.qdiscs import compile_tree, largest_packet_bytes, tc_commands
 from testbed.links.state import DIRECTIONS, LinkState
 from testbed.network import plan_network
-from testbed.spec.errors import SpecError, place_of
+from testbed.spec.errors import SpecError
+from testbed.spec.files import reader
 from testbed.spec.load import apply_overrides, combinations, validate
 from testbed.spec.models import MethodSpec, Spec, WorkloadSpec
-from testbed.spec.units import format_time
 from testbed.timeline import Change, expand
+from testbed.traffic.flows import Flow
+from testbed.traffic.plan import background_hosts, describe_flow, plan_flows
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,8 @@ class Cell:
     """One training run: one method and seed under one set of conditions.
 
     lab: the hosts and links to build. program: the user's script with its arguments, or None for
-    the built-in worker.
+    the built-in worker. workers: their names in order of rank; ``lab`` may have more hosts. flows: what competes with them.
+    calibrate: measure the links before t = 0.
     """
 
     name: str
@@ -34,11 +38,9 @@ class Cell:
     stop: protocol.StopConfig
     timeline: tuple[Change, ...]
     lab: LabPlan
-
-    @property
-    def workers(self) -> tuple[str, ...]:
-        """Names of the workers in order of rank."""
-        return self.lab.hosts
+    workers: tuple[str, ...]
+    flows: tuple[Flow, ...] = ()
+    calibrate: bool = True
 
     def config(self) -> protocol.CellConfig:
         """What the workers need to know, as it is written to cell.json."""
@@ -65,24 +67,29 @@ class Plan:
         return any(cell.lab.impaired for cell in self.cells)
 
 
-def make_plan(spec: Spec) -> Plan:
-    """Cells of a spec: every combination of matrix, seed and method. Raises SpecError with the place in the spec."""
+def make_plan(spec: Spec, directory: Path = Path()) -> Plan:
+    """Cells of a spec: every combination of matrix, seed and method. Raises SpecError with the place in the spec.
+
+    directory: where the files that the spec names are read from, the directory of the spec itself.
+    """
     if spec.lab == "docker" and spec.network.topology != "star":
         fault = f"{spec.network.topology} is built in the netns lab only; use lab: netns, or topology: star"
         raise SpecError([("network.topology", fault)])
     cells: list[Cell] = []
-    raw = spec.model_dump(mode="json", exclude_none=True)
+    raw = spec.model_dump(mode="json", exclude_none=True, by_alias=True)
+    read = reader(directory)
     for overrides in combinations(spec):
         varied = validate(apply_overrides(raw, overrides)) if overrides else spec
-        cells += _cells(varied, overrides)
+        cells += _cells(varied, overrides, read)
     return Plan(spec.name, spec.lab, tuple(cells))
 
 
-def _cells(spec: Spec, overrides: Mapping[str, Any]) -> list[Cell]:
+def _cells(spec: Spec, overrides: Mapping[str, Any], read: Callable[[str], str]) -> list[Cell]:
     stop = spec.stop.limits() if spec.stop else protocol.StopConfig()
-    _check_end(spec, stop.get("seconds"))
-    network = plan_network(spec.network, [f"w{rank}" for rank in range(spec.workers)])
-    timeline = expand(spec.schedule, network.links)
+    workers = tuple(f"w{rank}" for rank in range(spec.workers))
+    network = plan_network(spec.network, workers, background_hosts(spec.traffic, workers))
+    flows = plan_flows(spec.traffic, stop.get("seconds"))
+    timeline = expand(spec.schedule, network.links, workers, trunks=network.trunks, end_s=stop.get("seconds"), read=read)
     states = [*network.links.items(), *((change.link, change.state) for change in timeline)]
     shapes = [(link, side, getattr(state, side)) for link, state in states for side in DIRECTIONS]
     for link, _, shape in shapes:
@@ -105,24 +112,13 @@ def _cells(spec: Spec, overrides: Mapping[str, Any]) -> list[Cell]:
                 packet_bytes=largest_packet_bytes(shape.rate_bps for *_, shape in shapes),
                 seed=seed,
             ),
+            workers=workers,
+            flows=flows,
+            calibrate=spec.calibrate,
         )
         for seed in spec.seeds
         for method in spec.methods
     ]
-
-
-def _check_end(spec: Spec, end_s: float | None) -> None:
-    if end_s is None:
-        return
-    for index, entry in enumerate(spec.schedule):
-        last = entry.at + (entry.over or 0.0)
-        if last >= end_s:
-            key = "over" if entry.over and entry.at < end_s else "at"
-            fault = (
-                f"the change at {format_time(last)} comes after the end of the run at {format_time(end_s)} "
-                "(stop.seconds); make it earlier or the run longer"
-            )
-            raise SpecError([(place_of(["schedule", index, key]), fault)])
 
 
 def _workload_config(workload: WorkloadSpec) -> protocol.WorkloadConfig:
@@ -150,7 +146,7 @@ def describe(plan: Plan) -> list[str]:
     shown: set[tuple[Any, ...]] = set()
     for cell in plan.cells:
         lines.append(f"cell {cell.name}: method {cell.method.label}, seed {cell.seed}, {len(cell.workers)} workers")
-        network = (tuple(cell.lab.links.items()), cell.timeline)
+        network = (tuple(cell.lab.links.items()), cell.timeline, cell.flows)
         if network in shown:
             lines.append("  (network as above)")
             continue
@@ -158,6 +154,7 @@ def describe(plan: Plan) -> list[str]:
         lines += ["  t=0 " + command for link, state in cell.lab.links.items() for command in _commands(cell, link, state)]
         for change in cell.timeline:
             lines += [f"  t={change.at_s:g}s " + command for command in _commands(cell, change.link, change.state)]
+        lines += ["  " + line for flow in cell.flows for line in describe_flow(flow, cell.stop.get("seconds"))]
     return lines
 
 

@@ -19,6 +19,10 @@ Messages of a worker (every one carries ``"rank"``):
     {"type": "done", "steps": int, "parameters": str, "accuracy": float | None, "loss": float | None}
     {"type": "failed", "error": str}
 
+Message of a program of competing traffic, which then waits for ``start``:
+
+    {"type": "ready", "flow": str, "end": str}         ``end`` is "send" or "receive"
+
 Messages of the orchestrator:
 
     {"type": "start", "t0": float}    CLOCK_MONOTONIC seconds of t = 0: every worker was ready

@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from testbed.report import text
 from testbed.report.figures import figures, palette
-from testbed.results.columns import EVENT_COLUMNS, LINK_COLUMNS, TABLES
+from testbed.results.columns import TABLES
 from testbed.results.load import Run
 from testbed.results.records import replacing
 from testbed.results.summary import METRICS, scenario, summarize
@@ -96,7 +96,7 @@ def render(run: Run) -> str:
         captions=CAPTIONS,
         wide=WIDE,
         metrics=METRICS,
-        tables={"steps": TABLES["steps"].columns, "links": LINK_COLUMNS, "events": EVENT_COLUMNS},
+        tables={name: TABLES[name].columns for name in ("steps", "links", "events", "traffic")},
         environment=dict(flat(run.environment)),
         spec=yaml.safe_dump(dict(run.spec), sort_keys=False, allow_unicode=True),
         facts=facts(run),

@@ -44,6 +44,47 @@ def _table(name: str, rows: list[text.Row]) -> Table:
     return table
 
 
+def calibration_table(result: Mapping[str, Any]) -> RenderableType:
+    """What ``testbed calibrate`` found (``testbed.calibrate``): one row a quantity, its deviation and the verdict."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("rate", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for heading in ("expected", "measured", "off"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    before = None
+    for row in result["rows"]:
+        name, unit = _QUANTITIES[row["quantity"]]
+        off = text.NONE
+        if row["measured"] is not None and row["expected"]:
+            off = f"{100 * (row['measured'] / row['expected'] - 1):+.2f} %"
+        tries = f" (try {row['attempts']})" if row["attempts"] > 1 else ""
+        verdict = Text(f"good{tries}", style="green") if row["within"] else Text("not good", style="red")
+        rate = "" if row["rate_bps"] == before else text.si(row["rate_bps"], "bit/s")
+        table.add_row(rate, name, _amount(row["expected"], unit), _amount(row["measured"], unit), off, verdict)
+        before = row["rate_bps"]
+    worst = f"The goodput farthest below what TCP can have: {100 * result['worst_goodput']:.2f} %."
+    return Group(table, "", Text(worst))
+
+
+_QUANTITIES = {
+    "goodput_one": ("TCP, one flow", "bit/s"),
+    "goodput_ring": ("TCP, ring, slowest", "bit/s"),
+    "rtt_min": ("RTT, least", "s"),
+    "rtt_median": ("RTT, median", "s"),
+    "jitter": ("jitter (σ)", "s"),
+    "loss": ("loss", "%"),
+}
+
+
+def _amount(value: float | None, unit: str) -> str:
+    if value is None:
+        return text.NONE
+    if unit == "s":
+        return f"{1e3 * value:.3f} ms"
+    return f"{100 * value:.3f} %" if unit == "%" else f"{value / 1e6:.4g} Mbit/s"
+
+
 def links_table(links: Mapping[str, Any]) -> RenderableType:
     """Links of a live run, as the run's door tells them: limit, carried rate, queue, drops, impairments."""
     table = Table(box=None, pad_edge=False)

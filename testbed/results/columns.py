@@ -33,12 +33,40 @@ LINK_COLUMNS: Mapping[str, str] = {
 EVENT_COLUMNS: Mapping[str, str] = {
     "planned_s": "when the change was due, seconds after t = 0",
     "applied_s": "when the kernel had acknowledged it, seconds after t = 0",
-    "link": "name of the link",
-    "state": "the new state of both directions, as JSON text",
-    "kind": "'initial' (before t = 0), 'schedule' (from the spec) or 'manual' (by hand on the live run)",
+    "link": "name of the link; of the flow if kind is 'traffic'",
+    "state": "the new state of both directions, as JSON text; of a flow its streams or rate_bps, 0 = off",
+    "kind": "'initial' (before t = 0), 'schedule' (from the spec), 'manual' (by hand on the live run) or 'traffic'",
     "verified": "true if the kernel reported the state that was asked for",
 }
-"""Columns of one row of events: one change of one link."""
+"""Columns of one row of events: one change of one link, or a flow that began or stopped."""
+
+TRAFFIC_COLUMNS: Mapping[str, str] = {
+    "t_s": "time of the sample, seconds after t = 0",
+    "flow": "name of the flow, for example 'bg0-w1'",
+    "from": "host that sends",
+    "to": "host that receives, where the sample was taken",
+    "kind": "'tcp' or 'udp'",
+    "streams": "TCP streams open now; null for UDP",
+    "bytes": "payload received since t = 0, without headers (cumulative)",
+    "packets": "datagrams received since t = 0 (cumulative); null for TCP",
+    "lost": "datagrams missing below the highest number received (cumulative); null for TCP",
+}
+"""Columns of one row of traffic: one sample of one competing flow, ten a second."""
+
+
+CALIBRATION_COLUMNS: Mapping[str, str] = {
+    "quantity": "'rate': bits/s on the wire, of a link and direction; 'rtt': s, from one host to another and back",
+    "link": "name of the link; empty for an RTT",
+    "direction": "'up' or 'down'; empty for an RTT",
+    "source": "host that asked; empty for a rate",
+    "target": "host that answered; empty for a rate",
+    "attempt": "from 1; what misses its tolerance is measured again, and its best result counts",
+    "expected": "what the link was set to, or the sum of all delays; less where the flows cannot fill the link",
+    "measured": "what it did; null if nothing could be measured",
+    "tolerance": "how far the measured may be from the expected value",
+    "within": "true if it is no farther",
+}
+"""Columns of one row of calibration: one quantity, measured before t = 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +91,12 @@ TABLES: Mapping[str, Table] = {
     "steps": Table("steps-r*.jsonl", STEP_COLUMNS, {"rank": "int64", "step": "int64", "scheme": "str"}),
     "evals": Table("evals.jsonl", EVAL_COLUMNS, {"step": "int64"}),
     "links": Table("links.jsonl", LINK_COLUMNS, {"link": "str", "direction": "str"}),
-    "events": Table("events.jsonl", EVENT_COLUMNS, {"link": "str", "state": "json", "kind": "str", "verified": "bool"}),
+    "events": Table("events*.jsonl", EVENT_COLUMNS, {"link": "str", "state": "json", "kind": "str", "verified": "bool"}),
+    "traffic": Table("traffic-*.jsonl", TRAFFIC_COLUMNS, {"flow": "str", "from": "str", "to": "str", "kind": "str"}),
+    "calibration": Table(
+        "calibration.jsonl",
+        CALIBRATION_COLUMNS,
+        {"attempt": "int64", "within": "bool", **dict.fromkeys(("quantity", "link", "direction", "source", "target"), "str")},
+    ),
 }
 """All tables of a cell. ``<name>.parquet`` replaces the record files when the cell has ended."""

@@ -3,7 +3,7 @@
     {"name", "valid", "problems": ["<cell>: <problem>"],
      "cells": [{"cell", "method", "seed", "overrides", "workers", "steps", "throughput_samples_per_s", "step_s_median",
                 "payload_bytes_per_step", "final_loss", "final_accuracy", "best_accuracy", "time_to_target_s",
-                "valid", "problems", "replicas_identical"}],
+                "valid", "problems", "replicas_identical", "calibrated"}],
      "comparisons": [{"baseline", "method", "overrides", "throughput_ratio", "ci95": [lo, hi], "time_to_target_ratio",
                       "seeds", "valid"}]}
 
@@ -36,6 +36,7 @@ METRICS: Mapping[str, str] = {
     "best_accuracy": "the best accuracy of any evaluation",
     "time_to_target_s": "time of the first evaluation that reached the spec's target accuracy",
     "replicas_identical": "whether all ranks ended with bit-identical parameters",
+    "calibrated": "whether the links were measured before t = 0; not if the spec says calibrate: false, or limits nothing",
     "throughput_ratio": "method ÷ baseline, geometric mean over the seeds that both ran",
     "ci95": "95 % bootstrap interval of throughput_ratio over seeds; null below three seeds",
     "time_to_target_ratio": "method ÷ baseline: below 1 the method was sooner; geometric mean over seeds",
@@ -58,10 +59,10 @@ def summarize(run: Run) -> dict[str, Any]:
 
 def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Metrics and verdict of one cell. ``cell`` is a row of ``Run.cells``."""
-    steps, evals, links, events = (
-        table[table["cell"] == cell["cell"]] for table in (run.steps, run.evals, run.links, run.events)
+    steps, evals, links, events, calibration = (
+        table[table["cell"] == cell["cell"]] for table in (run.steps, run.evals, run.links, run.events, run.calibration)
     )
-    problems = cell_problems(cell, steps, links, events)
+    problems = cell_problems(cell, steps, links, events, calibration)
     last = evals.iloc[-1] if len(evals) else {"accuracy": None, "loss": None}
     final_accuracy = _number(cell["final_accuracy"], last["accuracy"])
     return {
@@ -81,6 +82,7 @@ def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
         "valid": not problems,
         "problems": problems,
         "replicas_identical": replicas_identical(cell),
+        "calibrated": len(calibration) > 0,
     }
 
 

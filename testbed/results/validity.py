@@ -22,12 +22,15 @@ EXCESS = 0.05
 """A link may carry one bucket of its shaper plus this share more than its limit over any ``WINDOW_S``."""
 
 
-def cell_problems(cell: Mapping[str, Any], steps: pd.DataFrame, links: pd.DataFrame, events: pd.DataFrame) -> list[str]:
+def cell_problems(
+    cell: Mapping[str, Any], steps: pd.DataFrame, links: pd.DataFrame, events: pd.DataFrame, calibration: pd.DataFrame
+) -> list[str]:
     """All that speaks against a cell. ``cell`` is a row of ``Run.cells``; the tables hold the rows of that cell."""
     t_end_s = cell["t_end_s"] if pd.notna(cell["t_end_s"]) else steps["t_s"].max() if len(steps) else 0.0
     return [
         *end_problems(cell),
         *([] if len(steps) else ["no step was recorded"]),
+        *(uncalibrated_links(calibration) if cell["calibrate"] else []),
         *late_changes(events),
         *unverified_changes(events),
         *telemetry_gaps(links, float(t_end_s)),
@@ -58,9 +61,31 @@ def end_problems(cell: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def uncalibrated_links(calibration: pd.DataFrame) -> list[str]:
+    """What missed its tolerance before t = 0 in every attempt."""
+    if calibration.empty:
+        return ["the links were not calibrated before the start"]
+    subjects = calibration.groupby(["quantity", "link", "direction", "source", "target"])
+    missed = calibration[~subjects["within"].transform("any")]
+    if missed.empty:
+        return []
+    deviation = ((missed["measured"] - missed["expected"]).abs() / missed["tolerance"]).fillna(np.inf)
+    worst = missed.loc[deviation.idxmax()]
+    if worst["quantity"] == "rate":
+        what, unit, scale = f"{worst['link']} {worst['direction']} carried", "Mbit/s", 1e-6
+    else:
+        what, unit, scale = f"the RTT from {worst['source']} to {worst['target']} was", "ms", 1e3
+    found = f"{worst['measured'] * scale:.4g}" if pd.notna(worst["measured"]) else "nothing that could be measured"
+    missed_subjects = missed.groupby(["quantity", "link", "direction", "source", "target"]).ngroups
+    return [
+        f"{missed_subjects} of {subjects.ngroups} calibrated rates and delays are off"
+        f" (the worst: {what} {found} instead of {worst['expected'] * scale:.4g} {unit})"
+    ]
+
+
 def late_changes(events: pd.DataFrame) -> list[str]:
-    """Scheduled changes that were applied more than ``LATE_S`` after their time, or not at all."""
-    due = events[events["kind"] == "schedule"]
+    """Scheduled changes and flows that came more than ``LATE_S`` after their time, or not at all."""
+    due = events[events["kind"].isin(["schedule", "traffic"])]
     late_s = (due["applied_s"] - due["planned_s"]).fillna(np.inf)
     late = late_s > LATE_S
     if not late.any():
@@ -68,7 +93,7 @@ def late_changes(events: pd.DataFrame) -> list[str]:
     worst = due.loc[late_s.idxmax()]
     by = "never applied" if np.isinf(late_s.max()) else f"{late_s.max() * 1e3:.0f} ms late"
     return [
-        f"{late.sum()} of {len(due)} scheduled link changes came late"
+        f"{late.sum()} of {len(due)} scheduled changes came late"
         f" (the worst: {worst['link']} at {worst['planned_s']:.4g} s, {by})"
     ]
 

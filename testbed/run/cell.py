@@ -11,10 +11,12 @@ from typing import Any
 from netsenseml.agent import protocol
 from netsenseml.agent.protocol import monotonic_s
 from testbed.labs.base import Lab, LabPlan, Process
+from testbed.links.calibration import calibrate, measurable
 from testbed.plan import Cell
 from testbed.run.control import ControlServer
 from testbed.run.door import LinkDoor
 from testbed.run.driver import LinkDriver
+from testbed.traffic.flows import TRAFFIC_PROGRAM
 
 RESULT_FILE = "result.json"
 READY_TIMEOUT_S = 180.0
@@ -72,6 +74,7 @@ def prepare_cell(cell: Cell, directory: Path) -> None:
     (directory / "logs").mkdir(parents=True)
     links = {name: state.to_json() for name, state in cell.lab.links.items()}
     config = {**cell.config(), "label": cell.method.label, "overrides": dict(cell.overrides), "links": links}
+    config["calibrate"] = cell.calibrate and measurable(cell.lab)
     (directory / protocol.CELL_FILE).write_text(json.dumps(config, indent=1))
 
 
@@ -89,6 +92,8 @@ class _Conductor:
         self._cell, self._lab, self._control = cell, lab, control
         self._directory, self._result, self._tick = directory, result, tick
         self._processes: dict[int, Process] = {}
+        self._traffic: dict[tuple[str, str], Process] = {}  # by flow and end
+        self._traffic_ready: set[tuple[str, str]] = set()
         self._seen: dict[str, dict[int, dict[str, Any]]] = {}
         self._ended_s: dict[int, float] = {}
         self._heard_s: dict[int, float] = {}
@@ -98,10 +103,13 @@ class _Conductor:
 
     def conduct(self) -> None:
         self._start_workers()
+        self._start_traffic()
         self._wait_for("ready", monotonic_s() + READY_TIMEOUT_S)
         hashes = {message["parameters"] for message in self._seen["ready"].values()}
         if len(hashes) > 1:
             raise CellFailed("the workers do not begin with the same parameters; seed the model before it is built")
+        if self._cell.calibrate:
+            self._calibrate()
         t0_s = monotonic_s()
         self._control.broadcast({"type": "start", "t0": t0_s})
         with (
@@ -144,13 +152,30 @@ class _Conductor:
                 argv = ["python", "-m", "netsenseml.train.worker"]
             self._processes[rank] = host.start(argv, env, self._log(rank))
 
+    def _calibrate(self) -> None:
+        # Nothing else is on the links: workers and competing flows wait for the start.
+        measurements = calibrate(self._lab, self._cell.lab, self._directory / "logs")
+        records = protocol.RecordFile(self._directory / "calibration.jsonl")
+        records.append([measurement.to_json() for measurement in measurements])
+        records.close()
+
+    def _start_traffic(self) -> None:
+        for flow in self._cell.flows:
+            source, target = self._lab.hosts[flow.source], self._lab.hosts[flow.target]
+            for end, host in (("receive", target), ("send", source)):
+                program = ["python", "-m", TRAFFIC_PROGRAM, end, flow.to_json(), target.address, host.seen(self._directory)]
+                self._traffic[flow.name, end] = host.start(program, {}, self._traffic_log(flow.name, end))
+
+    def _traffic_log(self, flow: str, end: str) -> Path:
+        return self._directory / "logs" / f"{flow}-{end}.log"
+
     def _log(self, rank: int) -> Path:
         return self._directory / "logs" / f"{self._cell.workers[rank]}.log"
 
     def _wait_for(self, kind: str, deadline_s: float) -> None:
-        while len(self._seen.get(kind, {})) < len(self._processes):
+        while len(self._seen.get(kind, {})) < len(self._processes) or len(self._traffic_ready) < len(self._traffic):
             if monotonic_s() > deadline_s:
-                raise CellFailed(f"not all workers became {kind} in {READY_TIMEOUT_S:g} s; see {self._directory / 'logs'}")
+                raise CellFailed(f"not all programs became {kind} in {READY_TIMEOUT_S:g} s; see {self._directory / 'logs'}")
             self._receive(0.2)
             self._check_processes(finished="")
 
@@ -175,6 +200,9 @@ class _Conductor:
             message = self._control.inbox.get(timeout=max(0.001, timeout_s))
         except queue.Empty:
             return
+        if "flow" in message:
+            self._traffic_ready.add((message["flow"], message["end"]))
+            return
         kind, rank = message["type"], message["rank"]
         self._heard_s[rank] = monotonic_s()
         self._seen.setdefault(kind, {})[rank] = message
@@ -197,6 +225,10 @@ class _Conductor:
         if now < self._next_poll_s:
             return
         self._next_poll_s = now + _POLL_S
+        for (flow, end), program in self._traffic.items():
+            if (code := program.poll()) is not None:
+                what = f"the program that has to {end} the traffic {flow}"
+                raise CellFailed(f"{what} {_end(code)}; {_last_line(self._traffic_log(flow, end))}")
         for rank, process in self._processes.items():
             if now - self._heard_s.get(rank, now) > SILENT_WORKER_S and rank not in self._seen.get("done", {}):
                 raise CellFailed(
@@ -205,10 +237,12 @@ class _Conductor:
             if rank in self._seen.get(finished, {}) or (code := process.poll()) is None:
                 continue
             if now - self._ended_s.setdefault(rank, now) > _LAST_WORDS_S:
-                how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-                raise CellFailed(
-                    f"{self._cell.workers[rank]} {how} before it was {finished or 'ready'}; {_last_line(self._log(rank))}"
-                )
+                what = f"{self._cell.workers[rank]} {_end(code)} before it was {finished or 'ready'}"
+                raise CellFailed(f"{what}; {_last_line(self._log(rank))}")
+
+
+def _end(code: int) -> str:
+    return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
 
 def _last_line(log: Path) -> str:

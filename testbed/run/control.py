@@ -1,4 +1,4 @@
-"""The orchestrator's end of the control socket: one thread, all workers of a cell."""
+"""The orchestrator's end of the control socket: one thread, all workers of a cell and the programs of its traffic."""
 
 import queue
 import selectors
@@ -13,7 +13,7 @@ from netsenseml.agent import protocol
 
 
 class ControlServer:
-    """Accepts workers, sends heartbeats, and puts every message into ``inbox`` as a dict.
+    """Accepts workers and programs of traffic, sends heartbeats, and puts every message into ``inbox`` as a dict.
 
     Two kinds are made here: {"type": "lost", "rank": int} when a connection ends, and {"type": "fault", "rank": int | None,
     "error": str} when a worker sends something that is no message.
@@ -44,7 +44,7 @@ class ControlServer:
         self._path.unlink(missing_ok=True)
 
     def broadcast(self, message: Mapping[str, Any]) -> None:
-        """Send one message to every connected worker."""
+        """Send one message to everyone who is connected."""
         line = protocol.encode_message(message)
         with self._lock:
             for connection in list(self._buffers):
@@ -81,6 +81,9 @@ class ControlServer:
             data = connection.recv(65536)
             for message in self._buffers[connection].feed(data):
                 rank = message.get("rank")
+                if "flow" in message:  # a program of competing traffic, which has no rank
+                    self.inbox.put(message)
+                    continue
                 if not isinstance(rank, int) or not 0 <= rank < self._world_size:
                     raise ValueError(f"there is no rank {rank!r}")
                 self._ranks[connection] = rank

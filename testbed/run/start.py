@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,26 @@ from testbed.plan import Plan
 from testbed.run import directory as run_directory
 from testbed.run.sweep import EXIT_INTERRUPTED, execute, execute_enclosed, interrupt_main_thread_once
 from testbed.spec.models import Spec
+from testbed.traffic.machine import check_traffic
 
 EXIT_DONE, EXIT_FAILED, EXIT_INVALID = 0, 1, 3
 
 _NO_NETEM = (
-    "the spec asks for delay, jitter or loss, which needs the kernel's netem, and this kernel has none; "
-    "remove them, or load it (sudo modprobe sch_netem; on Ubuntu first: sudo apt-get install linux-modules-extra-$(uname -r)), "
+    "delay, jitter, loss and the like need the kernel's netem, and this kernel has none; do without them, or load it "
+    "(sudo modprobe sch_netem; on Ubuntu first: sudo apt-get install linux-modules-extra-$(uname -r)), "
     "or use a machine whose kernel has it"
 )
 
 
 def check_machine(plan: Plan) -> None:
-    """Raise LabError, before anything is made, if this machine's kernel cannot shape what the plan asks for."""
-    needed = ["tbf", *(["netem"] if plan.needs_netem else [])]
-    if plan.lab == "netns":
+    """Raise LabError, before anything is made, if this machine cannot run the plan."""
+    check_kernel(plan.lab, ["tbf", *(["netem"] if plan.needs_netem else [])])
+    check_traffic([flow for cell in plan.cells for flow in cell.flows], plan.lab)
+
+
+def check_kernel(lab: str, needed: Sequence[str]) -> None:
+    """Raise LabError if this machine's kernel lacks a kind of qdisc, or does not let us shape links with it."""
+    if lab == "netns":
         command = [*enclosure(), sys.executable, "-m", "testbed.links.probe", *needed]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
         if done.returncode != 0:

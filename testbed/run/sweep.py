@@ -25,7 +25,7 @@ _GRACE_S = 4.0
 
 def execute(directory: Path, console: Console) -> None:
     """Run every cell of a run directory that has not ended yet; for netns the caller is inside the enclosure."""
-    plan = make_plan(load_spec(directory / SPEC_FILE))
+    plan = make_plan(load_spec(directory / SPEC_FILE), directory)
     pending = [cell for cell in plan.cells if not _ended(directory / "cells" / cell.name)]
     for cell in pending:
         prepare_cell(cell, directory / "cells" / cell.name)

@@ -1,0 +1,208 @@
+"""``testbed calibrate``: what a scratch lab of four hosts does, against what theory allows.
+
+TCP goodput. A full frame has 1514 bytes and carries 1448 of payload (1500 less IP, TCP and its timestamps). One flow can have
+1448/1514 = 95.6 % of the rate. In a ring, where every host sends to the next one as in an all-reduce, each direction also
+carries the acknowledgements of another flow, 66 bytes each: one for every second segment (RFC 5681), fewer where the kernel
+hands on several segments as one. One for every fourth is the middle, 1448/(1514 + 66/4) = 94.6 %, and either end 1.1 % away.
+
+RTT is the sum of the one-way delays. Both ends add the jitter of one way, so its standard deviation is that of the RTT ÷ √2.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from netsenseml.agent.protocol import monotonic_s
+from testbed.labs import open_labs
+from testbed.labs.base import LabError, LabPlan
+from testbed.labs.netns import enclosure
+from testbed.links.calibration import RATE_TOLERANCE, Gauges, Measurement, Pair, attempts, closest, delay_tolerance
+from testbed.links.qdiscs import ETHERNET_FRAME_BYTES, largest_packet_bytes
+from testbed.links.state import LinkState, Loss, Shape
+from testbed.spec.units import format_rate
+
+HOSTS = ("w0", "w1", "w2", "w3")
+RING = (("w0", "w1"), ("w1", "w2"), ("w2", "w3"), ("w3", "w0"))
+ONE_FLOW_SHARE = 1448 / ETHERNET_FRAME_BYTES
+RING_SHARE = 1448 / (ETHERNET_FRAME_BYTES + 66 / 4)
+JITTER_TOLERANCE = 0.1
+
+_WARM_S, _SECONDS = 1.0, 5.0
+_PINGS, _PING_INTERVAL_S = 1000, 0.002
+_PROBE_BYTES = 100
+_PROBES, _PROBES_PER_S, _PROBE_S = 100_000, 10_000, 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What to calibrate: goodput and RTT at some rates in bits/s; at each of them also delay, jitter (s) and loss (share)."""
+
+    rates_bps: tuple[int, ...]
+    delay_s: float = 0.0
+    jitter_s: float = 0.0
+    loss: float = 0.0
+
+    @property
+    def qdiscs(self) -> list[str]:
+        """What the kernel must offer."""
+        return ["tbf", *(["netem"] if self.delay_s or self.jitter_s or self.loss else [])]
+
+
+def calibrate(conditions: Conditions, lab: str, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Measure in a lab, "netns" or "docker"; raises LabError if it cannot be made.
+
+    {"lab", "valid", "worst_goodput": the largest shortfall as a share of what was expected, negative if all were above,
+     "rows": [{"rate_bps", "quantity", "expected", "measured", "tolerance", "within", "attempts"}]}
+    quantity: goodput_one, goodput_ring (bits/s of payload; the slowest flow), rtt_min, rtt_median, jitter (s), loss.
+    progress: told what has been measured.
+    """
+    rows = []
+    for row in _calibrate_enclosed(conditions) if lab == "netns" else _calibrate_here(conditions, lab):
+        rows.append(row)
+        progress(f"{row['quantity']} at {format_rate(row['rate_bps'])} measured")
+    shortfalls = [1 - (row["measured"] or 0) / row["expected"] for row in rows if row["quantity"].startswith("goodput")]
+    return {"lab": lab, "valid": all(row["within"] for row in rows), "worst_goodput": max(shortfalls), "rows": rows}
+
+
+def _calibrate_enclosed(conditions: Conditions) -> Iterator[dict[str, Any]]:
+    command = [*enclosure(), sys.executable, "-m", "testbed.calibrate", json.dumps(asdict(conditions))]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        try:
+            for line in child.stdout:
+                yield json.loads(line)
+        except BaseException:
+            child.kill()
+            raise
+    if child.returncode != 0:
+        raise LabError(f"the lab ended with exit code {child.returncode}")
+
+
+def _calibrate_here(conditions: Conditions, lab: str) -> Iterator[dict[str, Any]]:
+    with _scratch_directory(lab) as directory, open_labs(lab, directory, preload=[]) as open_lab:
+        logs = directory / "cells"
+        logs.mkdir()
+        for rate_bps in conditions.rates_bps:
+            plain = Shape(rate_bps)
+            worse = replace(plain, delay_s=conditions.delay_s, jitter_s=conditions.jitter_s, loss=Loss(conditions.loss))
+            for down in (plain, worse) if worse.needs_netem else (plain,):
+                plan = LabPlan(dict.fromkeys(HOSTS, LinkState(plain, down)), packet_bytes=largest_packet_bytes([rate_bps]))
+                with open_lab(plan) as scratch:
+                    for test in _Bench(Gauges(scratch, logs), down).tests():
+                        for best in closest(results := attempts(test)):
+                            yield _row(rate_bps, best, len({one.attempt for one in results}))
+
+
+def _row(rate_bps: int, best: Measurement, tries: int) -> dict[str, Any]:
+    found = {name: getattr(best, name) for name in ("quantity", "expected", "measured", "tolerance", "within")}
+    measured = None if math.isnan(best.measured) else best.measured
+    return {"rate_bps": rate_bps, **found, "measured": measured, "attempts": tries}
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """Measures a scratch lab whose links are all the same; ``down`` is the shape that impairs."""
+
+    gauges: Gauges
+    down: Shape
+
+    def tests(self) -> list[Callable[[int], list[Measurement]]]:
+        if not self.down.needs_netem:
+            return [self.rtt, self.one_flow, self.ring]
+        return [*([self.rtt] if self.down.delay_s else []), *([self.loss] if self.down.loss.share else [])]
+
+    def one_flow(self, effort: int) -> list[Measurement]:
+        return self._goodput("goodput_one", RING[:1], ONE_FLOW_SHARE, effort)
+
+    def ring(self, effort: int) -> list[Measurement]:
+        return self._goodput("goodput_ring", RING, RING_SHARE, effort)
+
+    def _goodput(self, quantity: str, pairs: Sequence[Pair], share: float, effort: int) -> list[Measurement]:
+        """The slowest flow of some that run at the same time."""
+        hosts = self.gauges.lab.hosts
+        sinks = [self.gauges.start(target, "sink", _WARM_S, effort * _SECONDS) for _, target in pairs]
+        sources = [self.gauges.start(source, "source", hosts[target].address) for source, target in pairs]
+        reports = [self.gauges.report(sink, _WARM_S + effort * _SECONDS) for sink in sinks]
+        for process, _ in sources:
+            process.kill()
+        rates = [report["bytes"] * 8 / report["seconds"] if report and report["bytes"] else math.nan for report in reports]
+        slowest = math.nan if any(map(math.isnan, rates)) else min(rates)
+        expected = share * (self.down.rate_bps or math.nan)
+        return [Measurement(quantity, expected, slowest, RATE_TOLERANCE * expected)]
+
+    def rtt(self, effort: int) -> list[Measurement]:
+        (source, target), expected_s = RING[0], 2 * self.down.delay_s
+        # A packet every 2 ms, but a tenth of a thin link at most.
+        interval_s = max(_PING_INTERVAL_S, 10 * _PROBE_BYTES * 8 / (self.down.rate_bps or math.inf))
+        seconds = min(effort * _PINGS * _PING_INTERVAL_S, 10.0)
+        patience_s = expected_s + 10 * self.down.jitter_s + 0.5
+        echo = self.gauges.start(target, "echo")
+        address = self.gauges.lab.hosts[target].address
+        ping = self.gauges.start(source, "ping", address, round(seconds / interval_s), interval_s, patience_s)
+        report = self.gauges.report(ping, seconds + patience_s)
+        echo[0].kill()
+        rtts_s = sorted(report["rtts_s"]) if report else []
+        if len(rtts_s) < 100:
+            rtts_s = [math.nan]
+        results = [] if self.down.jitter_s else [Measurement("rtt_min", expected_s, rtts_s[0], delay_tolerance(expected_s))]
+        results.append(Measurement("rtt_median", expected_s, median(rtts_s), delay_tolerance(expected_s)))
+        if self.down.jitter_s:
+            # 68 % of a normal distribution lie within a standard deviation; a machine that stalls now and then moves the rest.
+            deviation_s = (rtts_s[round(0.8413 * (len(rtts_s) - 1))] - rtts_s[round(0.1587 * (len(rtts_s) - 1))]) / 2
+            allowed_s = JITTER_TOLERANCE * self.down.jitter_s
+            results.append(Measurement("jitter", self.down.jitter_s, deviation_s / math.sqrt(2), allowed_s))
+        return results
+
+    def loss(self, effort: int) -> list[Measurement]:
+        """Small packets one way at half the rate, so that no queue overflows; counted by the kernel before and after."""
+        source, target = RING[0]
+        links = self.gauges.lab.links
+        per_s = min(_PROBES_PER_S, (self.down.rate_bps or math.inf) / 2 / 8 / _PROBE_BYTES)
+        number, patience_s = round(min(_PROBES, per_s * _PROBE_S)), 10 * _PROBE_S
+        ignoring = self.gauges.start(target, "ignore")
+        address, begin_s = self.gauges.lab.hosts[target].address, monotonic_s() + 0.5 + 2 * self.down.delay_s
+        before = links.counters()
+        words = (address, begin_s, patience_s, per_s * 8 * _PROBE_BYTES, _PROBE_BYTES, 1, number)
+        report = self.gauges.report(self.gauges.start(source, "flood", *words), patience_s)
+        time.sleep(0.1 + self.down.delay_s + 4 * self.down.jitter_s)
+        after = links.counters()
+        ignoring[0].kill()
+        sent, received = (after[side].packets - before[side].packets for side in ((source, "up"), (target, "down")))
+        expected = self.down.loss.share
+        lost = 1 - received / sent if report else math.nan
+        return [Measurement("loss", expected, lost, 3 * math.sqrt(expected * (1 - expected) / max(sent, 1)))]
+
+
+@contextmanager
+def _scratch_directory(lab: str) -> Iterator[Path]:
+    # Containers see only what is mounted where the orchestrator runs, and that is where results go.
+    if lab == "docker":
+        Path("runs").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="calibrate-", dir="runs" if lab == "docker" else None) as path:
+        yield Path(path)
+
+
+def main() -> int:
+    """Inside the enclosure: one row a line; exit code 0, or 4 with the reason on standard error."""
+    try:
+        for row in _calibrate_here(Conditions(**json.loads(sys.argv[1])), "netns"):
+            print(json.dumps(row), flush=True)
+    except LabError as error:
+        print(f"testbed: {error}", file=sys.stderr)
+        return 4
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

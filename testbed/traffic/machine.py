@@ -1,0 +1,30 @@
+"""Whether this machine can make the traffic that was asked for; found out before anything starts."""
+
+import shutil
+from collections.abc import Collection
+
+from testbed.labs.base import LabError
+from testbed.traffic.flows import Flow
+from testbed.traffic.iperf3 import PROGRAM
+from testbed.traffic.tcp import congestion_fault
+
+_BUILTIN = "leave engine out: the built-in one needs nothing"
+
+
+def check_traffic(flows: Collection[Flow], lab: str) -> None:
+    """Raise LabError with the mend if hosts of a lab lack a congestion control or iperf3."""
+    for name in sorted({flow.congestion for flow in flows if flow.congestion is not None}):
+        # Programs are root in the namespaces of the netns lab; in containers they have no rights at all.
+        if fault := congestion_fault(name, privileged=lab == "netns"):
+            raise LabError(fault)
+    if not any(flow.engine == "iperf3" for flow in flows):
+        return
+    if lab == "netns" and shutil.which(PROGRAM) is None:
+        mend = f"install it with: sudo apt-get install {PROGRAM} (or dnf), or {_BUILTIN}"
+        raise LabError(f"engine: {PROGRAM} needs a program that this machine lacks; {mend}")
+    if lab == "docker":
+        from testbed.labs.docker import image_has
+
+        if not image_has(PROGRAM):
+            mend = f"add it to containers/Dockerfile (RUN apt-get update && apt-get install -y {PROGRAM}), or {_BUILTIN}"
+            raise LabError(f"engine: {PROGRAM} needs a program that the image of the hosts lacks; {mend}")
