@@ -3,7 +3,7 @@
     python experiments/bench/link_changes.py [LINKS] [SECONDS]
 
 1. Lateness: every link gets a new rate ten times a second; prints the percentiles of applied_s - planned_s from the event log.
-2. Rate after a change: one saturated link alternates between two rates; prints carried ÷ set in the first 200 ms after a change.
+2. Rate after a change: a saturated link alternates between two rates; prints carried ÷ set in the first 200 ms after one.
 3. Cost: one change of all links as netlink batches against one call of tc for each qdisc, in turn.
 """
 

@@ -217,7 +217,9 @@ def _link(
         message["flags"] = message["change"] = _IFF_UP
     attrs: list[tuple[str, object]] = [("IFLA_IFNAME", name)] if kind else []
     if kind:
-        attrs.append(("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", kind)]}))
+        # Without snooping a bridge joins no group, and sends no reports that would be counted on every link.
+        quiet = {"attrs": [("IFLA_BR_MCAST_SNOOPING", 0)]}
+        attrs.append(("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", kind), ("IFLA_INFO_DATA", quiet)]}))
     if master is not None:
         attrs.append(("IFLA_MASTER", master))
     if gso_max is not None:
