@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from testbed.timeline.recording import PACKET_BITS, Recording, parse_recording
+from testbed.timeline.recording import Recording, parse_recording
 
 WIFI_RATES_MBPS = (6.5, 13.0, 19.5, 26.0, 39.0, 52.0, 58.5, 65.0)
 """IEEE 802.11n, 20 MHz, one spatial stream, long guard interval: MCS 0 to 7."""
@@ -39,13 +39,11 @@ def outages(numbers: random.Random, step_s: float, every_s: float, mean_s: float
 def cellular() -> str:
     """120 s of a moving phone: log-normal fading around 15 Mbit/s, correlated over 3 s, with outages when cells change."""
     numbers, step_s = random.Random("cellular 1"), 0.2
+    level, out = fading(numbers, step_s, 3), outages(numbers, step_s, every_s=25, mean_s=0.8)
     lines = ["t_s,rate_mbps"]
-    changing = outages(numbers, step_s, every_s=25, mean_s=0.8)
-    for index, (level, out) in enumerate(zip(fading(numbers, step_s, 3), changing, strict=True)):
-        if index == 600:
-            break
-        rate = 0.0 if out else min(60.0, 15 * math.exp(0.6 * level))
-        lines.append(f"{index * step_s:.1f},{rate:.2f}")
+    for index in range(600):
+        rate = min(60.0, 15 * math.exp(0.6 * next(level)))
+        lines.append(f"{index * step_s:.1f},{0.0 if next(out) else rate:.2f}")
     return "\n".join(lines) + "\n"
 
 
@@ -85,7 +83,7 @@ def wifi() -> str:
 
 
 def incast() -> str:
-    """60 s of one 1 Gbit/s port into which, now and then, 3 to 31 others answer at once with 256 KiB each: a fair share is left."""
+    """60 s of a fair share of a 1 Gbit/s port, into which 3 to 31 others now and then send 256 KiB each at the same time."""
     numbers, now_ms = random.Random("incast 1"), 0
     lines = ["t_ms,rate_mbps", "0,1000"]
     while True:
