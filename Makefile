@@ -16,7 +16,7 @@ run: setup
 test: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m "not netem" $(PYTEST_ARGS)
 
 # Delay, jitter, loss and the like need netem, which not every kernel has; a User-Mode Linux kernel brings it along.
 test-netem: setup

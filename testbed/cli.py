@@ -127,6 +127,20 @@ def link(
 
 
 @app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
+    """Say what this machine can do, and what mends what it cannot."""
+    from testbed.doctor import examine
+    from testbed.report.terminal import doctor_table
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps(findings, indent=2))
+    else:
+        Console().print(doctor_table(findings), soft_wrap=True)
+    raise typer.Exit(0 if any(findings["labs"].values()) else EXIT_CANNOT)
+
+
+@app.command()
 def calibrate(
     rates: Annotated[list[str], typer.Option("--rate", help="A rate to measure, e.g. 37mbit. Repeatable.")] = ["100mbit"],  # noqa: B006
     delay: Annotated[str, typer.Option(help="One-way delay, e.g. 10ms.")] = "0ms",

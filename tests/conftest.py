@@ -54,9 +54,9 @@ def missing(need: str) -> str | None:
     elif need == "netem":
         if "User Mode Linux" not in Path("/proc/cpuinfo").read_text():
             return "these tests run under User-Mode Linux; run them with: make test-netem"
-        from testbed.links.probe import missing_qdiscs
+        from testbed.links.probe import missing_kinds
 
-        if missing_qdiscs(["netem"]):
+        if missing_kinds(["netem"]):
             return "this kernel of User-Mode Linux has no netem"
     elif need == "chromium" and not shutil.which("chromium"):
         return "Chromium is missing; install it with: sudo apt-get install chromium"

@@ -89,9 +89,10 @@ def incast() -> str:
     while True:
         now_ms += max(20, round(numbers.expovariate(1 / 500)))
         senders = numbers.randint(4, 32)
-        length_ms = max(2, round(senders * 256 * 1024 * 8 / 1e9 * 1e3))
-        if now_ms + length_ms >= 60_000:
-            return "\n".join([*lines, "60000,1000"]) + "\n"
+        length_ms = round(senders * 256 * 1024 * 8 / 1e9 * 1e3)
+        if now_ms + length_ms >= 59_000:
+            # The last row lasts as long as the one before it: until 60 s.
+            return "\n".join([*lines, "59000,1000", "59500,1000"]) + "\n"
         lines += [f"{now_ms},{1000 / senders:.1f}", f"{now_ms + length_ms},1000"]
         now_ms += length_ms
 

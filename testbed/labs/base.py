@@ -82,6 +82,10 @@ class Lab(Protocol):
     @property
     def links(self) -> Shaper: ...
 
+    @property
+    def pids(self) -> Sequence[int]:
+        """Processes from which the programs on the hosts descend, unless they descend from this one."""
+
     def __enter__(self) -> Self: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...

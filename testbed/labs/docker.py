@@ -157,6 +157,7 @@ class DockerLab:
         self._lines: dict[str, _Line] = {}
         self._switch: NetlinkSocket | None = None
         self.hosts: dict[str, DockerHost] = {}
+        self.pids: list[int] = []
         self.links = Shaper(plan.impaired, plan.packet_bytes, plan.seed)
 
     @property
@@ -186,7 +187,7 @@ class DockerLab:
         self._close()
 
     def _build(self, client: docker.DockerClient) -> None:
-        _require_image(client, self._image)
+        require_image(client, self._image)
         clean(dry_run=False, client=client)
         os.chown(self._directory, *self.user)
         _give(self._directory / "cells", *self.user)
@@ -272,7 +273,8 @@ class DockerLab:
         outside = {link["index"]: link for link in _interfaces(self._switch)}
         for name in self._plan.hosts:
             attached = containers[name].attrs["NetworkSettings"]["Networks"][network.name]
-            inner = _enter(containers[name].attrs["State"]["Pid"])
+            self.pids.append(containers[name].attrs["State"]["Pid"])
+            inner = _enter(self.pids[-1])
             self.hosts[name] = DockerHost(name, attached["IPAddress"], self._directory, self._lines[name], inner)
             # The daemon's word is checked: a PID means another process if we do not share its PID namespace, and an index
             # another interface if we do not share its network namespace.
@@ -329,7 +331,7 @@ def image_has(program: str) -> bool:
     image = os.environ.get(ENV_IMAGE, DEFAULT_IMAGE)
     question = ["sh", "-c", f"command -v {program}"]
     with contextlib.closing(connect()) as client, _docker_errors():
-        _require_image(client, image)
+        require_image(client, image)
         try:
             client.containers.run(image, entrypoint=question, command=[], remove=True, network_mode="none", labels=_NOT_COMPOSE)
         except ContainerError:
@@ -337,7 +339,8 @@ def image_has(program: str) -> bool:
         return True
 
 
-def _require_image(client: docker.DockerClient, image: str) -> None:
+def require_image(client: docker.DockerClient, image: str) -> None:
+    """Raise LabError with the mend if the daemon does not have the image of the hosts."""
     try:
         client.images.get(image)
     except ImageNotFound:

@@ -120,6 +120,10 @@ class NetnsLab:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._close()
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return ()
+
     def _wire_hosts(self, switch: "_Switch", hosts: Sequence[NetnsHost]) -> None:
         # Interface indices are chosen by us, so nothing has to be looked up and each namespace takes one batch.
         requests = [_link("bridge", _BRIDGE_INDEX, "br0", kind="bridge", up=True)]

@@ -1,4 +1,4 @@
-"""What shaping this kernel offers, found out by asking it: ``python -m testbed.links.probe KIND…`` prints what is missing.
+"""What this kernel offers for links, found out by asking it: ``python -m testbed.links.probe KIND…`` prints what is missing.
 
 Runs in a scratch network namespace that ends with the process, so it needs the right to make one and touches nothing.
 """
@@ -7,33 +7,49 @@ import errno
 import sys
 from collections.abc import Iterable
 
+from pyroute2.netlink import NLM_F_CREATE, NLM_F_EXCL
+from pyroute2.netlink.rtnl import RTM_NEWLINK
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+
 from testbed.links import qdiscs
-from testbed.links.netlink import NetlinkError, NetlinkSocket, back_to_own_namespace, unshare_network
+from testbed.links.netlink import NetlinkError, NetlinkSocket, Request, back_to_own_namespace, encode, unshare_network
 from testbed.links.state import Shape
 
 _LOOPBACK_INDEX = 1
 _SHAPES = {"tbf": Shape(rate_bps=10**7), "netem": Shape(delay_s=0.001)}
+_UNKNOWN = (errno.ENOENT, errno.EOPNOTSUPP)
+"""What the kernel says of a kind of qdisc, or of interface, that it does not know."""
 
 
-def missing_qdiscs(kinds: Iterable[str]) -> list[str]:
-    """Those of the qdisc kinds ("tbf", "netem") that the kernel does not know. Raises OSError without the rights to ask."""
-    missing = []
+def missing_kinds(kinds: Iterable[str]) -> list[str]:
+    """Those kinds that the kernel does not know: of qdiscs "tbf" and "netem", of interfaces such as "veth" and "bridge".
+
+    Raises OSError without the rights to ask.
+    """
+    found = []
     with back_to_own_namespace():
         unshare_network()
         socket = NetlinkSocket()
         try:
             for kind in kinds:
-                tree = qdiscs.compile_tree(_SHAPES[kind])
                 try:
-                    socket.batch(qdiscs.requests(tree, _LOOPBACK_INDEX, "lo"))
+                    socket.batch(_requests(kind))
                 except NetlinkError as error:
-                    if error.errno != errno.ENOENT:
+                    if error.errno not in _UNKNOWN:
                         raise
-                    missing.append(kind)
+                    found.append(kind)
         finally:
             socket.close()
-    return missing
+    return found
+
+
+def _requests(kind: str) -> list[Request]:
+    if kind in _SHAPES:
+        return qdiscs.requests(qdiscs.compile_tree(_SHAPES[kind]), _LOOPBACK_INDEX, "lo")
+    message = ifinfmsg()
+    message["attrs"] = [("IFLA_IFNAME", f"probe-{kind}"), ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", kind)]})]
+    return [encode(message, RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, f"interface of kind {kind}")]
 
 
 if __name__ == "__main__":
-    print(" ".join(missing_qdiscs(sys.argv[1:])))
+    print(" ".join(missing_kinds(sys.argv[1:])))

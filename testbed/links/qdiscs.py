@@ -52,12 +52,19 @@ _STATS2, _STATS_BASIC, _STATS_QUEUE = 7, 1, 3
 
 
 def burst_bytes(rate_bps: int) -> int:
-    """Bucket of tbf for a rate in bits/s.
+    """Bucket of tbf for a rate in bits/s: 4 ms of line rate, but at least 8 frames.
 
-    Two opposing needs. The timer that refills the bucket, and the softirq behind it, run some ms late on a busy machine, and
-    a bucket that was full meanwhile loses rate: with 2 ms of line rate a ring all-reduce got 42 of 50 Mbit/s on a loaded
-    2-core machine, with 4 ms and more 44 to 48. But a full bucket is a free ride after every pause: 64 KiB let 10.8 Mbit/s of
-    payload through a 10 Mbit/s link. So: 4 ms of line rate, and at low rates a few frames.
+    Two opposing needs. The timer that refills the bucket, and the softirq behind it, run late on a busy machine, and a bucket
+    that was full meanwhile loses rate. But a full bucket is a free ride after every pause: 4 ms of line rate, and at 1 Mbit/s
+    the 97 ms that 8 frames take.
+
+    Measured on 2 cores, goodput of the slowest of four TCP flows in a ring (cubic) against 1448/1514 of the rate, over 5 s:
+
+        37 to 900 Mbit/s, bucket of 1 ms: 97.1 to 99.7 %; 2 ms: 96.9 to 99.9 %; 4 ms: 98.4 to 99.9 %, and 96.5 % once;
+            8 ms: 99.5 to 99.9 %. With processes that compute on both cores it was the same, as softirqs come first.
+        1 Mbit/s, bucket of 2, 4 and 8 frames: 97, 92 to 95 and 97.8 % (of which 2 % are acknowledgements).
+        900 Mbit/s in a run that also has a low rate, so that no packet may exceed 2, 4 and 8 frames: 60 to 67 %, 69 to 76 % and
+            87 to 94 %; at 333 Mbit/s 72 to 77 %, 94 to 98 % and 99.2 %. Small packets cost processor time, hence 8 frames.
     """
     return max(math.ceil(rate_bps / 8 * 0.004), 8 * ETHERNET_FRAME_BYTES)
 

@@ -67,6 +67,24 @@ def calibration_table(result: Mapping[str, Any]) -> RenderableType:
     return Group(table, "", Text(worst))
 
 
+def doctor_table(result: Mapping[str, Any]) -> RenderableType:
+    """What ``testbed doctor`` found (``testbed.doctor``): one row a finding, then what mends it, ready to be copied."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    styles = {"ok": "green", "limited": "yellow", "missing": "red"}
+    for finding in result["findings"]:
+        table.add_row(Text(finding["verdict"], style=styles[finding["verdict"]]), finding["name"], Text(finding["found"]))
+    mends = [Text(f"  {finding['name']}: {finding['mend']}") for finding in result["findings"] if finding["mend"]]
+    works = [name for name, good in result["labs"].items() if good]
+    verdict = f"Experiments can run here, with --lab {' or '.join(works)}." if works else "No experiment can run here."
+    parts: list[RenderableType] = [table, ""]
+    if mends:
+        parts += [Text("What would mend it", style="bold"), *mends, ""]
+    return Group(*parts, Text(verdict, style="bold" if works else "bold red"))
+
+
 _QUANTITIES = {
     "goodput_one": ("TCP, one flow", "bit/s"),
     "goodput_ring": ("TCP, ring, slowest", "bit/s"),

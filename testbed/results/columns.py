@@ -69,6 +69,15 @@ CALIBRATION_COLUMNS: Mapping[str, str] = {
 """Columns of one row of calibration: one quantity, measured before t = 0."""
 
 
+HOST_COLUMNS: Mapping[str, str] = {
+    "t_s": "time of the sample, seconds after t = 0",
+    "cpu_some_share": "share of the last second in which some program waited for a processor (PSI); null if not known",
+    "cpu_busy_share": "share of all processors' time in the last second that was not idle",
+    "cpu_foreign_share": "share of it that programs used which are not the cell's, or a hypervisor took",
+}
+"""Columns of one row of host: one sample of the machine's load, ten a second."""
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """One table of a cell.
@@ -93,6 +102,7 @@ TABLES: Mapping[str, Table] = {
     "links": Table("links.jsonl", LINK_COLUMNS, {"link": "str", "direction": "str"}),
     "events": Table("events*.jsonl", EVENT_COLUMNS, {"link": "str", "state": "json", "kind": "str", "verified": "bool"}),
     "traffic": Table("traffic-*.jsonl", TRAFFIC_COLUMNS, {"flow": "str", "from": "str", "to": "str", "kind": "str"}),
+    "host": Table("host.jsonl", HOST_COLUMNS),
     "calibration": Table(
         "calibration.jsonl",
         CALIBRATION_COLUMNS,

@@ -33,8 +33,9 @@ class Run:
     summary: content of ``summary.json``; None until the run has ended (``summarize(run)`` makes one at any time).
     cells: one row a cell: cell, method, seed, workers, overrides ({dotted key: value}), status ("done", "failed",
         "interrupted", or "unfinished" if it is running or was killed), problems ([text]), steps, t_end_s,
-        final_accuracy, final_loss, parameters ({rank: hash}), calibrate (if its links were to be measured before t = 0).
-    steps, links, events, evals, traffic, calibration: columns and units in ``testbed.results.columns``.
+        final_accuracy, final_loss, parameters ({rank: hash}), workload (as in cell.json; {} of a script), calibrate (if its
+        links were to be measured before t = 0).
+    steps, links, events, evals, traffic, calibration, host: columns and units in ``testbed.results.columns``.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Run:
     evals: pd.DataFrame
     traffic: pd.DataFrame
     calibration: pd.DataFrame
+    host: pd.DataFrame
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {len(self.cells)} cells, {len(self.steps)} step rows)"
@@ -88,6 +90,7 @@ _CELL_DEFAULTS: Mapping[str, Any] = {
     "seed": -1,
     "workers": 0,
     "overrides": {},
+    "workload": {},
     "calibrate": False,
     "status": "unfinished",
     "problems": [],

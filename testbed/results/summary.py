@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from testbed.results.columns import TABLES
 from testbed.results.load import SUMMARY_FILE, Run
 from testbed.results.records import replacing
 from testbed.results.validity import cell_problems, replicas_identical
@@ -59,10 +60,9 @@ def summarize(run: Run) -> dict[str, Any]:
 
 def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Metrics and verdict of one cell. ``cell`` is a row of ``Run.cells``."""
-    steps, evals, links, events, calibration = (
-        table[table["cell"] == cell["cell"]] for table in (run.steps, run.evals, run.links, run.events, run.calibration)
-    )
-    problems = cell_problems(cell, steps, links, events, calibration)
+    tables = {name: (table := getattr(run, name))[table["cell"] == cell["cell"]] for name in TABLES}
+    steps, evals = tables["steps"], tables["evals"]
+    problems = cell_problems(cell, tables)
     last = evals.iloc[-1] if len(evals) else {"accuracy": None, "loss": None}
     final_accuracy = _number(cell["final_accuracy"], last["accuracy"])
     return {
@@ -82,7 +82,7 @@ def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
         "valid": not problems,
         "problems": problems,
         "replicas_identical": replicas_identical(cell),
-        "calibrated": len(calibration) > 0,
+        "calibrated": len(tables["calibration"]) > 0,
     }
 
 

@@ -1,6 +1,7 @@
 """The orchestrator of one cell: lab up, workers ready, t = 0, stop, teardown; whatever happens, a result is written."""
 
 import json
+import os
 import queue
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from testbed.plan import Cell
 from testbed.run.control import ControlServer
 from testbed.run.door import LinkDoor
 from testbed.run.driver import LinkDriver
+from testbed.run.host import HostMonitor
 from testbed.traffic.flows import TRAFFIC_PROGRAM
 
 RESULT_FILE = "result.json"
@@ -113,6 +115,7 @@ class _Conductor:
         t0_s = monotonic_s()
         self._control.broadcast({"type": "start", "t0": t0_s})
         with (
+            HostMonitor([os.getpid(), *self._lab.pids], t0_s, self._directory),
             LinkDoor(self._directory) as door,
             LinkDriver(
                 self._lab.links, self._cell.timeline, t0_s, self._directory, door, trunks=self._cell.lab.trunks

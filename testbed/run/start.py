@@ -10,9 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
+from testbed.doctor import System
 from testbed.labs.base import LabError
 from testbed.labs.netns import enclosure
-from testbed.links.probe import missing_qdiscs
+from testbed.links.probe import missing_kinds
 from testbed.plan import Plan
 from testbed.run import directory as run_directory
 from testbed.run.sweep import EXIT_INTERRUPTED, execute, execute_enclosed, interrupt_main_thread_once
@@ -20,12 +21,6 @@ from testbed.spec.models import Spec
 from testbed.traffic.machine import check_traffic
 
 EXIT_DONE, EXIT_FAILED, EXIT_INVALID = 0, 1, 3
-
-_NO_NETEM = (
-    "delay, jitter, loss and the like need the kernel's netem, and this kernel has none; do without them, or load it "
-    "(sudo modprobe sch_netem; on Ubuntu first: sudo apt-get install linux-modules-extra-$(uname -r)), "
-    "or use a machine whose kernel has it"
-)
 
 
 def check_machine(plan: Plan) -> None:
@@ -44,16 +39,19 @@ def check_kernel(lab: str, needed: Sequence[str]) -> None:
         missing = done.stdout.split()
     else:
         try:
-            missing = missing_qdiscs(needed)
+            missing = missing_kinds(needed)
         except OSError as error:
             raise LabError(
                 f"shaping containers needs rights that this process lacks ({error.strerror}); "
                 "use: docker compose up experiment, or run testbed with sudo"
             ) from None
     if "netem" in missing:
-        raise LabError(_NO_NETEM)
+        mend = System.of_this_machine().load_module("sch_netem")
+        raise LabError(
+            f"delay, jitter, loss and the like need the kernel's netem, which is missing; do without them, or {mend}"
+        )
     if missing:
-        raise LabError(f"this kernel lacks {', '.join(missing)}; load it with: sudo modprobe sch_{missing[0]}")
+        raise LabError(f"this kernel has no {missing[0]}; {System.of_this_machine().load_module(f'sch_{missing[0]}')}")
 
 
 def start_run(spec: Spec, plan: Plan, out: Path, script_directory: Path, console: Console) -> tuple[int, Path]:

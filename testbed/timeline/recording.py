@@ -198,7 +198,7 @@ _AS_IN_SPEC: Mapping[str, Callable[[str], float]] = {
     "rate": _rate,
     "delay": parse_time,
     "jitter": parse_time,
-    "loss": _plain_or(parse_share),
+    "loss": parse_share,
 }
 _TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 _FACTORS: Mapping[str, float] = {

@@ -62,6 +62,10 @@ def descendants_of(directory):
     return found
 
 
+def rows_written(tmp_path, cell):
+    return sum(path.read_bytes().count(b"\n") for path in tmp_path.glob(f"runs/*/cells/{cell}/steps-r0.jsonl"))
+
+
 def wait_until(condition, seconds):
     end = time.monotonic() + seconds
     while not condition():
@@ -125,8 +129,7 @@ def test_telemetry_runs_ten_times_a_second(finished):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_within_five_seconds_and_keeps_the_records(tmp_path, number):
     process = launch(tmp_path, workload={**SPEC["workload"], "stop": {"seconds": 60}})
-    wait_until(lambda: list(tmp_path.glob("runs/*/cells/*/steps-r0.jsonl")), 60)
-    time.sleep(1.5)
+    wait_until(lambda: rows_written(tmp_path, "allreduce-s0") > 10, 60)
     process.send_signal(number)
     start = time.monotonic()
     process.communicate(timeout=20)
@@ -141,8 +144,7 @@ def test_an_interrupt_ends_within_five_seconds_and_keeps_the_records(tmp_path, n
 
 def test_sigkill_leaves_no_process_and_keeps_the_records_and_resume_finishes(tmp_path):
     process = launch(tmp_path)
-    wait_until(lambda: list(tmp_path.glob("runs/*/cells/netsense-s0/steps-r0.jsonl")), 60)
-    time.sleep(1.0)
+    wait_until(lambda: rows_written(tmp_path, "netsense-s0") > 10, 90)
     process.kill()
     process.communicate()
     wait_until(lambda: not descendants_of(tmp_path), 8)

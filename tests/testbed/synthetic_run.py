@@ -65,6 +65,7 @@ def write_cell(
         append(steps_file(path, rank), [{"rank": rank, **row, "scheme": method} for row in steps])
     if evaluated:
         append(path / EVALS_FILE, eval_rows(steps))
+    append(path / "host.jsonl", host_rows(t_end_s))
     append(path / "links.jsonl", link_rows(steps, workers, t_end_s))
     append(path / "events.jsonl", event_rows(workers, t_end_s, late_s))
     if not killed:
@@ -125,6 +126,17 @@ def eval_rows(steps: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         done = row["step"] + 1
         scores = {"accuracy": 0.97 - 0.9 / (1 + 0.05 * done), "loss": 2.3 / (1 + 0.02 * done)}
         yield {"step": done, "t_s": row["t_s"], **scores}
+
+
+def host_rows(t_end_s: float, busy: float = 0.5, foreign: float = 0.02) -> Iterator[dict[str, Any]]:
+    """Ten samples a second of a machine under some load."""
+    for number in range(1, round(t_end_s * 10) + 1):
+        yield {
+            "t_s": number / 10,
+            "cpu_some_share": busy / 2,
+            "cpu_busy_share": busy,
+            "cpu_foreign_share": foreign,
+        }
 
 
 def link_rows(steps: list[dict[str, Any]], workers: int, t_end_s: float) -> Iterator[dict[str, Any]]:

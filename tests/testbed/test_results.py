@@ -19,7 +19,7 @@ from testbed.results.columns import IDENTITY_COLUMNS, TABLES
 from testbed.results.load import NotARun, Run, load_run
 from testbed.results.records import finish_cell, method_label, read_table
 from testbed.results.summary import bootstrap_ci95, compare, geometric_mean, summarize, write_summary
-from tests.testbed.synthetic_run import append, write_cell, write_run
+from tests.testbed.synthetic_run import append, host_rows, write_cell, write_run
 
 
 def cell_of(run: Run, name: str) -> dict[str, Any]:
@@ -312,6 +312,74 @@ def test_no_telemetry_is_a_problem(tmp_path: Path) -> None:
     assert validity.telemetry_gaps(links.iloc[:0], 30.0)
     gappy = links[~links["t_s"].between(4.95, 6.45)]
     assert "w0 down: no telemetry for 1.6 s from 4.9 s on" in validity.telemetry_gaps(gappy, 30.0)
+
+
+def calibration_rows(*measured_mbps: float | None) -> Any:
+    """Attempts at 50 Mbit/s on w1 down, one after the other."""
+    for attempt, measured in enumerate(measured_mbps, start=1):
+        within = measured is not None and abs(measured - 50) <= 1.5
+        place = {"quantity": "rate", "link": "w1", "direction": "down", "source": "", "target": "", "attempt": attempt}
+        amounts = {"expected": 50e6, "measured": None if measured is None else measured * 1e6, "tolerance": 1.5e6}
+        yield {**place, **amounts, "within": within}
+
+
+def calibrated(path: Path, rows: Any) -> dict[str, Any]:
+    """The summary of a cell whose links were to be calibrated, with these results."""
+    cell = write_cell(path / "cells" / "c")
+    (cell / "cell.json").write_text(json.dumps({**json.loads((cell / "cell.json").read_text()), "calibrate": True}))
+    append(cell / "calibration.jsonl", rows)
+    return cell_of(load_run(path), "c")
+
+
+def test_the_best_attempt_of_a_calibration_counts(tmp_path: Path) -> None:
+    cell = calibrated(tmp_path, calibration_rows(41.0, 49.2))
+    assert cell["valid"] and cell["calibrated"]
+
+
+def test_a_link_off_in_every_attempt_spoils_the_cell(tmp_path: Path) -> None:
+    cell = calibrated(tmp_path, [*calibration_rows(41.0, None, 46.0)])
+    assert cell["problems"] == [
+        "1 of 1 calibrated rates and delays are off (the worst: w1 down carried 46 instead of 50 Mbit/s)"
+    ]
+
+
+def test_a_calibration_that_measured_nothing_is_no_pass(tmp_path: Path) -> None:
+    assert "nothing that could be measured" in calibrated(tmp_path / "a", [*calibration_rows(None)])["problems"][0]
+    assert "not calibrated" in calibrated(tmp_path / "b", [])["problems"][0]
+
+
+def test_calibration_may_be_turned_off_but_not_unseen(tmp_path: Path) -> None:
+    cell = cell_of(load_run(write_run(tmp_path / "run", methods=("allreduce",))), "allreduce-s0")
+    assert cell["valid"] and not cell["calibrated"]
+
+
+def host(busy: float, foreign: float, rows: int = 80) -> pd.DataFrame:
+    return pd.DataFrame(host_rows(rows / 10, busy, foreign))
+
+
+def test_a_host_that_others_keep_busy_is_blamed() -> None:
+    assert validity.busy_host(host(1.0, 0.6)) == [
+        "this machine was too busy: other programs took 60 % of its processors while none was idle"
+    ]
+    half = pd.concat([host(1.0, 0.6), host(0.4, 0.0)])
+    assert "30 %" in validity.busy_host(half)[0]
+
+
+@pytest.mark.parametrize(("busy", "foreign"), [(1.0, 0.02), (0.7, 0.5), (0.9, 0.8)])
+def test_honest_computing_and_processors_to_spare_are_not_blamed(busy: float, foreign: float) -> None:
+    assert validity.busy_host(host(busy, foreign)) == []
+
+
+def test_a_load_that_was_not_recorded_is_no_pass() -> None:
+    assert validity.busy_host(host(1.0, 0.0, rows=0).reindex(columns=["cpu_busy_share"]))
+
+
+def test_a_pace_that_was_not_held_is_blamed(tmp_path: Path) -> None:
+    steps = load_run(write_run(tmp_path / "run", methods=("allreduce",))).steps  # they compute for 20 ms
+    [problem] = validity.missed_pace(steps, {"pace_s": 0.015})
+    assert problem.startswith("the pace of 15 ms was not held: half of the steps computed for 20 ms and more")
+    assert validity.missed_pace(steps, {"pace_s": 0.02}) == []
+    assert validity.missed_pace(steps, "real") == []
 
 
 def samples(carried_bps: np.ndarray, limit_bps: np.ndarray, jitter_s: np.ndarray) -> pd.DataFrame:

@@ -1,7 +1,9 @@
 """Traces: what a file says, and what its replay makes of it."""
 
 import itertools
+import runpy
 from bisect import bisect_right
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,6 +19,7 @@ from testbed.timeline import expand
 from testbed.timeline.recording import PACKET_BITS, parse_recording
 from testbed.timeline.shapes import parse_entry
 
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 ONE = {"w0": LinkState(Shape(rate_bps=50_000_000), Shape(rate_bps=50_000_000))}
 EXAMPLE = "t_s,rate_mbps\n0,10\n1,0\n1.5,0\n2,30\n3,40\n"
 
@@ -178,6 +181,7 @@ def test_a_trace_ends_with_its_time_and_with_the_run():
         ("t_s,rate_mbps\n0,1\n1,2,3\n", {}, "trace: a.csv line 3: has 3 cells, the header has 2"),
         ("t_s,rate_mbps\n0,1\n0,2\n", {}, "trace: a.csv line 3: t is 0 s after 0 s on the line before; it must increase"),
         ("t_s,rate\n0,1mbit\n1,12\n", {}, "trace: a.csv line 3: rate: '12' has no unit; write a rate like 50mbit"),
+        ("t_s,loss\n0,1\n1,5\n", {}, "trace: a.csv line 3: loss: '5' is out of range"),
         ("t_s,loss_percent\n0,1\n1,101\n", {}, "trace: a.csv line 3: loss_percent: 101 is out of range"),
         ("t_s,delay\n0,1ms\n1,fast\n", {}, "trace: a.csv line 3: delay: 'fast' is not a time"),
         ("t_us,rate_mbps\n0,1\n10,2\n", {}, "trace: a.csv has rows less than 1ms apart"),
@@ -187,7 +191,7 @@ def test_a_trace_ends_with_its_time_and_with_the_run():
         ("0\n0\n", {}, "trace: a.csv line 2: it ends at 0 ms"),
         ("1\n9999999999\n", {}, "trace: a.csv makes 100,000,000 windows"),
         (EXAMPLE, {"every": "1s"}, "every: is for packet-delivery files; a.csv has times of its own"),
-        (EXAMPLE, {"offset": "4s"}, "offset: 4s lies behind the end of a.csv at 4s"),
+        (EXAMPLE, {"offset": "4s"}, "offset: 4s is not within a.csv, which ends at 4s"),
         ("t_s,delay_ms\n0,1\n1,2\n", {"direction": "up"}, "direction: a.csv has more than a rate"),
     ],
     ids=itertools.count(),
@@ -248,3 +252,23 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, words):
     with pytest.raises(SpecError) as raised:
         make_plan(load_spec(path), path.parent)
     assert str(raised.value).startswith(f"schedule[0].trace: {words}")
+
+
+@pytest.mark.parametrize("path", sorted((EXPERIMENTS / "schedules").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_schedules_are_good_and_survive_their_run_directory(path, tmp_path):
+    spec = load_spec(path)
+    plan = make_plan(spec, path.parent)
+    directory = create(spec, tmp_path, path.parent)
+    again = load_spec(directory / "spec.yaml")
+    assert make_plan(again, directory) == plan
+
+
+def test_shipped_traces_are_what_their_generator_makes():
+    traces = runpy.run_path(str(EXPERIMENTS / "traces" / "generate.py"))["TRACES"]
+    for name, make in traces.items():
+        text = (EXPERIMENTS / "traces" / name).read_text()
+        assert make() == text
+        assert len(text) < 30_000
+        assert 60 <= parse_recording(text).length_s <= 120
+    files = {path.name for path in (EXPERIMENTS / "traces").iterdir() if path.suffix not in (".py", ".md")}
+    assert files - {"__pycache__"} == set(traces)

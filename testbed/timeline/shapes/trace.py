@@ -80,7 +80,7 @@ class Trace(LastingEntry):
         elif self.offset >= recording.length_s:
             key, fault = (
                 "offset",
-                f"{format_time(self.offset)} lies behind the end of {self.trace} at {recording.length_s:g}s",
+                f"{format_time(self.offset)} is not within {self.trace}, which ends at {recording.length_s:g}s",
             )
         elif recording.shortest_s * self.scale.time < SHORTEST_S - 1e-9:
             key, fault = "trace", f"{self.trace} has rows less than 1ms apart; scale its time or thin it out"

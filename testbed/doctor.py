@@ -1,0 +1,380 @@
+"""``testbed doctor``: what this machine can do, and the exact command that mends what it cannot.
+
+The kernel and the daemons are asked, not their configuration files: what answers, works.
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from testbed.labs.base import LabError
+from testbed.labs.netns import enclosure
+
+Verdict = Literal["ok", "limited", "missing"]
+PROBED = ("tbf", "netem", "veth", "bridge")
+CAPABILITIES = {"NET_ADMIN": 12, "SYS_PTRACE": 19, "SYS_ADMIN": 21}
+"""Bits of <linux/capability.h>; what it takes to shape containers from outside."""
+LATE_SLEEP_S = 0.005
+_SLEEPS, _SLEEP_S = 200, 0.001
+_ROOTLESS_CONTAINER = "docker run " + " ".join(
+    f"--security-opt {name}=unconfined" for name in ("apparmor", "seccomp", "systempaths")
+)
+"""Namespaces of one's own and a /proc in them; no capability is needed."""
+_COMPOSE = "docker compose up experiment"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at. mend: the command, or the way, to make it better; empty if there is nothing to mend."""
+
+    name: str
+    verdict: Verdict
+    found: str
+    mend: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """What kind of machine this is, as far as the mend depends on it.
+
+    family: "debian", "ubuntu", "fedora" or "" for any other. container: its kind, or "" if this is none.
+    modules: whether modules of the running kernel are installed here. root: whether commands need no sudo.
+    """
+
+    name: str
+    family: str
+    kernel: str
+    wsl: bool = False
+    container: str = ""
+    modules: bool = True
+    root: bool = False
+
+    @classmethod
+    def recognised(cls, os_release: str, proc_version: str, *, container: str, modules: bool, root: bool) -> "System":
+        """From the texts of /etc/os-release and /proc/version."""
+        fields = dict(re.findall(r'^(\w+)="?(.*?)"?$', os_release, re.MULTILINE))
+        relatives = [fields.get("ID", ""), *fields.get("ID_LIKE", "").split()]
+        families = {"ubuntu": "ubuntu", "debian": "debian", "fedora": "fedora", "rhel": "fedora"}
+        return cls(
+            name=fields.get("PRETTY_NAME", "an unknown Linux"),
+            family=next((families[name] for name in relatives if name in families), ""),
+            kernel=proc_version.split()[2] if len(proc_version.split()) > 2 else "",
+            wsl="microsoft" in proc_version.lower(),
+            container=container,
+            modules=modules,
+            root=root,
+        )
+
+    @classmethod
+    def of_this_machine(cls) -> "System":
+        return cls.recognised(
+            _read("/etc/os-release"),
+            _read("/proc/version"),
+            container=_container(),
+            modules=Path("/lib/modules", platform.release(), "kernel").is_dir(),
+            root=os.geteuid() == 0,
+        )
+
+    def command(self, text: str) -> str:
+        """A command for root, as this user has to type it."""
+        return text if self.root else f"sudo {text}"
+
+    def install(self, debian: str, fedora: str = "") -> str:
+        """The command that installs a package."""
+        return self.command(f"dnf install {fedora or debian}" if self.family == "fedora" else f"apt-get install {debian}")
+
+    def load_module(self, module: str) -> str:
+        """How to get a module of the kernel."""
+        if self.container:
+            return f"on the host, whose kernel this is: sudo modprobe {module}"
+        load = self.command(f"modprobe {module}")
+        if self.wsl:
+            option = f"CONFIG_NET_{module.upper()}"
+            return (
+                f"wsl --update (in Windows), then: {load}; if that kernel has no such module, build WSL2-Linux-Kernel with "
+                f"{option}=y and name it in .wslconfig under [wsl2] as kernel="
+            )
+        if not self.modules and self.family != "ubuntu":
+            return f"use a machine or a VM with the kernel of its distribution ({load} cannot help: this kernel has no modules)"
+        if self.family == "ubuntu":
+            return f"{self.install(f'linux-modules-extra-{self.kernel}')} && {load}"
+        if self.family == "fedora":
+            return f"{self.install('kernel-modules-extra')} && {load}"
+        return load
+
+
+def examine() -> dict[str, Any]:
+    """Look at everything: {"system": …, "labs": {name: works}, "findings": [{"name", "verdict", "found", "mend"}]}."""
+    system = System.of_this_machine()
+    netns, probed = netns_lab(system)
+    docker = docker_lab(system)
+    findings = [
+        *machine(system),
+        *qdiscs(system, probed),
+        netns,
+        *docker,
+        capabilities(system),
+        congestion_controls(),
+        timers(),
+        pressure(system),
+        *packages(),
+        user_mode_linux(system),
+    ]
+    absent = set(probed or ())
+    labs = {
+        "netns": netns.verdict == "ok" and not absent & {"tbf", "veth", "bridge"},
+        "docker": docker[0].verdict == "ok" and "tbf" not in absent,
+    }
+    return {"system": asdict(system), "labs": labs, "findings": [asdict(finding) for finding in findings]}
+
+
+def machine(system: System) -> list[Finding]:
+    """The system, its cores and its memory."""
+    place = f" in a {system.container} container" if system.container else ", under WSL2" if system.wsl else ""
+    cores = len(os.sched_getaffinity(0))
+    memory = psutil.virtual_memory()
+    gib = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
+    return [
+        Finding("system", "ok", f"{system.name}, Linux {system.kernel}{place}"),
+        Finding("cores", "ok", str(cores))
+        if cores > 1
+        else Finding("cores", "limited", "1", "use 2 or more: the testbed itself must be on time while the workers compute"),
+        Finding("memory", "ok", gib)
+        if memory.available > 2 * 2**30
+        else Finding("memory", "limited", gib, "end other programs, or use fewer workers: each takes 100 to 300 MiB"),
+    ]
+
+
+def netns_lab(system: System) -> tuple[Finding, list[str] | None]:
+    """Whether rootless labs work; and which of ``PROBED`` the kernel lacks, None if it could not be asked."""
+    try:
+        prefix = enclosure()
+    except LabError as error:
+        reason = str(error).partition(";")[0]
+        settings = {name: _read(f"/proc/sys/{name.replace('.', '/')}").strip() for name in _USER_NAMESPACE_SETTINGS}
+        mend = user_namespaces_mend(system, settings, shutil.which("unshare") is not None)
+        return Finding("lab netns", "missing", reason, mend), _missing_here()
+    command = [*prefix, sys.executable, "-m", "testbed.links.probe", *PROBED]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        return Finding("lab netns", "missing", f"no network namespace can be made: {last}", f"use Docker: {_COMPOSE}"), None
+    return Finding(
+        "lab netns", "ok", "private namespaces can be made" + ("" if system.root else " without root")
+    ), done.stdout.split()
+
+
+def _missing_here() -> list[str] | None:
+    from testbed.links.probe import missing_kinds
+
+    try:
+        return missing_kinds(PROBED)
+    except OSError:
+        return None
+
+
+_USER_NAMESPACE_SETTINGS: Mapping[str, str] = {
+    "kernel.apparmor_restrict_unprivileged_userns": "1",
+    "kernel.unprivileged_userns_clone": "0",
+    "user.max_user_namespaces": "0",
+}
+"""Kernel settings that forbid user namespaces, with the value that does."""
+
+
+def user_namespaces_mend(system: System, settings: Mapping[str, str], unshare: bool) -> str:
+    """How to allow rootless namespaces. settings: values of ``_USER_NAMESPACE_SETTINGS`` here; unshare: if it is installed."""
+    if not unshare:
+        return system.install("util-linux")
+    if system.container:
+        return f"start the container with: {_ROOTLESS_CONTAINER} …; or on the host: {_COMPOSE}"
+    for name, forbidding in _USER_NAMESPACE_SETTINGS.items():
+        if settings.get(name) == forbidding:
+            allowed = {"0": "1", "1": "0"}[forbidding] if name.startswith("kernel.") else "10000"
+            return system.command(f"sysctl -w {name}={allowed}")
+    return f"run testbed with sudo, or use Docker: {_COMPOSE}"
+
+
+def qdiscs(system: System, missing: Sequence[str] | None) -> list[Finding]:
+    """What the kernel offers to make and shape links."""
+    if missing is None:
+        return [Finding("kernel", "limited", "cannot be asked without a network namespace", "mend lab netns first")]
+    needed = {
+        "tbf": ("limits rates", "sch_tbf"),
+        "netem": ("makes delay, jitter and loss", "sch_netem"),
+        "veth": ("makes cables", "veth"),
+        "bridge": ("makes switches", "bridge"),
+    }
+    findings = []
+    for name, (purpose, module) in needed.items():
+        if name not in missing:
+            findings.append(Finding(name, "ok", purpose))
+            continue
+        mend = system.load_module(module)
+        if name == "netem":
+            mend += "; rates, queues and partitions work without it, its tests under User-Mode Linux: make test-netem"
+        findings.append(Finding(name, "missing", f"this kernel has none; it {purpose}", mend))
+    return findings
+
+
+def docker_lab(system: System) -> list[Finding]:
+    """Daemon, image, Compose; the first finding says whether Docker labs work, from here or by Compose."""
+    from testbed.labs import docker
+
+    try:
+        client = docker.connect()
+    except LabError as error:
+        reason, _, mend = str(error).partition("; ")
+        if system.container:
+            mend = "give the container the daemon's socket: docker run -v /var/run/docker.sock:/var/run/docker.sock …"
+        elif "daemon" in reason:
+            start = "systemctl start docker" if shutil.which("systemctl") else "service docker start"
+            mend = system.command(start) if shutil.which("dockerd") else system.install("docker.io", "moby-engine")
+        return [Finding("lab docker", "missing", reason, mend)]
+    findings = [Finding("Docker", "ok", f"server {client.version()['Version']}")]
+    image = os.environ.get(docker.ENV_IMAGE, docker.DEFAULT_IMAGE)
+    try:
+        docker.require_image(client, image)
+        findings.append(Finding("image", "ok", image))
+    except LabError as error:
+        findings.append(Finding("image", "missing", *str(error).split("; ", 1)))
+    finally:
+        client.close()
+    compose = _output(["docker", "compose", "version", "--short"]) if shutil.which("docker") else ""
+    if compose:
+        findings.append(Finding("Compose", "ok", compose))
+    else:
+        # Docker's own repository has it under the first name, Fedora and Debian from 13 on under the second.
+        mend = f"{system.install('docker-compose-plugin', 'docker-compose')} (or docker-compose; version 2 is needed)"
+        findings.append(Finding("Compose", "missing", "the command docker compose does not answer", mend))
+    faults = [finding.found for finding in findings if finding.name == "image" and finding.verdict != "ok"]
+    if not compose and lacking_capabilities():
+        faults.append("neither Compose nor the rights to shape containers from here")
+    if system.container and _read("/proc/2/comm").strip() != "kthreadd":
+        faults.append("this container does not see the processes of its host")
+    if faults:
+        return [Finding("lab docker", "missing", "; ".join(faults), f"on the host: {_COMPOSE}"), *findings]
+    return [Finding("lab docker", "ok", "with --lab docker" if not lacking_capabilities() else _COMPOSE), *findings]
+
+
+def capabilities(system: System) -> Finding:
+    """Rights of this process; only ``--lab docker`` without Compose needs them."""
+    missing = lacking_capabilities()
+    if not missing:
+        return Finding("capabilities", "ok", ", ".join(f"CAP_{name}" for name in CAPABILITIES))
+    names = ", ".join(f"CAP_{name}" for name in missing)
+    if system.container:
+        flags = " ".join(f"--cap-add {name}" for name in missing)
+        return Finding("capabilities", "missing", f"this container has no {names}", f"start it with: docker run {flags} …")
+    return Finding("capabilities", "limited", f"no {names}; only --lab docker needs them", f"use: {_COMPOSE}, or sudo")
+
+
+def lacking_capabilities() -> list[str]:
+    """Names of ``CAPABILITIES`` that this process does not have."""
+    match = re.search(r"^CapEff:\s*(\w+)", _read("/proc/self/status"), re.MULTILINE)
+    held = int(match[1], 16) if match else 0
+    return [name for name, bit in CAPABILITIES.items() if not held >> bit & 1]
+
+
+def congestion_controls() -> Finding:
+    """What TCP can use here."""
+    available = _read("/proc/sys/net/ipv4/tcp_available_congestion_control").split()
+    default = _read("/proc/sys/net/ipv4/tcp_congestion_control").strip()
+    return Finding(
+        "TCP", "ok" if available else "limited", f"{', '.join(available) or 'unknown'}; the default is {default or '?'}"
+    )
+
+
+def timers() -> Finding:
+    """How late sleeps of 1 ms end; a change of a link comes as late."""
+    late_s = []
+    for _ in range(_SLEEPS):
+        begin_s = time.monotonic()
+        time.sleep(_SLEEP_S)
+        late_s.append(time.monotonic() - begin_s - _SLEEP_S)
+    late_s.sort()
+    median, p99 = late_s[_SLEEPS // 2], late_s[_SLEEPS * 99 // 100]
+    found = f"a sleep ends {median * 1e3:.2f} ms late, 1 of 100 {p99 * 1e3:.1f} ms or more"
+    if p99 <= LATE_SLEEP_S:
+        return Finding("timers", "ok", found)
+    return Finding(
+        "timers", "limited", found, "end other programs, or use a machine with more cores: changes of links come as late"
+    )
+
+
+def pressure(system: System) -> Finding:
+    """Whether the kernel tells how long programs had to wait for a processor."""
+    try:
+        text = Path("/proc/pressure/cpu").read_text()
+    except OSError:
+        mend = "start the kernel with psi=1" if not system.wsl else "add kernelCommandLine=psi=1 to .wslconfig under [wsl2]"
+        return Finding(
+            "CPU pressure", "limited", "the kernel does not tell; busy hosts are known by their idle time alone", mend
+        )
+    now = re.search(r"some avg10=([\d.]+)", text)
+    return Finding("CPU pressure", "ok", f"{now[1]} % of the last 10 s" if now else "readable")
+
+
+def packages() -> list[Finding]:
+    """Python and the packages that the installed distribution asks for."""
+    findings = [Finding("Python", "ok", platform.python_version())]
+    try:
+        requirements = [text for text in metadata.requires("netsense-testbed") or [] if "extra ==" not in text]
+    except metadata.PackageNotFoundError:
+        return [*findings, Finding("packages", "limited", "netsense-testbed is not installed here", "pip install --editable .")]
+    good: list[str] = []
+    bad: list[str] = []
+    for text in requirements:
+        name, least = re.fullmatch(r"([\w.-]+)(?:>=([\d.]+))?.*", text).groups()  # type: ignore[union-attr]
+        try:
+            version = metadata.version(name)
+            (good if _numbers(version) >= _numbers(least or "0") else bad).append(f"{name} {version}")
+        except metadata.PackageNotFoundError:
+            bad.append(f"{name} (not installed)")
+    if good:
+        findings.append(Finding("packages", "ok", ", ".join(good)))
+    if bad:
+        findings.append(Finding("packages", "missing", f"missing or too old: {', '.join(bad)}", "pip install --editable ."))
+    return findings
+
+
+def user_mode_linux(system: System) -> Finding:
+    """The kernel in which ``make test-netem`` runs."""
+    if path := shutil.which("linux.uml"):
+        return Finding("User-Mode Linux", "ok", f"{path}; make test-netem")
+    mend = system.install("user-mode-linux kmod") if system.family in ("debian", "ubuntu") else "Debian and Ubuntu package it"
+    return Finding("User-Mode Linux", "limited", "not installed; only make test-netem needs it", mend)
+
+
+def _container() -> str:
+    # The files that mark a container may also lie in a virtual machine that was made from an image; these mounts do not.
+    if not re.search(r" /etc/(hosts|hostname) ", _read("/proc/self/mountinfo")):
+        return ""
+    marks = {"podman": "/run/.containerenv", "docker": "/.dockerenv"}
+    return next((kind for kind, mark in marks.items() if Path(mark).exists()), "OCI")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _output(command: Sequence[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,131 @@
+"""How busy the machine is while a cell runs, and how much of that is not the cell's doing."""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from netsenseml.agent.protocol import RecordFile, monotonic_s
+
+SAMPLE_S = 0.1
+_WINDOW_S = 1.0
+"""Shares are those of the last second: the kernel counts the time of processes in steps of 10 ms."""
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class _Counters:
+    """Seconds since boot. waiting_s: time in which some program waited for a processor; NaN if the kernel does not tell.
+
+    busy_s, total_s: of all processors. programs_s: what programs used of busy_s, with what a hypervisor took away; ours_s: what
+    our programs used of that.
+    """
+
+    t_s: float
+    waiting_s: float
+    busy_s: float
+    total_s: float
+    programs_s: float
+    ours_s: float
+
+
+class HostMonitor:
+    """Records the load of the machine ten times a second, from entering to leaving (``results.columns.HOST_COLUMNS``).
+
+    roots: processes that are ours, with all that descends from them.
+    """
+
+    def __init__(self, roots: Iterable[int], t0_s: float, directory: Path) -> None:
+        self._roots = frozenset(roots)
+        self._t0_s = t0_s
+        self._records = RecordFile(directory / "host.jsonl")
+        self._history: deque[_Counters] = deque(maxlen=round(_WINDOW_S / SAMPLE_S) + 1)
+        self._ours: Sequence[int] = ()
+        self._next_search_s = 0.0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="host", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stopping.set()
+        self._thread.join()
+        self._records.close()
+
+    def _run(self) -> None:
+        self._history.append(self._count())
+        while not self._stopping.wait(SAMPLE_S):
+            self._history.append(self._count())
+            self._records.append([shares(self._history[0], self._history[-1], self._t0_s)])
+
+    def _count(self) -> _Counters:
+        now_s = monotonic_s()
+        if now_s >= self._next_search_s:
+            self._ours = descendants(self._roots)
+            self._next_search_s = now_s + 1.0
+        user, nice, system, idle, iowait, irq, softirq, steal = _processor_times()
+        busy_s = user + nice + system + irq + softirq + steal
+        ours_s = sum(map(_time_of, self._ours))
+        return _Counters(now_s, _waiting_s(), busy_s, busy_s + idle + iowait, user + nice + system + steal, ours_s)
+
+
+def shares(first: _Counters, last: _Counters, t0_s: float) -> dict[str, Any]:
+    """The row of two moments."""
+    total_s = max(last.total_s - first.total_s, 1e-9)
+    foreign_s = (last.programs_s - first.programs_s) - (last.ours_s - first.ours_s)
+    return {
+        "t_s": round(last.t_s - t0_s, 6),
+        "cpu_some_share": (last.waiting_s - first.waiting_s) / max(last.t_s - first.t_s, 1e-9),
+        "cpu_busy_share": (last.busy_s - first.busy_s) / total_s,
+        "cpu_foreign_share": max(0.0, foreign_s / total_s),
+    }
+
+
+def descendants(roots: Iterable[int]) -> list[int]:
+    """The processes that exist of some and of all that descend from them."""
+    children: dict[int, list[int]] = {}
+    for pid in psutil.pids():
+        if fields := _stat(pid):
+            children.setdefault(int(fields[1]), []).append(pid)
+    found: list[int] = []
+    pending = [pid for pid in roots if _stat(pid)]
+    while pending:
+        pid = pending.pop()
+        found.append(pid)
+        pending += children.get(pid, [])
+    return found
+
+
+def _stat(pid: int) -> list[str]:
+    # Fields of proc(5) stat from the third on; the second, the name in parentheses, may hold anything.
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []  # it has ended
+
+
+def _time_of(pid: int) -> float:
+    """Seconds on processors of a process and of its children that have ended."""
+    fields = _stat(pid)
+    return sum(map(int, fields[11:15])) / _TICKS_PER_S if fields else 0.0
+
+
+def _processor_times() -> list[float]:
+    with open("/proc/stat") as file:
+        return [int(ticks) / _TICKS_PER_S for ticks in file.readline().split()[1:9]]
+
+
+def _waiting_s() -> float:
+    try:
+        with open("/proc/pressure/cpu") as file:
+            return int(file.readline().rpartition("total=")[2]) / 1e6
+    except (OSError, ValueError):
+        return float("nan")

@@ -1,0 +1,139 @@
+"""Calibration of real links, the load of the machine during a run, and the doctor, in the netns lab."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import testbed
+from testbed.labs.netns import enclosure
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.netns
+
+SPEC = {
+    "name": "tiny",
+    "workers": 3,
+    "network": {"link": {"rate": "20mbit"}, "links": {"w2": {"rate": "5mbit"}}},
+    "workload": {"model": {"name": "mlp", "hidden": [64]}, "batch": 32, "stop": {"seconds": 3}},
+    "methods": ["allreduce"],
+}
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "testbed.cli", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        check=False,
+    )
+
+
+def run(tmp_path, **changes):
+    """The loaded run of a spec, and the summary of its only cell."""
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**SPEC, **changes}))
+    done = command("run", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "runs"))
+    assert done.returncode in (0, 3), done.stdout + done.stderr
+    (directory,) = (tmp_path / "runs").iterdir()
+    loaded = testbed.load_run(directory)
+    return loaded, loaded.summary["cells"][0]
+
+
+def test_every_direction_of_unequal_links_is_measured_before_the_start(tmp_path):
+    loaded, cell = run(tmp_path)
+    assert cell["calibrated"]
+    calibration = loaded.calibration
+    assert set(zip(calibration["link"], calibration["direction"], strict=True)) == {
+        (link, side) for link in ("w0", "w1", "w2") for side in ("up", "down")
+    }
+    assert (calibration["expected"] == calibration["link"].map({"w0": 20e6, "w1": 20e6, "w2": 5e6})).all()
+    # On a machine that is shared, some attempt may miss; half of them would be no accident.
+    assert calibration["within"].mean() > 0.5
+    assert 0 < loaded.host["cpu_busy_share"].mean() <= 1.05
+    assert len(loaded.host) > 15
+
+
+def test_calibration_can_be_turned_off(tmp_path):
+    loaded, cell = run(tmp_path, calibrate=False)
+    assert loaded.calibration.empty
+    assert not cell["calibrated"]
+    assert not any("calibrated" in problem for problem in cell["problems"])
+
+
+def test_a_machine_that_others_keep_busy_makes_a_run_invalid_for_that_reason(tmp_path):
+    burn = [sys.executable, "-S", "-c", "while True: pass"]
+    others = [subprocess.Popen(burn) for _ in range(os.cpu_count() or 1)]
+    try:
+        loaded, cell = run(tmp_path, calibrate=False)
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert not loaded.summary["valid"]
+    assert any(problem.startswith("this machine was too busy: other programs took") for problem in cell["problems"])
+
+
+def test_own_computing_is_not_taken_for_that_of_others(tmp_path):
+    # In here /proc shows our processes alone, and the program that burns is one of them.
+    script = tmp_path / "inside.py"
+    script.write_text(f"""
+import json, subprocess, sys, time, os
+from pathlib import Path
+from netsenseml.agent.protocol import monotonic_s
+from testbed.run.host import HostMonitor
+burner = subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"])
+with HostMonitor([os.getpid()], monotonic_s(), Path({str(tmp_path)!r})):
+    time.sleep(2.5)
+burner.kill()
+""")
+    subprocess.run([*enclosure(), sys.executable, str(script)], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    rows = [json.loads(line) for line in (tmp_path / "host.jsonl").read_text().splitlines()]
+    cores = os.cpu_count() or 1
+    own = [row["cpu_busy_share"] - row["cpu_foreign_share"] for row in rows[10:]]
+    assert max(own) > 0.3 / cores
+    assert all(0 <= row["cpu_busy_share"] <= 1.1 for row in rows)
+
+
+def test_calibrate_measures_what_tcp_can_have(tmp_path):
+    done = command("calibrate", "--rate", "37mbit", "--json")
+    assert done.returncode in (0, 3), done.stderr
+    result = json.loads(done.stdout)
+    rows = {row["quantity"]: row for row in result["rows"]}
+    assert list(rows) == ["rtt_min", "rtt_median", "goodput_one", "goodput_ring"]
+    assert rows["goodput_one"]["expected"] == pytest.approx(37e6 * 1448 / 1514)
+    assert rows["goodput_one"]["measured"] == pytest.approx(rows["goodput_one"]["expected"], rel=0.05)
+    assert rows["goodput_ring"]["measured"] == pytest.approx(rows["goodput_ring"]["expected"], rel=0.10)
+    assert result["valid"] == all(row["within"] for row in result["rows"]) == (done.returncode == 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rate", "fast"], "'fast' is not a rate"),
+        (["--delay", "10"], "'10' has no unit"),
+        (["--loss", "110%"], "out of range"),
+        (["--delay", "10ms", "--jitter", "5ms"], "at most a quarter of the delay"),
+    ],
+)
+def test_bad_input_to_calibrate_is_refused(arguments, words):
+    done = command("calibrate", *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def test_the_doctor_says_what_works_here():
+    done = command("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["labs"]["netns"]
+    verdicts = {finding["name"]: finding for finding in result["findings"]}
+    assert verdicts["lab netns"]["verdict"] == verdicts["tbf"]["verdict"] == "ok"
+    assert all(finding["mend"] for finding in result["findings"] if finding["verdict"] == "missing")
+    netem = verdicts["netem"]
+    assert netem["verdict"] == "ok" or "make test-netem" in netem["mend"]
