@@ -41,7 +41,7 @@ CONGESTION = "cubic"
 JITTER_TOLERANCE = 0.1
 
 _WARM_S, _SECONDS = 1.0, 5.0
-_PINGS, _PING_INTERVAL_S = 1000, 0.005
+_PINGS, _PINGS_OF_JITTER, _PING_INTERVAL_S = 200, 1000, 0.005
 _PROBE_BYTES = 100
 _PROBES, _PROBES_PER_S, _PROBE_S = 100_000, 10_000, 10.0
 
@@ -136,8 +136,8 @@ class _Bench:
         sinks = [self.gauges.start(target, "sink", _WARM_S, effort * _SECONDS) for _, target in pairs]
         sources = [self.gauges.start(source, "source", hosts[target].address, CONGESTION) for source, target in pairs]
         reports = [self.gauges.report(sink, _WARM_S + effort * _SECONDS) for sink in sinks]
-        for process, _ in sources:
-            process.kill()
+        for one in sources:
+            self.gauges.stop(one)
         rates = [report["bytes"] * 8 / report["seconds"] if report and report["bytes"] else math.nan for report in reports]
         slowest = math.nan if any(map(math.isnan, rates)) else min(rates)
         expected = share * (self.down.rate_bps or math.nan)
@@ -147,15 +147,15 @@ class _Bench:
         (source, target), expected_s = RING[0], 2 * self.down.delay_s
         # A packet every 5 ms, but a tenth of a thin link at most.
         interval_s = max(_PING_INTERVAL_S, 10 * _PROBE_BYTES * 8 / (self.down.rate_bps or math.inf))
-        seconds = effort * _PINGS * _PING_INTERVAL_S
+        seconds = effort * (_PINGS_OF_JITTER if self.down.jitter_s else _PINGS) * _PING_INTERVAL_S
         patience_s = expected_s + 10 * self.down.jitter_s + 0.5
         echo = self.gauges.start(target, "echo")
         address = self.gauges.lab.hosts[target].address
         ping = self.gauges.start(source, "ping", address, round(seconds / interval_s), interval_s, patience_s)
         report = self.gauges.report(ping, seconds + patience_s)
-        echo[0].kill()
+        self.gauges.stop(echo)
         rtts_s = sorted(report["rtts_s"]) if report else []
-        if len(rtts_s) < 100:
+        if len(rtts_s) < _PINGS // 4:
             rtts_s = [math.nan]
         results = [] if self.down.jitter_s else [Measurement("rtt_min", expected_s, rtts_s[0], delay_tolerance(expected_s))]
         results.append(Measurement("rtt_median", expected_s, median(rtts_s), delay_tolerance(expected_s)))
@@ -179,7 +179,7 @@ class _Bench:
         report = self.gauges.report(self.gauges.start(source, "flood", *words), patience_s)
         time.sleep(0.1 + self.down.delay_s + 4 * self.down.jitter_s)
         after = links.counters()
-        ignoring[0].kill()
+        self.gauges.stop(ignoring)
         sent, received = (after[side].packets - before[side].packets for side in ((source, "up"), (target, "down")))
         expected = self.down.loss.share
         lost = 1 - received / sent if report else math.nan

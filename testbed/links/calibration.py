@@ -36,8 +36,11 @@ _WINDOW_S, _SETTLE_S, _SAMPLE_S = 0.5, 0.05, 0.025
 _CHUNK_S = 0.002
 _FEWEST_CHUNKS = 50
 _PINGS, _PING_INTERVAL_S, _PING_PATIENCE_S = 20, 0.01, 0.2
-_START_S = 0.02
+_START_S = 0.025
 """Time for the two programs of a flow to start."""
+_CROWD = 8
+"""With more flows at once everything is done more seldom, so that measuring does not take the processors itself."""
+_FEWEST_SAMPLES = 8
 _DRAIN_S = 3.0
 _PATIENCE_S = 10.0
 
@@ -249,20 +252,29 @@ class Gauges:
         if code != 0:
             return None
         report: dict[str, Any] = json.loads(log.read_text().splitlines()[-1])
+        log.unlink()  # only the log of a failure is of interest
         return report
+
+    def stop(self, running: tuple[Process, Path]) -> None:
+        """End a program that runs until it is killed."""
+        process, log = running
+        process.kill()
+        if not log.exists() or log.stat().st_size == 0:
+            log.unlink(missing_ok=True)
 
 
 def measure_rtts(gauges: Gauges, plan: LabPlan, pairs: Sequence[Pair], effort: int = 1) -> list[Measurement]:
     """RTT of every pair at the same time: the least of some, or with jitter, which adds to the tolerance, their mean."""
+    interval_s = _PING_INTERVAL_S * _crowding(len(pairs))
     echoes = [gauges.start(host, "echo") for host in dict.fromkeys(target for _, target in pairs)]
     pings = {}
     for source, target in pairs:
         mean_s, deviation_s = expected_rtt(plan, source, target)
         address, patience_s = gauges.lab.hosts[target].address, mean_s + 4 * deviation_s + _PING_PATIENCE_S
-        pings[source, target] = gauges.start(source, "ping", address, effort * _PINGS, _PING_INTERVAL_S, patience_s)
+        pings[source, target] = gauges.start(source, "ping", address, effort * _PINGS, interval_s, patience_s)
     results = []
     for (source, target), running in pings.items():
-        report = gauges.report(running, effort * _PINGS * _PING_INTERVAL_S + expected_rtt(plan, source, target)[0])
+        report = gauges.report(running, effort * _PINGS * interval_s + expected_rtt(plan, source, target)[0])
         rtts_s = report["rtts_s"] if report else []
         expected_s, deviation_s = expected_rtt(plan, source, target)
         tolerance_s = delay_tolerance(expected_s)
@@ -271,8 +283,8 @@ def measure_rtts(gauges: Gauges, plan: LabPlan, pairs: Sequence[Pair], effort: i
         else:
             measured_s = min(rtts_s, default=math.nan)
         results.append(Measurement("rtt", expected_s, measured_s, tolerance_s, source=source, target=target))
-    for process, _ in echoes:
-        process.kill()
+    for running in echoes:
+        gauges.stop(running)
     return results
 
 
@@ -284,13 +296,14 @@ def delay_tolerance(expected_s: float) -> float:
 def measure_rates(gauges: Gauges, plan: LabPlan, flows: Round, effort: int = 1) -> list[Measurement]:
     """Flood all pairs of a round and read the kernel's counters until the floods end and the queues are empty."""
     lab = gauges.lab
+    crowding = _crowding(len(flows.pairs))
     ways = {pair: route(plan, *pair) for pair in flows.pairs}
-    floods = {pair: _Flood.on(plan, way, effort) for pair, way in ways.items()}
-    targets = [gauges.start(host, "ignore") for host in dict.fromkeys(target for _, target in flows.pairs)]
+    floods = {pair: _Flood.on(plan, way, crowding, effort) for pair, way in ways.items()}
+    ignoring = [gauges.start(host, "ignore") for host in dict.fromkeys(target for _, target in flows.pairs)]
     begin_s = monotonic_s() + _SETTLE_S + _START_S * len(floods) + max(expected_rtt(plan, *pair)[0] for pair in floods)
     running = {}
     for (source, target), flood in floods.items():
-        seconds = flood.warm_s + flood.window_s + 2 * _SAMPLE_S
+        seconds = flood.warm_s + flood.window_s + 2 * _SAMPLE_S * crowding
         address = lab.hosts[target].address
         words = (address, begin_s, seconds, flood.rate_bps, flood.datagram_bytes, flood.segments)
         running[source, target] = gauges.start(source, "flood", *words)
@@ -300,10 +313,10 @@ def measure_rates(gauges: Gauges, plan: LabPlan, flows: Round, effort: int = 1) 
         before_s = monotonic_s()
         counters = lab.links.counters()
         samples.append(((before_s + monotonic_s()) / 2, counters))
-        time.sleep(_SAMPLE_S)
+        time.sleep(_SAMPLE_S * crowding)
     reports = {pair: gauges.report(process) for pair, process in running.items()}
-    for process, _ in targets:
-        process.kill()
+    for target_program in ignoring:
+        gauges.stop(target_program)
     _drain(lab, plan)
 
     results = []
@@ -319,7 +332,8 @@ def measure_rates(gauges: Gauges, plan: LabPlan, flows: Round, effort: int = 1) 
         loss = max((_shape(plan, one).loss for pair in through for one in ways[pair]), key=lambda one: one.share)
         if loss.share:
             # Three standard deviations of a binomial share; losses in bursts are so many fewer events.
-            events = expected * _WINDOW_S / 8 / max(floods[pair].packet_bytes for pair in through) / (loss.burst or 1)
+            flood = floods[through[0]]
+            events = expected * flood.window_s / 8 / flood.packet_bytes / (loss.burst or 1)
             tolerance += 3 * expected * math.sqrt(loss.share * (1 - loss.share) / events)
         results.append(Measurement("rate", expected, measured, tolerance, *side))
     return results
@@ -340,21 +354,26 @@ class _Flood:
         return self.datagram_bytes * self.segments
 
     @classmethod
-    def on(cls, plan: LabPlan, way: Sequence[Side], effort: int) -> "_Flood":
+    def on(cls, plan: LabPlan, way: Sequence[Side], crowding: float, effort: int) -> "_Flood":
         limits = [rate for side in way if (rate := _shape(plan, side).rate_bps) is not None]
         slowest = min(limits)
         # Packets of 2 ms cost few calls of the kernel and still leave the counters fine-grained.
-        size = max(round(slowest * _CHUNK_S / 8), gauge.SMALLEST_DATAGRAM_BYTES)
+        size = max(round(slowest * _CHUNK_S * crowding / 8), gauge.SMALLEST_DATAGRAM_BYTES)
         size = min(size, plan.packet_bytes, gauge.LARGEST_FLOOD_BYTES)
         segments = max(1, size // ETHERNET_FRAME_BYTES)
         datagram = ETHERNET_FRAME_BYTES if segments > 1 else min(size, ETHERNET_FRAME_BYTES)
+        shortest_s = max(_FEWEST_CHUNKS * datagram * segments * 8 / slowest, _FEWEST_SAMPLES * _SAMPLE_S * crowding)
         return cls(
             rate_bps=_flood_bps(plan, way),
             datagram_bytes=datagram,
             segments=segments,
             warm_s=_SETTLE_S + max(burst_bytes(rate) * 8 / rate for rate in limits) / (_OVERLOAD - 1),
-            window_s=effort * max(_WINDOW_S, _FEWEST_CHUNKS * datagram * segments * 8 / slowest),
+            window_s=effort * max(_WINDOW_S, shortest_s),
         )
+
+
+def _crowding(flows: int) -> float:
+    return max(1.0, flows / _CROWD)
 
 
 def _rate_between(

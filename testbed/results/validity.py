@@ -19,7 +19,7 @@ STALL_S = 1.0
 """The longest time in which a link may send nothing while packets wait in its queue."""
 WINDOW_S = 1.0
 FOREIGN_SHARE = 0.25
-"""Processor time that programs of others may take from a cell: it computes up to 1 / (1 - 0.25) times as long."""
+"""Of all processors' time. It then takes up to 1 / (1 - 0.25) times as long to compute."""
 BUSY_SHARE = 0.95
 """From this share on no processor counts as idle."""
 PACE_EXCESS = 0.1
@@ -56,7 +56,11 @@ def busy_host(host: pd.DataFrame) -> list[str]:
     taken = host["cpu_foreign_share"].where(host["cpu_busy_share"] >= BUSY_SHARE, 0.0).mean()
     if taken <= FOREIGN_SHARE:
         return []
-    return [f"this machine was too busy: other programs took {100 * taken:.0f} % of its processors while none was idle"]
+    waited = host["cpu_some_share"].mean()
+    pressure = f" (programs waited for one in {100 * waited:.0f} % of the time)" if pd.notna(waited) else ""
+    return [
+        f"this machine was too busy: other programs took {100 * taken:.0f} % of its processors while none was idle{pressure}"
+    ]
 
 
 def missed_pace(steps: pd.DataFrame, compute: Mapping[str, Any] | str) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,18 +36,22 @@ def command(*arguments):
     )
 
 
-def run(tmp_path, **changes):
-    """The loaded run of a spec, and the summary of its only cell."""
+def start(tmp_path, **changes):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**SPEC, **changes}))
-    done = command("run", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "runs"))
-    assert done.returncode in (0, 3), done.stdout + done.stderr
+    arguments = ["run", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "runs")]
+    return subprocess.Popen([sys.executable, "-m", "testbed.cli", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def finished(process, tmp_path):
+    """The loaded run of a spec, and the summary of its only cell."""
+    assert process.wait(timeout=200) in (0, 3)
     (directory,) = (tmp_path / "runs").iterdir()
     loaded = testbed.load_run(directory)
     return loaded, loaded.summary["cells"][0]
 
 
 def test_every_direction_of_unequal_links_is_measured_before_the_start(tmp_path):
-    loaded, cell = run(tmp_path)
+    loaded, cell = finished(start(tmp_path), tmp_path)
     assert cell["calibrated"]
     calibration = loaded.calibration
     assert set(zip(calibration["link"], calibration["direction"], strict=True)) == {
@@ -59,24 +64,30 @@ def test_every_direction_of_unequal_links_is_measured_before_the_start(tmp_path)
     assert len(loaded.host) > 15
 
 
-def test_calibration_can_be_turned_off(tmp_path):
-    loaded, cell = run(tmp_path, calibrate=False)
+def test_a_machine_that_others_keep_busy_makes_a_run_invalid_and_calibration_can_be_turned_off(tmp_path):
+    process = start(tmp_path, calibrate=False, workload={**SPEC["workload"], "stop": {"seconds": 4}})
+    wait_until(lambda: list(tmp_path.glob("runs/*/cells/*/host.jsonl")))
+    burn = [sys.executable, "-S", "-c", "while True: pass"]
+    others = [subprocess.Popen(burn) for _ in range(os.cpu_count() or 1)]
+    try:
+        wait_until(lambda: list(tmp_path.glob("runs/*/cells/*/result.json")))
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    loaded, cell = finished(process, tmp_path)
+    assert not loaded.summary["valid"]
+    assert any(problem.startswith("this machine was too busy: other programs took") for problem in cell["problems"])
     assert loaded.calibration.empty
     assert not cell["calibrated"]
     assert not any("calibrated" in problem for problem in cell["problems"])
 
 
-def test_a_machine_that_others_keep_busy_makes_a_run_invalid_for_that_reason(tmp_path):
-    burn = [sys.executable, "-S", "-c", "while True: pass"]
-    others = [subprocess.Popen(burn) for _ in range(os.cpu_count() or 1)]
-    try:
-        loaded, cell = run(tmp_path, calibrate=False)
-    finally:
-        for other in others:
-            other.kill()
-            other.wait()
-    assert not loaded.summary["valid"]
-    assert any(problem.startswith("this machine was too busy: other programs took") for problem in cell["problems"])
+def wait_until(condition):
+    end = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.05)
 
 
 def test_own_computing_is_not_taken_for_that_of_others(tmp_path):

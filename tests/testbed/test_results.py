@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from netsenseml.agent.protocol import steps_file
 from testbed.results import validity
-from testbed.results.columns import IDENTITY_COLUMNS, TABLES
+from testbed.results.columns import HOST_COLUMNS, IDENTITY_COLUMNS, TABLES
 from testbed.results.load import NotARun, Run, load_run
 from testbed.results.records import finish_cell, method_label, read_table
 from testbed.results.summary import bootstrap_ci95, compare, geometric_mean, summarize, write_summary
@@ -353,16 +353,15 @@ def test_calibration_may_be_turned_off_but_not_unseen(tmp_path: Path) -> None:
     assert cell["valid"] and not cell["calibrated"]
 
 
-def host(busy: float, foreign: float, rows: int = 80) -> pd.DataFrame:
-    return pd.DataFrame(host_rows(rows / 10, busy, foreign))
+def host(busy: float, foreign: float, waited: float = 0.5, rows: int = 80) -> pd.DataFrame:
+    return pd.DataFrame(host_rows(rows / 10, busy, foreign, waited), columns=list(HOST_COLUMNS))
 
 
 def test_a_host_that_others_keep_busy_is_blamed() -> None:
-    assert validity.busy_host(host(1.0, 0.6)) == [
-        "this machine was too busy: other programs took 60 % of its processors while none was idle"
-    ]
-    half = pd.concat([host(1.0, 0.6), host(0.4, 0.0)])
-    assert "30 %" in validity.busy_host(half)[0]
+    blame = "this machine was too busy: other programs took 60 % of its processors while none was idle"
+    assert validity.busy_host(host(1.0, 0.6)) == [f"{blame} (programs waited for one in 50 % of the time)"]
+    assert validity.busy_host(host(1.0, 0.6, float("nan"))) == [blame]  # a kernel that does not tell who waits
+    assert "30 %" in validity.busy_host(pd.concat([host(1.0, 0.6), host(0.4, 0.0)]))[0]
 
 
 @pytest.mark.parametrize(("busy", "foreign"), [(1.0, 0.02), (0.7, 0.5), (0.9, 0.8)])
@@ -371,7 +370,7 @@ def test_honest_computing_and_processors_to_spare_are_not_blamed(busy: float, fo
 
 
 def test_a_load_that_was_not_recorded_is_no_pass() -> None:
-    assert validity.busy_host(host(1.0, 0.0, rows=0).reindex(columns=["cpu_busy_share"]))
+    assert validity.busy_host(host(1.0, 0.0, rows=0))
 
 
 def test_a_pace_that_was_not_held_is_blamed(tmp_path: Path) -> None:
