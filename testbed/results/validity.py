@@ -162,18 +162,29 @@ def telemetry_gaps(links: pd.DataFrame, t_end_s: float) -> list[str]:
 
 
 def stalls(links: pd.DataFrame) -> list[str]:
-    """Directions that sent nothing for more than ``STALL_S`` although their queue was never empty: a shaper that is stuck."""
+    """Directions that sent nothing although their queue was never empty: a shaper that is stuck.
+
+    For longer than ``STALL_S`` and the time that one bucket, the largest packet there can be, takes at the rate in force: at
+    8 kbit/s that alone is 12 s.
+    """
     problems = []
     for (link, direction), samples in links.sort_values("t_s").groupby(["link", "direction"]):
         waiting = (samples["backlog_bytes"] > 0) & (samples["bytes"].diff() == 0)
         stuck = samples[waiting].groupby((~waiting).cumsum()[waiting])["t_s"]
         lengths_s = (stuck.max() - stuck.min()) if len(stuck) else pd.Series(dtype=float)
-        if len(lengths_s) and lengths_s.max() > STALL_S:
-            start_s = stuck.min()[lengths_s.idxmax()]
+        fastest_bps = samples[waiting].groupby((~waiting).cumsum()[waiting])["rate_bps"].max()
+        too_long = lengths_s[lengths_s > STALL_S + fastest_bps.map(bucket_s).reindex(lengths_s.index)]
+        if len(too_long):
+            start_s = stuck.min()[too_long.idxmax()]
             problems.append(
-                f"{link} {direction}: stood still for {lengths_s.max():.2g} s from {start_s:.4g} s on with packets in its queue"
+                f"{link} {direction}: stood still for {too_long.max():.2g} s from {start_s:.4g} s on with packets in its queue"
             )
     return problems
+
+
+def bucket_s(rate_bps: float) -> float:
+    """Seconds that one bucket of the shaper takes at a rate in bits/s; 0 where there is no limit (NaN)."""
+    return 0.0 if np.isnan(rate_bps) else 8 * burst_bytes(int(rate_bps)) / rate_bps
 
 
 def excess_rates(links: pd.DataFrame, events: pd.DataFrame) -> list[str]:

@@ -427,9 +427,10 @@ def test_the_columns_can_be_had_without_pandas() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def queue_samples(sent_bytes: list[int], backlog: list[int]) -> pd.DataFrame:
+def queue_samples(sent_bytes: list[int], backlog: list[int], rate_bps: float = 50e6) -> pd.DataFrame:
     t_s = np.arange(len(sent_bytes)) / 10
-    return pd.DataFrame({"link": "w0", "direction": "up", "t_s": t_s, "bytes": sent_bytes, "backlog_bytes": backlog})
+    samples = {"t_s": t_s, "bytes": sent_bytes, "backlog_bytes": backlog, "rate_bps": rate_bps}
+    return pd.DataFrame({"link": "w0", "direction": "up", **samples})
 
 
 def test_a_link_that_stands_still_with_a_full_queue_is_blamed() -> None:
@@ -440,3 +441,10 @@ def test_a_link_that_stands_still_with_a_full_queue_is_blamed() -> None:
 def test_a_link_with_nothing_to_send_or_a_slow_one_is_not_blamed() -> None:
     assert validity.stalls(queue_samples([1000] * 40, [0] * 40)) == []
     assert validity.stalls(queue_samples([1000 * (n // 8) for n in range(40)], [500] * 40)) == []
+
+
+def test_a_link_too_slow_for_a_packet_a_second_is_not_blamed_until_one_should_have_left() -> None:
+    # At 8 kbit/s the largest packet takes 12.1 s.
+    assert validity.stalls(queue_samples([1000] * 130, [500] * 130, rate_bps=8_000)) == []
+    assert validity.stalls(queue_samples([1000] * 140, [500] * 140, rate_bps=8_000))
+    assert validity.stalls(queue_samples([1000] * 40, [500] * 40, rate_bps=np.nan))
