@@ -27,7 +27,7 @@ from testbed.links.netlink import Request, attributes
 from testbed.links.state import Loss, Shape
 
 MAJOR = 0x7E50
-"""Handles 7e50: to 7e5f: mark the qdiscs that are ours; nothing else at a root is ever replaced (Pumba's habit)."""
+"""Handles 7e50: to 7e5f: mark the qdiscs that are ours (Pumba's habit)."""
 
 ETHERNET_FRAME_BYTES = 1514
 _SEGMENT_BYTES = 1448

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pyroute2.netlink import NLA_F_NESTED, NLM_F_ECHO
-from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_GETQDISC, RTM_SETLINK, TC_H_ROOT
+from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_GETQDISC, RTM_SETLINK
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
 from netsenseml.agent.protocol import monotonic_s
 from testbed.links import qdiscs
-from testbed.links.netlink import BATCH, NetlinkError, NetlinkSocket, Request, decode, encode
+from testbed.links.netlink import BATCH, NetlinkSocket, Request, decode, encode
 from testbed.links.qdiscs import QdiscCounters, compile_tree
 from testbed.links.state import DIRECTIONS, LinkState, Shape
 
@@ -96,7 +96,7 @@ class Shaper:
         """Put links into new states; raises NetlinkError if the kernel refuses one."""
         return self.commit(self.prepare(changes))
 
-    def prepare(self, changes: Mapping[str, LinkState]) -> "Prepared":
+    def prepare(self, changes: Mapping[str, LinkState]) -> Prepared:
         """Compile and encode a change ahead of its time."""
         work: dict[NetlinkSocket, list[tuple[str, qdiscs.Qdisc, Request]]] = {}
         for link, state in changes.items():
@@ -107,7 +107,7 @@ class Shaper:
                     work.setdefault(port.socket, []).append((link, qdisc, request.with_flags(NLM_F_ECHO)))
         return Prepared(changes, work)
 
-    def commit(self, prepared: "Prepared") -> dict[str, Applied]:
+    def commit(self, prepared: Prepared) -> dict[str, Applied]:
         """Make a prepared change: first everything is sent, one write a namespace, then the answers are read.
 
         The kernel echoes each qdisc as it took it; ``verified`` says if that is what was asked.
@@ -175,19 +175,6 @@ class Shaper:
             if (port.socket, port.ifindex) in by_place
         }
 
-    def foreign_roots(self) -> list[str]:
-        """Links whose interface already has a root qdisc of someone else; such an interface must not be touched."""
-        found = []
-        for (link, direction), port in self._ports.items():
-            for answer in port.socket.dump(_dump_request()):
-                ifindex, handle, parent, _ = qdiscs.read_counters(answer)
-                if ifindex == port.ifindex and parent == TC_H_ROOT and handle and not qdiscs.is_ours(handle):
-                    found.append(f"{link} {direction} ({port.interface})")
-        return found
-
 
 def _dump_request() -> Request:
     return encode(tcmsg(), RTM_GETQDISC, 0, "list qdiscs")
-
-
-__all__ = ["Applied", "NetlinkError", "Port", "Shaper"]
