@@ -19,12 +19,11 @@ from typing import Any, Literal
 import psutil
 
 from testbed.labs.base import LabError
+from testbed.labs.capabilities import CAPABILITIES, lacking_capabilities
 from testbed.labs.netns import enclosure
 
 Verdict = Literal["ok", "limited", "missing"]
 PROBED = ("tbf", "netem", "veth", "bridge")
-CAPABILITIES = {"NET_ADMIN": 12, "SYS_PTRACE": 19, "SYS_ADMIN": 21}
-"""Bits of <linux/capability.h>; what it takes to shape containers from outside."""
 LATE_SLEEP_S = 0.005
 _SLEEPS, _SLEEP_S = 200, 0.001
 _ROOTLESS_CONTAINER = "docker run " + " ".join(
@@ -277,13 +276,6 @@ def capabilities(system: System) -> Finding:
         flags = " ".join(f"--cap-add {name}" for name in missing)
         return Finding("capabilities", "missing", f"this container has no {names}", f"start it with: docker run {flags} …")
     return Finding("capabilities", "limited", f"no {names}; only --lab docker needs them", f"use: {_COMPOSE}, or sudo")
-
-
-def lacking_capabilities() -> list[str]:
-    """Names of ``CAPABILITIES`` that this process does not have."""
-    match = re.search(r"^CapEff:\s*(\w+)", _read("/proc/self/status"), re.MULTILINE)
-    held = int(match[1], 16) if match else 0
-    return [name for name, bit in CAPABILITIES.items() if not held >> bit & 1]
 
 
 def congestion_controls() -> Finding:

@@ -34,6 +34,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from netsenseml.agent import protocol
 from testbed.labs.base import LabError, LabPlan
+from testbed.labs.capabilities import lacking_capabilities
 from testbed.links.netlink import NetlinkSocket, Request, decode, encode
 from testbed.links.qdiscs import gso_max_size
 from testbed.links.shaper import Port, Shaper
@@ -54,7 +55,6 @@ _COMPOSE = "docker compose up experiment"
 _OTHER_NAMESPACE = f"this process needs the PID and network namespaces of the Docker daemon; run: {_COMPOSE}"
 _OWN_MOUNT = re.compile(r"/containers/([0-9a-f]{64})/(?:hostname|hosts|resolv\.conf) /etc/")
 """A line of mountinfo(5): Docker mounts these files from a directory named after the container."""
-_CAPABILITIES = {"NET_ADMIN": 12, "SYS_PTRACE": 19, "SYS_ADMIN": 21}  # <linux/capability.h>
 
 
 class _Line:
@@ -414,10 +414,7 @@ def _limit_packets(index: int, gso_max_bytes: int) -> Request:
 
 
 def _require_capabilities() -> None:
-    status = Path("/proc/self/status").read_text()
-    held = int(re.search(r"^CapEff:\s*(\w+)", status, re.MULTILINE)[1], 16)  # type: ignore[index]
-    missing = [name for name, bit in _CAPABILITIES.items() if not held >> bit & 1]
-    if missing:
+    if missing := lacking_capabilities():
         raise LabError(f"shaping containers needs {', '.join(missing)}; run: {_COMPOSE}, or use sudo, or --lab netns")
 
 

@@ -102,6 +102,10 @@ def back_to_own_namespace() -> Iterator[None]:
             os.close(home)
 
 
+_NUDGE = bytes.fromhex("0180c200000e 020000000001 88b5") + bytes(46)
+"""The shortest frame, of a type that IEEE 802 keeps for experiments, to an address that no bridge forwards."""
+
+
 class NetlinkSocket:
     """A NETLINK_ROUTE socket of the namespace in which it is created; it stays there for life."""
 
@@ -114,6 +118,7 @@ class NetlinkSocket:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
             self._socket.settimeout(10)
+            self._frames = _frame_socket()
         except BaseException:
             self._socket.close()
             raise
@@ -133,6 +138,17 @@ class NetlinkSocket:
 
     def close(self) -> None:
         self._socket.close()
+        if self._frames is not None:
+            self._frames.close()
+
+    def nudge(self, interface: str) -> None:
+        """Send one short frame out of an interface, so that its qdisc looks after its queue. Needs CAP_NET_RAW."""
+        if self._frames is None:
+            return
+        try:
+            self._frames.sendto(_NUDGE, (interface, 0))
+        except OSError:
+            pass  # a full queue has been looked after all the same; an interface that is down has none
 
     def batch(self, requests: Iterable[Request]) -> list[list[bytes]]:
         """Send all requests and wait for all answers; ``post`` and ``collect`` in one."""
@@ -222,6 +238,13 @@ class NetlinkSocket:
             length, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)
             yield kind, flags, sequence, data[offset : offset + length]
             offset += (length + 3) & ~3
+
+
+def _frame_socket() -> socket.socket | None:
+    try:
+        return socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+    except OSError:
+        return None  # whoever only asks the kernel something needs none
 
 
 def attributes(data: bytes, offset: int) -> Iterator[tuple[int, int, int]]:

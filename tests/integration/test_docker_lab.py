@@ -266,7 +266,7 @@ def test_unprivileged_user_is_told_what_would_help(directory: Path) -> None:
         DockerLab(LabPlan({{}}), Path({str(directory)!r})).__enter__()
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
-    assert "LabError: shaping containers needs NET_ADMIN, SYS_PTRACE, SYS_ADMIN" in done.stderr
+    assert "LabError: shaping containers needs NET_ADMIN, NET_RAW, SYS_PTRACE, SYS_ADMIN" in done.stderr
     assert "docker compose up experiment" in done.stderr
 
 

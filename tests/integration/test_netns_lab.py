@@ -261,3 +261,30 @@ print(json.dumps(found))
     assert 36 <= seen["w1 w2"] <= 42
     assert 80 <= seen["w0 w3"] <= 105
     assert seen["idle"] < 50  # a loop would storm with thousands
+
+
+def test_a_link_goes_on_at_once_when_its_rate_rises_from_next_to_nothing(tmp_path):
+    # tbf's timer for the packet that waits stays as the old rate set it; nothing moved until TCP sent again by itself.
+    seen = in_lab(
+        tmp_path,
+        """
+with lab_of(["w0", "w1"], 20_000_000, 8_000) as lab:
+    lab.hosts["w1"].start(["python", "-c", SINK], {}, tmp / "sink.log")
+    lab.hosts["w0"].start(["python", "-c", SOURCE, lab.hosts["w1"].address, "60"], {}, tmp / "source.log")
+    time.sleep(1)
+    waits = []
+    for _ in range(3):
+        lab.links.apply({n: both(8_000) for n in ("w0", "w1")})
+        time.sleep(4)
+        lab.links.apply({n: both(20_000_000) for n in ("w0", "w1")})
+        before, start = lab.links.counters()["w0", "up"], time.monotonic()
+        while lab.links.counters()["w0", "up"].bytes < before.bytes + before.backlog_bytes // 2:
+            assert time.monotonic() < start + 20
+            time.sleep(0.005)
+        waits.append([before.backlog_bytes, time.monotonic() - start])
+        time.sleep(2)
+    print(json.dumps(waits))
+""",
+    )
+    assert any(backlog > 2 * 1514 for backlog, _ in seen), "nothing waited, so nothing was tried"
+    assert all(wait < 0.2 for _, wait in seen), seen
