@@ -192,10 +192,14 @@ class DockerLab:
         os.chown(self._directory, *self.user)
         _give(self._directory / "cells", *self.user)
         mount = Mount(str(_RUN_DIR), _path_for_daemon(client, self._directory), type="bind")
-        network = client.networks.create(f"netsense-{self._token}", driver="bridge", internal=True, labels=self._labels)
         rendezvous = self._directory / f".hosts-{self._token}.sock"
-        pool = ThreadPoolExecutor(_START_THREADS, thread_name_prefix="container")
+        # Whatever the daemon makes is asked for on other threads: Ctrl-C, which comes to this one, must not cut off a request,
+        # because the daemon would fulfil it after we have looked for what there is to remove.
+        pool = ThreadPoolExecutor(_START_THREADS, thread_name_prefix="docker")
         try:
+            network = pool.submit(
+                client.networks.create, f"netsense-{self._token}", driver="bridge", internal=True, labels=self._labels
+            ).result()
             with protocol.listen_unix(rendezvous, backlog=len(self._plan.hosts) + 8) as listener:
                 os.chown(rendezvous, *self.user)
                 starting = {
@@ -207,8 +211,8 @@ class DockerLab:
                 rendezvous.unlink()
             containers = {name: future.result() for name, future in starting.items()}
         finally:
-            # Even after Ctrl-C every container must be known to the daemon before they are removed by their label.
-            pool.shutdown(wait=True, cancel_futures=True)
+            with _undisturbed():
+                pool.shutdown(wait=True, cancel_futures=True)
             rendezvous.unlink(missing_ok=True)
         self._wire(network, containers)
 
@@ -330,10 +334,19 @@ def image_has(program: str) -> bool:
     """Whether the image of the hosts has a program; asked in a container of it that ends at once. Raises LabError."""
     image = os.environ.get(ENV_IMAGE, DEFAULT_IMAGE)
     question = ["sh", "-c", f"command -v {program}"]
-    with contextlib.closing(connect()) as client, _docker_errors():
+    # On another thread, which Ctrl-C does not keep from removing the container.
+    with contextlib.closing(connect()) as client, _docker_errors(), ThreadPoolExecutor(1) as pool:
         require_image(client, image)
         try:
-            client.containers.run(image, entrypoint=question, command=[], remove=True, network_mode="none", labels=_NOT_COMPOSE)
+            pool.submit(
+                client.containers.run,
+                image,
+                entrypoint=question,
+                command=[],
+                remove=True,
+                network_mode="none",
+                labels=_NOT_COMPOSE,
+            ).result()
         except ContainerError:
             return False
         return True

@@ -1,5 +1,6 @@
 """The Docker lab as a real lab: what workers may do, what links carry, and that nothing is left, whatever ended it."""
 
+import functools
 import os
 import shutil
 import signal
@@ -7,12 +8,14 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from docker.models.networks import NetworkCollection
 
 from testbed.labs import docker as lab_module
 from testbed.labs.base import LabError, LabPlan, Process
@@ -211,6 +214,22 @@ def test_interrupt_leaves_nothing(orchestrator: subprocess.Popen[str], delay_s: 
     assert "KeyboardInterrupt" in errors
     assert time.monotonic() - begin < 5
     assert wait_for(lambda: not made_by(orchestrator)), made_by(orchestrator)
+
+
+def test_interrupt_while_the_daemon_makes_the_network_leaves_nothing(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = NetworkCollection.create
+
+    def create_and_be_interrupted(*args: object, **options: object) -> object:
+        interrupt = functools.partial(signal.pthread_kill, threading.main_thread().ident, signal.SIGINT)
+        threading.Timer(0.01, interrupt).start()
+        return create(*args, **options)
+
+    monkeypatch.setattr(NetworkCollection, "create", create_and_be_interrupted)
+    lab = DockerLab(plan(1), directory)
+    with pytest.raises(KeyboardInterrupt), lab:
+        pass
+    time.sleep(1)  # for what the daemon may still be at
+    assert not left(f"{LABEL}={lab._token}")
 
 
 def test_missing_image_says_how_to_build_it(directory: Path) -> None:
