@@ -58,13 +58,13 @@ def missing(need: str) -> str | None:
 
         if missing_kinds(["netem"]):
             return "this kernel of User-Mode Linux has no netem"
-    elif need == "chromium" and not shutil.which("chromium"):
-        return "Chromium is missing; install it with: sudo apt-get install chromium"
+    elif need in ("chromium", "iperf3") and not shutil.which(need):
+        return f"{need} is missing; install it with: sudo apt-get install {need}"
     return None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for need in ("netns", "docker", "compose", "chromium", "netem"):
+    for need in ("netns", "docker", "compose", "chromium", "iperf3", "netem"):
         if item.get_closest_marker(need) and (reason := missing(need)):
             if need in REQUIRED:
                 pytest.fail(f"{need} is required here: {reason}", pytrace=False)

@@ -9,7 +9,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self, TypeVar
@@ -60,11 +60,10 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Posted:
-    """Requests on their way; ``first`` is the sequence number of the first."""
+class Packed:
+    """Requests of one socket, ready to be sent: each write with its requests and the sequence number of the first."""
 
-    requests: list[Request]
-    first: int
+    writes: Sequence[tuple[bytes, Sequence[Request], int]]
 
 
 def encode(message: nlmsg, kind: int, flags: int, what: str) -> Request:
@@ -151,29 +150,43 @@ class NetlinkSocket:
             pass  # a full queue has been looked after all the same; an interface that is down has none
 
     def batch(self, requests: Iterable[Request]) -> list[list[bytes]]:
-        """Send all requests and wait for all answers; ``post`` and ``collect`` in one."""
-        return self.collect(self.post(requests))
+        """Send all requests and wait for all answers; ``pack``, ``post`` and ``collect`` in one."""
+        packed = self.pack(requests)
+        self.post(packed)
+        return self.collect(packed)
 
-    def post(self, requests: Iterable[Request]) -> "Posted":
-        """Send requests in one write. The kernel carries them out, in their order, before this returns.
-
-        More than 64 would overflow the socket with answers; the rest is sent by ``collect``.
-        """
+    def pack(self, requests: Iterable[Request]) -> Packed:
+        """Make requests ready to be sent, once, by this socket. More than 64 in a write would overflow it with answers."""
         pending = list(requests)
-        return Posted(pending, self._send(pending[:BATCH]))
+        writes = []
+        for begin in range(0, len(pending), BATCH):
+            chunk = pending[begin : begin + BATCH]
+            first = self._sequence + 1
+            out = bytearray()
+            for request in chunk:
+                self._sequence += 1
+                message = bytearray(request.data)
+                (asked,) = struct.unpack_from("=H", message, 6)
+                struct.pack_into("=HII", message, 6, asked | NLM_F_ACK, self._sequence, 0)
+                out += message + b"\0" * (-len(message) % 4)
+            writes.append((bytes(out), chunk, first))
+        return Packed(writes)
 
-    def collect(self, posted: "Posted") -> list[list[bytes]]:
+    def post(self, packed: Packed) -> None:
+        """Send the first write. The kernel carries it out, request by request, before this returns."""
+        if packed.writes:
+            self._socket.send(packed.writes[0][0])
+
+    def collect(self, packed: Packed) -> list[list[bytes]]:
         """For each posted request, the messages that the kernel sent back for it (the echo of NLM_F_ECHO).
 
         The kernel goes on after a request that fails; the first failure is raised when all are done.
         """
         replies: list[list[bytes]] = []
         failure: NetlinkError | None = None
-        first = posted.first
-        for begin in range(0, len(posted.requests), BATCH):
-            chunk = posted.requests[begin : begin + BATCH]
-            if begin:
-                first = self._send(chunk)
+        for number, (data, chunk, first) in enumerate(packed.writes):
+            if number:
+                self._socket.send(data)
             answers, refused = self._receive_all(chunk, first)
             replies += answers
             failure = failure or refused
@@ -181,21 +194,7 @@ class NetlinkSocket:
             raise failure
         return replies
 
-    def _send(self, pending: list[Request]) -> int:
-        """Send; returns the sequence number of the first request."""
-        first = self._sequence + 1
-        out = bytearray()
-        for request in pending:
-            self._sequence += 1
-            message = bytearray(request.data)
-            (asked,) = struct.unpack_from("=H", message, 6)
-            struct.pack_into("=HII", message, 6, asked | NLM_F_ACK, self._sequence, 0)
-            out += message + b"\0" * (-len(message) % 4)
-        if out:
-            self._socket.send(out)
-        return first
-
-    def _receive_all(self, pending: list[Request], first: int) -> tuple[list[list[bytes]], NetlinkError | None]:
+    def _receive_all(self, pending: Sequence[Request], first: int) -> tuple[list[list[bytes]], NetlinkError | None]:
         replies: list[list[bytes]] = [[] for _ in pending]
         failure: NetlinkError | None = None
         missing = len(pending)

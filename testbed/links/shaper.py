@@ -14,7 +14,7 @@ from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
 from netsenseml.agent.protocol import monotonic_s
 from testbed.links import qdiscs
-from testbed.links.netlink import BATCH, NetlinkSocket, Request, decode, encode
+from testbed.links.netlink import BATCH, NetlinkSocket, Packed, Request, decode, encode
 from testbed.links.qdiscs import QdiscCounters, compile_tree
 from testbed.links.state import DIRECTIONS, LinkState, Shape
 
@@ -41,10 +41,10 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A change of links, encoded; by socket: link, qdisc and request."""
+    """A change of links, encoded; for every socket, what it sends, and the link and qdisc of each request."""
 
     changes: Mapping[str, LinkState]
-    work: Mapping[NetlinkSocket, Sequence[tuple[str, qdiscs.Qdisc, Request]]]
+    work: Sequence[tuple[NetlinkSocket, Packed, Sequence[tuple[str, qdiscs.Qdisc]]]]
 
 
 def set_port(ifindex: int, what: str, attribute: str, value: int) -> Request:
@@ -105,7 +105,13 @@ class Shaper:
                 tree = self._tree(link, direction, getattr(state, direction))
                 for qdisc, request in zip(tree, qdiscs.requests(tree, port.ifindex, f"{link} {direction}"), strict=True):
                     work.setdefault(port.socket, []).append((link, qdisc, request.with_flags(NLM_F_ECHO)))
-        return Prepared(changes, work)
+        return Prepared(
+            changes,
+            [
+                (socket, socket.pack(request for *_, request in parts), [(link, qdisc) for link, qdisc, _ in parts])
+                for socket, parts in work.items()
+            ],
+        )
 
     def commit(self, prepared: Prepared) -> dict[str, Applied]:
         """Make a prepared change: first everything is sent, one write a namespace, then the answers are read.
@@ -115,16 +121,15 @@ class Shaper:
         changes = prepared.changes
         verified = dict.fromkeys(changes, True)
         done_s = dict.fromkeys(changes, 0.0)
-        posted = []
-        for socket, work in prepared.work.items():
-            posted.append((socket, work, socket.post(request for *_, request in work)))
+        for socket, packed, parts in prepared.work:
+            socket.post(packed)
             now = monotonic_s()
-            for link, *_ in work[:BATCH]:
+            for link, _ in parts[:BATCH]:
                 done_s[link] = max(done_s[link], now)
-        for socket, work, sent in posted:
-            replies = socket.collect(sent)
+        for socket, packed, parts in prepared.work:
+            replies = socket.collect(packed)
             now = monotonic_s()
-            for position, ((link, qdisc, _), answers) in enumerate(zip(work, replies, strict=True)):
+            for position, ((link, qdisc), answers) in enumerate(zip(parts, replies, strict=True)):
                 verified[link] &= any(qdiscs.same_on_kernel(qdisc, answer) for answer in answers)
                 if position >= BATCH:
                     done_s[link] = max(done_s[link], now)

@@ -74,6 +74,7 @@ HOST_COLUMNS: Mapping[str, str] = {
     "cpu_some_share": "share of the last second in which some program waited for a processor (PSI); null if not known",
     "cpu_busy_share": "share of all processors' time in the last second that was not idle",
     "cpu_foreign_share": "share of it that programs used which are not the cell's, or a hypervisor took",
+    "softnet_drops": "packets dropped between interfaces since t = 0, because a processor had no room for them",
 }
 """Columns of one row of host: one sample of the machine's load, ten a second."""
 

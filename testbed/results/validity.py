@@ -23,6 +23,8 @@ FOREIGN_SHARE = 0.25
 BUSY_SHARE = 0.95
 """From this share on no processor counts as idle."""
 PACE_EXCESS = 0.1
+LOST_SHARE = 1e-3
+"""Of the packets that links carried, so many may have been lost between them; TCP slows down for every one."""
 EXCESS = 0.05
 """A link may carry one bucket of its shaper plus this share more than its limit over any ``WINDOW_S``."""
 
@@ -41,6 +43,7 @@ def cell_problems(cell: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -
         *stalls(links),
         *excess_rates(links, events),
         *busy_host(tables["host"]),
+        *lost_between_links(tables["host"], links),
         *missed_pace(steps, (cell["workload"].get("compute") or {})),
     ]
 
@@ -60,6 +63,20 @@ def busy_host(host: pd.DataFrame) -> list[str]:
     pressure = f" (programs waited for one in {100 * waited:.0f} % of the time)" if pd.notna(waited) else ""
     return [
         f"this machine was too busy: other programs took {100 * taken:.0f} % of its processors while none was idle{pressure}"
+    ]
+
+
+def lost_between_links(host: pd.DataFrame, links: pd.DataFrame) -> list[str]:
+    """Whether the kernel dropped packets on their way from one link to the next, which no link was asked to do."""
+    if host.empty or links.empty:
+        return []  # that they are missing is a problem already
+    lost = host["softnet_drops"].max()
+    carried = (links.groupby(["link", "direction"])["packets"].agg(["min", "max"]).diff(axis=1)["max"]).sum()
+    if not lost > LOST_SHARE * carried:
+        return []
+    return [
+        f"this machine dropped {lost:.0f} packets between links, of {carried:.0f} that they carried;"
+        " give it longer queues: sysctl -w net.core.netdev_max_backlog=10000"
     ]
 
 

@@ -56,7 +56,7 @@ def _with_traces_copied(spec: Spec, spec_directory: Path, directory: Path) -> Sp
 
 
 def environment() -> dict[str, object]:
-    """What a figure depends on: kernel, processor, memory, versions."""
+    """What a figure depends on: kernel, processor, memory, TCP, versions."""
     versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
@@ -70,9 +70,18 @@ def environment() -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().total,
         "load_average": os.getloadavg(),
+        "congestion_control": _congestion_control(),
         "python": sys.version.split()[0],
         "packages": versions,
     }
+
+
+def _congestion_control() -> str | None:
+    """What TCP uses unless a program chooses; the workers of all labs do not."""
+    try:
+        return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+    except OSError:
+        return None
 
 
 def _processor() -> str:

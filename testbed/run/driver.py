@@ -20,8 +20,10 @@ from testbed.spec.load import parse_link
 from testbed.timeline import Change
 
 SAMPLE_S = 0.1
-_GUARD_S = 0.005
-"""No sample is begun when a change is due this soon: a dump takes some ms, a change must be on time."""
+_GUARD = 1.5
+"""No sample is begun when a change is due sooner than this many times what the last one took: a change must be on time."""
+_OVERDUE_S = 0.5
+"""But this late a sample comes first, or a dense timeline would leave no evidence."""
 
 
 class LinkDriver:
@@ -72,19 +74,23 @@ class LinkDriver:
     def _loop(self) -> None:
         pending = self._moments()
         due = next(pending, None)
-        next_sample = 0.0
+        next_sample = reading_s = 0.0
         while not self._stopping.is_set():
             now = monotonic_s() - self._t0_s
             if due is not None and due.at_s <= now:
                 self._apply(due)
                 due = next(pending, None)
-            elif next_sample <= now and (due is None or due.at_s - now > _GUARD_S):
+            elif next_sample <= now and (
+                due is None or due.at_s - now > _GUARD * reading_s or now - next_sample > _OVERDUE_S
+            ):
                 self._sample()
+                reading_s = monotonic_s() - self._t0_s - now
                 next_sample = max(next_sample + SAMPLE_S, now)
                 self._answer_visitors()
             else:
-                wake = max(next_sample, now + 0.0002) if due is None else min(due.at_s, max(next_sample, now + 0.0002))
-                self._stopping.wait(max(0.0, wake - now))
+                moments = [next_sample] if next_sample > now else []
+                moments += [] if due is None else [due.at_s]
+                self._stopping.wait(max(0.0, min(moments) - now))
         self._sample()
 
     def _answer_visitors(self) -> None:

@@ -24,7 +24,7 @@ class _Counters:
     """Seconds since boot. waiting_s: time in which some program waited for a processor; NaN if the kernel does not tell.
 
     busy_s, total_s: of all processors. programs_s: what programs used of busy_s, with what a hypervisor took away; ours_s: what
-    our programs used of that.
+    our programs used of that. softnet_drops: packets that did not fit into a processor's input queue.
     """
 
     t_s: float
@@ -33,6 +33,7 @@ class _Counters:
     total_s: float
     programs_s: float
     ours_s: float
+    softnet_drops: int
 
 
 class HostMonitor:
@@ -61,10 +62,12 @@ class HostMonitor:
         self._records.close()
 
     def _run(self) -> None:
-        self._history.append(self._count())
+        begin = self._count()
+        self._history.append(begin)
         while not self._stopping.wait(SAMPLE_S):
-            self._history.append(self._count())
-            self._records.append([shares(self._history[0], self._history[-1], self._t0_s)])
+            self._history.append(now := self._count())
+            drops = {"softnet_drops": now.softnet_drops - begin.softnet_drops}
+            self._records.append([{**shares(self._history[0], now, self._t0_s), **drops}])
 
     def _count(self) -> _Counters:
         now_s = monotonic_s()
@@ -74,11 +77,12 @@ class HostMonitor:
         user, nice, system, idle, iowait, irq, softirq, steal = _processor_times()
         busy_s = user + nice + system + irq + softirq + steal
         ours_s = sum(map(_time_of, self._ours))
-        return _Counters(now_s, _waiting_s(), busy_s, busy_s + idle + iowait, user + nice + system + steal, ours_s)
+        total_s, programs_s = busy_s + idle + iowait, user + nice + system + steal
+        return _Counters(now_s, _waiting_s(), busy_s, total_s, programs_s, ours_s, _softnet_drops())
 
 
 def shares(first: _Counters, last: _Counters, t0_s: float) -> dict[str, Any]:
-    """The row of two moments."""
+    """The load between two moments."""
     total_s = max(last.total_s - first.total_s, 1e-9)
     foreign_s = (last.programs_s - first.programs_s) - (last.ours_s - first.ours_s)
     return {
@@ -121,6 +125,12 @@ def _time_of(pid: int) -> float:
 def _processor_times() -> list[float]:
     with open("/proc/stat") as file:
         return [int(ticks) / _TICKS_PER_S for ticks in file.readline().split()[1:9]]
+
+
+def _softnet_drops() -> int:
+    # One line a processor; the second field counts what its queue (net.core.netdev_max_backlog) had no room for.
+    with open("/proc/net/softnet_stat") as file:
+        return sum(int(line.split()[1], 16) for line in file)
 
 
 def _waiting_s() -> float:

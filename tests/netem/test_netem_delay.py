@@ -30,7 +30,7 @@ def best(measure, off, tolerance, rounds=6):
 def test_the_round_trip_takes_both_delays(pair, figure, delay_ms):
     hosts = pair.hosts
     pair.set()
-    path_ms = np.median(ping(hosts["w0"], hosts["w1"].address, 50)) * 1e3
+    path_ms = ping(hosts["w0"], hosts["w1"].address, 50).min() * 1e3
     pair.set(delay_s=delay_ms / 1e3)
 
     def measure():
@@ -45,8 +45,9 @@ def test_the_round_trip_takes_both_delays(pair, figure, delay_ms):
         f"{2 * delay_ms} + 0 to 0.3 ms",
         f"median {rtt_ms:.3f} ms, fastest {min(fastest_ms):.3f} ms; {path_ms:.3f} ms without delay",
     )
-    # Not the median: on a machine that does much else, most timers are late by more than that.
-    assert 2 * delay_ms <= min(fastest_ms) <= 2 * delay_ms + 0.3
+    # Not the median: on a machine that does much else, most timers are late by more than that. And beside the time that the
+    # packets take through this kernel anyway, which under User-Mode Linux is half of the tolerance.
+    assert 2 * delay_ms <= min(fastest_ms) <= 2 * delay_ms + path_ms + 0.3
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

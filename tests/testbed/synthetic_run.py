@@ -112,6 +112,7 @@ def step_rows(shares: tuple[float, float], seed: int, t_end_s: float) -> Iterato
             "payload_bytes": payload,
             "dense_bytes": DENSE_BYTES,
             "ratio": share,
+            "lost_energy": None,
             "bandwidth_bps": None if share == 1 else 0.95 * rate_bps,
             "rtt_s": None,
             "min_rtt_s": None,
@@ -136,6 +137,7 @@ def host_rows(t_end_s: float, busy: float = 0.5, foreign: float = 0.02, waited: 
             "cpu_some_share": waited,
             "cpu_busy_share": busy,
             "cpu_foreign_share": foreign,
+            "softnet_drops": 0,
         }
 
 

@@ -373,6 +373,21 @@ def test_a_load_that_was_not_recorded_is_no_pass() -> None:
     assert validity.busy_host(host(1.0, 0.0, rows=0))
 
 
+def test_packets_lost_between_links_are_blamed_when_they_matter() -> None:
+    links = pd.DataFrame(
+        [
+            {"link": link, "direction": way, "packets": packets}
+            for link in ("w0", "w1")
+            for way in ("up", "down")
+            for packets in (100, 10_100)
+        ]
+    )
+    for drops, blamed in ((0, False), (40, False), (41, True)):
+        found = validity.lost_between_links(host(0.5, 0.0).assign(softnet_drops=drops), links)
+        assert bool(found) == blamed
+    assert "dropped 41 packets between links, of 40000" in found[0] and "netdev_max_backlog" in found[0]
+
+
 def test_a_pace_that_was_not_held_is_blamed(tmp_path: Path) -> None:
     steps = load_run(write_run(tmp_path / "run", methods=("allreduce",))).steps  # they compute for 20 ms
     [problem] = validity.missed_pace(steps, {"pace_s": 0.015})

@@ -1,7 +1,6 @@
 """The programs of competing traffic over loopback, with the orchestrator's own control socket."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -116,7 +115,7 @@ def test_what_a_killed_receiver_had_recorded_can_be_read(tmp_path):
     assert rows[-1]["bytes"] > 0
 
 
-@pytest.mark.skipif(shutil.which("iperf3") is None, reason="iperf3 is not installed")
+@pytest.mark.iperf3
 @pytest.mark.parametrize("kind", ["tcp", "udp"])
 def test_iperf3_makes_the_same_phases(tmp_path, kind):
     flow = replace(FLOW, kind=kind, engine="iperf3", at_s=0.2, end_s=2.5, on=Duration(0.9), off=Duration(0.4))
