@@ -115,6 +115,8 @@ class Session:
         ledger = self._ledger
         with self._lock:
             ledger.elements += bucket.buffer().numel()
+            ledger.bucket_elements.append(bucket.buffer().numel())
+            ledger.ready_s.append(arrived_s)
             self._pending += 1
             if bucket.is_last():
                 self._all_launched = True
@@ -211,6 +213,7 @@ class Session:
             "dense_bytes": ledger.dense_bytes,
             "scheme": ledger.scheme,
             "ratio": ledger.ratio,
+            "lost_energy": ledger.lost_energy,
             "bandwidth_bps": self.method.bandwidth_bps,
             "rtt_s": sensed and sensed.rtt_s,
             "min_rtt_s": sensed and sensed.min_rtt_s,

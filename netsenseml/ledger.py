@@ -9,6 +9,7 @@ from torch.futures import Future
 
 from netsenseml.agent.protocol import monotonic_s
 from netsenseml.exchange.collectives import all_reduce_bytes
+from netsenseml.sensing.network import Transfer
 from netsenseml.sensing.tcp import TcpSample
 
 
@@ -30,15 +31,18 @@ class Ledger:
         self.encode_s = 0.0
         self.comm_s = 0.0
         """Exposed communication: from the last gradient being ready to the last bucket being exchanged."""
-        self.flight_s = 0.0
-        """Time in which at least one collective was under way."""
         self.window_s = 0.0
         """Compute that preceded the exchange: from the last exchange (or the beginning) to the last gradient."""
+        self.ready_s: list[float] = []
+        """When the gradients of each bucket were ready."""
+        self.bucket_elements: list[int] = []
+        self._energy = self._lost = 0.0
+        self._coded = False
         self.tcp: TcpSample | None = None
         """What the kernel saw of the connections since the exchange before."""
+        self._transfers: dict[tuple[int, int], Transfer] = {}
         self._lock = threading.Lock()
-        self._in_flight = 0
-        self._in_flight_since = 0.0
+        self._landed_s = 0.0
 
     @contextmanager
     def coding(self) -> Iterator[None]:
@@ -53,32 +57,52 @@ class Ledger:
     def launch(
         self,
         collective: Callable[[], Future[torch.Tensor]],
+        *,
         payload_bytes: float,
-        elements: int,
-        decode: Callable[[torch.Tensor], torch.Tensor],
+        hops: int,
+        bucket: int,
+        stage: int = 0,
+        elements: int = 0,
     ) -> Future[torch.Tensor]:
-        """Launch a collective and account for it; the returned future holds its decoded result.
+        """Launch a collective and account for it; the returned future holds its result.
 
-        payload_bytes: what this rank sends for it by the collective's cost formula.
+        payload_bytes: what this rank sends for it by the collective's cost formula. hops: one-way delays that it passes.
+        bucket, stage: which bucket's exchange this is part of, and which part; every rank has the same ones in a step.
         elements: gradient elements of this rank in the payload.
         """
         with self._lock:
             self.payload_bytes += round(payload_bytes)
             self.elements_sent += elements
-            if not self._in_flight:
-                self._in_flight_since = monotonic_s()
-            self._in_flight += 1
+        launched_s = monotonic_s()
 
-        def arrived(done: Future[torch.Tensor]) -> torch.Tensor:
+        def landed(done: Future[torch.Tensor]) -> torch.Tensor:
+            now_s = monotonic_s()
             with self._lock:
-                self._in_flight -= 1
-                if not self._in_flight:
-                    self.flight_s += monotonic_s() - self._in_flight_since
-            value = done.value()
-            with self.coding():
-                return decode(value)
+                # A collective that was launched while another one was under way shares the link with it: its own time
+                # begins when that one is done.
+                seconds = now_s - max(launched_s, self._landed_s)
+                self._landed_s = now_s
+                self._transfers[bucket, stage] = Transfer(round(payload_bytes), hops, seconds)
+            return done.value()
 
-        return collective().then(arrived)
+        return collective().then(landed)
+
+    def lose(self, share: float, energy: float) -> None:
+        """Note for a bucket what share of its energy, the sum of squares of what was to be sent, was not sent."""
+        with self._lock:
+            self._coded = True
+            self._energy += energy
+            self._lost += share * energy
+
+    @property
+    def lost_energy(self) -> float | None:
+        """Share of the energy of all buckets that was not sent; None if the method does not tell."""
+        return (self._lost / self._energy if self._energy else 0.0) if self._coded else None
+
+    @property
+    def transfers(self) -> list[Transfer]:
+        """The step's collectives, by bucket and stage."""
+        return [self._transfers[key] for key in sorted(self._transfers)]
 
     @property
     def dense_bytes(self) -> int:

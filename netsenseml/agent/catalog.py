@@ -8,7 +8,8 @@ name is the user's own code: it is accepted here together with its options, and 
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 
@@ -16,8 +17,9 @@ from typing import Any
 class Option:
     """One option: its type, its default and the values it may take.
 
-    kind: bool, int, float or list (of positive integers). An int is accepted where a float is meant.
-    low, high: inclusive bounds of a number; above: exclusive lower bound.
+    kind: bool, int, float, str (one of ``choices``) or list; of what, its default tells: of positive integers, or of texts.
+        An int is accepted where a float is meant.
+    low, high: inclusive bounds of a number; above: exclusive lower bound. choices: the values, if they can be listed.
     """
 
     kind: type
@@ -26,13 +28,18 @@ class Option:
     low: float = -math.inf
     high: float = math.inf
     above: float = -math.inf
+    choices: tuple[Any, ...] = ()
 
     def check(self, value: Any) -> Any:
         """The value in the option's type; raises ValueError saying what is expected."""
         if self.kind is list:
-            if isinstance(value, (list, tuple)) and all(_is_int(item) and item > 0 for item in value):
+            if isinstance(value, (list, tuple)) and all(self._fits_list(item) for item in value):
                 return list(value)
-            raise ValueError("a list of positive integers")
+            raise ValueError(self.expected)
+        if self.choices:
+            if value in self.choices and isinstance(value, self.kind):
+                return value
+            raise ValueError(self.expected)
         if self.kind is float and _is_int(value):
             value = float(value)
         fits = _is_int(value) if self.kind is int else isinstance(value, self.kind)
@@ -41,8 +48,19 @@ class Option:
         return value
 
     @property
+    def _of_numbers(self) -> bool:
+        return bool(self.default) and _is_int(self.default[0])
+
+    def _fits_list(self, item: Any) -> bool:
+        return _is_int(item) and item > 0 if self._of_numbers else isinstance(item, str)
+
+    @property
     def expected(self) -> str:
         """What a value must look like, in words."""
+        if self.kind is list:
+            return "a list of positive integers" if self._of_numbers else "a list of texts"
+        if self.choices:
+            return "one of " + ", ".join(map(str, self.choices))
         if self.kind is bool:
             return "true or false"
         bounds = [
@@ -59,20 +77,40 @@ def _is_int(value: Any) -> bool:
 
 Options = Mapping[str, Option]
 
+_RATIO = Option(float, 0.1, "share of the gradient elements that every rank sends", above=0, high=1)
+_VALUES = Option(str, "bf16", "type of the values that are sent", choices=("fp32", "bf16", "int8", "int4"))
+
 METHODS: Mapping[str, Options] = {
     "allreduce": {},
     "bf16": {},
-    "topk": {
-        "ratio": Option(float, 0.1, "share of the gradient elements that every rank sends", above=0, high=1),
+    "fp16": {},
+    "topk": {"ratio": _RATIO, "values": _VALUES},
+    "randomk": {"ratio": _RATIO},
+    "dgc": {
+        "ratio": replace(_RATIO, default=0.01),
+        "values": _VALUES,
+        "momentum": Option(float, 0.9, "momentum correction; the optimizer's own should be 0", low=0, high=1),
+        "warmup": Option(int, 100, "steps in which the share falls from a quarter to ratio", low=0),
     },
+    "quantized": {"values": Option(str, "int8", "type of the values that are sent", choices=("bf16", "int8", "int4"))},
+    "qsgd": {"bits": Option(int, 8, "bits of a value", choices=(8, 4))},
+    "signsgd": {},
+    "powersgd": {"rank": Option(int, 4, "rank of the approximation", low=1)},
     "netsense": {
-        "share": Option(float, 0.9, "share of bandwidth x window that a step's payload may use", above=0, high=100),
-        "floor": Option(float, 0.001, "smallest ratio", above=0, high=1),
-        "start": Option(float, 1.0, "ratio of the first steps, 1 = plain all-reduce", above=0, high=1),
-        "fall": Option(float, 0.1, "ratio falls at most to this share of itself in one step", above=0, high=1),
-        "rise": Option(float, 1.25, "ratio rises at most by this factor in one step", above=1, high=100),
+        "policy": Option(
+            str, "budget", "what decides: our rule, the paper's, or the list 'schemes'", choices=("budget", "bdp", "fixed")
+        ),
+        "share": Option(
+            float, 0.25, "of the compute time, so much may be waited for communication (budget)", above=0, high=100
+        ),
+        "floor": Option(float, 0.001, "smallest share of the elements (budget, bdp)", above=0, high=1),
+        "start": Option(float, 0.01, "share of the elements in the first steps (budget, bdp)", above=0, high=1),
+        "schemes": Option(list, [], "scheme of every step, as the records name them; the last one goes on (fixed)"),
     },
 }
+
+ENTRY_POINTS = "netsenseml.methods"
+"""Group of entry points under which a package registers methods of its own."""
 
 MODELS: Mapping[str, Options] = {
     "mlp": {"hidden": Option(list, [512, 512], "widths of the hidden layers")},
@@ -111,7 +149,21 @@ def check_method(name: str, options: Mapping[str, Any] | None = None) -> dict[st
 
     Raises ValueError, one line that names the valid choices, nearest first.
     """
-    return _resolve("method", METHODS, name, options)
+    known = METHODS
+    if name not in METHODS and not is_import_path(name):
+        registered = registered_methods()
+        if name in registered:
+            return dict(options or {})
+        known = {**METHODS, **dict.fromkeys(registered, {})}
+    resolved = _resolve("method", known, name, options)
+    if resolved.get("policy") == "fixed" and not resolved["schemes"]:
+        raise ValueError(f"method '{name}': policy 'fixed' needs schemes, for example [int8]")
+    return resolved
+
+
+def registered_methods() -> dict[str, EntryPoint]:
+    """Methods that installed packages bring along, by name."""
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
 
 
 def check_model(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:

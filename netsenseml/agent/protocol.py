@@ -66,6 +66,7 @@ STEP_COLUMNS: Mapping[str, str] = {
     "dense_bytes": "bytes a ring all-reduce of the same float32 gradients would have sent from this rank",
     "scheme": "how the gradients were encoded, for example 'allreduce', 'bf16', 'topk'",
     "ratio": "share of the gradient elements that were sent, 1 = all",
+    "lost_energy": "share of the energy (sum of squares) of gradient + residual that was not sent; null if not known",
     "bandwidth_bps": "bandwidth estimate in use for this step, bits/s; null if the method does not sense",
     "rtt_s": "smoothed RTT estimate; null if the method does not sense",
     "min_rtt_s": "smallest RTT in the window; null if the method does not sense",

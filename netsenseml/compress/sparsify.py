@@ -5,10 +5,9 @@ import math
 import torch
 
 _SAMPLE = 1 << 14
-"""Elements looked at to guess the threshold: its relative error at density d is about 1 / sqrt(d * sample)."""
+"""Elements looked at to guess the threshold, at most: its relative error at density d is about 1 / sqrt(d * sample)."""
 
-_SMALL = 1 << 14
-"""Below this size a plain selection is as fast as one by threshold."""
+_MAGNITUDE = 0x7FFFFFFF
 
 
 def slots(elements: int, ratio: float) -> int:
@@ -17,11 +16,22 @@ def slots(elements: int, ratio: float) -> int:
     return min(elements, max(math.ceil(ratio * elements * (1 - 1e-12)), 1))
 
 
+def sampling(n: int, k: int) -> tuple[int, int]:
+    """(stride s, rank r): more than k of n elements are, most likely, as large as the r-th largest of every s-th.
+
+    k of n are expected to be k / s of the sample; the rank is three standard deviations above that. A guess from the
+    threshold of the last step would save 0.1 ms, and miss whenever the gradient shrinks.
+    """
+    stride = max(n // _SAMPLE, 8) | 1  # odd, as the shapes of layers are even
+    expected = k / stride
+    return stride, min(-(-n // stride), math.ceil(expected + 3 * math.sqrt(expected) + 1))
+
+
 def largest(values: torch.Tensor, k: int) -> torch.Tensor:
     """Indices of the k elements of largest magnitude: int64, ascending.
 
-    values: shape (n,), floating point; 1 <= k <= n. NaN counts as infinitely large, so that it is sent (as an
-    all-reduce would send it) and does not stay behind. Among equal magnitudes the lower index wins.
+    values: shape (n,), floating point; 1 <= k <= n. NaN is larger than infinity, so that it is sent (as an all-reduce
+    would send it) and does not stay behind. Among equal magnitudes the lower index wins.
 
     The threshold that about k elements pass is guessed from a strided sample; those that pass are few, so cutting
     them to exactly k is cheap. If fewer than k pass, the exact threshold comes from all elements.
@@ -29,30 +39,21 @@ def largest(values: torch.Tensor, k: int) -> torch.Tensor:
     n = values.numel()
     if not 1 <= k <= n:
         raise ValueError(f"k must be from 1 to {n}, not {k}")
-    magnitude = values.abs()
-    candidates = _above(magnitude, _guess(magnitude, k)) if n > _SMALL else None
-    if candidates is not None and candidates.numel() >= k:
+    magnitude = values.float().view(torch.int32) & _MAGNITUDE  # as integers they have the order that is wanted
+    stride, rank = sampling(n, k)
+    candidates = (magnitude >= _kth_largest(magnitude[::stride], rank)).nonzero().squeeze(1)
+    if candidates.numel() >= k:
         return candidates[_exactly(magnitude[candidates], k)]
     return _exactly(magnitude, k)
 
 
-def _above(magnitude: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    # "not below" instead of "above or equal": NaN passes.
-    return (magnitude < threshold).logical_not_().nonzero().squeeze(1)
-
-
-def _guess(magnitude: torch.Tensor, k: int) -> torch.Tensor:
-    """A threshold that somewhat more than k elements pass, most likely."""
-    sample = magnitude[:: max(1, magnitude.numel() // _SAMPLE)]
-    expected = sample.numel() * k / magnitude.numel()
-    rank = min(sample.numel(), math.ceil(expected + 3 * math.sqrt(expected) + 1))
-    return sample.nan_to_num(nan=math.inf, posinf=math.inf).kthvalue(sample.numel() - rank + 1).values
+def _kth_largest(magnitude: torch.Tensor, k: int) -> torch.Tensor:
+    return magnitude.kthvalue(magnitude.numel() - k + 1).values
 
 
 def _exactly(magnitude: torch.Tensor, k: int) -> torch.Tensor:
     """Indices of the k largest, ascending, by exact threshold and then by position among its equals."""
-    magnitude = magnitude.nan_to_num(nan=math.inf, posinf=math.inf)
-    threshold = magnitude.kthvalue(magnitude.numel() - k + 1).values
+    threshold = _kth_largest(magnitude, k)
     keep = magnitude > threshold
     equal = (magnitude == threshold).nonzero().squeeze(1)
     keep[equal[: k - int(keep.sum())]] = True

@@ -1,50 +1,52 @@
-"""The rule of NetSenseML (Wang et al., Euro-Par 2025), mended."""
+"""The rule of the paper (NetSenseML, Wang et al., Euro-Par 2025), as its code has it, to be compared with."""
 
-import statistics
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
-_STAY = 0.8  # a plain all-reduce goes on until the budget is down to this share of its bytes
-_WINDOWS = 5  # the median over so many steps passes over an odd one
+from netsenseml.compress.codec import Codec
+from netsenseml.control.observation import Observation
+from netsenseml.exchange.schemes import Gather, Plain, Scheme
 
 
 class BdpPolicy:
-    """A step may send what the network carries while the ranks compute.
+    """Keep the payload below the bandwidth-delay product:
 
-    The paper keeps the payload below 0.9 of the bandwidth-delay product, max bandwidth x min RTT, with the collective's
-    own duration as RTT; with payloads of one size that product equals payload x min RTT / RTT, and the ratio can only
-    fall. Here the delay is one that the payload does not influence: the time that a step computes, or the network's
-    latency if that is longer, as it has to be paid anyway:
+        BDP = max bandwidth x min RTT of a window, RTT = duration of the exchange, bandwidth = payload / RTT
+        payload > threshold x BDP: ratio = max(floor, fall x ratio), else ratio = min(1, ratio + rise)
 
-        budget = share x bandwidth / 8 x max(window, latency)
-
-    An all-gather of sparse slots (8 bytes an element) at ratio r sends n r times the bytes of a plain all-reduce, so
-    from r = 1 / n on there is nothing to gain, and the step is a plain all-reduce.
-
-    The same arguments on all ranks give the same ratio on all ranks.
+    With one constant payload the product is payload x min RTT / RTT, so that the ratio can only fall: a flaw of the rule,
+    left as it is. What is mended is around it: one ratio for all buckets and ranks, a correct mean, error feedback.
     """
 
-    def __init__(self, ranks: int, start: float, share: float, floor: float, fall: float, rise: float) -> None:
-        """The options are those of the method ``netsense`` in ``agent.catalog``."""
-        self.ratio = start if start * ranks < 1 else 1.0
-        self._ranks = ranks
-        self._share = share
-        self._floor = floor
-        self._fall = fall
-        self._rise = rise
-        self._windows: deque[float] = deque(maxlen=_WINDOWS)
+    def __init__(
+        self, *, start: float, floor: float, threshold: float = 0.9, fall: float = 0.95, rise: float = 0.001, window: int = 100
+    ) -> None:
+        self._ratio = start
+        self._floor, self._threshold, self._fall, self._rise = floor, threshold, fall, rise
+        self._rtts_s: deque[float] = deque(maxlen=window)
+        self._bandwidths: deque[float] = deque(maxlen=window)
+        self.scheme: Scheme = self._scheme()
 
-    def decide(self, bandwidth_bps: float, window_s: float, latency_s: float, dense_bytes: int) -> float:
-        """Ratio of the next step; 1 = plain all-reduce.
+    def decide(self, seen: Observation) -> None:
+        if seen.flight_s > 0 and seen.payload_bytes > 0:
+            self._rtts_s.append(seen.flight_s)
+            self._bandwidths.append(seen.payload_bytes / seen.flight_s)
+            product_bytes = max(self._bandwidths) * min(self._rtts_s)
+            if seen.payload_bytes > self._threshold * product_bytes:
+                self._ratio = max(self._floor, self._fall * self._ratio)
+            else:
+                self._ratio = min(1.0, self._ratio + self._rise)
+        self.scheme = self._scheme()
 
-        window_s: compute time of the last step. dense_bytes: what a plain all-reduce sends from a rank, > 0.
-        """
-        self._windows.append(window_s)
-        budget_bytes = self._share * bandwidth_bps / 8 * max(statistics.median(self._windows), latency_s)
-        room = budget_bytes / dense_bytes
-        if self.ratio == 1 and room >= _STAY:
-            return self.ratio
-        even = 1 / self._ranks  # sparse slots of this ratio are as large as a plain all-reduce
-        now = min(self.ratio, even)
-        ratio = max(self._floor, min(max(room * even, self._fall * now), self._rise * now))
-        self.ratio = ratio if ratio < even else 1.0
-        return self.ratio
+    def _scheme(self) -> Scheme:
+        return Plain() if self._ratio == 1 else Gather(Codec("fp32", float(f"{self._ratio:.4g}")))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ratio": self._ratio, "rtts_s": list(self._rtts_s), "bandwidths": list(self._bandwidths)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._ratio = state["ratio"]
+        self._rtts_s.extend(state["rtts_s"])
+        self._bandwidths.extend(state["bandwidths"])
+        self.scheme = self._scheme()

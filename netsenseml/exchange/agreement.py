@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch.futures import Future
 
+from netsenseml.exchange.collectives import own_group
+
 
 class Agreement:
     """Every rank's measurements, shared behind the training.
@@ -22,7 +24,7 @@ class Agreement:
     def __init__(self, group: dist.ProcessGroup) -> None:
         """Form the group; called on all ranks of ``group``."""
         self._ranks = group.size()
-        self._group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
+        self._group = own_group(group, backend="gloo")
         self._shared: torch.Tensor | None = None
         self._done: Future[object] | None = None
 
@@ -39,3 +41,11 @@ class Agreement:
         self._done.wait()
         self._done = None
         return self._shared
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """The largest of every value among the ranks; waits."""
+        self.share(values)
+        shared = self.result()
+        assert shared is not None
+        largest: list[float] = shared.amax(dim=0).tolist()
+        return largest

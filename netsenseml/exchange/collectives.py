@@ -4,12 +4,23 @@ Every function is called by all ranks in the same order and returns at once with
 formulas are what one rank sends, without TCP/IP headers; n is the number of ranks.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch.futures import Future
 
 # Newer releases of torch have the same collective under another name and warn about the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def own_group(group: dist.ProcessGroup, backend: str | None = None) -> dist.ProcessGroup:
+    """Another group of the same ranks, for collectives that a thread of its own launches; called on all of them.
+
+    Collectives of one group match by the order of their launch, and DDP launches some of its own in its group, for example
+    those that find unused parameters.
+    """
+    return dist.new_group(dist.get_process_group_ranks(group), backend=backend, use_local_synchronization=True)
 
 
 def all_reduce_mean(tensor: torch.Tensor, group: dist.ProcessGroup) -> Future[torch.Tensor]:
@@ -43,6 +54,16 @@ def all_gather_slots(slot: torch.Tensor, group: dist.ProcessGroup) -> Future[tor
 def all_gather_bytes(slot_bytes: int, ranks: int) -> float:
     """Bytes a rank sends in a ring all-gather of slots of ``slot_bytes`` = S: (n - 1) * S."""
     return (ranks - 1) * slot_bytes
+
+
+def all_to_all_chunks(chunks: Sequence[torch.Tensor], rank: int, group: dist.ProcessGroup) -> Future[torch.Tensor]:
+    """Send chunk i, shape (s_i,), to rank i: (N, s_r) on rank r, row i from rank i. All ranks give chunks of the same sizes."""
+    sizes = [chunk.numel() for chunk in chunks]
+    received = chunks[0].new_empty(len(chunks) * sizes[rank])
+    work = dist.all_to_all_single(
+        received, torch.cat(list(chunks)), [sizes[rank]] * len(chunks), sizes, group=group, async_op=True
+    )
+    return work.get_future().then(lambda done: (done.value(), received.view(len(chunks), sizes[rank]))[1])
 
 
 def all_gather_hops(ranks: int) -> int:

@@ -70,6 +70,7 @@ class Run:
     model: nn.Module
     data: Dataset
     optimizer: torch.optim.Optimizer
+    method_options: dict[str, Any]
     session: Session | None = None
 
     @classmethod
@@ -89,6 +90,7 @@ class Run:
             )
         model = make_model(workload["model"], workload["model_options"], cell["seed"])
         stop = workload["stop"]
+        optimizer, options = _momentum_where_it_belongs(cell["method"]["name"], workload["optimizer"])
         return cls(
             rank=rank,
             ranks=ranks,
@@ -100,7 +102,8 @@ class Run:
             bucket_cap_mb=workload.get("bucket_cap_mb"),
             model=model,
             data=data,
-            optimizer=make_optimizer(model.parameters(), workload["optimizer"]),
+            optimizer=make_optimizer(model.parameters(), optimizer),
+            method_options=options,
         )
 
     def train(self) -> None:
@@ -111,7 +114,7 @@ class Run:
         # Every rank built the same replica from the seed: nothing has to cross the links before the start.
         ddp = DistributedDataParallel(self.model, init_sync=False, bucket_cap_mb=self.bucket_cap_mb)
         torch.manual_seed(self.seed * self.ranks + self.rank)  # from here on dropout differs between ranks
-        self.session = session = attach(ddp)
+        self.session = session = attach(ddp, **self.method_options)
         self._steps(ddp, session)
         if self.rank == 0:
             session.close(*self._evaluate(session))
@@ -184,6 +187,14 @@ class Pace:
         """Forward is done."""
         time.sleep(max(0.0, self._began_s + self._pace_s - self._rest_s - monotonic_s()))
         self._waited_s = monotonic_s()
+
+
+def _momentum_where_it_belongs(method: str, optimizer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(optimizer, options of the method): DGC applies the optimizer's momentum before it chooses what to send, not after."""
+    if method != "dgc" or not optimizer.get("momentum"):
+        return optimizer, {}
+    left = {key: value for key, value in optimizer.items() if key not in ("momentum", "nesterov")}
+    return left, {"momentum": optimizer["momentum"]}
 
 
 def _report(error: Exception, session: Session | None) -> None:

@@ -1,0 +1,279 @@
+"""Does the estimate of the network follow the links? Four Gloo workers on shaped links, the estimate decides what they send.
+
+    python experiments/bench/sensing.py [SECONDS] [FIGURE.html]
+
+SECONDS: length of each phase (default 6). Every step computes (sleeps) for 60 ms and then exchanges one to three buckets, by
+all-reduce or all-gather for 25 steps in turn, that should take
+0.5 to 1 times 60 ms by the estimate so far; the ranks agree on what they
+measured behind the next step's compute. In the last phase a TCP flow competes for the link into one worker.
+
+Prints for each phase the true share (``NetworkEstimate``), the estimate after 20 steps, the errors from there to the end of the
+phase, and how many steps the estimate took to come within 20 %, counted from the first exchange that ended after the change.
+Beside a competing flow the true share is what that flow left over while the exchange went on. Writes a figure, and with it the
+steps as JSON lines.
+"""
+
+import json
+import math
+import os
+import random
+import selectors
+import statistics
+import sys
+import tempfile
+import time
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from netsenseml.agent.protocol import RecordFile, monotonic_s, read_records
+from testbed.labs.base import LabPlan
+from testbed.labs.forkserver import ForkServer
+from testbed.labs.netns import NetnsLab, enclosure
+from testbed.links.qdiscs import largest_packet_bytes
+from testbed.links.state import LinkState, Shape
+from testbed.traffic import tcp as traffic
+from testbed.traffic.flows import Flow, Phase
+
+RANKS = 4
+COMPUTE_S = 0.06
+RATES = (20e6, 100e6, 500e6, 100e6, 20e6, 100e6, 500e6, 100e6)
+"""Of the phases; in the last one there is competition."""
+PAYLOAD_SHARE = 1448 / 1514 * 0.98
+"""TCP payload in an Ethernet frame, less the acknowledgements of the opposite flow."""
+SETTLED_STEPS, CLOSE = 20, 0.2
+SCHEME_STEPS = 25
+SLICE_S = 0.005
+
+
+def worker(rank: int, address: str, directory: Path) -> None:
+    """Train without a model: sleep, exchange, agree, learn."""
+    import torch
+    import torch.distributed as dist
+
+    from netsenseml.sensing.network import NetworkEstimate, Transfer
+    from netsenseml.sensing.tcp import TcpMonitor
+
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT="29500", GLOO_SOCKET_IFNAME="eth0")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    agreement = dist.new_group(list(range(RANKS)), backend="gloo")
+    estimate, monitor, draw = NetworkEstimate(), TcpMonitor(), random.Random(7)
+    rows = RecordFile(directory / f"steps-{rank}.jsonl")
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    ended_s: list[float] = []
+    steps = 0
+
+    go_on = True
+    while go_on:
+        budget_bytes = (estimate.beta_bps or 20e6) / 8 * COMPUTE_S * draw.uniform(0.5, 1)
+        parts = [draw.uniform(0.2, 1) for _ in range(draw.choice((1, 1, 2, 3)))]
+        tensors = [torch.ones(max(64, int(budget_bytes * part / sum(parts) / 4))) for part in parts]
+        reduces = steps // SCHEME_STEPS % 2 == 0
+        steps += 1
+        ended_s.clear()
+        began_s = monotonic_s()
+        futures = []
+        for tensor in tensors:
+            if reduces:
+                work = dist.all_reduce(tensor.resize_(tensor.numel() * 2 // 3), async_op=True)
+            else:
+                slot = tensor.resize_(tensor.numel() // (RANKS - 1))
+                work = gather(slot.new_empty(RANKS * slot.numel()), slot, async_op=True)
+            futures.append(work.get_future().then(lambda _: ended_s.append(monotonic_s())))
+        for future in futures:
+            future.wait()
+        sent = sum(tensor.nbytes for tensor in tensors) * (2 * (RANKS - 1) / RANKS if reduces else RANKS - 1)
+        hops = len(tensors) * (2 * (RANKS - 1) if reduces else RANKS - 1)
+        busy_s = max(ended_s) - began_s
+
+        before_s = time.perf_counter()
+        sample = monitor.sample()
+        sample_cost_s = time.perf_counter() - before_s
+        assert sample is not None
+        mine = [
+            busy_s,
+            sample.bandwidth_bps or math.inf,
+            math.inf if sample.min_rtt_s is None else sample.min_rtt_s,
+            float(not (directory / "stop").exists()),
+        ]
+        agreed = torch.tensor(mine, dtype=torch.float64)
+        pending = dist.all_reduce(agreed, dist.ReduceOp.MIN, group=agreement, async_op=True)
+        time.sleep(COMPUTE_S)
+        pending.wait()
+
+        seconds, kernel_bps, min_rtt_s, on = agreed.tolist()
+        go_on = bool(on)
+        predicted_s = estimate.predict_s(sent, hops)
+        before_s = time.perf_counter()
+        estimate.update(
+            [Transfer(round(sent), hops, seconds)],
+            kernel_bps if kernel_bps < math.inf else None,
+            min_rtt_s if min_rtt_s < math.inf else None,
+        )
+        learn_cost_s = time.perf_counter() - before_s
+        row = {
+            "began_s": began_s,
+            "ended_s": began_s + busy_s,
+            "payload_bytes": round(sent),
+            "hops": hops,
+            "seconds": seconds,
+            "kernel_bps": kernel_bps if kernel_bps < math.inf else None,
+            "min_rtt_s": min_rtt_s if min_rtt_s < math.inf else None,
+            "rtt_s": sample.rtt_s,
+            "retransmits": sample.retransmits,
+            "predicted_s": predicted_s,
+            "alpha_s": estimate.alpha_s,
+            "beta_bps": estimate.beta_bps,
+            "sample_cost_s": sample_cost_s,
+            "learn_cost_s": learn_cost_s,
+        }
+        rows.append([row])
+    dist.destroy_process_group()
+
+
+def compete(end: str, address: str, directory: Path) -> None:
+    """Be one end of a TCP flow until killed; the receiving end notes every 5 ms what has come."""
+    flow = Flow(name="rival", source="bg", target="w1", kind="tcp")
+    with selectors.SelectSelector() as selector:
+        if end == "send":
+            sender = traffic.Sender(flow, address, selector)
+            sender.begin(Phase(0, math.inf, 1))
+        else:
+            receiver = traffic.Receiver(flow, address, selector)
+            rows = RecordFile(directory / "rival.jsonl")
+        due_s = 0.0
+        while True:
+            for key, _ in selector.select(SLICE_S):
+                key.data()
+            if end == "receive" and monotonic_s() >= due_s:
+                receiver.collect()
+                rows.append([{"t_s": monotonic_s(), "bytes": receiver.bytes}])
+                due_s = monotonic_s() + SLICE_S
+
+
+def both(rate_bps: float) -> LinkState:
+    shape = Shape(rate_bps=round(rate_bps))
+    return LinkState(shape, shape)
+
+
+def measure(server: ForkServer, seconds: float, scratch: Path) -> list[float]:
+    """Run the phases; returns when each began (CLOCK_MONOTONIC)."""
+    names = [f"w{rank}" for rank in range(RANKS)]
+    states = {name: both(RATES[0]) for name in names} | {"bg": both(1e9)}
+    begins = []
+    with NetnsLab(LabPlan(states, packet_bytes=largest_packet_bytes(map(round, RATES))), server) as lab:
+
+        def start(host: str, *arguments: str) -> Any:
+            program = ["python", str(Path(__file__).resolve()), *arguments, str(scratch)]
+            return lab.hosts[host].start(program, {}, scratch / "log")
+
+        workers = [start(name, "worker", str(rank), lab.hosts["w0"].address) for rank, name in enumerate(names)]
+        steps = scratch / "steps-0.jsonl"
+        while not (steps.exists() and steps.stat().st_size):
+            assert not any(process.poll() for process in workers), (scratch / "log").read_text()
+            time.sleep(0.1)
+        for number, rate_bps in enumerate(RATES):
+            if number == len(RATES) - 1:
+                start("w1", "receive", lab.hosts["w1"].address)
+                time.sleep(1)
+                start("bg", "send", lab.hosts["w1"].address)
+            lab.links.apply({name: both(rate_bps) for name in names})
+            begins.append(monotonic_s())
+            time.sleep(seconds)
+        begins.append(monotonic_s())
+        (scratch / "stop").touch()
+        while any(process.poll() is None for process in workers):
+            time.sleep(0.1)
+    return begins
+
+
+def rival_bps(steps: Sequence[dict[str, Any]], rival: Sequence[dict[str, Any]]) -> list[float]:
+    """Rate in bits/s of the rival during each step's exchange."""
+    times = [row["t_s"] for row in rival]
+
+    def carried(at_s: float) -> float:
+        i = min(max(bisect_right(times, at_s), 1), len(times) - 1)
+        a, b = rival[i - 1], rival[i]
+        share = min(max((at_s - a["t_s"]) / (b["t_s"] - a["t_s"]), 0.0), 1.0)
+        return a["bytes"] + share * (b["bytes"] - a["bytes"])
+
+    return [8 * (carried(row["ended_s"]) - carried(row["began_s"])) / (row["ended_s"] - row["began_s"]) for row in steps]
+
+
+def report(
+    begins: Sequence[float],
+    steps: Sequence[dict[str, Any]],
+    windows: Sequence[dict[str, Any]],
+    rival: Sequence[dict[str, Any]],
+) -> None:
+    """Add to every step its true share, and print the table. windows: the steps of the rank that the rival sends to."""
+    print("rate         true share  after 20   error  p10 … p90 later  steps to 20 %  steps of the phase")
+    for number, rate_bps in enumerate(RATES):
+        phase = [row for row in steps if begins[number] <= row["ended_s"] < begins[number + 1]]
+        competing = number == len(RATES) - 1
+        taken = rival_bps(windows[steps.index(phase[0]) :][: len(phase)], rival) if competing else [0.0] * len(phase)
+        shares = [rate_bps * PAYLOAD_SHARE - rate for rate in taken]
+        for row, share in zip(phase, shares, strict=True):
+            row["share_bps"] = share
+        if competing:  # what a flow takes varies from step to step; nobody could follow that
+            shares = [statistics.median(shares[max(0, i - 15) : i + 1]) for i in range(len(shares))]
+        errors = [row["beta_bps"] / share - 1 for row, share in zip(phase, shares, strict=True)]
+        near = next((str(i + 1) for i, error in enumerate(errors) if abs(error) <= CLOSE), "never")
+        rest = sorted(errors[SETTLED_STEPS - 1 :])
+        after = phase[SETTLED_STEPS - 1]["beta_bps"]
+        print(
+            f"{rate_bps / 1e6:3.0f} Mbit/s{'*' if competing else ' '}{shares[SETTLED_STEPS - 1] / 1e6:11.1f}{after / 1e6:10.1f}"
+            f"{errors[SETTLED_STEPS - 1]:+8.1%}{rest[len(rest) // 10]:+8.1%} … {rest[len(rest) * 9 // 10]:+6.1%}"
+            f"{near:>12}{len(phase):19}",
+            flush=True,
+        )
+    print("* beside a TCP flow")
+    for what, key in (("TcpMonitor.sample()", "sample_cost_s"), ("NetworkEstimate.update()", "learn_cost_s")):
+        costs = sorted(row[key] * 1e6 for row in steps)
+        print(f"{what}: median {statistics.median(costs):.0f} us, p99 {costs[len(costs) * 99 // 100]:.0f} us")
+
+
+def draw(steps: Sequence[dict[str, Any]], target: Path) -> None:
+    """Write the figure."""
+    import plotly.graph_objects as go
+
+    begin_s = steps[0]["ended_s"]
+    figure = go.Figure()
+    for name, key, line in (
+        ("true share", "share_bps", {"color": "black", "shape": "hv", "width": 1.5}),
+        ("the kernel's word", "kernel_bps", {"color": "#bbbbbb", "width": 1}),
+        ("estimate", "beta_bps", {"color": "#d62728", "width": 2}),
+    ):
+        values = [row.get(key) and row[key] / 1e6 for row in steps]
+        figure.add_scatter(x=[row["ended_s"] - begin_s for row in steps], y=values, name=name, line=line)
+    figure.update_yaxes(type="log", title="payload, Mbit/s").update_xaxes(title="time, s")
+    figure.update_layout(title="Estimate and true share of the link", template="plotly_white")
+    figure.write_html(target)
+
+
+def main() -> None:
+    if len(sys.argv) > 1 and sys.argv[1] == "worker":
+        return worker(int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
+    if len(sys.argv) > 1 and sys.argv[1] in ("send", "receive"):
+        return compete(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 6
+    target = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parents[2] / "runs" / "sensing.html"
+    if os.environ.get("BENCH_INSIDE") != "1":
+        os.execvpe("env", ["env", "BENCH_INSIDE=1", *enclosure(), sys.executable, *sys.argv], os.environ)
+    with ForkServer() as server, tempfile.TemporaryDirectory() as scratch:
+        begins = measure(server, seconds, Path(scratch))
+        steps, windows, rival = (
+            list(read_records(Path(scratch) / name)) for name in ("steps-0.jsonl", "steps-1.jsonl", "rival.jsonl")
+        )
+        report(begins, steps, windows[: len(steps)], rival)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draw(steps, target)
+    target.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    print(f"figure: {target}")
+    return None
+
+
+if __name__ == "__main__":
+    main()

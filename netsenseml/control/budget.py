@@ -1,0 +1,141 @@
+"""Our rule: the least lossy scheme that keeps communication off the critical path."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from netsenseml.compress.codec import Codec
+from netsenseml.control.observation import Observation
+from netsenseml.exchange.schemes import Gather, Plain, Scheme, TwoPhase
+from netsenseml.sensing.network import NetworkEstimate
+
+_STEP = 0.8  # ratio of one sparse rung to the one above it
+_DENSEST = 0.2
+_MARGIN = 0.85  # a rung above must fit into this share of the budget before it is taken
+_PATIENCE = 3  # so many steps in a row
+_LEARN, _FORGET = 0.25, 0.01
+_FACTORS = 0.5, 4.0
+
+
+def ladder(ranks: int, floor: float) -> list[Scheme]:
+    """Schemes, least lossy first: float32, bfloat16, 8 and 4 bits, then ever fewer elements, down to the share ``floor``.
+
+    What sends more than the scheme before it is left out: with many ranks a gather of 10 % is larger than 4 bits of all.
+    """
+    densities = [_DENSEST]
+    while densities[-1] > floor:
+        densities.append(max(floor, float(f"{densities[-1] * _STEP:.2g}")))
+    rungs: list[Scheme] = [Plain(), *(TwoPhase(Codec(values)) for values in ("bf16", "int8", "int4"))]
+    for scheme in (Gather(Codec(SPARSE_VALUES, density)) for density in densities):
+        if _bytes(scheme, ranks) < _bytes(rungs[-1], ranks):
+            rungs.append(scheme)
+    return rungs
+
+
+SPARSE_VALUES = "int4"
+
+
+def _bytes(scheme: Scheme, ranks: int) -> float:
+    return sum(payload for payload, _ in scheme.payloads(1 << 20, ranks))
+
+
+class BudgetPolicy:
+    """Forecast the exposed time of every rung, and take the least lossy one that fits:
+
+        exposed <= share x max(compute, latency) + latency
+
+    where latency is what the rung would take with nothing to send: it has to be paid anyway. Exposed time is forecast
+    by sending the buckets through two stations, each one bucket at a time, from the moments at which they were ready:
+    coding (measured seconds an element) and the network, hops x alpha + 8 bytes / beta (``sensing.network``). What forecasts
+    of a kind of scheme were off by is remembered as a factor.
+
+    Fast down: a rung that does not fit is left at once. Slow up: a rung above has to fit with a margin several times in
+    a row, which keeps the choice from swinging between two neighbours.
+    """
+
+    def __init__(
+        self,
+        rungs: Sequence[Scheme],
+        ranks: int,
+        network: NetworkEstimate,
+        coding_s: Mapping[str, float],
+        *,
+        share: float,
+        start: float,
+    ) -> None:
+        """rungs: least lossy first. coding_s: seconds per element of encoding and decoding, by name of the scheme.
+
+        start: the first steps are exchanged by the least lossy rung that sends no more than this share of the elements.
+        """
+        self._rungs = rungs
+        self._ranks = ranks
+        self._network = network
+        self._coding_s = coding_s
+        self._share = share
+        self._factors: dict[str, float] = {}
+        self._above: list[int] = []
+        self._rung = next((i for i, rung in enumerate(rungs) if _density(rung) <= start), len(rungs) - 1)
+
+    @property
+    def scheme(self) -> Scheme:
+        """The decision in force."""
+        return self._rungs[self._rung]
+
+    def decide(self, seen: Observation) -> None:
+        if self._network.beta_bps is None:
+            return
+        self._learn(seen)
+        if not self._fits(self._rung, seen):
+            self._rung = self._least_lossy(range(len(self._rungs)), seen, 1.0)
+            self._above.clear()
+            return
+        self._above.append(min(self._rung, self._least_lossy(range(self._rung + 1), seen, _MARGIN)))
+        if len(self._above) == _PATIENCE:
+            self._rung = max(self._above)
+            self._above.clear()
+
+    def _least_lossy(self, rungs: range, seen: Observation, margin: float) -> int:
+        """The first rung that fits; if none does, the one that is over soonest."""
+        fits = (rung for rung in rungs if self._fits(rung, seen, margin))
+        return next(fits, min(rungs, key=lambda rung: self.exposed_s(self._rungs[rung], seen)))
+
+    def _fits(self, rung: int, seen: Observation, margin: float = 1.0) -> bool:
+        scheme = self._rungs[rung]
+        hops = sum(hops for elements in seen.elements for _, hops in scheme.payloads(elements, self._ranks))
+        latency_s = self._network.alpha_s * hops
+        budget_s = self._share * max(seen.compute_s, latency_s)
+        return self.exposed_s(scheme, seen) <= latency_s + margin * budget_s
+
+    def exposed_s(self, scheme: Scheme, seen: Observation) -> float:
+        """Forecast of the exposed time if a step like the last were exchanged by a scheme."""
+        return self._factors.get(type(scheme).__name__, 1.0) * self._uncorrected_s(scheme, seen)
+
+    def _uncorrected_s(self, scheme: Scheme, seen: Observation) -> float:
+        coding_s = self._coding_s.get(scheme.name, 0.0)
+        coded_s = landed_s = -max(seen.lead_s, default=0.0)
+        for elements, lead_s in zip(seen.elements, seen.lead_s, strict=True):
+            coded_s = max(coded_s, -lead_s) + coding_s * elements
+            landed_s = max(landed_s, coded_s)
+            for payload_bytes, hops in scheme.payloads(elements, self._ranks):
+                landed_s += self._network.predict_s(payload_bytes, hops)
+        return max(0.0, landed_s)
+
+    def _learn(self, seen: Observation) -> None:
+        """Compare the last step with its forecast; the kinds that were not at work get their chance back little by little."""
+        for kind, factor in self._factors.items():
+            self._factors[kind] = factor + _FORGET * (1 - factor)
+        forecast_s = self._uncorrected_s(self.scheme, seen)
+        if max(forecast_s, seen.exposed_s) > _LEARN * self._share * seen.compute_s and forecast_s > 0:
+            kind = type(self.scheme).__name__
+            low, high = _FACTORS
+            factor = self._factors.get(kind, 1.0)
+            self._factors[kind] = factor + _LEARN * (min(high, max(low, seen.exposed_s / forecast_s)) - factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rung": self._rung, "above": list(self._above), "factors": dict(self._factors)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._rung, self._above, self._factors = state["rung"], list(state["above"]), dict(state["factors"])
+
+
+def _density(scheme: Scheme) -> float:
+    return scheme.codec.density if isinstance(scheme, Gather) else 1.0

@@ -1,0 +1,57 @@
+"""Methods of exchanging gradients, by name.
+
+A method of your own is a class with the interface of ``Method``, named as ``package.module:Class`` or registered as an
+entry point of the group ``netsenseml.methods``.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from netsenseml.agent.catalog import check_method, is_import_path, registered_methods
+from netsenseml.methods.base import Method
+from netsenseml.methods.coded import Dgc, Qsgd, Quantized, Random, SignSgd, TopK
+from netsenseml.methods.netsense import NetSense
+from netsenseml.methods.plain import AllReduce, BFloat16, Float16
+from netsenseml.methods.powersgd import PowerSgd
+
+__all__ = ["METHODS", "Method", "load", "make_method"]
+
+METHODS: Mapping[str, Callable[..., Method]] = {
+    "allreduce": AllReduce,
+    "bf16": BFloat16,
+    "dgc": Dgc,
+    "fp16": Float16,
+    "netsense": NetSense,
+    "powersgd": PowerSgd,
+    "qsgd": Qsgd,
+    "quantized": Quantized,
+    "randomk": Random,
+    "signsgd": SignSgd,
+    "topk": TopK,
+}
+
+
+def make_method(name: str, module: nn.Module, group: dist.ProcessGroup, options: Mapping[str, Any]) -> Method:
+    """The method called ``name``; raises ValueError, one line, for a name or an option that does not exist."""
+    resolved = check_method(name, options)
+    if name in METHODS:
+        return METHODS[name](module, group, **resolved)
+    method = load(name) if is_import_path(name) else registered_methods()[name].load()
+    made: Method = method(module, group, **resolved)
+    return made
+
+
+def load(path: str) -> Any:
+    """The object at ``package.module:attribute``; raises ValueError, one line, if there is none."""
+    module, _, attribute = path.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot load '{path}': {error}") from error
+    return found

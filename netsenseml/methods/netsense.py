@@ -1,0 +1,141 @@
+"""Sense, decide, compress: the method NetSenseML."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public, but not declared so
+from torch.futures import Future
+
+from netsenseml.control.bdp import BdpPolicy
+from netsenseml.control.budget import BudgetPolicy, ladder
+from netsenseml.control.costs import coding_costs
+from netsenseml.control.fixed import FixedPolicy
+from netsenseml.control.observation import Observation, Policy
+from netsenseml.exchange.agreement import Agreement
+from netsenseml.exchange.schemes import Plain
+from netsenseml.ledger import Ledger
+from netsenseml.methods.coded import Coded
+from netsenseml.methods.plain import AllReduce
+from netsenseml.sensing.network import NetworkEstimate, Transfer
+
+
+class NetSense(Coded):
+    """Every step is exchanged by the scheme that the network can bear.
+
+    1. When a step's exchange is over, every rank shares what it measured: how long its collectives took, when its buckets
+       were ready, how long it computed, what the kernel says of its connections. That runs behind the optimizer and the
+       next forward.
+    2. Before the first bucket of the next step, every rank feeds the same numbers into the same estimate and policy,
+       and so arrives at the same scheme.
+    3. Plain all-reduce is one of the schemes. While it goes on, nothing is coded, copied or kept.
+    """
+
+    senses = True
+
+    def __init__(
+        self,
+        module: nn.Module,
+        group: dist.ProcessGroup,
+        *,
+        policy: str,
+        share: float,
+        floor: float,
+        start: float,
+        schemes: Sequence[str],
+    ) -> None:
+        ranks = group.size()
+        self._agreement = Agreement(group)
+        self._network = NetworkEstimate()
+        self._policy: Policy
+        if policy == "fixed" or ranks == 1:  # one rank alone has nothing to decide
+            self._policy = FixedPolicy(schemes if policy == "fixed" else [Plain.name])
+        elif policy == "bdp":
+            self._policy = BdpPolicy(start=start, floor=floor)
+        else:
+            rungs = ladder(ranks, floor)
+            costs = coding_costs(rungs, ranks, next(module.parameters()).device)
+            agreed = dict(zip(costs, self._agreement.largest(list(costs.values())), strict=True))
+            self._policy = BudgetPolicy(rungs, ranks, self._network, agreed, share=share, start=start)
+        super().__init__(module, group, self._policy.scheme)
+        self._all_reduce = AllReduce(module, group)
+        self._elements: tuple[int, ...] = ()
+        self._transfers: list[Transfer] = []
+        self._was_plain = self._nothing_left = True
+
+    def begin(self) -> None:
+        super().begin()
+        self._learn()
+        self.scheme = self._policy.scheme
+        self._nothing_left, self._was_plain = self._was_plain, isinstance(self.scheme, Plain)
+
+    def exchange(self, bucket: GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
+        if self._was_plain and self._nothing_left:
+            return self._all_reduce.exchange(bucket, ledger)
+        return super().exchange(bucket, ledger)
+
+    def finish(self, ledger: Ledger) -> None:
+        if not ledger.payload_bytes:  # a single rank has nobody to exchange with
+            return
+        tcp = ledger.tcp
+        kernel = (tcp.bandwidth_bps, tcp.min_rtt_s) if tcp is not None else (None, None)
+        last_s = max(ledger.ready_s)
+        self._elements, self._transfers = tuple(ledger.bucket_elements), ledger.transfers
+        self._agreement.share(
+            [
+                ledger.comm_s,
+                -ledger.window_s,  # of everything the smallest value counts, of this one the largest
+                *(_UNKNOWN if value is None else value for value in kernel),
+                *(last_s - ready_s for ready_s in ledger.ready_s),
+                *(transfer.seconds for transfer in ledger.transfers),
+            ]
+        )
+
+    def _learn(self) -> None:
+        """Take what the ranks shared of the last step into account; the slowest rank is the one that all waited for."""
+        shared = self._agreement.result()
+        if shared is None:
+            return
+        exposed_s, minus_compute_s, kernel_bps, min_rtt_s, *rest = shared.amin(dim=0).tolist()
+        lead_s, seconds = rest[: len(self._elements)], rest[len(self._elements) :]
+        transfers = [
+            Transfer(own.payload_bytes, own.hops, agreed_s) for own, agreed_s in zip(self._transfers, seconds, strict=True)
+        ]
+        self._network.update(transfers, _known(kernel_bps), _known(min_rtt_s))
+        self.bandwidth_bps = self._network.beta_bps
+        self._policy.decide(
+            Observation(
+                elements=self._elements,
+                lead_s=tuple(lead_s),
+                compute_s=-minus_compute_s,
+                exposed_s=exposed_s,
+                payload_bytes=sum(transfer.payload_bytes for transfer in transfers),
+                flight_s=sum(seconds),
+            )
+        )
+
+    def close(self) -> None:
+        self._agreement.result()
+        super().close()
+
+    def state_dict(self) -> dict[str, Any]:
+        self._learn()
+        kept = {"policy": self._policy.state_dict(), "network": self._network.state_dict(), "was_plain": self._was_plain}
+        return {**super().state_dict(), **kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._agreement.result()  # of a step that is not part of the checkpoint
+        super().load_state_dict(state)
+        self._policy.load_state_dict(state["policy"])
+        self._network.load_state_dict(state["network"])
+        self._was_plain = state["was_plain"]
+
+
+_UNKNOWN = float("inf")
+"""Larger than anything, where the smallest value counts."""
+
+
+def _known(value: float) -> float | None:
+    return None if value == _UNKNOWN else value
