@@ -3,14 +3,14 @@
     python experiments/bench/sensing.py [SECONDS] [FIGURE.html]
 
 SECONDS: length of each phase (default 6). Every step computes (sleeps) for 60 ms and then exchanges one to three buckets, by
-all-reduce or all-gather for 25 steps in turn, that should take
-0.5 to 1 times 60 ms by the estimate so far; the ranks agree on what they
-measured behind the next step's compute. In the last phase a TCP flow competes for the link into one worker.
+all-reduce or all-gather for 25 steps in turn, that should take 0.5 to 1 times 60 ms by the estimate so far; the ranks agree on
+what they measured behind the next step's compute. In the last phase a TCP flow competes for the link into one worker.
 
-Prints for each phase the true share (``NetworkEstimate``), the estimate after 20 steps, the errors from there to the end of the
-phase, and how many steps the estimate took to come within 20 %, counted from the first exchange that ended after the change.
-Beside a competing flow the true share is what that flow left over while the exchange went on. Writes a figure, and with it the
-steps as JSON lines.
+Prints for each phase the true share (``NetworkEstimate``), the estimate after 20 steps with its error, the errors from there
+to the end of the phase (10th and 90th percentile), how many steps it took to come within 20 %, counted from the first exchange
+that ended after the change, and by how much the time predicted for a step was off (median, from the 20th step on). Beside a
+competing flow the true share is what that flow left over while the exchange went on, as a median over 16 steps. Writes a
+figure, and beside it the steps as JSON lines.
 """
 
 import json
@@ -40,8 +40,10 @@ RANKS = 4
 COMPUTE_S = 0.06
 RATES = (20e6, 100e6, 500e6, 100e6, 20e6, 100e6, 500e6, 100e6)
 """Of the phases; in the last one there is competition."""
-PAYLOAD_SHARE = 1448 / 1514 * 0.98
-"""TCP payload in an Ethernet frame, less the acknowledgements of the opposite flow."""
+PAYLOAD_SHARE = 1448 / 1514
+"""TCP payload in an Ethernet frame."""
+ACKNOWLEDGED = 0.98
+"""What the acknowledgements of the opposite flow leave."""
 SETTLED_STEPS, CLOSE = 20, 0.2
 SCHEME_STEPS = 25
 SLICE_S = 0.005
@@ -209,12 +211,12 @@ def report(
     rival: Sequence[dict[str, Any]],
 ) -> None:
     """Add to every step its true share, and print the table. windows: the steps of the rank that the rival sends to."""
-    print("rate         true share  after 20   error  p10 … p90 later  steps to 20 %  steps of the phase")
+    print("rate         true share  after 20   error  p10 … p90 later  steps to 20 %  time predicted   steps")
     for number, rate_bps in enumerate(RATES):
         phase = [row for row in steps if begins[number] <= row["ended_s"] < begins[number + 1]]
         competing = number == len(RATES) - 1
         taken = rival_bps(windows[steps.index(phase[0]) :][: len(phase)], rival) if competing else [0.0] * len(phase)
-        shares = [rate_bps * PAYLOAD_SHARE - rate for rate in taken]
+        shares = [(rate_bps * PAYLOAD_SHARE - rate) * ACKNOWLEDGED for rate in taken]
         for row, share in zip(phase, shares, strict=True):
             row["share_bps"] = share
         if competing:  # what a flow takes varies from step to step; nobody could follow that
@@ -222,14 +224,15 @@ def report(
         errors = [row["beta_bps"] / share - 1 for row, share in zip(phase, shares, strict=True)]
         near = next((str(i + 1) for i, error in enumerate(errors) if abs(error) <= CLOSE), "never")
         rest = sorted(errors[SETTLED_STEPS - 1 :])
+        off = statistics.median(abs(row["predicted_s"] / row["seconds"] - 1) for row in phase[SETTLED_STEPS - 1 :])
         after = phase[SETTLED_STEPS - 1]["beta_bps"]
         print(
             f"{rate_bps / 1e6:3.0f} Mbit/s{'*' if competing else ' '}{shares[SETTLED_STEPS - 1] / 1e6:11.1f}{after / 1e6:10.1f}"
             f"{errors[SETTLED_STEPS - 1]:+8.1%}{rest[len(rest) // 10]:+8.1%} … {rest[len(rest) * 9 // 10]:+6.1%}"
-            f"{near:>12}{len(phase):19}",
+            f"{near:>12}{f'{off:.0%} off':>18}{len(phase):10}",
             flush=True,
         )
-    print("* beside a TCP flow")
+    print("* beside a TCP flow, behind whose packets every hop has to queue: a part of the time is latency, not bandwidth")
     for what, key in (("TcpMonitor.sample()", "sample_cost_s"), ("NetworkEstimate.update()", "learn_cost_s")):
         costs = sorted(row[key] * 1e6 for row in steps)
         print(f"{what}: median {statistics.median(costs):.0f} us, p99 {costs[len(costs) * 99 // 100]:.0f} us")

@@ -12,8 +12,9 @@ _STEP = 0.8  # ratio of one sparse rung to the one above it
 _DENSEST = 0.2
 _MARGIN = 0.85  # a rung above must fit into this share of the budget before it is taken
 _PATIENCE = 3  # so many steps in a row
-_LEARN, _FORGET = 0.25, 0.01
-_FACTORS = 0.5, 4.0
+_TRIAL = 10  # a rung that is left within so many steps was no good
+_LONGEST_PAUSE = 320
+_FASTER = 1.3  # a network that is faster by this factor is another one
 
 
 def ladder(ranks: int, floor: float) -> list[Scheme]:
@@ -45,11 +46,11 @@ class BudgetPolicy:
 
     where latency is what the rung would take with nothing to send: it has to be paid anyway. Exposed time is forecast
     by sending the buckets through two stations, each one bucket at a time, from the moments at which they were ready:
-    coding (measured seconds an element) and the network, hops x alpha + 8 bytes / beta (``sensing.network``). What forecasts
-    of a kind of scheme were off by is remembered as a factor.
+    coding (measured seconds an element) and the network, hops x alpha + 8 bytes / beta (``sensing.network``).
 
     Fast down: a rung that does not fit is left at once. Slow up: a rung above has to fit with a margin several times in
-    a row, which keeps the choice from swinging between two neighbours.
+    a row. A rung that was taken and soon left again, because its forecast was wrong, is not tried for a while, and twice as
+    long each time, until the network has become faster.
     """
 
     def __init__(
@@ -71,9 +72,12 @@ class BudgetPolicy:
         self._network = network
         self._coding_s = coding_s
         self._share = share
-        self._factors: dict[str, float] = {}
-        self._above: list[int] = []
         self._rung = next((i for i, rung in enumerate(rungs) if _density(rung) <= start), len(rungs) - 1)
+        self._step = 0
+        self._candidates: list[int] = []
+        self._climbed_at = -_TRIAL
+        self._ceiling, self._ceiling_until, self._pause = 0, 0, _TRIAL
+        self._ceiling_bps = 0.0
 
     @property
     def scheme(self) -> Scheme:
@@ -81,22 +85,42 @@ class BudgetPolicy:
         return self._rungs[self._rung]
 
     def decide(self, seen: Observation) -> None:
-        if self._network.beta_bps is None:
+        self._step += 1
+        bandwidth_bps = self._network.beta_bps
+        if bandwidth_bps is None:
             return
-        self._learn(seen)
-        if not self._fits(self._rung, seen):
-            self._rung = self._least_lossy(range(len(self._rungs)), seen, 1.0)
-            self._above.clear()
+        if self._step >= self._ceiling_until or bandwidth_bps > _FASTER * self._ceiling_bps:
+            self._ceiling = 0
+        if self._fits(self._rung, seen):
+            self._climb(seen)
+        else:
+            self._fall(seen, bandwidth_bps)
+
+    def _climb(self, seen: Observation) -> None:
+        candidate = min(self._rung, self._least_lossy(range(self._ceiling, self._rung + 1), seen, _MARGIN))
+        self._candidates.append(candidate)
+        if len(self._candidates) < _PATIENCE:
             return
-        self._above.append(min(self._rung, self._least_lossy(range(self._rung + 1), seen, _MARGIN)))
-        if len(self._above) == _PATIENCE:
-            self._rung = max(self._above)
-            self._above.clear()
+        lowest = max(self._candidates)
+        self._candidates.clear()
+        if lowest < self._rung:
+            self._rung, self._climbed_at = lowest, self._step
+        elif self._step - self._climbed_at > _TRIAL:
+            self._pause = _TRIAL
+
+    def _fall(self, seen: Observation, bandwidth_bps: float) -> None:
+        rung = self._least_lossy(range(self._ceiling, len(self._rungs)), seen, 1.0)
+        if self._step - self._climbed_at <= _TRIAL and rung > self._rung:
+            self._ceiling, self._ceiling_bps = self._rung + 1, bandwidth_bps
+            self._ceiling_until = self._step + self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        self._rung = rung
+        self._candidates.clear()
 
     def _least_lossy(self, rungs: range, seen: Observation, margin: float) -> int:
         """The first rung that fits; if none does, the one that is over soonest."""
         fits = (rung for rung in rungs if self._fits(rung, seen, margin))
-        return next(fits, min(rungs, key=lambda rung: self.exposed_s(self._rungs[rung], seen)))
+        return next(fits, min(rungs, key=lambda rung: self.exposed_s(self._rungs[rung], seen), default=self._rung))
 
     def _fits(self, rung: int, seen: Observation, margin: float = 1.0) -> bool:
         scheme = self._rungs[rung]
@@ -107,9 +131,6 @@ class BudgetPolicy:
 
     def exposed_s(self, scheme: Scheme, seen: Observation) -> float:
         """Forecast of the exposed time if a step like the last were exchanged by a scheme."""
-        return self._factors.get(type(scheme).__name__, 1.0) * self._uncorrected_s(scheme, seen)
-
-    def _uncorrected_s(self, scheme: Scheme, seen: Observation) -> float:
         coding_s = self._coding_s.get(scheme.name, 0.0)
         coded_s = landed_s = -max(seen.lead_s, default=0.0)
         for elements, lead_s in zip(seen.elements, seen.lead_s, strict=True):
@@ -119,22 +140,16 @@ class BudgetPolicy:
                 landed_s += self._network.predict_s(payload_bytes, hops)
         return max(0.0, landed_s)
 
-    def _learn(self, seen: Observation) -> None:
-        """Compare the last step with its forecast; the kinds that were not at work get their chance back little by little."""
-        for kind, factor in self._factors.items():
-            self._factors[kind] = factor + _FORGET * (1 - factor)
-        forecast_s = self._uncorrected_s(self.scheme, seen)
-        if max(forecast_s, seen.exposed_s) > _LEARN * self._share * seen.compute_s and forecast_s > 0:
-            kind = type(self.scheme).__name__
-            low, high = _FACTORS
-            factor = self._factors.get(kind, 1.0)
-            self._factors[kind] = factor + _LEARN * (min(high, max(low, seen.exposed_s / forecast_s)) - factor)
-
     def state_dict(self) -> dict[str, Any]:
-        return {"rung": self._rung, "above": list(self._above), "factors": dict(self._factors)}
+        return {name: getattr(self, name) for name in _STATE} | {"_candidates": list(self._candidates)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._rung, self._above, self._factors = state["rung"], list(state["above"]), dict(state["factors"])
+        for name in _STATE:
+            setattr(self, name, state[name])
+        self._candidates = list(state["_candidates"])
+
+
+_STATE = ("_rung", "_step", "_climbed_at", "_ceiling", "_ceiling_until", "_ceiling_bps", "_pause")
 
 
 def _density(scheme: Scheme) -> float:

@@ -48,6 +48,8 @@ INTERFACE = "eth0"
 _NOT_COMPOSE = {"com.docker.compose.project": "", "com.docker.compose.service": ""}
 """Compose marks the images that it builds, containers inherit that, and Compose would take a worker for one of its own."""
 _RUN_DIR = PurePosixPath("/run/netsense")
+_COMPILED = "/opt/numba-cache"
+"""Where the image keeps compiled kernels; a volume, made and removed with its container, lets a worker use them."""
 _NOBODY = 65534
 _READY_S = 60.0
 _START_THREADS = 8
@@ -237,7 +239,7 @@ class DockerLab:
             read_only=True,
             security_opt=["no-new-privileges:true"],
             tmpfs={"/tmp": "rw,nosuid,nodev"},
-            mounts=[mount],
+            mounts=[mount, Mount(_COMPILED, None, type="volume")],
             environment={"HOME": "/tmp", "TMPDIR": "/tmp", "OMP_NUM_THREADS": "1"},
         )
         container.reload()
@@ -389,7 +391,7 @@ def _remove(client: docker.DockerClient, containers: Sequence[Container], networ
     def remove(container: Container) -> None:
         # It may be gone, or on its way: containers remove themselves when their orchestrator hangs up.
         with contextlib.suppress(APIError):
-            container.remove(force=True)
+            container.remove(force=True, v=True)
 
     with ThreadPoolExecutor(_START_THREADS) as pool:
         list(pool.map(remove, containers))

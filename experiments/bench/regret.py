@@ -1,0 +1,89 @@
+"""Is netsense as good as the best fixed scheme in hindsight, at every bandwidth?
+
+    python experiments/bench/regret.py [RUN]
+
+RUN: a run directory of regret.yaml; without it regret.yaml is run first (about 15 minutes). Prints the median step time of
+every method at every rate, over the second half of its steps, the share of the gradients' energy that it did not send, and the regret of
+netsense: its step time against that of the best method that loses no more energy than netsense did.
+
+Plain all-reduce loses none; what bfloat16 loses by rounding is not recorded, and taken for its bound, 2**-16.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+import testbed
+
+ROUNDING = 2.0**-16
+RATE = "network.link.rate"
+
+
+def run_it(parent: Path) -> Path:
+    """Run the spec; returns the run directory."""
+    spec = Path(__file__).with_suffix(".yaml")
+    subprocess.run([sys.executable, "-m", "testbed.cli", "run", str(spec), "--out", str(parent)], check=False)
+    return max(parent.glob("regret-*"), key=lambda path: path.stat().st_mtime)
+
+
+def measured(run: testbed.Run) -> pd.DataFrame:
+    """One row a cell: rate, method, step_s, lost, scheme, valid."""
+    valid = {cell["cell"]: cell["valid"] for cell in run.summary["cells"]}
+    rows = []
+    for cell in run.cells.to_dict("records"):
+        steps = run.steps[run.steps["cell"] == cell["cell"]]
+        steps = steps[steps["step"] >= steps["step"].max() // 2]
+        lost = steps["lost_energy"].median()
+        rows.append(
+            {
+                "rate": cell["overrides"][RATE],
+                "method": cell["method"],
+                # The ranks leave a step together, but for the last hop: what counts is the time of all.
+                "step_s": steps.groupby("step")["step_s"].mean().median(),
+                "lost": (ROUNDING if cell["method"] == "bf16" else 0.0) if pd.isna(lost) else lost,
+                "scheme": steps["scheme"].mode().get(0, ""),
+                "valid": valid[cell["cell"]],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else run_it(Path("runs"))
+    cells = measured(testbed.load_run(directory))
+    rates = list(dict.fromkeys(cells["rate"]))
+    table = Table("ms a step (energy lost)", *map(str, rates))
+    for method, mine in cells.groupby("method", sort=False):
+        by_rate = mine.set_index("rate")
+        table.add_row(
+            method,
+            *(
+                f"{1e3 * by_rate.at[rate, 'step_s']:.0f} ({by_rate.at[rate, 'lost']:.2g})"
+                + ("" if by_rate.at[rate, "valid"] else " invalid")
+                for rate in rates
+            ),
+        )
+    worst = 0.0
+    regrets, choices = [], []
+    for rate in rates:
+        here = cells[cells["rate"] == rate]
+        netsense = here[here["method"] == "netsense"].iloc[0]
+        others = here[(here["method"] != "netsense") & (here["lost"] <= netsense["lost"])]
+        best = others.loc[others["step_s"].idxmin()]
+        regret = netsense["step_s"] / best["step_s"]
+        worst = max(worst, regret)
+        regrets.append(f"{regret:.3f} ({best['method']})")
+        choices.append(netsense["scheme"])
+    table.add_section()
+    table.add_row("netsense chose", *choices)
+    table.add_row("regret (best other)", *regrets)
+    Console(width=200).print(table)
+    print(f"worst regret {worst:.3f}")
+
+
+if __name__ == "__main__":
+    main()
