@@ -20,7 +20,6 @@ class Float8(Method):
             partial(all_gather_slots, slot, self.group),
             payload_bytes=all_gather_bytes(slot.nbytes, ranks),
             hops=all_gather_hops(ranks),
-            bucket=bucket.index(),
             elements=gradient.numel(),
         )
 

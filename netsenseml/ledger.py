@@ -9,7 +9,6 @@ from torch.futures import Future
 
 from netsenseml.agent.protocol import monotonic_s
 from netsenseml.exchange.collectives import all_reduce_bytes
-from netsenseml.sensing.network import Transfer
 from netsenseml.sensing.tcp import TcpSample
 
 
@@ -40,7 +39,10 @@ class Ledger:
         self._coded = False
         self.tcp: TcpSample | None = None
         """What the kernel saw of the connections since the exchange before."""
-        self._transfers: dict[tuple[int, int], Transfer] = {}
+        self.hops = 0
+        """One-way delays that all collectives pass, one after another."""
+        self.flight_s = 0.0
+        """Time in which at least one collective was under way."""
         self._lock = threading.Lock()
         self._landed_s = 0.0
 
@@ -60,29 +62,24 @@ class Ledger:
         *,
         payload_bytes: float,
         hops: int,
-        bucket: int,
-        stage: int = 0,
         elements: int = 0,
     ) -> Future[torch.Tensor]:
         """Launch a collective and account for it; the returned future holds its result.
 
         payload_bytes: what this rank sends for it by the collective's cost formula. hops: one-way delays that it passes.
-        bucket, stage: which bucket's exchange this is part of, and which part; every rank has the same ones in a step.
         elements: gradient elements of this rank in the payload.
         """
         with self._lock:
             self.payload_bytes += round(payload_bytes)
+            self.hops += hops
             self.elements_sent += elements
         launched_s = monotonic_s()
 
         def landed(done: Future[torch.Tensor]) -> torch.Tensor:
             now_s = monotonic_s()
             with self._lock:
-                # A collective that was launched while another one was under way shares the link with it: its own time
-                # begins when that one is done.
-                seconds = now_s - max(launched_s, self._landed_s)
+                self.flight_s += now_s - max(launched_s, self._landed_s)
                 self._landed_s = now_s
-                self._transfers[bucket, stage] = Transfer(round(payload_bytes), hops, seconds)
             return done.value()
 
         return collective().then(landed)
@@ -98,11 +95,6 @@ class Ledger:
     def lost_energy(self) -> float | None:
         """Share of the energy of all buckets that was not sent; None if the method does not tell."""
         return (self._lost / self._energy if self._energy else 0.0) if self._coded else None
-
-    @property
-    def transfers(self) -> list[Transfer]:
-        """The step's collectives, by bucket and stage."""
-        return [self._transfers[key] for key in sorted(self._transfers)]
 
     @property
     def dense_bytes(self) -> int:

@@ -3,7 +3,8 @@
     python experiments/bench/link_changes.py [LINKS] [SECONDS]
 
 1. Lateness: every link gets a new rate ten times a second; prints the percentiles of applied_s - planned_s from the event log.
-2. Rate after a change: a saturated link alternates between two rates; prints carried ÷ set in the first 200 ms after one.
+2. Rate after a change: a saturated link alternates between two rates; prints carried ÷ set in the first 200 ms after one, for
+   UDP, which is there at once, and for one TCP flow, which has to find the new rate.
 3. Cost: one change of all links as netlink batches against one call of tc for each qdisc, in turn.
 """
 
@@ -13,13 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from netsenseml.agent.protocol import monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab, enclosure
+from testbed.links import gauge
 from testbed.links.qdiscs import compile_tree, largest_packet_bytes, tc_commands
 from testbed.links.state import LinkState, Shape
 from testbed.run.driver import LinkDriver
@@ -33,6 +35,7 @@ while True:
 while True: s.send(b"x" * 65536)
 """
 LOW, HIGH = 2_000_000, 4_000_000
+SLOW, FAST = 20_000_000, 100_000_000
 
 
 def both(rate_bps: int) -> LinkState:
@@ -78,12 +81,20 @@ def lateness(server: ForkServer, links: int, seconds: float, scratch: Path) -> N
     )
 
 
-def rate_after_change(server: ForkServer, scratch: Path) -> None:
+def start_flood(lab: NetnsLab, log: Path) -> None:
+    """w0 sends UDP to w1 at more than the higher rate."""
+    lab.hosts["w1"].start(gauge.command("ignore"), {}, log)
+    words = (lab.hosts["w1"].address, monotonic_s(), 60, 1.3 * FAST, gauge.UDP_HEADERS_BYTES + 1448)
+    lab.hosts["w0"].start(gauge.command("flood", *words), {}, log)
+    time.sleep(1)
+
+
+def rate_after_change(server: ForkServer, start: Callable[[NetnsLab, Path], None], name: str, scratch: Path) -> None:
     ratios = []
-    with NetnsLab(plan(["w0", "w1"], 100_000_000, 20_000_000), server) as lab:
-        start_ring(lab, scratch / "log")
+    with NetnsLab(plan(["w0", "w1"], FAST, SLOW), server) as lab:
+        start(lab, scratch / "log")
         for step in range(20):
-            rate = (20_000_000, 100_000_000)[step % 2]
+            rate = (SLOW, FAST)[step % 2]
             lab.links.apply({name: both(rate) for name in lab.hosts})
             begin, first = time.monotonic(), lab.links.counters()["w0", "up"].bytes
             time.sleep(0.2)
@@ -92,7 +103,7 @@ def rate_after_change(server: ForkServer, scratch: Path) -> None:
             time.sleep(0.5)
     falls, rises = ratios[::2], ratios[1::2]
     print(
-        "carried ÷ set in the first 200 ms, 100 → 20 Mbit/s: median "
+        f"carried ÷ set in the first 200 ms ({name}), 100 → 20 Mbit/s: median "
         f"{statistics.median(falls):.3f} (from {min(falls):.3f} to {max(falls):.3f}); 20 → 100 Mbit/s: median "
         f"{statistics.median(rises):.3f} (from {min(rises):.3f} to {max(rises):.3f})"
     )
@@ -123,7 +134,8 @@ def main() -> None:
         os.execvpe("env", ["env", "BENCH_INSIDE=1", *enclosure(), sys.executable, *sys.argv], os.environ)
     with ForkServer() as server, tempfile.TemporaryDirectory() as scratch:
         cost(server, links, Path(scratch))
-        rate_after_change(server, Path(scratch))
+        rate_after_change(server, start_flood, "UDP", Path(scratch))
+        rate_after_change(server, start_ring, "TCP", Path(scratch))
         lateness(server, links, seconds, Path(scratch))
 
 

@@ -3,8 +3,8 @@
     python experiments/bench/regret.py [RUN]
 
 RUN: a run directory of regret.yaml; without it regret.yaml is run first (about 15 minutes). Prints the median step time of
-every method at every rate, over the second half of its steps, the share of the gradients' energy that it did not send, and the regret of
-netsense: its step time against that of the best method that loses no more energy than netsense did.
+every method at every rate, over the second half of its steps, the share of the gradients' energy that it did not send, and the
+regret of netsense: its step time against that of the best method that loses no more energy than netsense did.
 
 Plain all-reduce loses none; what bfloat16 loses by rounding is not recorded, and taken for its bound, 2**-16.
 """

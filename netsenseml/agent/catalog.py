@@ -154,7 +154,7 @@ def check_method(name: str, options: Mapping[str, Any] | None = None) -> dict[st
         registered = registered_methods()
         if name in registered:
             return dict(options or {})
-        known = {**METHODS, **dict.fromkeys(registered, {})}
+        known = {**METHODS, **{key: {} for key in registered}}
     resolved = _resolve("method", known, name, options)
     if resolved.get("policy") == "fixed" and not resolved["schemes"]:
         raise ValueError(f"method '{name}': policy 'fixed' needs schemes, for example [int8]")

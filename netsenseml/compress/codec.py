@@ -27,24 +27,24 @@ from netsenseml.compress.layout import (
 )
 from netsenseml.compress.sparsify import sampling, slots
 
-__all__ = ["VALUES", "Codec", "Hint", "MalformedBuffer", "add_decoded"]
+__all__ = ["VALUES", "Codec", "MalformedBuffer", "Sent", "add_decoded"]
 
 
 @dataclass(slots=True)
-class Hint:
+class Sent:
     """What an encoder tells of a bucket beside its bytes."""
 
-    sent: torch.Tensor | None = None
-    """Positions of the elements sent last, ascending, shape (k,), int32; None if all were."""
+    positions: torch.Tensor | None = None
+    """Of the elements sent last, ascending, shape (k,), int32; None if all were."""
 
 
 @dataclass(frozen=True, slots=True)
 class Codec:
     """How a flat float32 gradient is written: the share of its elements that is sent, and the format of their values.
 
-    density: the elements of largest magnitude, exactly ``elements(n)`` of n; NaN is larger than infinity, the lower
-    index comes first among equals. At 1 all are sent, without positions. What is left behind has at most 1 - k / n of the
-    energy (the sum of squares).
+    density: the elements of largest magnitude are sent, exactly k = ``elements(n)`` of n; NaN is larger than infinity, and
+    the lower index comes first among equals. The others have at most 1 - k / n of the energy (the sum of squares). At 1
+    all are sent, without positions.
 
     values, with the largest error of a value x; m is the largest magnitude in its block, 256 values that share a scale:
 
@@ -101,8 +101,8 @@ class Codec:
     def _layout(self, n: int) -> Layout:
         return layout(VALUES[self.values], n, self.elements(n))
 
-    def encode(self, wanted: torch.Tensor, seed: int, *, hint: Hint | None = None) -> torch.Tensor:
-        """The buffer, shape (nbytes(n),), uint8, and in ``wanted``, shape (n,), contiguous float32, what it leaves behind.
+    def encode(self, wanted: torch.Tensor, seed: int, *, sent: Sent | None = None) -> torch.Tensor:
+        """The buffer, uint8 of shape (nbytes(n),); ``wanted``, contiguous float32 of shape (n,), n < 2**31, keeps what is left.
 
         Buffer and rest make up what was wanted, up to float32 rounding, and exactly where nothing was sent. Where the
         buffer holds something that is not finite nothing is left behind: like after an all-reduce, all ranks see it, once.
@@ -117,9 +117,9 @@ class Codec:
         buffer[:HEADER_BYTES] = torch.frombuffer(bytearray(plan.header()), dtype=torch.uint8)
         key = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")
         backend = _encode if wanted.device.type == "cpu" else tensors.encode
-        sent = backend(wanted.detach(), plan, key, buffer)
-        if hint is not None:
-            hint.sent = sent
+        positions = backend(wanted.detach(), plan, key, buffer)
+        if sent is not None:
+            sent.positions = positions
         return buffer
 
 
@@ -148,10 +148,9 @@ def _encode(wanted: torch.Tensor, plan: Layout, key: int, buffer: torch.Tensor) 
     if plan.dense:
         _put_values(x, plan, key, body)
         return None
-    positions, values = _largest(x.view(np.int32), plan.k), np.empty(plan.k, np.float32)
+    positions, values = _largest(x, plan.k)
     high, low = (body[part].view(np.uint64) for part in (plan.high, plan.low))
     kernels.put_positions(positions, plan.low_bits, plan.step, high, low)
-    kernels.gather(x, positions, values)
     _put_values(values, plan, key, body)
     kernels.scatter(x, positions, values)
     return torch.from_numpy(positions.view(np.int32))
@@ -170,22 +169,24 @@ def _add_decoded(buffer: torch.Tensor, plan: Layout, out: torch.Tensor, scale: f
     kernels.scatter_add(out.numpy(), positions, values)
 
 
-def _largest(bits: Array, k: int) -> Array:
-    """Positions of the k elements of largest magnitude, ascending.
+def _largest(x: Array, k: int) -> tuple[Array, Array]:
+    """Positions, ascending, and a copy of the k elements of largest magnitude.
 
     Candidates are those above a threshold guessed from a sample; if that was a bad guess, all but the zeros, of which
     whole layers may consist. If those are too few, the first zeros join them.
     """
-    stride, rank = sampling(bits.size, k)
-    guess, _ = kernels.kth_largest(bits[::stride] & kernels.MAGNITUDE, rank)
-    for threshold, places in ((max(guess, 1), int(stride * (rank + 4 * rank**0.5))), (1, bits.size)):
-        positions, magnitudes = (np.empty(places + kernels.WORD, dtype) for dtype in (np.uint32, np.int32))
-        found = kernels.passing(bits, threshold, positions, magnitudes)
+    bits = x.view(np.int32)
+    stride, rank = sampling(x.size, k)
+    guess, _ = kernels.kth_largest(bits[::stride].copy(), rank)
+    for threshold, places in ((max(guess, 1), int(stride * (rank + 4 * rank**0.5))), (1, x.size)):
+        positions, values = (np.empty(places + kernels.WORD, dtype) for dtype in (np.uint32, np.int32))
+        found = kernels.passing(bits, threshold, positions, values)
         if found >= k:
-            kernels.cut(positions[:found], magnitudes[:found], k)
-            return positions[:k]
-    zeros = np.flatnonzero(bits[:k] & kernels.MAGNITUDE == 0)[: k - found]
-    return np.sort(np.concatenate([positions[:found], zeros.astype(np.uint32)]))
+            kernels.cut(positions[:found], values[:found], k)
+            return positions[:k], values[:k].view(np.float32)
+    zeros = np.flatnonzero(x[:k] == 0)[: k - found]
+    positions = np.sort(np.concatenate([positions[:found], zeros.astype(np.uint32)]))
+    return positions, x[positions]
 
 
 def _put_values(x: Array, plan: Layout, key: int, body: Array) -> None:

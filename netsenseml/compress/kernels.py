@@ -54,7 +54,7 @@ def _part(function: F) -> F:
     return made
 
 
-def _instruction(result: Any, argument: Any, emit: Callable[[Any, Any], Any]) -> Callable[[Any], Any]:
+def _instruction(result: Any, argument: Any, emit: Callable[[Any, Any], Any]) -> Any:
     """A function of one number that is one instruction of the machine."""
 
     @intrinsic
@@ -78,8 +78,8 @@ def _magnitude(number: Any) -> Any:
 
 
 @_kernel("i8(i4[::1], i4, u4[::1], i4[::1])")
-def passing(bits: Array, threshold: int, positions: Array, magnitudes: Array) -> int:
-    """Positions and magnitudes of the elements with a magnitude of at least ``threshold``, ascending; their number.
+def passing(bits: Array, threshold: int, positions: Array, values: Array) -> int:
+    """Positions, ascending, and bits of the elements with a magnitude of at least ``threshold``; their number.
 
     -1 if they may not fit: there must be WORD places more than elements that pass. The comparisons go into words, without
     a branch; then only the bits set are visited.
@@ -99,28 +99,29 @@ def passing(bits: Array, threshold: int, positions: Array, magnitudes: Array) ->
         while hits:
             position = np.uint32(start + _lowest_bit(hits))
             positions[found] = position
-            magnitudes[found] = bits[position] & MAGNITUDE
+            values[found] = bits[position]
             found += 1
             hits &= hits - np.uint64(1)
     return found
 
 
 @_kernel("UniTuple(i8, 2)(i4[::1], i8)")
-def kth_largest(magnitudes: Array, k: int) -> tuple[int, int]:
+def kth_largest(bits: Array, k: int) -> tuple[int, int]:
     """The k-th largest magnitude, and how many of the k largest are equal to it.
 
     Radix selection by three digits of 11, 10 and 10 bits. Those that share the leading digits move on to the next.
     """
     counts = np.zeros(2048, np.int64)
-    for magnitude in magnitudes:
-        counts[magnitude >> 20] += 1
+    for i in range(bits.size):
+        counts[(bits[i] & MAGNITUDE) >> 20] += 1
     leading, wanted = 2047, k
     while counts[leading] < wanted:
         wanted -= counts[leading]
         leading -= 1
     members = np.empty(counts[leading] + 1, np.int32)  # one place more, so that none is written by a branch
     size = 0
-    for magnitude in magnitudes:
+    for i in range(bits.size):
+        magnitude = bits[i] & MAGNITUDE
         members[size] = magnitude
         size += (magnitude >> 20) == leading
     for shift in (10, 0):
@@ -142,23 +143,19 @@ def kth_largest(magnitudes: Array, k: int) -> tuple[int, int]:
 
 
 @_kernel("void(u4[::1], i4[::1], i8)")
-def cut(positions: Array, magnitudes: Array, k: int) -> None:
-    """Move the positions of the k largest magnitudes to the front, ascending; both arrays have the same size >= k."""
+def cut(positions: Array, values: Array, k: int) -> None:
+    """Move those of the k largest magnitudes to the front, in their order; both arrays have the same size >= k."""
     if k == positions.size:
         return
-    threshold, equals = kth_largest(magnitudes, k)
+    threshold, equals = kth_largest(values, k)
     kept = 0
     for i in range(positions.size):
         positions[kept] = positions[i]
-        equal = (magnitudes[i] == threshold) & (equals > 0)
+        values[kept] = values[i]
+        magnitude = values[i] & MAGNITUDE
+        equal = (magnitude == threshold) & (equals > 0)
         equals -= equal
-        kept += (magnitudes[i] > threshold) | equal
-
-
-@_kernel("void(f4[::1], u4[::1], f4[::1])")
-def gather(x: Array, positions: Array, values: Array) -> None:
-    for j in range(positions.size):
-        values[j] = x[positions[j]]
+        kept += (magnitude > threshold) | equal
 
 
 @_kernel("void(f4[::1], u4[::1], f4[::1])")
@@ -184,7 +181,7 @@ def put_positions(positions: Array, low_bits: int, step: int, high: Array, low: 
     at = word = filled = 0
     hits = fields = np.uint64(0)
     for j in range(positions.size):
-        position = np.int64(positions[j])
+        position: Any = np.int64(positions[j])
         bit = (position >> low_bits) + j * step
         if bit >> 6 != at:
             high[at] = hits
@@ -267,7 +264,10 @@ def add_bf16(x: Array, codes: Array, factor: Any) -> None:
 
 @_part
 def _noise(place: Any, key: Any) -> Any:
-    """An odd multiple of 2**-17 between 0 and 1: the finaliser of MurmurHash3 (A. Appleby) over place and key."""
+    """An odd multiple of 2**-17 between 0 and 1: the finaliser of MurmurHash3 (A. Appleby) over place ^ key.
+
+    place: index of the value among those that are sent. A hash has no state: values may be coded in any order.
+    """
     h = np.uint32(place ^ key)
     h = np.uint32(np.uint32(h ^ np.uint32(h >> np.uint32(16))) * np.uint32(0x85EBCA6B))
     h = np.uint32(np.uint32(h ^ np.uint32(h >> np.uint32(13))) * np.uint32(0xC2B2AE35))
@@ -290,9 +290,9 @@ def _quantise(x: Array, b: int, block: int, key: Any, levels: Any, codes: Array,
         for i in range(BLOCK):
             codes[row, i] = 0
         return scale
-    place = np.uint32(block * BLOCK)
+    key = np.uint32(np.uint32(block * BLOCK) ^ key)  # with i it makes the place of the value ^ key
     for i in range(BLOCK):
-        level = np.floor(x[b, i] / scale + _noise(np.uint32(place + np.uint32(i)), key))
+        level = np.floor(x[b, i] / scale + _noise(np.uint32(i), key))
         level = min(max(level, -levels), levels)
         codes[row, i] = np.uint8(np.int32(level))
         x[b, i] -= level * scale

@@ -32,7 +32,8 @@ def ladder(ranks: int, floor: float) -> list[Scheme]:
     return rungs
 
 
-SPARSE_VALUES = "int4"
+SPARSE_VALUES = "sign"
+"""At the same number of bytes, more elements with a sign and a common magnitude lose less energy than fewer with 4 bits."""
 
 
 def _bytes(scheme: Scheme, ranks: int) -> float:

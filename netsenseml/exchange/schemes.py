@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from netsenseml.compress.codec import Codec, Hint, add_decoded
+from netsenseml.compress.codec import Codec, Sent, add_decoded
 from netsenseml.compress.sparsify import slots
 from netsenseml.exchange.collectives import (
     all_gather_bytes,
@@ -38,14 +38,13 @@ class Lot:
     """One bucket at the moment of its exchange.
 
     groups: a process group for every stage. shared_seed: differs between steps and buckets; the same on all ranks.
-    hint: what the codec remembers of this bucket from step to step.
+    sent: filled by the scheme with what was sent.
     """
 
-    index: int
     groups: tuple[dist.ProcessGroup, dist.ProcessGroup]
     ledger: Ledger
     shared_seed: int
-    hint: Hint
+    sent: Sent
 
     @property
     def rank(self) -> int:
@@ -89,7 +88,7 @@ class Plain:
         wanted.zero_()
         (payload, hops), *_ = self.payloads(len(wanted), lot.ranks)
         send = partial(all_reduce_mean, mean, lot.groups[0])
-        result = yield lot.ledger.launch(send, payload_bytes=payload, hops=hops, bucket=lot.index, elements=len(wanted))
+        result = yield lot.ledger.launch(send, payload_bytes=payload, hops=hops, elements=len(wanted))
         return result
 
 
@@ -112,13 +111,12 @@ class Gather:
     def exchange(self, wanted: torch.Tensor, lot: Lot) -> Exchange:
         ledger = lot.ledger
         with ledger.coding():
-            slot = self.codec.encode(wanted, lot.seed, hint=lot.hint)
+            slot = self.codec.encode(wanted, lot.seed, sent=lot.sent)
         (payload, hops), *_ = self.payloads(len(wanted), lot.ranks)
         rows = yield ledger.launch(
             partial(all_gather_slots, slot, lot.groups[0]),
             payload_bytes=payload,
             hops=hops,
-            bucket=lot.index,
             elements=self.codec.elements(len(wanted)),
         )
         with ledger.coding():
@@ -164,7 +162,6 @@ class TwoPhase:
             partial(all_to_all_chunks, coded, lot.rank, lot.groups[0]),
             payload_bytes=stages[0][0],
             hops=stages[0][1],
-            bucket=lot.index,
             elements=len(wanted),
         )
         with ledger.coding():
@@ -179,8 +176,6 @@ class TwoPhase:
             partial(all_gather_slots, slot, lot.groups[1]),
             payload_bytes=stages[1][0],
             hops=stages[1][1],
-            bucket=lot.index,
-            stage=1,
         )
         with ledger.coding():
             result = torch.zeros_like(wanted)
@@ -219,7 +214,7 @@ class RandomK:
             wanted[chosen] = 0
         (payload, hops), *_ = self.payloads(len(wanted), lot.ranks)
         send = partial(all_reduce_mean, values, lot.groups[0])
-        mean = yield lot.ledger.launch(send, payload_bytes=payload, hops=hops, bucket=lot.index, elements=len(chosen))
+        mean = yield lot.ledger.launch(send, payload_bytes=payload, hops=hops, elements=len(chosen))
         with lot.ledger.coding():
             return torch.zeros_like(wanted).index_copy_(0, chosen, mean)
 
@@ -229,7 +224,7 @@ def by_name(name: str) -> Scheme:
     if name == Plain.name:
         return Plain()
     codec = Codec.parse(name)
-    return TwoPhase(codec) if codec.density == 1 and codec.values != "sign" else Gather(codec)
+    return TwoPhase(codec) if codec.density == 1 else Gather(codec)
 
 
 def chunk_sizes(elements: int, ranks: int) -> list[int]:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public, but not declared so
 from torch.futures import Future
 
-from netsenseml.compress.codec import Codec, Hint
+from netsenseml.compress.codec import Codec, Sent
 from netsenseml.compress.feedback import ErrorFeedback, energy_lost, sample
 from netsenseml.exchange.collectives import own_group
 from netsenseml.exchange.conveyor import Conveyor, Exchange
@@ -34,7 +34,6 @@ class Coded(Method):
         self.feedback = ErrorFeedback(module.named_parameters(), momentum=momentum) if feedback else None
         self.steps = 0
         """Backwards so far, from which all randomness is drawn."""
-        self._hints: dict[int, Hint] = {}
         self._conveyor = Conveyor()
         self._groups = own_group(group), own_group(group)
 
@@ -46,8 +45,8 @@ class Coded(Method):
         return self._conveyor.submit(self._exchange(bucket.buffer(), bucket.parameters(), bucket.index(), ledger))
 
     def _exchange(self, gradient: torch.Tensor, parameters: list[torch.Tensor], index: int, ledger: Ledger) -> Exchange:
-        hint = self._hints.setdefault(index, Hint())
-        lot = Lot(index, self._groups, ledger, shared_seed=self.steps * _BUCKETS + index, hint=hint)
+        sent = Sent()
+        lot = Lot(self._groups, ledger, shared_seed=self.steps * _BUCKETS + index, sent=sent)
         feedback = self.feedback
         with ledger.coding():
             if feedback is not None:
@@ -59,7 +58,7 @@ class Coded(Method):
         with ledger.coding():
             ledger.lose(energy_lost(before, wanted), wanted.numel() * before.square().mean().item())
             if feedback is not None:
-                feedback.mask(parameters, hint.sent)
+                feedback.mask(parameters, sent.positions)
             return gradient.copy_(mean)
 
     def close(self) -> None:
@@ -96,10 +95,13 @@ class Qsgd(Quantized):
 
 
 class SignSgd(Coded):
-    """Signs and a mean magnitude for every block, with error feedback (EF-signSGD, Karimireddy et al., ICML 2019)."""
+    """Signs and a mean magnitude for every block, with error feedback (EF-signSGD, Karimireddy et al., ICML 2019).
+
+    In two phases, with error feedback in both (DoubleSqueeze, Tang et al., ICML 2019).
+    """
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup) -> None:
-        super().__init__(module, group, Gather(Codec("sign")))
+        super().__init__(module, group, TwoPhase(Codec("sign")))
 
 
 class TopK(Coded):

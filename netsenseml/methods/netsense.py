@@ -62,7 +62,7 @@ class NetSense(Coded):
         super().__init__(module, group, self._policy.scheme)
         self._all_reduce = AllReduce(module, group)
         self._elements: tuple[int, ...] = ()
-        self._transfers: list[Transfer] = []
+        self._sent = 0, 0
         self._was_plain = self._nothing_left = True
 
     def begin(self) -> None:
@@ -80,16 +80,18 @@ class NetSense(Coded):
         if not ledger.payload_bytes:  # a single rank has nobody to exchange with
             return
         tcp = ledger.tcp
-        kernel = (tcp.bandwidth_bps, tcp.min_rtt_s) if tcp is not None else (None, None)
+        kernel_bps = tcp.bandwidth_bps if tcp is not None else None
+        rtt_s = tcp.min_rtt_s if tcp is not None else None
         last_s = max(ledger.ready_s)
-        self._elements, self._transfers = tuple(ledger.bucket_elements), ledger.transfers
+        self._elements, self._sent = tuple(ledger.bucket_elements), (ledger.payload_bytes, ledger.hops)
         self._agreement.share(
             [
                 ledger.comm_s,
                 -ledger.window_s,  # of everything the smallest value counts, of this one the largest
-                *(_UNKNOWN if value is None else value for value in kernel),
+                ledger.flight_s,
+                kernel_bps or _UNKNOWN,
+                rtt_s or _UNKNOWN,
                 *(last_s - ready_s for ready_s in ledger.ready_s),
-                *(transfer.seconds for transfer in ledger.transfers),
             ]
         )
 
@@ -98,12 +100,10 @@ class NetSense(Coded):
         shared = self._agreement.result()
         if shared is None:
             return
-        exposed_s, minus_compute_s, kernel_bps, min_rtt_s, *rest = shared.amin(dim=0).tolist()
-        lead_s, seconds = rest[: len(self._elements)], rest[len(self._elements) :]
-        transfers = [
-            Transfer(own.payload_bytes, own.hops, agreed_s) for own, agreed_s in zip(self._transfers, seconds, strict=True)
-        ]
-        self._network.update(transfers, _known(kernel_bps), _known(min_rtt_s))
+        exposed_s, minus_compute_s, flight_s, kernel_bps, _, *lead_s = shared.amin(dim=0).tolist()
+        rtt_s = shared[:, _RTT].mean().item()  # a ring passes every delay as often as all others
+        payload_bytes, hops = self._sent
+        self._network.update([Transfer(payload_bytes, hops, flight_s)], _known(kernel_bps), _known(rtt_s))
         self.bandwidth_bps = self._network.beta_bps
         self._policy.decide(
             Observation(
@@ -111,8 +111,8 @@ class NetSense(Coded):
                 lead_s=tuple(lead_s),
                 compute_s=-minus_compute_s,
                 exposed_s=exposed_s,
-                payload_bytes=sum(transfer.payload_bytes for transfer in transfers),
-                flight_s=sum(seconds),
+                payload_bytes=payload_bytes,
+                flight_s=flight_s,
             )
         )
 
@@ -135,6 +135,8 @@ class NetSense(Coded):
 
 _UNKNOWN = float("inf")
 """Larger than anything, where the smallest value counts."""
+_RTT = 4
+"""Place of the round-trip time among the values that are shared."""
 
 
 def _known(value: float) -> float | None:

@@ -22,7 +22,6 @@ class AllReduce(Method):
             partial(allreduce_hook, self.group, bucket),
             payload_bytes=all_reduce_bytes(gradient.nbytes, ranks),
             hops=all_reduce_hops(ranks),
-            bucket=bucket.index(),
             elements=gradient.numel(),
         )
 
@@ -50,7 +49,6 @@ class Half(Method):
             partial(all_reduce_mean, half, self.group),
             payload_bytes=all_reduce_bytes(half.nbytes, ranks),
             hops=all_reduce_hops(ranks),
-            bucket=bucket.index(),
             elements=half.numel(),
         ).then(decode)
 

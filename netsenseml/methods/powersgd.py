@@ -43,7 +43,6 @@ class PowerSgd(Method):
             lambda: powerSGD_hook(self._state, bucket),
             payload_bytes=all_reduce_bytes(4 * values, self.group.size()),
             hops=3 * all_reduce_hops(self.group.size()),
-            bucket=bucket.index(),
             elements=values,
         ).wait()
         yield from ()  # all its collectives are the hook's

@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from netsenseml.agent.protocol import monotonic_s
 
@@ -27,8 +28,7 @@ _BUSY_S = 0.2  # 50 jiffies at 250 Hz, so that their rounding costs 2 to 4 %
 _BUFFERS = 0.1  # share of the busy time
 
 
-@dataclass(frozen=True, slots=True)
-class TcpInfo:
+class TcpInfo(NamedTuple):
     """Sender side of one connection since it was opened (Linux ``struct tcp_info``).
 
     rtt_s: smoothed round-trip time. min_rtt_s: smallest of the kernel's window (300 s by default).
@@ -188,10 +188,16 @@ class TcpMonitor:
 def read(fd: int) -> TcpInfo | None:
     """The kernel's view of one connection; None if it is gone or the kernel tells too little."""
     try:
-        with _borrowed(fd) as connection:
-            return TcpInfo.parse(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SPACE))
+        # Family and type, which Python would ask the kernel for, do not matter for an option.
+        borrowed = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fd)
+    except OSError:
+        return None
+    try:
+        return TcpInfo.parse(borrowed.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SPACE))
     except (OSError, ValueError):
         return None
+    finally:
+        borrowed.detach()
 
 
 def _sockets() -> Iterator[tuple[int, int]]:
@@ -209,16 +215,6 @@ def _inode(fd: int) -> int | None:
         return os.fstat(fd).st_ino
     except OSError:
         return None
-
-
-@contextlib.contextmanager
-def _borrowed(fd: int) -> Iterator[socket.socket]:
-    # Family and type, which Python would ask the kernel for, do not matter for an option.
-    borrowed = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fd)
-    try:
-        yield borrowed
-    finally:
-        borrowed.detach()
 
 
 def _other_host(fd: int) -> str | None:

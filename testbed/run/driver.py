@@ -80,9 +80,7 @@ class LinkDriver:
             if due is not None and due.at_s <= now:
                 self._apply(due)
                 due = next(pending, None)
-            elif next_sample <= now and (
-                due is None or due.at_s - now > _GUARD * reading_s or now - next_sample > _OVERDUE_S
-            ):
+            elif next_sample <= now and (due is None or due.at_s - now > _GUARD * reading_s or now - next_sample > _OVERDUE_S):
                 self._sample()
                 reading_s = monotonic_s() - self._t0_s - now
                 next_sample = max(next_sample + SAMPLE_S, now)

@@ -1,13 +1,15 @@
 """Names and options, checked without torch."""
 
+from importlib.metadata import EntryPoint
+
 import pytest
 
 from netsenseml.agent import catalog
 
 
 def test_defaults_are_filled_in() -> None:
-    assert catalog.check_method("topk") == {"ratio": 0.1}
-    assert catalog.check_method("topk", {"ratio": 1}) == {"ratio": 1.0}
+    assert catalog.check_method("topk") == {"ratio": 0.1, "values": "bf16"}
+    assert catalog.check_method("topk", {"ratio": 1})["ratio"] == 1.0
     assert catalog.check_method("allreduce") == {}
     assert catalog.check_model("mlp") == {"hidden": [512, 512]}
     assert catalog.check_data("digits") == {}
@@ -33,6 +35,10 @@ def test_every_default_is_valid_and_every_option_explained(table: dict[str, dict
         ("topk", {"ratio": "half"}, "ratio must be a number > 0 and <= 1, not 'half'"),
         ("topk", {"ratio": True}, "not True"),
         ("topk", {"ratio": float("nan")}, "not nan"),
+        ("topk", {"values": "int9"}, "values must be one of fp32, bf16, int8, int4, not 'int9'"),
+        ("qsgd", {"bits": True}, "bits must be one of 8, 4, not True"),
+        ("netsense", {"policy": "fixed"}, "policy 'fixed' needs schemes"),
+        ("netsense", {"policy": "fixed", "schemes": [1]}, "schemes must be a list of texts, not [1]"),
     ],
 )
 def test_errors_are_one_line_that_names_the_choices(name: str, options: dict[str, object], said: str) -> None:
@@ -51,6 +57,14 @@ def test_lists_and_booleans() -> None:
         catalog.check_optimizer("sgd", {"nesterov": 1})
     with pytest.raises(ValueError, match="nesterov needs momentum"):
         catalog.check_optimizer("sgd", {"nesterov": True})
+
+
+def test_methods_of_installed_packages_are_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("mine", "my.package:Method", catalog.ENTRY_POINTS)
+    monkeypatch.setattr(catalog, "entry_points", lambda group: [point] if group == catalog.ENTRY_POINTS else [])
+    assert catalog.check_method("mine", {"anything": 1}) == {"anything": 1}
+    with pytest.raises(ValueError, match="choose from mine"):
+        catalog.check_method("mime")
 
 
 def test_code_of_the_users_own_is_taken_as_it_is() -> None:

@@ -1,4 +1,4 @@
-"""Selection, packing and error feedback, as properties."""
+"""Selection and error feedback, as properties."""
 
 import math
 
@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from netsenseml.compress.feedback import ErrorFeedback
-from netsenseml.compress.pack import BYTES_PER_ELEMENT, pack, unpack
-from netsenseml.compress.sparsify import largest, slots
+from netsenseml.compress.codec import Codec, Sent
+from netsenseml.compress.feedback import ErrorFeedback, energy_lost, sample
+from netsenseml.compress.sparsify import largest, sampling, slots
 
 torch.set_num_threads(1)
 
@@ -17,8 +17,8 @@ ANY_FLOAT = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subno
 
 
 def rank_by_magnitude(values: torch.Tensor) -> list[int]:
-    """Indices by the stated rule: by magnitude, NaN as infinity, lower index first among equals."""
-    magnitude = [math.inf if math.isnan(v) else abs(v) for v in values.tolist()]
+    """Indices by the stated rule: by magnitude, NaN above infinity, lower index first among equals."""
+    magnitude = (values.view(torch.int32) & 0x7FFFFFFF).tolist()
     return sorted(range(len(magnitude)), key=lambda i: (-magnitude[i], i))
 
 
@@ -52,11 +52,16 @@ def test_the_guessed_threshold_changes_nothing(shape: str, n: int, ratio: float,
         x[:: max(1, n // 50)] = math.nan
     x = x.to(dtype)
     k = slots(n, ratio)
-    found = largest(x, k)
-    magnitude = x.float().abs().nan_to_num(nan=math.inf, posinf=math.inf)
-    assert found.numel() == k and bool((found.diff() > 0).all())
-    expected = magnitude.sort(descending=True).values[:k]
-    assert torch.equal(magnitude[found].sort(descending=True).values, expected)
+    magnitude = x.float().view(torch.int32) & 0x7FFFFFFF
+    expected = magnitude.sort(descending=True, stable=True).indices[:k].sort().values
+    assert torch.equal(largest(x, k), expected)
+
+
+@given(st.integers(1, 2**31 - 1), st.floats(1e-9, 1.0))
+def test_a_sample_has_the_rank_that_is_asked_for(n: int, ratio: float) -> None:
+    stride, rank = sampling(n, slots(n, ratio))
+    size = -(-n // stride)
+    assert stride % 2 == 1 and 1 <= rank <= size <= 1.2 * 2**14
 
 
 @given(st.integers(0, 10**7), st.floats(1e-6, 1.0))
@@ -75,26 +80,6 @@ def test_slots_do_not_round_noise_up() -> None:
 def test_k_out_of_range(k: int) -> None:
     with pytest.raises(ValueError, match="from 1 to 3"):
         largest(torch.ones(3), k)
-
-
-@given(st.lists(st.tuples(ANY_FLOAT, st.integers(0, 2**31 - 1)), max_size=50))
-def test_packing_is_exact_to_the_bit(pairs: list[tuple[float, int]]) -> None:
-    values = torch.tensor([value for value, _ in pairs], dtype=torch.float32)
-    indices = torch.tensor([index for _, index in pairs], dtype=torch.int64)
-    buffer = pack(values, indices)
-    assert buffer.dtype == torch.uint8 and buffer.numel() == BYTES_PER_ELEMENT * len(pairs)
-    got_values, got_indices = unpack(buffer)
-    assert torch.equal(got_values.view(torch.int32), values.view(torch.int32))
-    assert torch.equal(got_indices, indices.int())
-
-
-def test_malformed_buffers_are_refused() -> None:
-    with pytest.raises(ValueError, match="not a packed buffer"):
-        unpack(torch.zeros(7, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="not a packed buffer"):
-        unpack(torch.zeros(8))
-    with pytest.raises(ValueError, match="one shape"):
-        pack(torch.zeros(3), torch.zeros(2, dtype=torch.int64))
 
 
 @settings(max_examples=30)
@@ -125,3 +110,67 @@ def test_feedback_survives_a_checkpoint() -> None:
     assert new.residual([parameters[1][1], parameters[0][1]]).tolist() == [6, 7, 8, 9, 0, 1, 2, 3, 4, 5]
     with pytest.raises(KeyError):
         new.load_state_dict({"c": torch.zeros(1)})
+
+
+def small_model() -> list[tuple[str, torch.nn.Parameter]]:
+    return [("a", torch.nn.Parameter(torch.zeros(2, 3))), ("b", torch.nn.Parameter(torch.zeros(4)))]
+
+
+def test_momentum_is_corrected_and_masked_as_in_the_paper() -> None:
+    """Against Algorithm 1 of deep gradient compression, element by element, with buckets rebuilt after the first step."""
+    (_, a), (_, b) = named = small_model()
+    feedback = ErrorFeedback(named, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    velocity, waiting = torch.zeros(10), torch.zeros(10)
+    codec, sent = Codec("fp32", 0.3), Sent()
+    for step in range(20):
+        gradient = torch.randn(10, generator=generator)
+        velocity = 0.9 * velocity + gradient
+        waiting = waiting + velocity
+        order = torch.arange(10) if step == 0 else torch.arange(10).roll(-6)  # b first, from the second step on
+        parameters = [a, b] if step == 0 else [b, a]
+        wanted = feedback.accumulate(parameters, gradient[order])
+        torch.testing.assert_close(wanted, waiting[order])
+        codec.encode(wanted, step, sent=sent)
+        feedback.mask(parameters, sent.positions)
+        assert sent.positions is not None
+        velocity[order[sent.positions]] = waiting[order[sent.positions]] = 0
+
+
+def test_without_compression_momentum_is_plain_momentum() -> None:
+    (_, a), (_, b) = named = small_model()
+    feedback, velocity, sent = ErrorFeedback(named, momentum=0.5), torch.zeros(10), Sent()
+    for step in range(5):
+        gradient = torch.full((10,), float(step)).bfloat16()
+        velocity = 0.5 * velocity + gradient
+        wanted = feedback.accumulate([a, b], gradient)
+        assert torch.equal(wanted, velocity)
+        Codec("fp32").encode(wanted, step, sent=sent)
+        feedback.mask([a, b], sent.positions)
+
+
+def test_velocities_survive_a_checkpoint() -> None:
+    (_, a), (_, b) = named = small_model()
+    old, new, plain = ErrorFeedback(named, momentum=0.5), ErrorFeedback(named, momentum=0.5), ErrorFeedback(named)
+    old.accumulate([a, b], torch.arange(10.0))
+    old.residual([a, b]).mul_(2)
+    state = old.state_dict()
+    assert set(state) == {"a", "b", "a:velocity", "b:velocity"} and state["a:velocity"].shape == (2, 3)
+    new.load_state_dict(state)
+    assert torch.equal(new.accumulate([b, a], torch.zeros(10)), 2.5 * torch.arange(10.0).roll(-6))
+    plain.load_state_dict(state)
+    assert torch.equal(plain.residual([a, b]), 2 * torch.arange(10.0)) and set(plain.state_dict()) == {"a", "b"}
+
+
+@pytest.mark.parametrize(("codec", "tolerance"), [(Codec("bf16", 0.1), 0.03), (Codec("int4"), 0.05), (Codec("sign"), 0.02)])
+def test_the_energy_lost_is_estimated_from_a_sample(codec: Codec, tolerance: float) -> None:
+    wanted = torch.randn(500_000, generator=torch.Generator().manual_seed(0))
+    whole, before = wanted.square().sum(), sample(wanted)
+    codec.encode(wanted, 0)
+    assert energy_lost(before, wanted) == pytest.approx(float(wanted.square().sum() / whole), rel=tolerance)
+
+
+def test_of_no_energy_none_is_lost() -> None:
+    assert energy_lost(sample(torch.zeros(0)), torch.zeros(0)) == 0
+    assert energy_lost(sample(torch.zeros(3)), torch.zeros(3)) == 0
+    assert math.isnan(energy_lost(torch.tensor([math.inf]), torch.tensor([math.inf])))

@@ -97,7 +97,7 @@ def test_every_rung_sends_less_than_the_one_above_and_the_last_keeps_the_floor(r
     assert sizes == sorted(set(sizes), reverse=True)
     assert isinstance(rungs[0], Plain)
     assert [by_name(rung.name) for rung in rungs] == rungs
-    if floor <= 0.01:
+    if ranks * floor < 0.5:  # else a gather of so many elements is larger than 4 bits of all
         assert isinstance(rungs[-1], Gather) and rungs[-1].codec.density == pytest.approx(floor)
 
 

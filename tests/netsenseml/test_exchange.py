@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.futures import Future
 
-from netsenseml.compress.codec import Codec, Hint
+from netsenseml.compress.codec import Codec, Sent
 from netsenseml.exchange.conveyor import Conveyor, Exchange
 from netsenseml.exchange.schemes import Gather, Lot, Plain, RandomK, Scheme, TwoPhase, by_name, chunk_sizes
 from netsenseml.ledger import Ledger
@@ -24,7 +24,7 @@ SCHEMES: list[Scheme] = [
     TwoPhase(Codec("bf16")),
     TwoPhase(Codec("int8")),
     TwoPhase(Codec("int4")),
-    Gather(Codec("sign")),
+    TwoPhase(Codec("sign")),
     Gather(Codec("bf16", 0.1)),
     Gather(Codec("int4", 0.01)),
     RandomK(0.05),
@@ -107,12 +107,12 @@ def exchange_all(rank: int, elements: int) -> list[tuple[str, list[float], list[
         left = wanted.clone()
         ledger = Ledger(dist.get_world_size())
         conveyor = Conveyor()
-        lot = Lot(0, groups, ledger, shared_seed=number, hint=Hint())
+        lot = Lot(groups, ledger, shared_seed=number, sent=Sent())
         result = conveyor.submit(scheme.exchange(left, lot)).wait()
         conveyor.close()
-        stages = [(transfer.payload_bytes, transfer.hops) for transfer in ledger.transfers]
-        assert stages == [(round(payload), hops) for payload, hops in scheme.payloads(elements, dist.get_world_size())]
-        assert ledger.payload_bytes == sum(payload for payload, _ in stages)
+        stages = scheme.payloads(elements, dist.get_world_size())
+        assert (ledger.payload_bytes, ledger.hops) == (sum(round(b) for b, _ in stages), sum(hops for _, hops in stages))
+        assert ledger.flight_s > 0
         found.append((scheme.name, wanted.tolist(), result.tolist(), left.tolist()))
     return found
 

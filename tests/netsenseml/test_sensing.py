@@ -1,39 +1,81 @@
-"""The kernel's view of real connections."""
+"""The kernel's view of connections: real ones over loopback, and a made-up kernel where time must pass."""
 
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from netsenseml.sensing import tcp
+from netsenseml.sensing.tcp import TcpInfo, TcpMonitor
+
+
+def connected():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        peer, _ = server.accept()
+    return client, peer
 
 
 @pytest.fixture
 def connection():
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
-        peer, _ = server.accept()
-        with peer:
-            yield client, peer
+    client, peer = connected()
+    with client, peer:
+        yield client, peer
 
 
-def test_reads_what_the_kernel_knows(connection: tuple[socket.socket, socket.socket]) -> None:
+def carry(source, target, size):
+    """Send, receive, and wait until all of it is acknowledged."""
+    wanted = tcp.read(source.fileno()).bytes_acked + size
+    sender = threading.Thread(target=source.sendall, args=(bytes(size),))
+    sender.start()
+    while size:
+        size -= len(target.recv(min(size, 1 << 20)))
+    sender.join()
+    end_s = time.monotonic() + 5
+    while tcp.read(source.fileno()).bytes_acked < wanted:
+        assert time.monotonic() < end_s
+        time.sleep(0.001)
+
+
+def test_reads_what_the_kernel_knows(connection):
     client, peer = connection
-    sent = 3_000_000
-    reader = threading.Thread(target=lambda: [peer.recv(1 << 16) for _ in iter(lambda: peer.recv(1, socket.MSG_PEEK), b"")])
-    reader.start()
-    client.sendall(bytes(sent))
-    client.shutdown(socket.SHUT_WR)
-    reader.join()
+    carry(client, peer, 3_000_000)
     info = tcp.read(client.fileno())
-    assert info is not None
-    assert sent <= info.bytes_acked <= sent + 2  # SYN and FIN count
+    assert 3_000_000 <= info.bytes_acked <= 3_000_001  # SYN counts
     assert 0 < info.min_rtt_s <= info.rtt_s < 1
     assert info.retransmits == 0
+    assert info.delivery_bps > 1e6
+    assert 0 <= info.rwnd_limited_s + info.sndbuf_limited_s <= info.busy_s < 5
 
 
-def test_borrowing_leaves_the_connection_open(connection: tuple[socket.socket, socket.socket]) -> None:
+def test_a_drop_of_data_is_limited_by_the_application(connection):
+    client, peer = connection
+    for _ in range(3):
+        carry(client, peer, 100)
+    assert tcp.read(client.fileno()).app_limited
+
+
+def test_a_receiver_that_does_not_read_is_told_from_a_slow_path(connection):
+    client, peer = connection
+    client.setblocking(False)
+    sent = 0
+    while True:
+        try:
+            sent += client.send(bytes(1 << 20))
+        except BlockingIOError:
+            break
+    time.sleep(0.1)
+    info = tcp.read(client.fileno())
+    assert info.bytes_acked < sent
+    assert info.rwnd_limited_s > 0.05
+    assert info.busy_s >= info.rwnd_limited_s
+    peer.recv(1)
+
+
+def test_borrowing_leaves_the_connection_open(connection):
     client, peer = connection
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(3):
@@ -43,18 +85,180 @@ def test_borrowing_leaves_the_connection_open(connection: tuple[socket.socket, s
     assert peer.recv(100) == b"still here"
 
 
-def test_only_connections_that_leave_the_host_count(connection: tuple[socket.socket, socket.socket]) -> None:
+def test_only_connections_that_leave_the_host_count(connection):
     a, b = socket.socketpair()
     with a, b:
-        assert tcp.TcpMonitor().sample() is None
+        assert TcpMonitor().sample() is None
 
 
-def test_descriptors_that_are_gone_or_no_connection() -> None:
+def test_descriptors_that_are_gone_or_no_connection():
     with open(os.devnull) as file:
         assert tcp.read(file.fileno()) is None
     assert tcp.read(1 << 20) is None
 
 
-def test_an_old_kernel_is_told_apart() -> None:
-    with pytest.raises(ValueError, match="has 100 bytes"):
-        tcp.TcpInfo.parse(bytes(100))
+def test_an_old_kernel_is_told_apart():
+    with pytest.raises(ValueError, match="has 160 bytes"):
+        TcpInfo.parse(bytes(160))
+
+
+@pytest.fixture
+def leaving(monkeypatch):
+    """Descriptors that the monitor takes for connections to another host, as loopback never counts."""
+    chosen = set()
+    monkeypatch.setattr(tcp, "_other_host", lambda fd: "10.0.0.2" if fd in chosen else None)
+    monkeypatch.setattr(tcp, "_SEARCH_S", 0.0)
+    monkeypatch.setattr(tcp, "_SEARCH_FACTOR", 0.0)
+    return chosen
+
+
+def test_a_sample_covers_the_time_since_the_one_before(connection, leaving):
+    client, peer = connection
+    leaving.add(client.fileno())
+    monitor = TcpMonitor()
+    assert monitor.sample().acked_bytes <= 1
+    carry(client, peer, 50_000)
+    sample = monitor.sample()
+    assert sample.acked_bytes == 50_000
+    assert 0 < sample.min_rtt_s <= sample.rtt_s
+    assert sample.delivery_bps > 0
+    stale = monitor.sample()
+    assert stale.acked_bytes == 0
+    assert stale.min_rtt_s == sample.min_rtt_s
+
+
+def test_connections_come_and_go(connection, leaving):
+    client, peer = connection
+    leaving.add(client.fileno())
+    monitor = TcpMonitor()
+    assert monitor.sample() is not None
+    newer, newer_peer = connected()
+    with newer, newer_peer:
+        leaving.add(newer.fileno())
+        carry(newer, newer_peer, 70_000)
+        assert monitor.sample().acked_bytes == 70_001
+        carry(client, peer, 1_000)
+        assert monitor.sample().acked_bytes == 1_000
+    assert monitor.sample().acked_bytes == 0
+    leaving.clear()
+    client.close()
+    assert monitor.sample() is None
+
+
+def test_a_descriptor_that_was_given_to_another_socket_is_another_connection(connection, leaving, monkeypatch):
+    client, peer = connection
+    fd = client.fileno()
+    leaving.add(fd)
+    monitor = TcpMonitor()
+    carry(client, peer, 100_000)
+    assert monitor.sample().acked_bytes >= 100_000
+    monkeypatch.setattr(tcp, "_other_host", lambda fd: None)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as other:
+        os.dup2(other.fileno(), fd)
+        assert monitor.sample() is None
+
+
+class MadeUpKernel:
+    """Two connections to one peer whose figures the test sets, and a clock that it turns."""
+
+    def __init__(self, monkeypatch):
+        self.now_s = 100.0
+        self.infos = {fd: TcpInfo(0.001, 0.001, 0, 0, 0.0, False, 0.0, 0.0, 0.0) for fd in (7, 8)}
+        monkeypatch.setattr(tcp, "monotonic_s", lambda: self.now_s)
+        monkeypatch.setattr(tcp, "_sockets", lambda: [(fd, fd) for fd in self.infos])
+        monkeypatch.setattr(tcp, "_inode", lambda fd: fd)
+        monkeypatch.setattr(tcp, "_other_host", lambda fd: "10.0.0.2")
+        monkeypatch.setattr(tcp, "read", self.infos.get)
+
+    def passes(self, seconds, fd=7, *, acked=0, busy_s=0.0, limited_s=0.0, rtt_s=None, retransmits=0):
+        self.now_s += seconds
+        old = self.infos[fd]
+        self.infos[fd] = old._replace(
+            rtt_s=old.rtt_s if rtt_s is None else rtt_s,
+            min_rtt_s=old.min_rtt_s if rtt_s is None else min(old.min_rtt_s, rtt_s),
+            bytes_acked=old.bytes_acked + acked,
+            busy_s=old.busy_s + busy_s,
+            rwnd_limited_s=old.rwnd_limited_s + limited_s,
+            retransmits=old.retransmits + retransmits,
+        )
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    return MadeUpKernel(monkeypatch)
+
+
+def test_a_longer_route_is_noticed_within_seconds_though_the_kernel_remembers_the_shorter_one(kernel):
+    monitor = TcpMonitor()
+    kernel.passes(0.1, acked=1000)
+    assert monitor.sample().min_rtt_s == 0.001
+    for _ in range(43):  # 4 s and two steps
+        kernel.passes(0.1, acked=1000, rtt_s=0.021)
+        sample = monitor.sample()
+    assert sample.min_rtt_s == sample.rtt_s == 0.021
+    assert kernel.infos[7].min_rtt_s == 0.001
+    kernel.passes(0.1, acked=1000, rtt_s=0.0005)
+    assert monitor.sample().min_rtt_s == 0.0005
+
+
+def test_the_smallest_rtt_may_come_from_another_connection_to_the_same_peer_but_not_from_an_idle_one(kernel):
+    monitor = TcpMonitor()
+    monitor.sample()
+    kernel.now_s += 10
+    for _ in range(3):
+        kernel.passes(0.1, acked=1_000_000, rtt_s=0.030)
+        assert monitor.sample().min_rtt_s == 0.030
+    kernel.passes(0.0, fd=8, acked=100, rtt_s=0.002)
+    kernel.passes(0.1, acked=1_000_000)
+    sample = monitor.sample()
+    assert (sample.rtt_s, sample.min_rtt_s, sample.acked_bytes) == (0.030, 0.002, 1_000_000)
+
+
+def test_bandwidth_is_what_was_acknowledged_in_enough_busy_time(kernel):
+    monitor = TcpMonitor()
+    monitor.sample()
+    for _ in range(3):  # 40 ms at 8 Mbit/s
+        kernel.passes(0.1, acked=40_000, busy_s=0.04)
+        assert monitor.sample().bandwidth_bps is None
+    for _ in range(2):
+        kernel.passes(0.1, acked=40_000, busy_s=0.04)
+        sample = monitor.sample()
+    assert sample.bandwidth_bps == pytest.approx(8e6)
+    kernel.passes(0.3, acked=50_000, busy_s=0.25)  # enough by itself
+    assert monitor.sample().bandwidth_bps == pytest.approx(1.6e6)
+
+
+def test_time_in_which_buffers_were_the_limit_tells_no_bandwidth(kernel):
+    monitor = TcpMonitor()
+    monitor.sample()
+    kernel.passes(1.0, acked=100_000, busy_s=0.4, limited_s=0.2)
+    assert monitor.sample().bandwidth_bps is None
+    kernel.passes(1.0, acked=100_000, busy_s=0.4, limited_s=0.01)
+    assert monitor.sample().bandwidth_bps == pytest.approx(2e6)
+
+
+def test_retransmits_are_counted_once_and_stay_when_the_connection_goes(kernel):
+    monitor = TcpMonitor()
+    monitor.sample()
+    kernel.passes(0.1, acked=10, retransmits=3)
+    kernel.passes(0.1, fd=8, acked=10, retransmits=2)
+    assert monitor.sample().retransmits == 5
+    del kernel.infos[8]
+    kernel.passes(0.1, acked=10, retransmits=1)
+    assert monitor.sample().retransmits == 6
+
+
+def test_looking_for_connections_takes_at_most_a_thousandth_of_the_time(kernel, monkeypatch):
+    searches = []
+
+    def slow():
+        searches.append(kernel.now_s)
+        kernel.now_s += 0.005
+        return []
+
+    monkeypatch.setattr(tcp, "_sockets", slow)
+    monitor = TcpMonitor()
+    for _ in range(1000):
+        kernel.now_s += 0.05
+        monitor.sample()
+    assert len(searches) == 10
