@@ -19,7 +19,7 @@ class Float8(Method):
         slots = ledger.launch(
             partial(all_gather_slots, slot, self.group),
             payload_bytes=all_gather_bytes(slot.nbytes, ranks),
-            hops=all_gather_hops(ranks),
+            hops=all_gather_hops(slot.nbytes, ranks),
             elements=gradient.numel(),
         )
 

@@ -43,16 +43,24 @@ def all_reduce_hops(ranks: int) -> int:
 
 
 def all_gather_slots(slot: torch.Tensor, group: dist.ProcessGroup) -> Future[torch.Tensor]:
-    """Gather one slot of equal size from every rank: slot of shape (s,) -> (n, s), row r from rank r."""
-    slots = slot.new_empty(group.size() * slot.numel())
-    work = _all_gather(slots, slot, group=group, async_op=True)
+    """Gather one slot of equal size from every rank: slot of shape (s,) -> (n, s), row r from rank r.
+
+    Small ones are sent to each rank directly, as on a ring every hop costs a delay and a thread that has to wake up. Large
+    ones go round the ring, where every link carries one flow at a time.
+    """
+    ranks = group.size()
+    slots = slot.new_empty(ranks * slot.numel())
+    if all_gather_hops(slot.nbytes, ranks) == 1:
+        work = dist.all_to_all_single(slots, slot.repeat(ranks), group=group, async_op=True)
+    else:
+        work = _all_gather(slots, slot, group=group, async_op=True)
     # The future's own value differs between backends; the output tensor is the same everywhere. Reading the value
     # first lets an error through.
-    return work.get_future().then(lambda done: (done.value(), slots.view(group.size(), -1))[1])
+    return work.get_future().then(lambda done: (done.value(), slots.view(ranks, -1))[1])
 
 
 def all_gather_bytes(slot_bytes: int, ranks: int) -> float:
-    """Bytes a rank sends in a ring all-gather of slots of ``slot_bytes`` = S: (n - 1) * S."""
+    """Bytes a rank sends in an all-gather of slots of ``slot_bytes`` = S: (n - 1) * S."""
     return (ranks - 1) * slot_bytes
 
 
@@ -66,9 +74,16 @@ def all_to_all_chunks(chunks: Sequence[torch.Tensor], rank: int, group: dist.Pro
     return work.get_future().then(lambda done: (done.value(), received.view(len(chunks), sizes[rank]))[1])
 
 
-def all_gather_hops(ranks: int) -> int:
-    """One-way delays that a ring all-gather passes one after another: n - 1."""
-    return ranks - 1
+def all_gather_hops(slot_bytes: int, ranks: int) -> int:
+    """One-way delays that the gather of slots passes one after another: n - 1 round the ring, 1 directly.
+
+    Measured with 4 ranks at 20, 100 and 500 Mbit/s: 2 kB take 1.8 ms directly and 3.5 ms round the ring, 100 and 500 kB the
+    same either way, 2 MB 7 to 22 % longer directly.
+    """
+    return 1 if (ranks - 1) * slot_bytes <= _DIRECT_BYTES else ranks - 1
+
+
+_DIRECT_BYTES = 1 << 19
 
 
 def _first(done: Future[list[torch.Tensor]]) -> torch.Tensor:

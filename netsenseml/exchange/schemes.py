@@ -94,7 +94,7 @@ class Plain:
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """Every rank sends its coded bucket to all others: (N - 1) c bytes for c coded bytes, N - 1 hops.
+    """Every rank sends its coded bucket to all others: (N - 1) c bytes for c coded bytes, 1 or N - 1 hops.
 
     Best for few elements: what arrives need not be coded again.
     """
@@ -106,7 +106,8 @@ class Gather:
         return self.codec.name
 
     def payloads(self, elements: int, ranks: int) -> list[tuple[float, int]]:
-        return [(all_gather_bytes(self.codec.nbytes(elements), ranks), all_gather_hops(ranks))]
+        slot = self.codec.nbytes(elements)
+        return [(all_gather_bytes(slot, ranks), all_gather_hops(slot, ranks))]
 
     def exchange(self, wanted: torch.Tensor, lot: Lot) -> Exchange:
         ledger = lot.ledger
@@ -130,7 +131,7 @@ class Gather:
 @dataclass(frozen=True, slots=True)
 class TwoPhase:
     """Quantised all-reduce: every rank reduces one chunk of the bucket and tells all others: 2 (N - 1) / N c bytes for c
-    coded bytes, 1 + (N - 1) hops.
+    coded bytes, 2 or N hops.
 
     1. All-to-all: rank r gets chunk r of every rank.
     2. It decodes and averages them, and codes the mean. The error of this second coding is known to rank r alone, so it
@@ -148,7 +149,7 @@ class TwoPhase:
 
     def payloads(self, elements: int, ranks: int) -> list[tuple[float, int]]:
         chunks = [self.codec.nbytes(size) for size in chunk_sizes(elements, ranks)]
-        return [(sum(chunks) * (ranks - 1) / ranks, 1), (all_gather_bytes(chunks[0], ranks), all_gather_hops(ranks))]
+        return [(sum(chunks) * (ranks - 1) / ranks, 1), (all_gather_bytes(chunks[0], ranks), all_gather_hops(chunks[0], ranks))]
 
     def exchange(self, wanted: torch.Tensor, lot: Lot) -> Exchange:
         ledger, ranks = lot.ledger, lot.ranks
