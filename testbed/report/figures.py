@@ -20,6 +20,9 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 DASHES = ("solid", "dash", "dot", "dashdot")
 INK, FAINT, GRID, SCHEDULE = "#1f2933", "#616e7c", "rgba(31, 41, 51, 0.09)", "#e4eaf1"
 
+PAYLOAD_SHARE = 1448 / 1514 * 0.98
+"""TCP payload of a full Ethernet frame, less what the acknowledgements of the opposite direction take."""
+
 Palette = Mapping[str, Mapping[str, str]]
 
 
@@ -46,6 +49,7 @@ def _of_scenario(run: Run, cells: set[str], styles: Palette) -> dict[str, go.Fig
         "loss_over_bytes": loss(steps, styles, over="sent_bytes"),
         "accuracy": accuracy(evals, styles, target_accuracy(run.spec)),
         "breakdown": breakdown(steps),
+        "sensing": sensing(steps, links, styles),
         "links": utilisation(links, styles),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
@@ -143,6 +147,28 @@ def breakdown(steps: pd.DataFrame) -> go.Figure | None:
         bargap=0.3,
         xaxis=_axis("mean time of a step (ms)"),
         yaxis=_axis("", showgrid=False, autorange="reversed"),
+    )
+
+
+def sensing(steps: pd.DataFrame, links: pd.DataFrame, styles: Palette) -> go.Figure | None:
+    """What methods that sense took for the bandwidth, and what the tightest link leaves for the payload."""
+    sensed = steps.dropna(subset=["bandwidth_bps"])
+    if sensed.empty:
+        return None
+    figure = go.Figure()
+    limit = series.limits(links[links["cell"] == sensed["cell"].iloc[-1]])
+    if len(limit):
+        figure.add_scatter(
+            x=limit["t_s"],
+            y=limit["rate_bps"] * PAYLOAD_SHARE,
+            name="payload that the tightest link can carry",
+            mode="lines",
+            line={"shape": "hv", "color": INK, "width": 1, "dash": "dot"},
+            hovertemplate="truth %{y:.3~s}bit/s<extra></extra>",
+        )
+    _lines(figure, sensed, styles, series.by_step, "bandwidth_bps", "estimate %{y:.3~s}bit/s")
+    return _finish(figure, 340).update_layout(
+        xaxis=_time_axis(), yaxis=_axis("payload bandwidth (bit/s)", rangemode="tozero", tickformat="~s")
     )
 
 

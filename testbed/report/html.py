@@ -47,6 +47,11 @@ CAPTIONS: Mapping[str, tuple[str, str]] = {
         "Mean over all steps and ranks. Compute and exposed communication add up to the step. Encoding and decoding is"
         " part of either, so it has a bar of its own.",
     ),
+    "sensing": (
+        "Estimate against truth",
+        "The bandwidth that a sensing method reckons with, and what the tightest link can carry of TCP's payload; competing"
+        " traffic takes its share of that.",
+    ),
     "links": (
         "Were the links full?",
         "What the kernel counted, with Ethernet headers: the line is the mean over all links and directions, the band"

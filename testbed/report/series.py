@@ -40,9 +40,9 @@ def throughput(steps: pd.DataFrame) -> pd.DataFrame:
 def by_step(steps: pd.DataFrame) -> pd.DataFrame:
     """Steps of one cell, one row a step: means over ranks, at most ``POINTS`` rows (means of equal groups of steps).
 
-    Columns t_s, loss, ratio, payload_bytes, and sent_bytes: what all ranks together had sent by then.
+    Columns t_s, loss, ratio, payload_bytes, bandwidth_bps, and sent_bytes: what all ranks together had sent by then.
     """
-    columns = ["t_s", "loss", "ratio", "payload_bytes"]
+    columns = ["t_s", "loss", "ratio", "payload_bytes", "bandwidth_bps"]
     per_step = steps.groupby("step")[columns].mean()
     per_step["sent_bytes"] = steps.groupby("step")["payload_bytes"].sum().cumsum()
     return thin(per_step)

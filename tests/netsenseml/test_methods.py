@@ -88,10 +88,14 @@ def train_30_steps(rank: int, method: str, options: dict[str, Any]) -> tuple[str
     return parameters_hash(ddp.module), ratios
 
 
-@pytest.mark.parametrize(("method", "options"), METHODS)
-def test_replicas_stay_bit_identical_and_agree_on_the_ratio(method: str, options: dict[str, Any]) -> None:
-    first, *others = run_group(train_30_steps, 3, method, options)
-    assert all(other == first for other in others)
+def train_all(rank: int) -> list[tuple[str, list[float]]]:
+    return [train_30_steps(rank, method, options) for method, options in METHODS]
+
+
+def test_replicas_stay_bit_identical_and_agree_on_the_ratio() -> None:
+    first, *others = run_group(train_all, 3)  # one group for all methods, as starting ranks takes longer than training
+    for number, method in enumerate(METHODS):
+        assert all(other[number] == first[number] for other in others), method
 
 
 def exchange_with_reference(
@@ -126,19 +130,23 @@ def exchange_with_reference(
     return [exchanged.tolist(), own.tolist(), residual.tolist()]
 
 
+def exchange_all(rank: int, accumulate: bool, ddp_options: dict[str, Any]) -> list[list[list[float]]]:
+    return [exchange_with_reference(rank, *method, accumulate, ddp_options) for method in (*EXACT, *ROUNDED)]
+
+
 @pytest.mark.parametrize(
     ("accumulate", "ddp_options"),
     [(False, {}), (True, {}), (True, {"gradient_as_bucket_view": True, "find_unused_parameters": True})],
     ids=["every backward", "no_sync", "no_sync, bucket views, unused parameters"],
 )
-@pytest.mark.parametrize(("method", "options"), [*EXACT, *ROUNDED])
-def test_nothing_is_lost(method: str, options: dict[str, Any], accumulate: bool, ddp_options: dict[str, Any]) -> None:
+def test_nothing_is_lost(accumulate: bool, ddp_options: dict[str, Any]) -> None:
     """Sum of exchanged means = sum of true means - mean residual: buckets are rebuilt on the way, ranks share indices."""
-    ranks = run_group(exchange_with_reference, 3, method, options, accumulate, ddp_options)
-    exchanged, own, residual = (torch.tensor([rank[i] for rank in ranks]) for i in range(3))
-    assert torch.equal(exchanged, exchanged[:1].expand_as(exchanged))
-    tolerance = {"rtol": 2e-2, "atol": 2e-3} if (method, options) in ROUNDED else {"rtol": 1e-4, "atol": 1e-6}
-    torch.testing.assert_close(exchanged[0], (own - residual).mean(dim=0), **tolerance)
+    ranks = run_group(exchange_all, 3, accumulate, ddp_options)
+    for number, method in enumerate((*EXACT, *ROUNDED)):
+        exchanged, own, residual = (torch.tensor([rank[number][i] for rank in ranks]) for i in range(3))
+        assert torch.equal(exchanged, exchanged[:1].expand_as(exchanged)), method
+        tolerance = {"rtol": 2e-2, "atol": 2e-3} if method in ROUNDED else {"rtol": 1e-4, "atol": 1e-6}
+        torch.testing.assert_close(exchanged[0], (own - residual).mean(dim=0), **tolerance, msg=str(method))
 
 
 def records_of(rank: int, directory: str, explicit: bool) -> list[dict[str, Any]]:
@@ -209,18 +217,21 @@ def resume(rank: int, method: str, options: dict[str, Any]) -> bool:
     return parameters_hash(after.module) == parameters_hash(straight.module)
 
 
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        ("topk", {"ratio": 0.05}),
-        ("quantized", {"values": "int4"}),
-        ("dgc", {"ratio": 0.05, "warmup": 5}),
-        ("randomk", {"ratio": 0.1}),
-        ("netsense", {"policy": "fixed", "schemes": ["int8", "sparse-int4@5%", "allreduce", "allreduce", "sparse-int8@2%"]}),
-    ],
-)
-def test_resume_from_a_checkpoint(method: str, options: dict[str, Any]) -> None:
-    assert run_group(resume, 2, method, options) == [True, True]
+RESUMED = [
+    ("topk", {"ratio": 0.05}),
+    ("quantized", {"values": "int4"}),
+    ("dgc", {"ratio": 0.05, "warmup": 5}),
+    ("randomk", {"ratio": 0.1}),
+    ("netsense", {"policy": "fixed", "schemes": ["int8", "sparse-int4@5%", "allreduce", "allreduce", "sparse-int8@2%"]}),
+]
+
+
+def resume_all(rank: int) -> list[bool]:
+    return [resume(rank, method, options) for method, options in RESUMED]
+
+
+def test_resume_from_a_checkpoint() -> None:
+    assert run_group(resume_all, 2) == [[True] * len(RESUMED)] * 2
 
 
 def low_precision(rank: int, method: str, options: dict[str, Any]) -> tuple[str, float]:
@@ -242,11 +253,17 @@ def low_precision(rank: int, method: str, options: dict[str, Any]) -> tuple[str,
     return parameters_hash(model), loss.item()
 
 
-@pytest.mark.parametrize(("method", "options"), [("topk", {"ratio": 0.3}), ("netsense", {}), ("quantized", {}), ("fp16", {})])
-def test_gradients_in_bfloat16(method: str, options: dict[str, Any]) -> None:
-    (first, loss), (second, _) = run_group(low_precision, 2, method, options)
-    assert first == second
-    assert loss < 1.5  # 1.6 is a guess
+LOW_PRECISION = [("topk", {"ratio": 0.3}), ("netsense", {}), ("quantized", {}), ("fp16", {})]
+
+
+def low_precision_all(rank: int) -> list[tuple[str, float]]:
+    return [low_precision(rank, method, options) for method, options in LOW_PRECISION]
+
+
+def test_gradients_in_bfloat16() -> None:
+    for method, (first, loss), (second, _) in zip(LOW_PRECISION, *run_group(low_precision_all, 2), strict=True):
+        assert first == second, method
+        assert loss < 1.5, method  # 1.6 is a guess
 
 
 def use_of_own_method(rank: int) -> tuple[list[float], list[float]]:

@@ -23,7 +23,7 @@ from testbed.results.load import Run, load_run
 from testbed.results.summary import summarize, write_summary
 from tests.testbed.synthetic_run import append, write_cell, write_run
 
-ALL_FIGURES = ["throughput", "compression", "loss_over_time", "loss_over_bytes", "accuracy", "breakdown", "links"]
+ALL_FIGURES = ["throughput", "compression", "loss_over_time", "loss_over_bytes", "accuracy", "breakdown", "sensing", "links"]
 MISCHIEF = "</script><img src=x onerror=alert(1)>"
 
 
