@@ -7,6 +7,7 @@ from dataclasses import astuple, dataclass
 from statistics import median
 from typing import Any
 
+_BEST_OF = 3  # steps: the one that was held up least is learnt from
 _STEPS = 16  # so many of the newest are looked at, while the network stays the same,
 _FADING = 0.9  # and each weighs less than the next one by this factor
 _NOISE_S, _NOISE = 1e-3, 0.05  # how much a step's time is off: what the scheduler costs, and a share of the time
@@ -71,7 +72,8 @@ class NetworkEstimate:
     only help where times alone leave it open how much of them is latency.
 
     1. A step's time obeys the line above, less a credit: a token bucket that filled up during the compute before lets the
-       first milliseconds pass for free. Noise lengthens a time and hardly ever shortens it.
+       first milliseconds pass for free. Noise lengthens a time and hardly ever shortens it, so of the last three steps only
+       the one is looked at that was held up least.
     2. Alpha and credit change seldom. They are fitted to the last steps by weighted least squares, with what is known of
        them so far as one more observation; so with payloads of one size, where they cannot be told from beta, they stay.
        Alpha starts at half of the smallest RTT and tends back to it.
@@ -88,6 +90,7 @@ class NetworkEstimate:
         self._line = _Line(alpha_s=0.0, byte_s=0.0, credit_s=0.0)
         self._min_rtt_s: float | None = None
         self._count = 0
+        self._newest: deque[_Step] = deque(maxlen=_BEST_OF)
         self._steps: deque[_Step] = deque(maxlen=_STEPS)
         self._errors: deque[float] = deque(maxlen=_STEPS)
         self._last_error = 0.0
@@ -129,6 +132,9 @@ class NetworkEstimate:
             self._min_rtt_s = min_rtt_s
         if step.payload_bytes <= 0 or step.seconds <= 0:
             return
+        self._newest.append(step)
+        if self._steps:
+            step = min(self._newest, key=self._error)
         if self._steps and self._is_change(step):
             self._steps = deque([self._steps[-1]], maxlen=_STEPS)
         self._steps.append(step)
@@ -141,6 +147,7 @@ class NetworkEstimate:
             "line": list(astuple(self._line)),
             "min_rtt_s": self._min_rtt_s,
             "count": self._count,
+            "newest": [list(astuple(step)) for step in self._newest],
             "steps": [list(astuple(step)) for step in self._steps],
             "errors": list(self._errors),
             "last_error": self._last_error,
@@ -151,20 +158,26 @@ class NetworkEstimate:
         self._line = _Line(*state["line"])
         self._min_rtt_s = state["min_rtt_s"]
         self._count = state["count"]
+        self._newest = deque((_Step(*step) for step in state["newest"]), maxlen=_BEST_OF)
         self._steps = deque((_Step(*step) for step in state["steps"]), maxlen=_STEPS)
         self._errors = deque(state["errors"], maxlen=_STEPS)
         self._last_error = state["last_error"]
 
     def _is_change(self, step: _Step) -> bool:
         """4."""
-        expected_s = self._line.seconds(step)
-        error = (step.seconds - expected_s) / _noise_s(min(step.seconds, expected_s))
+        expected_s, error = self._line.seconds(step), self._error(step)
         odd = _ODD * max([1.0, median(map(abs, self._errors))] if self._errors else [1.0])
         self._errors.append(error)
         if abs(error) <= odd and expected_s < odd * _noise_s(expected_s):
             return False
         before, self._last_error = self._last_error, error
-        return min(error, before) > odd or max(error, before) < -odd
+        again = step == self._steps[-1]  # one step that was fast by chance is not two
+        return min(error, before) > odd or (max(error, before) < -odd and not again)
+
+    def _error(self, step: _Step) -> float:
+        """By how many times the noise a step took longer than it should have."""
+        expected_s = self._line.seconds(step)
+        return (step.seconds - expected_s) / _noise_s(min(step.seconds, expected_s))
 
     def _fitted(self) -> _Line:
         """2. and 3."""
