@@ -60,7 +60,7 @@ CAPTIONS: Mapping[str, tuple[str, str]] = {
 }
 """Title and caption of each figure: how to read it, and what was measured."""
 
-WIDE = {"throughput", "compression", "links"}
+WIDE = {"throughput", "compression", "sensing", "links"}
 """Figures that take the whole width of a wide page."""
 
 

@@ -136,3 +136,14 @@ def test_random_elements_are_distinct_and_the_same_on_all_ranks(density: float, 
     chosen = [RandomK(density).chosen(elements, seed) for _ in range(2)]
     assert torch.equal(*chosen)
     assert bool((chosen[0].diff() > 0).all()) and int(chosen[0][0]) >= 0 and int(chosen[0][-1]) < elements
+
+
+def test_time_in_flight_counts_once_in_whatever_order_collectives_land() -> None:
+    ledger, landings = Ledger(2), [Future(), Future()]
+    for landing in landings:
+        ledger.launch(lambda landing=landing: landing, payload_bytes=10, hops=1, elements=5)
+    for landing, after_s in ((landings[1], 0.05), (landings[0], 0.03)):
+        time.sleep(after_s)
+        landing.set_result(torch.ones(()))
+    assert ledger.flight_s == pytest.approx(0.08, abs=0.02)
+    assert (ledger.payload_bytes, ledger.hops, ledger.elements_sent) == (20, 2, 10)
