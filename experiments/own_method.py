@@ -14,8 +14,9 @@ from netsenseml.methods import Method
 class Float8(Method):
     def exchange(self, bucket, ledger):
         ledger.scheme, gradient, ranks = "float8", bucket.buffer(), self.group.size()
-        with ledger.coding():
-            slot = gradient.to(torch.float8_e4m3fn).view(torch.uint8)
+        with ledger.coding():  # a scale of its own, in front of the values
+            scale = gradient.abs().max().float().clamp(min=1e-30).view(1) / 448
+            slot = torch.cat([scale.view(torch.uint8), (gradient / scale).to(torch.float8_e4m3fn).view(torch.uint8)])
         slots = ledger.launch(
             partial(all_gather_slots, slot, self.group),
             payload_bytes=all_gather_bytes(slot.nbytes, ranks),
@@ -25,6 +26,8 @@ class Float8(Method):
 
         def mean(arrived):
             with ledger.coding():
-                return gradient.copy_(arrived.value().view(torch.float8_e4m3fn).float().mean(dim=0))
+                scales, values = arrived.value()[:, :4], arrived.value()[:, 4:]
+                values = values.contiguous().view(torch.float8_e4m3fn).float()
+                return gradient.copy_((values * scales.contiguous().view(torch.float32)).mean(dim=0))
 
         return slots.then(mean)

@@ -38,6 +38,13 @@ def attach(
     Raises ValueError, one line, if no method is known or a name or option does not exist.
     """
     cell_dir = os.environ.get(protocol.ENV_CELL_DIR)
+    if cell_dir is not None:
+        if Session.in_cell:
+            raise ValueError("this process has joined its cell already; only one model of a worker can be measured")
+        told = protocol.read_cell(Path(cell_dir))["method"]["name"]
+        if method not in (None, told):
+            raise ValueError(f"the spec names the method '{told}', the script '{method}'; leave it to the spec: attach(model)")
+        method = None
     if method is None:
         if cell_dir is None:
             raise ValueError(
@@ -63,6 +70,9 @@ class Session:
     Call ``step`` after every ``optimizer.step()``. A script that never does gets the same records; a step then ends
     where the next backward hands over its first bucket, and loss and samples are null.
     """
+
+    in_cell = False
+    """Whether some session of this process has joined a cell of the testbed."""
 
     def __init__(
         self,
@@ -98,6 +108,7 @@ class Session:
 
     def join_cell(self, directory: Path) -> None:
         """Report to the orchestrator of the cell in ``directory``, and wait for its start."""
+        Session.in_cell = True
         if self._record is None:
             self._record = protocol.RecordFile(protocol.steps_file(directory, self._rank))
         if self._rank == 0:
@@ -173,7 +184,12 @@ class Session:
         """End the run after its last step, with the final evaluation if this rank made one. Call it on every rank."""
         if self._ledger.elements:
             self._close_step(monotonic_s(), None, None)
-        self.method.close()
+        try:
+            self.method.close()
+        finally:
+            self._leave(accuracy, loss)
+
+    def _leave(self, accuracy: float | None, loss: float | None) -> None:
         if self._control is not None:
             done = {"type": "done", "steps": self.steps, "parameters": parameters_hash(self._module)}
             self._control.send({**done, "accuracy": accuracy, "loss": loss})
@@ -226,8 +242,12 @@ class Session:
 
 
 def parameters_hash(module: torch.nn.Module) -> str:
-    """SHA-256 over all parameters and buffers, in order: equal for replicas that are equal bit by bit."""
+    """SHA-256 over all parameters, in order: equal for replicas that are equal bit by bit.
+
+    Buffers are left out: DDP makes those of all ranks equal only before a forward, so that the running statistics of
+    normalisation differ after the last one.
+    """
     digest = hashlib.sha256()
-    for tensor in (*module.parameters(), *module.buffers()):
+    for tensor in module.parameters():
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -44,7 +44,8 @@ class Ledger:
         self.flight_s = 0.0
         """Time in which at least one collective was under way."""
         self._lock = threading.Lock()
-        self._landed_s = 0.0
+        self._in_flight = 0
+        self._in_flight_since = 0.0
 
     @contextmanager
     def coding(self) -> Iterator[None]:
@@ -73,13 +74,15 @@ class Ledger:
             self.payload_bytes += round(payload_bytes)
             self.hops += hops
             self.elements_sent += elements
-        launched_s = monotonic_s()
+            if not self._in_flight:
+                self._in_flight_since = monotonic_s()
+            self._in_flight += 1
 
         def landed(done: Future[torch.Tensor]) -> torch.Tensor:
-            now_s = monotonic_s()
             with self._lock:
-                self.flight_s += now_s - max(launched_s, self._landed_s)
-                self._landed_s = now_s
+                self._in_flight -= 1
+                if not self._in_flight:
+                    self.flight_s += monotonic_s() - self._in_flight_since
             return done.value()
 
         return collective().then(landed)

@@ -1,5 +1,6 @@
 """Spec → cells × hosts × links × timeline. Pure: needs no root, no network and no lab."""
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -98,7 +99,7 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], read: Callable[[str], str])
             raise SpecError([("network.link.reorder", fault)])
     return [
         Cell(
-            name=_slug("-".join([method.label, *(f"{k.split('.')[-1]}-{v}" for k, v in overrides.items()), f"s{seed}"])),
+            name=_slug("-".join([method.label, *(f"{k.split('.')[-1]}-{v}" for k, v in overrides.items())])) + f"-s{seed}",
             method=method,
             seed=seed,
             overrides=dict(overrides),
@@ -137,7 +138,9 @@ def _workload_config(workload: WorkloadSpec) -> protocol.WorkloadConfig:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).strip("._")[:120]
+    """A name for a directory; different texts have different ones, so what is changed or cut gets a part of its hash."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", text).strip("._")[:120]
+    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def describe(plan: Plan) -> list[str]:

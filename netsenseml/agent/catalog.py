@@ -7,6 +7,7 @@ name is the user's own code: it is accepted here together with its options, and 
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
@@ -89,7 +90,7 @@ METHODS: Mapping[str, Options] = {
     "dgc": {
         "ratio": replace(_RATIO, default=0.01),
         "values": _VALUES,
-        "momentum": Option(float, 0.9, "momentum correction; the optimizer's own should be 0", low=0, high=1),
+        "momentum": Option(float, 0.9, "momentum correction; the optimizer must then have none of its own", low=0, high=1),
         "warmup": Option(int, 100, "steps in which the share falls from a quarter to ratio", low=0),
     },
     "quantized": {"values": Option(str, "int8", "type of the values that are sent", choices=("bf16", "int8", "int4"))},
@@ -158,7 +159,22 @@ def check_method(name: str, options: Mapping[str, Any] | None = None) -> dict[st
     resolved = _resolve("method", known, name, options)
     if resolved.get("policy") == "fixed" and not resolved["schemes"]:
         raise ValueError(f"method '{name}': policy 'fixed' needs schemes, for example [int8]")
+    if resolved.get("policy") != "fixed" and resolved.get("schemes"):
+        raise ValueError(f"method '{name}': schemes need policy: fixed")
+    for scheme in resolved.get("schemes", ()):
+        check_scheme(scheme)
     return resolved
+
+
+def check_scheme(name: str) -> None:
+    """Raise ValueError, one line, unless ``name`` is a scheme that netsense can use."""
+    found = _SPARSE.fullmatch(name)
+    if name not in ("allreduce", *_DENSE) and not (found and 0 < float(found[1]) < 100):
+        raise ValueError(f"unknown scheme '{name}'; there are allreduce, {', '.join(_DENSE)}, and such as sparse-int8@1%")
+
+
+_DENSE = ("fp32", "bf16", "int8", "int4", "sign")
+_SPARSE = re.compile(rf"sparse-(?:{'|'.join(_DENSE)})@([0-9]*\.?[0-9]+)%")
 
 
 def registered_methods() -> dict[str, EntryPoint]:

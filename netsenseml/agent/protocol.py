@@ -64,7 +64,7 @@ STEP_COLUMNS: Mapping[str, str] = {
     "encode_s": "time spent in encoding and decoding",
     "payload_bytes": "bytes this rank sent for the exchange by the collective's cost formula, without TCP/IP headers",
     "dense_bytes": "bytes a ring all-reduce of the same float32 gradients would have sent from this rank",
-    "scheme": "how the gradients were encoded, for example 'allreduce', 'bf16', 'topk'",
+    "scheme": "how the gradients were encoded, for example 'allreduce', 'int8', 'sparse-bf16@1%'",
     "ratio": "share of the gradient elements that were sent, 1 = all",
     "lost_energy": "share of the energy (sum of squares) of gradient + residual that was not sent; null if not known",
     "bandwidth_bps": "bandwidth estimate in use for this step, bits/s; null if the method does not sense",

@@ -47,6 +47,10 @@ class ErrorFeedback:
         if self.momentum and sent is not None:
             self._bucket(parameters)[1].index_fill_(0, sent.long(), 0)
 
+    def heal(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Forget what is not finite: all ranks have seen that there was an overflow, and it must not come back for ever."""
+        self._bucket(parameters).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
     def _bucket(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
         key = tuple(parameters)
         if key not in self._flat:

@@ -47,6 +47,7 @@ class BdpPolicy:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._ratio = state["ratio"]
-        self._rtts_s.extend(state["rtts_s"])
-        self._bandwidths.extend(state["bandwidths"])
+        for window, kept in ((self._rtts_s, state["rtts_s"]), (self._bandwidths, state["bandwidths"])):
+            window.clear()
+            window.extend(kept)
         self.scheme = self._scheme()

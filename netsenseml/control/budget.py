@@ -22,7 +22,7 @@ def ladder(ranks: int, floor: float) -> list[Scheme]:
 
     What sends more than the scheme before it is left out: with many ranks a gather of 10 % is larger than 4 bits of all.
     """
-    densities = [_DENSEST]
+    densities = [max(_DENSEST, floor)]
     while densities[-1] > floor:
         densities.append(max(floor, float(f"{densities[-1] * _STEP:.2g}")))
     rungs: list[Scheme] = [Plain(), *(TwoPhase(Codec(values)) for values in ("bf16", "int8", "int4"))]
@@ -120,8 +120,10 @@ class BudgetPolicy:
 
     def _least_lossy(self, rungs: range, seen: Observation, margin: float) -> int:
         """The first rung that fits; if none does, the one that is over soonest."""
-        fits = (rung for rung in rungs if self._fits(rung, seen, margin))
-        return next(fits, min(rungs, key=lambda rung: self.exposed_s(self._rungs[rung], seen), default=self._rung))
+        for rung in rungs:
+            if self._fits(rung, seen, margin):
+                return rung
+        return min(rungs, key=lambda rung: self.exposed_s(self._rungs[rung], seen), default=self._rung)
 
     def _fits(self, rung: int, seen: Observation, margin: float = 1.0) -> bool:
         scheme = self._rungs[rung]

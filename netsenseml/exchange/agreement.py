@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.futures import Future
 
-from netsenseml.exchange.collectives import own_group
+from netsenseml.exchange.collectives import dissolve, own_group
 
 
 class Agreement:
@@ -41,6 +41,11 @@ class Agreement:
         self._done.wait()
         self._done = None
         return self._shared
+
+    def close(self) -> None:
+        """Wait for what is under way and dissolve the group; called on all ranks."""
+        self.result()
+        dissolve(self._group)
 
     def largest(self, values: Sequence[float]) -> list[float]:
         """The largest of every value among the ranks; waits."""

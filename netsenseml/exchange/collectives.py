@@ -20,7 +20,22 @@ def own_group(group: dist.ProcessGroup, backend: str | None = None) -> dist.Proc
     Collectives of one group match by the order of their launch, and DDP launches some of its own in its group, for example
     those that find unused parameters.
     """
-    return dist.new_group(dist.get_process_group_ranks(group), backend=backend, use_local_synchronization=True)
+    backend = backend or dist.get_backend(group)
+    return dist.new_group(dist.get_process_group_ranks(group), backend=backend, use_local_synchronization=not _is_world(group))
+
+
+def dissolve(group: dist.ProcessGroup) -> None:
+    """Give up a group of ``own_group``; called on all its ranks.
+
+    One of a part of the ranks stays until the process ends: torch would give its name to the next one of the same ranks, which
+    would then look for its peers at the addresses of the old one.
+    """
+    if _is_world(group):
+        dist.destroy_process_group(group)
+
+
+def _is_world(group: dist.ProcessGroup) -> bool:
+    return bool(group.size() == dist.get_world_size())
 
 
 def all_reduce_mean(tensor: torch.Tensor, group: dist.ProcessGroup) -> Future[torch.Tensor]:

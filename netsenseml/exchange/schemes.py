@@ -158,7 +158,7 @@ class TwoPhase:
         own = chunks[lot.rank]
         stages = self.payloads(len(wanted), ranks)
         with ledger.coding():
-            coded = [self.codec.encode(chunk, lot.seed * ranks + i) for i, chunk in enumerate(chunks)]
+            coded = [self.codec.encode(chunk, lot.seed * (ranks + 1) + i) for i, chunk in enumerate(chunks)]
         received = yield ledger.launch(
             partial(all_to_all_chunks, coded, lot.rank, lot.groups[0]),
             payload_bytes=stages[0][0],
@@ -170,7 +170,7 @@ class TwoPhase:
             for row in received:
                 add_decoded(row, mean, 1 / ranks)
             slot = torch.zeros(self.codec.nbytes(sizes[0]), dtype=torch.uint8, device=wanted.device)
-            recoded = self.codec.encode(mean, lot.seed * ranks + ranks)
+            recoded = self.codec.encode(mean, lot.seed * (ranks + 1) + ranks)
             slot[: len(recoded)] = recoded
             own.add_(mean, alpha=ranks)
         rows = yield ledger.launch(

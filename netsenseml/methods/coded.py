@@ -11,7 +11,7 @@ from torch.futures import Future
 
 from netsenseml.compress.codec import Codec, Sent
 from netsenseml.compress.feedback import ErrorFeedback, energy_lost, sample
-from netsenseml.exchange.collectives import own_group
+from netsenseml.exchange.collectives import dissolve, own_group
 from netsenseml.exchange.conveyor import Conveyor, Exchange
 from netsenseml.exchange.schemes import Gather, Lot, RandomK, Scheme, TwoPhase
 from netsenseml.ledger import Ledger
@@ -42,6 +42,8 @@ class Coded(Method):
 
     def exchange(self, bucket: GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
         ledger.scheme = self.scheme.name
+        if bucket.buffer().device.type != "cpu":
+            raise ValueError(f"gradients on {bucket.buffer().device} cannot be coded yet; choose allreduce, bf16 or fp16")
         return self._conveyor.submit(self._exchange(bucket.buffer(), bucket.parameters(), bucket.index(), ledger))
 
     def _exchange(self, gradient: torch.Tensor, parameters: list[torch.Tensor], index: int, ledger: Ledger) -> Exchange:
@@ -59,10 +61,14 @@ class Coded(Method):
             ledger.lose(energy_lost(before, wanted), wanted.numel() * before.square().mean().item())
             if feedback is not None:
                 feedback.mask(parameters, sent.positions)
+                if not wanted.sum().isfinite():
+                    feedback.heal(parameters)
             return gradient.copy_(mean)
 
     def close(self) -> None:
         self._conveyor.close()
+        for group in self._groups:
+            dissolve(group)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "feedback": self.feedback.state_dict() if self.feedback is not None else {}}

@@ -1,5 +1,6 @@
 """Sense, decide, compress: the method NetSenseML."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -101,7 +102,8 @@ class NetSense(Coded):
         if shared is None:
             return
         exposed_s, minus_compute_s, flight_s, kernel_bps, _, *lead_s = shared.amin(dim=0).tolist()
-        rtt_s = shared[:, _RTT].mean().item()  # a ring passes every delay as often as all others
+        # A ring passes every delay as often as all others. Summed exactly, as machines may add in different orders.
+        rtt_s = math.fsum(shared[:, _RTT].tolist()) / len(shared)
         payload_bytes, hops = self._sent
         self._network.update([Transfer(payload_bytes, hops, flight_s)], _known(kernel_bps), _known(rtt_s))
         self.bandwidth_bps = self._network.beta_bps
@@ -117,7 +119,7 @@ class NetSense(Coded):
         )
 
     def close(self) -> None:
-        self._agreement.result()
+        self._agreement.close()
         super().close()
 
     def state_dict(self) -> dict[str, Any]:

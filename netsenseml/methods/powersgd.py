@@ -1,5 +1,6 @@
 """PyTorch's own PowerSGD, made safe for Gloo."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.futures import Future
 
 from netsenseml.compress.feedback import energy_lost, sample
-from netsenseml.exchange.collectives import all_reduce_bytes, all_reduce_hops, own_group
+from netsenseml.exchange.collectives import all_reduce_bytes, all_reduce_hops, dissolve, own_group
 from netsenseml.exchange.conveyor import Conveyor, Exchange
 from netsenseml.ledger import Ledger
 from netsenseml.methods.base import Method
@@ -41,13 +42,16 @@ class PowerSgd(Method):
         values = bucket.buffer().numel() if self._state.iter < _PLAIN_STEPS else self._values(bucket)
         ledger.launch(
             lambda: powerSGD_hook(self._state, bucket),
-            payload_bytes=all_reduce_bytes(4 * values, self.group.size()),
+            payload_bytes=all_reduce_bytes(bucket.buffer().element_size() * values, self.group.size()),
             hops=3 * all_reduce_hops(self.group.size()),
             elements=values,
         ).wait()
         yield from ()  # all its collectives are the hook's
         left = self._state.error_dict.get(bucket.index())
-        if left is not None:
+        if left is not None and not left.sum().isfinite():  # an overflow; it must not come back for ever
+            for kept in (getattr(self._state, name) for name in _KEPT):
+                kept.pop(bucket.index(), None)
+        elif left is not None:
             ledger.lose(energy_lost(before, left), left.numel() * before.square().mean().item())
         return bucket.buffer()
 
@@ -68,11 +72,16 @@ class PowerSgd(Method):
 
     def close(self) -> None:
         self._conveyor.close()
+        dissolve(self._state.process_group)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"powersgd": self._state.__getstate__()}
+        state = self._state
+        return {"iter": state.iter, **{name: {i: t.clone() for i, t in getattr(state, name).items()} for name in _KEPT}}
 
-    def load_state_dict(self, state: Any) -> None:
-        group = self._state.process_group
-        self._state.__setstate__(state["powersgd"])
-        self._state.process_group = group
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._state.iter = state["iter"]
+        for name in _KEPT:
+            setattr(self._state, name, {i: t.clone() for i, t in state[name].items()})
+
+
+_KEPT = ("error_dict", "p_memory_dict", "q_memory_dict")

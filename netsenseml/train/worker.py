@@ -90,7 +90,7 @@ class Run:
             )
         model = make_model(workload["model"], workload["model_options"], cell["seed"])
         stop = workload["stop"]
-        optimizer, options = _momentum_where_it_belongs(cell["method"]["name"], workload["optimizer"])
+        optimizer, options = _momentum_where_it_belongs(cell["method"], workload["optimizer"])
         return cls(
             rank=rank,
             ranks=ranks,
@@ -189,12 +189,17 @@ class Pace:
         self._waited_s = monotonic_s()
 
 
-def _momentum_where_it_belongs(method: str, optimizer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(optimizer, options of the method): DGC applies the optimizer's momentum before it chooses what to send, not after."""
-    if method != "dgc" or not optimizer.get("momentum"):
+def _momentum_where_it_belongs(
+    method: protocol.MethodConfig, optimizer: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(optimizer, options of the method): DGC applies the optimizer's momentum before it chooses what to send, not after.
+
+    A momentum that the spec gives to dgc itself counts instead.
+    """
+    if method["name"] != "dgc":
         return optimizer, {}
     left = {key: value for key, value in optimizer.items() if key not in ("momentum", "nesterov")}
-    return left, {"momentum": optimizer["momentum"]}
+    return left, {"momentum": method["options"].get("momentum", optimizer.get("momentum", 0.0))}
 
 
 def _report(error: Exception, session: Session | None) -> None:

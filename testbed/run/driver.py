@@ -77,10 +77,11 @@ class LinkDriver:
         next_sample = reading_s = 0.0
         while not self._stopping.is_set():
             now = monotonic_s() - self._t0_s
-            if due is not None and due.at_s <= now:
+            overdue = now - next_sample > _OVERDUE_S
+            if due is not None and due.at_s <= now and not overdue:
                 self._apply(due)
                 due = next(pending, None)
-            elif next_sample <= now and (due is None or due.at_s - now > _GUARD * reading_s or now - next_sample > _OVERDUE_S):
+            elif next_sample <= now and (due is None or overdue or due.at_s - now > _GUARD * reading_s):
                 self._sample()
                 reading_s = monotonic_s() - self._t0_s - now
                 next_sample = max(next_sample + SAMPLE_S, now)
@@ -99,7 +100,7 @@ class LinkDriver:
                 return
             try:
                 visit.answer.put({"links": self._visited(visit.request)})
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
                 visit.answer.put({"error": str(error)})
 
     def _visited(self, request: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -150,6 +150,8 @@ def combinations(spec: Spec) -> list[dict[str, Any]]:
     for key, values in spec.matrix.items():
         if not values:
             raise SpecError([(place_of(["matrix", key]), "has no values; give at least one")])
+        if twice := [value for index, value in enumerate(values) if value in values[:index]]:
+            raise SpecError([(place_of(["matrix", key]), f"{twice[0]!r} stands there twice; remove one")])
         if key.split(".")[0] in ("matrix", "methods", "seeds", "name", "lab"):
             raise SpecError([(place_of(["matrix", key]), "cannot vary by matrix; methods and seeds are lists of their own")])
     return [dict(zip(spec.matrix, values, strict=True)) for values in itertools.product(*spec.matrix.values())]

@@ -392,6 +392,10 @@ class Named(Model):
             return {"name": data}
         if isinstance(data, dict) and "name" in data:
             inner = data.get("options")
+            if inner is not None and not isinstance(inner, dict):
+                raise PydanticCustomError("at_key", "must be a mapping of options", {"path": ["options"]})
+            if wrong := [key for key in {**data, **(inner or {})} if not isinstance(key, str)]:
+                raise PydanticCustomError("at_key", f"has the key {wrong[0]!r}; names of options are texts", {"path": []})
             options = {k: v for k, v in data.items() if k not in ("name", "options", "label")}
             return {"name": data["name"], "options": {**(inner or {}), **options}, "label": data.get("label", "")}
         if isinstance(data, dict):
@@ -409,6 +413,9 @@ class MethodSpec(Named):
         if isinstance(data, dict) and isinstance(data.get("name"), str):
             given = data.get("options") or {}
             catalog.check_method(data["name"], given)
+            if data.get("label") in catalog.METHODS and data["label"] != data["name"]:
+                fault = f"{data['label']!r} is the name of another method; choose another label"
+                raise PydanticCustomError("at_key", fault, {"path": ["label"]})
             if not data.get("label"):
                 data["label"] = "-".join([data["name"].replace(":", "."), *(str(v) for v in given.values())])
         return data
@@ -514,7 +521,8 @@ class Spec(Model):
             names = [m.label if isinstance(m, MethodSpec) else m for m in getattr(self, key)]
             for index, name in enumerate(names):
                 if name in names[:index]:
-                    raise PydanticCustomError("at_key", f"{name!r} stands there twice; remove one", {"path": [key, index]})
+                    mend = "remove one, or give it a label" if key == "methods" else "remove one"
+                    raise PydanticCustomError("at_key", f"{name!r} stands there twice; {mend}", {"path": [key, index]})
         return self
 
     @property

@@ -218,6 +218,7 @@ def resume(rank: int, method: str, options: dict[str, Any]) -> bool:
 
 
 RESUMED = [
+    ("powersgd", {"rank": 2}),
     ("topk", {"ratio": 0.05}),
     ("quantized", {"values": "int4"}),
     ("dgc", {"ratio": 0.05, "warmup": 5}),
@@ -264,6 +265,66 @@ def test_gradients_in_bfloat16() -> None:
     for method, (first, loss), (second, _) in zip(LOW_PRECISION, *run_group(low_precision_all, 2), strict=True):
         assert first == second, method
         assert loss < 1.5, method  # 1.6 is a guess
+
+
+def overflow(rank: int) -> dict[str, int]:
+    """Steps of 12 with a gradient that is not finite, after rank 0 had one overflow at step 3."""
+    found = {}
+    for method, options in METHODS:
+        ddp = make_ddp()
+        session = attach(ddp, method, **options)
+        bad = 0
+        for step, (x, y) in enumerate(batches(rank, 12)):
+            ddp.zero_grad()
+            loss = nn.functional.cross_entropy(ddp(x), y)
+            (loss * float("inf") if step == 3 and rank == 0 else loss).backward()
+            gradient = flat_gradient(ddp.module)
+            bad += not gradient.isfinite().all()
+            if gradient.isfinite().all():
+                with torch.no_grad():
+                    for parameter in ddp.parameters():
+                        parameter -= 0.01 * parameter.grad
+            session.step()
+        session.close()
+        found[f"{method} {options}"] = bad
+    return found
+
+
+def test_an_overflow_is_seen_once_and_forgotten() -> None:
+    for found in run_group(overflow, 2):
+        assert found == dict.fromkeys(found, 1)
+
+
+def open_things(rank: int) -> tuple[int, int]:
+    counts = []
+    for _ in range(4):
+        ddp = make_ddp()
+        session = attach(ddp, "netsense")
+        x, y = next(batches(rank, 1))
+        nn.functional.cross_entropy(ddp(x), y).backward()
+        session.step()
+        session.close()
+        counts.append(len(list(Path("/proc/self/fd").iterdir())))
+    return counts[0], counts[-1]
+
+
+def test_closing_leaves_no_process_group() -> None:
+    for first, last in run_group(open_things, 2):
+        assert last <= first + 2
+
+
+def statistics_of(rank: int) -> str:
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)))
+    attach(ddp, "allreduce")
+    for x, y in batches(rank, 2):
+        nn.functional.cross_entropy(ddp(x), y).backward()
+    return parameters_hash(ddp.module)
+
+
+def test_running_statistics_do_not_make_replicas_differ() -> None:
+    first, second = run_group(statistics_of, 2)
+    assert first == second
 
 
 def use_of_own_method(rank: int) -> tuple[list[float], list[float]]:

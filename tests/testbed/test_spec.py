@@ -107,6 +107,15 @@ def test_shipped_specs_are_good_and_survive_a_round_trip(path, tmp_path):
         ({"methods__0": "allredcue"}, "bad.yaml: methods[0]: ", "allreduce"),
         ({"methods__1": {"name": "topk", "ratio": 7}}, "bad.yaml: methods[1]: ", "ratio"),
         ({"methods__1": "allreduce"}, "bad.yaml: methods[1]: ", "twice"),
+        ({"methods__1": {"name": "topk", "options": 5}}, "bad.yaml: methods[1].options: ", "mapping"),
+        ({"methods__1": {"name": "topk", 5: 3}}, "bad.yaml: methods[1]", "names of options are texts"),
+        ({"methods__1": {"name": "topk", "label": "bf16"}}, "bad.yaml: methods[1].label: ", "another method"),
+        (
+            {"methods__1": {"name": "netsense", "policy": "fixed", "schemes": ["int9"]}},
+            "bad.yaml: methods[1]",
+            "sparse-int8@1%",
+        ),
+        ({"matrix": {"network.link.rate": ["10mbit", "10mbit"]}}, "bad.yaml: matrix.", "twice"),
         ({"matrix": {"network.link.rate": []}}, "bad.yaml: matrix.network.link.rate: ", "no values"),
         ({"matrix": {"network.link.rate": ["5mbit", "fast"]}}, "bad.yaml: network.link.rate: ", "'fast'"),
         ({"script": "train.py"}, "bad.yaml: needs exactly one of workload and script", ""),
@@ -192,3 +201,15 @@ def test_matrix_makes_a_cell_for_every_combination(tmp_path):
     assert len(cells) == 2 * 2 * 2 * 3
     assert len({cell.name for cell in cells}) == len(cells)
     assert {len(cell.workers) for cell in cells} == {2, 3}
+
+
+def test_cells_never_share_a_directory(tmp_path):
+    long = [f"sparse-int8@{number}%" for number in range(1, 20)]
+    methods = [
+        {"name": "topk", "label": "a/b"},
+        {"name": "bf16", "label": "a b"},
+        {"name": "netsense", "policy": "fixed", "schemes": long},
+        {"name": "netsense", "policy": "fixed", "schemes": [*long, "int8"]},
+    ]
+    plan = make_plan(load_spec(write(tmp_path, None, methods=methods, seeds=[0, 1, 2])))
+    assert len({cell.name for cell in plan.cells}) == len(plan.cells) == 12
