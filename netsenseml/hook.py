@@ -39,7 +39,7 @@ def attach(
     """
     cell_dir = os.environ.get(protocol.ENV_CELL_DIR)
     if cell_dir is not None:
-        if Session.in_cell:
+        if protocol.steps_file(Path(cell_dir), ddp.process_group.rank()).exists():
             raise ValueError("this process has joined its cell already; only one model of a worker can be measured")
         told = protocol.read_cell(Path(cell_dir))["method"]["name"]
         if method not in (None, told):
@@ -70,9 +70,6 @@ class Session:
     Call ``step`` after every ``optimizer.step()``. A script that never does gets the same records; a step then ends
     where the next backward hands over its first bucket, and loss and samples are null.
     """
-
-    in_cell = False
-    """Whether some session of this process has joined a cell of the testbed."""
 
     def __init__(
         self,
@@ -108,7 +105,6 @@ class Session:
 
     def join_cell(self, directory: Path) -> None:
         """Report to the orchestrator of the cell in ``directory``, and wait for its start."""
-        Session.in_cell = True
         if self._record is None:
             self._record = protocol.RecordFile(protocol.steps_file(directory, self._rank))
         if self._rank == 0:

@@ -39,15 +39,14 @@ def test_the_round_trip_takes_both_delays(pair, figure, delay_ms):
         return np.median(rtt_ms)
 
     fastest_ms = []
-    rtt_ms = best(measure, lambda rtt_ms: rtt_ms - 2 * delay_ms, 0.3, rounds=8)
+    rtt_ms = best(measure, lambda rtt_ms: rtt_ms - 2 * delay_ms, 0.3, rounds=20)
     figure(
         f"RTT at 2 × {delay_ms} ms",
         f"{2 * delay_ms} + 0 to 0.3 ms",
         f"median {rtt_ms:.3f} ms, fastest {min(fastest_ms):.3f} ms; {path_ms:.3f} ms without delay",
     )
-    # Not the median: on a machine that does much else, most timers are late by more than that. And beside the time that the
-    # packets take through this kernel anyway, which under User-Mode Linux is half of the tolerance.
-    assert 2 * delay_ms <= min(fastest_ms) <= 2 * delay_ms + path_ms + 0.3
+    # Not the median: on a machine that does much else, most timers are late by more than that.
+    assert 2 * delay_ms <= min(fastest_ms) <= 2 * delay_ms + 0.3
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

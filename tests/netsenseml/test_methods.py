@@ -22,6 +22,7 @@ EXACT = [  # nothing is lost: what was not sent is kept to the last bit of round
     ("allreduce", {}),
     ("topk", {"ratio": 0.05}),
     ("topk", {"ratio": 0.05, "values": "int4"}),
+    ("topk", {"ratio": 1.0, "values": "fp32"}),
     ("randomk", {"ratio": 0.1}),
     ("dgc", {"ratio": 0.05, "momentum": 0.0, "warmup": 4}),
     ("quantized", {"values": "int8"}),
@@ -147,6 +148,8 @@ def test_nothing_is_lost(accumulate: bool, ddp_options: dict[str, Any]) -> None:
         assert torch.equal(exchanged, exchanged[:1].expand_as(exchanged)), method
         tolerance = {"rtol": 2e-2, "atol": 2e-3} if method in ROUNDED else {"rtol": 1e-4, "atol": 1e-6}
         torch.testing.assert_close(exchanged[0], (own - residual).mean(dim=0), **tolerance, msg=str(method))
+        if method[1].get("ratio") == 1.0:
+            assert not residual.any()
 
 
 def records_of(rank: int, directory: str, explicit: bool) -> list[dict[str, Any]]:
