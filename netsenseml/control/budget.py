@@ -13,8 +13,11 @@ _DENSEST = 0.2
 _MARGIN = 0.85  # a rung above must fit into this share of the budget before it is taken
 _PATIENCE = 3  # so many steps in a row
 _TRIAL = 10  # a rung that is left within so many steps was no good
+_GROWTH = 2.0  # a trial sends at most so many times the bytes
 _LONGEST_PAUSE = 320
 _FASTER = 1.3  # a network that is faster by this factor is another one
+_WORTH = 0.03  # share of a step that a lossier rung must save
+_LEARN = 0.25  # weight of the newest step in what coding costs
 
 
 def ladder(ranks: int, floor: float) -> list[Scheme]:
@@ -47,11 +50,18 @@ class BudgetPolicy:
 
     where latency is what the rung would take with nothing to send: it has to be paid anyway. Exposed time is forecast
     by sending the buckets through two stations, each one bucket at a time, from the moments at which they were ready:
-    coding (measured seconds an element) and the network, hops x alpha + 8 bytes / beta (``sensing.network``).
+    coding (seconds an element, measured before and corrected by every coded step) and the network,
+    hops x alpha + 8 bytes / beta (``sensing.network``).
 
-    Fast down: a rung that does not fit is left at once. Slow up: a rung above has to fit with a margin several times in
-    a row. A rung that was taken and soon left again, because its forecast was wrong, is not tried for a while, and twice as
-    long each time, until the network has become faster.
+    Nothing is lost for nothing: a lossier rung must shorten the step by more than ``_WORTH`` of it, coding counted in full. It
+    runs beside backward, but where processors are scarce backward waits for it.
+
+    Fast down: a rung that does not fit, by its forecast and by the last steps themselves, is left at once. Slow up: a rung
+    above has to fit with a margin several times in a row.
+
+    A forecast from small payloads takes whatever delays them for a lack of bandwidth, and would keep them small for ever. So
+    now and then a rung of up to ``_GROWTH`` times the bytes is tried, whatever its forecast says. A rung that was taken and
+    soon left again is not tried for a while, and twice as long each time, until the network has become faster.
     """
 
     def __init__(
@@ -72,10 +82,12 @@ class BudgetPolicy:
         self._ranks = ranks
         self._network = network
         self._coding_s = coding_s
+        self._coding_factor = 1.0
         self._share = share
         self._rung = next((i for i, rung in enumerate(rungs) if _density(rung) <= start), len(rungs) - 1)
         self._step = 0
         self._candidates: list[int] = []
+        self._exposed_s: list[float] = []
         self._climbed_at = -_TRIAL
         self._ceiling, self._ceiling_until, self._pause = 0, 0, _TRIAL
         self._ceiling_bps = 0.0
@@ -90,24 +102,41 @@ class BudgetPolicy:
         bandwidth_bps = self._network.beta_bps
         if bandwidth_bps is None:
             return
+        if expected_s := self._coding_s.get(self.scheme.name, 0.0) * sum(seen.elements):
+            self._coding_factor += _LEARN * (seen.encode_s / expected_s - self._coding_factor)
         if self._step >= self._ceiling_until or bandwidth_bps > _FASTER * self._ceiling_bps:
             self._ceiling = 0
-        if self._fits(self._rung, seen):
+        before = self._rung
+        self._exposed_s = [*self._exposed_s[-1:], seen.exposed_s]
+        if self._fits(self._rung, seen) or max(self._exposed_s) <= self._allowed_s(self._rung, seen):
             self._climb(seen)
         else:
             self._fall(seen, bandwidth_bps)
+        if self._rung != before:
+            self._candidates, self._exposed_s = [], []
 
     def _climb(self, seen: Observation) -> None:
+        if self._step == self._climbed_at + _TRIAL:
+            self._pause = _TRIAL
         candidate = min(self._rung, self._least_lossy(range(self._ceiling, self._rung + 1), seen, _MARGIN))
-        self._candidates.append(candidate)
+        self._candidates = [*self._candidates[1 - _PATIENCE :], candidate]
         if len(self._candidates) < _PATIENCE:
             return
-        lowest = max(self._candidates)
-        self._candidates.clear()
-        if lowest < self._rung:
-            self._rung, self._climbed_at = lowest, self._step
-        elif self._step - self._climbed_at > _TRIAL:
-            self._pause = _TRIAL
+        rung = max(self._candidates)
+        if rung == self._rung and not self._ceiling:
+            rung = self._larger(seen)
+        if rung < self._rung:
+            self._rung, self._climbed_at = rung, self._step
+
+    def _larger(self, seen: Observation) -> int:
+        """The rung to try."""
+        most_bytes = _GROWTH * self._bytes(self._rung, seen)
+        rungs = (rung for rung in range(self._rung) if self._bytes(rung, seen) <= most_bytes)
+        return next(rungs, max(0, self._rung - 1))
+
+    def _bytes(self, rung: int, seen: Observation) -> float:
+        scheme = self._rungs[rung]
+        return sum(payload for elements in seen.elements for payload, _ in scheme.payloads(elements, self._ranks))
 
     def _fall(self, seen: Observation, bandwidth_bps: float) -> None:
         rung = self._least_lossy(range(self._ceiling, len(self._rungs)), seen, 1.0)
@@ -115,26 +144,39 @@ class BudgetPolicy:
             self._ceiling, self._ceiling_bps = self._rung + 1, bandwidth_bps
             self._ceiling_until = self._step + self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            self._climbed_at = -_TRIAL
         self._rung = rung
-        self._candidates.clear()
 
     def _least_lossy(self, rungs: range, seen: Observation, margin: float) -> int:
-        """The first rung that fits; if none does, the one that is over soonest."""
-        for rung in rungs:
-            if self._fits(rung, seen, margin):
-                return rung
-        return min(rungs, key=lambda rung: self.exposed_s(self._rungs[rung], seen), default=self._rung)
+        """The first rung that fits, or if none does, the one that is over soonest; or one above it that takes hardly longer."""
+        fitting = (rung for rung in rungs if self._fits(rung, seen, margin))
+        soonest = min(rungs, key=lambda rung: self.exposed_s(self._rungs[rung], seen), default=self._rung)
+        target = next(fitting, soonest)
+        enough_s = (1 + _WORTH * margin) * self._step_s(target, seen)
+        return next((rung for rung in rungs if rung < target and self._step_s(rung, seen) <= enough_s), target)
+
+    def _step_s(self, rung: int, seen: Observation) -> float:
+        """Forecast of a step in which compute has to wait for coding."""
+        scheme = self._rungs[rung]
+        return (
+            seen.compute_s + self.exposed_s(scheme, seen, coding=False) + self._seconds_an_element(scheme) * sum(seen.elements)
+        )
+
+    def _seconds_an_element(self, scheme: Scheme) -> float:
+        return self._coding_factor * self._coding_s.get(scheme.name, 0.0)
 
     def _fits(self, rung: int, seen: Observation, margin: float = 1.0) -> bool:
-        scheme = self._rungs[rung]
-        hops = sum(hops for elements in seen.elements for _, hops in scheme.payloads(elements, self._ranks))
-        latency_s = self._network.alpha_s * hops
-        budget_s = self._share * max(seen.compute_s, latency_s)
-        return self.exposed_s(scheme, seen) <= latency_s + margin * budget_s
+        return self.exposed_s(self._rungs[rung], seen) <= self._allowed_s(rung, seen, margin)
 
-    def exposed_s(self, scheme: Scheme, seen: Observation) -> float:
-        """Forecast of the exposed time if a step like the last were exchanged by a scheme."""
-        coding_s = self._coding_s.get(scheme.name, 0.0)
+    def _allowed_s(self, rung: int, seen: Observation, margin: float = 1.0) -> float:
+        """Exposed time that a rung may take."""
+        hops = sum(hops for elements in seen.elements for _, hops in self._rungs[rung].payloads(elements, self._ranks))
+        latency_s = self._network.alpha_s * hops
+        return latency_s + margin * self._share * max(seen.compute_s, latency_s)
+
+    def exposed_s(self, scheme: Scheme, seen: Observation, *, coding: bool = True) -> float:
+        """Forecast of the exposed time if a step like the last were exchanged by a scheme, with or without its coding."""
+        coding_s = self._seconds_an_element(scheme) if coding else 0.0
         coded_s = landed_s = -max(seen.lead_s, default=0.0)
         for elements, lead_s in zip(seen.elements, seen.lead_s, strict=True):
             coded_s = max(coded_s, -lead_s) + coding_s * elements
@@ -144,15 +186,17 @@ class BudgetPolicy:
         return max(0.0, landed_s)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _STATE} | {"_candidates": list(self._candidates)}
+        return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in _STATE:
             setattr(self, name, state[name])
-        self._candidates = list(state["_candidates"])
 
 
-_STATE = ("_rung", "_step", "_climbed_at", "_ceiling", "_ceiling_until", "_ceiling_bps", "_pause")
+_STATE = (
+    *("_rung", "_step", "_coding_factor", "_candidates", "_exposed_s"),
+    *("_climbed_at", "_ceiling", "_ceiling_until", "_ceiling_bps", "_pause"),
+)
 
 
 def _density(scheme: Scheme) -> float:

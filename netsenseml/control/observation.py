@@ -13,7 +13,7 @@ class Observation:
 
     elements: gradient elements of every bucket. lead_s: how long before the last gradient each bucket was ready.
     compute_s: from the end of the exchange before to the last gradient. exposed_s: from there to the end of the exchange.
-    payload_bytes: what a rank sent. flight_s: time in which something was under way.
+    payload_bytes: what a rank sent. flight_s: time in which something was under way. encode_s: spent on coding.
     """
 
     elements: tuple[int, ...]
@@ -22,6 +22,7 @@ class Observation:
     exposed_s: float
     payload_bytes: int
     flight_s: float
+    encode_s: float
 
 
 class Policy(Protocol):

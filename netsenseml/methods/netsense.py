@@ -88,7 +88,8 @@ class NetSense(Coded):
         self._agreement.share(
             [
                 ledger.comm_s,
-                -ledger.window_s,  # of everything the smallest value counts, of this one the largest
+                -ledger.window_s,  # of everything the smallest value counts, of this one and the next the largest
+                -ledger.encode_s,
                 ledger.flight_s,
                 kernel_bps or _UNKNOWN,
                 rtt_s or _UNKNOWN,
@@ -101,7 +102,7 @@ class NetSense(Coded):
         shared = self._agreement.result()
         if shared is None:
             return
-        exposed_s, minus_compute_s, flight_s, kernel_bps, _, *lead_s = shared.amin(dim=0).tolist()
+        exposed_s, minus_compute_s, minus_encode_s, flight_s, kernel_bps, _, *lead_s = shared.amin(dim=0).tolist()
         # A ring passes every delay as often as all others. Summed exactly, as machines may add in different orders.
         rtt_s = math.fsum(shared[:, _RTT].tolist()) / len(shared)
         payload_bytes, hops = self._sent
@@ -115,6 +116,7 @@ class NetSense(Coded):
                 exposed_s=exposed_s,
                 payload_bytes=payload_bytes,
                 flight_s=flight_s,
+                encode_s=-minus_encode_s,
             )
         )
 
@@ -137,7 +139,7 @@ class NetSense(Coded):
 
 _UNKNOWN = float("inf")
 """Larger than anything, where the smallest value counts."""
-_RTT = 4
+_RTT = 5
 """Place of the round-trip time among the values that are shared."""
 
 

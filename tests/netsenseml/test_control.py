@@ -30,10 +30,15 @@ class Network:
     rate_bps: float
     latency_s: float = 0.0
     coding_s: float = 0.0
+    late_s: float = 0.0
+    """By how much the ranks come one after another, whatever they send."""
 
     def transfers(self, scheme: Scheme) -> list[Transfer]:
         stages = [stage for elements in BUCKETS for stage in scheme.payloads(elements, RANKS)]
-        return [Transfer(round(payload), hops, hops * self.latency_s + 8 * payload / self.rate_bps) for payload, hops in stages]
+        return [
+            Transfer(round(payload), hops, self.late_s / len(stages) + hops * self.latency_s + 8 * payload / self.rate_bps)
+            for payload, hops in stages
+        ]
 
     def exposed_s(self, scheme: Scheme) -> float:
         coding_s = 0.0 if isinstance(scheme, Plain) else self.coding_s * sum(BUCKETS)
@@ -47,10 +52,11 @@ class Loop:
     network: Network
     estimate: NetworkEstimate = field(default_factory=NetworkEstimate)
     policy: Any = None
+    underrated: float = 1.0
 
     def __post_init__(self) -> None:
         rungs = ladder(RANKS, DEFAULTS["floor"])
-        costs = {rung.name: self.network.coding_s for rung in rungs if not isinstance(rung, Plain)}
+        costs = {rung.name: self.network.coding_s / self.underrated for rung in rungs if not isinstance(rung, Plain)}
         share, start = DEFAULTS["share"], DEFAULTS["start"]
         self.policy = self.policy or BudgetPolicy(rungs, RANKS, self.estimate, costs, share=share, start=start)
 
@@ -58,7 +64,8 @@ class Loop:
         scheme = self.policy.scheme
         transfers = self.network.transfers(scheme)
         self.estimate.update(transfers, None, 2 * self.network.latency_s or None)
-        self.policy.decide(observation(transfers, self.network.exposed_s(scheme)))
+        coding_s = 0.0 if isinstance(scheme, Plain) else self.network.coding_s * sum(BUCKETS)
+        self.policy.decide(observation(transfers, self.network.exposed_s(scheme), coding_s))
         return scheme
 
     def run(self, steps: int) -> list[Scheme]:
@@ -69,7 +76,7 @@ class Loop:
         return self.network.exposed_s(self.policy.scheme)
 
 
-def observation(transfers: list[Transfer], exposed_s: float) -> Observation:
+def observation(transfers: list[Transfer], exposed_s: float, coding_s: float = 0.0) -> Observation:
     return Observation(
         elements=BUCKETS,
         lead_s=(0.0, 0.0),
@@ -77,6 +84,7 @@ def observation(transfers: list[Transfer], exposed_s: float) -> Observation:
         exposed_s=exposed_s,
         payload_bytes=sum(transfer.payload_bytes for transfer in transfers),
         flight_s=sum(transfer.seconds for transfer in transfers),
+        encode_s=coding_s,
     )
 
 
@@ -107,11 +115,30 @@ def test_settles_on_the_least_lossy_rung_that_fits_and_stays(rate_bps: float) ->
     network = Network(rate_bps)
     loop = Loop(network)
     loop.run(40)
-    settled = {scheme.name for scheme in loop.run(60)}
-    assert len(settled) == 1
-    (name,) = settled
+    while not isinstance(loop.policy.scheme, Plain) and loop.exposed_s > BUDGET_S:  # a trial
+        loop.step()
+    name = loop.policy.scheme.name
+    trials = [scheme for scheme in loop.run(60) if scheme.name != name]
+    assert len(trials) <= 3
+    assert all(position(scheme) < position(by_name(name)) for scheme in trials)
     # Never above what fits; below it by as much as the margin asks for, which is one sparse rung or one type.
     assert 0 <= position(by_name(name)) - position(best(network)) <= 1
+
+
+def test_ranks_that_come_late_are_not_taken_for_a_thin_network() -> None:
+    """On a machine with fewer processors than workers a few kB take as long as all, and a forecast would never let more pass."""
+    loop = Loop(Network(rate_bps=20e9, late_s=0.012))
+    loop.run(80)
+    assert isinstance(loop.policy.scheme, Plain)
+
+
+def test_trials_on_a_thin_network_become_rare() -> None:
+    loop = Loop(Network(rate_bps=50e6))
+    loop.run(40)
+    settled = loop.policy.scheme
+    elsewhere = [scheme for scheme in loop.run(400) if scheme != settled]
+    assert 1 <= len(elsewhere) <= 8
+    assert all(position(scheme) < position(settled) for scheme in elsewhere)
 
 
 def test_plain_all_reduce_where_the_network_is_no_bottleneck() -> None:
@@ -127,11 +154,28 @@ def test_compression_whose_coding_takes_longer_than_it_saves_is_not_chosen() -> 
     assert isinstance(loop.policy.scheme, Plain)
 
 
+def test_what_coding_costs_is_learnt_where_it_was_measured_too_low() -> None:
+    """8 workers on two cores take four times as long as one that measures alone: 17 ms, as long as plain all-reduce is exposed."""
+    loop = Loop(Network(rate_bps=3e9, coding_s=16e-9), underrated=4)
+    assert not isinstance(loop.step(), Plain)
+    loop.run(60)
+    assert isinstance(loop.policy.scheme, Plain)
+
+
+def test_nothing_is_lost_for_a_few_percent() -> None:
+    """Plain all-reduce is exposed for 16 ms, which is more than the budget of 15; half the bytes take 8 and 6.6 of coding."""
+    network = Network(rate_bps=3.2e9, coding_s=6.3e-9)
+    assert network.exposed_s(Plain()) > BUDGET_S > network.exposed_s(by_name("bf16"))
+    loop = Loop(network)
+    loop.run(60)
+    assert isinstance(loop.policy.scheme, Plain)
+
+
 @pytest.mark.parametrize(("before_bps", "after_bps"), [(500e6, 100e6), (100e6, 20e6), (1e9, 20e6)])
 def test_a_drop_is_followed_within_five_steps_and_a_rise_within_twenty(before_bps: float, after_bps: float) -> None:
     loop = Loop(Network(before_bps))
     loop.run(40)
-    high = position(loop.policy.scheme)
+    high = max(position(scheme) for scheme in loop.run(3))  # not that of a trial
     loop.network.rate_bps = after_bps
     loop.run(5)
     assert loop.exposed_s <= 1.2 * BUDGET_S
