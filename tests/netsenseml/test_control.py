@@ -126,7 +126,7 @@ def test_settles_on_the_least_lossy_rung_that_fits_and_stays(rate_bps: float) ->
 
 
 def test_ranks_that_come_late_are_not_taken_for_a_thin_network() -> None:
-    """On a machine with fewer processors than workers a few kB take as long as all, and a forecast would never let more pass."""
+    """On a machine with fewer processors than workers a few kB take as long as all would."""
     loop = Loop(Network(rate_bps=20e9, late_s=0.012))
     loop.run(80)
     assert isinstance(loop.policy.scheme, Plain)
@@ -155,7 +155,7 @@ def test_compression_whose_coding_takes_longer_than_it_saves_is_not_chosen() -> 
 
 
 def test_what_coding_costs_is_learnt_where_it_was_measured_too_low() -> None:
-    """8 workers on two cores take four times as long as one that measures alone: 17 ms, as long as plain all-reduce is exposed."""
+    """8 workers on two cores take four times as long as one that measures alone: 17 ms, as long as all-reduce."""
     loop = Loop(Network(rate_bps=3e9, coding_s=16e-9), underrated=4)
     assert not isinstance(loop.step(), Plain)
     loop.run(60)
