@@ -88,6 +88,8 @@ class Session:
         """The newest row of the records."""
         self.steps = 0
         """Steps that are done."""
+        self.blocked_s = 0.0
+        """Time that backward has waited in the hook, over all steps."""
         self._record = protocol.RecordFile(Path(record)) if record is not None else None
         self._evaluations: protocol.RecordFile | None = None
         self._control: ControlClient | None = None
@@ -129,7 +131,12 @@ class Session:
                 self._all_launched = True
                 self._ready_s = arrived_s
                 ledger.window_s += arrived_s - self._exchanged_s
-        return self.method.exchange(bucket, ledger).then(self._exchanged)
+        done = self.method.exchange(bucket, ledger).then(self._exchanged)
+        blocked_s = monotonic_s() - arrived_s
+        self.blocked_s += blocked_s
+        if not bucket.is_last():
+            ledger.comm_s += blocked_s
+        return done
 
     def _exchanged(self, done: Future[torch.Tensor]) -> torch.Tensor:
         result = done.value()

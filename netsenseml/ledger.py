@@ -29,7 +29,8 @@ class Ledger:
         self.elements_sent = 0
         self.encode_s = 0.0
         self.comm_s = 0.0
-        """Exposed communication: from the last gradient being ready to the last bucket being exchanged."""
+        """Exposed communication: from the last gradient being ready to the last bucket being exchanged, and before that
+        the time that backward waited in the hook."""
         self.window_s = 0.0
         """Compute that preceded the exchange: from the last exchange (or the beginning) to the last gradient."""
         self.ready_s: list[float] = []

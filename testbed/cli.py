@@ -86,10 +86,34 @@ def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) 
     from testbed.results.load import NotARun
     from testbed.run.start import finish
 
+    def write() -> int:
+        try:
+            return finish(directory, Console())
+        except (NotARun, ValueError) as error:
+            _fail(str(error), EXIT_BAD_INPUT)
+
+    raise typer.Exit(_guarded(write))
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="A run directory, for example of the main branch.")],
+    after: Annotated[Path, typer.Argument(help="Another run of the same spec.")],
+    tolerance: Annotated[str, typer.Option(help="By so much a step may take longer.")] = "5%",
+) -> None:
+    """Say what became slower or faster from one run to another; exit code 1 if something became slower or is missing."""
+    from testbed.report.terminal import differences_table
+    from testbed.results.difference import differences
+    from testbed.results.load import NotARun, load_run
+
     try:
-        raise typer.Exit(_guarded(lambda: finish(directory, Console())))
+        found = differences(load_run(before), load_run(after), parse_share(tolerance))
     except (NotARun, ValueError) as error:
         _fail(str(error), EXIT_BAD_INPUT)
+    Console().print(differences_table(found))
+    if any(difference.verdict in ("slower", "missing") for difference in found) or not found:
+        raise typer.Exit(EXIT_FAILED)
+    raise typer.Exit(0 if all(difference.valid for difference in found) else EXIT_INVALID)
 
 
 @app.command()

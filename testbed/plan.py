@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from netsenseml.agent import protocol
+from testbed import dilation
 from testbed.labs.base import LabPlan
 from testbed.links.qdiscs import compile_tree, largest_packet_bytes, tc_commands
 from testbed.links.state import DIRECTIONS, LinkState
@@ -15,7 +16,7 @@ from testbed.network import plan_network
 from testbed.spec.errors import SpecError
 from testbed.spec.files import reader
 from testbed.spec.load import apply_overrides, combinations, validate
-from testbed.spec.models import MethodSpec, Spec, WorkloadSpec
+from testbed.spec.models import ComputeSpec, MethodSpec, Spec, WorkloadSpec
 from testbed.timeline import Change, expand
 from testbed.traffic.flows import Flow
 from testbed.traffic.plan import background_hosts, describe_flow, plan_flows
@@ -27,7 +28,7 @@ class Cell:
 
     lab: the hosts and links to build. program: the user's script with its arguments, or None for
     the built-in worker. workers: their names in order of rank; ``lab`` may have more hosts. flows: what competes with them.
-    calibrate: measure the links before t = 0.
+    calibrate: measure the links before t = 0. dilation: all of it is slower by this factor than what the spec says.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Cell:
     workers: tuple[str, ...]
     flows: tuple[Flow, ...] = ()
     calibrate: bool = True
+    dilation: float = 1.0
 
     def config(self) -> protocol.CellConfig:
         """What the workers need to know, as it is written to cell.json."""
@@ -50,8 +52,30 @@ class Cell:
             "method": {"name": self.method.name, "options": dict(self.method.options)},
             "seed": self.seed,
             "workers": len(self.workers),
-            "workload": _workload_config(self.workload) if self.workload else None,
+            "workload": self._workload_config(self.workload) if self.workload else None,
         }
+
+    def _workload_config(self, workload: WorkloadSpec) -> protocol.WorkloadConfig:
+        return {
+            "model": workload.model.name,
+            "model_options": workload.model.options,
+            "data": workload.data.name,
+            "data_options": workload.data.options,
+            "batch": workload.batch,
+            "stop": self.stop,
+            "optimizer": {"name": workload.optimizer.name, **workload.optimizer.options},
+            "compute": self._compute(workload.compute),
+            "evaluate_every_s": workload.evaluate_every * self.dilation,
+        }
+
+    def _compute(self, compute: ComputeSpec) -> Any:
+        if compute.pace is None and compute.emulate is None:
+            return "real"
+        factors = [compute.stragglers.get(worker, 1.0) for worker in self.workers]
+        if compute.pace is not None:
+            return {"pace_s": compute.pace * self.dilation, "factors": factors}
+        assert compute.emulate is not None
+        return {"emulate_s": compute.emulate * self.dilation, "jitter": compute.jitter, "factors": factors}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +121,12 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], read: Callable[[str], str])
         if shape.reorder and not shape.delay_s:
             fault = f"packets of {link} cannot overtake where nothing is delayed; give it a delay, too"
             raise SpecError([("network.link.reorder", fault)])
+    slow = spec.dilation
+    network = replace(network, links={link: dilation.slowed_link(state, slow) for link, state in network.links.items()})
+    timeline = tuple(dilation.slowed_change(change, slow) for change in timeline)
+    shapes = [(link, side, dilation.slowed_shape(shape, slow)) for link, side, shape in shapes]
+    flows = tuple(dilation.slowed_flow(flow, slow) for flow in flows)
+    stop = dilation.slowed_stop(stop, slow)
     return [
         Cell(
             name=_slug("-".join([method.label, *(f"{k.split('.')[-1]}-{v}" for k, v in overrides.items())])) + f"-s{seed}",
@@ -116,25 +146,11 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], read: Callable[[str], str])
             workers=workers,
             flows=flows,
             calibrate=spec.calibrate,
+            dilation=slow,
         )
         for seed in spec.seeds
         for method in spec.methods
     ]
-
-
-def _workload_config(workload: WorkloadSpec) -> protocol.WorkloadConfig:
-    compute: Any = "real" if workload.compute.pace is None else {"pace_s": workload.compute.pace}
-    return {
-        "model": workload.model.name,
-        "model_options": workload.model.options,
-        "data": workload.data.name,
-        "data_options": workload.data.options,
-        "batch": workload.batch,
-        "stop": workload.stop.limits(),
-        "optimizer": {"name": workload.optimizer.name, **workload.optimizer.options},
-        "compute": compute,
-        "evaluate_every_s": workload.evaluate_every,
-    }
 
 
 def _slug(text: str) -> str:

@@ -41,6 +41,8 @@ class Option:
             if value in self.choices and isinstance(value, self.kind):
                 return value
             raise ValueError(self.expected)
+        if self.kind is str and isinstance(value, str):
+            return value
         if self.kind is float and _is_int(value):
             value = float(value)
         fits = _is_int(value) if self.kind is int else isinstance(value, self.kind)
@@ -86,6 +88,7 @@ METHODS: Mapping[str, Options] = {
     "bf16": {},
     "fp16": {},
     "topk": {"ratio": _RATIO, "values": _VALUES},
+    "topk12": {"ratio": _RATIO},
     "randomk": {"ratio": _RATIO},
     "dgc": {
         "ratio": replace(_RATIO, default=0.01),
@@ -113,15 +116,40 @@ METHODS: Mapping[str, Options] = {
 ENTRY_POINTS = "netsenseml.methods"
 """Group of entry points under which a package registers methods of its own."""
 
+_CLASSES = Option(int, 100, "classes", low=2)
+
 MODELS: Mapping[str, Options] = {
     "mlp": {"hidden": Option(list, [512, 512], "widths of the hidden layers")},
     "cnn": {
         "channels": Option(list, [32, 64], "channels of the 3x3 convolutions, each followed by ReLU"),
         "hidden": Option(int, 256, "width of the hidden layer before the classifier", low=1),
     },
+    "resnet18": {"classes": _CLASSES},
+    "vgg16": {"classes": _CLASSES},
+    "gpt": {
+        "layers": Option(int, 4, "transformer blocks", low=1),
+        "width": Option(int, 128, "of the residual stream; a multiple of heads", low=1),
+        "heads": Option(int, 4, "attention heads", low=1),
+        "context": Option(int, 64, "longest text, bytes", low=1),
+    },
 }
 
-DATA: Mapping[str, Options] = {"digits": {}}
+_FOLDER = Option(str, "", "where the data set's files were unpacked")
+DATA: Mapping[str, Options] = {
+    "digits": {},
+    "images": {
+        "classes": Option(int, 10, "classes", low=2, high=10_000),
+        "side": Option(int, 32, "height and width, pixels", low=4, high=1024),
+        "samples": Option(int, 4000, "images; a tenth of them is for the test", low=20, high=1_000_000),
+        "noise": Option(float, 1.0, "standard deviation of the noise; that of the pattern is 1", low=0),
+    },
+    "text": {
+        "kilobytes": Option(int, 512, "of library sources", low=16, high=16_384),
+        "context": Option(int, 64, "length of a sample, bytes", low=1, high=4096),
+    },
+    "cifar10": {"folder": _FOLDER},
+    "cifar100": {"folder": _FOLDER},
+}
 
 _LEARNING_RATE = {"lr": Option(float, 0.1, "learning rate", above=0)}
 _WEIGHT_DECAY = {"weight_decay": Option(float, 0.0, "weight decay", low=0)}
@@ -184,7 +212,10 @@ def registered_methods() -> dict[str, EntryPoint]:
 
 def check_model(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Options of a model with the defaults filled in; errors as in ``check_method``."""
-    return _resolve("model", MODELS, name, options)
+    resolved = _resolve("model", MODELS, name, options)
+    if name == "gpt" and resolved["width"] % resolved["heads"]:
+        raise ValueError(f"model 'gpt': width must be a multiple of heads, {resolved['heads']}, not {resolved['width']}")
+    return resolved
 
 
 def check_data(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:

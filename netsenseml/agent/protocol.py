@@ -99,7 +99,10 @@ class StopConfig(TypedDict, total=False):
 
 
 class WorkloadConfig(TypedDict):
-    """What a built-in worker trains. ``compute`` is "real" or ``{"pace_s": seconds}``.
+    """What a built-in worker trains.
+
+    ``compute`` is "real", ``{"pace_s": seconds, "factors": …}`` or ``{"emulate_s": seconds, "jitter": share, "factors": …}``;
+    factors: by how much longer each rank computes, a list in order of rank.
 
     ``bucket_cap_mb`` is DDP's bucket size; DDP's default where it is absent.
     """

@@ -129,6 +129,44 @@ class Gather:
 
 
 @dataclass(frozen=True, slots=True)
+class WideGather:
+    """Top-k as it is mostly published: a float32 and an int64 index for every value, 12 (N - 1) k bytes, N - 1 hops.
+
+    The choice is made by our kernels; only the form differs.
+    """
+
+    density: float
+
+    @property
+    def name(self) -> str:
+        return f"topk12@{100 * self.density:.4g}%"
+
+    def payloads(self, elements: int, ranks: int) -> list[tuple[float, int]]:
+        slot = _WIDE_BYTES * slots(elements, self.density)
+        return [(all_gather_bytes(slot, ranks), all_gather_hops(slot, ranks))]
+
+    def exchange(self, wanted: torch.Tensor, lot: Lot) -> Exchange:
+        ledger, k = lot.ledger, slots(len(wanted), self.density)
+        with ledger.coding():
+            values = wanted.clone()
+            Codec("fp32", self.density).encode(wanted, lot.seed, sent=lot.sent)
+            positions = lot.sent.positions.long() if lot.sent.positions is not None else torch.arange(k)
+            slot = torch.cat([values[positions].view(torch.uint8), positions.view(torch.uint8)])
+        (payload, hops), *_ = self.payloads(len(wanted), lot.ranks)
+        send = partial(all_gather_slots, slot, lot.groups[0])
+        rows = yield ledger.launch(send, payload_bytes=payload, hops=hops, elements=k)
+        with ledger.coding():
+            mean = torch.zeros_like(wanted)
+            for row in rows:
+                kept, places = row.split([4 * k, 8 * k])
+                mean.index_add_(0, places.clone().view(torch.int64), kept.clone().view(torch.float32), alpha=1 / lot.ranks)
+        return mean
+
+
+_WIDE_BYTES = 4 + 8
+
+
+@dataclass(frozen=True, slots=True)
 class TwoPhase:
     """Quantised all-reduce: every rank reduces one chunk of the bucket and tells all others: 2 (N - 1) / N c bytes for c
     coded bytes, 2 or N hops.

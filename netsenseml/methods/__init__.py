@@ -13,7 +13,7 @@ from torch import nn
 
 from netsenseml.agent.catalog import check_method, is_import_path, registered_methods
 from netsenseml.methods.base import Method
-from netsenseml.methods.coded import Dgc, Qsgd, Quantized, Random, SignSgd, TopK
+from netsenseml.methods.coded import Dgc, Qsgd, Quantized, Random, SignSgd, TopK, WideTopK
 from netsenseml.methods.netsense import NetSense
 from netsenseml.methods.plain import AllReduce, BFloat16, Float16
 from netsenseml.methods.powersgd import PowerSgd
@@ -32,6 +32,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "randomk": Random,
     "signsgd": SignSgd,
     "topk": TopK,
+    "topk12": WideTopK,
 }
 
 

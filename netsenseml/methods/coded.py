@@ -13,7 +13,7 @@ from netsenseml.compress.codec import Codec, Sent
 from netsenseml.compress.feedback import ErrorFeedback, energy_lost, sample
 from netsenseml.exchange.collectives import dissolve, own_group
 from netsenseml.exchange.conveyor import Conveyor, Exchange
-from netsenseml.exchange.schemes import Gather, Lot, RandomK, Scheme, TwoPhase
+from netsenseml.exchange.schemes import Gather, Lot, RandomK, Scheme, TwoPhase, WideGather
 from netsenseml.ledger import Ledger
 from netsenseml.methods.base import Method
 
@@ -115,6 +115,18 @@ class TopK(Coded):
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, ratio: float, values: str) -> None:
         super().__init__(module, group, Gather(Codec(values, ratio)))
+
+
+class WideTopK(Coded):
+    """The largest share ``ratio`` of every bucket in the form of the paper: 12 bytes a value, and backward waits meanwhile."""
+
+    def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, ratio: float) -> None:
+        super().__init__(module, group, WideGather(ratio))
+
+    def exchange(self, bucket: GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
+        done = super().exchange(bucket, ledger)
+        done.wait()
+        return done
 
 
 class Random(Coded):

@@ -31,7 +31,8 @@ from netsenseml.agent.catalog import check_method
 from netsenseml.agent.client import ControlClient
 from netsenseml.agent.protocol import monotonic_s
 from netsenseml.hook import Session, attach
-from netsenseml.train.zoo import Dataset, make_data, make_model, make_optimizer
+from netsenseml.train.emulate import Emulated, Timing
+from netsenseml.train.zoo import Dataset, make_data, make_emulated, make_model, make_optimizer
 
 ENV_RENDEZVOUS = "NETSENSE_RENDEZVOUS"
 
@@ -68,8 +69,8 @@ class Run:
     pace_s: float
     bucket_cap_mb: float | None
     model: nn.Module
-    data: Dataset
-    optimizer: torch.optim.Optimizer
+    data: Dataset | None
+    optimizer: torch.optim.Optimizer | None
     method_options: dict[str, Any]
     session: Session | None = None
 
@@ -82,15 +83,21 @@ class Run:
         workload = cell["workload"]
         if workload is None:
             raise ValueError("the cell has no workload: run its script instead")
-        data = make_data(workload["data"], workload["data_options"])
-        epoch_steps = len(data[0]) // (workload["batch"] * ranks)
-        if not epoch_steps:
-            raise ValueError(
-                f"{ranks} workers with batches of {workload['batch']} need more than {len(data[0])} training samples"
-            )
-        model = make_model(workload["model"], workload["model_options"], cell["seed"])
-        stop = workload["stop"]
+        stop, compute = workload["stop"], workload["compute"]
         optimizer, options = _momentum_where_it_belongs(cell["method"], workload["optimizer"])
+        name, model_options = workload["model"], workload["model_options"]
+        model: nn.Module
+        if isinstance(compute, dict) and "emulate_s" in compute:
+            timing = Timing(_compute_s(compute, rank), compute["jitter"], seed=cell["seed"] * ranks + rank)
+            model, data, epoch_steps = make_emulated(name, model_options, timing), None, math.inf
+        else:
+            data = make_data(workload["data"], workload["data_options"])
+            epoch_steps = len(data[0]) // (workload["batch"] * ranks)
+            if not epoch_steps:
+                raise ValueError(
+                    f"{ranks} workers with batches of {workload['batch']} need more than {len(data[0])} training samples"
+                )
+            model = make_model(name, model_options, cell["seed"])
         return cls(
             rank=rank,
             ranks=ranks,
@@ -98,11 +105,11 @@ class Run:
             batch=workload["batch"],
             last_step=min(stop.get("steps", math.inf), stop.get("epochs", math.inf) * epoch_steps),
             evaluate_every_s=workload["evaluate_every_s"] or math.inf,
-            pace_s=_pace_s(workload["compute"]),
+            pace_s=_compute_s(compute, rank),
             bucket_cap_mb=workload.get("bucket_cap_mb"),
             model=model,
             data=data,
-            optimizer=make_optimizer(model.parameters(), optimizer),
+            optimizer=None if isinstance(model, Emulated) else make_optimizer(model.parameters(), optimizer),
             method_options=options,
         )
 
@@ -112,36 +119,54 @@ class Run:
             "gloo", init_method=os.environ.get(ENV_RENDEZVOUS, "env://"), rank=self.rank, world_size=self.ranks
         )
         # Every rank built the same replica from the seed: nothing has to cross the links before the start.
-        ddp = DistributedDataParallel(self.model, init_sync=False, bucket_cap_mb=self.bucket_cap_mb)
+        ddp = DistributedDataParallel(
+            self.model,
+            init_sync=False,
+            bucket_cap_mb=self.bucket_cap_mb,
+            gradient_as_bucket_view=isinstance(self.model, Emulated),  # the gradients of a large model once are enough
+        )
         torch.manual_seed(self.seed * self.ranks + self.rank)  # from here on dropout differs between ranks
         self.session = session = attach(ddp, **self.method_options)
-        self._steps(ddp, session)
-        if self.rank == 0:
-            session.close(*self._evaluate(session))
+        if isinstance(self.model, Emulated):
+            self._emulate(self.model, ddp, session)
         else:
-            session.close()
+            assert self.data is not None and self.optimizer is not None
+            self._train(ddp, session, self.data, self.optimizer)
         dist.destroy_process_group()
 
-    def _steps(self, ddp: nn.Module, session: Session) -> None:
+    def _emulate(self, model: Emulated, ddp: DistributedDataParallel, session: Session) -> None:
+        model.taken_s = lambda: session.blocked_s
+        x = torch.zeros(1, requires_grad=True)
+        go_on = True
+        while go_on:
+            model.begin()
+            ddp.zero_grad(set_to_none=False)  # in place, so that no layer takes new memory
+            ddp(x).backward()
+            go_on = session.step(samples=self.batch) and session.steps < self.last_step
+        model.keep_gradients()
+        session.close()
+
+    def _train(self, ddp: DistributedDataParallel, session: Session, data: Dataset, optimizer: torch.optim.Optimizer) -> None:
         pace = Pace(self.pace_s, session)
         next_evaluation_s = monotonic_s() + self.evaluate_every_s
-        for x, y in self._batches():
+        for x, y in self._batches(data):
             pace.begin()
             loss = nn.functional.cross_entropy(ddp(x), y)
             pace.wait()
-            self.optimizer.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            self.optimizer.step()
+            optimizer.step()
             if not session.step(loss.detach(), samples=len(x)) or session.steps >= self.last_step:
-                return
+                break
             if self.rank == 0 and monotonic_s() >= next_evaluation_s:
                 with session.pause():
-                    self._evaluate(session)
+                    self._evaluate(session, data)
                 next_evaluation_s = monotonic_s() + self.evaluate_every_s
+        session.close(*(self._evaluate(session, data) if self.rank == 0 else ()))
 
-    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _batches(self, data: Dataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This rank's share of every global batch, epoch after epoch, without end; an incomplete batch is dropped."""
-        train_x, train_y, *_ = self.data
+        train_x, train_y, *_ = data
         size = self.batch * self.ranks
         for epoch in itertools.count():
             generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
@@ -150,17 +175,24 @@ class Run:
                 chosen = order[begin + self.rank : begin + size : self.ranks]
                 yield train_x[chosen], train_y[chosen]
 
-    def _evaluate(self, session: Session) -> tuple[float, float]:
+    def _evaluate(self, session: Session, data: Dataset) -> tuple[float, float]:
         """Accuracy and mean loss over the test set, recorded."""
-        *_, test_x, test_y = self.data
+        *_, test_x, test_y = data
+        right = lost = 0.0
         self.model.eval()
         with torch.no_grad():
-            logits = self.model(test_x)
+            for x, y in zip(test_x.split(_TEST_BATCH), test_y.split(_TEST_BATCH), strict=True):
+                logits = self.model(x)
+                right += (logits.argmax(dim=1) == y).sum().item()
+                lost += nn.functional.cross_entropy(logits, y, reduction="sum").item()
         self.model.train()
-        accuracy = (logits.argmax(dim=1) == test_y).double().mean().item()
-        loss = nn.functional.cross_entropy(logits, test_y).item()
+        accuracy, loss = right / test_y.numel(), lost / test_y.numel()
         session.evaluated(accuracy, loss)
         return accuracy, loss
+
+
+_TEST_BATCH = 512
+"""Test samples in one forward, so that a large model needs no more memory than in training."""
 
 
 class Pace:
@@ -213,13 +245,15 @@ def _report(error: Exception, session: Session | None) -> None:
             session.fail(line)
 
 
-def _pace_s(compute: Any) -> float:
+def _compute_s(compute: Any, rank: int) -> float:
+    """What a step of this rank is to compute for; 0: as long as it takes."""
     match compute:
         case "real":
             return 0.0
-        case {"pace_s": float() | int() as pace_s}:
-            return float(pace_s)
-    raise ValueError(f'compute must be "real" or {{"pace_s": seconds}}, not {compute!r}')
+        case {"pace_s": float() | int() as seconds} | {"emulate_s": float() | int() as seconds}:
+            factors = compute.get("factors")
+            return float(seconds) * (factors[rank] if factors else 1.0)
+    raise ValueError(f'compute must be "real", {{"pace_s": seconds}} or {{"emulate_s": seconds}}, not {compute!r}')
 
 
 def _required(name: str) -> str:

@@ -1,7 +1,10 @@
 """Models, data sets and optimizers of the built-in worker; their options are in ``agent.catalog``."""
 
 import itertools
+import pickle
 from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import sklearn.datasets
@@ -11,6 +14,9 @@ from torch import nn
 
 from netsenseml.agent.catalog import check_data, check_model, check_optimizer, is_import_path
 from netsenseml.methods import load
+from netsenseml.train.emulate import Emulated, Timing
+from netsenseml.train.text import Gpt, library_text
+from netsenseml.train.vision import resnet18, vgg16
 
 Dataset = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """train_x, train_y, test_x, test_y: floating-point samples and int64 classes, samples along the first dimension."""
@@ -53,7 +59,27 @@ def cnn(channels: list[int], hidden: int) -> nn.Module:
     )
 
 
-_MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn}
+_MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn, "resnet18": resnet18, "vgg16": vgg16, "gpt": Gpt}
+
+
+def make_emulated(name: str, options: dict[str, Any], timing: Timing) -> Emulated:
+    """The model called ``name`` without its arithmetic; images are 224 pixels high and wide, texts as long as can be.
+
+    Raises ValueError for a model of the user's own, as nobody knows what its input looks like.
+    """
+    options = check_model(name, options)
+    if is_import_path(name):
+        raise ValueError(f"compute: emulate knows only the models {', '.join(_MODELS)}; use pace for '{name}'")
+    with torch.device("meta"):
+        model = _MODELS[name](**options)
+        if name == "gpt":
+            sample = torch.zeros(1, options["context"], dtype=torch.int64)
+        else:
+            sample = torch.zeros(1, *((_SIDE * _SIDE,) if name in ("mlp", "cnn") else (3, _PUBLISHED_SIDE, _PUBLISHED_SIDE)))
+    return Emulated(model, sample, timing)
+
+
+_PUBLISHED_SIDE = 224
 
 
 def make_data(name: str, options: dict[str, Any]) -> Dataset:
@@ -62,7 +88,7 @@ def make_data(name: str, options: dict[str, Any]) -> Dataset:
     if is_import_path(name):
         data: Dataset = load(name)(**options)
         return data
-    return digits()
+    return _DATA[name](**options)
 
 
 def digits() -> Dataset:
@@ -82,6 +108,55 @@ def digits() -> Dataset:
         torch.tensor((test_x - mean) / scale, dtype=torch.float32),
         torch.tensor(test_y, dtype=torch.int64),
     )
+
+
+def images(classes: int, side: int, samples: int, noise: float) -> Dataset:
+    """Made-up images, (n, 3, side, side) float32: a smooth pattern for every class, shifted at random, in noise.
+
+    The same for every seed of an experiment; a tenth of them is for the test.
+    """
+    draw = torch.Generator().manual_seed(0)
+    coarse = torch.randn(classes, 3, 4, 4, generator=draw)
+    patterns = nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")
+    patterns /= patterns.std(dim=(1, 2, 3), keepdim=True)
+    labels = torch.randint(classes, (samples,), generator=draw)
+    x = noise * torch.randn(samples, 3, side, side, generator=draw)
+    shifts = torch.randint(side, (samples, 2), generator=draw).tolist()
+    for i, (label, shift) in enumerate(zip(labels.tolist(), shifts, strict=True)):
+        x[i] += patterns[label].roll(shift, dims=(1, 2))
+    tests = max(1, samples // 10)
+    return x[tests:], labels[tests:], x[:tests], labels[:tests]
+
+
+def cifar(classes: int, folder: str) -> Dataset:
+    """CIFAR-10 or CIFAR-100 from the files of its Python version: (n, 3, 32, 32) float32, standardised.
+
+    Raises ValueError with the way to get them if they are not in ``folder``.
+    """
+    train = [f"data_batch_{i}" for i in range(1, 6)] if classes == 10 else ["train"]
+    test, key = ("test_batch", b"labels") if classes == 10 else ("test", b"fine_labels")
+    try:
+        files = [(Path(folder) / name).read_bytes() for name in (*train, test)]
+    except OSError as error:
+        raise ValueError(
+            f"data 'cifar{classes}': {error.filename} is missing; unpack cifar-{classes}-python.tar.gz, the Python version of"
+            f" https://www.cs.toronto.edu/~kriz/cifar.html, and name the folder with {test} in it: folder: …"
+        ) from None
+    parts = [pickle.loads(file, encoding="bytes") for file in files]  # noqa: S301 - the user's own files, published so
+    pixels = [torch.from_numpy(part[b"data"]).view(-1, 3, 32, 32).float() / 255 for part in parts]
+    labels = [torch.tensor(part[key], dtype=torch.int64) for part in parts]
+    train_x, test_x = torch.cat(pixels[:-1]), pixels[-1]
+    mean, scale = train_x.mean(dim=(0, 2, 3), keepdim=True), train_x.std(dim=(0, 2, 3), keepdim=True)
+    return (train_x - mean) / scale, torch.cat(labels[:-1]), (test_x - mean) / scale, labels[-1]
+
+
+_DATA: dict[str, Callable[..., Dataset]] = {
+    "digits": digits,
+    "images": images,
+    "text": library_text,
+    "cifar10": partial(cifar, 10),
+    "cifar100": partial(cifar, 100),
+}
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: dict[str, Any]) -> torch.optim.Optimizer:

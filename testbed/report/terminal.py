@@ -1,6 +1,6 @@
 """The result on a terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from testbed.report import text
+from testbed.results.difference import Difference
 
 
 def terminal_table(summary: Mapping[str, Any]) -> RenderableType:
@@ -42,6 +43,29 @@ def _table(name: str, rows: list[text.Row]) -> Table:
             Text("valid", style="green") if row.valid else Text("invalid", style="red"),
         )
     return table
+
+
+def differences_table(differences: Sequence[Difference]) -> RenderableType:
+    """What ``testbed compare`` found: one row a method and scenario, the worst first, and a sentence."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("method", overflow="fold")
+    table.add_column("conditions", overflow="fold")
+    for heading in ("step time", "95 % interval", "accuracy"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for found in sorted(differences, key=lambda found: -(found.ratio or float("inf"))):
+        style = {"slower": "red", "missing": "red", "faster": "green"}.get(found.verdict, "")
+        table.add_row(
+            Text(found.method),
+            Text(found.scenario),
+            text.NONE if found.ratio is None else text.times(found.ratio),
+            text.NONE if found.ci95 is None else text.interval(found.ci95),
+            text.NONE if found.accuracy is None else f"{100 * found.accuracy:+.1f}",
+            Text(found.verdict + ("" if found.valid else ", not valid"), style=style),
+        )
+    worse = [found for found in differences if found.verdict in ("slower", "missing")]
+    named = ", ".join(f"{found.method} ({found.scenario})" if found.scenario else found.method for found in worse)
+    return Group(table, "", Text(f"Slower or missing: {named}." if worse else "Nothing became slower.", style="bold"))
 
 
 def calibration_table(result: Mapping[str, Any]) -> RenderableType:

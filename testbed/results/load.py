@@ -11,6 +11,7 @@ import pandas as pd
 import yaml
 
 from netsenseml.agent.protocol import CELL_FILE
+from testbed.dilation import reported
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES
 from testbed.results.records import RESULT_FILE, identity, read_table, to_frame
 
@@ -34,7 +35,8 @@ class Run:
     cells: one row a cell: cell, method, seed, workers, overrides ({dotted key: value}), status ("done", "failed",
         "interrupted", or "unfinished" if it is running or was killed), problems ([text]), steps, t_end_s,
         final_accuracy, final_loss, parameters ({rank: hash}), workload (as in cell.json; {} of a script), calibrate (if its
-        links were to be measured before t = 0).
+        links were to be measured before t = 0), dilation (by which all times are divided and rates multiplied here, but those
+        of workload, calibration and events.state, which are as the kernel had them).
     steps, links, events, evals, traffic, calibration, host: columns and units in ``testbed.results.columns``.
     """
 
@@ -65,14 +67,16 @@ def load_run(path: str | Path) -> Run:
         raise NotARun(f"{path}: not a run directory, it has neither spec.yaml nor cells/")
     spec = _read_spec(path / "spec.yaml")
     cell_dirs = sorted((d for d in (path / "cells").glob("*") if d.is_dir()), key=_natural)
+    cells = [cell_row(d) for d in cell_dirs]
+    factors = {cell["cell"]: cell["dilation"] for cell in cells}
     return Run(
         path=path,
         name=str(spec.get("name", path.name)),
         spec=spec,
         environment=_read_json(path / "environment.json") or {},
         summary=_read_json(path / SUMMARY_FILE),
-        cells=pd.DataFrame([cell_row(d) for d in cell_dirs], columns=list(_CELL_DEFAULTS)),
-        **{name: _all_cells(cell_dirs, name) for name in TABLES},
+        cells=reported(pd.DataFrame(cells, columns=list(_CELL_DEFAULTS)), factors),
+        **{name: reported(_all_cells(cell_dirs, name), factors) for name in TABLES},
     )
 
 
@@ -92,6 +96,7 @@ _CELL_DEFAULTS: Mapping[str, Any] = {
     "overrides": {},
     "workload": {},
     "calibrate": False,
+    "dilation": 1.0,
     "status": "unfinished",
     "problems": [],
     "steps": None,

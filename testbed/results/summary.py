@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from testbed.dilation import reported
 from testbed.results.columns import TABLES
 from testbed.results.load import SUMMARY_FILE, Run
 from testbed.results.records import replacing
@@ -62,7 +63,7 @@ def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Metrics and verdict of one cell. ``cell`` is a row of ``Run.cells``."""
     tables = {name: (table := getattr(run, name))[table["cell"] == cell["cell"]] for name in TABLES}
     steps, evals = tables["steps"], tables["evals"]
-    problems = cell_problems(cell, tables)
+    problems = cell_problems(*_as_clocked(cell, tables))
     last = evals.iloc[-1] if len(evals) else {"accuracy": None, "loss": None}
     final_accuracy = _number(cell["final_accuracy"], last["accuracy"])
     return {
@@ -84,6 +85,17 @@ def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
         "replicas_identical": replicas_identical(cell),
         "calibrated": len(tables["calibration"]) > 0,
     }
+
+
+def _as_clocked(
+    cell: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]
+) -> tuple[Mapping[str, Any], Mapping[str, pd.DataFrame]]:
+    """Whether the machine kept up is judged in its own time."""
+    factors = {cell["cell"]: cell["dilation"]}
+    if cell["dilation"] == 1:
+        return cell, tables
+    own = {**cell, "t_end_s": cell["t_end_s"] and cell["t_end_s"] * cell["dilation"]}
+    return own, {name: reported(table, factors, inverse=True) for name, table in tables.items()}
 
 
 def target_accuracy(spec: Mapping[str, Any]) -> float | None:

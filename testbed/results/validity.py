@@ -83,11 +83,15 @@ def lost_between_links(host: pd.DataFrame, links: pd.DataFrame) -> list[str]:
 def missed_pace(steps: pd.DataFrame, compute: Mapping[str, Any] | str) -> list[str]:
     """Whether steps took longer to compute than the pace that was to hide this machine's speed; half of them may.
 
-    compute: as in cell.json, "real" or {"pace_s": seconds}.
+    compute: as in cell.json, "real", {"pace_s": seconds, "factors": [of each rank]} or the same with "emulate_s".
     """
-    pace_s = compute.get("pace_s") if isinstance(compute, Mapping) else None
-    compute_s = steps["compute_s"].median()
-    if not pace_s or steps.empty or compute_s <= pace_s * (1 + PACE_EXCESS):
+    if steps.empty or not isinstance(compute, Mapping):
+        return []
+    pace_s = compute.get("pace_s") or compute.get("emulate_s")
+    factors = compute.get("factors") or []
+    slower = steps["rank"].map(dict(enumerate(factors))).fillna(1.0).astype(float)
+    compute_s = (steps["compute_s"] / slower).median()
+    if not pace_s or compute_s <= pace_s * (1 + PACE_EXCESS):
         return []
     return [
         f"the pace of {1e3 * pace_s:g} ms was not held: half of the steps computed for {1e3 * compute_s:.0f} ms and more;"

@@ -76,6 +76,7 @@ def prepare_cell(cell: Cell, directory: Path) -> None:
     (directory / "logs").mkdir(parents=True)
     links = {name: state.to_json() for name, state in cell.lab.links.items()}
     config = {**cell.config(), "label": cell.method.label, "overrides": dict(cell.overrides), "links": links}
+    config["dilation"] = cell.dilation
     config["calibrate"] = cell.calibrate and measurable(cell.lab)
     (directory / protocol.CELL_FILE).write_text(json.dumps(config, indent=1))
 
@@ -219,8 +220,15 @@ class _Conductor:
             target = self._cell.stop.get("accuracy")
             if target is not None and message["accuracy"] >= target and not self._holding:
                 self._hold()
-        elif kind == "holding" and len(self._seen["holding"]) == len(self._processes):
-            last = max(reply["step"] for reply in self._seen["holding"].values()) + 1
+        elif kind in ("holding", "done") and self._holding:
+            self._agree_on_the_last_step()
+
+    def _agree_on_the_last_step(self) -> None:
+        # A rank that has ended by itself answers no more; the others are let go, and end by themselves after as many steps.
+        ended = {rank: message["steps"] for rank, message in self._seen.get("done", {}).items()}
+        held = {rank: message["step"] for rank, message in self._seen.get("holding", {}).items()}
+        if len({**held, **ended}) == len(self._processes):
+            last = max([*held.values(), *ended.values()]) + 1
             self._control.broadcast({"type": "stop", "steps": last})
 
     def _check_processes(self, finished: str) -> None:

@@ -458,9 +458,27 @@ class OptimizerSpec(Named):
 
 
 class ComputeSpec(Model):
-    """real: takes the time it takes. pace: real, and waits so that a step's compute takes at least that long."""
+    """real: takes the time it takes. pace: real, and waits so that a step's compute takes at least that long.
+
+    emulate: no arithmetic; every layer waits for its share of that time. jitter: from step to step, as a standard deviation.
+    stragglers: workers that take so many times as long, {w3: 2}.
+    """
 
     pace: Time | None = None
+    emulate: Annotated[Time, Field(gt=0)] | None = None
+    jitter: Share = 0.0
+    stragglers: dict[str, Annotated[float, Field(ge=0.1, le=1000)]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.pace is not None and self.emulate is not None:
+            raise PydanticCustomError("at_key", "cannot stand beside pace; keep one of them", {"path": ["emulate"]})
+        if self.jitter and self.emulate is None:
+            raise PydanticCustomError("at_key", "needs emulate, for example {emulate: 120ms, jitter: 5%}", {"path": ["jitter"]})
+        if self.stragglers and self.pace is None and self.emulate is None:
+            text = "needs pace or emulate, for example {pace: 120ms, stragglers: {w3: 2}}"
+            raise PydanticCustomError("at_key", text, {"path": ["stragglers"]})
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -468,7 +486,7 @@ class ComputeSpec(Model):
         if data == "real":
             return {}
         if isinstance(data, str):
-            raise PydanticCustomError("compute", f"{data!r} is unknown; valid: real, {{pace: 120ms}}")
+            raise PydanticCustomError("compute", f"{data!r} is unknown; valid: real, {{pace: 120ms}}, {{emulate: 120ms}}")
         return data
 
 
@@ -498,7 +516,10 @@ class ScriptSpec(Model):
 
 
 class Spec(Model):
-    """A whole experiment. calibrate: whether every cell measures its links before it starts, which takes about a second."""
+    """A whole experiment. calibrate: whether every cell measures its links before it starts, which takes about a second.
+
+    dilation: rates, delays, compute and schedule are slowed by this factor, and the times reported divided by it.
+    """
 
     name: str = Field("experiment", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}$")
     lab: Literal["netns", "docker"] = "netns"
@@ -512,6 +533,16 @@ class Spec(Model):
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(default_factory=lambda: [0], min_length=1, max_length=1000)
     matrix: dict[str, list[Any]] = Field(default_factory=dict)
     calibrate: bool = True
+    dilation: float = Field(1.0, ge=1, le=1000)
+
+    @model_validator(mode="after")
+    def _stragglers_exist(self) -> Self:
+        named = self.workload.compute.stragglers if self.workload else {}
+        for name in named:
+            if name not in {f"w{rank}" for rank in range(self.workers)}:
+                text = f"there is no worker {name!r}; there are w0 to w{self.workers - 1}"
+                raise PydanticCustomError("at_key", text, {"path": ["workload", "compute", "stragglers", name]})
+        return self
 
     @model_validator(mode="after")
     def _one_program(self) -> Self:

@@ -28,7 +28,7 @@ SPEC = {
 
 def launch(tmp_path, **changes):
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**SPEC, **changes}))
+    path.write_text(yaml.safe_dump({key: value for key, value in {**SPEC, **changes}.items() if value is not None}))
     return subprocess.Popen(
         [sys.executable, "-m", "testbed.cli", "run", str(path), "--out", str(tmp_path / "runs")],
         stdout=subprocess.PIPE,
@@ -173,6 +173,38 @@ def test_a_worker_that_dies_fails_its_cell_and_says_why(tmp_path):
     summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
     assert not summary["valid"]
     assert "no_such_module" in summary["problems"][0]
+
+
+SCRIPT = """
+import os, sys, time
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import netsenseml
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = DistributedDataParallel(torch.nn.Linear(8, 8))
+session = netsenseml.attach(model)
+for step in range(5):
+    model(torch.randn(2, 8)).sum().backward()
+    if step == 4 and dist.get_rank() == 1:
+        time.sleep(3)
+    if not session.step(0.0, samples=2):
+        break
+session.close()
+print("steps", session.steps)
+"""
+
+
+def test_a_time_limit_that_meets_the_last_step_does_not_hang(tmp_path):
+    """One rank has ended by itself when the orchestrator asks all to hold, the other is still in its last step."""
+    (tmp_path / "own.py").write_text(SCRIPT)
+    code, out, err = run(
+        tmp_path, workload=None, schedule=[], script={"file": "own.py", "stop": {"seconds": 2}}, methods=["allreduce"]
+    )
+    assert code == 0, out + err
+    assert set(testbed.load_run(only_run(tmp_path)).steps.groupby("rank").size()) == {5}
 
 
 def test_netem_is_refused_before_anything_starts_where_the_kernel_lacks_it(tmp_path):

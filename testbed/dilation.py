@@ -1,0 +1,80 @@
+"""Time dilation: rates, delays and compute slowed by one factor, and times reported divided by it.
+
+Traffic that is F times as slow meets the same queues in the same order, so an experiment may stand for links and accelerators
+that this machine could not keep up with. What does not slow down is what the kernel's TCP measures in seconds of its own: the
+minimum of a retransmission time-out (200 ms), the delayed acknowledgement (40 ms), the pacing of its start. Under dilation F
+they are F times as short as they would be.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from netsenseml.agent.protocol import StopConfig
+from testbed.links.state import LinkState, Shape
+from testbed.timeline import Change
+from testbed.traffic.flows import Duration, Flow
+
+TCP_TIMERS = "TCP's own timers (time-outs of at least 200 ms, delayed acknowledgements of 40 ms) are not slowed down"
+
+
+def slowed_shape(shape: Shape, factor: float) -> Shape:
+    """One direction of a link, slower; the bytes that its queue holds stay the same."""
+    return replace(
+        shape,
+        rate_bps=None if shape.rate_bps is None else max(1, round(shape.rate_bps / factor)),
+        queue_s=shape.queue_s * factor,
+        delay_s=shape.delay_s * factor,
+        jitter_s=shape.jitter_s * factor,
+    )
+
+
+def slowed_link(state: LinkState, factor: float) -> LinkState:
+    """Both directions."""
+    return replace(state, up=slowed_shape(state.up, factor), down=slowed_shape(state.down, factor))
+
+
+def slowed_change(change: Change, factor: float) -> Change:
+    """A change of a link, later and slower."""
+    return Change(round(change.at_s * factor, 6), change.link, slowed_link(change.state, factor))
+
+
+def slowed_flow(flow: Flow, factor: float) -> Flow:
+    """A competing flow, later, longer and, if it has a rate of its own, slower."""
+
+    def longer(duration: Duration | None) -> Duration | None:
+        return None if duration is None else Duration(duration.seconds * factor, duration.exponential)
+
+    return replace(
+        flow,
+        at_s=flow.at_s * factor,
+        end_s=flow.end_s * factor,
+        rate_bps=round(flow.rate_bps / factor),
+        on=longer(flow.on),
+        off=longer(flow.off),
+    )
+
+
+def slowed_stop(stop: StopConfig, factor: float) -> StopConfig:
+    """A limit in seconds is that of the experiment, not of the clock."""
+    return {**stop, "seconds": stop["seconds"] * factor} if "seconds" in stop else stop
+
+
+def reported(table: pd.DataFrame, factors: Mapping[str, float], *, inverse: bool = False) -> pd.DataFrame:
+    """A table of records with times (``*_s``) divided and rates (``*_bps``) multiplied by the factor of each row's cell.
+
+    factors: by name of the cell. inverse: what the clocks said, from what was reported.
+    """
+    factor = table["cell"].map(factors).fillna(1.0).astype(float)
+    if (factor == 1).all():
+        return table
+    if inverse:
+        factor = 1 / factor
+    scaled: dict[str, Any] = {
+        name: table[name] / factor if name.endswith("_s") else table[name] * factor
+        for name in table.columns
+        if name.endswith(("_s", "_bps"))
+    }
+    return table.assign(**scaled)

@@ -1,0 +1,98 @@
+"""What became slower or faster from one run to another, for a CI that guards a method or the testbed."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from testbed.results.load import Run
+from testbed.results.summary import RESAMPLES, bootstrap_ci95, geometric_mean, scenario, summarize
+
+WINDOWS = 20
+"""Into so many a run is cut. The links of both runs did the same in the same window, so the windows are compared in pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One method under one set of overrides, in both runs.
+
+    ratio: time of a step in the second run ÷ in the first, as long as both ran; geometric mean over the seeds that both have.
+    ci95: of that, over seeds if there are three, else over ``WINDOWS``, which knows nothing of what differs from run to run.
+    verdict: "slower", "faster", "same", or "missing" if the second run lacks a cell of the first. valid: all cells are.
+    """
+
+    method: str
+    scenario: str
+    seeds: int
+    ratio: float | None
+    ci95: tuple[float, float] | None
+    accuracy: float | None
+    valid: bool
+    verdict: str
+
+
+def differences(before: Run, after: Run, tolerance: float) -> list[Difference]:
+    """Every method and scenario of the first run. Slower, or faster: by more than ``tolerance``, and the interval agrees."""
+    return list(_differences(before, after, tolerance))
+
+
+def _differences(before: Run, after: Run, tolerance: float) -> Iterator[Difference]:
+    first, second = (_cells(run) for run in (before, after))
+    for method, name in dict.fromkeys((method, name) for method, name, _ in first):
+        seeds = [seed for m, n, seed in first if (m, n) == (method, name)]
+        shared = [seed for seed in seeds if (method, name, seed) in second]
+        pairs = [(first[method, name, seed], second[method, name, seed]) for seed in shared]
+        paces = [pace for a, b in pairs if (pace := _paces(before, a["cell"], after, b["cell"]))]
+        accuracies = [b["final_accuracy"] - a["final_accuracy"] for a, b in pairs if _both(a, b, "final_accuracy")]
+        ratio = geometric_mean([a.sum() / b.sum() for a, b in paces])
+        ci95 = _interval(paces)
+        yield Difference(
+            method=method,
+            scenario=name,
+            seeds=len(shared),
+            ratio=ratio,
+            ci95=ci95,
+            accuracy=float(np.mean(accuracies)) if accuracies else None,
+            valid=all(cell["valid"] for pair in pairs for cell in pair),
+            verdict="missing" if len(paces) < len(seeds) else _verdict(ratio, ci95, tolerance),
+        )
+
+
+def _cells(run: Run) -> dict[tuple[str, str, int], Mapping[str, Any]]:
+    return {(cell["method"], scenario(cell["overrides"]), cell["seed"]): cell for cell in summarize(run)["cells"]}
+
+
+def _both(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> bool:
+    return a[key] is not None and b[key] is not None
+
+
+def _paces(before: Run, first: str, after: Run, second: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps in every window, of either run; None if one of them has no step."""
+    ends = [np.sort(run.steps.loc[run.steps["cell"] == cell, "t_s"]) for run, cell in ((before, first), (after, second))]
+    if not all(len(end) for end in ends):
+        return None
+    edges_s = np.linspace(0, min(end[-1] for end in ends), WINDOWS + 1)
+    # Every rank has a row of every step; a step is spread over its duration.
+    a, b = (np.diff(np.interp(edges_s, [0.0, *end], np.arange(len(end) + 1))) for end in ends)
+    return a, b
+
+
+def _interval(paces: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float] | None:
+    if not paces:
+        return None
+    low, high = bootstrap_ci95([a.sum() / b.sum() for a, b in paces])
+    if low is not None and high is not None:
+        return low, high
+    drawn = np.random.default_rng(0).integers(WINDOWS, size=(RESAMPLES, WINDOWS))
+    logs = sum(np.log(a[drawn].sum(axis=1) / b[drawn].sum(axis=1)) for a, b in paces) / len(paces)
+    low, high = np.exp(np.quantile(logs, [0.025, 0.975])).tolist()
+    return low, high
+
+
+def _verdict(ratio: float | None, ci95: tuple[float, float] | None, tolerance: float) -> str:
+    if ratio is None or ci95 is None:
+        return "missing"
+    if ratio > 1 + tolerance and ci95[0] > 1:
+        return "slower"
+    return "faster" if ratio < 1 / (1 + tolerance) and ci95[1] < 1 else "same"
