@@ -3,8 +3,10 @@
 A method has one colour in all figures (``palette``). Seeds of a method are lines of the same colour.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -12,7 +14,7 @@ from plotly.subplots import make_subplots
 
 from testbed.report import series
 from testbed.results.load import Run
-from testbed.results.summary import BASELINE, method_order, scenario, target_accuracy
+from testbed.results.summary import BASELINE, method_order, scenario, summarize, target_accuracy
 
 BASELINE_COLOUR = "#4d4d4d"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4fbf")
@@ -33,11 +35,47 @@ def palette(methods: Sequence[str]) -> Palette:
     return {BASELINE: {"color": BASELINE_COLOUR, "dash": "solid"}, **styles}
 
 
-def figures(run: Run) -> dict[str, dict[str, go.Figure]]:
-    """All figures of a run: {text of the overrides ("" for none): {name of the figure: figure}}."""
+def figures(run: Run, summary: Mapping[str, Any] | None = None) -> dict[str, dict[str, go.Figure]]:
+    """All figures of a run: {text of the overrides ("" for none): {name of the figure: figure}}.
+
+    If there are several sets of overrides the first group, "Overview", compares them. summary: of the run, if it is at hand.
+    """
     styles = palette(run.cells["method"])
     names = run.cells["overrides"].map(scenario)
-    return {name: _of_scenario(run, set(run.cells.loc[names == name, "cell"]), styles) for name in dict.fromkeys(names)}
+    drawn = {name: _of_scenario(run, set(run.cells.loc[names == name, "cell"]), styles) for name in dict.fromkeys(names)}
+    return {"Overview": {"heat_map": heat_map(summary or summarize(run))}, **drawn} if len(drawn) > 1 else drawn
+
+
+def heat_map(summary: Mapping[str, Any]) -> go.Figure:
+    """Throughput of every method against the baseline's, under every set of overrides. summary: as ``summarize`` makes it."""
+    names = list(dict.fromkeys(scenario(cell["overrides"]) for cell in summary["cells"]))
+    compared = {(c["method"], scenario(c["overrides"])): c for c in summary["comparisons"] if c["throughput_ratio"]}
+    methods = method_order(method for method, _ in compared)
+    ratios = [[compared[m, n]["throughput_ratio"] if (m, n) in compared else None for n in names] for m in methods]
+    figure = go.Figure(
+        go.Heatmap(
+            x=[escape(name.split(".")[-1]) for name in names],
+            y=[escape(method) for method in methods],
+            z=[[None if ratio is None else math.log10(ratio) for ratio in row] for row in ratios],
+            text=[
+                [
+                    "" if r is None else f"{r:.3g}×" + ("" if compared[m, n]["valid"] else " (not valid)")
+                    for n, r in zip(names, row, strict=True)
+                ]
+                for m, row in zip(methods, ratios, strict=True)
+            ],
+            texttemplate="%{text}",
+            hovertemplate="%{y}, %{x}: %{text}<extra></extra>",
+            colorscale="PuOr_r",
+            zmid=0,
+            showscale=False,
+            xgap=2,
+            ygap=2,
+        )
+    )
+    return _finish(figure, 100 + 42 * len(methods), hovermode="closest").update_layout(
+        xaxis=_axis("", showgrid=False, type="category"), yaxis=_axis("", showgrid=False, autorange="reversed", type="category")
+    )
 
 
 def _of_scenario(run: Run, cells: set[str], styles: Palette) -> dict[str, go.Figure]:
@@ -48,6 +86,7 @@ def _of_scenario(run: Run, cells: set[str], styles: Palette) -> dict[str, go.Fig
         "loss_over_time": loss(steps, styles, over="t_s"),
         "loss_over_bytes": loss(steps, styles, over="sent_bytes"),
         "accuracy": accuracy(evals, styles, target_accuracy(run.spec)),
+        "accuracy_over_bytes": accuracy_over_bytes(evals, steps, styles, target_accuracy(run.spec)),
         "breakdown": breakdown(steps),
         "sensing": sensing(steps, links, styles),
         "links": utilisation(links, styles),
@@ -117,6 +156,25 @@ def accuracy(evals: pd.DataFrame, styles: Palette, target: float | None) -> go.F
     if target is not None:
         figure.add_hline(target, line={"color": FAINT, "width": 1, "dash": "dot"}, annotation_text="target")
     return _finish(figure, 340).update_layout(xaxis=_time_axis(), yaxis=_axis("test accuracy", tickformat=".0%"))
+
+
+def accuracy_over_bytes(evals: pd.DataFrame, steps: pd.DataFrame, styles: Palette, target: float | None) -> go.Figure | None:
+    """Accuracy on the test set over the bytes that all ranks had sent."""
+
+    def over_bytes(cell: pd.DataFrame) -> pd.DataFrame:
+        own = steps[steps["cell"] == cell["cell"].iloc[0]]
+        sent_bytes = own.groupby("step")["payload_bytes"].sum().cumsum()
+        return cell.assign(sent_bytes=sent_bytes.reindex(cell["step"].astype(int) - 1).to_numpy())
+
+    figure = go.Figure()
+    options: dict[str, Any] = {"x": "sent_bytes", "mode": "lines+markers", "marker": {"size": 4}}
+    if not _lines(figure, evals, styles, over_bytes, "accuracy", "%{y:.1%} correct", **options):
+        return None
+    if target is not None:
+        figure.add_hline(target, line={"color": FAINT, "width": 1, "dash": "dot"}, annotation_text="target")
+    return _finish(figure, 340).update_layout(
+        xaxis=_axis("bytes sent by all ranks", type="log", tickformat="~s"), yaxis=_axis("test accuracy", tickformat=".0%")
+    )
 
 
 def breakdown(steps: pd.DataFrame) -> go.Figure | None:

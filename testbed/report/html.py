@@ -47,6 +47,14 @@ CAPTIONS: Mapping[str, tuple[str, str]] = {
         "Mean over all steps and ranks. Compute and exposed communication add up to the step. Encoding and decoding is"
         " part of either, so it has a bar of its own.",
     ),
+    "accuracy_over_bytes": (
+        "Accuracy over bytes",
+        "The same evaluations over what all ranks together had sent. Steeper made more of its bytes.",
+    ),
+    "heat_map": (
+        "Method and conditions",
+        "Throughput against the baseline's under the same conditions, which is 1; the colour is its logarithm.",
+    ),
     "sensing": (
         "Estimate against truth",
         "The bandwidth that a sensing method reckons with, and what the tightest link can carry of TCP's payload; competing"
@@ -60,7 +68,7 @@ CAPTIONS: Mapping[str, tuple[str, str]] = {
 }
 """Title and caption of each figure: how to read it, and what was measured."""
 
-WIDE = {"throughput", "compression", "sensing", "links"}
+WIDE = {"throughput", "compression", "sensing", "links", "heat_map"}
 """Figures that take the whole width of a wide page."""
 
 
@@ -74,7 +82,7 @@ def render(run: Run) -> str:
     """The page as text. Everything that comes from the run is escaped."""
     summary = summarize(run)
     rows = text.rows(summary)
-    drawn = figures(run)
+    drawn = figures(run, summary)
     ids = {
         (name, key): f"figure-{number}"
         for number, (name, key) in enumerate((name, key) for name, group in drawn.items() for key in group)

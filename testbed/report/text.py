@@ -31,7 +31,9 @@ class Row:
 _MEANS = (
     "throughput_samples_per_s",
     "step_s_median",
+    "encode_s_median",
     "payload_bytes_per_step",
+    "lost_energy",
     "final_accuracy",
     "final_loss",
     "time_to_target_s",

@@ -2,10 +2,11 @@
 
     {"name", "valid", "problems": ["<cell>: <problem>"],
      "cells": [{"cell", "method", "seed", "overrides", "workers", "steps", "throughput_samples_per_s", "step_s_median",
-                "payload_bytes_per_step", "final_loss", "final_accuracy", "best_accuracy", "time_to_target_s",
-                "valid", "problems", "replicas_identical", "calibrated"}],
+                "encode_s_median", "payload_bytes_per_step", "lost_energy", "final_loss", "final_accuracy", "best_accuracy",
+                "time_to_target_s", "bytes_to_target", "valid", "problems", "replicas_identical", "calibrated"}],
      "comparisons": [{"baseline", "method", "overrides", "throughput_ratio", "ci95": [lo, hi], "time_to_target_ratio",
-                      "seeds", "valid"}]}
+                      "seeds", "valid"}],
+     "regrets": [{"method", "overrides", "best", "regret", "valid"}]}
 
 A number that is not known is null. ``METRICS`` gives the meaning and unit of each number.
 """
@@ -26,23 +27,32 @@ from testbed.results.records import replacing
 from testbed.results.validity import cell_problems, replicas_identical
 
 BASELINE = "allreduce"
+ADAPTIVE = "netsense"
+"""How the labels of methods begin that choose for themselves."""
+ROUNDING: Mapping[str, float] = {"allreduce": 0.0, "float16": 2.0**-22, "bfloat16": 2.0**-16}
+"""Energy that is lost at most where values are only rounded, by scheme: the square of half a unit in the last place."""
 CSV_FILE = "summary.csv"
 RESAMPLES = 10_000
 
 METRICS: Mapping[str, str] = {
     "throughput_samples_per_s": "samples of all ranks ÷ time of the last step's end; everything after t = 0 counts",
     "step_s_median": "median wall time of a step, over all steps and ranks",
+    "encode_s_median": "median time that a rank spent on encoding and decoding in a step, beside or after backward",
+    "lost_energy": "share of the gradients' energy (sum of squares) that a step did not send, mean over steps and ranks",
     "payload_bytes_per_step": "bytes that one rank sent for one step's exchange, mean over steps and ranks",
     "final_loss": "loss over the test set at the end",
     "final_accuracy": "share of the test set classified correctly at the end",
     "best_accuracy": "the best accuracy of any evaluation",
     "time_to_target_s": "time of the first evaluation that reached the spec's target accuracy",
+    "bytes_to_target": "bytes that all ranks together had sent by then",
     "replicas_identical": "whether all ranks ended with bit-identical parameters",
     "calibrated": "whether the links were measured before t = 0; not if the spec says calibrate: false, or limits nothing",
     "throughput_ratio": "method ÷ baseline, geometric mean over the seeds that both ran",
     "ci95": "95 % bootstrap interval of throughput_ratio over seeds; null below three seeds",
     "time_to_target_ratio": "method ÷ baseline: below 1 the method was sooner; geometric mean over seeds",
     "seeds": "number of seeds that both ran",
+    "regret": "throughput of the best other method that lost no more of the gradients' energy ÷ that of netsense:"
+    " above 1, netsense chose too cautiously or too slowly; geometric mean over the seeds that both ran",
 }
 
 
@@ -56,6 +66,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "problems": problems if cells else ["no cell was run"],
         "cells": cells,
         "comparisons": compare(cells),
+        "regrets": regrets(cells),
     }
 
 
@@ -75,11 +86,14 @@ def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
         "steps": int(_number(cell["steps"], steps["step"].max() + 1) or 0),
         "throughput_samples_per_s": _number(steps["samples"].sum(min_count=1) / steps["t_s"].max()),
         "step_s_median": _number(steps["step_s"].median()),
+        "encode_s_median": _number(steps["encode_s"].median()),
+        "lost_energy": lost_energy(steps),
         "payload_bytes_per_step": _number(steps["payload_bytes"].mean()),
         "final_loss": _number(cell["final_loss"], last["loss"]),
         "final_accuracy": final_accuracy,
         "best_accuracy": _number(pd.Series([*evals["accuracy"], final_accuracy], dtype="float64").max()),
         "time_to_target_s": time_to_target(evals, target_accuracy(run.spec)),
+        "bytes_to_target": bytes_to_target(evals, steps, target_accuracy(run.spec)),
         "valid": not problems,
         "problems": problems,
         "replicas_identical": replicas_identical(cell),
@@ -107,6 +121,57 @@ def target_accuracy(spec: Mapping[str, Any]) -> float | None:
 def time_to_target(evals: pd.DataFrame, target: float | None) -> float | None:
     """Time in s of the first evaluation that reached the target accuracy; None if none did."""
     return None if target is None else _number(evals.loc[evals["accuracy"] >= target, "t_s"].min())
+
+
+def bytes_to_target(evals: pd.DataFrame, steps: pd.DataFrame, target: float | None) -> float | None:
+    """Bytes that all ranks together had sent at the first evaluation that reached the target accuracy; None if none did."""
+    reached_s = time_to_target(evals, target)
+    return None if reached_s is None else _number(steps.loc[steps["t_s"] <= reached_s, "payload_bytes"].sum())
+
+
+def lost_energy(steps: pd.DataFrame) -> float | None:
+    """Mean share of the gradients' energy that was not sent; of the methods that round alone the bound. None if not known."""
+    recorded = _number(steps["lost_energy"].mean())
+    schemes = set(steps["scheme"].dropna())
+    if recorded is not None or not schemes or not schemes <= set(ROUNDING):
+        return recorded
+    return max(ROUNDING[scheme] for scheme in schemes)
+
+
+def regrets(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How much the methods that choose for themselves lose to the best fixed choice in hindsight, in every set of overrides.
+
+    Only what loses no more energy counts: sending less is always faster.
+    """
+    found = []
+    for name in dict.fromkeys(scenario(cell["overrides"]) for cell in cells):
+        group = [cell for cell in cells if scenario(cell["overrides"]) == name]
+        by_method = {
+            method: [cell for cell in group if cell["method"] == method] for method in method_order(c["method"] for c in group)
+        }
+        for method in (method for method in by_method if method.startswith(ADAPTIVE)):
+            lost = _mean_of(by_method[method], "lost_energy")
+            rivals = {}
+            for other, theirs in by_method.items():
+                other_lost = _mean_of(theirs, "lost_energy")
+                if other.startswith(ADAPTIVE) or lost is None or other_lost is None or other_lost > lost:
+                    continue
+                by_seed = {cell["seed"]: cell for cell in by_method[method]}
+                pairs = [(cell, by_seed[cell["seed"]]) for cell in theirs if cell["seed"] in by_seed]
+                ratio = geometric_mean(_ratios(pairs, "throughput_samples_per_s"))
+                if ratio is not None:
+                    rivals[other] = ratio, all(a["valid"] and b["valid"] for a, b in pairs)
+            if rivals:
+                best = max(rivals, key=lambda other: rivals[other][0])
+                regret, valid = rivals[best]
+                overrides = group[0]["overrides"]
+                found.append({"method": method, "overrides": overrides, "best": best, "regret": regret, "valid": valid})
+    return found
+
+
+def _mean_of(cells: Sequence[Mapping[str, Any]], metric: str) -> float | None:
+    known = [cell[metric] for cell in cells if cell[metric] is not None]
+    return float(np.mean(known)) if known else None
 
 
 def scenario(overrides: Mapping[str, Any]) -> str:

@@ -13,12 +13,18 @@ _PLAIN_EVERY_S = 5.0
 
 
 class RunProgress:
-    """Shows which cell runs and how far it is. ``cells`` is how many there are in all."""
+    """Shows which cell runs, how far it is and how long the rest may take.
 
-    def __init__(self, console: Console, cells: int) -> None:
+    cells: how many there are in all. pending: how many of them have not been run before.
+    """
+
+    def __init__(self, console: Console, cells: int, pending: int) -> None:
         self._console = console
         self._cells = cells
-        self._number = 0
+        self._pending = pending
+        self._number = cells - pending
+        self._ended = 0
+        self._began_s = time.monotonic()
         self._next_line_s = 0.0
         self._task: TaskID | None = None
         self._live = console.is_terminal
@@ -39,15 +45,21 @@ class RunProgress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
 
-    def begin(self, cell: Cell, number: int) -> None:
-        """A cell starts; ``number`` counts from 1."""
-        self._cell, self._number = cell, number
+    def retry(self) -> None:
+        """A cell more than was planned is about to be run."""
+        self._pending += 1
+        self._number -= 1
+
+    def begin(self, cell: Cell) -> None:
+        """A cell starts."""
+        self._cell = cell
+        self._number += 1
         self._next_line_s = time.monotonic() + _PLAIN_EVERY_S
-        title = f"[{number}/{self._cells}] {cell.name}"
+        title = f"[{self._number}/{self._cells}] {cell.name}"
         if self._live:
-            self._task = self._bar.add_task(title, total=1.0, note="starting workers")
+            self._task = self._bar.add_task(title + self._left(), total=1.0, note="starting workers")
         else:
-            self._console.print(f"{title}: starting {len(cell.workers)} workers", markup=False)
+            self._console.print(f"{title}: starting {len(cell.workers)} workers{self._left()}", markup=False)
 
     def tick(self, t_s: float, step: int) -> None:
         """The cell is ``t_s`` seconds old and works on ``step``."""
@@ -57,8 +69,16 @@ class RunProgress:
             self._next_line_s = time.monotonic() + _PLAIN_EVERY_S
             self._console.print(f"[{self._number}/{self._cells}] {self._cell.name}: {t_s:.0f} s, step {step}", markup=False)
 
+    def _left(self) -> str:
+        """By what the cells have taken so far."""
+        if not self._ended:
+            return ""
+        left_s = (time.monotonic() - self._began_s) / self._ended * (self._pending - self._ended)
+        return f", about {left_s / 60:.0f} min left" if left_s >= 90 else f", about {left_s:.0f} s left"
+
     def end(self, text: str) -> None:
         """The cell ended; ``text`` says how."""
+        self._ended += 1
         if self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None

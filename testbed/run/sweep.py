@@ -1,6 +1,7 @@
 """All cells of a run directory, one after the other. A cell that ended before is not run again."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from testbed.labs import open_labs
 from testbed.labs.netns import enclosure
-from testbed.plan import make_plan
+from testbed.plan import Cell, Plan, make_plan
 from testbed.run.cell import prepare_cell, read_result, run_cell
 from testbed.run.directory import SPEC_FILE
 from testbed.run.progress import RunProgress
@@ -26,16 +27,37 @@ _GRACE_S = 4.0
 def execute(directory: Path, console: Console) -> None:
     """Run every cell of a run directory that has not ended yet; for netns the caller is inside the enclosure."""
     plan = make_plan(load_spec(directory / SPEC_FILE), directory)
-    pending = [cell for cell in plan.cells if not _ended(directory / "cells" / cell.name)]
+    pending = [cell for cell in in_turn(plan) if not _ended(directory / "cells" / cell.name)]
     for cell in pending:
         prepare_cell(cell, directory / "cells" / cell.name)
-    with RunProgress(console, len(plan.cells)) as progress, open_labs(plan.lab, directory) as open_lab:
-        for cell in pending:
-            progress.begin(cell, plan.cells.index(cell) + 1)
-            cell_directory = directory / "cells" / cell.name
-            result = run_cell(cell, open_lab, cell_directory, progress.tick)
+    failed: list[Cell] = []
+    with RunProgress(console, len(plan.cells), len(pending)) as progress, open_labs(plan.lab, directory) as open_lab:
+
+        def run(cell: Cell) -> None:
+            progress.begin(cell)
+            result = run_cell(cell, open_lab, directory / "cells" / cell.name, progress.tick)
             text = f"{result.status}, {result.steps} steps in {result.t_end_s:.1f} s"
             progress.end("; ".join([text, *result.problems]))
+            if result.status == "failed" and cell not in failed:
+                failed.append(cell)
+
+        for cell in pending:
+            run(cell)
+        for cell in list(failed):  # what went wrong once may have been an accident
+            prepare_cell(cell, directory / "cells" / cell.name)
+            progress.retry()
+            run(cell)
+
+
+def in_turn(plan: Plan) -> list[Cell]:
+    """The cells in the order in which they run: shuffled, lest a slow hour of this machine meet one method alone.
+
+    The same order each time; that of the spec if every method has but one cell.
+    """
+    cells = list(plan.cells)
+    if len(cells) > len({cell.method.label for cell in cells}):
+        random.Random(plan.name).shuffle(cells)
+    return cells
 
 
 def _ended(cell_directory: Path) -> bool:

@@ -18,7 +18,7 @@ from testbed.results import validity
 from testbed.results.columns import HOST_COLUMNS, IDENTITY_COLUMNS, TABLES
 from testbed.results.load import NotARun, Run, load_run
 from testbed.results.records import finish_cell, method_label, read_table
-from testbed.results.summary import bootstrap_ci95, compare, geometric_mean, summarize, write_summary
+from testbed.results.summary import bootstrap_ci95, compare, geometric_mean, lost_energy, regrets, summarize, write_summary
 from tests.testbed.synthetic_run import append, host_rows, write_cell, write_run
 
 
@@ -88,7 +88,14 @@ def test_a_run_without_cells_is_not_valid_and_keeps_its_columns(tmp_path: Path) 
     (tmp_path / "spec.yaml").write_text("name: empty\n")
     run = load_run(tmp_path)
     problems = ["no cell was run"]
-    assert summarize(run) == {"name": "empty", "valid": False, "problems": problems, "cells": [], "comparisons": []}
+    assert summarize(run) == {
+        "name": "empty",
+        "valid": False,
+        "problems": problems,
+        "cells": [],
+        "comparisons": [],
+        "regrets": [],
+    }
     assert run.steps["loss"].dtype == "float64" and run.events["verified"].dtype == "bool"
 
 
@@ -463,3 +470,36 @@ def test_a_link_too_slow_for_a_packet_a_second_is_not_blamed_until_one_should_ha
     assert validity.stalls(queue_samples([1000] * 130, [500] * 130, rate_bps=8_000)) == []
     assert validity.stalls(queue_samples([1000] * 140, [500] * 140, rate_bps=8_000))
     assert validity.stalls(queue_samples([1000] * 40, [500] * 40, rate_bps=np.nan))
+
+
+def test_regret_counts_only_what_loses_no_more() -> None:
+    cells = [
+        summary_cell("netsense", 0, 100.0, lost_energy=0.5),
+        summary_cell("allreduce", 0, 40.0, lost_energy=0.0),
+        summary_cell("topk", 0, 104.0, lost_energy=0.4),
+        summary_cell("harder", 0, 500.0, lost_energy=0.9),
+        summary_cell("unknown", 0, 900.0, lost_energy=None),
+    ]
+    [found] = regrets(cells)
+    assert (found["method"], found["best"], found["valid"]) == ("netsense", "topk", True)
+    assert found["regret"] == pytest.approx(1.04)
+    assert regrets([cell for cell in cells if cell["method"] != "netsense"]) == []
+
+
+def test_bytes_to_the_target_are_those_of_all_ranks(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path / "run", methods=("netsense",)))
+    cell = cell_of(run, "netsense-s0")
+    reached = run.evals[run.evals["accuracy"] >= 0.9].iloc[0]
+    assert cell["time_to_target_s"] == reached["t_s"]
+    first_rank = run.steps[run.steps["rank"] == 0].set_index("step")["payload_bytes"]
+    assert cell["bytes_to_target"] == 2 * first_rank.loc[: reached["step"] - 1].sum()
+
+
+def test_energy_that_rounding_alone_loses_is_its_bound() -> None:
+    def lost(*schemes: str, recorded: float | None = None) -> float | None:
+        return lost_energy(pd.DataFrame({"scheme": list(schemes), "lost_energy": [recorded] * len(schemes)}, dtype=object))
+
+    assert lost("allreduce") == 0
+    assert lost("bfloat16", "bfloat16") == 2.0**-16
+    assert lost("bfloat16", "of my own") is None
+    assert lost("of my own", recorded=0.25) == 0.25
