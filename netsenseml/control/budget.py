@@ -20,16 +20,19 @@ _WORTH = 0.03  # share of a step that a lossier rung must save
 _LEARN = 0.25  # weight of the newest step in what coding costs
 
 
-def ladder(ranks: int, floor: float) -> list[Scheme]:
-    """Schemes, least lossy first: float32, bfloat16, 8 and 4 bits, then ever fewer elements, down to the share ``floor``.
+def ladder(ranks: int, floor: float, item_bytes: int = 4) -> list[Scheme]:
+    """Schemes, least lossy first: the gradients as they are, of ``item_bytes`` an element, bfloat16, 8 and 4 bits, then ever
+    fewer elements, down to the share ``floor``.
 
-    What sends more than the scheme before it is left out: with many ranks a gather of 10 % is larger than 4 bits of all.
+    What sends no less than the scheme before it is left out: with many ranks a gather of 10 % is larger than 4 bits of all.
     """
     densities = [max(_DENSEST, floor)]
     while densities[-1] > floor:
         densities.append(max(floor, float(f"{densities[-1] * _STEP:.2g}")))
-    rungs: list[Scheme] = [Plain(), *(TwoPhase(Codec(values)) for values in ("bf16", "int8", "int4"))]
-    for scheme in (Gather(Codec(SPARSE_VALUES, density)) for density in densities):
+    rungs: list[Scheme] = [Plain(item_bytes)]
+    lossy: list[Scheme] = [TwoPhase(Codec(values)) for values in ("bf16", "int8", "int4")]
+    lossy += (Gather(Codec(SPARSE_VALUES, density)) for density in densities)
+    for scheme in lossy:
         if _bytes(scheme, ranks) < _bytes(rungs[-1], ranks):
             rungs.append(scheme)
     return rungs

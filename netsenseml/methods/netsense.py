@@ -56,8 +56,9 @@ class NetSense(Coded):
         elif policy == "bdp":
             self._policy = BdpPolicy(start=start, floor=floor)
         else:
-            rungs = ladder(ranks, floor)
-            costs = coding_costs(rungs, ranks, next(module.parameters()).device)
+            parameter = next(module.parameters())
+            rungs = ladder(ranks, floor, parameter.element_size())
+            costs = coding_costs(rungs, ranks, parameter.device)
             agreed = dict(zip(costs, self._agreement.largest(list(costs.values())), strict=True))
             self._policy = BudgetPolicy(rungs, ranks, self._network, agreed, share=share, start=start)
         super().__init__(module, group, self._policy.scheme)

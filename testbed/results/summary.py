@@ -113,9 +113,10 @@ def _as_clocked(
 
 
 def target_accuracy(spec: Mapping[str, Any]) -> float | None:
-    """The accuracy at which the spec's workload stops, None if it does not."""
-    stop = (spec.get("workload") or {}).get("stop") or {}
-    return stop.get("accuracy")
+    """The accuracy that the spec's workload is to reach, or else at which it stops; None if there is neither."""
+    workload = spec.get("workload") or {}
+    target: float | None = workload.get("target") or (workload.get("stop") or {}).get("accuracy")
+    return target
 
 
 def time_to_target(evals: pd.DataFrame, target: float | None) -> float | None:

@@ -491,7 +491,7 @@ class ComputeSpec(Model):
 
 
 class WorkloadSpec(Model):
-    """What the workers train. batch is per worker."""
+    """What the workers train. batch is per worker. target: an accuracy whose time is reported, without an end of the run."""
 
     model: ModelSpec = ModelSpec(name="mlp")
     data: DataSpec = DataSpec(name="digits")
@@ -500,6 +500,7 @@ class WorkloadSpec(Model):
     optimizer: OptimizerSpec = OptimizerSpec(name="sgd", options={"lr": 0.1, "momentum": 0.9})
     compute: ComputeSpec = ComputeSpec()
     evaluate_every: Time = 1.0
+    target: Share | None = None
 
 
 class ScriptSpec(Model):

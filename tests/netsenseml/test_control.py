@@ -109,6 +109,12 @@ def test_every_rung_sends_less_than_the_one_above_and_the_last_keeps_the_floor(r
         assert isinstance(rungs[-1], Gather) and rungs[-1].codec.density == pytest.approx(floor)
 
 
+def test_gradients_of_two_bytes_have_no_rung_that_sends_two_bytes() -> None:
+    names = [rung.name for rung in ladder(RANKS, 0.001, item_bytes=2)]
+    assert names[:3] == ["allreduce", "int8", "int4"]
+    assert sum(payload for payload, _ in ladder(RANKS, 0.001, 2)[0].payloads(1000, 4)) == 3000
+
+
 @settings(deadline=None)
 @given(st.floats(5e6, 20e9))
 def test_settles_on_the_least_lossy_rung_that_fits_and_stays(rate_bps: float) -> None:
