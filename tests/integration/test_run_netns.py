@@ -166,6 +166,37 @@ def test_sigkill_leaves_no_process_and_keeps_the_records_and_resume_finishes(tmp
     assert (directory / "cells" / "allreduce-s0" / "result.json").read_text() == before
 
 
+def test_a_sweep_that_is_killed_three_times_runs_every_cell_once(tmp_path):
+    spec = {**SPEC, "schedule": [], "workload": {**SPEC["workload"], "stop": {"steps": 20}}, "seeds": [0, 1, 2]}
+    process = launch(tmp_path, **spec)
+    done: dict[Path, int] = {}
+
+    def ended():
+        found = {path: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/cells/*/result.json")}
+        return {path: path.stat().st_mtime_ns for path, result in found.items() if result["status"] == "done"}
+
+    def one_more(than):
+        return lambda: len(ended()) > than
+
+    for _ in range(3):
+        wait_until(one_more(than=len(done)), 90)
+        process.kill()
+        process.communicate()
+        wait_until(lambda: not descendants_of(tmp_path), 8)
+        done = ended() | done  # what had ended before must not be written again
+        command = [sys.executable, "-m", "testbed.cli", "run", "--resume", str(only_run(tmp_path))]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+    out, err = process.communicate(timeout=180)
+    assert process.returncode in (0, 3), out + err
+    assert {path: ended()[path] for path in done} == done
+    loaded = testbed.load_run(only_run(tmp_path))
+    assert set(loaded.cells["cell"]) == {f"{method}-s{seed}" for method in ("allreduce", "netsense") for seed in range(3)}
+    assert set(loaded.cells["status"]) == {"done"}
+    assert set(loaded.steps.groupby(["cell", "rank"]).size()) == {20}
+
+
 def test_a_worker_that_dies_fails_its_cell_and_says_why(tmp_path):
     code, out, _ = run(tmp_path, workload={**SPEC["workload"], "model": "no_such_module:build"}, methods=["allreduce"])
     assert code == 1
