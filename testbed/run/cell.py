@@ -102,7 +102,7 @@ class _Conductor:
         self._heard_s: dict[int, float] = {}
         self._next_poll_s = 0.0
         self._step = 0
-        self._holding = False
+        self._holding = self._stopped = False
 
     def conduct(self) -> None:
         self._start_workers()
@@ -220,7 +220,7 @@ class _Conductor:
             target = self._cell.stop.get("accuracy")
             if target is not None and message["accuracy"] >= target and not self._holding:
                 self._hold()
-        elif kind in ("holding", "done") and self._holding:
+        elif kind in ("holding", "done") and self._holding and not self._stopped:
             self._agree_on_the_last_step()
 
     def _agree_on_the_last_step(self) -> None:
@@ -228,6 +228,7 @@ class _Conductor:
         ended = {rank: message["steps"] for rank, message in self._seen.get("done", {}).items()}
         held = {rank: message["step"] for rank, message in self._seen.get("holding", {}).items()}
         if len({**held, **ended}) == len(self._processes):
+            self._stopped = True
             last = max([*held.values(), *ended.values()]) + 1
             self._control.broadcast({"type": "stop", "steps": last})
 

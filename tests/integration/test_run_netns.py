@@ -217,10 +217,11 @@ dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = DistributedDataParallel(torch.nn.Linear(8, 8))
 session = netsenseml.attach(model)
-for step in range(5):
+last, slow_from, pause_s = map(int, sys.argv[1:])
+for step in range(last):
     model(torch.randn(2, 8)).sum().backward()
-    if step == 4 and dist.get_rank() == 1:
-        time.sleep(3)
+    if step >= slow_from and dist.get_rank() == 1:
+        time.sleep(pause_s)
     if not session.step(0.0, samples=2):
         break
 session.close()
@@ -231,11 +232,20 @@ print("steps", session.steps)
 def test_a_time_limit_that_meets_the_last_step_does_not_hang(tmp_path):
     """One rank has ended by itself when the orchestrator asks all to hold, the other is still in its last step."""
     (tmp_path / "own.py").write_text(SCRIPT)
-    code, out, err = run(
-        tmp_path, workload=None, schedule=[], script={"file": "own.py", "stop": {"seconds": 2}}, methods=["allreduce"]
-    )
+    script = {"file": "own.py", "args": ["5", "4", "3"], "stop": {"seconds": 2}}
+    code, out, err = run(tmp_path, workload=None, schedule=[], script=script, methods=["allreduce"])
     assert code == 0, out + err
     assert set(testbed.load_run(only_run(tmp_path)).steps.groupby("rank").size()) == {5}
+
+
+def test_ranks_that_come_late_to_the_last_step_end_after_the_same_one(tmp_path):
+    """One rank has been told the last step, has done it and ended, while the other still is in it."""
+    (tmp_path / "own.py").write_text(SCRIPT)
+    script = {"file": "own.py", "args": ["1000", "0", "1"], "stop": {"seconds": 2}}
+    code, out, err = run(tmp_path, workload=None, schedule=[], script=script, methods=["allreduce"])
+    assert code == 0, out + err
+    by_rank = testbed.load_run(only_run(tmp_path)).steps.groupby("rank").size()
+    assert len(set(by_rank)) == 1
 
 
 def test_netem_is_refused_before_anything_starts_where_the_kernel_lacks_it(tmp_path):
