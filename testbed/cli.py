@@ -103,15 +103,20 @@ def compare(
 ) -> None:
     """Say what became slower or faster from one run to another; exit code 1 if something became slower or is missing."""
     from testbed.report.terminal import differences_table
-    from testbed.results.difference import differences
+    from testbed.results.difference import differences, unlike
     from testbed.results.load import NotARun, load_run
 
     try:
-        found = differences(load_run(before), load_run(after), parse_share(tolerance))
+        runs = load_run(before), load_run(after)
+        found = differences(*runs, parse_share(tolerance))
     except (NotARun, ValueError) as error:
         _fail(str(error), EXIT_BAD_INPUT)
+    if not found:
+        _fail(f"{before}: has no cell that could be compared", EXIT_BAD_INPUT)
     Console().print(differences_table(found))
-    if any(difference.verdict in ("slower", "missing") for difference in found) or not found:
+    if keys := unlike(*runs):
+        typer.echo(f"The specs differ in {', '.join(keys)}: this compares two experiments.", err=True)
+    if any(difference.verdict in ("slower", "missing") for difference in found):
         raise typer.Exit(EXIT_FAILED)
     raise typer.Exit(0 if all(difference.valid for difference in found) else EXIT_INVALID)
 

@@ -2,22 +2,21 @@
 
 Traffic that is F times as slow meets the same queues in the same order, so an experiment may stand for links and accelerators
 that this machine could not keep up with. What does not slow down is what the kernel's TCP measures in seconds of its own: the
-minimum of a retransmission time-out (200 ms), the delayed acknowledgement (40 ms), the pacing of its start. Under dilation F
-they are F times as short as they would be.
+minimum of a retransmission time-out (200 ms), the delayed acknowledgement (40 ms), the pacing of its start; nor encoding and
+decoding, which take what they take on this machine. Under dilation F they are F times as short as they would be.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
-
-import pandas as pd
 
 from netsenseml.agent.protocol import StopConfig
 from testbed.links.state import LinkState, Shape
 from testbed.timeline import Change
 from testbed.traffic.flows import Duration, Flow
 
-TCP_TIMERS = "TCP's own timers (time-outs of at least 200 ms, delayed acknowledgements of 40 ms) are not slowed down"
+CAVEAT = (
+    "TCP's own timers (time-outs of at least 200 ms, delayed acknowledgements of 40 ms) and coding are not slowed down,"
+    " and so are reported as shorter"
+)
 
 
 def slowed_shape(shape: Shape, factor: float) -> Shape:
@@ -51,7 +50,7 @@ def slowed_flow(flow: Flow, factor: float) -> Flow:
         flow,
         at_s=flow.at_s * factor,
         end_s=flow.end_s * factor,
-        rate_bps=round(flow.rate_bps / factor),
+        rate_bps=max(1, round(flow.rate_bps / factor)) if flow.rate_bps else 0,
         on=longer(flow.on),
         off=longer(flow.off),
     )
@@ -60,21 +59,3 @@ def slowed_flow(flow: Flow, factor: float) -> Flow:
 def slowed_stop(stop: StopConfig, factor: float) -> StopConfig:
     """A limit in seconds is that of the experiment, not of the clock."""
     return {**stop, "seconds": stop["seconds"] * factor} if "seconds" in stop else stop
-
-
-def reported(table: pd.DataFrame, factors: Mapping[str, float], *, inverse: bool = False) -> pd.DataFrame:
-    """A table of records with times (``*_s``) divided and rates (``*_bps``) multiplied by the factor of each row's cell.
-
-    factors: by name of the cell. inverse: what the clocks said, from what was reported.
-    """
-    factor = table["cell"].map(factors).fillna(1.0).astype(float)
-    if (factor == 1).all():
-        return table
-    if inverse:
-        factor = 1 / factor
-    scaled: dict[str, Any] = {
-        name: table[name] / factor if name.endswith("_s") else table[name] * factor
-        for name in table.columns
-        if name.endswith(("_s", "_bps"))
-    }
-    return table.assign(**scaled)

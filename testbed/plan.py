@@ -17,6 +17,7 @@ from testbed.spec.errors import SpecError
 from testbed.spec.files import reader
 from testbed.spec.load import apply_overrides, combinations, validate
 from testbed.spec.models import ComputeSpec, MethodSpec, Spec, WorkloadSpec
+from testbed.spec.units import MIN_RATE_BPS, format_rate
 from testbed.timeline import Change, expand
 from testbed.traffic.flows import Flow
 from testbed.traffic.plan import background_hosts, describe_flow, plan_flows
@@ -80,7 +81,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All cells of an experiment in the order in which they run."""
+    """All cells of an experiment in the order of the spec; ``run.sweep`` may shuffle them."""
 
     name: str
     lab: str
@@ -122,6 +123,9 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], read: Callable[[str], str])
             fault = f"packets of {link} cannot overtake where nothing is delayed; give it a delay, too"
             raise SpecError([("network.link.reorder", fault)])
     slow = spec.dilation
+    if too_slow := [shape.rate_bps for *_, shape in shapes if shape.rate_bps and shape.rate_bps / slow < MIN_RATE_BPS]:
+        fault = f"{slow:g} makes {format_rate(min(too_slow))} slower than {format_rate(MIN_RATE_BPS)}, the least of a link"
+        raise SpecError([("dilation", fault)])
     network = replace(network, links={link: dilation.slowed_link(state, slow) for link, state in network.links.items()})
     timeline = tuple(dilation.slowed_change(change, slow) for change in timeline)
     shapes = [(link, side, dilation.slowed_shape(shape, slow)) for link, side, shape in shapes]
@@ -162,6 +166,8 @@ def _slug(text: str) -> str:
 def describe(plan: Plan) -> list[str]:
     """Hosts, timeline and equivalent tc commands of a plan, for --dry-run."""
     lines = [f"{plan.name}: {len(plan.cells)} cells in the {plan.lab} lab"]
+    if max((cell.dilation for cell in plan.cells), default=1.0) > 1:
+        lines.append("dilation: times, rates and delays are shown as the machine will have them")
     shown: set[tuple[Any, ...]] = set()
     for cell in plan.cells:
         lines.append(f"cell {cell.name}: method {cell.method.label}, seed {cell.seed}, {len(cell.workers)} workers")

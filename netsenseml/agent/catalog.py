@@ -223,6 +223,34 @@ def check_data(name: str, options: Mapping[str, Any] | None = None) -> dict[str,
     return _resolve("data", DATA, name, options)
 
 
+def check_pair(model: str, model_options: Mapping[str, Any], data: str, data_options: Mapping[str, Any]) -> None:
+    """Raise ValueError, one line, if a model cannot learn from a data set; what is the user's own is not known."""
+    if is_import_path(model) or is_import_path(data):
+        return
+    fits = _FITTING[model]
+    if data not in fits:
+        raise ValueError(f"'{data}' is no data for the model '{model}'; it learns from {', '.join(fits)}")
+    wanted, given = check_model(model, model_options), check_data(data, data_options)
+    if data == "text" and given["context"] > wanted["context"]:
+        raise ValueError(f"has {given['context']} bytes a sample, the model gpt takes {wanted['context']}; make context equal")
+    classes = {"cifar10": 10, "cifar100": 100}.get(data, given.get("classes", 0))
+    if classes > wanted.get("classes", classes):
+        raise ValueError(f"has {classes} classes, the model '{model}' {wanted['classes']}; make classes equal")
+    if model == "vgg16" and given.get("side", _VGG_SIDE) < _VGG_SIDE:
+        raise ValueError(f"has images of {given['side']} pixels; vgg16 halves them five times, so use side: {_VGG_SIDE}")
+
+
+_IMAGES = ("images", "cifar10", "cifar100")
+_FITTING: Mapping[str, tuple[str, ...]] = {
+    "mlp": ("digits",),
+    "cnn": ("digits",),
+    "resnet18": _IMAGES,
+    "vgg16": _IMAGES,
+    "gpt": ("text",),
+}
+_VGG_SIDE = 32
+
+
 def check_optimizer(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Options of an optimizer with the defaults filled in; errors as in ``check_method``."""
     resolved = _resolve("optimizer", OPTIMIZERS, name, options)

@@ -60,7 +60,8 @@ STEP_COLUMNS: Mapping[str, str] = {
     "samples": "samples of this rank's batch; null if the script does not report them",
     "step_s": "wall time of the step",
     "compute_s": "step_s less comm_s",
-    "comm_s": "exposed communication: from the last gradient being ready to the last bucket being exchanged",
+    "comm_s": "exposed communication: from the last gradient being ready to the last bucket being exchanged, and before that"
+    " the time that backward waited in the hook",
     "encode_s": "time spent in encoding and decoding",
     "payload_bytes": "bytes this rank sent for the exchange by the collective's cost formula, without TCP/IP headers",
     "dense_bytes": "bytes a ring all-reduce of the same float32 gradients would have sent from this rank",

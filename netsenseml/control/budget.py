@@ -17,7 +17,8 @@ _GROWTH = 2.0  # a trial sends at most so many times the bytes
 _LONGEST_PAUSE = 320
 _FASTER = 1.3  # a network that is faster by this factor is another one
 _WORTH = 0.03  # share of a step that a lossier rung must save
-_LEARN = 0.25  # weight of the newest step in what coding costs
+_LEARN, _MOST_SURPRISE = 0.25, 2.0  # weight of the newest step in what coding costs; a rank that slept is an accident
+_FORGET = 0.02  # share of the way back to the measured costs in a step without coding
 
 
 def ladder(ranks: int, floor: float, item_bytes: int = 4) -> list[Scheme]:
@@ -106,7 +107,10 @@ class BudgetPolicy:
         if bandwidth_bps is None:
             return
         if expected_s := self._coding_s.get(self.scheme.name, 0.0) * sum(seen.elements):
-            self._coding_factor += _LEARN * (seen.encode_s / expected_s - self._coding_factor)
+            surprise = seen.encode_s / (expected_s * self._coding_factor)
+            self._coding_factor *= 1 + _LEARN * (min(max(surprise, 1 / _MOST_SURPRISE), _MOST_SURPRISE) - 1)
+        else:  # what is not seen any more is forgotten
+            self._coding_factor += _FORGET * (1 - self._coding_factor)
         if self._step >= self._ceiling_until or bandwidth_bps > _FASTER * self._ceiling_bps:
             self._ceiling = 0
         before = self._rung
@@ -148,6 +152,8 @@ class BudgetPolicy:
             self._ceiling_until = self._step + self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
             self._climbed_at = -_TRIAL
+        if rung < self._rung:
+            self._climbed_at = self._step
         self._rung = rung
 
     def _least_lossy(self, rungs: range, seen: Observation, margin: float) -> int:

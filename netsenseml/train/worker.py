@@ -142,8 +142,8 @@ class Run:
             model.begin()
             ddp.zero_grad(set_to_none=False)  # in place, so that no layer takes new memory
             ddp(x).backward()
+            model.end()
             go_on = session.step(samples=self.batch) and session.steps < self.last_step
-        model.keep_gradients()
         session.close()
 
     def _train(self, ddp: DistributedDataParallel, session: Session, data: Dataset, optimizer: torch.optim.Optimizer) -> None:

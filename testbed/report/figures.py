@@ -43,7 +43,9 @@ def figures(run: Run, summary: Mapping[str, Any] | None = None) -> dict[str, dic
     styles = palette(run.cells["method"])
     names = run.cells["overrides"].map(scenario)
     drawn = {name: _of_scenario(run, set(run.cells.loc[names == name, "cell"]), styles) for name in dict.fromkeys(names)}
-    return {"Overview": {"heat_map": heat_map(summary or summarize(run))}, **drawn} if len(drawn) > 1 else drawn
+    if len(drawn) < 2 or run.cells["method"].nunique() < 2:
+        return drawn
+    return {"Overview": {"heat_map": heat_map(summary or summarize(run))}, **drawn}
 
 
 def heat_map(summary: Mapping[str, Any]) -> go.Figure:
@@ -54,7 +56,7 @@ def heat_map(summary: Mapping[str, Any]) -> go.Figure:
     ratios = [[compared[m, n]["throughput_ratio"] if (m, n) in compared else None for n in names] for m in methods]
     figure = go.Figure(
         go.Heatmap(
-            x=[escape(name.split(".")[-1]) for name in names],
+            x=[escape(_short(name)) for name in names],
             y=[escape(method) for method in methods],
             z=[[None if ratio is None else math.log10(ratio) for ratio in row] for row in ratios],
             text=[
@@ -76,6 +78,15 @@ def heat_map(summary: Mapping[str, Any]) -> go.Figure:
     return _finish(figure, 100 + 42 * len(methods), hovermode="closest").update_layout(
         xaxis=_axis("", showgrid=False, type="category"), yaxis=_axis("", showgrid=False, autorange="reversed", type="category")
     )
+
+
+def _short(name: str) -> str:
+    """ "network.link.rate=1.5gbit" → "rate=1.5gbit"; whole where two keys end alike."""
+    pairs = [pair.split("=", 1) for pair in name.split(", ")]
+    ends = [key.rsplit(".", 1)[-1] for key, *_ in pairs]
+    if len(set(ends)) < len(ends) or not all(len(pair) == 2 for pair in pairs):
+        return name
+    return ", ".join(f"{end}={value}" for end, (_, value) in zip(ends, pairs, strict=True))
 
 
 def _of_scenario(run: Run, cells: set[str], styles: Palette) -> dict[str, go.Figure]:

@@ -12,6 +12,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
+from testbed.dilation import CAVEAT
 from testbed.report import text
 from testbed.report.figures import figures, palette
 from testbed.results.columns import TABLES
@@ -104,7 +105,10 @@ def render(run: Run) -> str:
         widest=max((row.ratio for row in rows if row.ratio), default=1.0),
         colours={method: style["color"] for method, style in palette(run.cells["method"]).items()},
         interval=text.interval,
-        changes={cell: changes(run.events[run.events["cell"] == cell]) for cell in run.cells["cell"]},
+        changes={
+            cell: changes(run.events[run.events["cell"] == cell], dilation)
+            for cell, dilation in zip(run.cells["cell"], run.cells["dilation"], strict=True)
+        },
         drawn={name: {key: ids[name, key] for key in group} for name, group in drawn.items()},
         captions=CAPTIONS,
         wide=WIDE,
@@ -127,15 +131,23 @@ def facts(run: Run) -> list[str]:
     """What was run, in a few words each."""
     workload = run.spec.get("workload") or {}
     model, data = (_name(workload.get(key)) for key in ("model", "data"))
+    emulated = isinstance(compute := workload.get("compute"), Mapping) and compute.get("emulate") is not None
     workers = sorted({int(count) for count in run.cells["workers"] if count})
     wanted = (
         f"{'/'.join(map(str, workers))} workers" if workers else "",
         f"{run.spec['lab']} lab" if run.spec.get("lab") else "",
-        f"{model} on {data}" if model and data else "",
+        (f"{model}, emulated" if emulated else f"{model} on {data}") if model and data else "",
+        f"{f} times as slow, and reported as if it were not: {CAVEAT}" if (f := _dilation(run)) else "",
         f"{len(run.cells)} cell{'s' if len(run.cells) != 1 else ''}",
         run.path.name,
     )
     return [fact for fact in wanted if fact]
+
+
+def _dilation(run: Run) -> str:
+    """The factors other than 1, "4" or "1/4"; "" if nothing was slowed down."""
+    factors = sorted(set(run.cells["dilation"]))
+    return "/".join(f"{factor:g}" for factor in factors) if factors and factors[-1] > 1 else ""
 
 
 def _name(choice: Any) -> str:
@@ -143,12 +155,12 @@ def _name(choice: Any) -> str:
     return str((choice.get("name") if isinstance(choice, Mapping) else choice) or "")
 
 
-def changes(events: pd.DataFrame) -> str:
-    """How the scheduled changes of one cell's links went: "6 changes, at most 2 ms late"."""
+def changes(events: pd.DataFrame, dilation: float = 1.0) -> str:
+    """How the scheduled changes of one cell's links went, in the machine's time: "6 changes, at most 2 ms late"."""
     due = events[events["kind"] != "initial"]
     if due.empty:
         return "none"
-    late_s = (due["applied_s"] - due["planned_s"]).max()
+    late_s = (due["applied_s"] - due["planned_s"]).max() * dilation
     count = f"{len(due)} change{'s' if len(due) != 1 else ''}"
     return f"{count}, at most {max(late_s, 0) * 1e3:.1f} ms late" if pd.notna(late_s) else f"{count}, never applied"
 

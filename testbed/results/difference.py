@@ -59,6 +59,12 @@ def _differences(before: Run, after: Run, tolerance: float) -> Iterator[Differen
         )
 
 
+def unlike(before: Run, after: Run) -> list[str]:
+    """Keys of the specs at the top that differ, but for the name: what is compared then is not the same experiment."""
+    keys = {*before.spec, *after.spec} - {"name"}
+    return sorted(key for key in keys if before.spec.get(key) != after.spec.get(key))
+
+
 def _cells(run: Run) -> dict[tuple[str, str, int], Mapping[str, Any]]:
     return {(cell["method"], scenario(cell["overrides"]), cell["seed"]): cell for cell in summarize(run)["cells"]}
 
@@ -72,9 +78,13 @@ def _paces(before: Run, first: str, after: Run, second: str) -> tuple[np.ndarray
     ends = [np.sort(run.steps.loc[run.steps["cell"] == cell, "t_s"]) for run, cell in ((before, first), (after, second))]
     if not all(len(end) for end in ends):
         return None
+    ranks = [run.steps.loc[run.steps["cell"] == cell, "rank"].nunique() for run, cell in ((before, first), (after, second))]
     edges_s = np.linspace(0, min(end[-1] for end in ends), WINDOWS + 1)
     # Every rank has a row of every step; a step is spread over its duration.
-    a, b = (np.diff(np.interp(edges_s, [0.0, *end], np.arange(len(end) + 1))) for end in ends)
+    a, b = (
+        np.diff(np.interp(edges_s, [0.0, *end], np.arange(len(end) + 1))) / count
+        for end, count in zip(ends, ranks, strict=True)
+    )
     return a, b
 
 

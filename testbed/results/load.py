@@ -11,8 +11,8 @@ import pandas as pd
 import yaml
 
 from netsenseml.agent.protocol import CELL_FILE
-from testbed.dilation import reported
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES
+from testbed.results.dilated import reported
 from testbed.results.records import RESULT_FILE, identity, read_table, to_frame
 
 SUMMARY_FILE = "summary.json"
@@ -33,10 +33,10 @@ class Run:
     spec, environment: what was asked for, and the machine that did it; {} if not recorded.
     summary: content of ``summary.json``; None until the run has ended (``summarize(run)`` makes one at any time).
     cells: one row a cell: cell, method, seed, workers, overrides ({dotted key: value}), status ("done", "failed",
-        "interrupted", or "unfinished" if it is running or was killed), problems ([text]), steps, t_end_s,
-        final_accuracy, final_loss, parameters ({rank: hash}), workload (as in cell.json; {} of a script), calibrate (if its
-        links were to be measured before t = 0), dilation (by which all times are divided and rates multiplied here, but those
-        of workload, calibration and events.state, which are as the kernel had them).
+        "interrupted", or "unfinished" if it is running or was killed), problems ([text]), earlier ([text], of a failed try
+        before this one), steps, t_end_s, final_accuracy, final_loss, parameters ({rank: hash}), workload (as in cell.json; {}
+        of a script), calibrate (if its links were to be measured before t = 0), dilation (by which all times are divided and
+        rates multiplied here, but those of workload, calibration and events.state, which are as the kernel had them).
     steps, links, events, evals, traffic, calibration, host: columns and units in ``testbed.results.columns``.
     """
 
@@ -99,6 +99,7 @@ _CELL_DEFAULTS: Mapping[str, Any] = {
     "dilation": 1.0,
     "status": "unfinished",
     "problems": [],
+    "earlier": [],
     "steps": None,
     "t_end_s": None,
     "final_accuracy": None,

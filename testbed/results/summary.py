@@ -3,7 +3,8 @@
     {"name", "valid", "problems": ["<cell>: <problem>"],
      "cells": [{"cell", "method", "seed", "overrides", "workers", "steps", "throughput_samples_per_s", "step_s_median",
                 "encode_s_median", "payload_bytes_per_step", "lost_energy", "final_loss", "final_accuracy", "best_accuracy",
-                "time_to_target_s", "bytes_to_target", "valid", "problems", "replicas_identical", "calibrated"}],
+                "time_to_target_s", "bytes_to_target", "valid", "problems", "earlier_failures", "replicas_identical",
+                "calibrated"}],
      "comparisons": [{"baseline", "method", "overrides", "throughput_ratio", "ci95": [lo, hi], "time_to_target_ratio",
                       "seeds", "valid"}],
      "regrets": [{"method", "overrides", "best", "regret", "valid"}]}
@@ -20,8 +21,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from testbed.dilation import reported
 from testbed.results.columns import TABLES
+from testbed.results.dilated import reported
 from testbed.results.load import SUMMARY_FILE, Run
 from testbed.results.records import replacing
 from testbed.results.validity import cell_problems, replicas_identical
@@ -35,7 +36,8 @@ CSV_FILE = "summary.csv"
 RESAMPLES = 10_000
 
 METRICS: Mapping[str, str] = {
-    "throughput_samples_per_s": "samples of all ranks ÷ time of the last step's end; everything after t = 0 counts",
+    "throughput_samples_per_s": "samples of all ranks ÷ time until the last step's end; everything after t = 0 counts, but for"
+    " the steps of the spec's workload.warmup, which all numbers of steps leave out",
     "step_s_median": "median wall time of a step, over all steps and ranks",
     "encode_s_median": "median time that a rank spent on encoding and decoding in a step, beside or after backward",
     "lost_energy": "share of the gradients' energy (sum of squares) that a step did not send, mean over steps and ranks",
@@ -45,6 +47,7 @@ METRICS: Mapping[str, str] = {
     "best_accuracy": "the best accuracy of any evaluation",
     "time_to_target_s": "time of the first evaluation that reached the spec's target accuracy",
     "bytes_to_target": "bytes that all ranks together had sent by then",
+    "earlier_failures": "why a try of the cell before this one failed; its numbers are those of the second",
     "replicas_identical": "whether all ranks ended with bit-identical parameters",
     "calibrated": "whether the links were measured before t = 0; not if the spec says calibrate: false, or limits nothing",
     "throughput_ratio": "method ÷ baseline, geometric mean over the seeds that both ran",
@@ -74,7 +77,12 @@ def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Metrics and verdict of one cell. ``cell`` is a row of ``Run.cells``."""
     tables = {name: (table := getattr(run, name))[table["cell"] == cell["cell"]] for name in TABLES}
     steps, evals = tables["steps"], tables["evals"]
+    warmup = (run.spec.get("workload") or {}).get("warmup") or 0
+    warm = steps[steps["step"] >= warmup]
+    warm_from_s = steps.loc[steps["step"] < warmup, "t_s"].max() if warmup else 0.0
     problems = cell_problems(*_as_clocked(cell, tables))
+    if cell["dilation"] > 1:
+        problems = [f"{problem} (in this machine's time, dilation {cell['dilation']:g})" for problem in problems]
     last = evals.iloc[-1] if len(evals) else {"accuracy": None, "loss": None}
     final_accuracy = _number(cell["final_accuracy"], last["accuracy"])
     return {
@@ -84,11 +92,11 @@ def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
         "overrides": cell["overrides"],
         "workers": cell["workers"],
         "steps": int(_number(cell["steps"], steps["step"].max() + 1) or 0),
-        "throughput_samples_per_s": _number(steps["samples"].sum(min_count=1) / steps["t_s"].max()),
-        "step_s_median": _number(steps["step_s"].median()),
-        "encode_s_median": _number(steps["encode_s"].median()),
-        "lost_energy": lost_energy(steps),
-        "payload_bytes_per_step": _number(steps["payload_bytes"].mean()),
+        "throughput_samples_per_s": _number(warm["samples"].sum(min_count=1) / (warm["t_s"].max() - warm_from_s)),
+        "step_s_median": _number(warm["step_s"].median()),
+        "encode_s_median": _number(warm["encode_s"].median()),
+        "lost_energy": lost_energy(warm),
+        "payload_bytes_per_step": _number(warm["payload_bytes"].mean()),
         "final_loss": _number(cell["final_loss"], last["loss"]),
         "final_accuracy": final_accuracy,
         "best_accuracy": _number(pd.Series([*evals["accuracy"], final_accuracy], dtype="float64").max()),
@@ -96,6 +104,7 @@ def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
         "bytes_to_target": bytes_to_target(evals, steps, target_accuracy(run.spec)),
         "valid": not problems,
         "problems": problems,
+        "earlier_failures": list(cell["earlier"]),
         "replicas_identical": replicas_identical(cell),
         "calibrated": len(tables["calibration"]) > 0,
     }
@@ -131,12 +140,8 @@ def bytes_to_target(evals: pd.DataFrame, steps: pd.DataFrame, target: float | No
 
 
 def lost_energy(steps: pd.DataFrame) -> float | None:
-    """Mean share of the gradients' energy that was not sent; of the methods that round alone the bound. None if not known."""
-    recorded = _number(steps["lost_energy"].mean())
-    schemes = set(steps["scheme"].dropna())
-    if recorded is not None or not schemes or not schemes <= set(ROUNDING):
-        return recorded
-    return max(ROUNDING[scheme] for scheme in schemes)
+    """Mean share of the gradients' energy that was not sent; where values are only rounded, its bound. None if not known."""
+    return _number(steps["lost_energy"].astype(float).fillna(steps["scheme"].map(ROUNDING)).mean())
 
 
 def regrets(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ import json
 import os
 import queue
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,14 @@ class CellFailed(Exception):
 
 @dataclass
 class CellResult:
-    """How a cell ended, written to result.json. status: done, failed or interrupted. parameters: hash by rank."""
+    """How a cell ended, written to result.json. status: done, failed or interrupted. parameters: hash by rank.
+
+    earlier: problems of a try before this one, which failed.
+    """
 
     status: str = "interrupted"
     problems: list[str] = field(default_factory=list)
+    earlier: list[str] = field(default_factory=list)
     parameters: dict[str, str] = field(default_factory=dict)
     steps: int = 0
     final_accuracy: float | None = None
@@ -49,12 +53,13 @@ class CellResult:
     t_end_s: float = 0.0
 
 
-def run_cell(cell: Cell, open_lab: OpenLab, directory: Path, tick: Tick) -> CellResult:
+def run_cell(cell: Cell, open_lab: OpenLab, directory: Path, tick: Tick, earlier: Sequence[str] = ()) -> CellResult:
     """Run a cell in a fresh lab and leave its records in ``directory`` (run directory/cells/name), which ``prepare_cell`` made.
 
-    A failure of the cell is a result; LabError and KeyboardInterrupt pass through after the result is written.
+    earlier: why a try before this one failed. A failure of the cell is a result; LabError and KeyboardInterrupt pass through
+    after the result is written.
     """
-    result = CellResult()
+    result = CellResult(earlier=list(earlier))
     try:
         with (
             open_lab(cell.lab) as lab,
@@ -119,7 +124,13 @@ class _Conductor:
             HostMonitor([os.getpid(), *self._lab.pids], t0_s, self._directory),
             LinkDoor(self._directory) as door,
             LinkDriver(
-                self._lab.links, self._cell.timeline, t0_s, self._directory, door, trunks=self._cell.lab.trunks
+                self._lab.links,
+                self._cell.timeline,
+                t0_s,
+                self._directory,
+                door,
+                trunks=self._cell.lab.trunks,
+                dilation=self._cell.dilation,
             ) as driver,
         ):
             try:

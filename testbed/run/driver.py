@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from netsenseml.agent.protocol import RecordFile, monotonic_s
+from testbed.dilation import slowed_link
 from testbed.links.qdiscs import QdiscCounters
 from testbed.links.shaper import Applied, Prepared, Shaper
 from testbed.links.state import DIRECTIONS, LinkState
@@ -31,6 +32,7 @@ class LinkDriver:
 
     One thread does both, and answers the visitors of the door, so the netlink sockets need no lock. ``failure`` has the error
     that ended it early, if any. trunks: names of the links on which all properties hold in both directions.
+    dilation: visitors name and see rates and delays as they would be without it.
     """
 
     def __init__(
@@ -41,10 +43,12 @@ class LinkDriver:
         directory: Path,
         door: LinkDoor | None = None,
         trunks: Collection[str] = (),
+        dilation: float = 1.0,
     ) -> None:
         self.failure: Exception | None = None
         self._door = door
         self._trunks = trunks
+        self._dilation = dilation
         self._carried = CarriedRates()
         self._links = links
         self._timeline = timeline
@@ -111,7 +115,12 @@ class LinkDriver:
                 raise ValueError(f"there is no link {name!r}; {did_you_mean(str(name), states)}")
         if request.get("set"):
             wanted = parse_link(request["set"])
-            changes = {name: wanted.applied_to(states[name], trunk=name in self._trunks) for name in names}
+            changes = {
+                name: slowed_link(
+                    wanted.applied_to(slowed_link(states[name], 1 / self._dilation), trunk=name in self._trunks), self._dilation
+                )
+                for name in names
+            }
             wanted_netem = {
                 (link, side) for link, state in changes.items() for side in DIRECTIONS if getattr(state, side).needs_netem
             }
@@ -122,7 +131,8 @@ class LinkDriver:
                 )
             asked_s = monotonic_s() - self._t0_s
             self._record(asked_s, "manual", changes, self._links.apply(changes))
-        return {name: {"state": self._links.states[name].to_json(), **self._carried.of(name)} for name in names}
+        shown = {name: slowed_link(self._links.states[name], 1 / self._dilation).to_json() for name in names}
+        return {name: {"state": shown[name], **self._carried.of(name, self._dilation)} for name in names}
 
     def _moments(self) -> Iterator["_Moment"]:
         """The changes that are due together, encoded before they are due."""
@@ -181,12 +191,13 @@ class CarriedRates:
         """Take a sample."""
         self._history.append((t_s, counters))
 
-    def of(self, link: str) -> dict[str, dict[str, float]]:
-        """By direction: carried_bps over the last second, backlog_bytes now, drops so far."""
+    def of(self, link: str, dilation: float = 1.0) -> dict[str, dict[str, float]]:
+        """By direction: carried_bps over the last second, as it would be without dilation, backlog_bytes now, drops so far."""
         (first_s, first), (last_s, last) = self._history[0], self._history[-1]
+        span_s = max(last_s - first_s, 1e-3) / dilation
         return {
             direction: {
-                "carried_bps": (last[link, direction].bytes - first[link, direction].bytes) * 8 / max(last_s - first_s, 1e-3),
+                "carried_bps": (last[link, direction].bytes - first[link, direction].bytes) * 8 / span_s,
                 "backlog_bytes": last[link, direction].backlog_bytes,
                 "drops": last[link, direction].drops,
             }

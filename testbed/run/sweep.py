@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -33,9 +33,9 @@ def execute(directory: Path, console: Console) -> None:
     failed: list[Cell] = []
     with RunProgress(console, len(plan.cells), len(pending)) as progress, open_labs(plan.lab, directory) as open_lab:
 
-        def run(cell: Cell) -> None:
+        def run(cell: Cell, earlier: Sequence[str] = ()) -> None:
             progress.begin(cell)
-            result = run_cell(cell, open_lab, directory / "cells" / cell.name, progress.tick)
+            result = run_cell(cell, open_lab, directory / "cells" / cell.name, progress.tick, earlier)
             text = f"{result.status}, {result.steps} steps in {result.t_end_s:.1f} s"
             progress.end("; ".join([text, *result.problems]))
             if result.status == "failed" and cell not in failed:
@@ -43,10 +43,11 @@ def execute(directory: Path, console: Console) -> None:
 
         for cell in pending:
             run(cell)
-        for cell in list(failed):  # what went wrong once may have been an accident
+        for cell in list(failed):  # what went wrong once may have been an accident, but it is not forgotten
+            earlier = read_result(directory / "cells" / cell.name) or {}
             prepare_cell(cell, directory / "cells" / cell.name)
             progress.retry()
-            run(cell)
+            run(cell, earlier=earlier.get("problems", []))
 
 
 def in_turn(plan: Plan) -> list[Cell]:

@@ -491,7 +491,10 @@ class ComputeSpec(Model):
 
 
 class WorkloadSpec(Model):
-    """What the workers train. batch is per worker. target: an accuracy whose time is reported, without an end of the run."""
+    """What the workers train. batch is per worker. target: an accuracy whose time is reported, without an end of the run.
+
+    warmup: so many steps at the beginning do not count for throughput.
+    """
 
     model: ModelSpec = ModelSpec(name="mlp")
     data: DataSpec = DataSpec(name="digits")
@@ -501,6 +504,25 @@ class WorkloadSpec(Model):
     compute: ComputeSpec = ComputeSpec()
     evaluate_every: Time = 1.0
     target: Share | None = None
+    warmup: int = Field(0, ge=0, le=1_000_000)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.compute.emulate is None:
+            try:
+                catalog.check_pair(self.model.name, self.model.options, self.data.name, self.data.options)
+            except ValueError as error:
+                raise PydanticCustomError("at_key", "{fault}", {"path": ["data"], "fault": str(error)}) from None
+            return self
+        if self.stop.steps is None and not self.stop.seconds:
+            text = "needs steps or seconds with compute: emulate, which has no epochs"
+            raise PydanticCustomError("at_key", text, {"path": ["stop"]})
+        learning = {"target": self.target, "stop.accuracy": self.stop.accuracy, "stop.epochs": self.stop.epochs}
+        for place, given in learning.items():
+            if given is not None:
+                text = "cannot be had from compute: emulate, which learns nothing; use pace, or remove it"
+                raise PydanticCustomError("at_key", text, {"path": place.split(".")})
+        return self
 
 
 class ScriptSpec(Model):
@@ -535,6 +557,14 @@ class Spec(Model):
     matrix: dict[str, list[Any]] = Field(default_factory=dict)
     calibrate: bool = True
     dilation: float = Field(1.0, ge=1, le=1000)
+
+    @model_validator(mode="after")
+    def _all_is_slower(self) -> Self:
+        paced = self.workload is not None and (self.workload.compute.pace or self.workload.compute.emulate)
+        if self.dilation > 1 and not paced:
+            text = "slows links and times, but not real compute; use compute: {pace: …} or {emulate: …}, or dilation: 1"
+            raise PydanticCustomError("at_key", text, {"path": ["dilation"]})
+        return self
 
     @model_validator(mode="after")
     def _stragglers_exist(self) -> Self:

@@ -501,5 +501,24 @@ def test_energy_that_rounding_alone_loses_is_its_bound() -> None:
 
     assert lost("allreduce") == 0
     assert lost("bfloat16", "bfloat16") == 2.0**-16
-    assert lost("bfloat16", "of my own") is None
+    assert lost("of my own") is None
     assert lost("of my own", recorded=0.25) == 0.25
+
+
+def test_the_warm_up_does_not_count(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", methods=())
+    (path / "spec.yaml").write_text("name: drop\nworkload: {warmup: 2}\n")
+    cell = write_cell(path / "cells" / "c", workers=1)
+    for file in cell.glob("steps-*"):
+        file.unlink()
+    times = [(0, 10.0), (1, 20.0), (2, 21.0), (3, 22.0)]
+    append(steps_file(cell, 0), [step(0, n, t_s, step_s=t_s, samples=8, payload_bytes=100 - n) for n, t_s in times])
+    found = cell_of(load_run(path), "c")
+    assert found["throughput_samples_per_s"] == pytest.approx(16 / 2)
+    assert found["step_s_median"] == pytest.approx(21.5)
+    assert found["payload_bytes_per_step"] == pytest.approx(97.5)
+
+
+def test_steps_of_plain_all_reduce_lose_nothing_and_count() -> None:
+    steps = pd.DataFrame({"scheme": ["sparse-sign@1%", *["allreduce"] * 9], "lost_energy": [0.5, *[None] * 9]})
+    assert lost_energy(steps) == pytest.approx(0.05)

@@ -43,7 +43,11 @@ def refused(path, *arguments):
     return lines[0]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted([*(ROOT / "experiments").glob("*.yaml"), *(ROOT / "experiments" / "paper").glob("*.yaml")]),
+    ids=lambda path: path.name,
+)
 def test_shipped_specs_are_good_and_survive_a_round_trip(path, tmp_path):
     spec = load_spec(path)
     for script in (ROOT / "experiments").glob("*.py"):
@@ -91,6 +95,44 @@ def test_shipped_specs_are_good_and_survive_a_round_trip(path, tmp_path):
             "eu-us",
         ),
         ({"network__links": {"w7": {"rate": "5mbit"}}}, "bad.yaml: network.links.w7: ", "w0, w1, w2, w3"),
+        ({"workload__compute": {"pace": "1s", "emulate": "1s"}}, "bad.yaml: workload.compute.emulate: ", "beside pace"),
+        ({"workload__compute": {"emulate": "0s"}}, "bad.yaml: workload.compute.emulate: ", "greater than 0"),
+        ({"workload__compute": {"pace": "1s", "jitter": "5%"}}, "bad.yaml: workload.compute.jitter: ", "needs emulate"),
+        ({"workload__compute": {"stragglers": {"w1": 2}}}, "bad.yaml: workload.compute.stragglers: ", "needs pace"),
+        (
+            {"workload__compute": {"pace": "1s", "stragglers": {"w9": 2}}},
+            "bad.yaml: workload.compute.stragglers.w9: ",
+            "there are w0 to w3",
+        ),
+        ({"workload": {"compute": {"emulate": "1s"}, "stop": {"epochs": 2}}}, "bad.yaml: workload.stop: ", "no epochs"),
+        (
+            {"workload": {"compute": {"emulate": "1s"}, "stop": {"seconds": 30, "accuracy": "90%"}}},
+            "bad.yaml: workload.stop.accuracy: ",
+            "learns nothing",
+        ),
+        ({"workload__model": "resnet18"}, "bad.yaml: workload.data: ", "images, cifar10, cifar100"),
+        (
+            {"workload__model": "gpt", "workload__data": {"name": "text", "context": 99}},
+            "bad.yaml: workload.data: ",
+            "99 bytes",
+        ),
+        (
+            {"workload__model": "resnet18", "workload__data": {"name": "images", "classes": 200}},
+            "bad.yaml: workload.data: ",
+            "200 classes",
+        ),
+        (
+            {"workload__model": "vgg16", "workload__data": {"name": "images", "side": 16}},
+            "bad.yaml: workload.data: ",
+            "use side: 32",
+        ),
+        ({"dilation": 4, "workload__compute": "real"}, "bad.yaml: dilation: ", "not real compute"),
+        ({"dilation": 0.5}, "bad.yaml: dilation: ", "greater than or equal to 1"),
+        (
+            {"dilation": 1000, "workload__compute": {"pace": "1ms"}, "network__link__rate": "1mbit"},
+            "bad.yaml: dilation: ",
+            "8kbit",
+        ),
         ({"network__topology": "ring"}, "bad.yaml: network.topology: ", "valid: star, dumbbell, regions"),
         ({"schedule__0__links": ["w1", "w9"]}, "bad.yaml: schedule[0].links[1]: ", "there is no link 'w9'"),
         ({"schedule__1__at": "30s"}, "bad.yaml: schedule[1].at: ", "after the end of the run at 24s"),
