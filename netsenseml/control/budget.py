@@ -125,6 +125,8 @@ class BudgetPolicy:
     def _climb(self, seen: Observation) -> None:
         if self._step == self._climbed_at + _TRIAL:
             self._pause = _TRIAL
+        if self._rung == 0:
+            return
         candidate = min(self._rung, self._least_lossy(range(self._ceiling, self._rung + 1), seen, _MARGIN))
         self._candidates = [*self._candidates[1 - _PATIENCE :], candidate]
         if len(self._candidates) < _PATIENCE:

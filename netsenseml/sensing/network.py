@@ -13,6 +13,7 @@ _FADING = 0.9  # and each weighs less than the next one by this factor
 _NOISE_S, _NOISE = 1e-3, 0.05  # how much a step's time is off: what the scheduler costs, and a share of the time
 _ODD = 4.0  # times the usual error: a step so far off is an accident, or the first one after a change
 _QUANTILE = 0.4  # of the steps' times per byte; not their median, as accidents lengthen a step and hardly ever shorten it
+_AS_EXPECTED, _REFIT = 0.5, 4  # a step off by less than so much noise is no news: every fourth is fitted
 _MOST_LATENCY = 0.9  # share of a step's time, at most, so that there is always some left for its bytes
 _ANCHOR, _ANCHORED_STEPS = 12.0, 48  # weight of what is known of latency and credit, in steps, and when it is reached
 _RETURN = 1 / 8  # share of the way back to half of the smallest RTT that alpha goes, where no step contradicts
@@ -139,7 +140,8 @@ class NetworkEstimate:
             self._steps = deque([self._steps[-1]], maxlen=_STEPS)
         self._steps.append(step)
         self._count += 1
-        self._line = self._fitted()
+        if self._count % _REFIT == 0 or self._count < _STEPS or abs(self._error(step)) > _AS_EXPECTED:
+            self._line = self._fitted()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep: numbers and lists of numbers."""
