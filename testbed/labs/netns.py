@@ -82,7 +82,6 @@ class NetnsHost:
     def close(self) -> None:
         for process in self._processes:
             process.kill()
-        self.socket.close()
         os.close(self.namespace)
 
 
@@ -166,10 +165,10 @@ class NetnsLab:
             )
 
     def _close(self) -> None:
-        for host in self.hosts.values():
-            host.close()
-        for switch in self._switches.values():
-            switch.close()
+        ends: list[NetnsHost | _Switch] = [*self.hosts.values(), *self._switches.values()]
+        for end in ends:
+            end.close()
+        NetlinkSocket.close_all([end.socket for end in ends])
         self.hosts.clear()
         self._switches.clear()
 
@@ -188,7 +187,6 @@ class _Switch:
         return _BRIDGE_INDEX + self._ports
 
     def close(self) -> None:
-        self.socket.close()
         os.close(self.namespace)
 
 

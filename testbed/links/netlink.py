@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self, TypeVar
@@ -139,6 +140,13 @@ class NetlinkSocket:
         self._socket.close()
         if self._frames is not None:
             self._frames.close()
+
+    @classmethod
+    def close_all(cls, sockets: Sequence[Self]) -> None:
+        """Close all at the same time: for one that can send frames the kernel waits 16 ms, until nobody looks at it."""
+        if sockets:
+            with ThreadPoolExecutor(len(sockets)) as pool:
+                list(pool.map(cls.close, sockets))
 
     def nudge(self, interface: str) -> None:
         """Send one short frame out of an interface, so that its qdisc looks after its queue. Needs CAP_NET_RAW."""
