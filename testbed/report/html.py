@@ -117,6 +117,9 @@ def render(run: Run) -> str:
         environment=dict(flat(run.environment)),
         spec=yaml.safe_dump(dict(run.spec), sort_keys=False, allow_unicode=True),
         facts=facts(run),
+        caveat=f"Under dilation all runs slower by its factor, and is reported as if it did not. {CAVEAT}."
+        if _dilation(run)
+        else "",
         plotly=packed(get_plotlyjs()),
         plots=packed(json.dumps(plots)),
     )
@@ -137,7 +140,7 @@ def facts(run: Run) -> list[str]:
         f"{'/'.join(map(str, workers))} workers" if workers else "",
         f"{run.spec['lab']} lab" if run.spec.get("lab") else "",
         (f"{model}, emulated" if emulated else f"{model} on {data}") if model and data else "",
-        f"{f} times as slow, and reported as if it were not: {CAVEAT}" if (f := _dilation(run)) else "",
+        f"dilation {factors}" if (factors := _dilation(run)) else "",
         f"{len(run.cells)} cell{'s' if len(run.cells) != 1 else ''}",
         run.path.name,
     )
