@@ -1,5 +1,6 @@
 """Our rule: the least lossy scheme that keeps communication off the critical path."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ _DENSEST = 0.2
 _MARGIN = 0.85  # a rung above must fit into this share of the budget before it is taken
 _PATIENCE = 3  # so many steps in a row
 _TRIAL = 10  # a rung that is left within so many steps was no good
+_LENIENT = 2.0  # where lateness is as large as the budget, the first steps of a trial may take so many times as long
 _GROWTH = 2.0  # a trial sends at most so many times the bytes
 _LONGEST_PAUSE = 320
 _FASTER = 1.3  # a network that is faster by this factor is another one
@@ -29,7 +31,8 @@ def ladder(ranks: int, floor: float, item_bytes: int = 4) -> list[Scheme]:
     """
     densities = [max(_DENSEST, floor)]
     while densities[-1] > floor:
-        densities.append(max(floor, float(f"{densities[-1] * _STEP:.2g}")))
+        below = float(f"{densities[-1] * _STEP:.2g}")
+        densities.append(below if below > 1.1 * floor else floor)  # no two rungs that send as much
     rungs: list[Scheme] = [Plain(item_bytes)]
     lossy: list[Scheme] = [TwoPhase(Codec(values)) for values in ("bf16", "int8", "int4")]
     lossy += (Gather(Codec(SPARSE_VALUES, density)) for density in densities)
@@ -64,7 +67,8 @@ class BudgetPolicy:
     above has to fit with a margin several times in a row.
 
     A forecast from small payloads takes whatever delays them for a lack of bandwidth, and would keep them small for ever. So
-    now and then a rung of up to ``_GROWTH`` times the bytes is tried, whatever its forecast says. A rung that was taken and
+    now and then a rung of up to ``_GROWTH`` times the bytes is tried, whatever its forecast says. It stays if its steps fit, or
+    if they wait hardly longer than those before: then it was not the bytes that took the time. A rung that was taken and
     soon left again is not tried for a while, and twice as long each time, until the network has become faster.
     """
 
@@ -92,6 +96,7 @@ class BudgetPolicy:
         self._step = 0
         self._candidates: list[int] = []
         self._exposed_s: list[float] = []
+        self._tolerated_s, self._lenient = 0.0, False
         self._climbed_at = -_TRIAL
         self._ceiling, self._ceiling_until, self._pause = 0, 0, _TRIAL
         self._ceiling_bps = 0.0
@@ -114,13 +119,34 @@ class BudgetPolicy:
         if self._step >= self._ceiling_until or bandwidth_bps > _FASTER * self._ceiling_bps:
             self._ceiling = 0
         before = self._rung
-        self._exposed_s = [*self._exposed_s[-1:], seen.exposed_s]
-        if self._fits(self._rung, seen) or max(self._exposed_s) <= self._allowed_s(self._rung, seen):
+        self._exposed_s = [*self._exposed_s[1 - _TRIAL :], seen.exposed_s]
+        fitted = self._fits(before, seen) or max(self._exposed_s[-2:]) <= self._allowed_s(before, seen)
+        tolerated = not fitted and self._is_tolerated(seen)
+        if fitted or tolerated:
             self._climb(seen)
         else:
             self._fall(seen, bandwidth_bps)
-        if self._rung != before:
-            self._candidates, self._exposed_s = [], []
+        if self._rung == before:
+            return
+        if self._rung > before:
+            self._tolerated_s = 0.0
+        elif not tolerated:  # or it would grow from rung to rung
+            self._tolerated_s = self._hardly_longer_s(seen)
+        self._lenient = not fitted
+        self._candidates, self._exposed_s = [], []
+
+    def _hardly_longer_s(self, seen: Observation) -> float:
+        """What may be waited for with a rung above, as so much was waited for with this one; noise is no difference."""
+        mean_s = math.fsum(self._exposed_s) / len(self._exposed_s)
+        spread_s = math.sqrt(math.fsum((waited_s - mean_s) ** 2 for waited_s in self._exposed_s) / len(self._exposed_s))
+        return mean_s + spread_s + _WORTH * (seen.compute_s + mean_s)
+
+    def _is_tolerated(self, seen: Observation) -> bool:
+        """Whether the last steps waited hardly longer than with the rung below."""
+        newest_s = self._exposed_s[-_PATIENCE:]
+        mean_s = math.fsum(newest_s) / len(newest_s)
+        begins = len(newest_s) < _PATIENCE and self._lenient
+        return mean_s <= (_LENIENT if begins else 1.0) * self._tolerated_s
 
     def _climb(self, seen: Observation) -> None:
         if self._step == self._climbed_at + _TRIAL:
@@ -154,6 +180,8 @@ class BudgetPolicy:
             self._ceiling_until = self._step + self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
             self._climbed_at = -_TRIAL
+        if rung == self._rung and len(self._exposed_s) >= _PATIENCE and not self._ceiling:
+            rung = self._larger(seen)
         if rung < self._rung:
             self._climbed_at = self._step
         self._rung = rung
@@ -205,7 +233,7 @@ class BudgetPolicy:
 
 
 _STATE = (
-    *("_rung", "_step", "_coding_factor", "_candidates", "_exposed_s"),
+    *("_rung", "_step", "_coding_factor", "_candidates", "_exposed_s", "_tolerated_s", "_lenient"),
     *("_climbed_at", "_ceiling", "_ceiling_until", "_ceiling_bps", "_pause"),
 )
 

@@ -1,10 +1,11 @@
 """Policies against a simulated network: a collective takes hops x latency + bytes / rate."""
 
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from netsenseml.agent.catalog import check_method
@@ -98,7 +99,8 @@ def position(scheme: Scheme) -> int:
     return [rung.name for rung in ladder(RANKS, DEFAULTS["floor"])].index(scheme.name)
 
 
-@given(st.integers(2, 64), st.floats(1e-4, 0.5))
+@example(ranks=2, floor=0.004499099999665973)
+@given(ranks=st.integers(2, 64), floor=st.floats(1e-4, 0.5))
 def test_every_rung_sends_less_than_the_one_above_and_the_last_keeps_the_floor(ranks: int, floor: float) -> None:
     rungs = ladder(ranks, floor)
     sizes = [sum(payload for payload, _ in rung.payloads(1 << 20, ranks)) for rung in rungs]
@@ -137,6 +139,20 @@ def test_ranks_that_come_late_are_not_taken_for_a_thin_network() -> None:
     loop = Loop(Network(rate_bps=20e9, late_s=0.012))
     loop.run(80)
     assert isinstance(loop.policy.scheme, Plain)
+
+
+@pytest.mark.parametrize("late_s", [0.012, 0.03, 0.1])
+def test_lateness_larger_than_the_budget_is_not_compressed_for(late_s: float) -> None:
+    """Nothing fits then; but nothing is gained by sending less."""
+    loop = Loop(Network(rate_bps=20e9, late_s=late_s))
+    draw = random.Random(0)
+    for _ in range(150):
+        loop.network.late_s = late_s * draw.uniform(0.5, 1.5)
+        loop.step()
+    assert position(loop.policy.scheme) <= 2  # 8 bits or more
+    loop.network.rate_bps = 20e6  # but what is thin is still seen
+    loop.run(6)
+    assert position(loop.policy.scheme) > 6
 
 
 def test_trials_on_a_thin_network_become_rare() -> None:
