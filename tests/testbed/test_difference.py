@@ -74,3 +74,9 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: tuple[str, ...]) -> No
     found = compare(write_run(tmp_path / "before"), *arguments)
     assert found.exit_code == 2
     assert len(found.output.strip().splitlines()) == 1
+
+
+def test_a_report_of_what_is_no_run_is_bad_input(tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert found.exit_code == 2
+    assert "not a run directory" in found.output
