@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 import testbed
+from testbed.results.summary import lost_energy
 
-ROUNDING = 2.0**-16
 RATE = "network.link.rate"
 
 
@@ -37,14 +37,13 @@ def measured(run: testbed.Run) -> pd.DataFrame:
     for cell in run.cells.to_dict("records"):
         steps = run.steps[run.steps["cell"] == cell["cell"]]
         steps = steps[steps["step"] >= steps["step"].max() // 2]
-        lost = steps["lost_energy"].median()
         rows.append(
             {
                 "rate": cell["overrides"][RATE],
                 "method": cell["method"],
                 # The ranks leave a step together, but for the last hop: what counts is the time of all.
                 "step_s": steps.groupby("step")["step_s"].mean().median(),
-                "lost": (ROUNDING if cell["method"] == "bf16" else 0.0) if pd.isna(lost) else lost,
+                "lost": lost_energy(steps),
                 "scheme": steps["scheme"].mode().get(0, ""),
                 "valid": valid[cell["cell"]],
             }

@@ -191,7 +191,7 @@ class NetworkEstimate:
         anchor /= _noise_s(median(step.seconds for step in self._steps)) ** 2
         anchor_hops = anchor * max(1, median(step.hops for step in self._steps)) ** 2
 
-        # Iteratively reweighted least squares, with one iteration a step: the next step goes on from here.
+        # Iteratively reweighted least squares, with one iteration a fit: the next fit goes on from here.
         known_s = min(known_s, most_s)
         rows = self._weighted(self._through(known_s, known_credit_s))
 

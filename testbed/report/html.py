@@ -73,15 +73,15 @@ WIDE = {"throughput", "compression", "sensing", "links", "heat_map"}
 """Figures that take the whole width of a wide page."""
 
 
-def write_report(run: Run, path: Path) -> None:
-    """Write the page for a run, finished or not."""
+def write_report(run: Run, path: Path, summary: Mapping[str, Any] | None = None) -> None:
+    """Write the page for a run, finished or not. summary: of the run, if it is at hand."""
     with replacing(path) as temporary:
-        temporary.write_text(render(run), encoding="utf-8")
+        temporary.write_text(render(run, summary), encoding="utf-8")
 
 
-def render(run: Run) -> str:
+def render(run: Run, summary: Mapping[str, Any] | None = None) -> str:
     """The page as text. Everything that comes from the run is escaped."""
-    summary = summarize(run)
+    summary = summary or summarize(run)
     rows = text.rows(summary)
     drawn = figures(run, summary)
     ids = {

@@ -110,7 +110,7 @@ def finish(directory: Path, console: Console, *, interrupted: bool = False) -> i
     if interrupted:
         console.print(f"interrupted; the records so far are in {shown}", markup=False)
         return EXIT_INTERRUPTED
-    write_report(run, directory / "report.html")
+    write_report(run, directory / "report.html", summary)
     console.print(f"report: {shown / 'report.html'}", markup=False, soft_wrap=True)
     if any(status != "done" for status in run.cells["status"]):
         return EXIT_FAILED
