@@ -1,9 +1,10 @@
 """Time dilation: rates, delays and compute slowed by one factor, and times reported divided by it.
 
 Traffic that is F times as slow meets the same queues in the same order, so an experiment may stand for links and accelerators
-that this machine could not keep up with. What does not slow down is what the kernel's TCP measures in seconds of its own: the
-minimum of a retransmission time-out (200 ms), the delayed acknowledgement (40 ms), the pacing of its start; nor encoding and
-decoding, which take what they take on this machine. Under dilation F they are F times as short as they would be.
+that this machine could not keep up with. TCP's minimum of a retransmission time-out, after which an idle connection also
+forgets its window, is slowed down by the metric of a route (``links.routes``). What does not slow down is the delayed
+acknowledgement (40 ms), the second before a connection's first segment is sent again, and coding, which takes what it takes on this machine.
+Under dilation F they are F times as short as they would be.
 """
 
 from dataclasses import replace
@@ -13,10 +14,10 @@ from testbed.links.state import LinkState, Shape
 from testbed.timeline import Change
 from testbed.traffic.flows import Duration, Flow
 
-CAVEAT = (
-    "TCP's own timers (time-outs of at least 200 ms, delayed acknowledgements of 40 ms) and coding are not slowed down,"
-    " and so are reported as shorter"
-)
+MIN_RTO_S = 0.2
+"""Linux's minimum of a retransmission time-out (TCP_RTO_MIN)."""
+
+CAVEAT = "TCP's delayed acknowledgements (40 ms) and coding are not slowed down, and so are reported as shorter"
 
 
 def slowed_shape(shape: Shape, factor: float) -> Shape:

@@ -26,6 +26,7 @@ class LabPlan:
     impaired: (link, direction) that gets netem at some time of the run and so needs it in the qdisc tree from the start.
     packet_bytes: wire size that no packet of a host may exceed (``qdiscs.largest_packet_bytes``).
     seed: of random impairments.
+    min_rto_s: minimum of the hosts' TCP retransmission time-out; None leaves the kernel's.
     """
 
     links: Mapping[str, LinkState]
@@ -34,6 +35,7 @@ class LabPlan:
     impaired: frozenset[tuple[str, str]] = frozenset()
     packet_bytes: int = UNCUT_PACKET_BYTES
     seed: int = 0
+    min_rto_s: float | None = None
 
     @property
     def hosts(self) -> tuple[str, ...]:

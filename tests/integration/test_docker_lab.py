@@ -173,6 +173,19 @@ def test_links_carry_their_rate_and_not_more(directory: Path) -> None:
         assert counters["w1", "down"].bytes < 1_000_000
 
 
+def test_time_outs_of_tcp_are_slowed_down(directory: Path) -> None:
+    with DockerLab(replace(plan(2), min_rto_s=0.8), directory) as lab:
+        receive = "import socket\nc = socket.create_server(('', 5000)).accept()[0]\nwhile c.recv(1 << 20): pass"
+        lab.hosts["w1"].start(["python", "-c", receive], {}, directory / "cells" / "sink")
+        probe = (
+            "import socket, struct, time\nwhile True:\n"
+            f" try: s = socket.create_connection(({lab.hosts['w1'].address!r}, 5000)); break\n"
+            " except ConnectionRefusedError: time.sleep(0.05)\ns.send(bytes(1000)); time.sleep(0.3)\n"
+            "print(struct.unpack_from('=I', s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 8)[0])"
+        )
+        assert 800_000 <= int(run(lab.hosts["w0"], directory, probe)) < 1_000_000  # tcpi_rto in µs
+
+
 def test_name_look_ups_do_not_stall(directory: Path) -> None:
     code = (
         "import socket, time\nbegin = time.monotonic()\ntry: socket.gethostbyaddr('10.1.2.3')\nexcept OSError: pass\n"

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.netns
 
 PRELUDE = """
 import json, sys, time
+from dataclasses import replace
 from pathlib import Path
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
@@ -49,6 +50,14 @@ while True:
     try: s = socket.create_connection((sys.argv[1], 5001)); break
     except ConnectionRefusedError: time.sleep(0.02)
 while time.monotonic() < end: s.send(b"x" * 65536)
+'''
+TIMEOUT = '''import socket, struct, sys, time
+while True:
+    try: s = socket.create_connection((sys.argv[1], 5001)); break
+    except ConnectionRefusedError: time.sleep(0.02)
+s.send(b"x" * 1000)
+time.sleep(0.3)
+print(struct.unpack_from("=I", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 8)[0])
 '''
 """
 
@@ -288,3 +297,24 @@ with lab_of(["w0", "w1"], 20_000_000, 8_000) as lab:
     )
     assert any(backlog > 2 * 1514 for backlog, _ in seen), "nothing waited, so nothing was tried"
     assert all(wait < 0.2 for _, wait in seen), seen
+
+
+def test_time_outs_of_tcp_are_slowed_down(tmp_path):
+    # Read from the kernel (tcp_info, tcpi_rto in µs): it is the smoothed RTT and at least the minimum.
+    seen = in_lab(
+        tmp_path,
+        """
+found = []
+for min_rto_s in (None, 0.8):
+    plan = replace(lab_of(["w0", "w1"], 50_000_000)._plan, min_rto_s=min_rto_s)
+    with NetnsLab(plan, server) as lab:
+        lab.hosts["w1"].start(["python", "-c", SINK], {}, tmp / "sink.log")
+        log = tmp / f"probe-{min_rto_s}.log"
+        wait(lab.hosts["w0"].start(["python", "-c", TIMEOUT, lab.hosts["w1"].address], {}, log))
+        found.append(int(log.read_text()))
+print(json.dumps(found))
+""",
+    )
+    usual_us, slowed_us = seen
+    assert 200_000 <= usual_us < 400_000
+    assert 800_000 <= slowed_us < 1_000_000
