@@ -1,23 +1,33 @@
 """Time dilation: rates, delays and compute slowed by one factor, and times reported divided by it.
 
 Traffic that is F times as slow meets the same queues in the same order, so an experiment may stand for links and accelerators
-that this machine could not keep up with. TCP's minimum of a retransmission time-out, after which an idle connection also
-forgets its window, is slowed down by the metric of a route (``links.routes``). What does not slow down is the delayed
-acknowledgement (40 ms), the second before a connection's first segment is sent again, and coding, which takes what it takes on this machine.
-Under dilation F they are F times as short as they would be.
+that this machine could not keep up with. TCP's own clocks are slowed down where the kernel lets us (``links.routes``). Under
+dilation F the others are F times as short as they would be: the delayed acknowledgement (40 ms), the second before a
+connection's first segment is sent again; and coding, which takes what it takes on this machine.
 """
 
 from dataclasses import replace
 
 from netsenseml.agent.protocol import StopConfig
+from testbed.links.routes import Tcp
 from testbed.links.state import LinkState, Shape
 from testbed.timeline import Change
 from testbed.traffic.flows import Duration, Flow
 
-MIN_RTO_S = 0.2
-"""Linux's minimum of a retransmission time-out (TCP_RTO_MIN)."""
+CAVEAT = (
+    "Delayed acknowledgements of TCP (40 ms) and coding are not slowed down, and so are reported as shorter;"
+    " TCP follows Reno unless the spec says otherwise, because the window of CUBIC grows by the clock"
+)
 
-CAVEAT = "TCP's delayed acknowledgements (40 ms) and coding are not slowed down, and so are reported as shorter"
+_MIN_RTO_S = 0.2  # TCP_RTO_MIN of Linux
+
+
+def slowed_tcp(tcp: Tcp, factor: float) -> Tcp:
+    """A longer minimum of the time-out, and a window that grows by the round trip instead of the clock: Reno's.
+
+    CUBIC's grows with the cube of the seconds since the last loss (RFC 9438), so losses would come sooner than they should.
+    """
+    return tcp if factor == 1 else Tcp(tcp.congestion or "reno", _MIN_RTO_S * factor)
 
 
 def slowed_shape(shape: Shape, factor: float) -> Shape:

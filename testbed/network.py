@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from testbed.labs.base import LabPlan
+from testbed.links.routes import Tcp
 from testbed.links.state import LinkState
 from testbed.spec.errors import SpecError, did_you_mean, place_of
 from testbed.spec.models import LinkSpec, NetworkSpec
@@ -29,7 +30,7 @@ def plan_network(network: NetworkSpec, workers: Sequence[str], background: Seque
             fault = f"there is no worker {name!r} among {len(workers)}; {did_you_mean(name, links)}"
             raise SpecError([(place_of(["network", "links", name]), fault)])
         links[name] = spec.applied_to(links[name], trunk=name in trunks)
-    return LabPlan(links, switches=switches, trunks=trunks)
+    return LabPlan(links, switches=switches, trunks=trunks, tcp=Tcp(network.congestion))
 
 
 _Topology = tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, str]], dict[str, LinkSpec]]

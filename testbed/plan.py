@@ -146,7 +146,7 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], read: Callable[[str], str])
                 impaired=frozenset((link, side) for link, side, shape in shapes if shape.needs_netem),
                 packet_bytes=largest_packet_bytes(shape.rate_bps for *_, shape in shapes),
                 seed=seed,
-                min_rto_s=dilation.MIN_RTO_S * slow if slow > 1 else None,
+                tcp=dilation.slowed_tcp(network.tcp, slow),
             ),
             workers=workers,
             flows=flows,

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from testbed.links.qdiscs import UNCUT_PACKET_BYTES
+from testbed.links.routes import Tcp
 from testbed.links.shaper import Shaper
 from testbed.links.state import LinkState
 
@@ -26,7 +27,7 @@ class LabPlan:
     impaired: (link, direction) that gets netem at some time of the run and so needs it in the qdisc tree from the start.
     packet_bytes: wire size that no packet of a host may exceed (``qdiscs.largest_packet_bytes``).
     seed: of random impairments.
-    min_rto_s: minimum of the hosts' TCP retransmission time-out; None leaves the kernel's.
+    tcp: how connections between the hosts behave.
     """
 
     links: Mapping[str, LinkState]
@@ -35,7 +36,7 @@ class LabPlan:
     impaired: frozenset[tuple[str, str]] = frozenset()
     packet_bytes: int = UNCUT_PACKET_BYTES
     seed: int = 0
-    min_rto_s: float | None = None
+    tcp: Tcp = field(default_factory=Tcp)
 
     @property
     def hosts(self) -> tuple[str, ...]:

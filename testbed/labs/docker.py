@@ -37,7 +37,7 @@ from testbed.labs.base import LabError, LabPlan
 from testbed.labs.capabilities import lacking_capabilities
 from testbed.links.netlink import NetlinkSocket, Request, decode, encode
 from testbed.links.qdiscs import gso_max_size
-from testbed.links.routes import slow_timeouts
+from testbed.links.routes import tcp_route
 from testbed.links.shaper import Port, Shaper
 
 LABEL = "netsense.testbed"
@@ -294,10 +294,12 @@ class DockerLab:
             # A new cable has no queue. What has one is being shaped by some other tool, which matches containers by itself.
             if {mine.get_attr("IFLA_QDISC"), peer.get_attr("IFLA_QDISC")} != {"noqueue"}:
                 raise LabError(f"something else shapes the link of {name}; end that first")
-            inner.batch([_limit_packets(mine["index"], gso_max_size(self._plan.packet_bytes))])
-            if self._plan.min_rto_s is not None:
-                prefix_bits = attached["IPPrefixLen"]
-                inner.batch([slow_timeouts(mine["index"], attached["IPAddress"], prefix_bits, self._plan.min_rto_s)])
+            inner.batch(
+                [
+                    _limit_packets(mine["index"], gso_max_size(self._plan.packet_bytes)),
+                    tcp_route(mine["index"], attached["IPAddress"], attached["IPPrefixLen"], self._plan.tcp),
+                ]
+            )
             self.links.add(
                 name,
                 up=Port(inner, mine["index"], INTERFACE),

@@ -22,7 +22,7 @@ from testbed.labs.base import LabError, LabPlan, Process
 from testbed.labs.forkserver import ForkServer
 from testbed.links.netlink import NetlinkSocket, Request, back_to_own_namespace, encode, unshare_network
 from testbed.links.qdiscs import gso_max_size
-from testbed.links.routes import slow_timeouts
+from testbed.links.routes import tcp_route
 from testbed.links.shaper import Port, Shaper, set_port
 
 INTERFACE = "eth0"
@@ -143,14 +143,9 @@ class NetnsLab:
                     _link("loopback", _LOOPBACK_INDEX, "lo", up=True),
                     _address(host.address),
                     _link("interface", _ETH0_INDEX, INTERFACE, up=True, gso_max=gso_max_size(self._plan.packet_bytes)),
-                    *self._timeouts(host),
+                    tcp_route(_ETH0_INDEX, host.address, _NETWORK.prefixlen, self._plan.tcp),
                 ]
             )
-
-    def _timeouts(self, host: NetnsHost) -> list[Request]:
-        if self._plan.min_rto_s is None:
-            return []
-        return [slow_timeouts(_ETH0_INDEX, host.address, _NETWORK.prefixlen, self._plan.min_rto_s)]
 
     def _wire_trunks(self) -> None:
         for number, (name, ends) in enumerate(self._plan.trunks.items()):

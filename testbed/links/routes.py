@@ -1,6 +1,7 @@
-"""Routes of a host whose TCP is to wait longer than usual before it takes a segment for lost."""
+"""The route by which a host reaches the others, with what the kernel's TCP keeps for it."""
 
 import ipaddress
+from dataclasses import dataclass
 
 from pyroute2.netlink import NLM_F_CREATE, NLM_F_REPLACE
 from pyroute2.netlink.rtnl import RTM_NEWROUTE
@@ -9,26 +10,38 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 from testbed.links.netlink import Request, encode
 
 _AF_INET, _MAIN_TABLE, _BY_KERNEL, _TO_LINK, _UNICAST = 2, 254, 2, 253, 1
-_RTO_MIN_METRIC = 13  # RTAX_RTO_MIN: a metric counts only where it is locked
+_RTO_MIN_METRIC = 13  # RTAX_RTO_MIN counts only where it is locked
 
 
-def slow_timeouts(index: int, address: str, prefix_bits: int, min_rto_s: float) -> Request:
-    """Replace the route to an interface's own network by one with a minimum of TCP's retransmission time-out.
+@dataclass(frozen=True, slots=True)
+class Tcp:
+    """How connections of a host behave; None leaves what the kernel does.
 
-    Connections that begin afterwards obey it. The same time-out decides when an idle connection forgets its window.
+    congestion: their congestion control, unless a program chooses another. min_rto_s: minimum of the retransmission time-out,
+    after which an idle connection also forgets its window.
     """
+
+    congestion: str | None = None
+    min_rto_s: float | None = None
+
+
+def tcp_route(index: int, address: str, prefix_bits: int, tcp: Tcp) -> Request:
+    """Replace the route from an interface to its own network; connections that begin afterwards obey it."""
     message = rtmsg()
-    message |= {
-        "family": _AF_INET,
-        "dst_len": prefix_bits,
-        "table": _MAIN_TABLE,
-        "proto": _BY_KERNEL,
-        "scope": _TO_LINK,
-        "type": _UNICAST,
-    }
-    metrics = [("RTAX_LOCK", 1 << _RTO_MIN_METRIC), ("RTAX_RTO_MIN", round(min_rto_s * 1000))]
+    message["family"] = _AF_INET
+    message["dst_len"] = prefix_bits
+    message["table"] = _MAIN_TABLE
+    message["proto"] = _BY_KERNEL
+    message["scope"] = _TO_LINK
+    message["type"] = _UNICAST
+    metrics: list[tuple[str, object]] = []
+    if tcp.min_rto_s is not None:
+        metrics += [("RTAX_LOCK", 1 << _RTO_MIN_METRIC), ("RTAX_RTO_MIN", round(tcp.min_rto_s * 1000))]
+    if tcp.congestion is not None:
+        metrics.append(("RTAX_CC_ALGO", tcp.congestion))
+    network = ipaddress.ip_network(f"{address}/{prefix_bits}", strict=False)
     message["attrs"] = [
-        ("RTA_DST", str(ipaddress.ip_network(f"{address}/{prefix_bits}", strict=False).network_address)),
+        ("RTA_DST", str(network.network_address)),
         ("RTA_OIF", index),
         ("RTA_PREFSRC", address),
         ("RTA_METRICS", {"attrs": metrics}),

@@ -82,6 +82,7 @@ def prepare_cell(cell: Cell, directory: Path) -> None:
     links = {name: state.to_json() for name, state in cell.lab.links.items()}
     config = {**cell.config(), "label": cell.method.label, "overrides": dict(cell.overrides), "links": links}
     config["dilation"] = cell.dilation
+    config["tcp"] = asdict(cell.lab.tcp)
     config["calibrate"] = cell.calibrate and measurable(cell.lab)
     (directory / protocol.CELL_FILE).write_text(json.dumps(config, indent=1))
 

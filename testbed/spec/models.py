@@ -193,6 +193,9 @@ class LinkSpec(ShapeSpec):
         return LinkState(up, down, connected=self.up if isinstance(self.up, bool) else state.connected)
 
 
+CongestionControl = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,15}$", examples=["reno"])]
+
+
 class NetworkSpec(Model):
     """How hosts are joined.
 
@@ -201,6 +204,7 @@ class NetworkSpec(Model):
     link: every access link. links: what differs, by worker (w0, w1, …) or trunk. A trunk has delay and all other impairments
         in both directions; a delay between two regions is the one-way delay.
     between: properties by pair ("eu-us"), or "all" for what every pair has.
+    congestion: TCP's congestion control on all hosts, such as reno; left out: the kernel's own, under dilation reno.
     """
 
     topology: Literal["star", "dumbbell", "regions"] = "star"
@@ -210,6 +214,7 @@ class NetworkSpec(Model):
     left: list[str] | None = None
     regions: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*$")], list[str]] | None = None
     between: dict[str, LinkSpec] | None = None
+    congestion: CongestionControl | None = None
 
     @model_validator(mode="after")
     def _keys_of_topology(self) -> Self:
@@ -302,7 +307,7 @@ class TcpSpec(Model):
     """TCP as fast as it goes. congestion: a congestion control such as cubic; left out: the host's own."""
 
     streams: Annotated[Streams, BeforeValidator(parse_streams), PlainSerializer(_format_streams)] = ONE_STREAM
-    congestion: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,15}$")] | None = None
+    congestion: CongestionControl | None = None
 
 
 class UdpSpec(Model):

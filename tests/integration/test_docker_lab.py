@@ -20,6 +20,7 @@ from docker.models.networks import NetworkCollection
 from testbed.labs import docker as lab_module
 from testbed.labs.base import LabError, LabPlan, Process
 from testbed.labs.docker import LABEL, OWNER, DockerHost, DockerLab, clean, connect
+from testbed.links.routes import Tcp
 from testbed.links.state import LinkState, Shape
 
 pytestmark = pytest.mark.docker
@@ -174,7 +175,7 @@ def test_links_carry_their_rate_and_not_more(directory: Path) -> None:
 
 
 def test_time_outs_of_tcp_are_slowed_down(directory: Path) -> None:
-    with DockerLab(replace(plan(2), min_rto_s=0.8), directory) as lab:
+    with DockerLab(replace(plan(2), tcp=Tcp(min_rto_s=0.8)), directory) as lab:
         receive = "import socket\nc = socket.create_server(('', 5000)).accept()[0]\nwhile c.recv(1 << 20): pass"
         lab.hosts["w1"].start(["python", "-c", receive], {}, directory / "cells" / "sink")
         probe = (

@@ -21,6 +21,7 @@ from pathlib import Path
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab
+from testbed.links.routes import Tcp
 from testbed.links.qdiscs import largest_packet_bytes
 from testbed.links.state import LinkState, Shape
 
@@ -57,7 +58,8 @@ while True:
     except ConnectionRefusedError: time.sleep(0.02)
 s.send(b"x" * 1000)
 time.sleep(0.3)
-print(struct.unpack_from("=I", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 8)[0])
+print(struct.unpack_from("=I", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 8)[0],
+      s.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(bytes(1)).decode())
 '''
 """
 
@@ -299,22 +301,24 @@ with lab_of(["w0", "w1"], 20_000_000, 8_000) as lab:
     assert all(wait < 0.2 for _, wait in seen), seen
 
 
-def test_time_outs_of_tcp_are_slowed_down(tmp_path):
+def test_time_outs_and_congestion_control_of_tcp(tmp_path):
     # Read from the kernel (tcp_info, tcpi_rto in µs): it is the smoothed RTT and at least the minimum.
     seen = in_lab(
         tmp_path,
         """
 found = []
-for min_rto_s in (None, 0.8):
-    plan = replace(lab_of(["w0", "w1"], 50_000_000)._plan, min_rto_s=min_rto_s)
+for tcp in (Tcp(), Tcp("reno", 0.8)):
+    plan = replace(lab_of(["w0", "w1"], 50_000_000)._plan, tcp=tcp)
     with NetnsLab(plan, server) as lab:
         lab.hosts["w1"].start(["python", "-c", SINK], {}, tmp / "sink.log")
-        log = tmp / f"probe-{min_rto_s}.log"
+        log = tmp / f"probe-{tcp.congestion}.log"
         wait(lab.hosts["w0"].start(["python", "-c", TIMEOUT, lab.hosts["w1"].address], {}, log))
-        found.append(int(log.read_text()))
+        found.append(log.read_text().split())
 print(json.dumps(found))
 """,
     )
-    usual_us, slowed_us = seen
+    (usual_us, usual), (slowed_us, slowed) = ((int(microseconds), name) for microseconds, name in seen)
+    assert slowed == "reno"
+    assert usual == Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
     assert 200_000 <= usual_us < 400_000
     assert 800_000 <= slowed_us < 1_000_000

@@ -49,11 +49,19 @@ def test_everything_is_slower_by_the_same_factor(factor: float) -> None:
         assert (b.at_s, b.end_s, b.rate_bps) == pytest.approx((a.at_s * factor, a.end_s * factor, a.rate_bps / factor), abs=1)
     assert slow.flows[1].on is not None and slow.flows[1].on.seconds == pytest.approx(2 * factor)
     assert slow.stop == pytest.approx({"seconds": 10 * factor})
+    if factor > 1:  # CUBIC's window would not be slowed down
+        assert (slow.lab.tcp.congestion, slow.lab.tcp.min_rto_s) == ("reno", pytest.approx(0.2 * factor))
     workload = slow.config()["workload"]
     assert workload is not None
     assert workload["compute"] == {"pace_s": pytest.approx(0.02 * factor), "factors": [1, 1, 1, 2]}
     assert workload["evaluate_every_s"] == pytest.approx(factor)
     assert workload["stop"] == slow.stop
+
+
+def test_a_congestion_control_that_the_spec_names_stays() -> None:
+    spec = validate({**SPEC, "dilation": 2, "network": {**SPEC["network"], "congestion": "cubic"}})
+    assert make_plan(spec).cells[0].lab.tcp.congestion == "cubic"
+    assert cell(1).lab.tcp.congestion is None  # the kernel's own
 
 
 def test_times_are_reported_as_if_nothing_had_been_slowed_down(tmp_path: Path) -> None:
