@@ -18,7 +18,9 @@ from netsenseml.agent.client import ControlClient
 from netsenseml.agent.protocol import monotonic_s
 from netsenseml.ledger import Ledger
 from netsenseml.methods import make_method
-from netsenseml.sensing.tcp import TcpMonitor
+from netsenseml.sensing.tcp import TcpMonitor, TcpSample
+
+_SAMPLE_S = 0.2  # what the kernel counts is looked at so often; it would not tell of a shorter time anyway (sensing.tcp)
 
 
 def attach(
@@ -94,6 +96,8 @@ class Session:
         self._evaluations: protocol.RecordFile | None = None
         self._control: ControlClient | None = None
         self._tcp = TcpMonitor()
+        self._sample: TcpSample | None = None
+        self._sample_due_s = 0.0
         self._lock = threading.Lock()
         self._pending = 0  # buckets handed over and not yet exchanged
         self._all_launched = False
@@ -121,20 +125,20 @@ class Session:
             if not self._closed_by_step and self._ledger.elements:
                 self._close_step(arrived_s, None, None)
             self.method.begin()
-        ledger = self._ledger
+        ledger, elements, last = self._ledger, bucket.buffer().numel(), bucket.is_last()
         with self._lock:
-            ledger.elements += bucket.buffer().numel()
-            ledger.bucket_elements.append(bucket.buffer().numel())
+            ledger.elements += elements
+            ledger.bucket_elements.append(elements)
             ledger.ready_s.append(arrived_s)
             self._pending += 1
-            if bucket.is_last():
+            if last:
                 self._all_launched = True
                 self._ready_s = arrived_s
                 ledger.window_s += arrived_s - self._exchanged_s
         done = self.method.exchange(bucket, ledger).then(self._exchanged)
         blocked_s = monotonic_s() - arrived_s
         self.blocked_s += blocked_s
-        if not bucket.is_last():
+        if not last:
             ledger.comm_s += blocked_s
         return done
 
@@ -147,9 +151,16 @@ class Session:
             self._all_launched = False
         self._exchanged_s = monotonic_s()
         self._ledger.comm_s += self._exchanged_s - self._ready_s
-        self._ledger.tcp = self._tcp.sample()
+        self._ledger.tcp = self._sensed()
         self.method.finish(self._ledger)
         return result
+
+    def _sensed(self) -> TcpSample | None:
+        if self._exchanged_s >= self._sample_due_s:
+            self._sample_due_s = self._exchanged_s + _SAMPLE_S
+            self._sample = self._tcp.sample()
+            return self._sample
+        return self._sample.stale() if self._sample is not None else None
 
     def step(self, loss: torch.Tensor | float | None = None, samples: int | None = None) -> bool:
         """End a step; returns False when the run should end.

@@ -79,14 +79,15 @@ class Ledger:
                 self._in_flight_since = monotonic_s()
             self._in_flight += 1
 
-        def landed(done: Future[torch.Tensor]) -> torch.Tensor:
-            with self._lock:
-                self._in_flight -= 1
-                if not self._in_flight:
-                    self.flight_s += monotonic_s() - self._in_flight_since
-            return done.value()
+        result = collective()
+        result.add_done_callback(self._landed)  # the first of its callbacks, so it comes before what others do with it
+        return result
 
-        return collective().then(landed)
+    def _landed(self, _: object) -> None:
+        with self._lock:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self.flight_s += monotonic_s() - self._in_flight_since
 
     def lose(self, share: float, energy: float) -> None:
         """Note for a bucket what share of its energy, the sum of squares of what was to be sent, was not sent."""

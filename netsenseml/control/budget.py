@@ -91,6 +91,8 @@ class BudgetPolicy:
         self._network = network
         self._coding_s = coding_s
         self._coding_factor = 1.0
+        self._elements: tuple[int, ...] = ()
+        self._payloads: dict[str, list[list[tuple[float, int]]]] = {}
         self._share = share
         self._rung = next((i for i, rung in enumerate(rungs) if _density(rung) <= start), len(rungs) - 1)
         self._step = 0
@@ -120,7 +122,7 @@ class BudgetPolicy:
             self._ceiling = 0
         before = self._rung
         self._exposed_s = [*self._exposed_s[1 - _TRIAL :], seen.exposed_s]
-        fitted = self._fits(before, seen) or max(self._exposed_s[-2:]) <= self._allowed_s(before, seen)
+        fitted = max(self._exposed_s[-2:]) <= self._allowed_s(before, seen) or self._fits(before, seen)
         tolerated = not fitted and self._is_tolerated(seen)
         if fitted or tolerated:
             self._climb(seen)
@@ -170,8 +172,15 @@ class BudgetPolicy:
         return next(rungs, max(0, self._rung - 1))
 
     def _bytes(self, rung: int, seen: Observation) -> float:
-        scheme = self._rungs[rung]
-        return sum(payload for elements in seen.elements for payload, _ in scheme.payloads(elements, self._ranks))
+        return sum(payload for stages in self._payloads_of(self._rungs[rung], seen) for payload, _ in stages)
+
+    def _payloads_of(self, scheme: Scheme, seen: Observation) -> list[list[tuple[float, int]]]:
+        """Of every bucket, (bytes, hops) of every stage; the buckets of a model hardly ever change."""
+        if seen.elements != self._elements:
+            self._elements, self._payloads = seen.elements, {}
+        if scheme.name not in self._payloads:
+            self._payloads[scheme.name] = [scheme.payloads(elements, self._ranks) for elements in seen.elements]
+        return self._payloads[scheme.name]
 
     def _fall(self, seen: Observation, bandwidth_bps: float) -> None:
         rung = self._least_lossy(range(self._ceiling, len(self._rungs)), seen, 1.0)
@@ -209,7 +218,7 @@ class BudgetPolicy:
 
     def _allowed_s(self, rung: int, seen: Observation, margin: float = 1.0) -> float:
         """Exposed time that a rung may take."""
-        hops = sum(hops for elements in seen.elements for _, hops in self._rungs[rung].payloads(elements, self._ranks))
+        hops = sum(hops for stages in self._payloads_of(self._rungs[rung], seen) for _, hops in stages)
         latency_s = self._network.alpha_s * hops
         return latency_s + margin * self._share * max(seen.compute_s, latency_s)
 
@@ -217,10 +226,10 @@ class BudgetPolicy:
         """Forecast of the exposed time if a step like the last were exchanged by a scheme, with or without its coding."""
         coding_s = self._seconds_an_element(scheme) if coding else 0.0
         coded_s = landed_s = -max(seen.lead_s, default=0.0)
-        for elements, lead_s in zip(seen.elements, seen.lead_s, strict=True):
+        for elements, lead_s, stages in zip(seen.elements, seen.lead_s, self._payloads_of(scheme, seen), strict=True):
             coded_s = max(coded_s, -lead_s) + coding_s * elements
             landed_s = max(landed_s, coded_s)
-            for payload_bytes, hops in scheme.payloads(elements, self._ranks):
+            for payload_bytes, hops in stages:
                 landed_s += self._network.predict_s(payload_bytes, hops)
         return max(0.0, landed_s)
 

@@ -1,6 +1,6 @@
 """What all ranks know of each other's measurements, so that all can take the same decision."""
 
-from collections.abc import Sequence
+from array import array
 
 import torch
 import torch.distributed as dist
@@ -28,33 +28,33 @@ class Agreement:
         """Form the group; called on all ranks of ``group``."""
         self._ranks = group.size()
         self._group = own_group(group, backend="gloo")
-        self._shared: torch.Tensor | None = None
+        self._shared = torch.empty(0)
         self._done: Future[object] | None = None
 
-    def share(self, values: Sequence[float]) -> None:
+    def share(self, values: list[float]) -> None:
         """Send this rank's values; as many on every rank."""
-        mine = torch.tensor([values] * self._ranks, dtype=torch.float64)
-        self._shared = torch.empty(mine.shape, dtype=torch.float64)
+        mine = torch.frombuffer(array("d", values * self._ranks), dtype=torch.float64)
+        self._shared = torch.empty(self._ranks, len(values), dtype=torch.float64)
         # What all_to_all_single does, without its checks: they would take longer than all else here.
         self._done = self._group.alltoall_base(self._shared, mine, [], [], _OPTIONS).get_future()
 
-    def result(self) -> torch.Tensor | None:
-        """What the ranks shared last, shape (n, values), row r from rank r; None if there is nothing new."""
+    def result(self) -> list[list[float]] | None:
+        """What the ranks shared last, row r from rank r; None if there is nothing new."""
         if self._done is None:
             return None
         self._done.wait()
         self._done = None
-        return self._shared
+        shared: list[list[float]] = self._shared.tolist()
+        return shared
 
     def close(self) -> None:
         """Wait for what is under way and dissolve the group; called on all ranks."""
         self.result()
         dissolve(self._group)
 
-    def largest(self, values: Sequence[float]) -> list[float]:
+    def largest(self, values: list[float]) -> list[float]:
         """The largest of every value among the ranks; waits."""
         self.share(values)
         shared = self.result()
         assert shared is not None
-        largest: list[float] = shared.amax(dim=0).tolist()
-        return largest
+        return [max(column) for column in zip(*shared, strict=True)]

@@ -103,9 +103,10 @@ class NetSense(Coded):
         shared = self._agreement.result()
         if shared is None:
             return
-        exposed_s, minus_compute_s, minus_encode_s, flight_s, kernel_bps, _, *lead_s = shared.amin(dim=0).tolist()
+        smallest = (min(column) for column in zip(*shared, strict=True))
+        exposed_s, minus_compute_s, minus_encode_s, flight_s, kernel_bps, _, *lead_s = smallest
         # A ring passes every delay as often as all others. Summed exactly, as machines may add in different orders.
-        rtt_s = math.fsum(shared[:, _RTT].tolist()) / len(shared)
+        rtt_s = math.fsum(row[_RTT] for row in shared) / len(shared)
         payload_bytes, hops = self._sent
         self._network.update([Transfer(payload_bytes, hops, flight_s)], _known(kernel_bps), _known(rtt_s))
         self.bandwidth_bps = self._network.beta_bps

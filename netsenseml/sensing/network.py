@@ -13,7 +13,7 @@ _FADING = 0.9  # and each weighs less than the next one by this factor
 _NOISE_S, _NOISE = 1e-3, 0.05  # how much a step's time is off: what the scheduler costs, and a share of the time
 _ODD = 4.0  # times the usual error: a step so far off is an accident, or the first one after a change
 _QUANTILE = 0.4  # of the steps' times per byte; not their median, as accidents lengthen a step and hardly ever shorten it
-_AS_EXPECTED, _REFIT = 0.5, 4  # a step off by less than so much noise is no news: every fourth is fitted
+_AS_EXPECTED, _REFIT = 1.0, 4  # a step that is off by no more than the noise is no news: every fourth is fitted
 _MOST_LATENCY = 0.9  # share of a step's time, at most, so that there is always some left for its bytes
 _ANCHOR, _ANCHORED_STEPS = 12.0, 48  # weight of what is known of latency and credit, in steps, and when it is reached
 _RETURN = 1 / 8  # share of the way back to half of the smallest RTT that alpha goes, where no step contradicts
@@ -195,16 +195,24 @@ class NetworkEstimate:
         known_s = min(known_s, most_s)
         rows = self._weighted(self._through(known_s, known_credit_s))
 
-        def product(i: int, j: int) -> float:
-            return math.fsum(row[0] * row[i] * row[j] for row in rows)
-
-        # Normal equations of the line in hops (1), credit (2) and bytes (3) for seconds (4), with bytes eliminated.
-        of_hops, of_credit, of_seconds = (product(i, 3) / product(3, 3) for i in (1, 2, 4))
-        hh = product(1, 1) - of_hops * product(1, 3) + anchor_hops
-        hc = product(1, 2) - of_hops * product(2, 3)
-        cc = product(2, 2) - of_credit * product(2, 3) + anchor
-        hs = product(1, 4) - of_seconds * product(1, 3) + anchor_hops * known_s
-        cs = product(2, 4) - of_seconds * product(2, 3) + anchor * known_credit_s
+        # Normal equations of the line in hops, credit (whose factor is -1) and bytes for seconds, with bytes eliminated.
+        hh = hc = hb = hs = cc = cb = cs = bb = bs = 0.0
+        for weight, hops, payload_bytes, seconds in rows:
+            of_hops, of_bytes = weight * hops, weight * payload_bytes
+            hh += of_hops * hops
+            hc -= of_hops
+            hb += of_hops * payload_bytes
+            hs += of_hops * seconds
+            cc += weight
+            cb -= of_bytes
+            cs -= weight * seconds
+            bb += of_bytes * payload_bytes
+            bs += of_bytes * seconds
+        hh += anchor_hops - hb / bb * hb
+        hc -= hb / bb * cb
+        cc += anchor - cb / bb * cb
+        hs += anchor_hops * known_s - bs / bb * hb
+        cs += anchor * known_credit_s - bs / bb * cb
         alpha_s, credit_s = known_s, known_credit_s
         for _ in range(20):  # Gauss-Seidel keeps them within their bounds
             alpha_s = min(max((hs - hc * credit_s) / hh, 0.0), most_s)
@@ -227,21 +235,21 @@ class NetworkEstimate:
                 break
         return _Line(alpha_s, byte_s, credit_s)
 
-    def _weighted(self, line: _Line) -> list[tuple[float, ...]]:
-        """(weight, hops, credit, bytes, seconds) of each step and of the kernel's word on it.
+    def _weighted(self, line: _Line) -> list[tuple[float, float, float, float]]:
+        """(weight, hops, bytes, seconds) of each step and of the kernel's word on it.
 
         A step far from the line has little weight: the sum of distances counts, not that of their squares. The kernel's
         word is as good as a step without latency, but it counts only where it is faster than the line.
         """
-        rows: list[tuple[float, ...]] = []
+        rows: list[tuple[float, float, float, float]] = []
         fading = 1.0
         for step in reversed(self._steps):
             noise_s = _noise_s(line.byte_s * step.payload_bytes)
             weight = fading / (noise_s * max(noise_s, abs(step.seconds - line.seconds(step))))
-            rows.append((weight, step.hops, -1.0, step.payload_bytes, step.seconds))
+            rows.append((weight, step.hops, step.payload_bytes, step.seconds))
             busy_s = 8 * step.payload_bytes / step.kernel_bps if step.kernel_bps else math.inf
             if busy_s < line.byte_s * step.payload_bytes - line.credit_s:
-                rows.append((weight, 0.0, -1.0, step.payload_bytes, busy_s))
+                rows.append((weight, 0.0, step.payload_bytes, busy_s))
             fading *= _FADING
         return rows
 

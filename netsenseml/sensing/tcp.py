@@ -10,7 +10,7 @@ import struct
 import sys
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from netsenseml.agent.protocol import monotonic_s
@@ -94,6 +94,10 @@ class TcpSample:
     delivery_bps: float
     app_limited: bool
     bandwidth_bps: float | None
+
+    def stale(self) -> "TcpSample":
+        """The same later on, when nothing in it is news."""
+        return replace(self, acked_bytes=0, bandwidth_bps=None)
 
 
 @dataclass(slots=True)
