@@ -15,6 +15,7 @@ _MARGIN = 0.85  # a rung above must fit into this share of the budget before it 
 _PATIENCE = 3  # so many steps in a row
 _TRIAL = 10  # a rung that is left within so many steps was no good
 _LENIENT = 2.0  # where lateness is as large as the budget, the first steps of a trial may take so many times as long
+_DEVIATIONS = 2.0  # so far may the mean of a trial be off by chance, in standard deviations
 _GROWTH = 2.0  # a trial sends at most so many times the bytes
 _LONGEST_PAUSE = 320
 _FASTER = 1.3  # a network that is faster by this factor is another one
@@ -69,7 +70,8 @@ class BudgetPolicy:
     A forecast from small payloads takes whatever delays them for a lack of bandwidth, and would keep them small for ever. So
     now and then a rung of up to ``_GROWTH`` times the bytes is tried, whatever its forecast says. It stays if its steps fit, or
     if they wait hardly longer than those before: then it was not the bytes that took the time. A rung that was taken and
-    soon left again is not tried for a while, and twice as long each time, until the network has become faster.
+    soon left again, for the one before it, is not tried for a while, and twice as long each time, until the network has become
+    faster.
     """
 
     def __init__(
@@ -98,8 +100,8 @@ class BudgetPolicy:
         self._step = 0
         self._candidates: list[int] = []
         self._exposed_s: list[float] = []
-        self._tolerated_s, self._lenient = 0.0, False
-        self._climbed_at = -_TRIAL
+        self._tolerated_s, self._spread_s, self._lenient = 0.0, 0.0, False
+        self._climbed_at, self._climbed_from = -_TRIAL, self._rung
         self._ceiling, self._ceiling_until, self._pause = 0, 0, _TRIAL
         self._ceiling_bps = 0.0
 
@@ -131,24 +133,25 @@ class BudgetPolicy:
         if self._rung == before:
             return
         if self._rung > before:
-            self._tolerated_s = 0.0
+            self._tolerated_s = self._spread_s = 0.0
         elif not tolerated:  # or it would grow from rung to rung
-            self._tolerated_s = self._hardly_longer_s(seen)
+            self._remember_waiting(seen)
         self._lenient = not fitted
         self._candidates, self._exposed_s = [], []
 
-    def _hardly_longer_s(self, seen: Observation) -> float:
-        """What may be waited for with a rung above, as so much was waited for with this one; noise is no difference."""
+    def _remember_waiting(self, seen: Observation) -> None:
+        """What may be waited for with a rung above, as so much was waited for with this one."""
         mean_s = math.fsum(self._exposed_s) / len(self._exposed_s)
-        spread_s = math.sqrt(math.fsum((waited_s - mean_s) ** 2 for waited_s in self._exposed_s) / len(self._exposed_s))
-        return mean_s + spread_s + _WORTH * (seen.compute_s + mean_s)
+        self._tolerated_s = mean_s + _WORTH * (seen.compute_s + mean_s)
+        self._spread_s = math.sqrt(math.fsum((waited_s - mean_s) ** 2 for waited_s in self._exposed_s) / len(self._exposed_s))
 
     def _is_tolerated(self, seen: Observation) -> bool:
-        """Whether the last steps waited hardly longer than with the rung below."""
+        """Whether the last steps waited hardly longer than with the rung below; noise is no difference."""
         newest_s = self._exposed_s[-_PATIENCE:]
         mean_s = math.fsum(newest_s) / len(newest_s)
         begins = len(newest_s) < _PATIENCE and self._lenient
-        return mean_s <= (_LENIENT if begins else 1.0) * self._tolerated_s
+        noise_s = _DEVIATIONS * self._spread_s / math.sqrt(len(newest_s))
+        return mean_s <= (_LENIENT if begins else 1.0) * (self._tolerated_s + noise_s)
 
     def _climb(self, seen: Observation) -> None:
         if self._step == self._climbed_at + _TRIAL:
@@ -160,16 +163,17 @@ class BudgetPolicy:
         if len(self._candidates) < _PATIENCE:
             return
         rung = max(self._candidates)
-        if rung == self._rung and not self._ceiling:
+        if rung == self._rung:
             rung = self._larger(seen)
         if rung < self._rung:
-            self._rung, self._climbed_at = rung, self._step
+            self._climbed_from, self._climbed_at = self._rung, self._step
+            self._rung = rung
 
     def _larger(self, seen: Observation) -> int:
-        """The rung to try."""
+        """The rung to try, or the present one if no other may be tried."""
         most_bytes = _GROWTH * self._bytes(self._rung, seen)
-        rungs = (rung for rung in range(self._rung) if self._bytes(rung, seen) <= most_bytes)
-        return next(rungs, max(0, self._rung - 1))
+        rungs = range(self._ceiling, self._rung)
+        return next((rung for rung in rungs if self._bytes(rung, seen) <= most_bytes), rungs[-1] if rungs else self._rung)
 
     def _bytes(self, rung: int, seen: Observation) -> float:
         return sum(payload for stages in self._payloads_of(self._rungs[rung], seen) for payload, _ in stages)
@@ -189,10 +193,11 @@ class BudgetPolicy:
             self._ceiling_until = self._step + self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
             self._climbed_at = -_TRIAL
-        if rung == self._rung and len(self._exposed_s) >= _PATIENCE and not self._ceiling:
+            rung = min(rung, self._climbed_from)
+        if rung == self._rung and len(self._exposed_s) >= _PATIENCE:
             rung = self._larger(seen)
         if rung < self._rung:
-            self._climbed_at = self._step
+            self._climbed_from, self._climbed_at = self._rung, self._step
         self._rung = rung
 
     def _least_lossy(self, rungs: range, seen: Observation, margin: float) -> int:
@@ -242,8 +247,8 @@ class BudgetPolicy:
 
 
 _STATE = (
-    *("_rung", "_step", "_coding_factor", "_candidates", "_exposed_s", "_tolerated_s", "_lenient"),
-    *("_climbed_at", "_ceiling", "_ceiling_until", "_ceiling_bps", "_pause"),
+    *("_rung", "_step", "_coding_factor", "_candidates", "_exposed_s", "_tolerated_s", "_spread_s", "_lenient"),
+    *("_climbed_at", "_climbed_from", "_ceiling", "_ceiling_until", "_ceiling_bps", "_pause"),
 )
 
 

@@ -1,6 +1,7 @@
 """Policies against a simulated network: a collective takes hops x latency + bytes / rate."""
 
 import random
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +96,12 @@ def best(network: Network) -> Scheme:
     return next((rung for rung in rungs if network.exposed_s(rung) <= BUDGET_S), rungs[-1])
 
 
+def hardly_longer(network: Network) -> Scheme:
+    """The least lossy rung whose step is within 3 % of the best one's; nothing is lost for less."""
+    enough_s = 1.03 * (COMPUTE_S + network.exposed_s(best(network)))
+    return next(rung for rung in ladder(RANKS, DEFAULTS["floor"]) if COMPUTE_S + network.exposed_s(rung) <= enough_s)
+
+
 def position(scheme: Scheme) -> int:
     return [rung.name for rung in ladder(RANKS, DEFAULTS["floor"])].index(scheme.name)
 
@@ -130,8 +137,8 @@ def test_settles_on_the_least_lossy_rung_that_fits_and_stays(rate_bps: float) ->
     trials = [scheme for scheme in loop.run(60) if scheme.name != name]
     assert len(trials) <= 3
     assert all(position(scheme) < position(by_name(name)) for scheme in trials)
-    # Never above what fits; below it by as much as the margin asks for, which is one sparse rung or one type.
-    assert 0 <= position(by_name(name)) - position(best(network)) <= 1
+    # Never above what fits, or hardly; below it by as much as the margin asks for, which is one sparse rung or one type.
+    assert position(hardly_longer(network)) <= position(by_name(name)) <= position(best(network)) + 1
 
 
 def test_ranks_that_come_late_are_not_taken_for_a_thin_network() -> None:
@@ -153,6 +160,19 @@ def test_lateness_larger_than_the_budget_is_not_compressed_for(late_s: float) ->
     loop.network.rate_bps = 20e6  # but what is thin is still seen
     loop.run(6)
     assert position(loop.policy.scheme) > 6
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lateness_on_a_thin_network_does_not_wear_the_gradients_down(seed: int) -> None:
+    """What small payloads take is mostly lateness; taken for a lack of bandwidth it would make them ever smaller."""
+    late_s, draw = 0.02, random.Random(seed)
+    loop = Loop(Network(rate_bps=60e6))
+    rungs = []
+    for _ in range(300):
+        loop.network.late_s = late_s * draw.uniform(0.4, 1.6)
+        rungs.append(position(loop.step()))
+    ideal = position(best(Network(rate_bps=60e6)))
+    assert abs(statistics.mean(rungs[100:]) - ideal) <= 4
 
 
 def test_trials_on_a_thin_network_become_rare() -> None:
@@ -196,8 +216,8 @@ def test_one_rank_that_slept_while_it_coded_does_not_make_coding_dear() -> None:
 
 
 def test_nothing_is_lost_for_a_few_percent() -> None:
-    """Plain all-reduce is exposed for 16 ms, which is more than the budget of 15; half the bytes take 8 and 6.6 of coding."""
-    network = Network(rate_bps=3.2e9, coding_s=6.3e-9)
+    """Plain all-reduce is exposed for 25 ms, which is more than the budget of 24; half the bytes take 13 and 11 of coding."""
+    network = Network(rate_bps=2e9, coding_s=1.05e-8)
     assert network.exposed_s(Plain()) > BUDGET_S > network.exposed_s(by_name("bf16"))
     loop = Loop(network)
     loop.run(60)
