@@ -104,9 +104,7 @@ METHODS: Mapping[str, Options] = {
         "policy": Option(
             str, "budget", "what decides: our rule, the paper's, or the list 'schemes'", choices=("budget", "bdp", "fixed")
         ),
-        "share": Option(
-            float, 0.4, "of the compute time, so much may be waited for communication (budget)", above=0, high=100
-        ),
+        "share": Option(float, 0.4, "of the compute time, so much may be waited for communication (budget)", above=0, high=100),
         "floor": Option(float, 0.001, "smallest share of the elements (budget, bdp)", above=0, high=1),
         "start": Option(float, 0.01, "share of the elements in the first steps (budget, bdp)", above=0, high=1),
         "schemes": Option(list, [], "scheme of every step, as the records name them; the last one goes on (fixed)"),

@@ -2,12 +2,12 @@
 
     {"name", "valid", "problems": ["<cell>: <problem>"],
      "cells": [{"cell", "method", "seed", "overrides", "workers", "steps", "throughput_samples_per_s", "step_s_median",
-                "encode_s_median", "payload_bytes_per_step", "lost_energy", "final_loss", "final_accuracy", "best_accuracy",
-                "time_to_target_s", "bytes_to_target", "valid", "problems", "earlier_failures", "replicas_identical",
-                "calibrated"}],
+                "encode_s_median", "payload_bytes_per_step", "lost_energy", "phases", "final_loss", "final_accuracy",
+                "best_accuracy", "time_to_target_s", "bytes_to_target", "valid", "problems", "earlier_failures",
+                "replicas_identical", "calibrated"}],
      "comparisons": [{"baseline", "method", "overrides", "throughput_ratio", "ci95": [lo, hi], "time_to_target_ratio",
                       "seeds", "valid"}],
-     "regrets": [{"method", "overrides", "best", "regret", "valid"}]}
+     "regrets": [{"method", "overrides", "best", "regret", "oracle", "valid"}]}
 
 A number that is not known is null. ``METRICS`` gives the meaning and unit of each number.
 """
@@ -24,6 +24,7 @@ import pandas as pd
 from testbed.results.columns import TABLES
 from testbed.results.dilated import reported
 from testbed.results.load import SUMMARY_FILE, Run
+from testbed.results.phases import oracle, phases
 from testbed.results.records import replacing
 from testbed.results.validity import cell_problems, replicas_identical
 
@@ -56,6 +57,9 @@ METRICS: Mapping[str, str] = {
     "seeds": "number of seeds that both ran",
     "regret": "throughput of the best other method that lost no more of the gradients' energy ÷ that of netsense:"
     " above 1, netsense chose too cautiously or too slowly; geometric mean over the seeds that both ran",
+    "phases": "what was reached between two changes of the schedule, where there are not too many: from_s, to_s, samples_per_s,"
+    " lost_energy",
+    "oracle": "as regret, against one who chose the best other method anew in every phase; null without phases",
 }
 
 
@@ -97,6 +101,7 @@ def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
         "encode_s_median": _number(warm["encode_s"].median()),
         "lost_energy": lost_energy(warm),
         "payload_bytes_per_step": _number(warm["payload_bytes"].mean()),
+        "phases": phases(steps, _lost(steps), tables["events"]),
         "final_loss": _number(cell["final_loss"], last["loss"]),
         "final_accuracy": final_accuracy,
         "best_accuracy": _number(pd.Series([*evals["accuracy"], final_accuracy], dtype="float64").max()),
@@ -141,7 +146,11 @@ def bytes_to_target(evals: pd.DataFrame, steps: pd.DataFrame, target: float | No
 
 def lost_energy(steps: pd.DataFrame) -> float | None:
     """Mean share of the gradients' energy that was not sent; where values are only rounded, its bound. None if not known."""
-    return _number(steps["lost_energy"].astype(float).fillna(steps["scheme"].map(ROUNDING)).mean())
+    return _number(_lost(steps).mean())
+
+
+def _lost(steps: pd.DataFrame) -> pd.Series:
+    return steps["lost_energy"].astype(float).fillna(steps["scheme"].map(ROUNDING))
 
 
 def regrets(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -155,12 +164,13 @@ def regrets(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         by_method = {
             method: [cell for cell in group if cell["method"] == method] for method in method_order(c["method"] for c in group)
         }
-        for method in (method for method in by_method if method.startswith(ADAPTIVE)):
+        fixed = [method for method in by_method if not method.startswith(ADAPTIVE)]
+        for method in (method for method in by_method if method not in fixed):
             lost = _mean_of(by_method[method], "lost_energy")
             rivals = {}
-            for other, theirs in by_method.items():
-                other_lost = _mean_of(theirs, "lost_energy")
-                if other.startswith(ADAPTIVE) or lost is None or other_lost is None or other_lost > lost:
+            for other in fixed:
+                theirs, other_lost = by_method[other], _mean_of(by_method[other], "lost_energy")
+                if lost is None or other_lost is None or other_lost > lost:
                     continue
                 by_seed = {cell["seed"]: cell for cell in by_method[method]}
                 pairs = [(cell, by_seed[cell["seed"]]) for cell in theirs if cell["seed"] in by_seed]
@@ -171,8 +181,18 @@ def regrets(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 best = max(rivals, key=lambda other: rivals[other][0])
                 regret, valid = rivals[best]
                 overrides = group[0]["overrides"]
-                found.append({"method": method, "overrides": overrides, "best": best, "regret": regret, "valid": valid})
+                chosen_anew = _oracle(by_method[method], [theirs for other, theirs in by_method.items() if other in fixed])
+                numbers = {"best": best, "regret": regret, "oracle": chosen_anew, "valid": valid}
+                found.append({"method": method, "overrides": overrides, **numbers})
     return found
+
+
+def _oracle(cells: Sequence[Mapping[str, Any]], rivals: Sequence[Sequence[Mapping[str, Any]]]) -> float | None:
+    ratios = [
+        oracle(cell["phases"], [their["phases"] for theirs in rivals for their in theirs if their["seed"] == cell["seed"]])
+        for cell in cells
+    ]
+    return geometric_mean([ratio for ratio in ratios if ratio])
 
 
 def _mean_of(cells: Sequence[Mapping[str, Any]], metric: str) -> float | None:
@@ -242,7 +262,12 @@ def write_summary(summary: Mapping[str, Any], directory: Path) -> None:
     with replacing(directory / SUMMARY_FILE) as path:
         path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     rows = [
-        {**cell, **cell["overrides"], "overrides": scenario(cell["overrides"]), "problems": "; ".join(cell["problems"])}
+        {
+            **{key: value for key, value in cell.items() if key != "phases"},
+            **cell["overrides"],
+            "overrides": scenario(cell["overrides"]),
+            "problems": "; ".join(cell["problems"]),
+        }
         for cell in summary["cells"]
     ]
     with replacing(directory / CSV_FILE) as path, open(path, "w", newline="") as file:

@@ -17,6 +17,7 @@ from netsenseml.agent.protocol import steps_file
 from testbed.results import validity
 from testbed.results.columns import HOST_COLUMNS, IDENTITY_COLUMNS, TABLES
 from testbed.results.load import NotARun, Run, load_run
+from testbed.results.phases import phases
 from testbed.results.records import finish_cell, method_label, read_table
 from testbed.results.summary import bootstrap_ci95, compare, geometric_mean, lost_energy, regrets, summarize, write_summary
 from tests.testbed.synthetic_run import append, host_rows, write_cell, write_run
@@ -208,6 +209,7 @@ def summary_cell(method: str, seed: int, throughput: float, **columns: Any) -> d
         "throughput_samples_per_s": throughput,
         "time_to_target_s": None,
         "overrides": {},
+        "phases": [],
         "valid": True,
     }
     return {"method": method, "seed": seed, **known, **columns}
@@ -484,6 +486,35 @@ def test_regret_counts_only_what_loses_no_more() -> None:
     assert (found["method"], found["best"], found["valid"]) == ("netsense", "topk", True)
     assert found["regret"] == pytest.approx(1.04)
     assert regrets([cell for cell in cells if cell["method"] != "netsense"]) == []
+
+
+def test_a_step_counts_in_every_phase_in_which_it_took_time() -> None:
+    steps = pd.DataFrame({"t_s": [4.0, 12.0, 14.0], "step_s": [4.0, 8.0, 2.0], "samples": [8, 8, 8]})
+    events = pd.DataFrame({"kind": ["initial", "schedule", "schedule", "manual"], "planned_s": [0.0, 10.0, 10.0, 5.0]})
+    first, second = phases(steps, pd.Series([0.2, 0.6, np.nan]), events)
+    assert (first["from_s"], first["to_s"], second["to_s"]) == (0, 10, 14)
+    assert first["samples_per_s"] == pytest.approx((8 + 8 * 6 / 8) / 10)
+    assert second["samples_per_s"] == pytest.approx((8 * 2 / 8 + 8) / 4)
+    assert first["lost_energy"] == pytest.approx((0.2 + 0.6 * 0.75) / 1.75)
+    assert second["lost_energy"] == pytest.approx(0.6)
+    assert phases(steps, steps["t_s"], events[events["kind"] != "schedule"]) == []
+
+
+def test_the_oracle_takes_in_every_phase_the_best_that_loses_no_more() -> None:
+    def cell(method: str, *phases: tuple[float, float]) -> dict[str, Any]:
+        spans = [
+            {"from_s": 10.0 * n, "to_s": 10.0 * (n + 1), "samples_per_s": rate, "lost_energy": lost}
+            for n, (rate, lost) in enumerate(phases)
+        ]
+        return {**summary_cell(method, 0, 50.0, lost_energy=np.mean([lost for _, lost in phases])), "phases": spans}
+
+    cells = [
+        cell("netsense", (90, 0.0), (60, 0.9)),
+        cell("allreduce", (99, 0.0), (5, 0.0)),
+        cell("topk", (300, 0.5), (66, 0.5)),
+    ]
+    [found] = regrets(cells)
+    assert found["oracle"] == pytest.approx((99 + 66) / 150)
 
 
 def test_bytes_to_the_target_are_those_of_all_ranks(tmp_path: Path) -> None:
