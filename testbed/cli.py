@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from testbed.spec.errors import SpecError
 from testbed.spec.load import load_spec, parse_link, with_text
 from testbed.spec.models import Spec
 from testbed.spec.units import parse_rate, parse_share, parse_time
+
+if TYPE_CHECKING:
+    from testbed.results.load import Run
 
 T = TypeVar("T")
 
@@ -81,18 +84,31 @@ def validate(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+def report(
+    directory: Annotated[Path, typer.Argument(help="A run directory.")],
+    tensorboard: Annotated[Path | None, typer.Option(help="Also write TensorBoard event files, a directory a cell.")] = None,
+) -> None:
     """Write summary and report of a run again, for example of one that was killed."""
-    from testbed.results.load import NotARun
+    from testbed.results.load import NotARun, load_run
     from testbed.run.start import finish
 
     def write() -> int:
         try:
+            if tensorboard is not None:
+                _event_writer()(load_run(directory), tensorboard)
             return finish(directory, Console())
         except (NotARun, ValueError) as error:
             _fail(str(error), EXIT_BAD_INPUT)
 
     raise typer.Exit(_guarded(write))
+
+
+def _event_writer() -> "Callable[[Run, Path], None]":
+    try:
+        from testbed.report.tensorboard import write_events
+    except ModuleNotFoundError as error:
+        _fail(f"--tensorboard needs {error.name}; install it with: pip install tensorboardX", EXIT_CANNOT)
+    return write_events
 
 
 @app.command()

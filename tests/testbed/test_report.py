@@ -4,7 +4,10 @@ import html
 import json
 import re
 import shutil
+import struct
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from tensorboardX.proto import event_pb2
+from typer.testing import CliRunner
 
+from testbed.cli import app
 from testbed.report import series, text
 from testbed.report.figures import figures, palette
 from testbed.report.html import render, write_report
@@ -255,3 +261,40 @@ def test_page_opens_without_network_and_draws_everything(tmp_path: Path) -> None
     assert f'data-drawn="{expected}"' in done.stdout
     assert len(re.findall(r'class="plot js-plotly-plot"', done.stdout)) == expected
     assert "<img" not in done.stdout
+
+
+def test_tensorboard_gets_every_step_and_evaluation(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", methods=("allreduce", "netsense"))
+    done = CliRunner().invoke(app, ["report", str(directory), "--tensorboard", str(tmp_path / "events")])
+    assert done.exit_code in (0, 3), done.output
+    run = load_run(directory)
+    assert sorted(path.name for path in (tmp_path / "events").iterdir()) == sorted(run.cells["cell"])
+    [file] = (tmp_path / "events" / "netsense-s0").iterdir()
+    steps = run.steps[(run.steps["cell"] == "netsense-s0") & (run.steps["rank"] == 0)].set_index("step")
+    scalars = {
+        (value.tag, event.step): (value.simple_value, event.wall_time)
+        for event in read_events(file)
+        for value in event.summary.value
+    }
+    for step, row in steps.iterrows():
+        assert scalars["step/comm_s", step] == pytest.approx((row["comm_s"], row["t_s"]))
+    tested = run.evals[run.evals["cell"] == "netsense-s0"]
+    assert {step for tag, step in scalars if tag == "test/accuracy"} == set(tested["step"])
+
+
+def read_events(file: Path) -> Iterator[Any]:
+    """TFRecord: length (8 bytes), its checksum (4), the event, its checksum (4)."""
+    data = file.read_bytes()
+    while data:
+        (length,) = struct.unpack_from("<Q", data)
+        yield event_pb2.Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
+
+
+def test_tensorboard_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.delitem(sys.modules, "testbed.report.tensorboard", raising=False)
+    directory = write_run(tmp_path / "run", methods=("allreduce",))
+    done = CliRunner().invoke(app, ["report", str(directory), "--tensorboard", str(tmp_path / "events")])
+    assert done.exit_code == 4
+    assert "pip install tensorboardX" in done.output
