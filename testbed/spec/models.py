@@ -1,5 +1,6 @@
 """The YAML spec as pydantic models. What a key means stands here; how it is read is in ``load``."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast
@@ -193,7 +194,14 @@ class LinkSpec(ShapeSpec):
         return LinkState(up, down, connected=self.up if isinstance(self.up, bool) else state.connected)
 
 
-CongestionControl = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,15}$", examples=["reno"])]
+def parse_congestion(value: object) -> str:
+    """The name of a congestion control, as the kernel might know it."""
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,15}", value):
+        raise ValueError(f"{value!r:.40} is no congestion control; write its name in the kernel, such as cubic, reno or bbr")
+    return value
+
+
+CongestionControl = Annotated[str, BeforeValidator(parse_congestion)]
 
 
 class NetworkSpec(Model):
