@@ -38,13 +38,14 @@ class Lot:
     """One bucket at the moment of its exchange.
 
     groups: a process group for every stage. shared_seed: differs between steps and buckets; the same on all ranks.
-    sent: filled by the scheme with what was sent.
+    sent: filled by the scheme with what was sent. out: shape (n,) float32, takes the mean; what it holds before is of no use.
     """
 
     groups: tuple[dist.ProcessGroup, dist.ProcessGroup]
     ledger: Ledger
     shared_seed: int
     sent: Sent
+    out: torch.Tensor
 
     @property
     def rank(self) -> int:
@@ -85,7 +86,7 @@ class Plain:
         return [(all_reduce_bytes(self.item_bytes * elements, ranks), all_reduce_hops(ranks))]
 
     def exchange(self, wanted: torch.Tensor, lot: Lot) -> Exchange:
-        mean = wanted.clone()
+        mean = lot.out.copy_(wanted)
         wanted.zero_()
         (payload, hops), *_ = Plain().payloads(len(wanted), lot.ranks)  # what was left behind is float32
         send = partial(all_reduce_mean, mean, lot.groups[0])
@@ -123,7 +124,7 @@ class Gather:
         )
         with ledger.coding():
             # Rank after rank, so that the additions have the same order everywhere.
-            mean = torch.zeros_like(wanted)
+            mean = lot.out.zero_()
             for row in rows:
                 add_decoded(row, mean, 1 / lot.ranks)
         return mean
@@ -133,35 +134,39 @@ class Gather:
 class WideGather:
     """Top-k as it is mostly published: a float32 and an int64 index for every value, 12 (N - 1) k bytes, N - 1 hops.
 
-    The choice is made by our kernels; only the form differs.
+    Our kernels choose; only the form differs. As what arrives from all ranks takes more memory than the bucket, a
+    large one is exchanged in pieces of so many elements, one after another; the next bucket must wait until it is through.
     """
 
     density: float
+    piece: int = 1 << 24
 
     @property
     def name(self) -> str:
         return f"topk12@{100 * self.density:.4g}%"
 
     def payloads(self, elements: int, ranks: int) -> list[tuple[float, int]]:
-        slot = _WIDE_BYTES * slots(elements, self.density)
-        return [(all_gather_bytes(slot, ranks), all_gather_hops(slot, ranks))]
+        whole, rest = divmod(elements, self.piece)
+        bytes_of_slots = [_WIDE_BYTES * slots(size, self.density) for size in [self.piece] * whole + [rest] * (rest > 0)]
+        return [(all_gather_bytes(slot, ranks), all_gather_hops(slot, ranks)) for slot in bytes_of_slots]
 
     def exchange(self, wanted: torch.Tensor, lot: Lot) -> Exchange:
-        ledger, k = lot.ledger, slots(len(wanted), self.density)
-        with ledger.coding():
-            values = wanted.clone()
-            Codec("fp32", self.density).encode(wanted, lot.seed, sent=lot.sent)
-            positions = lot.sent.positions.long() if lot.sent.positions is not None else torch.arange(k)
-            slot = torch.cat([values[positions].view(torch.uint8), positions.view(torch.uint8)])
-        (payload, hops), *_ = self.payloads(len(wanted), lot.ranks)
-        send = partial(all_gather_slots, slot, lot.groups[0])
-        rows = yield ledger.launch(send, payload_bytes=payload, hops=hops, elements=k)
-        with ledger.coding():
-            mean = torch.zeros_like(wanted)
-            for row in rows:
-                kept, places = row.split([4 * k, 8 * k])
-                mean.index_add_(0, places.clone().view(torch.int64), kept.clone().view(torch.float32), alpha=1 / lot.ranks)
-        return mean
+        ledger, stages = lot.ledger, self.payloads(len(wanted), lot.ranks)
+        for piece, mean, (payload, hops) in zip(wanted.split(self.piece), lot.out.split(self.piece), stages, strict=True):
+            k, sent = slots(len(piece), self.density), Sent()
+            with ledger.coding():
+                mean.copy_(piece)
+                Codec("fp32", self.density).encode(piece, lot.seed, sent=sent)
+                positions = sent.positions.long() if sent.positions is not None else torch.arange(k)
+                slot = torch.cat([mean[positions].view(torch.uint8), positions.view(torch.uint8)])
+                mean.zero_()
+            send = partial(all_gather_slots, slot, lot.groups[0])
+            rows = yield ledger.launch(send, payload_bytes=payload, hops=hops, elements=k)
+            with ledger.coding():
+                for row in rows:
+                    kept, places = row.split([4 * k, 8 * k])
+                    mean.index_add_(0, places.clone().view(torch.int64), kept.clone().view(torch.float32), alpha=1 / lot.ranks)
+        return lot.out
 
 
 _WIDE_BYTES = 4 + 8
@@ -218,7 +223,7 @@ class TwoPhase:
             hops=stages[1][1],
         )
         with ledger.coding():
-            result = torch.zeros_like(wanted)
+            result = lot.out.zero_()
             for row, chunk, size in zip(rows, result.split(sizes), sizes, strict=True):
                 add_decoded(row[: self.codec.nbytes(size)], chunk)
         return result
@@ -256,7 +261,7 @@ class RandomK:
         send = partial(all_reduce_mean, values, lot.groups[0])
         mean = yield lot.ledger.launch(send, payload_bytes=payload, hops=hops, elements=len(chosen))
         with lot.ledger.coding():
-            return torch.zeros_like(wanted).index_copy_(0, chosen, mean)
+            return lot.out.zero_().index_copy_(0, chosen, mean)
 
 
 def by_name(name: str) -> Scheme:

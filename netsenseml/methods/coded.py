@@ -48,7 +48,6 @@ class Coded(Method):
 
     def _exchange(self, gradient: torch.Tensor, parameters: list[torch.Tensor], index: int, ledger: Ledger) -> Exchange:
         sent = Sent()
-        lot = Lot(self._groups, ledger, shared_seed=self.steps * _BUCKETS + index, sent=sent)
         feedback = self.feedback
         with ledger.coding():
             if feedback is not None:
@@ -56,6 +55,8 @@ class Coded(Method):
             else:
                 wanted = gradient.to(torch.float32, copy=True)
             before = sample(wanted)
+        out = gradient if gradient.dtype == wanted.dtype else torch.empty_like(wanted)
+        lot = Lot(self._groups, ledger, shared_seed=self.steps * _BUCKETS + index, sent=sent, out=out)
         mean = yield from self.scheme.exchange(wanted, lot)
         with ledger.coding():
             ledger.lose(energy_lost(before, wanted), wanted.numel() * before.square().mean().item())
@@ -63,7 +64,7 @@ class Coded(Method):
                 feedback.mask(parameters, sent.positions)
                 if not wanted.sum().isfinite():
                     feedback.heal(parameters)
-            return gradient.copy_(mean)
+            return gradient.copy_(mean) if mean is not gradient else gradient
 
     def close(self) -> None:
         self._conveyor.close()

@@ -84,7 +84,7 @@ def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
     warmup = (run.spec.get("workload") or {}).get("warmup") or 0
     warm = steps[steps["step"] >= warmup]
     warm_from_s = steps.loc[steps["step"] < warmup, "t_s"].max() if warmup else 0.0
-    problems = cell_problems(*_as_clocked(cell, tables))
+    problems = cell_problems(*_as_clocked(cell, tables), warmup)
     if cell["dilation"] > 1:
         problems = [f"{problem} (in this machine's time, dilation {cell['dilation']:g})" for problem in problems]
     last = evals.iloc[-1] if len(evals) else {"accuracy": None, "loss": None}

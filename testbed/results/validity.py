@@ -29,8 +29,11 @@ EXCESS = 0.05
 """A link may carry one bucket of its shaper plus this share more than its limit over any ``WINDOW_S``."""
 
 
-def cell_problems(cell: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> list[str]:
-    """All that speaks against a cell. ``cell`` is a row of ``Run.cells``; the tables, by name, hold the rows of that cell."""
+def cell_problems(cell: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], warmup: int = 0) -> list[str]:
+    """All that speaks against a cell. ``cell`` is a row of ``Run.cells``; the tables, by name, hold the rows of that cell.
+
+    warmup: so many steps may take any time, as nothing is told of them.
+    """
     steps, links, events = tables["steps"], tables["links"], tables["events"]
     t_end_s = cell["t_end_s"] if pd.notna(cell["t_end_s"]) else steps["t_s"].max() if len(steps) else 0.0
     return [
@@ -44,7 +47,7 @@ def cell_problems(cell: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -
         *excess_rates(links, events),
         *busy_host(tables["host"]),
         *lost_between_links(tables["host"], links),
-        *missed_pace(steps, (cell["workload"].get("compute") or {})),
+        *missed_pace(steps[steps["step"] >= warmup], (cell["workload"].get("compute") or {})),
     ]
 
 

@@ -16,7 +16,7 @@ from torch.futures import Future
 
 from netsenseml.compress.codec import Codec, Sent
 from netsenseml.exchange.conveyor import Conveyor, Exchange
-from netsenseml.exchange.schemes import Gather, Lot, Plain, RandomK, Scheme, TwoPhase, by_name, chunk_sizes
+from netsenseml.exchange.schemes import Gather, Lot, Plain, RandomK, Scheme, TwoPhase, WideGather, by_name, chunk_sizes
 from netsenseml.ledger import Ledger
 
 SCHEMES: list[Scheme] = [
@@ -28,6 +28,8 @@ SCHEMES: list[Scheme] = [
     Gather(Codec("bf16", 0.1)),
     Gather(Codec("int4", 0.01)),
     RandomK(0.05),
+    WideGather(0.1),
+    WideGather(0.1, piece=256),
 ]
 
 
@@ -107,7 +109,7 @@ def exchange_all(rank: int, elements: int) -> list[tuple[str, list[float], list[
         left = wanted.clone()
         ledger = Ledger(dist.get_world_size())
         conveyor = Conveyor()
-        lot = Lot(groups, ledger, shared_seed=number, sent=Sent())
+        lot = Lot(groups, ledger, shared_seed=number, sent=Sent(), out=torch.full_like(left, torch.nan))
         result = conveyor.submit(scheme.exchange(left, lot)).wait()
         conveyor.close()
         stages = scheme.payloads(elements, dist.get_world_size())
@@ -126,7 +128,9 @@ def test_the_mean_of_the_results_is_the_mean_of_the_wants_less_what_is_left(elem
         torch.testing.assert_close(result[0], (wanted - left).mean(dim=0), rtol=1e-4, atol=1e-5, msg=scheme.name)
 
 
-@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if not isinstance(scheme, RandomK)], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "scheme", [scheme for scheme in SCHEMES if not isinstance(scheme, RandomK | WideGather)], ids=lambda s: s.name
+)
 def test_names_are_read_back(scheme: Scheme) -> None:
     assert by_name(scheme.name) == scheme
 

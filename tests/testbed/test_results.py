@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -403,6 +404,21 @@ def test_a_pace_that_was_not_held_is_blamed(tmp_path: Path) -> None:
     assert problem.startswith("the pace of 15 ms was not held: half of the steps computed for 20 ms and more")
     assert validity.missed_pace(steps, {"pace_s": 0.02}) == []
     assert validity.missed_pace(steps, "real") == []
+
+
+def test_the_first_touch_of_memory_in_the_warm_up_is_no_missed_pace(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", methods=("allreduce",), result={"steps": 3})
+    cell = path / "cells" / "allreduce-s0"
+    config = json.loads((cell / "cell.json").read_text())
+    (cell / "cell.json").write_text(json.dumps({**config, "workload": {"compute": {"emulate_s": 0.02}}}))
+    for rank in range(2):
+        first = steps_file(cell, rank).read_text().splitlines()[:3]
+        slow = [line.replace('"compute_s": 0.02', '"compute_s": 0.5') for line in first[:2]]
+        steps_file(cell, rank).write_text("\n".join([*slow, first[2], ""]))
+    assert any("pace" in problem for problem in summarize(load_run(path))["problems"])
+    spec = yaml.safe_load((path / "spec.yaml").read_text())
+    (path / "spec.yaml").write_text(yaml.safe_dump({**spec, "workload": {**spec["workload"], "warmup": 2}}))
+    assert not any("pace" in problem for problem in summarize(load_run(path))["problems"])
 
 
 def samples(carried_bps: np.ndarray, limit_bps: np.ndarray, jitter_s: np.ndarray) -> pd.DataFrame:
