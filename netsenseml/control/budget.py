@@ -43,8 +43,9 @@ def ladder(ranks: int, floor: float, item_bytes: int = 4) -> list[Scheme]:
     return rungs
 
 
-SPARSE_VALUES = "sign"
-"""At the same number of bytes, more elements with a sign and a common magnitude lose less energy than fewer with 4 bits."""
+SPARSE_VALUES = "int4"
+"""More elements with a sign and a common magnitude would lose less energy in as many bytes. But then what is large is always sent
+too small and what is small too large, and with a momentum of 0.9 a small GPT diverged, whether 8 % or 2 % were sent."""
 
 
 def _bytes(scheme: Scheme, ranks: int) -> float:

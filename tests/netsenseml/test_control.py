@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from netsenseml.agent.catalog import check_method
-from netsenseml.compress.codec import Codec
+from netsenseml.compress.codec import Codec, add_decoded
 from netsenseml.control.bdp import BdpPolicy
 from netsenseml.control.budget import BudgetPolicy, ladder
 from netsenseml.control.fixed import FixedPolicy
@@ -116,6 +117,22 @@ def test_every_rung_sends_less_than_the_one_above_and_the_last_keeps_the_floor(r
     assert [by_name(rung.name) for rung in rungs] == rungs
     if ranks * floor < 0.5:  # else a gather of so many elements is larger than 4 bits of all
         assert isinstance(rungs[-1], Gather) and rungs[-1].codec.density == pytest.approx(floor)
+
+
+def test_what_the_sparse_rungs_send_converges_under_momentum() -> None:
+    """Gradient descent with momentum and error feedback on a badly conditioned bowl; signs with a common magnitude diverge."""
+    codec = Codec(next(rung for rung in ladder(RANKS, 0.001) if isinstance(rung, Gather)).codec.values, 0.08)
+    draw = torch.Generator().manual_seed(0)
+    slope = 10 ** (-3 * torch.rand(20_000, generator=draw))
+    x = torch.randn(20_000, generator=draw)
+    begin, left, velocity = float((slope * x * x).sum()), torch.zeros_like(x), torch.zeros_like(x)
+    for step in range(400):
+        left += slope * x
+        sent = torch.zeros_like(x)
+        add_decoded(codec.encode(left, step), sent)
+        velocity.mul_(0.9).add_(sent)
+        x -= 0.1 * velocity
+    assert float((slope * x * x).sum()) < 0.01 * begin
 
 
 def test_gradients_of_two_bytes_have_no_rung_that_sends_two_bytes() -> None:

@@ -567,5 +567,5 @@ def test_the_warm_up_does_not_count(tmp_path: Path) -> None:
 
 
 def test_steps_of_plain_all_reduce_lose_nothing_and_count() -> None:
-    steps = pd.DataFrame({"scheme": ["sparse-sign@1%", *["allreduce"] * 9], "lost_energy": [0.5, *[None] * 9]})
+    steps = pd.DataFrame({"scheme": ["sparse-int4@1%", *["allreduce"] * 9], "lost_energy": [0.5, *[None] * 9]})
     assert lost_energy(steps) == pytest.approx(0.05)
