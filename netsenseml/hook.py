@@ -20,8 +20,6 @@ from netsenseml.ledger import Ledger
 from netsenseml.methods import make_method
 from netsenseml.sensing.tcp import TcpMonitor, TcpSample
 
-_SAMPLE_S = 0.2  # what the kernel counts is looked at so often; it would not tell of a shorter time anyway (sensing.tcp)
-
 
 def attach(
     ddp: DistributedDataParallel,
@@ -97,7 +95,6 @@ class Session:
         self._control: ControlClient | None = None
         self._tcp = TcpMonitor()
         self._sample: TcpSample | None = None
-        self._sample_due_s = 0.0
         self._lock = threading.Lock()
         self._pending = 0  # buckets handed over and not yet exchanged
         self._all_launched = False
@@ -156,11 +153,11 @@ class Session:
         return result
 
     def _sensed(self) -> TcpSample | None:
-        if self._exchanged_s >= self._sample_due_s:
-            self._sample_due_s = self._exchanged_s + _SAMPLE_S
+        if self.method.asks_kernel:
             self._sample = self._tcp.sample()
-            return self._sample
-        return self._sample.stale() if self._sample is not None else None
+        elif self._sample is not None:
+            self._sample = self._sample.stale()
+        return self._sample
 
     def step(self, loss: torch.Tensor | float | None = None, samples: int | None = None) -> bool:
         """End a step; returns False when the run should end.

@@ -39,7 +39,7 @@ class Ledger:
         self._energy = self._lost = 0.0
         self._coded = False
         self.tcp: TcpSample | None = None
-        """What the kernel saw of the connections since the exchange before."""
+        """What the kernel saw of the connections since it was asked before."""
         self.hops = 0
         """One-way delays that all collectives pass, one after another."""
         self.flight_s = 0.0
@@ -79,15 +79,15 @@ class Ledger:
                 self._in_flight_since = monotonic_s()
             self._in_flight += 1
 
-        result = collective()
-        result.add_done_callback(self._landed)  # the first of its callbacks, so it comes before what others do with it
-        return result
+        # Another future, as nothing else makes sure that this comes before what others do with the result.
+        return collective().then(self._landed)
 
-    def _landed(self, _: object) -> None:
+    def _landed(self, done: Future[torch.Tensor]) -> torch.Tensor:
         with self._lock:
             self._in_flight -= 1
             if not self._in_flight:
                 self.flight_s += monotonic_s() - self._in_flight_since
+        return done.value()
 
     def lose(self, share: float, energy: float) -> None:
         """Note for a bucket what share of its energy, the sum of squares of what was to be sent, was not sent."""

@@ -26,6 +26,9 @@ class Method:
     senses = False
     """True if round-trip times belong in this method's records."""
 
+    asks_kernel = True
+    """False in a step after which the kernel's view of the connections is not needed."""
+
     def __init__(self, module: nn.Module, group: dist.ProcessGroup) -> None:
         """module: the model, for the names of its parameters; further options come as keywords."""
         self.group = group

@@ -66,6 +66,7 @@ class NetSense(Coded):
         self._elements: tuple[int, ...] = ()
         self._sent = 0, 0
         self._was_plain = self._nothing_left = True
+        self._since_asked_s = 0.0
 
     def begin(self) -> None:
         super().begin()
@@ -110,6 +111,9 @@ class NetSense(Coded):
         payload_bytes, hops = self._sent
         self._network.update([Transfer(payload_bytes, hops, flight_s)], _known(kernel_bps), _known(rtt_s))
         self.bandwidth_bps = self._network.beta_bps
+        # Agreed times, so that all ranks ask in the same steps: only then the smallest is the bottleneck's.
+        self._since_asked_s = exposed_s - minus_compute_s + (0.0 if self.asks_kernel else self._since_asked_s)
+        self.asks_kernel = self._since_asked_s >= _ASK_S
         self._policy.decide(
             Observation(
                 elements=self._elements,
@@ -141,6 +145,8 @@ class NetSense(Coded):
 
 _UNKNOWN = float("inf")
 """Larger than anything, where the smallest value counts."""
+_ASK_S = 0.2
+"""So often is the kernel asked; it would not tell of a shorter time anyway (``sensing.tcp``)."""
 _RTT = 5
 """Place of the round-trip time among the values that are shared."""
 

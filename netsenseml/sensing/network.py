@@ -10,14 +10,13 @@ from typing import Any
 _BEST_OF = 3  # steps: the one that was held up least is learnt from
 _STEPS = 16  # so many of the newest are looked at, while the network stays the same,
 _FADING = 0.9  # and each weighs less than the next one by this factor
-_SAME_SIZE = 1.25  # where all payloads are within this factor nothing tells latency from bandwidth
-_LEAST = 0.1  # weight of the oldest
 _NOISE_S, _NOISE = 1e-3, 0.05  # how much a step's time is off: what the scheduler costs, and a share of the time
 _ODD = 4.0  # times the usual error: a step so far off is an accident, or the first one after a change
 _QUANTILE = 0.4  # of the steps' times per byte; not their median, as accidents lengthen a step and hardly ever shorten it
 _AS_EXPECTED, _REFIT = 1.0, 4  # a step that is off by no more than the noise is no news: every fourth is fitted
 _MOST_LATENCY = 0.9  # share of a step's time, at most, so that there is always some left for its bytes
 _ANCHOR, _ANCHORED_STEPS = 12.0, 48  # weight of what is known of latency and credit, in steps, and when it is reached
+_RETURN = 1 / 64  # share of the way back to half of the smallest RTT that alpha goes, where no step contradicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +77,7 @@ class NetworkEstimate:
        the one is looked at that was held up least.
     2. Alpha and credit change seldom. They are fitted to the last steps by weighted least squares, with what is known of
        them so far as one more observation; so with payloads of one size, where they cannot be told from beta, they stay.
-       Alpha starts at half of the smallest RTT and moves with it. Steps of other sizes than the newest are kept until the
-       network changes, since nothing else tells the two apart.
+       Alpha starts at half of the smallest RTT and tends back to it.
     3. Beta changes often: it is a robust quantile over the last steps of the time per byte that is left after 2.
     4. Two steps in a row that are off in the same direction, by far more than usual, are no accident but a change of the
        network: what came before is forgotten. Alpha and credit stay, so a change is one of beta until payloads of several
@@ -91,11 +89,10 @@ class NetworkEstimate:
 
     def __init__(self) -> None:
         self._line = _Line(alpha_s=0.0, byte_s=0.0, credit_s=0.0)
-        self._min_rtt_s = 0.0
+        self._min_rtt_s: float | None = None
         self._count = 0
         self._newest: deque[_Step] = deque(maxlen=_BEST_OF)
         self._steps: deque[_Step] = deque(maxlen=_STEPS)
-        self._others: deque[_Step] = deque(maxlen=_STEPS)
         self._errors: deque[float] = deque(maxlen=_STEPS)
         self._last_error = 0.0
 
@@ -131,8 +128,8 @@ class NetworkEstimate:
             kernel_bps=kernel_bps or 0.0,
         )
         if min_rtt_s is not None:
-            alpha_s = self._line.alpha_s + (min_rtt_s - self._min_rtt_s) / 2
-            self._line = _Line(max(alpha_s, 0.0), self._line.byte_s, self._line.credit_s)
+            if self._min_rtt_s is None:
+                self._line = _Line(min_rtt_s / 2, self._line.byte_s, self._line.credit_s)
             self._min_rtt_s = min_rtt_s
         if step.payload_bytes <= 0 or step.seconds <= 0:
             return
@@ -141,9 +138,6 @@ class NetworkEstimate:
             step = min(self._newest, key=self._error)
         if self._steps and self._is_change(step):
             self._steps = deque([self._steps[-1]], maxlen=_STEPS)
-            self._others.clear()
-        if len(self._steps) == _STEPS and not 1 / _SAME_SIZE < self._steps[0].payload_bytes / step.payload_bytes < _SAME_SIZE:
-            self._others.append(self._steps[0])
         self._steps.append(step)
         self._count += 1
         if self._count % _REFIT == 0 or self._count < _STEPS or abs(self._error(step)) > _AS_EXPECTED:
@@ -157,7 +151,6 @@ class NetworkEstimate:
             "count": self._count,
             "newest": [list(astuple(step)) for step in self._newest],
             "steps": [list(astuple(step)) for step in self._steps],
-            "others": [list(astuple(step)) for step in self._others],
             "errors": list(self._errors),
             "last_error": self._last_error,
         }
@@ -169,7 +162,6 @@ class NetworkEstimate:
         self._count = state["count"]
         self._newest = deque((_Step(*step) for step in state["newest"]), maxlen=_BEST_OF)
         self._steps = deque((_Step(*step) for step in state["steps"]), maxlen=_STEPS)
-        self._others = deque((_Step(*step) for step in state["others"]), maxlen=_STEPS)
         self._errors = deque(state["errors"], maxlen=_STEPS)
         self._last_error = state["last_error"]
 
@@ -193,6 +185,8 @@ class NetworkEstimate:
         """2. and 3."""
         most_s = _MOST_LATENCY * min(step.seconds / max(step.hops, 1) for step in self._steps)
         known_s, known_credit_s = self._line.alpha_s, self._line.credit_s
+        if self._min_rtt_s is not None:
+            known_s += _RETURN * (self._min_rtt_s / 2 - known_s)
         anchor = _ANCHOR * min(1.0, self._count / _ANCHORED_STEPS)
         anchor /= _noise_s(median(step.seconds for step in self._steps)) ** 2
         anchor_hops = anchor * max(1, median(step.hops for step in self._steps)) ** 2
@@ -249,14 +243,14 @@ class NetworkEstimate:
         """
         rows: list[tuple[float, float, float, float]] = []
         fading = 1.0
-        for step in [*reversed(self._steps), *reversed(self._others)]:
+        for step in reversed(self._steps):
             noise_s = _noise_s(line.byte_s * step.payload_bytes)
             weight = fading / (noise_s * max(noise_s, abs(step.seconds - line.seconds(step))))
             rows.append((weight, step.hops, step.payload_bytes, step.seconds))
             busy_s = 8 * step.payload_bytes / step.kernel_bps if step.kernel_bps else math.inf
             if busy_s < line.byte_s * step.payload_bytes - line.credit_s:
                 rows.append((weight, 0.0, step.payload_bytes, busy_s))
-            fading = max(fading * _FADING, _LEAST)
+            fading *= _FADING
         return rows
 
 

@@ -59,7 +59,7 @@ METRICS: Mapping[str, str] = {
     " above 1, netsense chose too cautiously or too slowly; geometric mean over the seeds that both ran",
     "phases": "what was reached between two changes of the schedule, where there are not too many: from_s, to_s, samples_per_s,"
     " lost_energy",
-    "oracle": "as regret, against one who chose the best other method anew in every phase; null without phases",
+    "oracle": "as regret, against one who chose the best of these methods anew in every phase; null without phases",
 }
 
 
@@ -101,7 +101,7 @@ def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
         "encode_s_median": _number(warm["encode_s"].median()),
         "lost_energy": lost_energy(warm),
         "payload_bytes_per_step": _number(warm["payload_bytes"].mean()),
-        "phases": phases(steps, _lost(steps), tables["events"]),
+        "phases": phases(warm, _lost(warm), tables["events"]),
         "final_loss": _number(cell["final_loss"], last["loss"]),
         "final_accuracy": final_accuracy,
         "best_accuracy": _number(pd.Series([*evals["accuracy"], final_accuracy], dtype="float64").max()),
@@ -181,7 +181,8 @@ def regrets(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 best = max(rivals, key=lambda other: rivals[other][0])
                 regret, valid = rivals[best]
                 overrides = group[0]["overrides"]
-                chosen_anew = _oracle(by_method[method], [theirs for other, theirs in by_method.items() if other in fixed])
+                chosen_anew = _oracle(by_method[method], [by_method[other] for other in rivals])
+                valid = valid and (chosen_anew is None or all(fine for _, fine in rivals.values()))
                 numbers = {"best": best, "regret": regret, "oracle": chosen_anew, "valid": valid}
                 found.append({"method": method, "overrides": overrides, **numbers})
     return found
