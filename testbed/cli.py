@@ -94,11 +94,16 @@ def report(
 
     def write() -> int:
         try:
-            if tensorboard is not None:
-                _event_writer()(load_run(directory), tensorboard)
-            return finish(directory, Console())
+            write_events = _event_writer() if tensorboard is not None else None
+            code = finish(directory, Console())
         except (NotARun, ValueError) as error:
             _fail(str(error), EXIT_BAD_INPUT)
+        if write_events is not None and tensorboard is not None:
+            try:
+                write_events(load_run(directory), tensorboard)
+            except OSError as error:
+                _fail(f"--tensorboard: {error.filename or tensorboard}: {error.strerror or error}", EXIT_BAD_INPUT)
+        return code
 
     raise typer.Exit(_guarded(write))
 

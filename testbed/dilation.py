@@ -16,7 +16,7 @@ from testbed.traffic.flows import Duration, Flow
 
 CAVEAT = (
     "Delayed acknowledgements of TCP (40 ms) and coding are not slowed down, and so are reported as shorter;"
-    " TCP follows Reno unless the spec says otherwise, because the window of CUBIC grows by the clock"
+    " TCP follows Reno unless the spec says otherwise, because CUBIC and BBR go by the clock"
 )
 
 _MIN_RTO_S = 0.2  # TCP_RTO_MIN of Linux
@@ -25,7 +25,8 @@ _MIN_RTO_S = 0.2  # TCP_RTO_MIN of Linux
 def slowed_tcp(tcp: Tcp, factor: float) -> Tcp:
     """A longer minimum of the time-out, and a window that grows by the round trip instead of the clock: Reno's.
 
-    CUBIC's grows with the cube of the seconds since the last loss (RFC 9438), so losses would come sooner than they should.
+    CUBIC's grows with the cube of the seconds since the last loss (RFC 9438), and BBR probes every few seconds, so both would
+    lose and pause sooner than they should.
     """
     return tcp if factor == 1 else Tcp(tcp.congestion or "reno", _MIN_RTO_S * factor)
 

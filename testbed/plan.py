@@ -13,7 +13,7 @@ from testbed.labs.base import LabPlan
 from testbed.links.qdiscs import compile_tree, largest_packet_bytes, tc_commands
 from testbed.links.state import DIRECTIONS, LinkState
 from testbed.network import plan_network
-from testbed.spec.errors import SpecError
+from testbed.spec.errors import SpecError, place_of
 from testbed.spec.files import reader
 from testbed.spec.load import apply_overrides, combinations, validate
 from testbed.spec.models import ComputeSpec, MethodSpec, Spec, WorkloadSpec
@@ -130,6 +130,11 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], read: Callable[[str], str])
     timeline = tuple(dilation.slowed_change(change, slow) for change in timeline)
     shapes = [(link, side, dilation.slowed_shape(shape, slow)) for link, side, shape in shapes]
     flows = tuple(dilation.slowed_flow(flow, slow) for flow in flows)
+    tcp = dilation.slowed_tcp(network.tcp, slow)
+    for number, flow in enumerate(flows):
+        if flow.engine == "iperf3" and flow.congestion is not None and tcp.congestion is not None:
+            fault = f"iperf3 chooses before it connects, and then {tcp.congestion} of the hosts wins; leave out engine: iperf3"
+            raise SpecError([(place_of(["traffic", number, "tcp", "congestion"]), fault)])
     stop = dilation.slowed_stop(stop, slow)
     return [
         Cell(
@@ -146,7 +151,7 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], read: Callable[[str], str])
                 impaired=frozenset((link, side) for link, side, shape in shapes if shape.needs_netem),
                 packet_bytes=largest_packet_bytes(shape.rate_bps for *_, shape in shapes),
                 seed=seed,
-                tcp=dilation.slowed_tcp(network.tcp, slow),
+                tcp=tcp,
             ),
             workers=workers,
             flows=flows,
@@ -167,6 +172,8 @@ def _slug(text: str) -> str:
 def describe(plan: Plan) -> list[str]:
     """Hosts, timeline and equivalent tc commands of a plan, for --dry-run."""
     lines = [f"{plan.name}: {len(plan.cells)} cells in the {plan.lab} lab"]
+    if controls := sorted({cell.lab.tcp.congestion for cell in plan.cells if cell.lab.tcp.congestion}):
+        lines.append(f"TCP of the hosts: {', '.join(controls)}")
     if max((cell.dilation for cell in plan.cells), default=1.0) > 1:
         lines.append("dilation: times, rates and delays are shown as the machine will have them")
     shown: set[tuple[Any, ...]] = set()

@@ -17,8 +17,8 @@ _RTO_MIN_METRIC = 13  # RTAX_RTO_MIN counts only where it is locked
 class Tcp:
     """How connections of a host behave; None leaves what the kernel does.
 
-    congestion: their congestion control, unless a program chooses another. min_rto_s: minimum of the retransmission time-out,
-    after which an idle connection also forgets its window.
+    congestion: their congestion control, unless a program chooses another once it has connected.
+    min_rto_s: minimum of the retransmission time-out, after which an idle connection also forgets its window.
     """
 
     congestion: str | None = None

@@ -141,6 +141,7 @@ def facts(run: Run) -> list[str]:
         f"{run.spec['lab']} lab" if run.spec.get("lab") else "",
         (f"{model}, emulated" if emulated else f"{model} on {data}") if model and data else "",
         f"dilation {factors}" if (factors := _dilation(run)) else "",
+        *sorted({f"TCP {tcp['congestion']}" for tcp in run.cells["tcp"] if tcp.get("congestion")}),
         f"{len(run.cells)} cell{'s' if len(run.cells) != 1 else ''}",
         run.path.name,
     )

@@ -23,11 +23,16 @@ _EVALS = ("accuracy", "loss")
 
 
 def write_events(run: Run, directory: Path) -> None:
-    """Write ``directory/<cell>/events.out.tfevents…``: scalars by step, means over ranks, with the time since t = 0."""
+    """Write ``directory/<cell>/events.out.tfevents…``: scalars by step, means over ranks, with the time since t = 0.
+
+    Event files that are there already are replaced.
+    """
     for cell in run.cells["cell"]:
         steps, evals = (table[table["cell"] == cell] for table in (run.steps, run.evals))
         means = steps.groupby("step")[["t_s", *_STEPS]].mean()
         means["samples_per_s"] = steps.groupby("step")["samples"].sum(min_count=1) / means["step_s"]
+        for old in (directory / cell).glob("events.out.tfevents*"):
+            old.unlink()
         writer = SummaryWriter(str(directory / cell), flush_secs=3600)
         _write(writer, "step", means)
         _write(writer, "test", evals.set_index("step")[["t_s", *_EVALS]])

@@ -97,6 +97,7 @@ _CELL_DEFAULTS: Mapping[str, Any] = {
     "workload": {},
     "calibrate": False,
     "dilation": 1.0,
+    "tcp": {},
     "status": "unfinished",
     "problems": [],
     "earlier": [],

@@ -77,7 +77,7 @@ def environment() -> dict[str, object]:
 
 
 def _congestion_control() -> str | None:
-    """What TCP uses unless a program chooses; the workers of all labs do not."""
+    """What TCP uses unless the spec or a program chooses; cell.json says what the spec chose."""
     try:
         return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
     except OSError:

@@ -56,6 +56,8 @@ class Sender:
         self._selector.register(stream, selectors.EVENT_WRITE, partial(self._send, stream))
         if (code := stream.connect_ex(self._target)) not in (0, errno.EINPROGRESS):
             raise OSError(code, f"cannot connect to {self._target[0]}: {errno.errorcode[code]}")
+        if self._congestion is not None:
+            set_congestion_control(stream, self._congestion)  # once more: connecting takes that of the route, if it has one
 
     def _send(self, stream: socket.socket) -> None:
         try:

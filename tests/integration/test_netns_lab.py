@@ -45,6 +45,16 @@ def drain(connection):
 with socket.create_server(('0.0.0.0', 5001)) as server:
     while True: threading.Thread(target=drain, args=server.accept()[:1]).start()
 '''
+FLOW = '''import selectors, socket, sys, time
+from testbed.traffic.flows import Flow, Phase
+from testbed.traffic.tcp import Sender
+sender = Sender(Flow("f", "w0", "w1", "tcp", port=5001, congestion="cubic"), sys.argv[1], selectors.DefaultSelector())
+time.sleep(0.5)
+sender._connect()
+time.sleep(0.2)
+[s] = sender._streams
+print(s.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(bytes(1)).decode())
+'''
 SOURCE = '''import socket, sys, time
 end = time.monotonic() + float(sys.argv[2])
 while True:
@@ -322,3 +332,20 @@ print(json.dumps(found))
     assert usual == Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
     assert 200_000 <= usual_us < 400_000
     assert 800_000 <= slowed_us < 1_000_000
+
+
+def test_a_flow_keeps_its_own_congestion_control(tmp_path):
+    # The route's took its place while the flow connected.
+    if "cubic" not in Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split():
+        pytest.skip("this kernel has no CUBIC")
+    seen = in_lab(
+        tmp_path,
+        """
+plan = replace(lab_of(["w0", "w1"], 50_000_000)._plan, tcp=Tcp("reno"))
+with NetnsLab(plan, server) as lab:
+    lab.hosts["w1"].start(["python", "-c", SINK], {}, tmp / "sink.log")
+    wait(lab.hosts["w0"].start(["python", "-c", FLOW, lab.hosts["w1"].address], {}, tmp / "flow.log"))
+    print(json.dumps((tmp / "flow.log").read_text()))
+""",
+    )
+    assert seen == "cubic\n"

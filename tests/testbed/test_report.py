@@ -278,6 +278,11 @@ def test_tensorboard_gets_every_step_and_evaluation(tmp_path: Path) -> None:
     }
     for step, row in steps.iterrows():
         assert scalars["step/comm_s", step] == pytest.approx((row["comm_s"], row["t_s"]))
+    CliRunner().invoke(app, ["report", str(directory), "--tensorboard", str(tmp_path / "events")])
+    assert len(list((tmp_path / "events" / "netsense-s0").iterdir())) == 1  # or every point would be there twice
+    (tmp_path / "file").touch()
+    refused = CliRunner().invoke(app, ["report", str(directory), "--tensorboard", str(tmp_path / "file")])
+    assert refused.exit_code == 2 and "Traceback" not in refused.output
     tested = run.evals[run.evals["cell"] == "netsense-s0"]
     assert {step for tag, step in scalars if tag == "test/accuracy"} == set(tested["step"])
 

@@ -514,9 +514,10 @@ def test_a_step_counts_in_every_phase_in_which_it_took_time() -> None:
     assert first["lost_energy"] == pytest.approx((0.2 + 0.6 * 0.75) / 1.75)
     assert second["lost_energy"] == pytest.approx(0.6)
     assert phases(steps, steps["t_s"], events[events["kind"] != "schedule"]) == []
+    assert phases(steps.assign(samples=np.nan), steps["t_s"], events)[0]["samples_per_s"] is None
 
 
-def test_the_oracle_takes_in_every_phase_the_best_that_loses_no_more() -> None:
+def test_the_oracle_takes_in_every_phase_the_best_of_those_that_lose_no_more() -> None:
     def cell(method: str, *phases: tuple[float, float]) -> dict[str, Any]:
         spans = [
             {"from_s": 10.0 * n, "to_s": 10.0 * (n + 1), "samples_per_s": rate, "lost_energy": lost}
@@ -527,10 +528,13 @@ def test_the_oracle_takes_in_every_phase_the_best_that_loses_no_more() -> None:
     cells = [
         cell("netsense", (90, 0.0), (60, 0.9)),
         cell("allreduce", (99, 0.0), (5, 0.0)),
-        cell("topk", (300, 0.5), (66, 0.5)),
+        cell("topk", (70, 0.4), (66, 0.4)),
+        cell("harder", (500, 0.9), (500, 0.9)),
     ]
     [found] = regrets(cells)
-    assert found["oracle"] == pytest.approx((99 + 66) / 150)
+    assert (found["oracle"], found["valid"]) == (pytest.approx((99 + 66) / 150), True)
+    [found] = regrets([cells[0], {**cells[1], "valid": False}, *cells[2:]])
+    assert not found["valid"]
 
 
 def test_bytes_to_the_target_are_those_of_all_ranks(tmp_path: Path) -> None:

@@ -128,6 +128,14 @@ def test_shipped_specs_are_good_and_survive_a_round_trip(path, tmp_path):
         ),
         ({"dilation": 4, "workload__compute": "real"}, "bad.yaml: dilation: ", "not real compute"),
         ({"network__congestion": "no control"}, "bad.yaml: network.congestion: ", "such as cubic, reno or bbr"),
+        (
+            {
+                "network__congestion": "reno",
+                "traffic": [{"from": "bg0", "to": "w0", "engine": "iperf3", "tcp": {"congestion": "cubic"}}],
+            },
+            "bad.yaml: traffic[0].tcp.congestion: ",
+            "leave out engine: iperf3",
+        ),
         ({"dilation": 0.5}, "bad.yaml: dilation: ", "greater than or equal to 1"),
         (
             {"dilation": 1000, "workload__compute": {"pace": "1ms"}, "network__link__rate": "1mbit"},
