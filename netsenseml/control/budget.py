@@ -16,7 +16,8 @@ _PATIENCE = 3  # so many steps in a row
 _TRIAL = 10  # a rung that is left within so many steps was no good
 _LENIENT = 2.0  # where lateness is as large as the budget, the first steps of a trial may take so many times as long
 _DEVIATIONS = 2.0  # so far may the mean of a trial be off by chance, in standard deviations
-_GROWTH = 2.0  # a trial sends at most so many times the bytes
+_GROWTH = 2.0  # the first trial sends at most so many times the bytes, the next one of a series the square of it, and so on
+_MOST_GROWTH = 16.0
 _LONGEST_PAUSE = 320
 _FASTER = 1.3  # a network that is faster by this factor is another one
 _WORTH = 0.03  # share of a step that a lossier rung must save
@@ -69,10 +70,10 @@ class BudgetPolicy:
     above has to fit with a margin several times in a row.
 
     A forecast from small payloads takes whatever delays them for a lack of bandwidth, and would keep them small for ever. So
-    now and then a rung of up to ``_GROWTH`` times the bytes is tried, whatever its forecast says. It stays if its steps fit, or
-    if they wait hardly longer than those before: then it was not the bytes that took the time. A rung that was taken and
-    soon left again, for the one before it, is not tried for a while, and twice as long each time, until the network has become
-    faster.
+    now and then a rung of up to ``_GROWTH`` times the bytes is tried, whatever its forecast says, and a larger step with every
+    success. It stays if its steps fit, or if they wait hardly longer than those before: then it was not the bytes that took the
+    time. A rung that was taken and soon left again, for the one before it, is not tried for a while, and twice as long each
+    time, until the network has become faster.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class BudgetPolicy:
         self._exposed_s: list[float] = []
         self._tolerated_s, self._spread_s, self._lenient = 0.0, 0.0, False
         self._climbed_at, self._climbed_from = -_TRIAL, self._rung
+        self._growth = _GROWTH
         self._ceiling, self._ceiling_until, self._pause = 0, 0, _TRIAL
         self._ceiling_bps = 0.0
 
@@ -172,9 +174,12 @@ class BudgetPolicy:
 
     def _larger(self, seen: Observation) -> int:
         """The rung to try, or the present one if no other may be tried."""
-        most_bytes = _GROWTH * self._bytes(self._rung, seen)
         rungs = range(self._ceiling, self._rung)
-        return next((rung for rung in rungs if self._bytes(rung, seen) <= most_bytes), rungs[-1] if rungs else self._rung)
+        if not rungs:
+            return self._rung
+        most_bytes = self._growth * self._bytes(self._rung, seen)
+        self._growth = min(self._growth**2, _MOST_GROWTH)
+        return next((rung for rung in rungs if self._bytes(rung, seen) <= most_bytes), rungs[-1])
 
     def _bytes(self, rung: int, seen: Observation) -> float:
         return sum(payload for stages in self._payloads_of(self._rungs[rung], seen) for payload, _ in stages)
@@ -195,6 +200,8 @@ class BudgetPolicy:
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
             self._climbed_at = -_TRIAL
             rung = min(rung, self._climbed_from)
+        if rung > self._rung:
+            self._growth = _GROWTH
         if rung == self._rung and len(self._exposed_s) >= _PATIENCE:
             rung = self._larger(seen)
         if rung < self._rung:
@@ -249,7 +256,7 @@ class BudgetPolicy:
 
 _STATE = (
     *("_rung", "_step", "_coding_factor", "_candidates", "_exposed_s", "_tolerated_s", "_spread_s", "_lenient"),
-    *("_climbed_at", "_climbed_from", "_ceiling", "_ceiling_until", "_ceiling_bps", "_pause"),
+    *("_climbed_at", "_climbed_from", "_growth", "_ceiling", "_ceiling_until", "_ceiling_bps", "_pause"),
 )
 
 

@@ -39,6 +39,7 @@ def cell_problems(cell: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], w
     return [
         *end_problems(cell),
         *([] if len(steps) else ["no step was recorded"]),
+        *([f"none of its steps came after the warm-up of {warmup}"] if steps["step"].max() < warmup else []),
         *(uncalibrated_links(tables["calibration"]) if cell["calibrate"] else []),
         *late_changes(events),
         *unverified_changes(events),

@@ -419,6 +419,8 @@ def test_the_first_touch_of_memory_in_the_warm_up_is_no_missed_pace(tmp_path: Pa
     spec = yaml.safe_load((path / "spec.yaml").read_text())
     (path / "spec.yaml").write_text(yaml.safe_dump({**spec, "workload": {**spec["workload"], "warmup": 2}}))
     assert not any("pace" in problem for problem in summarize(load_run(path))["problems"])
+    (path / "spec.yaml").write_text(yaml.safe_dump({**spec, "workload": {**spec["workload"], "warmup": 3}}))
+    assert any("none of its steps came after the warm-up of 3" in problem for problem in summarize(load_run(path))["problems"])
 
 
 def samples(carried_bps: np.ndarray, limit_bps: np.ndarray, jitter_s: np.ndarray) -> pd.DataFrame:
