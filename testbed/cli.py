@@ -1,6 +1,7 @@
 """The command ``testbed``: parse, call, print. Exit codes: 0 done and valid; 1 a run failed; 2 bad input, nothing was
 touched; 3 done, but not valid; 4 this machine cannot do it; 130 interrupted."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from enum import StrEnum
@@ -109,10 +110,10 @@ def report(
 
 
 def _event_writer() -> "Callable[[Run, Path], None]":
-    try:
-        from testbed.report.tensorboard import write_events
-    except ModuleNotFoundError as error:
-        _fail(f"--tensorboard needs {error.name}; install it with: pip install tensorboardX", EXIT_CANNOT)
+    if importlib.util.find_spec("tensorboardX") is None:
+        _fail("--tensorboard needs tensorboardX; install it with: pip install tensorboardX", EXIT_CANNOT)
+    from testbed.report.tensorboard import write_events
+
     return write_events
 
 

@@ -1,11 +1,14 @@
 """TensorBoard event files of a run, one directory a cell."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from tensorboardX import SummaryWriter
 
 from testbed.results.load import Run
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 _STEPS = (
     "loss",
@@ -27,6 +30,8 @@ def write_events(run: Run, directory: Path) -> None:
 
     Event files that are there already are replaced.
     """
+    from tensorboardX import SummaryWriter  # it imports torch
+
     for cell in run.cells["cell"]:
         steps, evals = (table[table["cell"] == cell] for table in (run.steps, run.evals))
         means = steps.groupby("step")[["t_s", *_STEPS]].mean()
@@ -39,7 +44,7 @@ def write_events(run: Run, directory: Path) -> None:
         writer.close()
 
 
-def _write(writer: SummaryWriter, group: str, table: pd.DataFrame) -> None:
+def _write(writer: "SummaryWriter", group: str, table: pd.DataFrame) -> None:
     for name in table.columns.drop("t_s"):
         for step, t_s, value in table[["t_s", name]].dropna().itertuples():
             writer.add_scalar(f"{group}/{name}", value, step, walltime=t_s)
