@@ -64,7 +64,7 @@ class Coded(Method):
                 feedback.mask(parameters, sent.positions)
                 if not wanted.sum().isfinite():
                     feedback.heal(parameters)
-            return gradient.copy_(mean) if mean is not gradient else gradient
+            return gradient.copy_(mean)  # which does nothing where the mean was formed in it
 
     def close(self) -> None:
         self._conveyor.close()

@@ -16,13 +16,13 @@ def phases(steps: pd.DataFrame, lost: pd.Series, events: pd.DataFrame) -> list[d
     steps: without those of the warm-up. lost: share of the gradients' energy that each of them did not send.
     """
     changes = events.loc[events["kind"] == "schedule", "planned_s"]
-    begin_s, end_s = (steps["t_s"] - steps["step_s"]).min(), steps["t_s"].max()
-    inner = sorted(set(changes[(changes > begin_s) & (changes < end_s)]))
+    began_s, end_s = steps["t_s"] - steps["step_s"], steps["t_s"].max()
+    inner = sorted(set(changes[(changes > began_s.min()) & (changes < end_s)]))
     if not 0 < len(inner) <= _MOST:
         return []
     found: list[dict[str, float | None]] = []
-    for from_s, to_s in itertools.pairwise([begin_s, *inner, end_s]):
-        inside_s = steps["t_s"].clip(upper=to_s) - (steps["t_s"] - steps["step_s"]).clip(lower=from_s)
+    for from_s, to_s in itertools.pairwise([began_s.min(), *inner, end_s]):
+        inside_s = steps["t_s"].clip(upper=to_s) - began_s.clip(lower=from_s)
         weight = (inside_s / steps["step_s"]).clip(lower=0)
         known = weight.where(lost.notna(), 0)
         samples = (weight * steps["samples"]).sum(min_count=1)

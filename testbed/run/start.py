@@ -18,8 +18,7 @@ from testbed.plan import Plan
 from testbed.run import directory as run_directory
 from testbed.run.sweep import EXIT_INTERRUPTED, execute, execute_enclosed, interrupt_main_thread_once
 from testbed.spec.models import Spec
-from testbed.traffic.machine import check_traffic
-from testbed.traffic.tcp import congestion_fault
+from testbed.traffic.machine import check_congestion, check_traffic
 
 EXIT_DONE, EXIT_FAILED, EXIT_INVALID = 0, 1, 3
 
@@ -27,9 +26,7 @@ EXIT_DONE, EXIT_FAILED, EXIT_INVALID = 0, 1, 3
 def check_machine(plan: Plan) -> None:
     """Raise LabError, before anything is made, if this machine cannot run the plan."""
     check_kernel(plan.lab, ["tbf", *(["netem"] if plan.needs_netem else [])])
-    for name in sorted({cell.lab.tcp.congestion for cell in plan.cells if cell.lab.tcp.congestion}):
-        if fault := congestion_fault(name, privileged=True):  # the kernel asks who makes the route
-            raise LabError(fault)
+    check_congestion({cell.lab.tcp.congestion for cell in plan.cells}, privileged=True)  # we make the routes
     check_traffic([flow for cell in plan.cells for flow in cell.flows], plan.lab)
 
 

@@ -11,12 +11,20 @@ from testbed.traffic.tcp import congestion_fault
 _BUILTIN = "leave engine out: the built-in one needs nothing"
 
 
+def check_congestion(names: Collection[str | None], *, privileged: bool) -> None:
+    """Raise LabError with the mend if this machine lacks a congestion control; None stands for its own.
+
+    privileged: who chooses it has CAP_NET_ADMIN in the network namespace.
+    """
+    for name in sorted(filter(None, names)):
+        if fault := congestion_fault(name, privileged=privileged):
+            raise LabError(fault)
+
+
 def check_traffic(flows: Collection[Flow], lab: str) -> None:
     """Raise LabError with the mend if hosts of a lab lack a congestion control or iperf3."""
-    for name in sorted({flow.congestion for flow in flows if flow.congestion is not None}):
-        # Programs are root in the namespaces of the netns lab; in containers they have no rights at all.
-        if fault := congestion_fault(name, privileged=lab == "netns"):
-            raise LabError(fault)
+    # Programs are root in the namespaces of the netns lab; in containers they have no rights at all.
+    check_congestion({flow.congestion for flow in flows}, privileged=lab == "netns")
     if not any(flow.engine == "iperf3" for flow in flows):
         return
     if lab == "netns" and shutil.which(PROGRAM) is None:
