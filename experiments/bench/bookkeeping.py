@@ -4,7 +4,7 @@
 
 Counted is what DDP alone would not do: the calls of the hook, sensing, deciding and the records, less the launch of the
 all-reduce. Both as time on a processor and as time on the clock, in which a thread also waits for a processor: beside the
-workers' own threads, those of Gloo copy and add.
+workers' own threads, those of Gloo copy and add. Steps differ, as at ease netsense shares only every other one: hence the mean.
 """
 
 import statistics
@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import netsenseml
+from netsenseml.ledger import Ledger
 from netsenseml.methods import plain
 
 STEPS, COMPUTE_S = 100, 0.1
@@ -45,6 +46,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(*(nn.Linear(512, 512) for _ in range(8))), bucket_cap_mb=2)
     plain.allreduce_hook = timed(plain.allreduce_hook, sign=-1)
+    Ledger._landed = timed(Ledger._landed)  # type: ignore[method-assign]
     session = netsenseml.attach(model, "netsense")
     session.exchange = timed(session.exchange)
     session._exchanged = timed(session._exchanged)
@@ -61,8 +63,8 @@ def main() -> None:
     session.close()
     if dist.get_rank() == 0:
         for what, times_ms in zip(("on a processor", "on the clock"), zip(*settled, strict=True), strict=True):
-            median, high = statistics.median(times_ms), sorted(times_ms)[int(0.9 * len(times_ms))]
-            print(f"{scheme}: bookkeeping {median:.2f} ms a step {what} in the median, {high:.2f} ms in the 90th percentile")
+            mean, high = statistics.fmean(times_ms), sorted(times_ms)[int(0.9 * len(times_ms))]
+            print(f"{scheme}: bookkeeping {mean:.2f} ms a step {what} in the mean, {high:.2f} ms in the 90th percentile")
     dist.destroy_process_group()
 
 

@@ -19,6 +19,8 @@ class BdpPolicy:
     left as it is. What is mended is around it: one ratio for all buckets and ranks, a correct mean, error feedback.
     """
 
+    at_ease = False
+
     def __init__(
         self, *, start: float, floor: float, threshold: float = 0.9, fall: float = 0.95, rise: float = 0.001, window: int = 100
     ) -> None:

@@ -102,6 +102,7 @@ class BudgetPolicy:
         self._step = 0
         self._candidates: list[int] = []
         self._exposed_s: list[float] = []
+        self._fitted = False
         self._tolerated_s, self._spread_s, self._lenient = 0.0, 0.0, False
         self._climbed_at, self._climbed_from = -_TRIAL, self._rung
         self._growth = _GROWTH
@@ -112,6 +113,11 @@ class BudgetPolicy:
     def scheme(self) -> Scheme:
         """The decision in force."""
         return self._rungs[self._rung]
+
+    @property
+    def at_ease(self) -> bool:
+        """Nothing is lost, for some time already, and the last steps fitted."""
+        return self._rung == 0 and len(self._exposed_s) == _TRIAL and self._fitted
 
     def decide(self, seen: Observation) -> None:
         self._step += 1
@@ -127,7 +133,8 @@ class BudgetPolicy:
             self._ceiling = 0
         before = self._rung
         self._exposed_s = [*self._exposed_s[1 - _TRIAL :], seen.exposed_s]
-        fitted = max(self._exposed_s[-2:]) <= self._allowed_s(before, seen) or self._fits(before, seen)
+        self._fitted = max(self._exposed_s[-2:]) <= self._allowed_s(before, seen)
+        fitted = self._fitted or self._fits(before, seen)
         tolerated = not fitted and self._is_tolerated(seen)
         if fitted or tolerated:
             self._climb(seen)
@@ -255,7 +262,7 @@ class BudgetPolicy:
 
 
 _STATE = (
-    *("_rung", "_step", "_coding_factor", "_candidates", "_exposed_s", "_tolerated_s", "_spread_s", "_lenient"),
+    *("_rung", "_step", "_coding_factor", "_candidates", "_exposed_s", "_fitted", "_tolerated_s", "_spread_s", "_lenient"),
     *("_climbed_at", "_climbed_from", "_growth", "_ceiling", "_ceiling_until", "_ceiling_bps", "_pause"),
 )
 

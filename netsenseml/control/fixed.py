@@ -10,6 +10,8 @@ from netsenseml.exchange.schemes import by_name
 class FixedPolicy:
     """Schemes by name, one a step (``scheme`` of the records); the last one goes on."""
 
+    at_ease = False
+
     def __init__(self, schemes: Sequence[str]) -> None:
         """Raises ValueError, one line, for a name that does not exist."""
         self._schemes = [by_name(name) for name in schemes]

@@ -32,6 +32,10 @@ class Policy(Protocol):
     def scheme(self) -> Scheme:
         """The decision in force."""
 
+    @property
+    def at_ease(self) -> bool:
+        """Whether it would not matter if some of the next steps were not told."""
+
     def decide(self, seen: Observation) -> None:
         """Take a step into account and decide on the next."""
 

@@ -31,7 +31,8 @@ class NetSense(Coded):
        next forward.
     2. Before the first bucket of the next step, every rank feeds the same numbers into the same estimate and policy,
        and so arrives at the same scheme.
-    3. Plain all-reduce is one of the schemes. While it goes on, nothing is coded, copied or kept.
+    3. Plain all-reduce is one of the schemes. While it goes on, nothing is coded, copied or kept, and while the network bears
+       it with ease, only every other step is shared.
     """
 
     senses = True
@@ -66,11 +67,18 @@ class NetSense(Coded):
         self._elements: tuple[int, ...] = ()
         self._sent = 0, 0
         self._was_plain = self._nothing_left = True
+        self._step_s = _ASK_S
         self._since_asked_s = 0.0
+        self._rested = 0
 
     def begin(self) -> None:
         super().begin()
         self._learn()
+        # By agreed times, so that all ranks ask and share in the same steps: only then the smallest is the bottleneck's.
+        self._since_asked_s = self._step_s + (0.0 if self.asks_kernel else self._since_asked_s)
+        self.asks_kernel = self._since_asked_s >= _ASK_S
+        rests = self._policy.at_ease and not self.asks_kernel and self._rested < _MOST_RESTS
+        self._rested = self._rested + 1 if rests else 0
         self.scheme = self._policy.scheme
         self._nothing_left, self._was_plain = self._was_plain, isinstance(self.scheme, Plain)
 
@@ -80,7 +88,7 @@ class NetSense(Coded):
         return super().exchange(bucket, ledger)
 
     def finish(self, ledger: Ledger) -> None:
-        if not ledger.payload_bytes:  # a single rank has nobody to exchange with
+        if self._rested or not ledger.payload_bytes:  # a single rank has nobody to exchange with
             return
         tcp = ledger.tcp
         kernel_bps = tcp.bandwidth_bps if tcp is not None else None
@@ -111,9 +119,7 @@ class NetSense(Coded):
         payload_bytes, hops = self._sent
         self._network.update([Transfer(payload_bytes, hops, flight_s)], _known(kernel_bps), _known(rtt_s))
         self.bandwidth_bps = self._network.beta_bps
-        # Agreed times, so that all ranks ask in the same steps: only then the smallest is the bottleneck's.
-        self._since_asked_s = exposed_s - minus_compute_s + (0.0 if self.asks_kernel else self._since_asked_s)
-        self.asks_kernel = self._since_asked_s >= _ASK_S
+        self._step_s = exposed_s - minus_compute_s
         self._policy.decide(
             Observation(
                 elements=self._elements,
@@ -147,6 +153,8 @@ _UNKNOWN = float("inf")
 """Larger than anything, where the smallest value counts."""
 _ASK_S = 0.2
 """So often is the kernel asked; it would not tell of a shorter time anyway (``sensing.tcp``)."""
+_MOST_RESTS = 1
+"""So many steps in a row are not shared at most: a change of the network, which takes four to be known, is known after five."""
 _RTT = 5
 """Place of the round-trip time among the values that are shared."""
 

@@ -255,6 +255,21 @@ def test_a_drop_is_followed_within_five_steps_and_a_rise_within_twenty(before_bp
     assert position(loop.policy.scheme) <= high + 1
 
 
+def test_at_ease_only_where_nothing_is_lost_and_a_drop_that_is_told_late_is_followed_soon() -> None:
+    """While it is at ease only every other step is told, as ``methods.netsense`` does."""
+    loop = Loop(Network(rate_bps=100e6))
+    loop.run(60)
+    assert not loop.policy.at_ease
+    loop.network.rate_bps = 20e9
+    loop.run(60)
+    assert loop.policy.at_ease
+    loop.network.rate_bps = 100e6
+    untold = 1
+    loop.run(5 - untold)
+    assert not loop.policy.at_ease
+    assert loop.exposed_s <= 1.2 * BUDGET_S
+
+
 def test_latency_is_paid_and_not_compressed_for() -> None:
     """With 40 ms one way even an empty exchange takes longer than the budget."""
     near, far = Loop(Network(100e6)), Loop(Network(100e6, latency_s=0.04))

@@ -99,6 +99,26 @@ def test_replicas_stay_bit_identical_and_agree_on_the_ratio() -> None:
         assert all(other[number] == first[number] for other in others), method
 
 
+def train_at_ease(rank: int) -> list[tuple[str, float]]:
+    ddp = make_ddp()
+    session = attach(ddp, "netsense")
+    seen = []
+    for step, (x, y) in enumerate(batches(rank, 150)):
+        nn.functional.cross_entropy(ddp(x), y).backward()
+        time.sleep(0.01 + 0.002 * (rank == step % 3))
+        session.step()
+        assert session.last is not None
+        seen.append((session.last["scheme"], session.last["bandwidth_bps"]))
+    session.close()
+    return seen
+
+
+def test_ranks_agree_on_what_they_know_also_while_they_do_not_share_every_step() -> None:
+    first, *others = run_group(train_at_ease, 3)
+    assert all(other == first for other in others)
+    assert {scheme for scheme, _ in first[-20:]} == {"allreduce"}
+
+
 def exchange_with_reference(
     rank: int, method: str, options: dict[str, Any], accumulate: bool, ddp_options: dict[str, Any]
 ) -> list[list[float]]:
