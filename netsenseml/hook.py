@@ -30,9 +30,10 @@ def attach(
 ) -> "Session":
     """Let ``ddp`` exchange its gradients by ``method``, on every rank with the same arguments.
 
-    method: a name of ``agent.catalog.METHODS`` or ``package.module:Class``; ``options`` are its options. Without it
+    method: a name of ``agent.catalog.METHODS``, one registered as an entry point of the group ``netsenseml.methods``, or
+        ``package.module:Class``; ``options`` are its options. Without it
         the method of the testbed's cell is used.
-    record: file that receives one JSON line a step (``protocol.STEP_COLUMNS``); in a cell it has a default.
+    record: file that receives one JSON line a step (``protocol.STEP_COLUMNS``), beside that of a cell.
 
     In a cell of the testbed this also reports to the orchestrator, and waits until all workers are there.
     Raises ValueError, one line, if no method is known or a name or option does not exist.
@@ -90,7 +91,7 @@ class Session:
         """Steps that are done."""
         self.blocked_s = 0.0
         """Time that backward has waited in the hook, over all steps."""
-        self._record = protocol.RecordFile(Path(record)) if record is not None else None
+        self._records = [protocol.RecordFile(Path(record))] if record is not None else []
         self._evaluations: protocol.RecordFile | None = None
         self._control: ControlClient | None = None
         self._tcp = TcpMonitor()
@@ -108,8 +109,7 @@ class Session:
 
     def join_cell(self, directory: Path) -> None:
         """Report to the orchestrator of the cell in ``directory``, and wait for its start."""
-        if self._record is None:
-            self._record = protocol.RecordFile(protocol.steps_file(directory, self._rank))
+        self._records.append(protocol.RecordFile(protocol.steps_file(directory, self._rank)))
         if self._rank == 0:
             self._evaluations = protocol.RecordFile(directory / protocol.EVALS_FILE)
         self._control = ControlClient(directory / protocol.SOCKET_FILE, self._rank)
@@ -121,6 +121,7 @@ class Session:
         if bucket.index() == 0:
             if not self._closed_by_step and self._ledger.elements:
                 self._close_step(arrived_s, None, None)
+            self._ledger.begin_backward()
             self.method.begin()
         ledger, elements, last = self._ledger, bucket.buffer().numel(), bucket.is_last()
         with self._lock:
@@ -205,9 +206,10 @@ class Session:
             done = {"type": "done", "steps": self.steps, "parameters": parameters_hash(self._module)}
             self._control.send({**done, "accuracy": accuracy, "loss": loss})
             self._control.close()
-        for file in filter(None, (self._record, self._evaluations)):
+        for file in filter(None, (*self._records, self._evaluations)):
             file.close()
-        self._control = self._record = self._evaluations = None
+        self._control = self._evaluations = None
+        self._records.clear()
 
     def fail(self, error: str) -> None:
         """Tell the orchestrator, if there is one, that this worker failed; one line."""
@@ -215,7 +217,10 @@ class Session:
             self._control.send({"type": "failed", "error": error})
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must keep of the method: its error feedback, by parameter name."""
+        """What a checkpoint must keep of the method on this rank: its error feedback, and what it has learnt of the network.
+
+        Call it between two steps, on the thread that trains, and on all ranks after the same step.
+        """
         return self.method.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -247,8 +252,8 @@ class Session:
             "retransmits": tcp and tcp.retransmits,
         }
         self.steps += 1
-        if self._record is not None:
-            self._record.append([self.last])
+        for file in self._records:
+            file.append([self.last])
         self._ledger = Ledger(self._ranks)
 
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch.futures import Future
@@ -10,6 +11,19 @@ from torch.futures import Future
 from netsenseml.agent.protocol import monotonic_s
 from netsenseml.exchange.collectives import all_reduce_bytes
 from netsenseml.sensing.tcp import TcpSample
+
+
+class BackwardCosts(NamedTuple):
+    """What one backward has cost; the columns of ``Ledger``."""
+
+    comm_s: float
+    window_s: float
+    encode_s: float
+    flight_s: float
+    payload_bytes: int
+    hops: int
+    ready_s: list[float]
+    bucket_elements: list[int]
 
 
 class Ledger:
@@ -47,6 +61,32 @@ class Ledger:
         self._lock = threading.Lock()
         self._in_flight = 0
         self._in_flight_since = 0.0
+        self._before = self._costs()
+
+    def begin_backward(self) -> None:
+        """From here on ``of_backward`` counts; a step may have several backwards that synchronise."""
+        self._before = self._costs()
+
+    def of_backward(self) -> BackwardCosts:
+        """What the newest backward has cost."""
+        before, buckets = self._before, len(self._before.ready_s)
+        return BackwardCosts(
+            self.comm_s - before.comm_s,
+            self.window_s - before.window_s,
+            self.encode_s - before.encode_s,
+            self.flight_s - before.flight_s,
+            self.payload_bytes - before.payload_bytes,
+            self.hops - before.hops,
+            self.ready_s[buckets:],
+            self.bucket_elements[buckets:],
+        )
+
+    def _costs(self) -> BackwardCosts:
+        return BackwardCosts(
+            *(self.comm_s, self.window_s, self.encode_s, self.flight_s, self.payload_bytes, self.hops),
+            self.ready_s.copy(),
+            self.bucket_elements.copy(),
+        )
 
     @contextmanager
     def coding(self) -> Iterator[None]:

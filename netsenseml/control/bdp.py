@@ -24,7 +24,7 @@ class BdpPolicy:
     def __init__(
         self, *, start: float, floor: float, threshold: float = 0.9, fall: float = 0.95, rise: float = 0.001, window: int = 100
     ) -> None:
-        self._ratio = start
+        self._ratio = max(start, floor)
         self._floor, self._threshold, self._fall, self._rise = floor, threshold, fall, rise
         self._rtts_s: deque[float] = deque(maxlen=window)
         self._bandwidths: deque[float] = deque(maxlen=window)

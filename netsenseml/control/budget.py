@@ -16,8 +16,8 @@ _PATIENCE = 3  # so many steps in a row
 _TRIAL = 10  # a rung that is left within so many steps was no good
 _LENIENT = 2.0  # where lateness is as large as the budget, the first steps of a trial may take so many times as long
 _DEVIATIONS = 2.0  # so far may the mean of a trial be off by chance, in standard deviations
-_GROWTH = 2.0  # the first trial sends at most so many times the bytes, the next one of a series the square of it, and so on
-_MOST_GROWTH = 16.0
+_GROWTH = 2.0  # the first trial sends so many times the bytes, or one rung more, the next one of a series the square of it,
+_MOST_GROWTH = 16.0  # and so on up to this
 _LONGEST_PAUSE = 320
 _FASTER = 1.3  # a network that is faster by this factor is another one
 _WORTH = 0.03  # share of a step that a lossier rung must save
@@ -70,10 +70,10 @@ class BudgetPolicy:
     above has to fit with a margin several times in a row.
 
     A forecast from small payloads takes whatever delays them for a lack of bandwidth, and would keep them small for ever. So
-    now and then a rung of up to ``_GROWTH`` times the bytes is tried, whatever its forecast says, and a larger step with every
-    success. It stays if its steps fit, or if they wait hardly longer than those before: then it was not the bytes that took the
-    time. A rung that was taken and soon left again, for the one before it, is not tried for a while, and twice as long each
-    time, until the network has become faster.
+    now and then a rung of ``_GROWTH`` times the bytes is tried, whatever its forecast says, and with every success a larger
+    one, up to ``_MOST_GROWTH`` times. It stays if its steps fit, or if they wait hardly longer than those before: then it was
+    not the bytes that took the time. A rung that was taken and soon left again, for the one before it, is not tried for
+    a while, and twice as long each time, until the network has become faster.
     """
 
     def __init__(
@@ -254,7 +254,7 @@ class BudgetPolicy:
         return max(0.0, landed_s)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _STATE}
+        return {"schemes": [rung.name for rung in self._rungs], **{name: getattr(self, name) for name in _STATE}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in _STATE:

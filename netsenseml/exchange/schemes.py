@@ -132,7 +132,7 @@ class Gather:
 
 @dataclass(frozen=True, slots=True)
 class WideGather:
-    """Top-k as it is mostly published: a float32 and an int64 index for every value, 12 (N - 1) k bytes, N - 1 hops.
+    """Top-k as it is mostly published: a float32 and an int64 index for every value, 12 (N - 1) k bytes, 1 or N - 1 hops.
 
     Our kernels choose; only the form differs. As what arrives from all ranks takes more memory than the bucket, a
     large one is chosen from and exchanged in pieces of so many elements, one after another; the next bucket must wait for it.

@@ -12,12 +12,20 @@ from torch.futures import Future
 from netsenseml.ledger import Ledger
 
 
+def require_cpu(module: nn.Module) -> None:
+    """Raise ValueError, one line, for a model whose gradients the methods that code cannot take."""
+    for parameter in module.parameters():
+        if parameter.device.type != "cpu":
+            raise ValueError(f"gradients on {parameter.device} cannot be coded yet; choose allreduce, bf16 or fp16")
+
+
 class Method:
     """How gradients cross the network.
 
     The session calls, on every rank in the same order: ``begin`` before the first bucket of a backward that
     synchronises, ``exchange`` for every bucket, ``finish`` when all buckets have been exchanged (on a thread of the
-    process group: never wait there). Replicas stay equal only if every rank computes the same result bit by bit.
+    process group or of the method: never wait there). Replicas stay equal only if every rank computes the same result bit by
+    bit.
     """
 
     bandwidth_bps: float | None = None

@@ -15,7 +15,7 @@ from netsenseml.exchange.collectives import dissolve, own_group
 from netsenseml.exchange.conveyor import Conveyor, Exchange
 from netsenseml.exchange.schemes import Gather, Lot, RandomK, Scheme, TwoPhase, WideGather
 from netsenseml.ledger import Ledger
-from netsenseml.methods.base import Method
+from netsenseml.methods.base import Method, require_cpu
 
 
 class Coded(Method):
@@ -30,6 +30,7 @@ class Coded(Method):
         self, module: nn.Module, group: dist.ProcessGroup, scheme: Scheme, *, feedback: bool = True, momentum: float = 0.0
     ) -> None:
         super().__init__(module, group)
+        require_cpu(module)
         self.scheme = scheme
         self.feedback = ErrorFeedback(module.named_parameters(), momentum=momentum) if feedback else None
         self.steps = 0
@@ -42,8 +43,6 @@ class Coded(Method):
 
     def exchange(self, bucket: GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
         ledger.scheme = self.scheme.name
-        if bucket.buffer().device.type != "cpu":
-            raise ValueError(f"gradients on {bucket.buffer().device} cannot be coded yet; choose allreduce, bf16 or fp16")
         return self._conveyor.submit(self._exchange(bucket.buffer(), bucket.parameters(), bucket.index(), ledger))
 
     def _exchange(self, gradient: torch.Tensor, parameters: list[torch.Tensor], index: int, ledger: Ledger) -> Exchange:
@@ -85,7 +84,7 @@ _BUCKETS = 1 << 16
 
 
 class Quantized(Coded):
-    """Two-phase quantised all-reduce: all elements, in 8 or 4 bits."""
+    """Two-phase quantised all-reduce: all elements, in 16, 8 or 4 bits."""
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, values: str, feedback: bool = True) -> None:
         super().__init__(module, group, TwoPhase(Codec(values)), feedback=feedback)

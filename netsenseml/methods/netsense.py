@@ -18,6 +18,7 @@ from netsenseml.control.observation import Observation, Policy
 from netsenseml.exchange.agreement import Agreement
 from netsenseml.exchange.schemes import Plain
 from netsenseml.ledger import Ledger
+from netsenseml.methods.base import require_cpu
 from netsenseml.methods.coded import Coded
 from netsenseml.methods.plain import AllReduce
 from netsenseml.sensing.network import NetworkEstimate, Transfer
@@ -32,7 +33,7 @@ class NetSense(Coded):
     2. Before the first bucket of the next step, every rank feeds the same numbers into the same estimate and policy,
        and so arrives at the same scheme.
     3. Plain all-reduce is one of the schemes. While it goes on, nothing is coded, copied or kept, and while the network bears
-       it with ease, only every other step is shared.
+       it with ease, of steps shorter than ``_ASK_S`` only every other one is shared.
     """
 
     senses = True
@@ -48,6 +49,7 @@ class NetSense(Coded):
         start: float,
         schemes: Sequence[str],
     ) -> None:
+        require_cpu(module)  # before groups are formed
         ranks = group.size()
         self._agreement = Agreement(group)
         self._network = NetworkEstimate()
@@ -67,9 +69,7 @@ class NetSense(Coded):
         self._elements: tuple[int, ...] = ()
         self._sent = 0, 0
         self._was_plain = self._nothing_left = True
-        self._step_s = _ASK_S
-        self._since_asked_s = 0.0
-        self._rested = 0
+        self._step_s, self._since_asked_s, self._rested = _ASK_S, 0.0, 0
 
     def begin(self) -> None:
         super().begin()
@@ -88,22 +88,23 @@ class NetSense(Coded):
         return super().exchange(bucket, ledger)
 
     def finish(self, ledger: Ledger) -> None:
-        if self._rested or not ledger.payload_bytes:  # a single rank has nobody to exchange with
+        spent = ledger.of_backward()
+        if self._rested or not spent.payload_bytes:  # a single rank has nobody to exchange with
             return
         tcp = ledger.tcp
         kernel_bps = tcp.bandwidth_bps if tcp is not None else None
         rtt_s = tcp.min_rtt_s if tcp is not None else None
-        last_s = max(ledger.ready_s)
-        self._elements, self._sent = tuple(ledger.bucket_elements), (ledger.payload_bytes, ledger.hops)
+        last_s = max(spent.ready_s)
+        self._elements, self._sent = tuple(spent.bucket_elements), (spent.payload_bytes, spent.hops)
         self._agreement.share(
             [
-                ledger.comm_s,
-                -ledger.window_s,  # of everything the smallest value counts, of this one and the next the largest
-                -ledger.encode_s,
-                ledger.flight_s,
+                spent.comm_s,
+                -spent.window_s,  # of everything the smallest value counts, of this one and the next the largest
+                -spent.encode_s,
+                spent.flight_s,
                 kernel_bps or _UNKNOWN,
                 rtt_s or _UNKNOWN,
-                *(last_s - ready_s for ready_s in ledger.ready_s),
+                *(last_s - ready_s for ready_s in spent.ready_s),
             ]
         )
 
@@ -133,8 +134,10 @@ class NetSense(Coded):
         )
 
     def close(self) -> None:
-        self._agreement.close()
-        super().close()
+        try:
+            self._agreement.close()
+        finally:
+            super().close()
 
     def state_dict(self) -> dict[str, Any]:
         self._learn()
@@ -142,7 +145,16 @@ class NetSense(Coded):
         return {**super().state_dict(), **kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError, one line, where the checkpoint is of another policy, ladder or version."""
+        mine, other = self._policy.state_dict(), state["policy"]
+        if mine.keys() != other.keys() or mine.get("schemes") != other.get("schemes"):
+            raise ValueError(
+                "the checkpoint is of netsense with other schemes, which depend on policy, floor, the number of ranks and the "
+                "version; use the same, or go on without the state of the hook"
+            )
         self._agreement.result()  # of a step that is not part of the checkpoint
+        # Some ranks may have learnt from that step, others not.
+        self._step_s, self._since_asked_s, self.asks_kernel, self._rested = _ASK_S, 0.0, True, 0
         super().load_state_dict(state)
         self._policy.load_state_dict(state["policy"])
         self._network.load_state_dict(state["network"])
@@ -152,7 +164,7 @@ class NetSense(Coded):
 _UNKNOWN = float("inf")
 """Larger than anything, where the smallest value counts."""
 _ASK_S = 0.2
-"""So often is the kernel asked; it would not tell of a shorter time anyway (``sensing.tcp``)."""
+"""So often is the kernel asked at most; it would not tell of a shorter time anyway (``sensing.tcp``)."""
 _MOST_RESTS = 1
 """So many steps in a row are not shared at most: a change of the network, which takes four to be known, is known after five."""
 _RTT = 5

@@ -14,7 +14,7 @@ from netsenseml.compress.feedback import energy_lost, sample
 from netsenseml.exchange.collectives import all_reduce_bytes, all_reduce_hops, dissolve, own_group
 from netsenseml.exchange.conveyor import Conveyor, Exchange
 from netsenseml.ledger import Ledger
-from netsenseml.methods.base import Method
+from netsenseml.methods.base import Method, require_cpu
 
 _PLAIN_STEPS = 2
 """Steps of plain all-reduce at the beginning; with warm start and error feedback the hook insists on as many."""
@@ -29,6 +29,7 @@ class PowerSgd(Method):
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, rank: int) -> None:
         super().__init__(module, group)
+        require_cpu(module)
         self._approximation_rank = rank
         self._state = PowerSGDState(own_group(group), matrix_approximation_rank=rank, start_powerSGD_iter=_PLAIN_STEPS)
         self._conveyor = Conveyor()

@@ -17,6 +17,7 @@ from netsenseml import Session, attach, comm_hook
 from netsenseml.agent.protocol import STEP_COLUMNS, read_records
 from netsenseml.hook import parameters_hash
 from netsenseml.methods import AllReduce
+from netsenseml.methods.netsense import NetSense
 
 EXACT = [  # nothing is lost: what was not sent is kept to the last bit of rounding
     ("allreduce", {}),
@@ -170,6 +171,66 @@ def test_nothing_is_lost(accumulate: bool, ddp_options: dict[str, Any]) -> None:
         torch.testing.assert_close(exchanged[0], (own - residual).mean(dim=0), **tolerance, msg=str(method))
         if method[1].get("ratio") == 1.0:
             assert not residual.any()
+
+
+class Watched(NetSense):
+    """Tells what the ranks agreed on."""
+
+    def _learn(self) -> None:
+        super()._learn()
+        if self._sent[0]:
+            seen.append((len(self._elements), self._sent[0]))
+
+
+seen: list[tuple[int, int]] = []
+
+
+def several_backwards(rank: int) -> list[tuple[int, int]]:
+    ddp = make_ddp()
+    options = {"policy": "fixed", "schemes": ["allreduce"], "share": 0.4, "floor": 0.001, "start": 0.01}
+    session = Session(ddp, f"{__name__}:Watched", **options)
+    ddp.register_comm_hook(session, comm_hook)
+    for step, (x, y) in enumerate(batches(rank, 8)):
+        for _ in range(2):
+            nn.functional.cross_entropy(ddp(x), y).backward()
+        if not (step == 4 and rank == 0):  # a rank may leave a step out
+            session.step()
+    session.close()
+    return seen
+
+
+def test_a_step_may_have_several_backwards_and_each_is_learnt_from_by_itself() -> None:
+    first, second = run_group(several_backwards, 2)
+    assert first == second
+    rebuilt = first[2:]  # after its first backward DDP arranges the buckets anew
+    assert len(set(rebuilt)) == 1 and rebuilt[0][0] > 1
+
+
+def one_checkpoint_for_all(rank: int) -> str:
+    """Only rank 0 asks for its state, and all go on from an older checkpoint."""
+    ddp = make_ddp()
+    session = attach(ddp, "netsense")
+    for step, (x, y) in enumerate(batches(rank, 90)):
+        nn.functional.cross_entropy(ddp(x), y).backward()
+        time.sleep(0.004)
+        session.step()
+        if step == 40:
+            older = session.state_dict()
+        if step == 60:
+            if rank == 0:
+                session.state_dict()
+            session.load_state_dict(older)
+    session.close()
+    try:
+        attach(make_ddp(), "netsense", floor=0.01).load_state_dict(older)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_stay_together_when_they_go_back_and_other_schemes_are_refused_by_name() -> None:
+    for message in run_group(one_checkpoint_for_all, 2):
+        assert "with other schemes" in message and "\n" not in message
 
 
 def records_of(rank: int, directory: str, explicit: bool) -> list[dict[str, Any]]:
