@@ -1,4 +1,4 @@
-"""Your own DDP script with NetSenseML: two lines more than without it.
+"""Your own DDP script with NetSenseML: four lines more than without it.
 
 torchrun --nproc-per-node 2 experiments/own_script.py netsense    # anywhere
 testbed run experiments/own_script.yaml                           # the same file over shaped links

@@ -175,7 +175,7 @@ class Session:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Between two steps: time spent inside belongs to no step."""
+        """Between two steps: time spent inside belongs to no step of this rank. Others wait for it in their next exchange."""
         began_s = monotonic_s()
         try:
             yield

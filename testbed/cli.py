@@ -51,7 +51,7 @@ LabOption = Annotated[LabKind | None, typer.Option("--lab", help="Where the work
 def run(
     spec: Annotated[Path | None, typer.Argument(help="The experiment, a YAML file such as experiments/smoke.yaml.")] = None,
     lab: LabOption = None,
-    out: Annotated[Path, typer.Option(help="Directory in which the run directory is made.")] = Path("runs"),
+    out: Annotated[Path | None, typer.Option(help="Directory in which the run directory is made.  [default: runs]")] = None,
     overrides: Overrides = [],  # noqa: B006
     resume: Annotated[Path | None, typer.Option(help="Go on with this run directory instead of a new run.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print hosts, timeline and tc commands; do nothing.")] = False,
@@ -61,8 +61,11 @@ def run(
 
     console = Console()
     if resume is not None:
-        if spec is not None or overrides or lab is not None or dry_run:
-            _fail("--resume takes the spec of the run directory; give neither SPEC nor --set, --lab, --dry-run", EXIT_BAD_INPUT)
+        if spec is not None or overrides or lab is not None or dry_run or out is not None:
+            what = "SPEC nor --set, --lab, --out, --dry-run"
+            _fail(f"--resume takes the spec of the run directory and goes on in it; give neither {what}", EXIT_BAD_INPUT)
+        if not (resume / "spec.yaml").exists():
+            _fail(f"{resume}: is no run directory; run directories lie in runs, unless --out said otherwise", EXIT_BAD_INPUT)
         loaded, plan = _plan(resume / "spec.yaml", [], None)
         raise typer.Exit(_guarded(lambda: continue_run(plan, resume, console)))
     if spec is None:
@@ -71,7 +74,7 @@ def run(
     if dry_run:
         console.print("\n".join(describe(plan)), markup=False, highlight=False, soft_wrap=True)
         return
-    raise typer.Exit(_guarded(lambda: start_run(loaded, plan, out, spec.parent.resolve(), console)[0]))
+    raise typer.Exit(_guarded(lambda: start_run(loaded, plan, out or Path("runs"), spec.parent.resolve(), console)[0]))
 
 
 @app.command()
@@ -94,16 +97,19 @@ def report(
     from testbed.run.start import finish
 
     def write() -> int:
+        write_events = None
+        if tensorboard is not None:
+            write_events = _event_writer()
+            try:
+                tensorboard.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                _fail(f"--tensorboard: {error.filename or tensorboard}: {error.strerror or error}", EXIT_BAD_INPUT)
         try:
-            write_events = _event_writer() if tensorboard is not None else None
             code = finish(directory, Console())
         except (NotARun, ValueError) as error:
             _fail(str(error), EXIT_BAD_INPUT)
         if write_events is not None and tensorboard is not None:
-            try:
-                write_events(load_run(directory), tensorboard)
-            except OSError as error:
-                _fail(f"--tensorboard: {error.filename or tensorboard}: {error.strerror or error}", EXIT_BAD_INPUT)
+            write_events(load_run(directory), tensorboard)
         return code
 
     raise typer.Exit(_guarded(write))

@@ -1,6 +1,6 @@
 """What the testbed and a worker agree on: environment, files and messages.
 
-This module is the only code that both packages share. It imports neither torch nor testbed, so that the
+This module and ``catalog`` are the only code that both packages share. They import neither torch nor testbed, so that the
 orchestrator stays light and a worker needs no testbed.
 
 A *cell* is one training run: one method, one seed, one set of link conditions. Its directory holds
@@ -41,7 +41,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 ENV_CELL_DIR = "NETSENSE_CELL_DIR"
 """Directory of the cell as the worker sees it; unset outside the testbed."""
@@ -104,8 +104,6 @@ class WorkloadConfig(TypedDict):
 
     ``compute`` is "real", ``{"pace_s": seconds, "factors": …}`` or ``{"emulate_s": seconds, "jitter": share, "factors": …}``;
     factors: by how much longer each rank computes, a list in order of rank.
-
-    ``bucket_cap_mb`` is DDP's bucket size; DDP's default where it is absent.
     """
 
     model: str
@@ -117,11 +115,10 @@ class WorkloadConfig(TypedDict):
     optimizer: dict[str, Any]
     compute: Any
     evaluate_every_s: float
-    bucket_cap_mb: NotRequired[float]
 
 
 class CellConfig(TypedDict):
-    """Content of ``cell.json``. ``workload`` is null where the user's own script runs."""
+    """What a worker needs of ``cell.json``. ``workload`` is null where the user's own script runs."""
 
     cell: str
     method: MethodConfig
@@ -151,7 +148,7 @@ class RecordFile:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows; values must be JSON scalars. NaN is written as null."""
+        """Append rows of what JSON can hold; a value that is NaN is written as null."""
         text = "".join(json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n" for row in rows)
         os.write(self._fd, text.encode())
 

@@ -67,7 +67,6 @@ class Run:
     last_step: float
     evaluate_every_s: float
     pace_s: float
-    bucket_cap_mb: float | None
     model: nn.Module
     data: Dataset | None
     optimizer: torch.optim.Optimizer | None
@@ -106,7 +105,6 @@ class Run:
             last_step=min(stop.get("steps", math.inf), stop.get("epochs", math.inf) * epoch_steps),
             evaluate_every_s=workload["evaluate_every_s"] or math.inf,
             pace_s=_compute_s(compute, rank),
-            bucket_cap_mb=workload.get("bucket_cap_mb"),
             model=model,
             data=data,
             optimizer=None if isinstance(model, Emulated) else make_optimizer(model.parameters(), optimizer),
@@ -122,7 +120,6 @@ class Run:
         ddp = DistributedDataParallel(
             self.model,
             init_sync=False,
-            bucket_cap_mb=self.bucket_cap_mb,
             gradient_as_bucket_view=isinstance(self.model, Emulated),  # the gradients of a large model once are enough
         )
         torch.manual_seed(self.seed * self.ranks + self.rank)  # from here on dropout differs between ranks

@@ -1,4 +1,4 @@
-"""Labs: places with named hosts and links. A new lab is one module and one line in ``open_labs``."""
+"""Labs: places with named hosts and links. A new lab is one module, opened in ``open_labs`` and named in ``spec.models``."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

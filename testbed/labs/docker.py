@@ -369,13 +369,10 @@ def require_image(client: docker.DockerClient, image: str) -> None:
 
 
 def clean(dry_run: bool, client: docker.DockerClient | None = None) -> list[str]:
-    """Remove what labs have left whose orchestrator is gone; returns what that is. Without a daemon there is nothing."""
+    """Remove what labs have left whose orchestrator is gone; returns what that is. Raises LabError without a daemon."""
     own = client is None
     if client is None:
-        try:
-            client = connect()
-        except LabError:
-            return []
+        client = connect()
     try:
         containers, networks = _labelled(client, LABEL)
         containers = [one for one in containers if not _owner_lives(one.labels.get(OWNER, ""))]

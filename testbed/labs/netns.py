@@ -1,6 +1,6 @@
 """The rootless lab: every host a network namespace, joined by a bridge in a namespace of its own.
 
-It lives inside private user, network, mount and PID namespaces (``enter`` gives the command), so it needs no root, touches
+It lives inside private user, network, mount and PID namespaces (``enclosure`` gives the command), so it needs no root, touches
 nothing on the machine, and whatever way its first process dies the kernel removes it all.
 """
 
@@ -50,7 +50,7 @@ def enclosure() -> list[str]:
         done = subprocess.run([*prefix, "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
         if done.returncode == 0:
             return prefix
-        reason = reason or done.stderr.strip().splitlines()[-1]
+        reason = reason or (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     raise LabError(
         f"this machine forbids unprivileged user namespaces ({reason}); either allow them "
         "(sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0 on Ubuntu, "

@@ -12,9 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from testbed.labs.base import LabError
-from testbed.run.sweep import EXIT_INTERRUPTED, execute, interrupt_main_thread_once
-
-EXIT_CANNOT = 4
+from testbed.run.sweep import EXIT_CANNOT, EXIT_INTERRUPTED, execute, interrupt_main_thread_once
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from testbed.labs.netns import enclosure
 from testbed.links.probe import missing_kinds
 from testbed.plan import Plan
 from testbed.run import directory as run_directory
-from testbed.run.sweep import EXIT_INTERRUPTED, execute, execute_enclosed, interrupt_main_thread_once
+from testbed.run.sweep import EXIT_CANNOT, EXIT_INTERRUPTED, execute, execute_enclosed, interrupt_main_thread_once
 from testbed.spec.models import Spec
 from testbed.traffic.machine import check_congestion, check_traffic
 
@@ -36,7 +36,8 @@ def check_kernel(lab: str, needed: Sequence[str]) -> None:
         command = [*enclosure(), sys.executable, "-m", "testbed.links.probe", *needed]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
         if done.returncode != 0:
-            raise LabError(f"cannot make a network namespace: {done.stderr.strip().splitlines()[-1]}")
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise LabError(f"cannot make a network namespace: {reason}")
         missing = done.stdout.split()
     else:
         try:
@@ -59,16 +60,22 @@ def start_run(spec: Spec, plan: Plan, out: Path, script_directory: Path, console
     """Run a new experiment; returns the exit code and the run directory."""
     check_machine(plan)
     directory = run_directory.create(spec, out, script_directory)
-    return continue_run(plan, directory, console), directory
+    return _run(plan, directory, console), directory
 
 
 def continue_run(plan: Plan, directory: Path, console: Console) -> int:
-    """Run the cells that have not ended, then write summary and report; returns the exit code."""
+    """Run the cells that are not done, then write summary and report; returns the exit code."""
+    check_machine(plan)
+    return _run(plan, directory, console)
+
+
+def _run(plan: Plan, directory: Path, console: Console) -> int:
     # The results need pandas and plotly; they load while the cells run.
     threading.Thread(target=_load_results, daemon=True).start()
     try:
         code = _run_cells(plan, directory, console)
-        return finish(directory, console, interrupted=code == EXIT_INTERRUPTED) or code
+        verdict = finish(directory, console, interrupted=code == EXIT_INTERRUPTED)
+        return code if code == EXIT_CANNOT else verdict or code
     finally:
         run_directory.give_to_owner_of(directory.parent, directory)
 

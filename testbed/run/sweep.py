@@ -1,4 +1,4 @@
-"""All cells of a run directory, one after the other. A cell that ended before is not run again."""
+"""All cells of a run directory, one after the other. A cell that is done is not run again."""
 
 import os
 import random
@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -19,15 +20,16 @@ from testbed.run.directory import SPEC_FILE
 from testbed.run.progress import RunProgress
 from testbed.spec.load import load_spec
 
-EXIT_INTERRUPTED = 130
+EXIT_CANNOT, EXIT_INTERRUPTED = 4, 130
 _GRACE_S = 4.0
 """From the first interrupt to the hard end; users were promised five seconds."""
 
 
 def execute(directory: Path, console: Console) -> None:
-    """Run every cell of a run directory that has not ended yet; for netns the caller is inside the enclosure."""
+    """Run every cell of a run directory that is not done yet; for netns the caller is inside the enclosure."""
     plan = make_plan(load_spec(directory / SPEC_FILE), directory)
-    pending = [cell for cell in in_turn(plan) if not _ended(directory / "cells" / cell.name)]
+    ended = {cell.name: read_result(directory / "cells" / cell.name) or {} for cell in plan.cells}
+    pending = [cell for cell in in_turn(plan) if ended[cell.name].get("status") != "done"]
     for cell in pending:
         prepare_cell(cell, directory / "cells" / cell.name)
     failed: list[Cell] = []
@@ -42,12 +44,17 @@ def execute(directory: Path, console: Console) -> None:
                 failed.append(cell)
 
         for cell in pending:
-            run(cell)
+            run(cell, _failures(ended[cell.name]))
         for cell in list(failed):  # what went wrong once may have been an accident, but it is not forgotten
-            earlier = read_result(directory / "cells" / cell.name) or {}
+            result = read_result(directory / "cells" / cell.name) or {}
             prepare_cell(cell, directory / "cells" / cell.name)
             progress.retry()
-            run(cell, earlier=earlier.get("problems", []))
+            run(cell, _failures(result))
+
+
+def _failures(result: Mapping[str, Any]) -> list[str]:
+    """Why a cell failed, in all its tries so far."""
+    return [*result.get("earlier", []), *(result["problems"] if result.get("status") == "failed" else [])]
 
 
 def in_turn(plan: Plan) -> list[Cell]:
@@ -59,11 +66,6 @@ def in_turn(plan: Plan) -> list[Cell]:
     if len(cells) > len({cell.method.label for cell in cells}):
         random.Random(plan.name).shuffle(cells)
     return cells
-
-
-def _ended(cell_directory: Path) -> bool:
-    result = read_result(cell_directory)
-    return result is not None and result["status"] == "done"
 
 
 def execute_enclosed(directory: Path) -> int:

@@ -137,7 +137,8 @@ def _fault(detail: Any) -> tuple[str, str]:
     elif kind == "literal_error":
         text = f"{given!r:.40} is unknown; valid: {context['expected'].replace(' or ', ', ').replace(chr(39), '')}"
     elif kind == "string_pattern_mismatch":
-        text = f"{given!r:.40} has other characters than letters, digits, '_', '-' and '.', or is longer than 64"
+        allowed = "letters, digits, '_', '-' and '.', up to 64" if "A-Z" in context["pattern"] else "small letters and digits"
+        text = f"{given!r:.40} cannot be a name, which has {allowed}, and begins with a letter"
     else:
         text = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         if kind.startswith(("greater", "less")):
@@ -154,6 +155,9 @@ def combinations(spec: Spec) -> list[dict[str, Any]]:
             raise SpecError([(place_of(["matrix", key]), f"{twice[0]!r} stands there twice; remove one")])
         if key.split(".")[0] in ("matrix", "methods", "seeds", "name", "lab"):
             raise SpecError([(place_of(["matrix", key]), "cannot vary by matrix; methods and seeds are lists of their own")])
+        if key in ("workload", "workload.target", "workload.warmup"):
+            text = "cannot vary by matrix, or its cells could not be compared; run two experiments"
+            raise SpecError([(place_of(["matrix", key]), text)])
     return [dict(zip(spec.matrix, values, strict=True)) for values in itertools.product(*spec.matrix.values())]
 
 

@@ -527,6 +527,9 @@ class WorkloadSpec(Model):
             except ValueError as error:
                 raise PydanticCustomError("at_key", "{fault}", {"path": ["data"], "fault": str(error)}) from None
             return self
+        if ":" in self.model.name:
+            text = "cannot be emulated, as only a model of the zoo says what its layers cost; use compute: {pace: 120ms}"
+            raise PydanticCustomError("at_key", text, {"path": ["model"]})
         if self.stop.steps is None and not self.stop.seconds:
             text = "needs steps or seconds with compute: emulate, which has no epochs"
             raise PydanticCustomError("at_key", text, {"path": ["stop"]})
@@ -539,7 +542,7 @@ class WorkloadSpec(Model):
 
 
 class ScriptSpec(Model):
-    """A program of the user that every worker runs. stop.seconds ends it from outside."""
+    """A program of the user that every worker runs. stop.seconds and stop.accuracy end it from outside."""
 
     file: str
     args: list[str] = Field(default_factory=list)
@@ -549,6 +552,14 @@ class ScriptSpec(Model):
     @classmethod
     def _short(cls, data: Any) -> Any:
         return {"file": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _ends_from_outside(self) -> Self:
+        for key in ("steps", "epochs"):
+            if self.stop is not None and getattr(self.stop, key) is not None:
+                text = "is for the script to count; give stop: {seconds: 60}, or the number to the script by args"
+                raise PydanticCustomError("at_key", text, {"path": ["stop", key]})
+        return self
 
 
 class Spec(Model):

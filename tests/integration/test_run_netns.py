@@ -204,6 +204,14 @@ def test_a_worker_that_dies_fails_its_cell_and_says_why(tmp_path):
     summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
     assert not summary["valid"]
     assert "no_such_module" in summary["problems"][0]
+    [cell] = summary["cells"]
+    assert len(cell["earlier_failures"]) == 1  # it was tried twice
+
+    command = [sys.executable, "-m", "testbed.cli", "run", "--resume", str(only_run(tmp_path))]
+    resumed = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert resumed.returncode == 1
+    [cell] = json.loads((only_run(tmp_path) / "summary.json").read_text())["cells"]
+    assert len(cell["earlier_failures"]) == 3
 
 
 SCRIPT = """
@@ -216,7 +224,7 @@ import netsenseml
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = DistributedDataParallel(torch.nn.Linear(8, 8))
-session = netsenseml.attach(model)
+session = netsenseml.attach(model, record=f"{sys.argv[0]}-{dist.get_rank()}.jsonl")
 last, slow_from, pause_s = map(int, sys.argv[1:])
 for step in range(last):
     model(torch.randn(2, 8)).sum().backward()
@@ -236,6 +244,7 @@ def test_a_time_limit_that_meets_the_last_step_does_not_hang(tmp_path):
     code, out, err = run(tmp_path, workload=None, schedule=[], script=script, methods=["allreduce"])
     assert code == 0, out + err
     assert set(testbed.load_run(only_run(tmp_path)).steps.groupby("rank").size()) == {5}
+    assert len(list(tmp_path.rglob("own.py-*.jsonl"))) == 2  # its own records, beside the cell's
 
 
 def test_ranks_that_come_late_to_the_last_step_end_after_the_same_one(tmp_path):

@@ -171,6 +171,22 @@ def test_shipped_specs_are_good_and_survive_a_round_trip(path, tmp_path):
         ({"matrix": {"network.link.rate": ["5mbit", "fast"]}}, "bad.yaml: network.link.rate: ", "'fast'"),
         ({"script": "train.py"}, "bad.yaml: needs exactly one of workload and script", ""),
         ({"name": "../escape"}, "bad.yaml: name: ", "letters, digits"),
+        (
+            {"network": {"topology": "regions", "regions": {"EU": ["w0", "w1"], "us": ["w2", "w3"]}}},
+            "bad.yaml: network.regions.EU",
+            "small letters and digits",
+        ),
+        ({"matrix": {"workload.target": ["90%", "95%"]}}, "bad.yaml: matrix.workload.target: ", "two experiments"),
+        (
+            {"workload__model": "package.module:build", "workload__compute": {"emulate": "1s"}},
+            "bad.yaml: workload.model: ",
+            "use compute: {pace: 120ms}",
+        ),
+        (
+            {"workload": None, "script": {"file": "train.py", "stop": {"steps": 10}}},
+            "bad.yaml: script.stop.steps: ",
+            "give stop: {seconds: 60}",
+        ),
         ({"seeds": [-1]}, "bad.yaml: seeds[0]: ", "out of range"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -204,6 +220,23 @@ def test_a_fault_is_named_with_its_place_and_mend(tmp_path, replaced, place, wor
 )
 def test_a_file_that_is_no_spec(tmp_path, text, words):
     assert words in refused(write(tmp_path, text))
+
+
+def test_resume_takes_a_run_directory_and_nothing_else(tmp_path):
+    for arguments, words in (
+        ([str(tmp_path)], "is no run directory"),
+        ([str(tmp_path), "--out", str(tmp_path)], "give neither SPEC nor"),
+    ):
+        result = CliRunner().invoke(app, ["run", "--resume", *arguments])
+        assert result.exit_code == 2
+        assert words in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_clean_says_that_it_could_not_ask_docker(monkeypatch, tmp_path):
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
+    result = CliRunner().invoke(app, ["clean"])
+    assert result.exit_code == 4
+    assert "Docker" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_missing_file_directory_and_binary(tmp_path):
