@@ -31,8 +31,7 @@ def attach(
     """Let ``ddp`` exchange its gradients by ``method``, on every rank with the same arguments.
 
     method: a name of ``agent.catalog.METHODS``, one registered as an entry point of the group ``netsenseml.methods``, or
-        ``package.module:Class``; ``options`` are its options. Without it
-        the method of the testbed's cell is used.
+        ``package.module:Class``; ``options`` are its options. Without it the method of the testbed's cell is used.
     record: file that receives one JSON line a step (``protocol.STEP_COLUMNS``), beside that of a cell.
 
     In a cell of the testbed this also reports to the orchestrator, and waits until all workers are there.

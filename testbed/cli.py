@@ -57,6 +57,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print hosts, timeline and tc commands; do nothing.")] = False,
 ) -> None:
     """Run an experiment and say who won."""
+    from testbed.run.directory import SPEC_FILE
     from testbed.run.start import continue_run, start_run
 
     console = Console()
@@ -64,9 +65,9 @@ def run(
         if spec is not None or overrides or lab is not None or dry_run or out is not None:
             what = "SPEC nor --set, --lab, --out, --dry-run"
             _fail(f"--resume takes the spec of the run directory and goes on in it; give neither {what}", EXIT_BAD_INPUT)
-        if not (resume / "spec.yaml").exists():
+        if not (resume / SPEC_FILE).exists():
             _fail(f"{resume}: is no run directory; run directories lie in runs, unless --out said otherwise", EXIT_BAD_INPUT)
-        loaded, plan = _plan(resume / "spec.yaml", [], None)
+        loaded, plan = _plan(resume / SPEC_FILE, [], None)
         raise typer.Exit(_guarded(lambda: continue_run(plan, resume, console)))
     if spec is None:
         _fail("SPEC is missing; name a YAML file, for example: testbed run experiments/smoke.yaml", EXIT_BAD_INPUT)
@@ -93,18 +94,18 @@ def report(
     tensorboard: Annotated[Path | None, typer.Option(help="Also write TensorBoard event files, a directory a cell.")] = None,
 ) -> None:
     """Write summary and report of a run again, for example of one that was killed."""
-    from testbed.results.load import NotARun, load_run
+    from testbed.results.load import NotARun, load_run, require_run
     from testbed.run.start import finish
 
     def write() -> int:
-        write_events = None
-        if tensorboard is not None:
-            write_events = _event_writer()
-            try:
-                tensorboard.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                _fail(f"--tensorboard: {error.filename or tensorboard}: {error.strerror or error}", EXIT_BAD_INPUT)
+        write_events = _event_writer() if tensorboard is not None else None
         try:
+            require_run(directory)
+            if tensorboard is not None:
+                try:
+                    tensorboard.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    _fail(f"--tensorboard: {error.filename or tensorboard}: {error.strerror or error}", EXIT_BAD_INPUT)
             code = finish(directory, Console())
         except (NotARun, ValueError) as error:
             _fail(str(error), EXIT_BAD_INPUT)

@@ -20,7 +20,7 @@ import psutil
 
 from testbed.labs.base import LabError
 from testbed.labs.capabilities import CAPABILITIES, lacking_capabilities
-from testbed.labs.netns import enclosure
+from testbed.labs.netns import enclosure, why_it_failed
 
 Verdict = Literal["ok", "limited", "missing"]
 PROBED = ("tbf", "netem", "veth", "bridge")
@@ -167,8 +167,8 @@ def netns_lab(system: System) -> tuple[Finding, list[str] | None]:
     command = [*prefix, sys.executable, "-m", "testbed.links.probe", *PROBED]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        return Finding("lab netns", "missing", f"no network namespace can be made: {last}", f"use Docker: {_COMPOSE}"), None
+        reason = f"no network namespace can be made: {why_it_failed(done)}"
+        return Finding("lab netns", "missing", reason, f"use Docker: {_COMPOSE}"), None
     return Finding(
         "lab netns", "ok", "private namespaces can be made" + ("" if system.root else " without root")
     ), done.stdout.split()

@@ -50,13 +50,18 @@ def enclosure() -> list[str]:
         done = subprocess.run([*prefix, "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
         if done.returncode == 0:
             return prefix
-        reason = reason or (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        reason = reason or why_it_failed(done)
     raise LabError(
         f"this machine forbids unprivileged user namespaces ({reason}); either allow them "
         "(sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0 on Ubuntu, "
         "sudo sysctl -w user.max_user_namespaces=10000 elsewhere), "
         "or refresh sudo with: sudo -v, or use Docker: docker compose up experiment"
     )
+
+
+def why_it_failed(done: "subprocess.CompletedProcess[str]") -> str:
+    """The last line of what a program wrote to standard error, or its exit code if it wrote nothing."""
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
 class NetnsHost:

@@ -59,13 +59,18 @@ class Run:
         return f"Run({str(self.path)!r}: {len(self.cells)} cells, {len(self.steps)} step rows)"
 
 
-def load_run(path: str | Path) -> Run:
-    """Load a run directory. Raises ``NotARun`` if there is none, ValueError if its spec cannot be read."""
-    path = Path(path)
+def require_run(path: Path) -> None:
+    """Raise ``NotARun``, one line, if this is no run directory."""
     if not path.is_dir():
         raise NotARun(f"{path}: no such directory")
     if not (path / "spec.yaml").is_file() and not (path / "cells").is_dir():
         raise NotARun(f"{path}: not a run directory, it has neither spec.yaml nor cells/")
+
+
+def load_run(path: str | Path) -> Run:
+    """Load a run directory. Raises ``NotARun`` if there is none, ValueError if its spec cannot be read."""
+    path = Path(path)
+    require_run(path)
     spec = _read_spec(path / "spec.yaml")
     cell_dirs = sorted((d for d in (path / "cells").glob("*") if d.is_dir()), key=_natural)
     cells = [cell_row(d) for d in cell_dirs]

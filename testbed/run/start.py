@@ -12,7 +12,7 @@ from rich.console import Console
 
 from testbed.doctor import System
 from testbed.labs.base import LabError
-from testbed.labs.netns import enclosure
+from testbed.labs.netns import enclosure, why_it_failed
 from testbed.links.probe import missing_kinds
 from testbed.plan import Plan
 from testbed.run import directory as run_directory
@@ -36,8 +36,7 @@ def check_kernel(lab: str, needed: Sequence[str]) -> None:
         command = [*enclosure(), sys.executable, "-m", "testbed.links.probe", *needed]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
         if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise LabError(f"cannot make a network namespace: {reason}")
+            raise LabError(f"cannot make a network namespace: {why_it_failed(done)}")
         missing = done.stdout.split()
     else:
         try:

@@ -137,8 +137,9 @@ def _fault(detail: Any) -> tuple[str, str]:
     elif kind == "literal_error":
         text = f"{given!r:.40} is unknown; valid: {context['expected'].replace(' or ', ', ').replace(chr(39), '')}"
     elif kind == "string_pattern_mismatch":
-        allowed = "letters, digits, '_', '-' and '.', up to 64" if "A-Z" in context["pattern"] else "small letters and digits"
-        text = f"{given!r:.40} cannot be a name, which has {allowed}, and begins with a letter"
+        of_region, of_spec = "small letters and digits", "up to 64 letters, digits, '_', '-' and '.'"
+        allowed = f"{of_spec}, not one of these three first" if "A-Z" in context["pattern"] else f"{of_region}, a letter first"
+        text = f"{given!r:.40} cannot be a name, which has {allowed}"
     else:
         text = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         if kind.startswith(("greater", "less")):

@@ -283,6 +283,8 @@ def test_tensorboard_gets_every_step_and_evaluation(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refused = CliRunner().invoke(app, ["report", str(directory), "--tensorboard", str(tmp_path / "file")])
     assert refused.exit_code == 2 and "Traceback" not in refused.output
+    no_run = CliRunner().invoke(app, ["report", str(tmp_path / "no run"), "--tensorboard", str(tmp_path / "none")])
+    assert no_run.exit_code == 2 and not (tmp_path / "none").exists()  # nothing was touched
     tested = run.evals[run.evals["cell"] == "netsense-s0"]
     assert {step for tag, step in scalars if tag == "test/accuracy"} == set(tested["step"])
 

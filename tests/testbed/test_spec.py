@@ -171,6 +171,7 @@ def test_shipped_specs_are_good_and_survive_a_round_trip(path, tmp_path):
         ({"matrix": {"network.link.rate": ["5mbit", "fast"]}}, "bad.yaml: network.link.rate: ", "'fast'"),
         ({"script": "train.py"}, "bad.yaml: needs exactly one of workload and script", ""),
         ({"name": "../escape"}, "bad.yaml: name: ", "letters, digits"),
+        ({"name": ".hidden"}, "bad.yaml: name: ", "first"),
         (
             {"network": {"topology": "regions", "regions": {"EU": ["w0", "w1"], "us": ["w2", "w3"]}}},
             "bad.yaml: network.regions.EU",
