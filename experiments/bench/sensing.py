@@ -223,12 +223,13 @@ def report(
             shares = [statistics.median(shares[max(0, i - 15) : i + 1]) for i in range(len(shares))]
         errors = [row["beta_bps"] / share - 1 for row, share in zip(phase, shares, strict=True)]
         near = next((str(i + 1) for i, error in enumerate(errors) if abs(error) <= CLOSE), "never")
-        rest = sorted(errors[SETTLED_STEPS - 1 :])
-        off = statistics.median(abs(row["predicted_s"] / row["seconds"] - 1) for row in phase[SETTLED_STEPS - 1 :])
-        after = phase[SETTLED_STEPS - 1]["beta_bps"]
+        settled = min(SETTLED_STEPS, len(phase)) - 1  # a phase on a thin link may have fewer
+        rest = sorted(errors[settled:])
+        off = statistics.median(abs(row["predicted_s"] / row["seconds"] - 1) for row in phase[settled:])
+        after = phase[settled]["beta_bps"]
         print(
-            f"{rate_bps / 1e6:3.0f} Mbit/s{'*' if competing else ' '}{shares[SETTLED_STEPS - 1] / 1e6:11.1f}{after / 1e6:10.1f}"
-            f"{errors[SETTLED_STEPS - 1]:+8.1%}{rest[len(rest) // 10]:+8.1%} … {rest[len(rest) * 9 // 10]:+6.1%}"
+            f"{rate_bps / 1e6:3.0f} Mbit/s{'*' if competing else ' '}{shares[settled] / 1e6:11.1f}{after / 1e6:10.1f}"
+            f"{errors[settled]:+8.1%}{rest[len(rest) // 10]:+8.1%} … {rest[len(rest) * 9 // 10]:+6.1%}"
             f"{near:>12}{f'{off:.0%} off':>18}{len(phase):10}",
             flush=True,
         )

@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
+from operator import mul
 from statistics import median
 from typing import Any
 
@@ -15,7 +16,11 @@ _ODD = 4.0  # times the usual error: a step so far off is an accident, or the fi
 _QUANTILE = 0.4  # of the steps' times per byte; not their median, as accidents lengthen a step and hardly ever shorten it
 _AS_EXPECTED, _REFIT = 1.0, 4  # a step that is off by no more than the noise is no news: every fourth is fitted
 _MOST_LATENCY = 0.9  # share of a step's time, at most, so that there is always some left for its bytes
-_ANCHOR, _ANCHORED_STEPS = 12.0, 48  # weight of what is known of latency and credit, in steps, and when it is reached
+_ALPHA, _CREDIT, _BYTE = range(3)  # places in the filter's state
+_UNKNOWN_ALPHA_S, _ALPHA_S, _CREDIT_S = 2e-3, 5e-4, 4e-3  # usual alpha, how far from half a known RTT, usual credit
+_DRIFT, _BYTE_DRIFT = 0.02, 0.02  # shares by which they, and the time per byte, change in a step
+_LEAST_NOISE = 0.1  # times the noise above: quieter than this no network is taken for
+_RESOLUTION_S = 1e-9  # of the clock
 _RETURN = 1 / 64  # share of the way back to half of the smallest RTT that alpha goes, where no step contradicts
 
 
@@ -73,11 +78,11 @@ class NetworkEstimate:
     only help where times alone leave it open how much of them is latency.
 
     1. A step's time obeys the line above, less a credit: a token bucket that filled up during the compute before lets the
-       first milliseconds pass for free. Noise lengthens a time and hardly ever shortens it, so of the last three steps only
-       the one is looked at that was held up least.
-    2. Alpha and credit change seldom. They are fitted to the last steps by weighted least squares, with what is known of
-       them so far as one more observation; so with payloads of one size, where they cannot be told from beta, they stay.
-       Alpha starts at half of the smallest RTT and tends back to it.
+       first milliseconds pass for free. Noise lengthens a time and hardly ever shortens it, so in place of a step that was held
+       up, the one of the last three is taken that was held up least.
+    2. Alpha and credit change seldom. A Kalman filter learns them from every step, as far as sizes and hops differ; with
+       payloads of one size, where they cannot be told from beta, they stay. Alpha starts at half of the smallest RTT and tends
+       back to it.
     3. Beta changes often: it is a robust quantile over the last steps of the time per byte that is left after 2.
     4. Two steps in a row that are off in the same direction, by far more than usual, are no accident but a change of the
        network: what came before is forgotten. Alpha and credit stay, so a change is one of beta until payloads of several
@@ -91,6 +96,9 @@ class NetworkEstimate:
         self._line = _Line(alpha_s=0.0, byte_s=0.0, credit_s=0.0)
         self._min_rtt_s: float | None = None
         self._count = 0
+        self._learnt = 0  # steps since the last change, up to _BEST_OF
+        self._state = [0.0, 0.0, 0.0]
+        self._spread = [[_UNKNOWN_ALPHA_S**2, 0.0, 0.0], [0.0, _CREDIT_S**2, 0.0], [0.0, 0.0, 0.0]]
         self._newest: deque[_Step] = deque(maxlen=_BEST_OF)
         self._steps: deque[_Step] = deque(maxlen=_STEPS)
         self._errors: deque[float] = deque(maxlen=_STEPS)
@@ -130,18 +138,25 @@ class NetworkEstimate:
         if min_rtt_s is not None:
             if self._min_rtt_s is None:
                 self._line = _Line(min_rtt_s / 2, self._line.byte_s, self._line.credit_s)
+                self._state[_ALPHA] = min_rtt_s / 2
             self._min_rtt_s = min_rtt_s
-        if step.payload_bytes <= 0 or step.seconds <= 0:
+        if step.payload_bytes <= 0 or step.seconds < _RESOLUTION_S:
             return
         self._newest.append(step)
-        if self._steps:
+        if len(self._newest) > 1:
+            odd, before = self._odd(), self._newest[-2]
+            # Where two are odd, a change may have begun.
+            if abs(self._error(before)) <= odd or abs(self._error(step)) <= odd:
+                self._learn(before)
+        if self._steps and self._error(step) > _AS_EXPECTED:
             step = min(self._newest, key=self._error)
         if self._steps and self._is_change(step):
             self._steps = deque([self._steps[-1]], maxlen=_STEPS)
+            self._learnt = 0
         self._steps.append(step)
         self._count += 1
         if self._count % _REFIT == 0 or self._count < _STEPS or abs(self._error(step)) > _AS_EXPECTED:
-            self._line = self._fitted()
+            self._line = self._through(min(self._state[_ALPHA], self._most_alpha_s()), self._state[_CREDIT])
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep: numbers and lists of numbers."""
@@ -149,6 +164,9 @@ class NetworkEstimate:
             "line": list(astuple(self._line)),
             "min_rtt_s": self._min_rtt_s,
             "count": self._count,
+            "learnt": self._learnt,
+            "state": list(self._state),
+            "spread": [list(row) for row in self._spread],
             "newest": [list(astuple(step)) for step in self._newest],
             "steps": [list(astuple(step)) for step in self._steps],
             "errors": list(self._errors),
@@ -160,15 +178,21 @@ class NetworkEstimate:
         self._line = _Line(*state["line"])
         self._min_rtt_s = state["min_rtt_s"]
         self._count = state["count"]
+        self._learnt = state["learnt"]
+        self._state = list(state["state"])
+        self._spread = [list(row) for row in state["spread"]]
         self._newest = deque((_Step(*step) for step in state["newest"]), maxlen=_BEST_OF)
         self._steps = deque((_Step(*step) for step in state["steps"]), maxlen=_STEPS)
         self._errors = deque(state["errors"], maxlen=_STEPS)
         self._last_error = state["last_error"]
 
+    def _odd(self) -> float:
+        """From so many times the noise on, an error is odd."""
+        return _ODD * max([1.0, median(map(abs, self._errors))] if self._errors else [1.0])
+
     def _is_change(self, step: _Step) -> bool:
         """4."""
-        expected_s, error = self._line.seconds(step), self._error(step)
-        odd = _ODD * max([1.0, median(map(abs, self._errors))] if self._errors else [1.0])
+        expected_s, error, odd = self._line.seconds(step), self._error(step), self._odd()
         self._errors.append(error)
         if abs(error) <= odd and expected_s < odd * _noise_s(expected_s):
             return False
@@ -181,43 +205,34 @@ class NetworkEstimate:
         expected_s = self._line.seconds(step)
         return (step.seconds - expected_s) / _noise_s(min(step.seconds, expected_s))
 
-    def _fitted(self) -> _Line:
-        """2. and 3."""
-        most_s = _MOST_LATENCY * min(step.seconds / max(step.hops, 1) for step in self._steps)
-        known_s, known_credit_s = self._line.alpha_s, self._line.credit_s
+    def _learn(self, step: _Step) -> None:
+        """2. The state is alpha, credit, and the time per byte only so that the others can be told from it."""
+        state, spread = self._state, self._spread
         if self._min_rtt_s is not None:
-            known_s += _RETURN * (self._min_rtt_s / 2 - known_s)
-        anchor = _ANCHOR * min(1.0, self._count / _ANCHORED_STEPS)
-        anchor /= _noise_s(median(step.seconds for step in self._steps)) ** 2
-        anchor_hops = anchor * max(1, median(step.hops for step in self._steps)) ** 2
+            state[_ALPHA] += _RETURN * (self._min_rtt_s / 2 - state[_ALPHA])
+        for i, usual_s in ((_ALPHA, _UNKNOWN_ALPHA_S if self._min_rtt_s is None else _ALPHA_S), (_CREDIT, _CREDIT_S)):
+            spread[i][i] = min(spread[i][i] + (_DRIFT * usual_s) ** 2, usual_s**2)
+        if self._learnt < _BEST_OF:
+            # The first steps after a change may have seen both networks.
+            self._learnt += 1
+            state[_BYTE] = self._line.byte_s
+            spread[_BYTE] = [0.0, 0.0, (2 * state[_BYTE]) ** 2]
+            spread[_ALPHA][_BYTE] = spread[_CREDIT][_BYTE] = 0.0
+            return
+        spread[_BYTE][_BYTE] += (_BYTE_DRIFT * state[_BYTE]) ** 2
+        usual = median(map(abs, self._errors)) if self._errors else 1.0
+        noise_s = min(1.0, max(_LEAST_NOISE, usual)) * _noise_s(step.seconds)
+        _measure(state, spread, (step.hops, -1.0, step.payload_bytes), step.seconds, noise_s)
+        # The kernel's word is as good as a step without latency, but it counts only where it is faster.
+        busy_s = 8 * step.payload_bytes / step.kernel_bps if step.kernel_bps else math.inf
+        if busy_s < state[_BYTE] * step.payload_bytes - state[_CREDIT]:
+            _measure(state, spread, (0.0, -1.0, step.payload_bytes), busy_s, noise_s)
+        _bound(state, spread, _ALPHA, self._most_alpha_s())
+        _bound(state, spread, _CREDIT, math.inf)
+        state[_ALPHA] = min(max(state[_ALPHA], 0.0), self._most_alpha_s())
 
-        # Iteratively reweighted least squares, with one iteration a fit: the next fit goes on from here.
-        known_s = min(known_s, most_s)
-        rows = self._weighted(self._through(known_s, known_credit_s))
-
-        # Normal equations of the line in hops, credit (whose factor is -1) and bytes for seconds, with bytes eliminated.
-        hh = hc = hb = hs = cc = cb = cs = bb = bs = 0.0
-        for weight, hops, payload_bytes, seconds in rows:
-            of_hops, of_bytes = weight * hops, weight * payload_bytes
-            hh += of_hops * hops
-            hc -= of_hops
-            hb += of_hops * payload_bytes
-            hs += of_hops * seconds
-            cc += weight
-            cb -= of_bytes
-            cs -= weight * seconds
-            bb += of_bytes * payload_bytes
-            bs += of_bytes * seconds
-        hh += anchor_hops - hb / bb * hb
-        hc -= hb / bb * cb
-        cc += anchor - cb / bb * cb
-        hs += anchor_hops * known_s - bs / bb * hb
-        cs += anchor * known_credit_s - bs / bb * cb
-        alpha_s, credit_s = known_s, known_credit_s
-        for _ in range(20):  # Gauss-Seidel keeps them within their bounds
-            alpha_s = min(max((hs - hc * credit_s) / hh, 0.0), most_s)
-            credit_s = max((cs - hc * alpha_s) / cc, 0.0)
-        return self._through(alpha_s, credit_s)
+    def _most_alpha_s(self) -> float:
+        return _MOST_LATENCY * min(step.seconds / max(step.hops, 1) for step in self._steps)
 
     def _through(self, alpha_s: float, credit_s: float) -> _Line:
         """3. A step weighs as much as its time can be relied on."""
@@ -235,23 +250,30 @@ class NetworkEstimate:
                 break
         return _Line(alpha_s, byte_s, credit_s)
 
-    def _weighted(self, line: _Line) -> list[tuple[float, float, float, float]]:
-        """(weight, hops, bytes, seconds) of each step and of the kernel's word on it.
 
-        A step far from the line has little weight: the sum of distances counts, not that of their squares. The kernel's
-        word is as good as a step without latency, but it counts only where it is faster than the line.
-        """
-        rows: list[tuple[float, float, float, float]] = []
-        fading = 1.0
-        for step in reversed(self._steps):
-            noise_s = _noise_s(line.byte_s * step.payload_bytes)
-            weight = fading / (noise_s * max(noise_s, abs(step.seconds - line.seconds(step))))
-            rows.append((weight, step.hops, step.payload_bytes, step.seconds))
-            busy_s = 8 * step.payload_bytes / step.kernel_bps if step.kernel_bps else math.inf
-            if busy_s < line.byte_s * step.payload_bytes - line.credit_s:
-                rows.append((weight, 0.0, step.payload_bytes, busy_s))
-            fading *= _FADING
-        return rows
+def _measure(state: list[float], spread: list[list[float]], row: Sequence[float], seconds: float, noise_s: float) -> None:
+    """A step of a Kalman filter: row * state took so many seconds. spread: the covariance of the state.
+
+    A step that was shorter by far counts by its distance, not the square of it; one that was longer, which is more likely an
+    accident, the less the longer it was.
+    """
+    error_s = seconds - math.fsum(map(mul, row, state))
+    moved = [math.fsum(map(mul, row, of_one)) for of_one in spread]
+    variance = math.fsum(map(mul, row, moved)) + max(noise_s**2, error_s**2 if error_s > 0 else -noise_s * error_s)
+    for i in range(len(state)):
+        state[i] += moved[i] * error_s / variance
+        for j in range(len(state)):
+            spread[i][j] -= moved[i] * moved[j] / variance
+
+
+def _bound(state: list[float], spread: list[list[float]], i: int, most: float) -> None:
+    """Bring one number of the state between 0 and its bound, and the others to where they most likely are then."""
+    bound = min(max(state[i], 0.0), most)
+    excess = state[i] - bound
+    if excess and spread[i][i] > 0:
+        for j in range(len(state)):
+            state[j] -= spread[j][i] / spread[i][i] * excess
+    state[i] = bound
 
 
 def _noise_s(seconds: float) -> float:

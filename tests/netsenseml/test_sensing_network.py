@@ -57,6 +57,13 @@ def test_a_network_that_stays_is_known_after_20_steps(mbit, seed):
     assert sum(abs(error) <= 0.1 for error in settled) >= 0.85 * len(settled)
 
 
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("mbit", [20, 100, 500])
+def test_what_a_token_bucket_gives_away_is_no_bandwidth_on_a_quiet_network(mbit, seed):
+    errors = Link(seed, late=0.0, noise=0.005).steps(mbit, 20)
+    assert abs(errors[-1]) <= 0.05
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("late", [0.0, 0.1])
 def test_drops_are_followed_within_5_steps_and_rises_within_15(seed, late):
