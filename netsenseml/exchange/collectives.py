@@ -24,14 +24,16 @@ def own_group(group: dist.ProcessGroup, backend: str | None = None) -> dist.Proc
     return dist.new_group(dist.get_process_group_ranks(group), backend=backend, use_local_synchronization=not _is_world(group))
 
 
-def dissolve(group: dist.ProcessGroup) -> None:
-    """Give up a group of ``own_group``; called on all its ranks.
+def dissolve(group: dist.ProcessGroup) -> bool:
+    """Give up a group of ``own_group``; called on all its ranks. Returns whether it ends when the caller lets go of it.
 
     One of a part of the ranks stays until the process ends: torch would give its name to the next one of the same ranks, which
     would then look for its peers at the addresses of the old one.
     """
-    if _is_world(group):
-        dist.destroy_process_group(group)
+    if not _is_world(group):
+        return False
+    dist.destroy_process_group(group)
+    return True
 
 
 def _is_world(group: dist.ProcessGroup) -> bool:

@@ -1,5 +1,7 @@
 """PyTorch's own PowerSGD, made safe for Gloo."""
 
+import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.futures import Future
 
+from netsenseml.agent.protocol import monotonic_s
 from netsenseml.compress.feedback import energy_lost, sample
 from netsenseml.exchange.collectives import all_reduce_bytes, all_reduce_hops, dissolve, own_group
 from netsenseml.exchange.conveyor import Conveyor, Exchange
@@ -73,7 +76,15 @@ class PowerSgd(Method):
 
     def close(self) -> None:
         self._conveyor.close()
-        dissolve(self._state.process_group)
+        group, self._state.process_group = self._state.process_group, None
+        if not dissolve(group):
+            return
+        # The hook's last callback may still hold the group, on one of the group's own threads. If that were the last to let go
+        # of it, the thread would have to wait for its own end, which aborts the process.
+        held_once = object()
+        given_up_s = monotonic_s() + _PATIENCE_S
+        while sys.getrefcount(group) > sys.getrefcount(held_once) and monotonic_s() < given_up_s:
+            time.sleep(1e-3)
 
     def state_dict(self) -> dict[str, Any]:
         state = self._state
@@ -85,4 +96,6 @@ class PowerSgd(Method):
             setattr(self._state, name, {i: t.clone() for i, t in state[name].items()})
 
 
+_PATIENCE_S = 1.0
+"""Far longer than a callback takes."""
 _KEPT = ("error_dict", "p_memory_dict", "q_memory_dict")

@@ -397,6 +397,24 @@ def test_closing_leaves_no_process_group() -> None:
         assert last <= first + 2
 
 
+def train_by_powersgd(rank: int) -> int:
+    session = attach(ddp := make_ddp(), "powersgd", rank=2)
+    for x, y in batches(rank, 4):
+        nn.functional.cross_entropy(ddp(x), y).backward()
+        session.step()
+    session.close()
+    return session.steps
+
+
+def powersgd_in_turn(rank: int) -> int:
+    return sum(train_by_powersgd(rank) for _ in range(40))
+
+
+def test_a_group_is_not_given_up_by_a_thread_of_its_own() -> None:
+    # The group would wait there for its own thread and abort the process.
+    assert run_group(powersgd_in_turn, 2) == [160, 160]
+
+
 def statistics_of(rank: int) -> str:
     torch.manual_seed(0)
     ddp = DistributedDataParallel(nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)))
