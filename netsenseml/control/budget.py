@@ -50,7 +50,7 @@ too small and what is small too large in every step, and with a momentum of 0.9 
 
 
 def _bytes(scheme: Scheme, ranks: int) -> float:
-    return sum(payload for payload, _ in scheme.payloads(1 << 20, ranks))
+    return math.fsum(payload for payload, _ in scheme.payloads(1 << 20, ranks))
 
 
 class BudgetPolicy:
@@ -153,7 +153,9 @@ class BudgetPolicy:
         """What may be waited for with a rung above, as so much was waited for with this one."""
         mean_s = math.fsum(self._exposed_s) / len(self._exposed_s)
         self._tolerated_s = mean_s + _WORTH * (seen.compute_s + mean_s)
-        self._spread_s = math.sqrt(math.fsum((waited_s - mean_s) ** 2 for waited_s in self._exposed_s) / len(self._exposed_s))
+        # A product, as Python's power is the C library's, which may differ between machines in the last bit.
+        squares = ((waited_s - mean_s) * (waited_s - mean_s) for waited_s in self._exposed_s)
+        self._spread_s = math.sqrt(math.fsum(squares) / len(self._exposed_s))
 
     def _is_tolerated(self, seen: Observation) -> bool:
         """Whether the last steps waited hardly longer than with the rung below; noise is no difference."""
@@ -185,11 +187,11 @@ class BudgetPolicy:
         if not rungs:
             return self._rung
         most_bytes = self._growth * self._bytes(self._rung, seen)
-        self._growth = min(self._growth**2, _MOST_GROWTH)
+        self._growth = min(self._growth * self._growth, _MOST_GROWTH)
         return next((rung for rung in rungs if self._bytes(rung, seen) <= most_bytes), rungs[-1])
 
     def _bytes(self, rung: int, seen: Observation) -> float:
-        return sum(payload for stages in self._payloads_of(self._rungs[rung], seen) for payload, _ in stages)
+        return math.fsum(payload for stages in self._payloads_of(self._rungs[rung], seen) for payload, _ in stages)
 
     def _payloads_of(self, scheme: Scheme, seen: Observation) -> list[list[tuple[float, int]]]:
         """Of every bucket, (bytes, hops) of every stage; the buckets of a model hardly ever change."""

@@ -146,6 +146,8 @@ class NetSense(Coded):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError, one line, where the checkpoint is of another policy, ladder or version."""
+        if self._network.state_dict().keys() != state["network"].keys():
+            raise ValueError("the checkpoint is of another version of netsense; go on without the state of the hook")
         mine, other = self._policy.state_dict(), state["policy"]
         if mine.keys() != other.keys() or mine.get("schemes") != other.get("schemes"):
             raise ValueError(

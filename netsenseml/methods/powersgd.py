@@ -77,7 +77,7 @@ class PowerSgd(Method):
     def close(self) -> None:
         self._conveyor.close()
         group, self._state.process_group = self._state.process_group, None
-        if not dissolve(group):
+        if group is None or not dissolve(group):
             return
         # The hook's last callback may still hold the group, on one of the group's own threads. If that were the last to let go
         # of it, the thread would have to wait for its own end, which aborts the process.

@@ -8,20 +8,20 @@ from operator import mul
 from statistics import median
 from typing import Any
 
-_BEST_OF = 3  # steps: the one that was held up least is learnt from
+_BEST_OF = 3  # steps: the one of them that was held up least is taken in place of one that was held up
 _STEPS = 16  # so many of the newest are looked at, while the network stays the same,
 _FADING = 0.9  # and each weighs less than the next one by this factor
 _NOISE_S, _NOISE = 1e-3, 0.05  # how much a step's time is off: what the scheduler costs, and a share of the time
 _ODD = 4.0  # times the usual error: a step so far off is an accident, or the first one after a change
 _QUANTILE = 0.4  # of the steps' times per byte; not their median, as accidents lengthen a step and hardly ever shorten it
-_AS_EXPECTED, _REFIT = 1.0, 4  # a step that is off by no more than the noise is no news: every fourth is fitted
+_AS_EXPECTED, _REFIT = 1.0, 4  # a step that is off by no more than the noise is no news: the line is drawn anew at every fourth
 _MOST_LATENCY = 0.9  # share of a step's time, at most, so that there is always some left for its bytes
 _ALPHA, _CREDIT, _BYTE = range(3)  # places in the filter's state
 _UNKNOWN_ALPHA_S, _ALPHA_S, _CREDIT_S = 2e-3, 5e-4, 4e-3  # usual alpha, how far from half a known RTT, usual credit
 _DRIFT, _BYTE_DRIFT = 0.02, 0.02  # shares by which they, and the time per byte, change in a step
 _LEAST_NOISE = 0.1  # times the noise above: quieter than this no network is taken for
 _RESOLUTION_S = 1e-9  # of the clock
-_RETURN = 1 / 64  # share of the way back to half of the smallest RTT that alpha goes, where no step contradicts
+_RETURN = 1 / 64  # share of the way back to half of the smallest RTT that alpha goes before every step
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,9 @@ class NetworkEstimate:
     1. A step's time obeys the line above, less a credit: a token bucket that filled up during the compute before lets the
        first milliseconds pass for free. Noise lengthens a time and hardly ever shortens it, so in place of a step that was held
        up, the one of the last three is taken that was held up least.
-    2. Alpha and credit change seldom. A Kalman filter learns them from every step, as far as sizes and hops differ; with
-       payloads of one size, where they cannot be told from beta, they stay. Alpha starts at half of the smallest RTT and tends
-       back to it.
+    2. Alpha and credit change seldom. A Kalman filter learns them from all steps but those around a change, as far as sizes
+       and hops differ; with payloads of one size, where they cannot be told from beta, they stay. Alpha starts at half of the
+       smallest RTT and tends back to it.
     3. Beta changes often: it is a robust quantile over the last steps of the time per byte that is left after 2.
     4. Two steps in a row that are off in the same direction, by far more than usual, are no accident but a change of the
        network: what came before is forgotten. Alpha and credit stay, so a change is one of beta until payloads of several
@@ -96,9 +96,9 @@ class NetworkEstimate:
         self._line = _Line(alpha_s=0.0, byte_s=0.0, credit_s=0.0)
         self._min_rtt_s: float | None = None
         self._count = 0
-        self._learnt = 0  # steps since the last change, up to _BEST_OF
+        self._left_out = 0  # steps that the filter left out since the last change, up to _BEST_OF
         self._state = [0.0, 0.0, 0.0]
-        self._spread = [[_UNKNOWN_ALPHA_S**2, 0.0, 0.0], [0.0, _CREDIT_S**2, 0.0], [0.0, 0.0, 0.0]]
+        self._spread = [[_squared(_UNKNOWN_ALPHA_S), 0.0, 0.0], [0.0, _squared(_CREDIT_S), 0.0], [0.0, 0.0, 0.0]]
         self._newest: deque[_Step] = deque(maxlen=_BEST_OF)
         self._steps: deque[_Step] = deque(maxlen=_STEPS)
         self._errors: deque[float] = deque(maxlen=_STEPS)
@@ -138,7 +138,11 @@ class NetworkEstimate:
         if min_rtt_s is not None:
             if self._min_rtt_s is None:
                 self._line = _Line(min_rtt_s / 2, self._line.byte_s, self._line.credit_s)
+                # What was known of alpha without it, and so of the others, is forgotten.
                 self._state[_ALPHA] = min_rtt_s / 2
+                self._spread[_ALPHA] = [_ALPHA_S * _ALPHA_S, 0.0, 0.0]
+                self._spread[_CREDIT][_ALPHA] = self._spread[_BYTE][_ALPHA] = 0.0
+                self._left_out = 0
             self._min_rtt_s = min_rtt_s
         if step.payload_bytes <= 0 or step.seconds < _RESOLUTION_S:
             return
@@ -152,7 +156,7 @@ class NetworkEstimate:
             step = min(self._newest, key=self._error)
         if self._steps and self._is_change(step):
             self._steps = deque([self._steps[-1]], maxlen=_STEPS)
-            self._learnt = 0
+            self._left_out = 0
         self._steps.append(step)
         self._count += 1
         if self._count % _REFIT == 0 or self._count < _STEPS or abs(self._error(step)) > _AS_EXPECTED:
@@ -164,7 +168,7 @@ class NetworkEstimate:
             "line": list(astuple(self._line)),
             "min_rtt_s": self._min_rtt_s,
             "count": self._count,
-            "learnt": self._learnt,
+            "left_out": self._left_out,
             "state": list(self._state),
             "spread": [list(row) for row in self._spread],
             "newest": [list(astuple(step)) for step in self._newest],
@@ -178,7 +182,7 @@ class NetworkEstimate:
         self._line = _Line(*state["line"])
         self._min_rtt_s = state["min_rtt_s"]
         self._count = state["count"]
-        self._learnt = state["learnt"]
+        self._left_out = state["left_out"]
         self._state = list(state["state"])
         self._spread = [list(row) for row in state["spread"]]
         self._newest = deque((_Step(*step) for step in state["newest"]), maxlen=_BEST_OF)
@@ -211,16 +215,16 @@ class NetworkEstimate:
         if self._min_rtt_s is not None:
             state[_ALPHA] += _RETURN * (self._min_rtt_s / 2 - state[_ALPHA])
         for i, usual_s in ((_ALPHA, _UNKNOWN_ALPHA_S if self._min_rtt_s is None else _ALPHA_S), (_CREDIT, _CREDIT_S)):
-            spread[i][i] = min(spread[i][i] + (_DRIFT * usual_s) ** 2, usual_s**2)
-        if self._learnt < _BEST_OF:
+            spread[i][i] = min(spread[i][i] + _squared(_DRIFT * usual_s), _squared(usual_s))
+        if self._left_out < _BEST_OF:
             # The first steps after a change may have seen both networks.
-            self._learnt += 1
+            self._left_out += 1
             state[_BYTE] = self._line.byte_s
-            spread[_BYTE] = [0.0, 0.0, (2 * state[_BYTE]) ** 2]
+            spread[_BYTE] = [0.0, 0.0, _squared(2 * state[_BYTE])]
             spread[_ALPHA][_BYTE] = spread[_CREDIT][_BYTE] = 0.0
             return
-        spread[_BYTE][_BYTE] += (_BYTE_DRIFT * state[_BYTE]) ** 2
-        usual = median(map(abs, self._errors)) if self._errors else 1.0
+        spread[_BYTE][_BYTE] += _squared(_BYTE_DRIFT * state[_BYTE])
+        usual = median(map(abs, self._errors))
         noise_s = min(1.0, max(_LEAST_NOISE, usual)) * _noise_s(step.seconds)
         _measure(state, spread, (step.hops, -1.0, step.payload_bytes), step.seconds, noise_s)
         # The kernel's word is as good as a step without latency, but it counts only where it is faster.
@@ -259,7 +263,8 @@ def _measure(state: list[float], spread: list[list[float]], row: Sequence[float]
     """
     error_s = seconds - math.fsum(map(mul, row, state))
     moved = [math.fsum(map(mul, row, of_one)) for of_one in spread]
-    variance = math.fsum(map(mul, row, moved)) + max(noise_s**2, error_s**2 if error_s > 0 else -noise_s * error_s)
+    off_s = error_s if error_s > 0 else noise_s
+    variance = math.fsum(map(mul, row, moved)) + max(_squared(noise_s), off_s * abs(error_s))
     for i in range(len(state)):
         state[i] += moved[i] * error_s / variance
         for j in range(len(state)):
@@ -274,6 +279,10 @@ def _bound(state: list[float], spread: list[list[float]], i: int, most: float) -
         for j in range(len(state)):
             state[j] -= spread[j][i] / spread[i][i] * excess
     state[i] = bound
+
+
+def _squared(number: float) -> float:
+    return number * number  # Python's power is the C library's, which may differ in the last bit
 
 
 def _noise_s(seconds: float) -> float:

@@ -206,7 +206,7 @@ def test_a_step_may_have_several_backwards_and_each_is_learnt_from_by_itself() -
     assert len(set(rebuilt)) == 1 and rebuilt[0][0] > 1
 
 
-def one_checkpoint_for_all(rank: int) -> str:
+def one_checkpoint_for_all(rank: int) -> list[str]:
     """Only rank 0 asks for its state, and all go on from an older checkpoint."""
     ddp = make_ddp()
     session = attach(ddp, "netsense")
@@ -221,16 +221,19 @@ def one_checkpoint_for_all(rank: int) -> str:
                 session.state_dict()
             session.load_state_dict(older)
     session.close()
-    try:
-        attach(make_ddp(), "netsense", floor=0.01).load_state_dict(older)
-    except ValueError as error:
-        return str(error)
-    return ""
+    network = {name: value for name, value in older["network"].items() if name != "spread"}
+    messages = []
+    for floor, state in ((0.01, older), (0.001, {**older, "network": network})):
+        with pytest.raises(ValueError) as refused:
+            attach(make_ddp(), "netsense", floor=floor).load_state_dict(state)
+        messages.append(str(refused.value))
+    return messages
 
 
-def test_ranks_stay_together_when_they_go_back_and_other_schemes_are_refused_by_name() -> None:
-    for message in run_group(one_checkpoint_for_all, 2):
-        assert "with other schemes" in message and "\n" not in message
+def test_ranks_stay_together_when_they_go_back_and_checkpoints_of_others_are_refused_by_name() -> None:
+    for messages in run_group(one_checkpoint_for_all, 2):
+        for message, why in zip(messages, ("with other schemes", "of another version"), strict=True):
+            assert why in message and "\n" not in message
 
 
 def records_of(rank: int, directory: str, explicit: bool) -> list[dict[str, Any]]:

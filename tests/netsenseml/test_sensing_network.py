@@ -126,6 +126,18 @@ def test_one_size_leaves_latency_at_half_of_the_smallest_rtt():
     assert (unknown.alpha_s, unknown.beta_bps) == pytest.approx((0, 8 * 500_000 / (6 * 3e-3 + 0.04)))
 
 
+def test_a_round_trip_time_that_is_known_late_upsets_nothing():
+    draw = random.Random(0)
+    for count in range(1, 30):
+        estimate = NetworkEstimate()
+        for i in range(count + 30):
+            seconds = exact(5e-4, 100e6, 500_000).seconds + (draw.uniform(0.005, 0.02) if i % 4 == 0 else draw.uniform(0, 1e-4))
+            estimate.update([Transfer(500_000, 6, seconds)], None, 1e-3 if i >= count else None)
+            variances = [estimate.state_dict()["spread"][j][j] for j in range(3)]
+            assert min(variances) >= 0
+        assert estimate.beta_bps == pytest.approx(100e6, rel=0.1)
+
+
 def test_what_the_kernel_saw_the_connections_carry_was_no_latency():
     with_kernel, without = NetworkEstimate(), NetworkEstimate()
     for _ in range(50):
