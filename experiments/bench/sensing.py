@@ -7,8 +7,8 @@ all-reduce or all-gather for 25 steps in turn, that should take 0.5 to 1 times 6
 what they measured behind the next step's compute. In the last phase a TCP flow competes for the link into one worker.
 
 Prints for each phase the true share (``NetworkEstimate``), the estimate after 20 steps (the last one, if there are fewer) with
-its error, the errors from there to the end of the phase (10th and 90th percentile), how many steps it took to come within 20
-%, counted from the first exchange that ended after the change, and by how much the time predicted for a step was off from
+its error, the errors from there to the end of the phase (10th and 90th percentile), how many steps it took to come within
+20 %, counted from the first exchange that ended after the change, and by how much the time predicted for a step was off from
 there on (median). Beside a competing flow the true share is what that flow left over while the exchange went on, as a median
 over 16 steps. Writes a figure, and beside it the steps as JSON lines.
 """

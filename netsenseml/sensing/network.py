@@ -140,21 +140,22 @@ class NetworkEstimate:
                 self._line = _Line(min_rtt_s / 2, self._line.byte_s, self._line.credit_s)
                 # What was known of alpha without it, and so of the others, is forgotten.
                 self._state[_ALPHA] = min_rtt_s / 2
-                self._spread[_ALPHA] = [_ALPHA_S * _ALPHA_S, 0.0, 0.0]
-                self._spread[_CREDIT][_ALPHA] = self._spread[_BYTE][_ALPHA] = 0.0
+                _forget(self._spread, _ALPHA, _squared(_ALPHA_S))
                 self._left_out = 0
             self._min_rtt_s = min_rtt_s
         if step.payload_bytes <= 0 or step.seconds < _RESOLUTION_S:
             return
         self._newest.append(step)
+        usual = median(map(abs, self._errors)) if self._errors else 1.0
+        odd = _ODD * max(1.0, usual)
         if len(self._newest) > 1:
-            odd, before = self._odd(), self._newest[-2]
+            before = self._newest[-2]
             # Where two are odd, a change may have begun.
             if abs(self._error(before)) <= odd or abs(self._error(step)) <= odd:
-                self._learn(before)
+                self._learn(before, usual)
         if self._steps and self._error(step) > _AS_EXPECTED:
             step = min(self._newest, key=self._error)
-        if self._steps and self._is_change(step):
+        if self._steps and self._is_change(step, odd):
             self._steps = deque([self._steps[-1]], maxlen=_STEPS)
             self._left_out = 0
         self._steps.append(step)
@@ -190,13 +191,9 @@ class NetworkEstimate:
         self._errors = deque(state["errors"], maxlen=_STEPS)
         self._last_error = state["last_error"]
 
-    def _odd(self) -> float:
-        """From so many times the noise on, an error is odd."""
-        return _ODD * max([1.0, median(map(abs, self._errors))] if self._errors else [1.0])
-
-    def _is_change(self, step: _Step) -> bool:
-        """4."""
-        expected_s, error, odd = self._line.seconds(step), self._error(step), self._odd()
+    def _is_change(self, step: _Step, odd: float) -> bool:
+        """4. odd: from so many times the noise on, an error is odd."""
+        expected_s, error = self._line.seconds(step), self._error(step)
         self._errors.append(error)
         if abs(error) <= odd and expected_s < odd * _noise_s(expected_s):
             return False
@@ -209,8 +206,11 @@ class NetworkEstimate:
         expected_s = self._line.seconds(step)
         return (step.seconds - expected_s) / _noise_s(min(step.seconds, expected_s))
 
-    def _learn(self, step: _Step) -> None:
-        """2. The state is alpha, credit, and the time per byte only so that the others can be told from it."""
+    def _learn(self, step: _Step, usual: float) -> None:
+        """2. The state is alpha, credit, and the time per byte only so that the others can be told from it.
+
+        usual: by how many times the noise steps are mostly off.
+        """
         state, spread = self._state, self._spread
         if self._min_rtt_s is not None:
             state[_ALPHA] += _RETURN * (self._min_rtt_s / 2 - state[_ALPHA])
@@ -220,20 +220,19 @@ class NetworkEstimate:
             # The first steps after a change may have seen both networks.
             self._left_out += 1
             state[_BYTE] = self._line.byte_s
-            spread[_BYTE] = [0.0, 0.0, _squared(2 * state[_BYTE])]
-            spread[_ALPHA][_BYTE] = spread[_CREDIT][_BYTE] = 0.0
+            _forget(spread, _BYTE, _squared(2 * state[_BYTE]))
             return
         spread[_BYTE][_BYTE] += _squared(_BYTE_DRIFT * state[_BYTE])
-        usual = median(map(abs, self._errors))
         noise_s = min(1.0, max(_LEAST_NOISE, usual)) * _noise_s(step.seconds)
         _measure(state, spread, (step.hops, -1.0, step.payload_bytes), step.seconds, noise_s)
         # The kernel's word is as good as a step without latency, but it counts only where it is faster.
         busy_s = 8 * step.payload_bytes / step.kernel_bps if step.kernel_bps else math.inf
         if busy_s < state[_BYTE] * step.payload_bytes - state[_CREDIT]:
             _measure(state, spread, (0.0, -1.0, step.payload_bytes), busy_s, noise_s)
-        _bound(state, spread, _ALPHA, self._most_alpha_s())
+        most_alpha_s = self._most_alpha_s()
+        _bound(state, spread, _ALPHA, most_alpha_s)
         _bound(state, spread, _CREDIT, math.inf)
-        state[_ALPHA] = min(max(state[_ALPHA], 0.0), self._most_alpha_s())
+        state[_ALPHA] = min(max(state[_ALPHA], 0.0), most_alpha_s)
 
     def _most_alpha_s(self) -> float:
         return _MOST_LATENCY * min(step.seconds / max(step.hops, 1) for step in self._steps)
@@ -279,6 +278,13 @@ def _bound(state: list[float], spread: list[list[float]], i: int, most: float) -
         for j in range(len(state)):
             state[j] -= spread[j][i] / spread[i][i] * excess
     state[i] = bound
+
+
+def _forget(spread: list[list[float]], i: int, variance: float) -> None:
+    """Of one number of the state nothing more is known than its variance."""
+    for j in range(len(spread)):
+        spread[i][j] = spread[j][i] = 0.0
+    spread[i][i] = variance
 
 
 def _squared(number: float) -> float:
