@@ -14,7 +14,7 @@ from testbed.links.qdiscs import compile_tree, largest_packet_bytes, tc_commands
 from testbed.links.state import DIRECTIONS, LinkState
 from testbed.network import plan_network
 from testbed.spec.errors import SpecError, place_of
-from testbed.spec.files import reader
+from testbed.spec.files import data_folder, reader, with_absolute_folders
 from testbed.spec.load import apply_overrides, combinations, validate
 from testbed.spec.models import ComputeSpec, MethodSpec, Spec, WorkloadSpec
 from testbed.spec.units import MIN_RATE_BPS, format_rate
@@ -101,6 +101,7 @@ def make_plan(spec: Spec, directory: Path = Path()) -> Plan:
     if spec.lab == "docker" and spec.network.topology != "star":
         fault = f"{spec.network.topology} is built in the netns lab only; use lab: netns, or topology: star"
         raise SpecError([("network.topology", fault)])
+    spec = with_absolute_folders(spec, directory)
     cells: list[Cell] = []
     raw = spec.model_dump(mode="json", exclude_none=True, by_alias=True)
     read = reader(directory)
@@ -136,6 +137,7 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], read: Callable[[str], str])
             fault = f"iperf3 chooses before it connects, and then {tcp.congestion} of the hosts wins; leave out engine: iperf3"
             raise SpecError([(place_of(["traffic", number, "tcp", "congestion"]), fault)])
     stop = dilation.slowed_stop(stop, slow)
+    folder = data_folder(spec)
     return [
         Cell(
             name=_slug("-".join([method.label, *(f"{k.split('.')[-1]}-{v}" for k, v in overrides.items())])) + f"-s{seed}",
@@ -150,6 +152,7 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], read: Callable[[str], str])
                 network,
                 impaired=frozenset((link, side) for link, side, shape in shapes if shape.needs_netem),
                 packet_bytes=largest_packet_bytes(shape.rate_bps for *_, shape in shapes),
+                folders=() if folder is None else (folder,),
                 seed=seed,
                 tcp=tcp,
             ),

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 
@@ -219,6 +220,32 @@ def check_model(name: str, options: Mapping[str, Any] | None = None) -> dict[str
 def check_data(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Options of a data set with the defaults filled in; errors as in ``check_method``."""
     return _resolve("data", DATA, name, options)
+
+
+CIFAR_FILES: Mapping[str, tuple[str, ...]] = {
+    "cifar10": (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"),
+    "cifar100": ("train", "test"),
+}
+"""Files of CIFAR's Python version; the last one is the test set."""
+
+
+def check_folder(data: str, folder: Path | None) -> None:
+    """Raise ValueError, one line with the way to get them, if a data set's files are not in its folder."""
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"{folder} is no directory{_how_to_get(data)}")
+    for file in CIFAR_FILES.get(data, ()):
+        if folder is None or not (folder / file).is_file():
+            raise ValueError(f"{file if folder is None else folder / file} is missing{_how_to_get(data)}")
+
+
+def _how_to_get(data: str) -> str:
+    if data not in CIFAR_FILES:
+        return ""
+    archive = f"cifar-{data.removeprefix('cifar')}-python.tar.gz"
+    return (
+        f"; unpack {archive}, the Python version of https://www.cs.toronto.edu/~kriz/cifar.html, "
+        f"and name the folder with {CIFAR_FILES[data][-1]} in it: folder: …"
+    )
 
 
 def check_pair(model: str, model_options: Mapping[str, Any], data: str, data_options: Mapping[str, Any]) -> None:

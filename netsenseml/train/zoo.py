@@ -12,7 +12,7 @@ import sklearn.model_selection
 import torch
 from torch import nn
 
-from netsenseml.agent.catalog import check_data, check_model, check_optimizer, is_import_path
+from netsenseml.agent.catalog import CIFAR_FILES, check_data, check_folder, check_model, check_optimizer, is_import_path
 from netsenseml.methods import load
 from netsenseml.train.emulate import Emulated, Timing
 from netsenseml.train.text import Gpt, library_text
@@ -133,15 +133,9 @@ def cifar(classes: int, folder: str) -> Dataset:
 
     Raises ValueError with the way to get them if they are not in ``folder``.
     """
-    train = [f"data_batch_{i}" for i in range(1, 6)] if classes == 10 else ["train"]
-    test, key = ("test_batch", b"labels") if classes == 10 else ("test", b"fine_labels")
-    try:
-        files = [(Path(folder) / name).read_bytes() for name in (*train, test)]
-    except OSError as error:
-        raise ValueError(
-            f"data 'cifar{classes}': {error.filename} is missing; unpack cifar-{classes}-python.tar.gz, the Python version of"
-            f" https://www.cs.toronto.edu/~kriz/cifar.html, and name the folder with {test} in it: folder: …"
-        ) from None
+    name, key = f"cifar{classes}", b"labels" if classes == 10 else b"fine_labels"
+    check_folder(name, Path(folder))
+    files = [(Path(folder) / file).read_bytes() for file in CIFAR_FILES[name]]
     parts = [pickle.loads(file, encoding="bytes") for file in files]  # noqa: S301 - the user's own files, published so
     pixels = [torch.from_numpy(part[b"data"]).view(-1, 3, 32, 32).float() / 255 for part in parts]
     labels = [torch.tensor(part[key], dtype=torch.int64) for part in parts]

@@ -26,6 +26,7 @@ class LabPlan:
         trunks makes no loop.
     impaired: (link, direction) that gets netem at some time of the run and so needs it in the qdisc tree from the start.
     packet_bytes: wire size that no packet of a host may exceed (``qdiscs.largest_packet_bytes``).
+    folders: what programs on the hosts read besides the run directory, absolute; they see it under the same path.
     seed: of random impairments.
     tcp: how connections between the hosts behave.
     """
@@ -35,6 +36,7 @@ class LabPlan:
     trunks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     impaired: frozenset[tuple[str, str]] = frozenset()
     packet_bytes: int = UNCUT_PACKET_BYTES
+    folders: tuple[Path, ...] = ()
     seed: int = 0
     tcp: Tcp = field(default_factory=Tcp)
 

@@ -194,7 +194,9 @@ class DockerLab:
         clean(dry_run=False, client=client)
         os.chown(self._directory, *self.user)
         _give(self._directory / "cells", *self.user)
-        mount = Mount(str(_RUN_DIR), _path_for_daemon(client, self._directory), type="bind")
+        mounts = [Mount(str(_RUN_DIR), _path_for_daemon(client, self._directory), type="bind")]
+        mounts += [Mount(str(f), _path_for_daemon(client, f), type="bind", read_only=True) for f in self._plan.folders]
+        mounts.append(Mount(_COMPILED, None, type="volume"))
         rendezvous = self._directory / f".hosts-{self._token}.sock"
         # Whatever the daemon makes is asked for on other threads: Ctrl-C, which comes to this one, must not cut off a request,
         # because the daemon would fulfil it after we have looked for what there is to remove.
@@ -206,7 +208,7 @@ class DockerLab:
             with protocol.listen_unix(rendezvous, backlog=len(self._plan.hosts) + 8) as listener:
                 os.chown(rendezvous, *self.user)
                 starting = {
-                    name: pool.submit(self._start_container, client, network, name, mount, rendezvous.name)
+                    name: pool.submit(self._start_container, client, network, name, mounts, rendezvous.name)
                     for name in self._plan.hosts
                 }
                 self._answer(listener, starting)
@@ -220,7 +222,7 @@ class DockerLab:
         self._wire(network, containers)
 
     def _start_container(
-        self, client: docker.DockerClient, network: Network, name: str, mount: Mount, rendezvous: str
+        self, client: docker.DockerClient, network: Network, name: str, mounts: list[Mount], rendezvous: str
     ) -> Container:
         keeper = Path(__file__).with_name("keeper.py").read_text()
         container = client.containers.run(
@@ -240,7 +242,7 @@ class DockerLab:
             read_only=True,
             security_opt=["no-new-privileges:true"],
             tmpfs={"/tmp": "rw,nosuid,nodev"},
-            mounts=[mount, Mount(_COMPILED, None, type="volume")],
+            mounts=mounts,
             environment={"HOME": "/tmp", "TMPDIR": "/tmp", "OMP_NUM_THREADS": "1"},
         )
         container.reload()
@@ -454,7 +456,7 @@ def _path_for_daemon(client: docker.DockerClient, path: Path) -> str:
         return str(path)  # a container of some other daemon
     inside = [mount for mount in mounts if path.is_relative_to(mount["Destination"])]
     if not inside:
-        raise LabError(f"the workers cannot see {path}; results must go to a directory that is mounted, such as runs")
+        raise LabError(f"the workers cannot see {path}; it must be in a directory that is mounted, such as runs")
     nearest = max(inside, key=lambda mount: len(mount["Destination"]))
     return str(PurePosixPath(nearest["Source"]) / path.relative_to(nearest["Destination"]))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from testbed.spec.files import trace_files, with_trace_files
+from testbed.spec.files import trace_files, with_absolute_folders, with_trace_files
 from testbed.spec.load import dump_spec
 from testbed.spec.models import Spec
 
@@ -22,9 +22,10 @@ _PACKAGES = ("netsense-testbed", "torch", "numpy", "pyroute2", "docker", "pandas
 
 
 def create(spec: Spec, parent: Path, spec_directory: Path) -> Path:
-    """A new run directory ``<name>-<UTC time>`` with spec.yaml, environment.json and copies of all files that the spec names.
+    """A new run directory ``<name>-<UTC time>`` with spec.yaml, environment.json and copies of script and traces.
 
     spec_directory: where the spec lies. With the copies a run can be resumed, and read, after script and traces have changed.
+    Data sets are not copied.
     """
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
@@ -38,7 +39,7 @@ def create(spec: Spec, parent: Path, spec_directory: Path) -> Path:
     if spec.script:
         copied = shutil.copy(spec_directory / spec.script.file, directory)
         spec = spec.model_copy(update={"script": spec.script.model_copy(update={"file": Path(copied).name})})
-    spec = _with_traces_copied(spec, spec_directory, directory)
+    spec = with_absolute_folders(_with_traces_copied(spec, spec_directory, directory), spec_directory)
     (directory / SPEC_FILE).write_text(dump_spec(spec))
     (directory / "environment.json").write_text(json.dumps(environment(), indent=1))
     return directory

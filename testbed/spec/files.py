@@ -1,4 +1,4 @@
-"""Files that a spec names, relative to the directory in which it lies itself."""
+"""Files and folders that a spec names, relative to the directory in which it lies itself."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -6,12 +6,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from testbed.spec.errors import did_you_mean
+from netsenseml.agent.catalog import check_folder
+from testbed.spec.errors import SpecError, did_you_mean
 from testbed.spec.load import validate
 from testbed.spec.models import Spec
 
 MAX_BYTES = 32 << 20
-_TRACE_OF_ENTRY = re.compile(r"schedule\.\d+\.trace")
+_TRACE = re.compile(r"(schedule\.\d+\.)?trace")
+_FOLDER = re.compile(r"(workload\.data\.(options\.)?)?folder")
 
 
 def reader(directory: Path) -> Callable[[str], str]:
@@ -51,25 +53,55 @@ def trace_files(spec: Spec) -> list[str]:
         return name
 
     for key in ("schedule", "matrix"):
-        _with_traces(raw[key], note)
+        _renamed_in(raw[key], _TRACE, note)
     return list(found)
 
 
 def with_trace_files(spec: Spec, names: Mapping[str, str]) -> Spec:
     """The same spec with its trace files under new names."""
     raw = spec.model_dump(mode="json", exclude_none=True, by_alias=True)
-    return validate({**raw, **{key: _with_traces(raw[key], names.__getitem__) for key in ("schedule", "matrix")}})
+    return validate({**raw, **{key: _renamed_in(raw[key], _TRACE, names.__getitem__) for key in ("schedule", "matrix")}})
 
 
-def _with_traces(node: Any, rename: Callable[[str], str]) -> Any:
-    """A copy of a part of a raw spec in which each name of a trace file is replaced, wherever a matrix may have put it."""
+def with_absolute_folders(spec: Spec, directory: Path) -> Spec:
+    """The same spec with the folders of its data sets absolute; ``directory`` is that of the spec."""
+    raw = spec.model_dump(mode="json", exclude_none=True, by_alias=True)
+
+    def absolute(name: str) -> str:
+        return str(directory.absolute() / name)
+
+    varied = {key: value for key, value in raw["matrix"].items() if key.startswith("workload.data")}
+    raw["matrix"] |= _renamed_in(varied, _FOLDER, absolute)
+    if "workload" in raw:
+        raw["workload"]["data"] = _renamed_in(raw["workload"]["data"], _FOLDER, absolute)
+    return validate(raw)
+
+
+def data_folder(spec: Spec) -> Path | None:
+    """Folder of the data set that the workers of a spec read, if it has one.
+
+    Raises SpecError with the way to get the files that are not there.
+    """
+    if spec.workload is None or spec.workload.compute.emulate is not None:
+        return None
+    data = spec.workload.data
+    named = data.options.get("folder")
+    folder = Path(named) if isinstance(named, str) else None
+    try:
+        check_folder(data.name, folder)
+    except (ValueError, OSError) as error:
+        raise SpecError([("workload.data.folder", str(error))]) from None
+    return folder
+
+
+def _renamed_in(node: Any, named: re.Pattern[str], rename: Callable[[str], str]) -> Any:
+    """A copy of a part of a raw spec with other names under the keys that match, wherever a matrix may have put them."""
     if isinstance(node, dict):
-        return {key: (_renamed if _names_trace(key) else _with_traces)(value, rename) for key, value in node.items()}
-    return [_with_traces(value, rename) for value in node] if isinstance(node, list) else node
-
-
-def _names_trace(key: object) -> bool:
-    return key == "trace" or bool(_TRACE_OF_ENTRY.fullmatch(str(key)))
+        return {
+            key: _renamed(value, rename) if named.fullmatch(str(key)) else _renamed_in(value, named, rename)
+            for key, value in node.items()
+        }
+    return [_renamed_in(value, named, rename) for value in node] if isinstance(node, list) else node
 
 
 def _renamed(value: Any, rename: Callable[[str], str]) -> Any:

@@ -110,6 +110,17 @@ def made_by(process: subprocess.Popen[str]) -> list[str]:
         client.close()
 
 
+def test_programs_read_the_folders_of_the_plan_and_cannot_change_them(directory: Path) -> None:
+    folder = directory / "data"
+    folder.mkdir()
+    (folder / "train").write_text("seven")
+    with DockerLab(replace(plan(1), folders=(folder,)), directory) as lab:
+        host = lab.hosts["w0"]
+        assert run(host, directory, f"print(open({str(folder / 'train')!r}).read())") == "seven\n"
+        refused = f"import errno\ntry: open({str(folder / 'x')!r}, 'w')\nexcept OSError as e: print(errno.errorcode[e.errno])"
+        assert run(host, directory, refused) == "EROFS\n"
+
+
 def test_programs_run_without_any_privilege_and_write_to_the_run_directory_only(directory: Path) -> None:
     with DockerLab(plan(1), directory) as lab:
         host = lab.hosts["w0"]

@@ -2,16 +2,19 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 import testbed
+from netsenseml.agent.catalog import CIFAR_FILES
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.netns
@@ -60,6 +63,15 @@ def descendants_of(directory):
             except OSError:
                 continue
     return found
+
+
+def make_cifar10(folder, samples=20):
+    """A data set in the form of CIFAR-10's Python version, with less in it."""
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for file in CIFAR_FILES["cifar10"]:
+        images = draw.integers(256, size=(samples, 3 * 32 * 32), dtype=np.uint8)
+        (folder / file).write_bytes(pickle.dumps({b"data": images, b"labels": [i % 10 for i in range(samples)]}))
 
 
 def rows_written(tmp_path, cell):
@@ -274,3 +286,18 @@ def test_netem_is_refused_before_anything_starts_where_the_kernel_lacks_it(tmp_p
         assert not (tmp_path / "runs").exists()
     else:
         assert code == 0, out + err
+
+
+def test_cifar_is_read_from_a_folder_beside_the_spec(tmp_path):
+    make_cifar10(tmp_path / "cifar")
+    workload = {"model": {"name": "resnet18", "classes": 10}, "data": {"name": "cifar10", "folder": "cifar"}, "batch": 2}
+    workload |= {"stop": {"steps": 2}}
+    network = {"link": {"rate": "1gbit"}}
+    code, out, err = run(tmp_path, workload=workload, network=network, schedule=None, methods=["allreduce"], calibrate=False)
+    assert code in (0, 3), out + err  # two steps are too few to be sure of the machine
+    directory = only_run(tmp_path)
+    assert testbed.load_run(directory).cells["status"].tolist() == ["done"]
+    data = yaml.safe_load((directory / "spec.yaml").read_text())["workload"]["data"]
+    assert data["options"] == {"folder": str(tmp_path / "cifar")}
+    result = json.loads((directory / "summary.json").read_text())["cells"][0]
+    assert result["final_accuracy"] is not None and result["replicas_identical"]

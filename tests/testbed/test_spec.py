@@ -126,6 +126,16 @@ def test_shipped_specs_are_good_and_survive_a_round_trip(path, tmp_path):
             "bad.yaml: workload.data: ",
             "use side: 32",
         ),
+        (
+            {"workload__model": "resnet18", "workload__data": "cifar10"},
+            "bad.yaml: workload.data.folder: ",
+            "unpack cifar-10-python.tar.gz",
+        ),
+        (
+            {"workload__model": "resnet18", "workload__data": {"name": "cifar100", "folder": "none"}},
+            "bad.yaml: workload.data.folder: ",
+            "none is no directory; unpack cifar-100-python.tar.gz",
+        ),
         ({"dilation": 4, "workload__compute": "real"}, "bad.yaml: dilation: ", "not real compute"),
         ({"network__congestion": "no control"}, "bad.yaml: network.congestion: ", "such as cubic, reno or bbr"),
         (
@@ -286,6 +296,22 @@ def test_matrix_makes_a_cell_for_every_combination(tmp_path):
     assert len(cells) == 2 * 2 * 2 * 3
     assert len({cell.name for cell in cells}) == len(cells)
     assert {len(cell.workers) for cell in cells} == {2, 3}
+
+
+def test_the_folder_of_a_data_set_is_relative_to_the_spec(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for file in ("train", "test"):
+            (tmp_path / name / file).touch()
+    data = {"name": "cifar100", "folder": "one"}
+    path = write(tmp_path, None, workload__model="resnet18", workload__data=data)
+    (cell, *_) = make_plan(load_spec(path), tmp_path).cells
+    assert cell.config()["workload"]["data_options"] == {"folder": str(tmp_path / "one")}
+    assert cell.lab.folders == (tmp_path / "one",)
+    for matrix in ({"workload.data.folder": ["one", "two"]}, {"workload.data": [data, {**data, "folder": "two"}]}):
+        path = write(tmp_path, None, workload__model="resnet18", workload__data=data, matrix=matrix)
+        folders = [cell.lab.folders for cell in make_plan(load_spec(path), tmp_path).cells]
+        assert folders == [(tmp_path / name,) for name in ("one", "two") for _ in range(3)]
 
 
 def test_cells_never_share_a_directory(tmp_path):
