@@ -123,12 +123,18 @@ def _caution(summary: Mapping[str, Any]) -> str:
 
 
 def _single(found: Sequence[Row]) -> str:
-    rates = [f"{row.method} trained {number(rate)} samples/s" for row in found if (rate := _rate(row)) is not None]
-    return f"{', '.join(rates)}." if rates else "no throughput was measured."
-
-
-def _rate(row: Row) -> float | None:
-    return row.means["throughput_samples_per_s"]
+    rates: dict[str, list[float]] = {}
+    for row in found:
+        if (rate := row.means["throughput_samples_per_s"]) is not None:
+            rates.setdefault(row.method, []).append(rate)
+    spans = {
+        method: f"{number(min(some))} to {number(max(some))} samples/s under {len(some)} sets of conditions"
+        if len(some) > 1
+        else f"{number(some[0])} samples/s"
+        for method, some in rates.items()
+    }
+    trained = ", ".join(f"{method} trained {span}" for method, span in spans.items())
+    return f"{trained}." if trained else "no throughput was measured."
 
 
 def _accuracies(summary: Mapping[str, Any], method: str, baseline: str) -> str:

@@ -55,11 +55,10 @@ class RunProgress:
         self._cell = cell
         self._number += 1
         self._next_line_s = time.monotonic() + _PLAIN_EVERY_S
-        title = f"[{self._number}/{self._cells}] {cell.name}"
         if self._live:
-            self._task = self._bar.add_task(title + self._left(), total=1.0, note="starting workers")
+            self._task = self._bar.add_task(self._title() + self._left(), total=1.0, note="starting workers")
         else:
-            self._console.print(f"{title}: starting {len(cell.workers)} workers{self._left()}", markup=False)
+            self._say(f"starting {len(cell.workers)} workers{self._left()}")
 
     def tick(self, t_s: float, step: int) -> None:
         """The cell is ``t_s`` seconds old and works on ``step``."""
@@ -67,7 +66,7 @@ class RunProgress:
             self._bar.update(self._task, completed=self._share(t_s, step), note=f"step {step}")
         elif not self._live and time.monotonic() >= self._next_line_s:
             self._next_line_s = time.monotonic() + _PLAIN_EVERY_S
-            self._console.print(f"[{self._number}/{self._cells}] {self._cell.name}: {t_s:.0f} s, step {step}", markup=False)
+            self._say(f"{t_s:.0f} s, step {step}")
 
     def _left(self) -> str:
         """By what the cells have taken so far."""
@@ -82,7 +81,14 @@ class RunProgress:
         if self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
-        self._console.print(f"[{self._number}/{self._cells}] {self._cell.name}: {text}", markup=False, highlight=False)
+        self._say(text)
+
+    def _title(self) -> str:
+        return f"[{self._number}/{self._cells}] {self._cell.name}"
+
+    def _say(self, text: str) -> None:
+        # In a file or a CI log a line stays one line, however long the cell's name.
+        self._console.print(f"{self._title()}: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def _share(self, t_s: float, step: int) -> float:
         stop = self._cell.stop

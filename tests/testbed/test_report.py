@@ -1,6 +1,7 @@
 """The page and the terminal table: whatever the run looks like, they are complete, honest and self-contained."""
 
 import html
+import io
 import json
 import re
 import shutil
@@ -21,12 +22,15 @@ from tensorboardX.proto import event_pb2
 from typer.testing import CliRunner
 
 from testbed.cli import app
+from testbed.plan import make_plan
 from testbed.report import series, text
 from testbed.report.figures import figures, palette
 from testbed.report.html import render, write_report
 from testbed.report.terminal import terminal_table
 from testbed.results.load import Run, load_run
 from testbed.results.summary import summarize, write_summary
+from testbed.run.progress import RunProgress
+from testbed.spec.load import load_spec
 from tests.testbed.synthetic_run import append, write_cell, write_run
 
 ALL_FIGURES = [
@@ -40,6 +44,7 @@ ALL_FIGURES = [
     "sensing",
     "links",
 ]
+SMOKE = Path(__file__).parents[2] / "experiments" / "smoke.yaml"
 MISCHIEF = "</script><img src=x onerror=alert(1)>"
 
 
@@ -132,6 +137,33 @@ def test_headline() -> None:
     )
     assert text.headline(summary(topk=[0.4])).startswith("No method beat allreduce: the nearest, topk, trained 0.40×")
     assert text.headline(summary(valid=False, topk=[2.0])).startswith("Not a valid run")
+
+
+def test_headline_without_a_comparison_has_one_span_a_method() -> None:
+    def cell(i: int, rate: float | None) -> dict[str, Any]:
+        unknown = dict.fromkeys(("step_s_median", "encode_s_median", "payload_bytes_per_step", "lost_energy"))
+        unknown |= dict.fromkeys(("final_accuracy", "final_loss", "time_to_target_s"))
+        return {"method": "bf16", "overrides": {"i": i}, "valid": True, "throughput_samples_per_s": rate, **unknown}
+
+    cells = [cell(0, 52.0), cell(1, 168.2), cell(2, None)]
+    for count, words in (
+        (1, "bf16 trained 52 samples/s."),
+        (3, "bf16 trained 52 to 168 samples/s under 2 sets of conditions."),
+    ):
+        assert text.headline({"valid": True, "cells": cells[:count], "comparisons": []}) == words
+
+
+def test_progress_in_a_log_is_one_line_a_report() -> None:
+    (cell,) = make_plan(load_spec(SMOKE, ["methods=[{name: bf16, label: " + 60 * "x" + "}]"])).cells
+    log = io.StringIO()
+    console = Console(file=log, width=80)
+    with RunProgress(console, 1, 1) as progress:
+        progress.begin(cell)
+        progress.end("done, 12 steps in 15.0 s")
+    assert log.getvalue().splitlines() == [
+        f"[1/1] {cell.name}: starting 4 workers",
+        f"[1/1] {cell.name}: done, 12 steps in 15.0 s",
+    ]
 
 
 def test_the_baseline_and_each_method_look_different() -> None:
