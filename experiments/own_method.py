@@ -16,7 +16,10 @@ class Float8(Method):
         ledger.scheme, gradient, ranks = "float8", bucket.buffer(), self.group.size()
         with ledger.coding():  # a scale of its own, in front of the values
             scale = gradient.abs().max().float().clamp(min=1e-30).view(1) / 448
-            slot = torch.cat([scale.view(torch.uint8), (gradient / scale).to(torch.float8_e4m3fn).view(torch.uint8)])
+            sent = (gradient / scale).to(torch.float8_e4m3fn)
+            slot = torch.cat([scale.view(torch.uint8), sent.view(torch.uint8)])
+            energy = gradient.float().square().sum().item()  # what is lost of it decides with whom the method is compared
+            ledger.lose((gradient - sent.float() * scale).square().sum().item() / max(energy, 1e-30), energy)
         slots = ledger.launch(
             partial(all_gather_slots, slot, self.group),
             payload_bytes=all_gather_bytes(slot.nbytes, ranks),

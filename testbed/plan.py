@@ -14,7 +14,7 @@ from testbed.links.qdiscs import compile_tree, largest_packet_bytes, tc_commands
 from testbed.links.state import DIRECTIONS, LinkState
 from testbed.network import plan_network
 from testbed.spec.errors import SpecError, place_of
-from testbed.spec.files import data_folder, reader, with_absolute_folders
+from testbed.spec.files import data_folder, reader
 from testbed.spec.load import apply_overrides, combinations, validate
 from testbed.spec.models import ComputeSpec, MethodSpec, Spec, WorkloadSpec
 from testbed.spec.units import MIN_RATE_BPS, format_rate
@@ -101,17 +101,16 @@ def make_plan(spec: Spec, directory: Path = Path()) -> Plan:
     if spec.lab == "docker" and spec.network.topology != "star":
         fault = f"{spec.network.topology} is built in the netns lab only; use lab: netns, or topology: star"
         raise SpecError([("network.topology", fault)])
-    spec = with_absolute_folders(spec, directory)
     cells: list[Cell] = []
     raw = spec.model_dump(mode="json", exclude_none=True, by_alias=True)
     read = reader(directory)
     for overrides in combinations(spec):
         varied = validate(apply_overrides(raw, overrides)) if overrides else spec
-        cells += _cells(varied, overrides, read)
+        cells += _cells(varied, overrides, directory, read)
     return Plan(spec.name, spec.lab, tuple(cells))
 
 
-def _cells(spec: Spec, overrides: Mapping[str, Any], read: Callable[[str], str]) -> list[Cell]:
+def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Callable[[str], str]) -> list[Cell]:
     stop = spec.stop.limits() if spec.stop else protocol.StopConfig()
     workers = tuple(f"w{rank}" for rank in range(spec.workers))
     network = plan_network(spec.network, workers, background_hosts(spec.traffic, workers))
@@ -137,14 +136,14 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], read: Callable[[str], str])
             fault = f"iperf3 chooses before it connects, and then {tcp.congestion} of the hosts wins; leave out engine: iperf3"
             raise SpecError([(place_of(["traffic", number, "tcp", "congestion"]), fault)])
     stop = dilation.slowed_stop(stop, slow)
-    folder = data_folder(spec)
+    folder = data_folder(spec, directory)
     return [
         Cell(
             name=_slug("-".join([method.label, *(f"{k.split('.')[-1]}-{v}" for k, v in overrides.items())])) + f"-s{seed}",
             method=method,
             seed=seed,
             overrides=dict(overrides),
-            workload=spec.workload,
+            workload=spec.workload if folder is None else _with_folder(spec.workload, folder),
             program=(spec.script.file, *spec.script.args) if spec.script else None,
             stop=stop,
             timeline=timeline,
@@ -164,6 +163,12 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], read: Callable[[str], str])
         for seed in spec.seeds
         for method in spec.methods
     ]
+
+
+def _with_folder(workload: WorkloadSpec | None, folder: Path) -> WorkloadSpec:
+    assert workload is not None
+    data = workload.data.model_copy(update={"options": {**workload.data.options, "folder": str(folder)}})
+    return workload.model_copy(update={"data": data})
 
 
 def _slug(text: str) -> str:

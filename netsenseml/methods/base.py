@@ -45,7 +45,11 @@ class Method:
         """Prepare for a backward."""
 
     def exchange(self, bucket: GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
-        """Launch the exchange of one bucket; the future holds the mean gradient, in the bucket's shape and type."""
+        """Launch the exchange of one bucket; the future holds the mean gradient, in the bucket's shape and type.
+
+        ledger: is told what is sent (``launch``, ``scheme``), how long coding takes (``coding``) and what share of the gradient
+            is lost (``lose``), without which a report cannot compare the method with those that lose no more.
+        """
         raise NotImplementedError
 
     def finish(self, ledger: Ledger) -> None:

@@ -135,13 +135,16 @@ def cifar(classes: int, folder: str) -> Dataset:
     """
     name, key = f"cifar{classes}", b"labels" if classes == 10 else b"fine_labels"
     check_folder(name, Path(folder))
-    files = [(Path(folder) / file).read_bytes() for file in CIFAR_FILES[name]]
+    try:
+        files = [(Path(folder) / file).read_bytes() for file in CIFAR_FILES[name]]
+    except OSError as error:
+        raise ValueError(f"data '{name}': {error.filename} cannot be read: {error.strerror}") from None
     parts = [pickle.loads(file, encoding="bytes") for file in files]  # noqa: S301 - the user's own files, published so
-    pixels = [torch.from_numpy(part[b"data"]).view(-1, 3, 32, 32).float() / 255 for part in parts]
+    pixels = [torch.from_numpy(part[b"data"]).view(-1, 3, 32, 32) for part in parts]
     labels = [torch.tensor(part[key], dtype=torch.int64) for part in parts]
-    train_x, test_x = torch.cat(pixels[:-1]), pixels[-1]
+    train_x, test_x = torch.cat(pixels[:-1]).float(), pixels[-1].float()  # every worker has all of it: no copies of 600 MB
     mean, scale = train_x.mean(dim=(0, 2, 3), keepdim=True), train_x.std(dim=(0, 2, 3), keepdim=True)
-    return (train_x - mean) / scale, torch.cat(labels[:-1]), (test_x - mean) / scale, labels[-1]
+    return train_x.sub_(mean).div_(scale), torch.cat(labels[:-1]), test_x.sub_(mean).div_(scale), labels[-1]
 
 
 _DATA: dict[str, Callable[..., Dataset]] = {

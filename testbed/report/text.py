@@ -127,14 +127,14 @@ def _single(found: Sequence[Row]) -> str:
     for row in found:
         if (rate := row.means["throughput_samples_per_s"]) is not None:
             rates.setdefault(row.method, []).append(rate)
-    spans = {
-        method: f"{number(min(some))} to {number(max(some))} samples/s under {len(some)} sets of conditions"
-        if len(some) > 1
-        else f"{number(some[0])} samples/s"
-        for method, some in rates.items()
-    }
-    trained = ", ".join(f"{method} trained {span}" for method, span in spans.items())
+    trained = ", ".join(f"{method} trained {_span(some)}" for method, some in rates.items())
     return f"{trained}." if trained else "no throughput was measured."
+
+
+def _span(rates: Sequence[float]) -> str:
+    ends = dict.fromkeys(number(rate) for rate in (min(rates), max(rates)))
+    under = f" under {len(rates)} sets of conditions" if len(rates) > 1 else ""
+    return f"{' to '.join(ends)} samples/s{under}"
 
 
 def _accuracies(summary: Mapping[str, Any], method: str, baseline: str) -> str:

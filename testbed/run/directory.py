@@ -7,25 +7,27 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 import psutil
 
-from testbed.spec.files import trace_files, with_absolute_folders, with_trace_files
+from testbed.spec.files import data_folders, find_folder, trace_files, with_data_folders, with_trace_files
 from testbed.spec.load import dump_spec
 from testbed.spec.models import Spec
 
 SPEC_FILE = "spec.yaml"
 TRACES = "traces"
+DATA = "data"
 _PACKAGES = ("netsense-testbed", "torch", "numpy", "pyroute2", "docker", "pandas", "pydantic")
 
 
 def create(spec: Spec, parent: Path, spec_directory: Path) -> Path:
-    """A new run directory ``<name>-<UTC time>`` with spec.yaml, environment.json and copies of script and traces.
+    """A new run directory ``<name>-<UTC time>`` with spec.yaml, environment.json and copies of all files that the spec names.
 
     spec_directory: where the spec lies. With the copies a run can be resumed, and read, after script and traces have changed.
-    Data sets are not copied.
+    Folders of data sets are not copied, there are links to them.
     """
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
@@ -39,7 +41,8 @@ def create(spec: Spec, parent: Path, spec_directory: Path) -> Path:
     if spec.script:
         copied = shutil.copy(spec_directory / spec.script.file, directory)
         spec = spec.model_copy(update={"script": spec.script.model_copy(update={"file": Path(copied).name})})
-    spec = with_absolute_folders(_with_traces_copied(spec, spec_directory, directory), spec_directory)
+    spec = _with_traces_copied(spec, spec_directory, directory)
+    spec = _with_data_linked(spec, spec_directory, directory)
     (directory / SPEC_FILE).write_text(dump_spec(spec))
     (directory / "environment.json").write_text(json.dumps(environment(), indent=1))
     return directory
@@ -49,11 +52,26 @@ def _with_traces_copied(spec: Spec, spec_directory: Path, directory: Path) -> Sp
     names: dict[str, str] = {}
     for name in trace_files(spec):
         (directory / TRACES).mkdir(exist_ok=True)
-        copy = Path(TRACES, Path(name).name)
-        numbered = (copy.with_stem(f"{copy.stem}-{number}") for number in itertools.count(2))
-        names[name] = next(str(path) for path in itertools.chain([copy], numbered) if str(path) not in names.values())
+        names[name] = _free_name(Path(TRACES, Path(name).name), names)
         shutil.copy(spec_directory / name, directory / names[name])
     return with_trace_files(spec, names) if names else spec
+
+
+def _with_data_linked(spec: Spec, spec_directory: Path, directory: Path) -> Spec:
+    names: dict[str, str] = {}
+    for name in data_folders(spec):
+        folder = find_folder(spec_directory, name)
+        if folder.is_dir():
+            (directory / DATA).mkdir(exist_ok=True)
+            names[name] = _free_name(Path(DATA, folder.name or "root"), names)
+            (directory / names[name]).symlink_to(folder)
+    return with_data_folders(spec, names) if names else spec
+
+
+def _free_name(wanted: Path, names: Mapping[str, str]) -> str:
+    """The wanted name, or one with a number if it is taken."""
+    numbered = (wanted.with_stem(f"{wanted.stem}-{number}") for number in itertools.count(2))
+    return next(str(path) for path in itertools.chain([wanted], numbered) if str(path) not in names.values())
 
 
 def environment() -> dict[str, object]:

@@ -115,7 +115,7 @@ def finish(directory: Path, console: Console, *, interrupted: bool = False) -> i
     console.print(terminal_table(summary))
     shown = Path(os.path.relpath(directory))
     if interrupted:
-        console.print(f"interrupted; the records so far are in {shown}", markup=False)
+        console.print(f"interrupted; the records so far are in {shown}", markup=False, soft_wrap=True)
         return EXIT_INTERRUPTED
     write_report(run, directory / "report.html", summary)
     console.print(f"report: {shown / 'report.html'}", markup=False, soft_wrap=True)

@@ -6,14 +6,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from netsenseml.agent.catalog import check_folder
+from netsenseml.agent.catalog import check_folder, is_import_path
 from testbed.spec.errors import SpecError, did_you_mean
 from testbed.spec.load import validate
 from testbed.spec.models import Spec
 
 MAX_BYTES = 32 << 20
 _TRACE = re.compile(r"(schedule\.\d+\.)?trace")
-_FOLDER = re.compile(r"(workload\.data\.(options\.)?)?folder")
 
 
 def reader(directory: Path) -> Callable[[str], str]:
@@ -53,55 +52,84 @@ def trace_files(spec: Spec) -> list[str]:
         return name
 
     for key in ("schedule", "matrix"):
-        _renamed_in(raw[key], _TRACE, note)
+        _with_traces(raw[key], note)
     return list(found)
 
 
 def with_trace_files(spec: Spec, names: Mapping[str, str]) -> Spec:
     """The same spec with its trace files under new names."""
     raw = spec.model_dump(mode="json", exclude_none=True, by_alias=True)
-    return validate({**raw, **{key: _renamed_in(raw[key], _TRACE, names.__getitem__) for key in ("schedule", "matrix")}})
+    return validate({**raw, **{key: _with_traces(raw[key], names.__getitem__) for key in ("schedule", "matrix")}})
 
 
-def with_absolute_folders(spec: Spec, directory: Path) -> Spec:
-    """The same spec with the folders of its data sets absolute; ``directory`` is that of the spec."""
+def data_folders(spec: Spec) -> list[str]:
+    """Names of all folders of data sets in the workload and the matrix of a spec, each once."""
+    found: dict[str, None] = {}
+
+    def note(name: str) -> str:
+        found[name] = None
+        return name
+
+    _with_folders(spec.model_dump(mode="json", exclude_none=True, by_alias=True), note)
+    return list(found)
+
+
+def with_data_folders(spec: Spec, names: Mapping[str, str]) -> Spec:
+    """The same spec with some folders of data sets under new names."""
     raw = spec.model_dump(mode="json", exclude_none=True, by_alias=True)
-
-    def absolute(name: str) -> str:
-        return str(directory.absolute() / name)
-
-    varied = {key: value for key, value in raw["matrix"].items() if key.startswith("workload.data")}
-    raw["matrix"] |= _renamed_in(varied, _FOLDER, absolute)
-    if "workload" in raw:
-        raw["workload"]["data"] = _renamed_in(raw["workload"]["data"], _FOLDER, absolute)
-    return validate(raw)
+    return validate(_with_folders(raw, lambda name: names.get(name, name)))
 
 
-def data_folder(spec: Spec) -> Path | None:
-    """Folder of the data set that the workers of a spec read, if it has one.
+def find_folder(directory: Path, name: str) -> Path:
+    """Where a folder lies that a spec in ``directory`` names; it need not be there."""
+    return (directory / Path(name).expanduser()).resolve()
 
-    Raises SpecError with the way to get the files that are not there.
+
+def data_folder(spec: Spec, directory: Path) -> Path | None:
+    """Folder of the data set that the workers of a spec read, if it has one; ``directory`` is that of the spec.
+
+    Raises SpecError with the way to get the files that are not there. What a data set of the user's own calls a folder counts
+    if there is such a directory.
     """
     if spec.workload is None or spec.workload.compute.emulate is not None:
         return None
     data = spec.workload.data
     named = data.options.get("folder")
-    folder = Path(named) if isinstance(named, str) else None
     try:
+        folder = find_folder(directory, named) if isinstance(named, str) else None
+        if is_import_path(data.name):
+            return folder if folder and folder.is_dir() else None
         check_folder(data.name, folder)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         raise SpecError([("workload.data.folder", str(error))]) from None
     return folder
 
 
-def _renamed_in(node: Any, named: re.Pattern[str], rename: Callable[[str], str]) -> Any:
-    """A copy of a part of a raw spec with other names under the keys that match, wherever a matrix may have put them."""
+def _with_folders(raw: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """A copy of a raw spec with other names for the folders of data sets, wherever a matrix may have put them."""
+
+    def in_data(data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        renamed = {**data, "folder": _renamed(data["folder"], rename)} if isinstance(data.get("folder"), str) else data
+        return {**renamed, "options": in_data(data["options"])} if "options" in data else renamed
+
+    out = {**raw, "matrix": dict(raw["matrix"])}
+    for key, values in raw["matrix"].items():
+        if key in ("workload.data", "workload.data.options"):
+            out["matrix"][key] = [in_data(value) for value in values]
+        elif key in ("workload.data.folder", "workload.data.options.folder"):
+            out["matrix"][key] = _renamed(values, rename)
+    if "workload" in raw:
+        out["workload"] = {**raw["workload"], "data": in_data(raw["workload"]["data"])}
+    return out
+
+
+def _with_traces(node: Any, rename: Callable[[str], str]) -> Any:
+    """A copy of a part of a raw spec in which each name of a trace file is replaced, wherever a matrix may have put it."""
     if isinstance(node, dict):
-        return {
-            key: _renamed(value, rename) if named.fullmatch(str(key)) else _renamed_in(value, named, rename)
-            for key, value in node.items()
-        }
-    return [_renamed_in(value, named, rename) for value in node] if isinstance(node, list) else node
+        return {key: (_renamed if _TRACE.fullmatch(str(key)) else _with_traces)(value, rename) for key, value in node.items()}
+    return [_with_traces(value, rename) for value in node] if isinstance(node, list) else node
 
 
 def _renamed(value: Any, rename: Callable[[str], str]) -> Any:

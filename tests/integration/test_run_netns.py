@@ -298,6 +298,7 @@ def test_cifar_is_read_from_a_folder_beside_the_spec(tmp_path):
     directory = only_run(tmp_path)
     assert testbed.load_run(directory).cells["status"].tolist() == ["done"]
     data = yaml.safe_load((directory / "spec.yaml").read_text())["workload"]["data"]
-    assert data["options"] == {"folder": str(tmp_path / "cifar")}
+    assert data["options"] == {"folder": "data/cifar"}
+    assert (directory / "data" / "cifar").resolve() == tmp_path / "cifar"
     result = json.loads((directory / "summary.json").read_text())["cells"][0]
     assert result["final_accuracy"] is not None and result["replicas_identical"]

@@ -145,10 +145,11 @@ def test_headline_without_a_comparison_has_one_span_a_method() -> None:
         unknown |= dict.fromkeys(("final_accuracy", "final_loss", "time_to_target_s"))
         return {"method": "bf16", "overrides": {"i": i}, "valid": True, "throughput_samples_per_s": rate, **unknown}
 
-    cells = [cell(0, 52.0), cell(1, 168.2), cell(2, None)]
+    cells = [cell(0, 52.0), cell(1, 52.01), cell(2, 168.2), cell(3, None)]
     for count, words in (
         (1, "bf16 trained 52 samples/s."),
-        (3, "bf16 trained 52 to 168 samples/s under 2 sets of conditions."),
+        (2, "bf16 trained 52 samples/s under 2 sets of conditions."),
+        (4, "bf16 trained 52 to 168 samples/s under 3 sets of conditions."),
     ):
         assert text.headline({"valid": True, "cells": cells[:count], "comparisons": []}) == words
 

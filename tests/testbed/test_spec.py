@@ -310,8 +310,22 @@ def test_the_folder_of_a_data_set_is_relative_to_the_spec(tmp_path):
     assert cell.lab.folders == (tmp_path / "one",)
     for matrix in ({"workload.data.folder": ["one", "two"]}, {"workload.data": [data, {**data, "folder": "two"}]}):
         path = write(tmp_path, None, workload__model="resnet18", workload__data=data, matrix=matrix)
-        folders = [cell.lab.folders for cell in make_plan(load_spec(path), tmp_path).cells]
-        assert folders == [(tmp_path / name,) for name in ("one", "two") for _ in range(3)]
+        cells = make_plan(load_spec(path), tmp_path).cells
+        assert [cell.lab.folders for cell in cells] == [(tmp_path / name,) for name in ("one", "two") for _ in range(3)]
+        assert str(tmp_path) not in str([cell.overrides for cell in cells]), "the same experiment elsewhere has other cells"
+    (tmp_path / "below").mkdir()
+    path = write(tmp_path / "below", None, workload__model="resnet18", workload__data={**data, "folder": "../one"})
+    (cell, *_) = make_plan(load_spec(path), tmp_path / "below").cells
+    assert cell.lab.folders == (tmp_path / "one",)
+
+
+def test_a_data_set_of_the_users_own_has_a_folder_if_there_is_one(tmp_path):
+    (tmp_path / "one").mkdir()
+    for given, taken in (("one", str(tmp_path / "one")), ("s3://bucket", "s3://bucket"), (["one"], ["one"]), (7, 7)):
+        path = write(tmp_path, None, workload__data={"name": "package.module:make", "folder": given})
+        (cell, *_) = make_plan(load_spec(path), tmp_path).cells
+        assert cell.config()["workload"]["data_options"] == {"folder": taken}
+        assert cell.lab.folders == ((tmp_path / "one",) if given == "one" else ())
 
 
 def test_cells_never_share_a_directory(tmp_path):
