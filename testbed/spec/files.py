@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,18 @@ def _choices(path: Path) -> str:
 def trace_files(spec: Spec) -> list[str]:
     """Names of all trace files in the schedule and the matrix of a spec, each once."""
     raw = spec.model_dump(mode="json", exclude_none=True, by_alias=True)
+    return _names(lambda note: [_with_traces(raw[key], note) for key in ("schedule", "matrix")])
+
+
+def _names(rename_all: Callable[[Callable[[str], str]], object]) -> list[str]:
+    """The names that a renaming comes across, each once."""
     found: dict[str, None] = {}
 
     def note(name: str) -> str:
         found[name] = None
         return name
 
-    for key in ("schedule", "matrix"):
-        _with_traces(raw[key], note)
+    rename_all(note)
     return list(found)
 
 
@@ -64,14 +68,7 @@ def with_trace_files(spec: Spec, names: Mapping[str, str]) -> Spec:
 
 def data_folders(spec: Spec) -> list[str]:
     """Names of all folders of data sets in the workload and the matrix of a spec, each once."""
-    found: dict[str, None] = {}
-
-    def note(name: str) -> str:
-        found[name] = None
-        return name
-
-    _with_folders(spec.model_dump(mode="json", exclude_none=True, by_alias=True), note)
-    return list(found)
+    return _names(partial(_with_folders, spec.model_dump(mode="json", exclude_none=True, by_alias=True)))
 
 
 def with_data_folders(spec: Spec, names: Mapping[str, str]) -> Spec:
@@ -91,12 +88,14 @@ def data_folder(spec: Spec, directory: Path) -> Path | None:
     Raises SpecError with the way to get the files that are not there. What a data set of the user's own calls a folder counts
     if there is such a directory.
     """
-    if spec.workload is None or spec.workload.compute.emulate is not None:
+    if spec.workload is None:
         return None
     data = spec.workload.data
     named = data.options.get("folder")
     try:
         folder = find_folder(directory, named) if isinstance(named, str) else None
+        if spec.workload.compute.emulate is not None:  # reads no data
+            return None
         if is_import_path(data.name):
             return folder if folder and folder.is_dir() else None
         check_folder(data.name, folder)

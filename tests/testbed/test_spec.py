@@ -136,6 +136,15 @@ def test_shipped_specs_are_good_and_survive_a_round_trip(path, tmp_path):
             "bad.yaml: workload.data.folder: ",
             "none is no directory; unpack cifar-100-python.tar.gz",
         ),
+        (
+            {
+                "workload__model": "resnet18",
+                "workload__data": {"name": "cifar10", "folder": "~no-such-user/data"},
+                "workload__compute": {"emulate": "1s"},
+            },
+            "bad.yaml: workload.data.folder: ",
+            "home directory",
+        ),
         ({"dilation": 4, "workload__compute": "real"}, "bad.yaml: dilation: ", "not real compute"),
         ({"network__congestion": "no control"}, "bad.yaml: network.congestion: ", "such as cubic, reno or bbr"),
         (
