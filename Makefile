@@ -1,5 +1,6 @@
 # make run    set up and run experiments/smoke.yaml in rootless network namespaces
 # make test   set up and run the checks and all tests
+# make test-delayline    the same with the delay line that stands in where the kernel has no netem
 # make test-netem    the tests of delay, jitter and loss, under User-Mode Linux (package user-mode-linux)
 # They work on a fresh machine with Python >= 3.11; EXPERIMENT=path.yaml runs another experiment.
 
@@ -8,7 +9,7 @@ VENV ?= .venv
 EXPERIMENT ?= experiments/smoke.yaml
 PYTEST_ARGS ?=
 
-.PHONY: run test test-netem check setup clean
+.PHONY: run test test-netem test-delayline check setup clean
 
 run: setup
 	$(VENV)/bin/testbed run $(EXPERIMENT)
@@ -21,6 +22,11 @@ test: setup
 # Delay, jitter, loss and the like need netem, which not every kernel has; a User-Mode Linux kernel brings it along.
 test-netem: setup
 	$(VENV)/bin/python tests/netem/uml.py -- python -m pytest tests/netem $(PYTEST_ARGS)
+
+# The same tests with the delay line in user space instead, on the kernel that is there.
+test-delayline: setup
+	NETSENSE_ENGINE=userspace NETSENSE_REQUIRE=netem unshare --user --map-root-user --net --mount --pid --fork --kill-child --mount-proc \
+		$(VENV)/bin/python -m pytest tests/netem $(PYTEST_ARGS)
 
 setup: check $(VENV)/installed
 

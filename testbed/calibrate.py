@@ -29,8 +29,9 @@ from testbed.labs import open_labs
 from testbed.labs.base import LabError, LabPlan
 from testbed.labs.netns import enclosure
 from testbed.links.calibration import RATE_TOLERANCE, Gauges, Measurement, Pair, attempts, closest, delay_tolerance
-from testbed.links.qdiscs import ETHERNET_FRAME_BYTES, largest_packet_bytes
-from testbed.links.state import LinkState, Loss, Shape
+from testbed.links.qdiscs import ETHERNET_FRAME_BYTES
+from testbed.links.state import DIRECTIONS, LinkState, Loss, Shape
+from testbed.network import packet_bytes
 from testbed.spec.units import format_rate
 
 HOSTS = ("w0", "w1", "w2", "w3")
@@ -54,11 +55,12 @@ class Conditions:
     delay_s: float = 0.0
     jitter_s: float = 0.0
     loss: float = 0.0
+    engine: str = "auto"
 
     @property
-    def qdiscs(self) -> list[str]:
-        """What the kernel must offer."""
-        return ["tbf", *(["netem"] if self.delay_s or self.jitter_s or self.loss else [])]
+    def impaired(self) -> bool:
+        """True if something must delay or lose packets."""
+        return bool(self.delay_s or self.jitter_s or self.loss)
 
 
 def calibrate(conditions: Conditions, lab: str, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -98,12 +100,20 @@ def _calibrate_here(conditions: Conditions, lab: str) -> Iterator[dict[str, Any]
         for rate_bps in conditions.rates_bps:
             plain = Shape(rate_bps)
             worse = replace(plain, delay_s=conditions.delay_s, jitter_s=conditions.jitter_s, loss=Loss(conditions.loss))
-            for down in (plain, worse) if worse.needs_netem else (plain,):
-                plan = LabPlan(dict.fromkeys(HOSTS, LinkState(plain, down)), packet_bytes=largest_packet_bytes([rate_bps]))
+            for down in (plain, worse) if worse.impaired else (plain,):
+                plan = _lab_plan(LinkState(plain, down), conditions.engine)
                 with open_lab(plan) as scratch:
                     for test in _Bench(Gauges(scratch, logs), down).tests():
                         for best in closest(results := attempts(test)):
                             yield _row(rate_bps, best, len({one.attempt for one in results}))
+
+
+def _lab_plan(state: LinkState, engine: str) -> LabPlan:
+    links = dict.fromkeys(HOSTS, state)
+    shapes = [(link, side, getattr(state, side)) for link in links for side in DIRECTIONS]
+    impaired = frozenset((link, side) for link, side, shape in shapes if shape.impaired)
+    plan = LabPlan(links, impaired=impaired, engine=engine)
+    return replace(plan, packet_bytes=packet_bytes(plan, shapes))
 
 
 def _row(rate_bps: int, best: Measurement, tries: int) -> dict[str, Any]:
@@ -120,7 +130,7 @@ class _Bench:
     down: Shape
 
     def tests(self) -> list[Callable[[int], list[Measurement]]]:
-        if not self.down.needs_netem:
+        if not self.down.impaired:
             return [self.rtt, self.one_flow, self.ring]
         return [*([self.rtt] if self.down.delay_s else []), *([self.loss] if self.down.loss.share else [])]
 
@@ -180,9 +190,9 @@ class _Bench:
         time.sleep(0.1 + self.down.delay_s + 4 * self.down.jitter_s)
         after = links.counters()
         self.gauges.stop(ignoring)
-        sent, received = (after[side].packets - before[side].packets for side in ((source, "up"), (target, "down")))
+        sent = after[source, "up"].packets - before[source, "up"].packets
         expected = self.down.loss.share
-        lost = 1 - received / sent if report else math.nan
+        lost = ((after[target, "down"].lost or 0) - (before[target, "down"].lost or 0)) / sent if report else math.nan
         return [Measurement("loss", expected, lost, 3 * math.sqrt(expected * (1 - expected) / max(sent, 1)))]
 
 

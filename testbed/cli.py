@@ -4,6 +4,7 @@ touched; 3 done, but not valid; 4 this machine cannot do it; 130 interrupted."""
 import importlib.util
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -38,6 +39,14 @@ class LabKind(StrEnum):
 
     NETNS = "netns"
     DOCKER = "docker"
+
+
+class Engine(StrEnum):
+    """What makes delay, jitter and loss."""
+
+    AUTO = "auto"
+    NETEM = "netem"
+    USERSPACE = "userspace"
 
 
 SpecPath = Annotated[Path, typer.Argument(help="The experiment, a YAML file such as experiments/smoke.yaml.")]
@@ -205,13 +214,14 @@ def calibrate(
     loss: Annotated[str, typer.Option(help="Share of packets lost on their way, e.g. 1%.")] = "0%",
     jitter: Annotated[str, typer.Option(help="Standard deviation of the delay, at most a quarter of it.")] = "0ms",
     lab: Annotated[LabKind, typer.Option("--lab", help="Where the hosts run.")] = LabKind.NETNS,
+    engine: Annotated[Engine, typer.Option("--engine", help="What makes delay, jitter and loss.")] = Engine.AUTO,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure on a scratch lab whether links do what they are set to: goodput, RTT, jitter, loss."""
     from testbed.calibrate import Conditions
     from testbed.calibrate import calibrate as measure
     from testbed.report.terminal import calibration_table
-    from testbed.run.start import check_kernel
+    from testbed.run.start import choose_engine
 
     try:
         conditions = Conditions(tuple(map(parse_rate, rates)), parse_time(delay), parse_time(jitter), parse_share(loss))
@@ -219,7 +229,8 @@ def calibrate(
         _fail(str(error), EXIT_BAD_INPUT)
     if conditions.jitter_s * 4 > conditions.delay_s:
         _fail("jitter must be at most a quarter of the delay: no packet can come before it is sent", EXIT_BAD_INPUT)
-    _guarded(lambda: check_kernel(lab.value, conditions.qdiscs))
+    chosen = _guarded(lambda: choose_engine(lab.value, engine.value, conditions.impaired, ["htb", "tbf"]))
+    conditions = replace(conditions, engine=chosen)
     console = Console(stderr=as_json)
     with console.status("making the lab", refresh_per_second=2) as status:
         result = _guarded(lambda: measure(conditions, lab.value, status.update))

@@ -28,14 +28,14 @@ def slowed_tcp(tcp: Tcp, factor: float) -> Tcp:
     CUBIC's grows with the cube of the seconds since the last loss (RFC 9438), and BBR probes every few seconds, so both would
     lose and pause sooner than they should.
     """
-    return tcp if factor == 1 else Tcp(tcp.congestion or "reno", _MIN_RTO_S * factor)
+    return tcp if factor == 1 else replace(tcp, congestion=tcp.congestion or "reno", min_rto_s=_MIN_RTO_S * factor)
 
 
 def slowed_shape(shape: Shape, factor: float) -> Shape:
     """One direction of a link, slower; the bytes that its queue holds stay the same."""
     return replace(
         shape,
-        rate_bps=None if shape.rate_bps is None else max(1, round(shape.rate_bps / factor)),
+        rate_bps=max(1, round(shape.rate_bps / factor)) if shape.rate_bps else shape.rate_bps,
         queue_s=shape.queue_s * factor,
         delay_s=shape.delay_s * factor,
         jitter_s=shape.jitter_s * factor,

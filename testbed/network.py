@@ -5,11 +5,12 @@ other, so it can be scheduled, measured and cut like any other.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from testbed.labs.base import LabPlan
+from testbed.links.qdiscs import UNCUT_PACKET_BYTES, burst_bytes, frame_bytes, largest_packet_bytes
 from testbed.links.routes import Tcp
-from testbed.links.state import LinkState
+from testbed.links.state import LinkState, Shape
 from testbed.spec.errors import SpecError, did_you_mean, place_of
 from testbed.spec.models import LinkSpec, NetworkSpec
 
@@ -30,7 +31,47 @@ def plan_network(network: NetworkSpec, workers: Sequence[str], background: Seque
             fault = f"there is no worker {name!r} among {len(workers)}; {did_you_mean(name, links)}"
             raise SpecError([(place_of(["network", "links", name]), fault)])
         links[name] = spec.applied_to(links[name], trunk=name in trunks)
-    return LabPlan(links, switches=switches, trunks=trunks, tcp=Tcp(network.congestion))
+    marks = any(shape.ecn for state in links.values() for shape in (state.up, state.down))
+    return LabPlan(
+        links,
+        switches=switches,
+        trunks=trunks,
+        engine=network.engine,
+        shaper=network.shaper,
+        mtu=network.mtu,
+        tcp=Tcp(network.congestion, ecn=marks),
+        ip=network.ip,
+    )
+
+
+def packet_bytes(plan: LabPlan, shapes: Iterable[tuple[str, str, Shape]]) -> dict[str, int]:
+    """The largest packet that each host may send, on the wire. shapes: (link, direction, shape) of every state of the run.
+
+    One frame, where netem meets single packets with a fate of their own somewhere on the way: it would lose 64 KiB at once.
+    (For the delay line the kernel cuts them.) Otherwise as much as the host's own link takes at once when it is fastest, as
+    thinner links on the way cut for themselves; but with tbf no more than what the smallest of all buckets holds.
+    """
+    shapes = list(shapes)
+    frame = frame_bytes(plan.mtu)
+    if plan.shaper == "tbf":
+        largest = dict.fromkeys(plan.hosts, largest_packet_bytes((shape.rate_bps for *_, shape in shapes), frame))
+    else:
+        rates: dict[str, list[int | None]] = {}
+        for link, side, shape in shapes:
+            if side == "up":
+                rates.setdefault(link, []).append(shape.rate_bps)
+        largest = {
+            host: UNCUT_PACKET_BYTES
+            if None in rates[host]
+            else min(UNCUT_PACKET_BYTES, burst_bytes(max(rate for rate in rates[host] if rate is not None), frame))
+            for host in plan.hosts
+        }
+    fateful = {(link, side) for link, side, shape in shapes if shape.impairs_frames}
+    if fateful and plan.engine != "userspace":
+        for source in plan.hosts:
+            if any(fateful.intersection(plan.route(source, target)) for target in plan.hosts if target != source):
+                largest[source] = frame
+    return largest
 
 
 _Topology = tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, str]], dict[str, LinkSpec]]
@@ -43,6 +84,10 @@ def _topology(network: NetworkSpec, workers: Sequence[str], background: Sequence
         left = network.left if network.left is not None else [*workers[: (len(workers) + 1) // 2], *background]
         _check_hosts(left, hosts, ["network", "left"])
         right = tuple(host for host in hosts if host not in left)
+        if not left or not right:
+            side, other = ("left", "right") if not left else ("right", "left")
+            fault = f"all hosts are at the {other} and none is at the {side}, so nothing crosses the trunk; give each side some"
+            raise SpecError([("network.left", fault)])
         return {"left": tuple(left), "right": right}, {TRUNK: ("left", "right")}, {TRUNK: network.trunk}
     if network.topology == "regions" and network.regions is not None and network.between is not None:
         return _regions(network.regions, network.between, workers, background)

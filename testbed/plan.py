@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,21 @@ from typing import Any
 from netsenseml.agent import protocol
 from testbed import dilation
 from testbed.labs.base import LabPlan
-from testbed.links.qdiscs import compile_tree, largest_packet_bytes, tc_commands
-from testbed.links.state import DIRECTIONS, LinkState
-from testbed.network import plan_network
+from testbed.links.qdiscs import (
+    UNCUT_PACKET_BYTES,
+    Netem,
+    Tree,
+    compile_tree,
+    queue_of,
+    tc_commands,
+)
+from testbed.links.state import DIRECTIONS, LinkState, Shape
+from testbed.network import packet_bytes, plan_network
 from testbed.spec.errors import SpecError, place_of
 from testbed.spec.files import data_folder, reader
 from testbed.spec.load import apply_overrides, combinations, validate
 from testbed.spec.models import ComputeSpec, MethodSpec, Spec, WorkloadSpec
-from testbed.spec.units import MIN_RATE_BPS, format_rate
+from testbed.spec.units import MIN_RATE_BPS, format_rate, format_time
 from testbed.timeline import Change, expand
 from testbed.traffic.flows import Flow
 from testbed.traffic.plan import background_hosts, describe_flow, plan_flows
@@ -88,9 +95,22 @@ class Plan:
     cells: tuple[Cell, ...]
 
     @property
-    def needs_netem(self) -> bool:
+    def impaired(self) -> bool:
         """True if some link has delay, jitter or loss at some time."""
         return any(cell.lab.impaired for cell in self.cells)
+
+    @property
+    def engine(self) -> str:
+        """What makes them (``labs.base.ENGINES``); one for all cells, but for a matrix over it."""
+        engines = {cell.lab.engine for cell in self.cells}
+        return engines.pop() if len(engines) == 1 else "auto"
+
+    @property
+    def qdiscs(self) -> set[str]:
+        """Kinds of qdiscs that the kernel must have, besides netem."""
+        states = [state for cell in self.cells for state in cell.lab.links.values()]
+        aqms = {shape.aqm for state in states for shape in (state.up, state.down)} - {"fifo"}
+        return {"tbf", *aqms, *(cell.lab.shaper for cell in self.cells)}
 
 
 def make_plan(spec: Spec, directory: Path = Path()) -> Plan:
@@ -101,6 +121,8 @@ def make_plan(spec: Spec, directory: Path = Path()) -> Plan:
     if spec.lab == "docker" and spec.network.topology != "star":
         fault = f"{spec.network.topology} is built in the netns lab only; use lab: netns, or topology: star"
         raise SpecError([("network.topology", fault)])
+    if spec.lab == "docker" and spec.network.ip == 6:
+        raise SpecError([("network.ip", "6 is built in the netns lab only; use lab: netns, or ip: 4")])
     cells: list[Cell] = []
     raw = spec.model_dump(mode="json", exclude_none=True, by_alias=True)
     read = reader(directory)
@@ -118,10 +140,6 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Call
     timeline = expand(spec.schedule, network.links, workers, trunks=network.trunks, end_s=stop.get("seconds"), read=read)
     states = [*network.links.items(), *((change.link, change.state) for change in timeline)]
     shapes = [(link, side, getattr(state, side)) for link, state in states for side in DIRECTIONS]
-    for link, _, shape in shapes:
-        if shape.reorder and not shape.delay_s:
-            fault = f"packets of {link} cannot overtake where nothing is delayed; give it a delay, too"
-            raise SpecError([("network.link.reorder", fault)])
     slow = spec.dilation
     if too_slow := [shape.rate_bps for *_, shape in shapes if shape.rate_bps and shape.rate_bps / slow < MIN_RATE_BPS]:
         fault = f"{slow:g} makes {format_rate(min(too_slow))} slower than {format_rate(MIN_RATE_BPS)}, the least of a link"
@@ -137,6 +155,8 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Call
             raise SpecError([(place_of(["traffic", number, "tcp", "congestion"]), fault)])
     stop = dilation.slowed_stop(stop, slow)
     folder = data_folder(spec, directory)
+    network = replace(network, impaired=frozenset((link, side) for link, side, shape in shapes if shape.impaired))
+    network = replace(network, packet_bytes=packet_bytes(network, shapes))
     return [
         Cell(
             name=_slug("-".join([method.label, *(f"{k.split('.')[-1]}-{v}" for k, v in overrides.items())])) + f"-s{seed}",
@@ -149,8 +169,6 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Call
             timeline=timeline,
             lab=replace(
                 network,
-                impaired=frozenset((link, side) for link, side, shape in shapes if shape.needs_netem),
-                packet_bytes=largest_packet_bytes(shape.rate_bps for *_, shape in shapes),
                 folders=() if folder is None else (folder,),
                 seed=seed,
                 tcp=tcp,
@@ -192,21 +210,69 @@ def describe(plan: Plan) -> list[str]:
             lines.append("  (network as above)")
             continue
         shown.add(network)
-        lines += ["  t=0 " + command for link, state in cell.lab.links.items() for command in _commands(cell, link, state)]
+        trees: dict[tuple[str, str], Tree] = {}
+        for link, state in cell.lab.links.items():
+            lines += ["  t=0 " + command for command in _commands(cell, link, state, trees)]
         for change in cell.timeline:
-            lines += [f"  t={change.at_s:g}s " + command for command in _commands(cell, change.link, change.state)]
+            lines += [f"  t={change.at_s:g}s " + command for command in _commands(cell, change.link, change.state, trees)]
+        lines += ["  note: " + note for note in notes(cell)]
         lines += ["  " + line for flow in cell.flows for line in describe_flow(flow, cell.stop.get("seconds"))]
     return lines
 
 
-def _commands(cell: Cell, link: str, state: LinkState) -> list[str]:
+def notes(cell: Cell) -> list[str]:
+    """What a cell's links have otherwise than the spec says, or what somebody who reads its figures should know."""
+    return [
+        *(["delay, jitter and loss are made by a delay line in user space"] if cell.lab.lined else []),
+        *_raised_queues(cell),
+    ]
+
+
+def _raised_queues(cell: Cell) -> Iterator[str]:
+    least: dict[str, tuple[float, Shape]] = {}
+    states = [*cell.lab.links.items(), *((change.link, change.state) for change in cell.timeline)]
+    for link, state in states:
+        for shape in (state.up, state.down):
+            if not shape.rate_bps or shape.queue_bytes is not None:
+                continue
+            made = queue_of(_tree(cell, shape))
+            if made is not None and made > shape.rate_bps / 8 * shape.queue_s + 1 and (
+                link not in least or shape.rate_bps < (least[link][1].rate_bps or 0)
+            ):
+                least[link] = made * 8 / shape.rate_bps, shape
+    by_queue: dict[tuple[float, Shape], list[str]] = {}
+    for link, found in least.items():
+        by_queue.setdefault(found, []).append(link)
+    for (made_s, shape), links in by_queue.items():
+        rate = format_rate(shape.rate_bps or 0)
+        yield (
+            f"the queue of {', '.join(links)} holds {format_time(round(made_s, 6))} at {rate} instead of"
+            f" {format_time(shape.queue_s)}: {'a frame' if cell.lab.shaper == 'htb' else 'a bucket and a frame'} must fit"
+        )
+
+
+def _tree(cell: Cell, shape: Shape, impaired: bool = False) -> Tree:
+    return compile_tree(
+        shape,
+        impaired=impaired,
+        shaper=cell.lab.shaper,
+        mtu=cell.lab.mtu,
+        packet_bytes=min(cell.lab.packet_bytes.values(), default=UNCUT_PACKET_BYTES),
+    )
+
+
+def _commands(cell: Cell, link: str, state: LinkState, trees: dict[tuple[str, str], Tree]) -> list[str]:
+    """The commands of a change; ``trees`` has what is there, and then what is there after it."""
     commands = []
     for side in DIRECTIONS:
-        tree = compile_tree(
-            getattr(state, side), impaired=(link, side) in cell.lab.impaired, packet_bytes=cell.lab.packet_bytes
-        )
+        before, tree = trees.get((link, side)), _tree(cell, getattr(state, side), (link, side) in cell.lab.impaired)
+        trees[link, side] = tree
         where, interface = (link, "eth0") if side == "up" and link not in cell.lab.trunks else ("switch", link)
-        commands += tc_commands(tree, interface, f"[{where}] ")
+        if link in cell.lab.lined and isinstance(tree[0], Netem):
+            if before is None or before[0] != tree[0]:
+                commands.append(f"[delay line] {link} {side}: {tree[0].tc_arguments()}")
+            tree, before = tree[1:], before[1:] if before else None
+        commands += tc_commands(tree, interface, f"[{where}] ", before)
     if not state.connected:
         commands.append(f"[switch] bridge link set dev {link} state 0")
     return commands

@@ -22,7 +22,7 @@ from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab, enclosure
 from testbed.links import gauge
-from testbed.links.qdiscs import compile_tree, largest_packet_bytes, tc_commands
+from testbed.links.qdiscs import compile_tree, tc_commands
 from testbed.links.state import LinkState, Shape
 from testbed.run.driver import LinkDriver
 from testbed.timeline import Change
@@ -43,7 +43,7 @@ def both(rate_bps: int) -> LinkState:
 
 
 def plan(names: Sequence[str], *rates: int) -> LabPlan:
-    return LabPlan({name: both(rates[0]) for name in names}, packet_bytes=largest_packet_bytes(rates))
+    return LabPlan({name: both(rates[0]) for name in names})
 
 
 def start_ring(lab: NetnsLab, log: Path) -> None:

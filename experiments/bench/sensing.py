@@ -31,7 +31,6 @@ from netsenseml.agent.protocol import RecordFile, monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab, enclosure
-from testbed.links.qdiscs import largest_packet_bytes
 from testbed.links.state import LinkState, Shape
 from testbed.traffic import tcp as traffic
 from testbed.traffic.flows import Flow, Phase
@@ -165,7 +164,7 @@ def measure(server: ForkServer, seconds: float, scratch: Path) -> list[float]:
     names = [f"w{rank}" for rank in range(RANKS)]
     states = {name: both(RATES[0]) for name in names} | {"bg": both(1e9)}
     begins = []
-    with NetnsLab(LabPlan(states, packet_bytes=largest_packet_bytes(map(round, RATES))), server) as lab:
+    with NetnsLab(LabPlan(states), server) as lab:
 
         def start(host: str, *arguments: str) -> Any:
             program = ["python", str(Path(__file__).resolve()), *arguments, str(scratch)]

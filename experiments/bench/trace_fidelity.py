@@ -24,7 +24,6 @@ from netsenseml.agent.protocol import monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab, enclosure
-from testbed.links.qdiscs import largest_packet_bytes
 from testbed.links.state import LinkState, Shape
 from testbed.run.driver import LinkDriver
 from testbed.spec.files import reader
@@ -77,7 +76,7 @@ def measure(server: ForkServer, timeline: Sequence[Change], flow: str, scratch: 
     rates = [change.state.down.rate_bps or 0 for change in timeline]
     states = {"w0": LinkState(), "w1": timeline[0].state}
     end_s = timeline[-1].at_s
-    with NetnsLab(LabPlan(states, packet_bytes=largest_packet_bytes(rates)), server) as lab:
+    with NetnsLab(LabPlan(states), server) as lab:
         source, sink = lab.hosts["w0"], lab.hosts["w1"]
         if flow == "udp":
             programs = (UDP_SINK, UDP_SOURCE, str(max(rates) * 4 / 3))

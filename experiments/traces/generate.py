@@ -97,11 +97,35 @@ def incast() -> str:
         now_ms += length_ms
 
 
+def leo() -> str:
+    """120 s of a terminal at a constellation in low orbit, as Starlink has been measured; README.md names the measurements.
+
+    Every 15 s another satellite: one quality for that time decides on rate and delay, both of which then drift together around
+    it; and for 0.4 s while it changes a fraction of the rate, 30 to 50 ms more and some loss. The delay is the round trip of
+    the access.
+    """
+    numbers, step_s = random.Random("leo 1"), 0.2
+    level = fading(numbers, step_s, 2)
+    lines = ["t_s,rate_mbps,delay_ms,jitter_ms,loss_percent"]
+    quality = jitter = 0.0
+    for index in range(600):
+        since = index % 75  # rows of this satellite
+        if since == 0:
+            quality, jitter = min(max(numbers.gauss(0, 1), -2), 2), numbers.uniform(4, 7)
+        better = quality + 0.4 * next(level)
+        rate, delay = 100 * math.exp(0.4 * better), max(25.0, 38 - 6 * better)
+        if changing := since < 2:
+            rate, delay = rate * numbers.uniform(0.1, 0.3), delay + numbers.uniform(30, 50)
+        lines.append(f"{index * step_s:.1f},{rate:.1f},{delay:.1f},{jitter:.1f},{1 if changing else 0}")
+    return "\n".join(lines) + "\n"
+
+
 TRACES: Mapping[str, Callable[[], str]] = {
     "cellular.csv": cellular,
     "weak_cell.packets": weak_cell,
     "wifi.csv": wifi,
     "incast.csv": incast,
+    "leo.csv": leo,
 }
 
 

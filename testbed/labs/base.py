@@ -12,8 +12,10 @@ from typing import Protocol, Self
 
 from testbed.links.qdiscs import UNCUT_PACKET_BYTES
 from testbed.links.routes import Tcp
-from testbed.links.shaper import Shaper
+from testbed.links.shaper import Place, Shaper
 from testbed.links.state import LinkState
+
+ENGINES = ("auto", "netem", "userspace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,21 +26,27 @@ class LabPlan:
     switches: hosts by switch; empty: one switch for all. trunks: the two switches that a trunk joins; its up is the
         direction from the first to the second. Frames that come from one trunk never leave by another, so a full mesh of
         trunks makes no loop.
-    impaired: (link, direction) that gets netem at some time of the run and so needs it in the qdisc tree from the start.
-    packet_bytes: wire size that no packet of a host may exceed (``qdiscs.largest_packet_bytes``).
+    impaired: (link, direction) that delays, loses or spoils packets at some time of the run, and so needs what does that from
+        the start. engine: what does it (``ENGINES``); "auto": not chosen yet.
+    shaper: what limits rates (``qdiscs.SHAPERS``). mtu: of all interfaces, in bytes.
+    packet_bytes: by host, the wire size that no packet it sends may exceed; those left out may send whole GSO packets.
     folders: what programs on the hosts read besides the run directory, absolute; they see it under the same path.
     seed: of random impairments.
-    tcp: how connections between the hosts behave.
+    tcp: how connections between the hosts behave. ip: the version of their addresses.
     """
 
     links: Mapping[str, LinkState]
     switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     trunks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     impaired: frozenset[tuple[str, str]] = frozenset()
-    packet_bytes: int = UNCUT_PACKET_BYTES
+    engine: str = "auto"
+    shaper: str = "htb"
+    mtu: int = 1500
+    packet_bytes: Mapping[str, int] = field(default_factory=dict)
     folders: tuple[Path, ...] = ()
     seed: int = 0
     tcp: Tcp = field(default_factory=Tcp)
+    ip: int = 4
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -46,9 +54,34 @@ class LabPlan:
         return tuple(name for name in self.links if name not in self.trunks)
 
     @property
+    def lined(self) -> frozenset[str]:
+        """Links that need the delay line in their way."""
+        return frozenset(link for link, _ in self.impaired) if self.engine == "userspace" else frozenset()
+
+    @property
     def hosts_by_switch(self) -> Mapping[str, tuple[str, ...]]:
         """Names of the hosts at each switch; there is at least one switch."""
         return self.switches or {"switch": self.hosts}
+
+
+    def route(self, source: str, target: str) -> tuple[Place, ...]:
+        """The directions of links that a packet passes, in order: the source's up, at most one trunk, the target's down."""
+        switch_of = {host: switch for switch, hosts in self.hosts_by_switch.items() for host in hosts}
+        ends = switch_of[source], switch_of[target]
+        trunks = self.trunks.items()
+        crossed = [(name, "up" if ends == joined else "down") for name, joined in trunks if set(ends) == set(joined)]
+        return (source, "up"), *crossed, (target, "down")
+
+
+def make_shaper(plan: LabPlan) -> Shaper:
+    """The shaper that a lab's links are added to."""
+    return Shaper(
+        plan.impaired,
+        shaper=plan.shaper,
+        mtu=plan.mtu,
+        packet_bytes=min(plan.packet_bytes.values(), default=UNCUT_PACKET_BYTES),
+        seed=plan.seed,
+    )
 
 
 class Process(Protocol):

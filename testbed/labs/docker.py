@@ -33,12 +33,13 @@ from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_NEWLINK
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from netsenseml.agent import protocol
-from testbed.labs.base import LabError, LabPlan
+from testbed.labs.base import LabError, LabPlan, make_shaper
 from testbed.labs.capabilities import lacking_capabilities
+from testbed.links.neighbours import neighbour
 from testbed.links.netlink import NetlinkSocket, Request, decode, encode
-from testbed.links.qdiscs import gso_max_size
+from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
 from testbed.links.routes import tcp_route
-from testbed.links.shaper import Port, Shaper
+from testbed.links.shaper import Port
 
 LABEL = "netsense.testbed"
 OWNER = "netsense.testbed.owner"
@@ -126,9 +127,12 @@ class DockerHost:
 
     interface = INTERFACE
 
-    def __init__(self, name: str, address: str, directory: Path, line: _Line, sock: NetlinkSocket) -> None:
+    def __init__(self, name: str, address: str, mac: str, directory: Path, line: _Line, sock: NetlinkSocket) -> None:
         self.name = name
         self.address = address
+        self.mac = mac
+        self.index = 0
+        """Of its interface, once that is known."""
         self.socket = sock
         self._directory = directory
         self._line = line
@@ -161,7 +165,7 @@ class DockerLab:
         self._switch: NetlinkSocket | None = None
         self.hosts: dict[str, DockerHost] = {}
         self.pids: list[int] = []
-        self.links = Shaper(plan.impaired, plan.packet_bytes, plan.seed)
+        self.links = make_shaper(plan)
 
     @property
     def user(self) -> tuple[int, int]:
@@ -173,6 +177,8 @@ class DockerLab:
         return _NOBODY, _NOBODY
 
     def __enter__(self) -> Self:
+        if self._plan.lined:
+            raise LabError("the Docker lab has no delay line; use a kernel with netem, or --lab netns")
         if self._plan.trunks:
             raise LabError("the Docker lab has a single switch; a topology with trunks runs with --lab netns")
         _require_capabilities()
@@ -203,7 +209,12 @@ class DockerLab:
         pool = ThreadPoolExecutor(_START_THREADS, thread_name_prefix="docker")
         try:
             network = pool.submit(
-                client.networks.create, f"netsense-{self._token}", driver="bridge", internal=True, labels=self._labels
+                client.networks.create,
+                f"netsense-{self._token}",
+                driver="bridge",
+                internal=True,
+                labels=self._labels,
+                options={"com.docker.network.driver.mtu": str(self._plan.mtu)},
             ).result()
             with protocol.listen_unix(rendezvous, backlog=len(self._plan.hosts) + 8) as listener:
                 os.chown(rendezvous, *self.user)
@@ -284,11 +295,12 @@ class DockerLab:
             attached = containers[name].attrs["NetworkSettings"]["Networks"][network.name]
             self.pids.append(containers[name].attrs["State"]["Pid"])
             inner = _enter(self.pids[-1])
-            self.hosts[name] = DockerHost(name, attached["IPAddress"], self._directory, self._lines[name], inner)
+            address, mac = attached["IPAddress"], attached["MacAddress"]
+            host = self.hosts[name] = DockerHost(name, address, mac, self._directory, self._lines[name], inner)
             # The daemon's word is checked: a PID means another process if we do not share its PID namespace, and an index
             # another interface if we do not share its network namespace.
             mine = next((x for x in _interfaces(inner) if x.get_attr("IFLA_IFNAME") == INTERFACE), None)
-            if mine is None or mine.get_attr("IFLA_ADDRESS") != attached["MacAddress"]:
+            if mine is None or mine.get_attr("IFLA_ADDRESS") != mac:
                 raise LabError(f"cannot see the container of {name}: {_OTHER_NAMESPACE}")
             peer = outside.get(mine.get_attr("IFLA_LINK"))
             if peer is None or peer.get_attr("IFLA_LINK") != mine["index"] or not peer.get_attr("IFLA_MASTER"):
@@ -296,10 +308,12 @@ class DockerLab:
             # A new cable has no queue. What has one is being shaped by some other tool, which matches containers by itself.
             if {mine.get_attr("IFLA_QDISC"), peer.get_attr("IFLA_QDISC")} != {"noqueue"}:
                 raise LabError(f"something else shapes the link of {name}; end that first")
+            host.index = mine["index"]
+            largest = self._plan.packet_bytes.get(name, UNCUT_PACKET_BYTES)
             inner.batch(
                 [
-                    _limit_packets(mine["index"], gso_max_size(self._plan.packet_bytes)),
-                    tcp_route(mine["index"], attached["IPAddress"], attached["IPPrefixLen"], self._plan.tcp),
+                    _limit_packets(mine["index"], largest, self._plan.mtu),
+                    tcp_route(mine["index"], address, attached["IPPrefixLen"], self._plan.tcp),
                 ]
             )
             self.links.add(
@@ -307,6 +321,10 @@ class DockerLab:
                 up=Port(inner, mine["index"], INTERFACE),
                 down=Port(self._switch, peer["index"], peer.get_attr("IFLA_IFNAME")),
             )
+
+        for host in self.hosts.values():
+            others = [other for other in self.hosts.values() if other is not host]
+            host.socket.batch(neighbour(host.index, other.address, other.mac) for other in others)
 
     def _close(self) -> None:
         with _undisturbed():
@@ -426,10 +444,11 @@ def _interfaces(sock: NetlinkSocket) -> list[ifinfmsg]:
     return [decode(answer, ifinfmsg) for answer in sock.dump(encode(ifinfmsg(), RTM_GETLINK, 0, "list interfaces"))]
 
 
-def _limit_packets(index: int, gso_max_bytes: int) -> Request:
+def _limit_packets(index: int, packet_bytes: int, mtu: int) -> Request:
+    size, segments = gso_limits(packet_bytes, mtu)
     message = ifinfmsg()
     message["index"] = index
-    message["attrs"] = [("IFLA_GSO_MAX_SIZE", gso_max_bytes)]
+    message["attrs"] = [("IFLA_GSO_MAX_SIZE", size), ("IFLA_GSO_MAX_SEGS", segments)]
     return encode(message, RTM_NEWLINK, 0, f"largest packet of {INTERFACE}")
 
 

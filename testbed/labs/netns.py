@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,12 +19,15 @@ from pyroute2.netlink.rtnl import RTM_NEWADDR, RTM_NEWLINK
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
-from testbed.labs.base import LabError, LabPlan, Process
+from testbed.labs.base import LabError, LabPlan, Process, make_shaper
 from testbed.labs.forkserver import ForkServer
-from testbed.links.netlink import NetlinkSocket, Request, back_to_own_namespace, encode, unshare_network
-from testbed.links.qdiscs import gso_max_size
+from testbed.links.delayline import DelayLine
+from testbed.links.neighbours import forwarding, mac_of, neighbour
+from testbed.links.netlink import NetlinkSocket, Request, back_to_own_namespace, encode, setns, unshare_network
+from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
 from testbed.links.routes import tcp_route
-from testbed.links.shaper import Port, Shaper, set_port
+from testbed.links.shaper import Port, set_port
+from testbed.links.tap import open_tap
 
 INTERFACE = "eth0"
 _NETWORK = ipaddress.ip_network("10.77.0.0/16")
@@ -69,9 +73,12 @@ class NetnsHost:
 
     interface = INTERFACE
 
-    def __init__(self, name: str, address: str, namespace: int, socket: NetlinkSocket, server: ForkServer) -> None:
+    def __init__(
+        self, name: str, address: str, mac: str, namespace: int, socket: NetlinkSocket, server: ForkServer
+    ) -> None:
         self.name = name
         self.address = address
+        self.mac = mac
         self.namespace = namespace
         self.socket = socket
         self._server = server
@@ -102,20 +109,24 @@ class NetnsLab:
         self._server = server
         self._switches: dict[str, _Switch] = {}
         self.hosts: dict[str, NetnsHost] = {}
-        self.links = Shaper(plan.impaired, plan.packet_bytes, plan.seed)
+        self._cables: dict[str, tuple[int, int]] = {}
+        self._line = ExitStack()
+        self.links = make_shaper(plan)
 
     def __enter__(self) -> Self:
         try:
             with back_to_own_namespace():
                 for name in self._plan.hosts_by_switch:
                     self._switches[name] = _Switch(*_new_namespace())
-                addresses = _NETWORK.hosts()
-                for name in self._plan.hosts:
+                for number, (name, address) in enumerate(zip(self._plan.hosts, _NETWORK.hosts(), strict=False), 1):
                     namespace, socket = _new_namespace()
-                    self.hosts[name] = NetnsHost(name, str(next(addresses)), namespace, socket, self._server)
+                    self.hosts[name] = NetnsHost(name, str(address), mac_of(number), namespace, socket, self._server)
             for switch, hosts in self._plan.hosts_by_switch.items():
                 self._wire_hosts(self._switches[switch], [self.hosts[name] for name in hosts])
             self._wire_trunks()
+            self._introduce()
+            if self._cables:
+                self.links.line = self._line.enter_context(DelayLine(self._cables))
             self.links.apply(self._plan.links)
         except BaseException:
             self._close()
@@ -131,23 +142,34 @@ class NetnsLab:
 
     def _wire_hosts(self, switch: "_Switch", hosts: Sequence[NetnsHost]) -> None:
         # Interface indices are chosen by us, so nothing has to be looked up and each namespace takes one batch.
+        mtu = self._plan.mtu
         requests = [_link("bridge", _BRIDGE_INDEX, "br0", kind="bridge", up=True)]
         for host in hosts:
             port = switch.next_port()
-            requests.append(_veth(host.name, port, INTERFACE, _ETH0_INDEX, host.namespace))
-            requests.append(_link("port", port, host.name, master=_BRIDGE_INDEX, up=True))
+            if host.name in self._plan.lined:
+                self._cables[host.name] = (
+                    _tap(host.namespace, INTERFACE, _ETH0_INDEX),
+                    _tap(switch.namespace, host.name, port),
+                )
+            else:
+                requests.append(_veth(host.name, port, INTERFACE, _ETH0_INDEX, host.namespace))
+            requests.append(_link("port", port, host.name, master=_BRIDGE_INDEX, mtu=mtu, up=True))
             self.links.add(
                 host.name,
                 up=Port(host.socket, _ETH0_INDEX, INTERFACE),
                 down=Port(switch.socket, port, host.name),
             )
+            switch.ports[host.name] = port
         switch.socket.batch(requests)
         for host in hosts:
+            largest = self._plan.packet_bytes.get(host.name, UNCUT_PACKET_BYTES)
             host.socket.batch(
                 [
                     _link("loopback", _LOOPBACK_INDEX, "lo", up=True),
+                    # An interface that is up keeps its MAC.
+                    _link("interface", _ETH0_INDEX, INTERFACE, mac=host.mac, mtu=mtu, gso=gso_limits(largest, mtu)),
+                    _link("interface", _ETH0_INDEX, INTERFACE, up=True),
                     _address(host.address),
-                    _link("interface", _ETH0_INDEX, INTERFACE, up=True, gso_max=gso_max_size(self._plan.packet_bytes)),
                     tcp_route(_ETH0_INDEX, host.address, _NETWORK.prefixlen, self._plan.tcp),
                 ]
             )
@@ -157,25 +179,41 @@ class NetnsLab:
             first, second = (self._switches[end] for end in ends)
             ports = first.next_port(), second.next_port()
             interface = f"trunk{number}"
-            first.socket.batch([_veth(interface, ports[0], interface, ports[1], second.namespace)])
-            for switch, port in zip((first, second), ports, strict=True):
+            if name in self._plan.lined:
+                self._cables[name] = (
+                    _tap(first.namespace, interface, ports[0]),
+                    _tap(second.namespace, interface, ports[1]),
+                )
+            else:
+                first.socket.batch([_veth(interface, ports[0], interface, ports[1], second.namespace)])
+            for switch, port, far in zip((first, second), ports, reversed(ends), strict=True):
                 switch.socket.batch(
                     [
-                        _link("trunk", port, interface, master=_BRIDGE_INDEX, up=True),
+                        _link("trunk", port, interface, master=_BRIDGE_INDEX, mtu=self._plan.mtu, up=True),
                         set_port(port, f"trunk {name}", "IFLA_BRPORT_ISOLATED", 1),
                     ]
                 )
+                switch.ports |= dict.fromkeys(self._plan.hosts_by_switch[far], port)
             self.links.add(
                 name,
                 up=Port(first.socket, ports[0], interface),
                 down=Port(second.socket, ports[1], interface),
             )
 
+    def _introduce(self) -> None:
+        """Tell every host where the others are, and every switch behind which port."""
+        for host in self.hosts.values():
+            others = [other for other in self.hosts.values() if other is not host]
+            host.socket.batch(neighbour(_ETH0_INDEX, other.address, other.mac) for other in others)
+        for switch in self._switches.values():
+            switch.socket.batch(forwarding(port, self.hosts[name].mac) for name, port in switch.ports.items())
+
     def _close(self) -> None:
+        self._line.close()
         ends: list[NetnsHost | _Switch] = [*self.hosts.values(), *self._switches.values()]
         for end in ends:
             end.close()
-        NetlinkSocket.close_all([end.socket for end in ends])
+            end.socket.close()
         self.hosts.clear()
         self._switches.clear()
 
@@ -186,6 +224,8 @@ class _Switch:
     def __init__(self, namespace: int, socket: NetlinkSocket) -> None:
         self.namespace = namespace
         self.socket = socket
+        self.ports: dict[str, int] = {}
+        """By host, the port behind which it is."""
         self._ports = 0
 
     def next_port(self) -> int:
@@ -210,6 +250,12 @@ def _new_namespace() -> tuple[int, NetlinkSocket]:
     return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC), NetlinkSocket()
 
 
+def _tap(namespace: int, name: str, index: int) -> int:
+    with back_to_own_namespace():
+        setns(namespace)
+        return open_tap(name, index)
+
+
 def _link(
     what: str,
     index: int,
@@ -218,7 +264,9 @@ def _link(
     kind: str | None = None,
     master: int | None = None,
     up: bool = False,
-    gso_max: int | None = None,
+    mac: str | None = None,
+    mtu: int | None = None,
+    gso: tuple[int, int] | None = None,
 ) -> Request:
     message = ifinfmsg()
     message["index"] = index
@@ -231,8 +279,12 @@ def _link(
         attrs.append(("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", kind), ("IFLA_INFO_DATA", quiet)]}))
     if master is not None:
         attrs.append(("IFLA_MASTER", master))
-    if gso_max is not None:
-        attrs.append(("IFLA_GSO_MAX_SIZE", gso_max))
+    if mac is not None:
+        attrs.append(("IFLA_ADDRESS", mac))
+    if mtu is not None:
+        attrs.append(("IFLA_MTU", mtu))
+    if gso is not None:
+        attrs += [("IFLA_GSO_MAX_SIZE", gso[0]), ("IFLA_GSO_MAX_SEGS", gso[1])]
     message["attrs"] = attrs
     return encode(message, RTM_NEWLINK, _NEW if kind else 0, f"{what} {name}")
 

@@ -21,7 +21,8 @@ from typing import Any
 from netsenseml.agent.protocol import monotonic_s
 from testbed.labs.base import Lab, LabPlan, Process
 from testbed.links import gauge
-from testbed.links.qdiscs import ETHERNET_FRAME_BYTES, QdiscCounters, burst_bytes
+from testbed.links.qdiscs import QdiscCounters, burst_bytes, frame_bytes
+from testbed.links.shaper import Place
 from testbed.links.state import Shape
 
 RATE_TOLERANCE = 0.03
@@ -46,8 +47,6 @@ _PATIENCE_S = 10.0
 
 Pair = tuple[str, str]
 """Two hosts: where a flow comes from, where it goes."""
-Side = tuple[str, str]
-"""One direction of a link: its name, "up" or "down"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,42 +92,37 @@ class Round:
     """Flows that run at the same time, and the rate in bits/s that each direction which is judged by them must carry."""
 
     pairs: Sequence[Pair]
-    expected_bps: Mapping[Side, float]
+    expected_bps: Mapping[Place, float]
 
 
-def route(plan: LabPlan, source: str, target: str) -> tuple[Side, ...]:
-    """The directions that a packet passes, in order: the source's up, at most one trunk, the target's down."""
-    switch_of = {host: switch for switch, hosts in plan.hosts_by_switch.items() for host in hosts}
-    ends = switch_of[source], switch_of[target]
-    crossed = [(name, "up" if ends == joined else "down") for name, joined in plan.trunks.items() if set(ends) == set(joined)]
-    return (source, "up"), *crossed, (target, "down")
-
-
-def carried_bps(plan: LabPlan, pairs: Iterable[Pair]) -> dict[Side, float]:
+def carried_bps(plan: LabPlan, pairs: Iterable[Pair]) -> dict[Place, float]:
     """The rate of every limited direction when each pair is a flood; without those of which it cannot be said.
 
-    From stage to stage (up, trunk, down) a direction carries what arrives and survives its loss, but no more than its limit.
+    From stage to stage (up, trunk, down) a direction carries what arrives and has survived, but no more than its limit.
     How floods divide a trunk that is full is a matter of chance, so nothing can be said of the directions behind it.
     """
-    routes = {pair: route(plan, *pair) for pair in pairs}
+    routes = {pair: plan.route(*pair) for pair in pairs}
     arriving: dict[Pair, float | None] = {pair: _flood_bps(plan, way) for pair, way in routes.items()}
-    carried: dict[Side, float] = {}
+    carried: dict[Place, float] = {}
     for side in sorted({side for way in routes.values() for side in way}, key=lambda one: _stage(plan, one)):
         shape = _shape(plan, side)
         members = [pair for pair, way in routes.items() if side in way]
         rates = [rate for pair in members if (rate := arriving[pair]) is not None]
-        survivors = sum(rates) * (1 - shape.loss.share) * (1 + shape.duplicate)
+        # netem loses packets before they come to the limiter, the delay line after it.
+        surviving = (1 - shape.loss.share) * (1 + shape.duplicate)
+        before, after = (1.0, surviving) if side[0] in plan.lined else (surviving, 1.0)
+        offered = sum(rates) * before
         known = len(rates) == len(members)
         if shape.rate_bps is None:
-            passed = survivors
+            passed = offered
         else:
-            passed = min(survivors, shape.rate_bps)
-            if known or survivors >= shape.rate_bps:
+            passed = min(offered, shape.rate_bps)
+            if known or offered >= shape.rate_bps:
                 carried[side] = passed
-        alone = len(members) == 1 or passed == survivors
+        alone = len(members) == 1 or passed == offered
         for pair in members:
             rate = arriving[pair]
-            arriving[pair] = rate * passed / sum(rates) if rate and known and alone else None
+            arriving[pair] = rate * passed * after / sum(rates) if rate and known and alone else None
     return carried
 
 
@@ -138,22 +132,22 @@ def rounds(plan: LabPlan) -> list[Round]:
     First the ring that an all-reduce is. Where a neighbour or a trunk is slower than a link, the ring cannot fill the link;
     the second round gives each of those a partner that can.
     """
-    hosts = [host for host in plan.hosts if plan.links[host].connected]
+    hosts = _within_reach(plan)
     ring = _ring(hosts)
     carried = carried_bps(plan, ring)
     second = _filling(plan, hosts, {side: rate for side, rate in _limits(plan).items() if carried.get(side, 0.0) < 0.9 * rate})
     first = Round(
-        [pair for pair in ring if any(side in carried for side in route(plan, *pair))],
+        [pair for pair in ring if any(side in carried for side in plan.route(*pair))],
         {side: rate for side, rate in carried.items() if side not in second.expected_bps},
     )
     return [one for one in (first, second) if one.expected_bps]
 
 
-def _filling(plan: LabPlan, hosts: Sequence[str], limits: Mapping[Side, int]) -> Round:
+def _filling(plan: LabPlan, hosts: Sequence[str], limits: Mapping[Place, int]) -> Round:
     """Flows that fill as many of some directions as possible, fastest first; no host sends or receives more than one."""
     sources, targets = list(hosts), list(hosts)
     pairs: list[Pair] = []
-    filled: dict[Side, float] = {}
+    filled: dict[Place, float] = {}
     for side, limit in sorted(limits.items(), key=lambda one: one[1], reverse=True):
         link, direction = side
         starts = [link] if direction == "up" and link in hosts else sources
@@ -174,13 +168,13 @@ def _filling(plan: LabPlan, hosts: Sequence[str], limits: Mapping[Side, int]) ->
 
 def expected_rtt(plan: LabPlan, source: str, target: str) -> tuple[float, float]:
     """(mean, standard deviation) in s of the RTT between two hosts whose links are idle: the sum of all one-way delays."""
-    shapes = [_shape(plan, side) for way in (route(plan, source, target), route(plan, target, source)) for side in way]
+    shapes = [_shape(plan, side) for way in (plan.route(source, target), plan.route(target, source)) for side in way]
     return sum(shape.delay_s for shape in shapes), math.sqrt(sum(shape.jitter_s**2 for shape in shapes))
 
 
 def delayed_pairs(plan: LabPlan) -> list[Pair]:
     """Pairs whose ways cover every host and every trunk, without those that nothing delays."""
-    hosts = [host for host in plan.hosts if plan.links[host].connected]
+    hosts = _within_reach(plan)
     members = plan.hosts_by_switch
     across = [(members[a][0], members[b][0]) for a, b in plan.trunks.values() if members[a] and members[b]]
     pairs = dict.fromkeys([*_ring(hosts), *(pair for pair in across if set(pair) <= set(hosts))])
@@ -297,7 +291,7 @@ def measure_rates(gauges: Gauges, plan: LabPlan, flows: Round, effort: int = 1) 
     """Flood all pairs of a round and read the kernel's counters until the floods end and the queues are empty."""
     lab = gauges.lab
     crowding = _crowding(len(flows.pairs))
-    ways = {pair: route(plan, *pair) for pair in flows.pairs}
+    ways = {pair: plan.route(*pair) for pair in flows.pairs}
     floods = {pair: _Flood.on(plan, way, crowding, effort) for pair, way in ways.items()}
     ignoring = [gauges.start(host, "ignore") for host in dict.fromkeys(target for _, target in flows.pairs)]
     begin_s = monotonic_s() + _SETTLE_S + _START_S * len(floods) + max(expected_rtt(plan, *pair)[0] for pair in floods)
@@ -307,7 +301,7 @@ def measure_rates(gauges: Gauges, plan: LabPlan, flows: Round, effort: int = 1) 
         address = lab.hosts[target].address
         words = (address, begin_s, seconds, flood.rate_bps, flood.datagram_bytes, flood.segments)
         running[source, target] = gauges.start(source, "flood", *words)
-    samples: list[tuple[float, Mapping[Side, QdiscCounters]]] = []
+    samples: list[tuple[float, Mapping[Place, QdiscCounters]]] = []
     deadline_s = begin_s + max(flood.warm_s + flood.window_s for flood in floods.values()) + _PATIENCE_S
     while any(process.poll() is None for process, _ in running.values()) and monotonic_s() < deadline_s:
         before_s = monotonic_s()
@@ -333,7 +327,7 @@ def measure_rates(gauges: Gauges, plan: LabPlan, flows: Round, effort: int = 1) 
         if loss.share:
             # Three standard deviations of a binomial share; losses in bursts are so many fewer events.
             flood = floods[through[0]]
-            events = expected * flood.window_s / 8 / flood.packet_bytes / (loss.burst or 1)
+            events = expected * flood.window_s / 8 / flood.datagram_bytes / (loss.burst or 1)
             tolerance += 3 * expected * math.sqrt(loss.share * (1 - loss.share) / events)
         results.append(Measurement("rate", expected, measured, tolerance, *side))
     return results
@@ -349,25 +343,22 @@ class _Flood:
     warm_s: float
     window_s: float
 
-    @property
-    def packet_bytes(self) -> int:
-        return self.datagram_bytes * self.segments
-
     @classmethod
-    def on(cls, plan: LabPlan, way: Sequence[Side], crowding: float, effort: int) -> "_Flood":
+    def on(cls, plan: LabPlan, way: Sequence[Place], crowding: float, effort: int) -> "_Flood":
         limits = [rate for side in way if (rate := _shape(plan, side).rate_bps) is not None]
         slowest = min(limits)
         # Packets of 2 ms cost few calls of the kernel and still leave the counters fine-grained.
         size = max(round(slowest * _CHUNK_S * crowding / 8), gauge.SMALLEST_DATAGRAM_BYTES)
-        size = min(size, plan.packet_bytes, gauge.LARGEST_FLOOD_BYTES)
-        segments = max(1, size // ETHERNET_FRAME_BYTES)
-        datagram = ETHERNET_FRAME_BYTES if segments > 1 else min(size, ETHERNET_FRAME_BYTES)
+        frame = frame_bytes(plan.mtu)
+        size = min(size, plan.packet_bytes.get(way[0][0], gauge.LARGEST_FLOOD_BYTES), gauge.LARGEST_FLOOD_BYTES)
+        segments = max(1, size // frame)
+        datagram = frame if segments > 1 else min(size, frame)
         shortest_s = max(_FEWEST_CHUNKS * datagram * segments * 8 / slowest, _FEWEST_SAMPLES * _SAMPLE_S * crowding)
         return cls(
             rate_bps=_flood_bps(plan, way),
             datagram_bytes=datagram,
             segments=segments,
-            warm_s=_SETTLE_S + max(burst_bytes(rate) * 8 / rate for rate in limits) / (_OVERLOAD - 1),
+            warm_s=_SETTLE_S + max(burst_bytes(rate, frame, plan.shaper) * 8 / rate for rate in limits) / (_OVERLOAD - 1),
             window_s=effort * max(_WINDOW_S, shortest_s),
         )
 
@@ -377,7 +368,7 @@ def _crowding(flows: int) -> float:
 
 
 def _rate_between(
-    samples: Sequence[tuple[float, Mapping[Side, QdiscCounters]]], side: Side, first_s: float, last_s: float
+    samples: Sequence[tuple[float, Mapping[Place, QdiscCounters]]], side: Place, first_s: float, last_s: float
 ) -> float:
     """Rate in bits/s over the samples within a time; NaN if they are too few to tell.
 
@@ -401,26 +392,32 @@ def _ring(hosts: Sequence[str]) -> list[Pair]:
     return list(zip(hosts, [*hosts[1:], *hosts[:1]], strict=True)) if len(hosts) > 1 else []
 
 
-def _stage(plan: LabPlan, side: Side) -> int:
+def _stage(plan: LabPlan, side: Place) -> int:
     if side[0] in plan.trunks:
         return 1
     return 0 if side[1] == "up" else 2
 
 
-def _sides(plan: LabPlan) -> list[Side]:
+def _sides(plan: LabPlan) -> list[Place]:
     return [(link, direction) for link in plan.links for direction in ("up", "down")]
 
 
-def _shape(plan: LabPlan, side: Side) -> Shape:
+def _shape(plan: LabPlan, side: Place) -> Shape:
     shape: Shape = getattr(plan.links[side[0]], side[1])
     return shape
 
 
-def _limits(plan: LabPlan) -> dict[Side, int]:
+def _limits(plan: LabPlan) -> dict[Place, int]:
     """Limits in bits/s of the directions that have one and are not cut off."""
     limits = {side: _shape(plan, side).rate_bps for side in _sides(plan) if plan.links[side[0]].connected}
-    return {side: rate for side, rate in limits.items() if rate is not None}
+    return {side: rate for side, rate in limits.items() if rate}
 
 
-def _flood_bps(plan: LabPlan, way: Sequence[Side]) -> float:
+def _within_reach(plan: LabPlan) -> list[str]:
+    """Hosts whose links are neither cut off nor in an outage."""
+    states = [(host, plan.links[host]) for host in plan.hosts]
+    return [host for host, state in states if state.connected and 0 not in (state.up.rate_bps, state.down.rate_bps)]
+
+
+def _flood_bps(plan: LabPlan, way: Sequence[Place]) -> float:
     return _OVERLOAD * next((rate for side in way if (rate := _shape(plan, side).rate_bps) is not None), 0)

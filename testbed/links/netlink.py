@@ -6,11 +6,11 @@ holds one socket per namespace and sends a whole change as one batch, so the soc
 
 import ctypes
 import errno
+import fcntl
 import os
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self, TypeVar
@@ -33,6 +33,8 @@ _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port: struct
 _ACK_TLVS = 0x200  # NLM_F_ACK_TLVS
 _ACK_CAPPED = 0x100  # NLM_F_CAPPED
 _BUFFER_BYTES = 4 << 20
+_SIOCGSKNS = 0x894C
+"""The namespace of a socket, <linux/sockios.h>."""
 BATCH = 64
 """Requests in one write; the answers to more would overflow the socket."""
 
@@ -118,11 +120,11 @@ class NetlinkSocket:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
             self._socket.settimeout(10)
-            self._frames = _frame_socket()
         except BaseException:
             self._socket.close()
             raise
         self._sequence = 0
+        self._frames: socket.socket | None = None
 
     @classmethod
     def inside(cls, namespace: str | int) -> Self:
@@ -141,18 +143,17 @@ class NetlinkSocket:
         if self._frames is not None:
             self._frames.close()
 
-    @classmethod
-    def close_all(cls, sockets: Sequence[Self]) -> None:
-        """Close all at the same time: for one that can send frames the kernel waits 16 ms, until nobody looks at it."""
-        if sockets:
-            with ThreadPoolExecutor(len(sockets)) as pool:
-                list(pool.map(cls.close, sockets))
-
     def nudge(self, interface: str) -> None:
         """Send one short frame out of an interface, so that its qdisc looks after its queue. Needs CAP_NET_RAW."""
-        if self._frames is None:
-            return
         try:
+            if self._frames is None:  # made late, as the kernel waits 16 ms when one is closed
+                namespace = fcntl.ioctl(self._socket, _SIOCGSKNS)
+                try:
+                    with back_to_own_namespace():
+                        setns(namespace)
+                        self._frames = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+                finally:
+                    os.close(namespace)
             self._frames.sendto(_NUDGE, (interface, 0))
         except OSError:
             pass  # a full queue has been looked after all the same; an interface that is down has none
@@ -245,13 +246,6 @@ class NetlinkSocket:
             length, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)
             yield kind, flags, sequence, data[offset : offset + length]
             offset += (length + 3) & ~3
-
-
-def _frame_socket() -> socket.socket | None:
-    try:
-        return socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
-    except OSError:
-        return None  # whoever only asks the kernel something needs none
 
 
 def attributes(data: bytes, offset: int) -> Iterator[tuple[int, int, int]]:

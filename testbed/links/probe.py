@@ -6,6 +6,7 @@ Runs in a scratch network namespace that ends with the process, so it needs the 
 import errno
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 
 from pyroute2.netlink import NLM_F_CREATE, NLM_F_EXCL
 from pyroute2.netlink.rtnl import RTM_NEWLINK
@@ -13,16 +14,22 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from testbed.links import qdiscs
 from testbed.links.netlink import NetlinkError, NetlinkSocket, Request, back_to_own_namespace, encode, unshare_network
-from testbed.links.state import Shape
+from testbed.links.state import AQMS, Shape
 
 _LOOPBACK_INDEX = 1
-_SHAPES = {"tbf": Shape(rate_bps=10**7), "netem": Shape(delay_s=0.001)}
+_LIMITED = Shape(rate_bps=10**7)
+_SHAPES = {
+    "tbf": _LIMITED,
+    "htb": _LIMITED,
+    "netem": Shape(delay_s=0.001),
+    **{aqm: replace(_LIMITED, aqm=aqm) for aqm in AQMS if aqm != "fifo"},
+}
 _UNKNOWN = (errno.ENOENT, errno.EOPNOTSUPP)
 """What the kernel says of a kind of qdisc, or of interface, that it does not know."""
 
 
 def missing_kinds(kinds: Iterable[str]) -> list[str]:
-    """Those kinds that the kernel does not know: of qdiscs "tbf" and "netem", of interfaces such as "veth" and "bridge".
+    """Those kinds that the kernel does not know: of qdiscs such as "htb" and "netem", of interfaces such as "veth".
 
     Raises OSError without the rights to ask.
     """
@@ -45,7 +52,8 @@ def missing_kinds(kinds: Iterable[str]) -> list[str]:
 
 def _requests(kind: str) -> list[Request]:
     if kind in _SHAPES:
-        return qdiscs.requests(qdiscs.compile_tree(_SHAPES[kind]), _LOOPBACK_INDEX, "lo")
+        tree = qdiscs.compile_tree(_SHAPES[kind], shaper="tbf" if kind == "tbf" else "htb")
+        return [request for _, request in qdiscs.requests(tree, _LOOPBACK_INDEX, "lo")]
     message = ifinfmsg()
     message["attrs"] = [("IFLA_IFNAME", f"probe-{kind}"), ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", kind)]})]
     return [encode(message, RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, f"interface of kind {kind}")]

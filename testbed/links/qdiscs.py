@@ -2,91 +2,200 @@
 
 One direction is one tree at the root of one interface:
 
-    rate only              tbf
-    with impairments       netem ─ tbf        netem delays, tbf below it limits rate and bounds the queue in bytes
-    neither                pfifo              only so that the kernel counts the traffic
+    rate only              htb ─ class ─ tbf ─ bfifo     the class limits the rate, tbf only cuts packets, bfifo is the queue
+    with impairments       netem ─ the same              netem delays and loses, what is below it limits rate and queue
+    with ``shaper: tbf``   (netem ─) tbf
+    no limit               (netem ─) pfifo               only so that the kernel counts the traffic
+
+Why htb: every change of a tbf, whatever it changes, fills its bucket. With a change every 100 ms a link of 1 Mbit/s carried
+1.9 times its rate, and after a rise the packet that waits keeps the time that the old rate had set. htb keeps its tokens, and
+looks at once. ``shaper: tbf`` is there to compare with testbeds that use it.
+
+Why a tbf below the class: htb lets a GSO packet of up to 64 KiB pass as one, and afterwards waits for the debt. A tbf whose
+rate is far above any link's never limits, but cuts what is larger than its bucket into frames, as the wire would; so that a
+thin link gets frames however large the packets are that a fast one sends.
 
 pyroute2 knows neither tbf's burst and 64-bit rate nor most of netem, and is slow at ten changes a second of many links, so the
 options are packed here, straight from <linux/pkt_sched.h>.
 
-netem above tbf keeps the queue honest: packets leave netem when their delay is over, enter the byte-limited queue of tbf
+netem above the limiter keeps the queue honest: packets leave netem when their delay is over, enter the byte-limited queue
 and are dropped there when it is full. The other way round netem's packet limit would replace the queue (tbf(8), netem(8)).
 """
 
 import math
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist, fmean, pstdev
 
 from pyroute2.netlink import NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST
-from pyroute2.netlink.rtnl import RTM_NEWQDISC, TC_H_ROOT
+from pyroute2.netlink.rtnl import RTM_NEWQDISC, RTM_NEWTCLASS, TC_H_ROOT
 
 from testbed.links.netlink import Request, attributes
 from testbed.links.state import Loss, Shape
 
 MAJOR = 0x7E50
 """Handles 7e50: to 7e5f: mark the qdiscs that are ours (Pumba's habit)."""
+SHAPERS = ("htb", "tbf")
 
-ETHERNET_FRAME_BYTES = 1514
-_SEGMENT_BYTES = 1448
-"""TCP payload of a full frame: 1500 less IP, TCP and the timestamp option."""
+ETHERNET_HEADER_BYTES = 14
+ETHERNET_FRAME_BYTES = 1500 + ETHERNET_HEADER_BYTES
+_TCP_HEADERS_BYTES = 52
+"""IPv4, TCP and the timestamp option."""
 UNCUT_PACKET_BYTES = 46 * ETHERNET_FRAME_BYTES
 """Wire size of the largest GSO packet that Linux builds unless told otherwise (64 KiB of TCP/IP)."""
-_HANDLES = {"netem": MAJOR | 1, "tbf": MAJOR | 2, "pfifo": MAJOR | 3}
+_NETEM, _HTB, _CUT, _FIFO, _TBF, _AQM, _PLAIN = (MAJOR | number for number in range(1, 8))
 _SMALLEST_FRAME_BYTES = 60
 _UNLIMITED_PACKETS = 10_000
 _TABLE_ENTRIES = 1024
+_CUT_BPS = 8 * 10**15
+"""So fast that a packet takes less than 1 ns, which is 0 to the kernel: no bucket is ever empty, or too small for a packet that
+was queued when the bucket was larger."""
+_SHUT_BPS = 8
+"""A frame takes 25 minutes."""
+_OUTAGE_BPS = 10_000_000
+"""Of the class during an outage, when the tbf below it lets nothing pass: any rate, but so low that a change leaks nothing."""
+_CODEL_TARGET_S, _CODEL_INTERVAL_S = 0.005, 0.1  # RFC 8289, section 4.4
 _TCA_KIND, _TCA_OPTIONS = 1, 2
 _NESTED = 0x8000  # NLA_F_NESTED
 _TBF_PARMS = struct.Struct("=QIQIIII")  # rate and peak as (head, bytes/s), limit, buffer, mtu: struct tc_tbf_qopt
 _TBF_PARMS_KIND, _TBF_RATE64, _TBF_BURST = 1, 4, 6
+_HTB_OPT = struct.Struct("=BBHhHIBBHhHIIIIII")  # rate and ceil as struct tc_ratespec, buffer, cbuffer, quantum, level, prio
+_HTB_GLOB = struct.Struct("=5I")  # version, rate2quantum, default class, debug, direct packets: struct tc_htb_glob
+_HTB_PARMS, _HTB_INIT, _HTB_RATE64, _HTB_CEIL64 = 1, 2, 6, 7
+_HTB_VERSION, _DEFAULT_CLASS, _LINKLAYER_ETHERNET = 3, 1, 1
+_CODEL_TARGET, _CODEL_LIMIT, _CODEL_INTERVAL, _CODEL_ECN = 1, 2, 3, 4  # the same for fq_codel
 _NETEM_QOPT = struct.Struct("=6I")  # latency, limit, loss, gap, duplicate, jitter: struct tc_netem_qopt
-_NETEM_CORR, _NETEM_DELAY_DIST, _NETEM_REORDER, _NETEM_CORRUPT, _NETEM_LOSS = 1, 2, 3, 4, 5
+_NETEM_CORR, _NETEM_DELAY_DIST, _NETEM_REORDER, _NETEM_CORRUPT, _NETEM_LOSS, _NETEM_RATE = 1, 2, 3, 4, 5, 6
 _NETEM_LATENCY64, _NETEM_JITTER64, _NETEM_PRNG_SEED = 10, 11, 14
 _NETEM_LOSS_GE = 2
+_NETEM_RATE_OPT = struct.Struct("=IiIi")  # rate in bytes/s, overheads and cells: struct tc_netem_rate
+_FASTEST_NETEM_BYTES_PER_S = 2**32 - 1
+_TICK_S = 64e-9
+"""Unit in which qdiscs keep times that once were bytes (PSCHED_SHIFT)."""
 _TCMSG = struct.Struct("=BBHiIII")  # family, pads, ifindex, handle, parent, info
 _NLMSG_BYTES = 16
 _STATS2, _STATS_BASIC, _STATS_QUEUE = 7, 1, 3
 
 
-def burst_bytes(rate_bps: int) -> int:
-    """Bucket of tbf for a rate in bits/s: 4 ms of line rate, but at least 8 frames.
+def frame_bytes(mtu: int) -> int:
+    """Wire size of a full frame."""
+    return mtu + ETHERNET_HEADER_BYTES
+
+
+def burst_bytes(rate_bps: int, frame: int = ETHERNET_FRAME_BYTES, shaper: str = "htb") -> int:
+    """Bucket of the shaper for a rate in bits/s. htb: 1 ms of line rate, but at least 2 frames. tbf: 4 ms, at least 8 frames.
 
     Two opposing needs. The timer that refills the bucket, and the softirq behind it, run late on a busy machine, and a bucket
-    that was full meanwhile loses rate. But a full bucket is a free ride after every pause: 4 ms of line rate, and at 1 Mbit/s
-    the 97 ms that 8 frames take.
-
-    Measured on 2 cores, goodput of the slowest of four TCP flows in a ring (cubic) against 1448/1514 of the rate, over 5 s:
-
-        37 to 900 Mbit/s, bucket of 1 ms: 97.1 to 99.7 %; 2 ms: 96.9 to 99.9 %; 4 ms: 98.4 to 99.9 %, and 96.5 % once;
-            8 ms: 99.5 to 99.9 %. With processes that compute on both cores it was the same, as softirqs come first.
-        1 Mbit/s, bucket of 2, 4 and 8 frames: 97, 92 to 95 and 97.8 % (of which 2 % are acknowledgements).
-        900 Mbit/s in a run that also has a low rate, so that no packet may exceed 2, 4 and 8 frames: 60 to 67 %, 69 to 76 % and
-            87 to 94 %; at 333 Mbit/s 72 to 77 %, 94 to 98 % and 99.2 %. Small packets cost processor time, hence 8 frames.
+    that was full meanwhile loses rate. But a full bucket is a free ride after every pause, and a training step has one.
     """
-    return max(math.ceil(rate_bps / 8 * 0.004), 8 * ETHERNET_FRAME_BYTES)
+    share_s, frames = (0.001, 2) if shaper == "htb" else (0.004, 8)
+    return max(math.ceil(rate_bps / 8 * share_s), frames * frame)
 
 
-def largest_packet_bytes(rates_bps: Iterable[int | None]) -> int:
-    """Wire size that no packet may exceed, so that it fits the bucket of every rate that a lab's links will ever have.
+def largest_packet_bytes(rates_bps: Iterable[int | None], frame: int = ETHERNET_FRAME_BYTES) -> int:
+    """Wire size that no packet may exceed with tbf, so that it fits the bucket of every rate that a lab's links will ever have.
 
     tbf cuts a packet that is larger than the bucket when it is queued, but not one that was queued before the bucket became
     smaller: that one can never collect its tokens, and the link stands still until the rate rises again.
     """
-    return min((burst_bytes(rate) for rate in rates_bps if rate is not None), default=UNCUT_PACKET_BYTES)
+    limited = [rate for rate in rates_bps if rate is not None]
+    return min((burst_bytes(rate, frame, "tbf") for rate in limited), default=UNCUT_PACKET_BYTES)
 
 
-def gso_max_size(packet_bytes: int) -> int:
-    """IFLA_GSO_MAX_SIZE for an interface whose packets must not exceed a wire size."""
-    return min(packet_bytes // ETHERNET_FRAME_BYTES * _SEGMENT_BYTES, 65536)
+def gso_limits(packet_bytes: int, mtu: int = 1500) -> tuple[int, int]:
+    """(IFLA_GSO_MAX_SIZE, IFLA_GSO_MAX_SEGS) for an interface whose packets must not exceed a wire size."""
+    frames = max(1, packet_bytes // frame_bytes(mtu))
+    return min(frames * (mtu - _TCP_HEADERS_BYTES), 65536), min(frames, 65535)
 
 
-def queue_bytes(shape: Shape, rate_bps: int, burst: int) -> int:
-    """Bytes that may wait at a rate: the time or size asked for, but never less than one burst and a frame."""
+def queue_bytes(shape: Shape, rate_bps: int, frame: int = ETHERNET_FRAME_BYTES) -> int:
+    """Bytes that may wait at a rate: the time or size asked for, but never less than one frame."""
     wanted = shape.queue_bytes if shape.queue_bytes is not None else math.ceil(rate_bps / 8 * shape.queue_s)
-    return min(max(wanted, burst + ETHERNET_FRAME_BYTES), 2**32 - 1)
+    return min(max(wanted, frame), 2**32 - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Htb:
+    """Hierarchical token bucket with one class, to which everything belongs."""
+
+    kind = "htb"
+    handle = _HTB
+
+    def tc_arguments(self) -> str:
+        return f"htb default {_DEFAULT_CLASS}"
+
+
+@dataclass(frozen=True, slots=True)
+class HtbClass:
+    """The class of an htb: rate in bits/s, bucket in bytes."""
+
+    rate_bps: int
+    burst_bytes: int
+    kind = "htb"
+    handle = _HTB
+
+    def tc_arguments(self) -> str:
+        rate, burst = f"{self.rate_bps}bit", self.burst_bytes
+        return f"htb rate {rate} ceil {rate} burst {burst} cburst {burst} quantum {_QUANTUM}"
+
+
+_QUANTUM = 60_000
+"""Of one class among none it means nothing; without it the kernel derives one and complains."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A tbf that does not limit, and cuts packets that are larger than ``largest_bytes`` into frames.
+
+    shut: it lets nothing pass any more, once its bucket has been used up.
+    """
+
+    largest_bytes: int
+    limit_bytes: int
+    shut: bool = False
+    kind = "tbf"
+    handle = _CUT
+
+    @property
+    def rate_bps(self) -> int:
+        return _SHUT_BPS if self.shut else _CUT_BPS
+
+    def tc_arguments(self) -> str:
+        return f"tbf rate {self.rate_bps}bit burst {self.largest_bytes} limit {self.limit_bytes}"
+
+
+@dataclass(frozen=True, slots=True)
+class Bfifo:
+    """Plain queue of a number of bytes."""
+
+    limit_bytes: int
+    kind = "bfifo"
+    handle = _FIFO
+
+    def tc_arguments(self) -> str:
+        return f"bfifo limit {self.limit_bytes}"
+
+
+@dataclass(frozen=True, slots=True)
+class Codel:
+    """A queue that CoDel manages (RFC 8289), by flows if ``fair`` (fq_codel, RFC 8290); times in µs, packets at most."""
+
+    fair: bool
+    target_us: int
+    interval_us: int
+    limit_packets: int
+    ecn: bool
+    handle = _AQM
+
+    @property
+    def kind(self) -> str:
+        return "fq_codel" if self.fair else "codel"
+
+    def tc_arguments(self) -> str:
+        times = f"target {self.target_us}us interval {self.interval_us}us"
+        return f"{self.kind} limit {self.limit_packets} {times} {'ecn' if self.ecn else 'noecn'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +206,7 @@ class Tbf:
     burst_bytes: int
     limit_bytes: int
     kind = "tbf"
+    handle = _TBF
 
     def tc_arguments(self) -> str:
         return f"tbf rate {self.rate_bps}bit burst {self.burst_bytes} limit {self.limit_bytes}"
@@ -106,7 +216,7 @@ class Tbf:
 class Netem:
     """Delay and its standard deviation in ns; shares of packets between 0 and 1; how many packets it can hold.
 
-    seed: of the kernel's random numbers; kernels before 6.6 do not take one.
+    in_order: jitter lets no packet overtake another. seed: of the random numbers; kernels before 6.6 do not take one.
     """
 
     delay_ns: int
@@ -118,7 +228,9 @@ class Netem:
     reorder: float
     limit_packets: int
     seed: int
+    in_order: bool = False
     kind = "netem"
+    handle = _NETEM
 
     def tc_arguments(self) -> str:
         words = [f"netem limit {self.limit_packets}"]
@@ -126,6 +238,8 @@ class Netem:
             words.append(f"delay {self.delay_ns / 1e3:g}us")
         if self.jitter_ns:
             words.append(f"{self.jitter_ns / 1e3:g}us distribution {self.distribution}")
+        if self.in_order:
+            words.append(f"rate {8 * _FASTEST_NETEM_BYTES_PER_S}bit")  # a netem with a rate keeps the order
         if self.loss.burst is not None:
             p, r = self.loss.transitions
             rates = (p, r, self.loss.bad_loss, self.loss.good_loss)
@@ -147,31 +261,35 @@ class Pfifo:
 
     limit_packets: int
     kind = "pfifo"
+    handle = _PLAIN
 
     def tc_arguments(self) -> str:
         return f"pfifo limit {self.limit_packets}"
 
 
-Qdisc = Tbf | Netem | Pfifo
-Tree = tuple[Qdisc, ...]
-"""Qdiscs from the root downwards, each the only child of the one before."""
+Node = Htb | HtbClass | Cut | Bfifo | Codel | Tbf | Netem | Pfifo
+Tree = tuple[Node, ...]
+"""Qdiscs, and htb's class, from the root downwards, each the only child of the one before."""
 
 
-def compile_tree(shape: Shape, *, impaired: bool = False, packet_bytes: int = 0, seed: int = 0) -> Tree:
+def compile_tree(
+    shape: Shape,
+    *,
+    impaired: bool = False,
+    shaper: str = "htb",
+    mtu: int = 1500,
+    packet_bytes: int = 0,
+    seed: int = 0,
+) -> Tree:
     """The qdisc tree of one direction.
 
-    packet_bytes: largest packet that can arrive (``largest_packet_bytes``); the bucket is never smaller.
+    packet_bytes: largest packet that can arrive; the bucket of a tbf is never smaller (``largest_packet_bytes``).
     impaired: put netem into the tree even if this shape does not need it, because a later one on the same link will; so
     that no change ever has to replace the root and lose what is queued.
     """
-    below: Qdisc = Pfifo(_UNLIMITED_PACKETS)
-    waiting = _UNLIMITED_PACKETS
-    if shape.rate_bps is not None:
-        burst = max(burst_bytes(shape.rate_bps), min(packet_bytes, UNCUT_PACKET_BYTES))
-        below = Tbf(shape.rate_bps, burst, queue_bytes(shape, shape.rate_bps, burst))
-        waiting = below.limit_bytes // _SMALLEST_FRAME_BYTES
-    if not (impaired or shape.needs_netem):
-        return (below,)
+    below, waiting = _limiter(shape, shaper, frame_bytes(mtu), packet_bytes)
+    if not (impaired or shape.impaired):
+        return below
     # Room for a bandwidth-delay product of the smallest frames; older kernels count the packets of the child, too.
     flying = (shape.rate_bps or 10**10) / 8 * (shape.delay_s + 4 * shape.jitter_s) / _SMALLEST_FRAME_BYTES
     netem = Netem(
@@ -184,8 +302,67 @@ def compile_tree(shape: Shape, *, impaired: bool = False, packet_bytes: int = 0,
         reorder=shape.reorder,
         limit_packets=min(math.ceil(flying) + waiting + 1000, 2**31),
         seed=seed,
+        in_order=shape.in_order,
     )
-    return (netem, below)
+    return (netem, *below)
+
+
+def _limiter(shape: Shape, shaper: str, frame: int, packet_bytes: int) -> tuple[Tree, int]:
+    """What limits rate and queue, and how many packets may wait in it."""
+    if shape.rate_bps is None:
+        return (Pfifo(_UNLIMITED_PACKETS),), _UNLIMITED_PACKETS
+    if shape.rate_bps == 0:
+        return _outage(shape, shaper, frame, packet_bytes)
+    burst = burst_bytes(shape.rate_bps, frame, shaper)
+    limit = queue_bytes(shape, shape.rate_bps, frame)
+    waiting = limit // _SMALLEST_FRAME_BYTES
+    if shaper == "tbf":
+        # A tbf holds what waits for its bucket, so a queue below that could never fill the bucket.
+        burst = max(burst, min(packet_bytes, UNCUT_PACKET_BYTES))
+        limit = max(limit, burst + frame)
+        return (Tbf(shape.rate_bps, burst, limit),), waiting
+    # What is larger than the queue could never enter it.
+    cut = Cut(max(frame, min(burst, limit)), limit)
+    return (Htb(), HtbClass(shape.rate_bps, burst), cut, _queue(shape, shape.rate_bps, limit, frame)), waiting
+
+
+def _outage(shape: Shape, shaper: str, frame: int, packet_bytes: int) -> tuple[Tree, int]:
+    """Nothing passes and what comes waits; htb alone could not be told so without a debt that outlasts the outage.
+
+    A frame that leaves at a low rate leaves a debt of its time at that rate, 1.5 s at 8 kbit/s, which no rise shortens. So the
+    class keeps a rate, and it is the tbf that is shut. A queue given as a time holds as many bytes as at ``_OUTAGE_BPS``.
+    """
+    tree, waiting = _limiter(shape.with_changes({"rate_bps": _OUTAGE_BPS}), shaper, frame, packet_bytes)
+    return tuple(_shut(node) for node in tree), waiting
+
+
+def _shut(node: Node) -> Node:
+    match node:
+        case Cut():
+            return replace(node, shut=True)
+        case Tbf():
+            return replace(node, rate_bps=_SHUT_BPS)
+        case _:
+            return node
+
+
+def _queue(shape: Shape, rate_bps: int, limit: int, frame: int) -> Bfifo | Codel:
+    if shape.aqm == "fifo":
+        return Bfifo(limit)
+    # One frame must be able to wait for the one before it (RFC 8289, section 4.4).
+    target_s = max(_CODEL_TARGET_S, 1.5 * frame * 8 / rate_bps)
+    interval_s = max(_CODEL_INTERVAL_S, 10 * target_s)
+    return Codel(shape.aqm == "fq_codel", round(target_s * 1e6), round(interval_s * 1e6), max(1, limit // frame), shape.ecn)
+
+
+def bucket_of(tree: Tree) -> int | None:
+    """Bucket of the shaper in bytes; None where nothing limits."""
+    return next((node.burst_bytes for node in tree if isinstance(node, HtbClass | Tbf)), None)
+
+
+def queue_of(tree: Tree) -> int | None:
+    """Bytes that may wait, as far as bytes limit that; None where nothing does."""
+    return next((node.limit_bytes for node in reversed(tree) if isinstance(node, Bfifo | Tbf | Cut)), None)
 
 
 @lru_cache
@@ -208,24 +385,48 @@ def distribution_table(name: str) -> bytes:
     return struct.pack(f"={_TABLE_ENTRIES}h", *(round(value * 8192) for value in values))
 
 
-def handle_of(tree: Sequence[Qdisc], level: int) -> tuple[int, int]:
-    """(handle, parent) of the qdisc at a level of its tree."""
-    parent = TC_H_ROOT if level == 0 else (_HANDLES[tree[level - 1].kind] << 16) | 1
-    return _HANDLES[tree[level].kind] << 16, parent
+def place_of(tree: Sequence[Node], level: int) -> tuple[int, int]:
+    """(handle, parent) of what is at a level of its tree."""
+    handle = tree[level].handle << 16
+    if isinstance(tree[level], HtbClass):
+        return handle | _DEFAULT_CLASS, handle
+    parent = TC_H_ROOT if level == 0 else (tree[level - 1].handle << 16) | 1
+    return handle, parent
 
 
-def is_ours(handle: int) -> bool:
-    """True if a qdisc's handle carries our mark."""
-    return (handle >> 16) & 0xFFF0 == MAJOR
+def is_netem(handle: int) -> bool:
+    """True if a qdisc's handle is that of our netem."""
+    return handle >> 16 == _NETEM
 
 
-def tc_commands(tree: Tree, interface: str, prefix: str = "") -> list[str]:
-    """The ``tc`` commands that would make the same tree."""
+def is_queue(handle: int) -> bool:
+    """True if a qdisc's handle is that of the one in which our packets wait for the limiter."""
+    return handle >> 16 in (_FIFO, _AQM, _TBF, _PLAIN)
+
+
+def changed(tree: Tree, before: Tree | None) -> list[int]:
+    """The levels that have to be sent so that one tree becomes another; all, where there is none.
+
+    Where a kind differs, everything from there downwards is made anew; a qdisc that stays as it is, is not touched.
+    """
+    for level, node in enumerate(tree):
+        if before is None or level >= len(before) or (type(before[level]), before[level].kind) != (type(node), node.kind):
+            kept = [one for one in range(level) if before is not None and tree[one] != before[one]]
+            return [*kept, *range(level, len(tree))]
+    return [level for level, node in enumerate(tree) if before is not None and node != before[level]]
+
+
+def tc_commands(tree: Tree, interface: str, prefix: str = "", before: Tree | None = None) -> list[str]:
+    """The ``tc`` commands that would make the same tree, or make it of the one before."""
     commands = []
-    for level, qdisc in enumerate(tree):
-        handle, parent = handle_of(tree, level)
+    for level in changed(tree, before):
+        handle, parent = place_of(tree, level)
         place = "root" if parent == TC_H_ROOT else f"parent {parent >> 16:x}:{parent & 0xFFFF:x}"
-        commands.append(f"{prefix}tc qdisc replace dev {interface} {place} handle {handle >> 16:x}: {qdisc.tc_arguments()}")
+        if isinstance(tree[level], HtbClass):
+            what, place = "class", f"parent {parent >> 16:x}: classid {handle >> 16:x}:{handle & 0xFFFF:x}"
+        else:
+            what, place = "qdisc", f"{place} handle {handle >> 16:x}:"
+        commands.append(f"{prefix}tc {what} replace dev {interface} {place} {tree[level].tc_arguments()}")
     return commands
 
 
@@ -243,58 +444,91 @@ def _gilbert_elliott(loss: Loss) -> bytes:
     return struct.pack("=4I", _u32(p), _u32(r), _u32(1 - loss.bad_loss), _u32(loss.good_loss))
 
 
-def _options(qdisc: Qdisc) -> bytes:
-    """TCA_OPTIONS of a qdisc as <linux/pkt_sched.h> lays them out."""
-    match qdisc:
+def _options(node: Node) -> bytes:
+    """TCA_OPTIONS as <linux/pkt_sched.h> lays them out."""
+    match node:
         case Tbf():
-            rate = qdisc.rate_bps // 8
-            parms = _TBF_PARMS.pack(0, min(rate, 0xFFFFFFFF), 0, 0, qdisc.limit_bytes, 0, 0)
-            large = _attribute(_TBF_RATE64, struct.pack("=Q", rate)) if rate > 0xFFFFFFFF else b""
-            return _attribute(_TBF_PARMS_KIND, parms) + large + _attribute(_TBF_BURST, struct.pack("=I", qdisc.burst_bytes))
+            return _tbf_options(node.rate_bps, node.burst_bytes, node.limit_bytes)
+        case Cut():
+            return _tbf_options(node.rate_bps, node.largest_bytes, node.limit_bytes)
+        case Htb():
+            return _attribute(_HTB_INIT, _HTB_GLOB.pack(_HTB_VERSION, 10, _DEFAULT_CLASS, 0, 0))
+        case HtbClass():
+            rate = node.rate_bps // 8
+            spec = (0, _LINKLAYER_ETHERNET, 0, 0, 0, min(rate, 0xFFFFFFFF))
+            ticks = _ticks(node.burst_bytes, rate)
+            out = _attribute(_HTB_PARMS, _HTB_OPT.pack(*spec, *spec, ticks, ticks, _QUANTUM, 0, 0))
+            if rate > 0xFFFFFFFF:
+                out += _attribute(_HTB_RATE64, struct.pack("=Q", rate)) + _attribute(_HTB_CEIL64, struct.pack("=Q", rate))
+            return out
+        case Bfifo():
+            return struct.pack("=I", node.limit_bytes)
+        case Codel():
+            values = {
+                _CODEL_TARGET: node.target_us,
+                _CODEL_LIMIT: node.limit_packets,
+                _CODEL_INTERVAL: node.interval_us,
+                _CODEL_ECN: int(node.ecn),
+            }
+            return b"".join(_attribute(kind, struct.pack("=I", value)) for kind, value in values.items())
         case Netem():
             # All attributes every time: netem keeps what a change leaves out, so an impairment could never be taken back.
-            loss = qdisc.loss
+            loss = node.loss
             out = _NETEM_QOPT.pack(
                 0,
-                qdisc.limit_packets,
+                node.limit_packets,
                 _u32(loss.share) if loss.burst is None else 0,
-                1 if qdisc.reorder else 0,
-                _u32(qdisc.duplicate),
+                1 if node.reorder else 0,
+                _u32(node.duplicate),
                 0,
             )
-            out += _attribute(_NETEM_LATENCY64, struct.pack("=q", qdisc.delay_ns))
-            out += _attribute(_NETEM_JITTER64, struct.pack("=q", qdisc.jitter_ns))
+            out += _attribute(_NETEM_LATENCY64, struct.pack("=q", node.delay_ns))
+            out += _attribute(_NETEM_JITTER64, struct.pack("=q", node.jitter_ns))
             out += _attribute(_NETEM_CORR, struct.pack("=3I", 0, _u32(loss.correlation), 0))
-            out += _attribute(_NETEM_REORDER, struct.pack("=2I", _u32(qdisc.reorder), 0))
-            out += _attribute(_NETEM_CORRUPT, struct.pack("=2I", _u32(qdisc.corrupt), 0))
+            out += _attribute(_NETEM_REORDER, struct.pack("=2I", _u32(node.reorder), 0))
+            out += _attribute(_NETEM_CORRUPT, struct.pack("=2I", _u32(node.corrupt), 0))
             if loss.burst is not None:
                 out += _attribute(_NETEM_LOSS | _NESTED, _attribute(_NETEM_LOSS_GE, _gilbert_elliott(loss)))
-            if qdisc.jitter_ns:
-                out += _attribute(_NETEM_DELAY_DIST, distribution_table(qdisc.distribution))
-            if qdisc.seed:
-                out += _attribute(_NETEM_PRNG_SEED, struct.pack("=Q", qdisc.seed))
+            if node.jitter_ns:
+                out += _attribute(_NETEM_DELAY_DIST, distribution_table(node.distribution))
+            out += _attribute(_NETEM_RATE, _NETEM_RATE_OPT.pack(_FASTEST_NETEM_BYTES_PER_S if node.in_order else 0, 0, 0, 0))
+            if node.seed:
+                out += _attribute(_NETEM_PRNG_SEED, struct.pack("=Q", node.seed))
             return out
         case Pfifo():
-            return struct.pack("=I", qdisc.limit_packets)
+            return struct.pack("=I", node.limit_packets)
 
 
-def requests(tree: Tree, ifindex: int, interface: str) -> list[Request]:
-    """The netlink requests that put a tree on an interface or change the one that is there."""
+def _tbf_options(rate_bps: int, burst: int, limit: int) -> bytes:
+    rate = rate_bps // 8
+    parms = _TBF_PARMS.pack(0, min(rate, 0xFFFFFFFF), 0, 0, limit, 0, 0)
+    large = _attribute(_TBF_RATE64, struct.pack("=Q", rate)) if rate > 0xFFFFFFFF else b""
+    return _attribute(_TBF_PARMS_KIND, parms) + large + _attribute(_TBF_BURST, struct.pack("=I", burst))
+
+
+def _ticks(burst: int, rate: int) -> int:
+    return min(math.ceil(burst / rate / _TICK_S), 0xFFFFFFFF)
+
+
+def requests(tree: Tree, ifindex: int, interface: str, before: Tree | None = None) -> list[tuple[Node, Request]]:
+    """The netlink requests that put a tree on an interface, or make it of the one that is there; each with what it makes."""
     out = []
-    for level, qdisc in enumerate(tree):
-        handle, parent = handle_of(tree, level)
+    for level in changed(tree, before):
+        node = tree[level]
+        handle, parent = place_of(tree, level)
         body = _TCMSG.pack(0, 0, 0, ifindex, handle, parent, 0)
-        body += _attribute(_TCA_KIND, qdisc.kind.encode() + b"\0") + _attribute(_TCA_OPTIONS, _options(qdisc))
+        body += _attribute(_TCA_KIND, node.kind.encode() + b"\0") + _attribute(_TCA_OPTIONS, _options(node))
         flags = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE
-        header = struct.pack("=IHHII", _NLMSG_BYTES + len(body), RTM_NEWQDISC, flags, 0, 0)
-        out.append(Request(header + body, f"{interface}: {qdisc.tc_arguments()}"))
+        kind = RTM_NEWTCLASS if isinstance(node, HtbClass) else RTM_NEWQDISC
+        header = struct.pack("=IHHII", _NLMSG_BYTES + len(body), kind, flags, 0, 0)
+        out.append((node, Request(header + body, f"{interface}: {node.tc_arguments()}")))
     return out
 
 
-def same_on_kernel(wanted: Qdisc, answer: bytes) -> bool:
-    """True if a qdisc message of the kernel (RTM_NEWQDISC) has what was asked for, within its own rounding.
+def same_on_kernel(wanted: Node, answer: bytes) -> bool:
+    """True if a message of the kernel (RTM_NEWQDISC, RTM_NEWTCLASS) has what was asked for, within its own rounding.
 
-    tbf keeps the bucket as time in ticks of 64 ns, so the burst may come back a few bytes smaller.
+    Buckets are kept as time in ticks of 64 ns, so a burst may come back a few bytes smaller.
     """
     found = {kind: (start, end) for kind, start, end in attributes(answer, _NLMSG_BYTES + _TCMSG.size)}
     start, end = found.get(_TCA_KIND, (0, 0))
@@ -302,23 +536,40 @@ def same_on_kernel(wanted: Qdisc, answer: bytes) -> bool:
         return False
     start, end = found[_TCA_OPTIONS]
     options = answer[start:end]
+    offset = _NETEM_QOPT.size if isinstance(wanted, Netem) else 0
+    parts = {} if isinstance(wanted, Pfifo | Bfifo) else {kind: options[a:b] for kind, a, b in attributes(options, offset)}
     match wanted:
-        case Tbf():
-            parts = {kind: options[a:b] for kind, a, b in attributes(options, 0)}
+        case Tbf() | Cut():
             _, rate, _, _, limit, buffer, _ = _TBF_PARMS.unpack_from(parts[_TBF_PARMS_KIND])
             if _TBF_RATE64 in parts:
                 (rate,) = struct.unpack("=Q", parts[_TBF_RATE64])
-            burst = buffer * 64e-9 * rate
-            return (
-                rate == wanted.rate_bps // 8
-                and limit == wanted.limit_bytes
-                and abs(burst - wanted.burst_bytes) <= 64e-9 * rate + 1
+            if isinstance(wanted, Cut):  # its bucket takes no time, as which the kernel keeps it, so that cannot be told
+                return rate == wanted.rate_bps // 8 and limit == wanted.limit_bytes
+            off = abs(buffer * _TICK_S * rate - wanted.burst_bytes)
+            return rate == wanted.rate_bps // 8 and limit == wanted.limit_bytes and off <= _TICK_S * rate + 1
+        case Htb():
+            return _HTB_GLOB.unpack_from(parts[_HTB_INIT])[2] == _DEFAULT_CLASS
+        case HtbClass():
+            words = _HTB_OPT.unpack_from(parts[_HTB_PARMS])
+            rates = [words[5], words[11]]
+            for place, kind in enumerate((_HTB_RATE64, _HTB_CEIL64)):
+                if kind in parts:
+                    (rates[place],) = struct.unpack("=Q", parts[kind])
+            rate = wanted.rate_bps // 8
+            return rates == [rate, rate] and all(abs(found - _ticks(wanted.burst_bytes, rate)) <= 1 for found in words[12:14])
+        case Bfifo():
+            return struct.unpack("=I", options) == (wanted.limit_bytes,)
+        case Codel():
+            target, limit, interval, ecn = (
+                struct.unpack("=I", parts[kind])[0] for kind in (_CODEL_TARGET, _CODEL_LIMIT, _CODEL_INTERVAL, _CODEL_ECN)
             )
+            # CoDel keeps times in units of 1024 ns.
+            near = abs(target - wanted.target_us) <= 2 and abs(interval - wanted.interval_us) <= 2
+            return near and limit == wanted.limit_packets and bool(ecn) == wanted.ecn
         case Netem():
-            parts = {kind: options[a:b] for kind, a, b in attributes(options, _NETEM_QOPT.size)}
             # What is sent and comes back the same; the table does not come back, and the seed not from old kernels.
             sent = {kind: _options(wanted)[a:b] for kind, a, b in attributes(_options(wanted), _NETEM_QOPT.size)}
-            same = (_NETEM_LATENCY64, _NETEM_JITTER64, _NETEM_CORR, _NETEM_REORDER, _NETEM_CORRUPT, _NETEM_LOSS)
+            same = (_NETEM_LATENCY64, _NETEM_JITTER64, _NETEM_CORR, _NETEM_REORDER, _NETEM_CORRUPT, _NETEM_LOSS, _NETEM_RATE)
             _, limit, loss, _, duplicate, _ = _NETEM_QOPT.unpack_from(options)
             _, limit_sent, loss_sent, _, duplicate_sent, _ = _NETEM_QOPT.unpack_from(_options(wanted))
             return (limit, loss, duplicate) == (limit_sent, loss_sent, duplicate_sent) and all(
@@ -335,7 +586,10 @@ def _stripped(value: bytes | None) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class QdiscCounters:
-    """The kernel's counters of one qdisc: cumulative, except what waits now."""
+    """The kernel's counters of one qdisc: cumulative, except what waits now.
+
+    lost: packets that were lost on purpose, by the netem above it or by the delay line; None where there is neither.
+    """
 
     bytes: int
     packets: int
@@ -343,6 +597,7 @@ class QdiscCounters:
     overlimits: int
     backlog_bytes: int
     qlen: int
+    lost: int | None = None
 
 
 def read_counters(answer: bytes) -> tuple[int, int, int, QdiscCounters | None]:

@@ -10,6 +10,7 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 from testbed.links.netlink import Request, encode
 
 _AF_INET, _MAIN_TABLE, _BY_KERNEL, _TO_LINK, _UNICAST = 2, 254, 2, 253, 1
+_FEATURE_ECN = 1  # RTAX_FEATURE_ECN
 _RTO_MIN_METRIC = 13  # RTAX_RTO_MIN counts only where it is locked
 
 
@@ -19,10 +20,12 @@ class Tcp:
 
     congestion: their congestion control, unless a program chooses another once it has connected.
     min_rto_s: minimum of the retransmission time-out, after which an idle connection also forgets its window.
+    ecn: they ask for, and grant, congestion to be marked instead of dropped (RFC 3168).
     """
 
     congestion: str | None = None
     min_rto_s: float | None = None
+    ecn: bool = False
 
 
 def tcp_route(index: int, address: str, prefix_bits: int, tcp: Tcp) -> Request:
@@ -39,6 +42,8 @@ def tcp_route(index: int, address: str, prefix_bits: int, tcp: Tcp) -> Request:
         metrics += [("RTAX_LOCK", 1 << _RTO_MIN_METRIC), ("RTAX_RTO_MIN", round(tcp.min_rto_s * 1000))]
     if tcp.congestion is not None:
         metrics.append(("RTAX_CC_ALGO", tcp.congestion))
+    if tcp.ecn:
+        metrics.append(("RTAX_FEATURES", _FEATURE_ECN))
     network = ipaddress.ip_network(f"{address}/{prefix_bits}", strict=False)
     message["attrs"] = [
         ("RTA_DST", str(network.network_address)),

@@ -5,7 +5,7 @@ Thin on purpose: what to send is compiled in ``qdiscs``; this only sends it, one
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyroute2.netlink import NLA_F_NESTED, NLM_F_ECHO
 from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_GETQDISC, RTM_SETLINK
@@ -14,12 +14,17 @@ from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
 from netsenseml.agent.protocol import monotonic_s
 from testbed.links import qdiscs
+from testbed.links.delayline import DelayLine, LineCounters
 from testbed.links.netlink import BATCH, NetlinkSocket, Packed, Request, decode, encode
 from testbed.links.qdiscs import QdiscCounters, compile_tree
 from testbed.links.state import DIRECTIONS, LinkState, Shape
 
 AF_BRIDGE = 7
 BR_STATE_DISABLED, BR_STATE_FORWARDING = 0, 3  # <linux/if_bridge.h>
+
+
+Place = tuple[str, str]
+"""A link and a direction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +46,17 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A change of links, encoded; for every socket, what it sends, and the link and qdisc of each request."""
+    """A change of links, encoded; for every socket, what it sends, and the link and qdisc of each request.
+
+    trees: what the change makes of each direction. line: what the delay line is told. version: of the shaper, when it was
+    prepared; an encoded change holds only what differs from the trees of then.
+    """
 
     changes: Mapping[str, LinkState]
-    work: Sequence[tuple[NetlinkSocket, Packed, Sequence[tuple[str, qdiscs.Qdisc]]]]
+    trees: Mapping[Place, qdiscs.Tree]
+    work: Sequence[tuple[NetlinkSocket, Packed, Sequence[tuple[str, qdiscs.Node]]]]
+    line: Mapping[Place, qdiscs.Netem]
+    version: int
 
 
 def set_port(ifindex: int, what: str, attribute: str, value: int) -> Request:
@@ -63,19 +75,29 @@ class Shaper:
     """All links of a lab. Ports are added once, then states are applied and counters read for many links at a time.
 
     impaired: (link, direction) that carries netem from the start, because some state of it will need it.
-    packet_bytes: wire size of the largest packet that the hosts send (``qdiscs.largest_packet_bytes``).
-    seed: of the random impairments.
+    shaper, mtu, packet_bytes: see ``qdiscs.compile_tree``. seed: of the random impairments.
+    line: the delay line that stands for netem; None: the kernel's netem impairs.
     """
 
     def __init__(
-        self, impaired: Iterable[tuple[str, str]] = (), packet_bytes: int = qdiscs.UNCUT_PACKET_BYTES, seed: int = 0
+        self,
+        impaired: Iterable[Place] = (),
+        *,
+        shaper: str = "htb",
+        mtu: int = 1500,
+        packet_bytes: int = qdiscs.UNCUT_PACKET_BYTES,
+        seed: int = 0,
     ) -> None:
-        self.packet_bytes = packet_bytes
-        self.seed = seed
+        self.line: DelayLine | None = None
+        self.line_counters: LineCounters | None = None
         self._impaired = frozenset(impaired)
+        self.mtu = mtu
+        self._shaper, self._packet_bytes, self._seed = shaper, packet_bytes, seed
         self._changes = 0
-        self._ports: dict[tuple[str, str], Port] = {}
+        self._version = 0
+        self._ports: dict[Place, Port] = {}
         self._states: dict[str, LinkState] = {}
+        self._trees: dict[Place, qdiscs.Tree] = {}
 
     def add(self, link: str, up: Port, down: Port) -> None:
         """Make a link known by its two egress ports."""
@@ -83,8 +105,8 @@ class Shaper:
         self._ports[link, "down"] = down
 
     @property
-    def impaired(self) -> frozenset[tuple[str, str]]:
-        """(link, direction) that carries netem."""
+    def impaired(self) -> frozenset[Place]:
+        """(link, direction) that carries netem, or has the delay line in its way."""
         return self._impaired
 
     @property
@@ -92,47 +114,68 @@ class Shaper:
         """The state that each link was given last."""
         return self._states
 
+    @property
+    def trees(self) -> Mapping[Place, qdiscs.Tree]:
+        """What each direction of each link was given last."""
+        return self._trees
+
     def apply(self, changes: Mapping[str, LinkState]) -> dict[str, Applied]:
         """Put links into new states; raises NetlinkError if the kernel refuses one."""
         return self.commit(self.prepare(changes))
 
     def prepare(self, changes: Mapping[str, LinkState]) -> Prepared:
-        """Compile and encode a change ahead of its time."""
-        work: dict[NetlinkSocket, list[tuple[str, qdiscs.Qdisc, Request]]] = {}
+        """Compile and encode a change ahead of its time. What stays as it is, is not sent."""
+        work: dict[NetlinkSocket, list[tuple[str, qdiscs.Node, Request]]] = {}
+        trees: dict[Place, qdiscs.Tree] = {}
+        line: dict[Place, qdiscs.Netem] = {}
         for link, state in changes.items():
             for direction in DIRECTIONS:
-                port = self._ports[link, direction]
-                tree = self._tree(link, direction, getattr(state, direction))
-                for qdisc, request in zip(tree, qdiscs.requests(tree, port.ifindex, f"{link} {direction}"), strict=True):
-                    work.setdefault(port.socket, []).append((link, qdisc, request.with_flags(NLM_F_ECHO)))
-        return Prepared(
-            changes,
-            [
-                (socket, socket.pack(request for *_, request in parts), [(link, qdisc) for link, qdisc, _ in parts])
-                for socket, parts in work.items()
-            ],
-        )
+                place = link, direction
+                port, before = self._ports[place], self._trees.get(place)
+                tree = trees[place] = self._tree(place, getattr(state, direction), before)
+                if self.line is not None and isinstance(tree[0], qdiscs.Netem):
+                    if before is None or tree[0] != before[0]:
+                        line[place] = tree[0]
+                    tree, before = tree[1:], before[1:] if before else None
+                for node, request in qdiscs.requests(tree, port.ifindex, f"{link} {direction}", before):
+                    work.setdefault(port.socket, []).append((link, node, request.with_flags(NLM_F_ECHO)))
+        packed = [
+            (socket, socket.pack(request for *_, request in parts), [(link, node) for link, node, _ in parts])
+            for socket, parts in work.items()
+        ]
+        return Prepared(changes, trees, packed, line, self._version)
 
     def commit(self, prepared: Prepared) -> dict[str, Applied]:
         """Make a prepared change: first everything is sent, one write a namespace, then the answers are read.
 
-        The kernel echoes each qdisc as it took it; ``verified`` says if that is what was asked.
+        The kernel echoes each qdisc as it took it, and the delay line what it has in force; ``verified`` says if that is what
+        was asked.
         """
+        if prepared.version != self._version:  # links were changed by hand meanwhile
+            prepared = self.prepare(prepared.changes)
+        self._version += 1
         changes = prepared.changes
         verified = dict.fromkeys(changes, True)
-        done_s = dict.fromkeys(changes, 0.0)
+        done_s = dict.fromkeys(changes, monotonic_s())
         for socket, packed, parts in prepared.work:
             socket.post(packed)
             now = monotonic_s()
             for link, _ in parts[:BATCH]:
                 done_s[link] = max(done_s[link], now)
+        if self.line is not None and prepared.line:
+            found = self.line.apply(prepared.line)
+            now = monotonic_s()
+            for place, netem in prepared.line.items():
+                verified[place[0]] &= found.get(place) == netem
+                done_s[place[0]] = now
         for socket, packed, parts in prepared.work:
             replies = socket.collect(packed)
             now = monotonic_s()
-            for position, ((link, qdisc), answers) in enumerate(zip(parts, replies, strict=True)):
-                verified[link] &= any(qdiscs.same_on_kernel(qdisc, answer) for answer in answers)
+            for position, ((link, node), answers) in enumerate(zip(parts, replies, strict=True)):
+                verified[link] &= any(qdiscs.same_on_kernel(node, answer) for answer in answers)
                 if position >= BATCH:
                     done_s[link] = max(done_s[link], now)
+        self._trees.update(prepared.trees)
         self._wake(changes)
         for link, state in changes.items():
             before = self._states.get(link)
@@ -143,27 +186,33 @@ class Shaper:
         return {link: Applied(done_s[link], verified[link]) for link in changes}
 
     def _wake(self, changes: Mapping[str, LinkState]) -> None:
-        """Have the kernel look again where a rate has risen.
-
-        A change gives tbf new tokens, but its timer for the packet that waits stays as the old rate had set it: after some
-        seconds at 8 kbit/s a link at 20 Mbit/s stood still for five more. Any frame that is queued makes tbf look at once.
-        """
+        """Have the kernel look again where an outage is over: until the next packet comes it would not, for up to 5 s."""
         for link, state in changes.items():
             for direction in DIRECTIONS:
                 before = getattr(self._states[link], direction).rate_bps if link in self._states else None
-                now = getattr(state, direction).rate_bps
-                if before is not None and now is not None and now > before:
+                if before == 0 and getattr(state, direction).rate_bps != 0:
                     port = self._ports[link, direction]
                     port.socket.nudge(port.interface)
 
-    def _tree(self, link: str, direction: str, shape: Shape) -> qdiscs.Tree:
+    def _tree(self, place: Place, shape: Shape, before: qdiscs.Tree | None) -> qdiscs.Tree:
+        def compiled(seed: int) -> qdiscs.Tree:
+            return compile_tree(
+                shape,
+                impaired=place in self._impaired,
+                shaper=self._shaper,
+                mtu=self.mtu,
+                packet_bytes=self._packet_bytes,
+                seed=seed,
+            )
+
+        if place not in self._impaired:
+            return compiled(0)
+        if before is not None and isinstance(before[0], qdiscs.Netem) and (tree := compiled(before[0].seed))[0] == before[0]:
+            return tree
         # The seed differs between links, or all would lose the same packets, and between changes, because netem begins its
         # random numbers anew with each.
-        impaired = (link, direction) in self._impaired
-        if impaired:
-            self._changes += 1
-        seed = zlib.crc32(f"{link} {self._changes}".encode(), self.seed) if impaired else 0
-        return compile_tree(shape, impaired=impaired, packet_bytes=self.packet_bytes, seed=seed)
+        self._changes += 1
+        return compiled(zlib.crc32(f"{place[0]} {self._changes}".encode(), self._seed))
 
     def _connect(self, link: str, connected: bool) -> bool:
         """Let the switch forward to and from a link, or not; True if the kernel confirms it.
@@ -180,20 +229,34 @@ class Shaper:
         found = decode(answer, ifinfmsg).get_nested("IFLA_LINKINFO", "IFLA_INFO_SLAVE_DATA", "IFLA_BRPORT_STATE")
         return bool(found == wanted)
 
-    def counters(self) -> dict[tuple[str, str], QdiscCounters]:
-        """Counters of every link and direction, of the qdisc that limits the rate: one dump per namespace."""
-        by_place: dict[tuple[NetlinkSocket, int], QdiscCounters] = {}
+    def counters(self) -> dict[Place, QdiscCounters]:
+        """Counters of every link and direction, of the queue behind its limiter: one dump per namespace."""
+        found: dict[tuple[NetlinkSocket, int], QdiscCounters] = {}
         for socket in {port.socket for port in self._ports.values()}:
+            netem: dict[int, int] = {}
+            below: dict[int, int] = {}
             for answer in socket.dump(_dump_request()):
-                ifindex, handle, _, counters = qdiscs.read_counters(answer)
-                # The leaf comes after the root in a dump, and it is the leaf that limits the rate and holds the queue.
-                if counters and qdiscs.is_ours(handle):
-                    by_place[socket, ifindex] = counters
-        return {
-            place: by_place[port.socket, port.ifindex]
+                ifindex, handle, parent, counters = qdiscs.read_counters(answer)
+                if counters is None:
+                    continue
+                if qdiscs.is_queue(handle):
+                    found[socket, ifindex] = counters
+                if qdiscs.is_netem(handle):
+                    netem[ifindex] = counters.drops
+                elif qdiscs.is_netem(parent):
+                    below[ifindex] = counters.drops
+            for ifindex, drops in netem.items():  # netem counts what the qdisc below it refuses, too
+                found[socket, ifindex] = replace(found[socket, ifindex], lost=drops - below.get(ifindex, 0))
+        by_place = {
+            place: found[port.socket, port.ifindex]
             for place, port in self._ports.items()
-            if (port.socket, port.ifindex) in by_place
+            if (port.socket, port.ifindex) in found
         }
+        if self.line is not None:
+            self.line_counters = self.line.counters()
+            for place, counted in self.line_counters.directions.items():
+                by_place[place] = replace(by_place[place], lost=counted.lost + counted.overflowed)
+        return by_place
 
 
 def _dump_request() -> Request:

@@ -5,6 +5,7 @@ from typing import Any
 
 DIRECTIONS = ("up", "down")
 DISTRIBUTIONS = ("normal", "uniform", "pareto")
+AQMS = ("fifo", "codel", "fq_codel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +41,14 @@ class Loss:
 class Shape:
     """Conditions in one direction of a link.
 
-    rate_bps: bits/s on the wire, Ethernet header included; None = not limited.
+    rate_bps: bits/s on the wire, Ethernet header included; None: not limited; 0: an outage, in which what comes waits.
     queue_s, queue_bytes: how much may wait for the rate limiter; time is used unless bytes are given.
     delay_s, jitter_s: one-way propagation delay and its standard deviation. distribution: of the delay (``DISTRIBUTIONS``).
     loss: which packets are lost.
     duplicate, corrupt: share of packets sent twice, or with one flipped bit.
     reorder: share of packets that overtake, by being sent without the delay.
+    in_order: jitter lets no packet overtake another; one whose turn has not come waits for those before it.
+    aqm: what manages the queue (``AQMS``); "fifo" drops what does not fit. ecn: it marks packets instead of dropping them.
     """
 
     rate_bps: int | None = None
@@ -58,11 +61,19 @@ class Shape:
     duplicate: float = 0.0
     corrupt: float = 0.0
     reorder: float = 0.0
+    in_order: bool = False
+    aqm: str = "fifo"
+    ecn: bool = False
 
     @property
-    def needs_netem(self) -> bool:
-        """True if tbf alone cannot make this shape."""
-        return bool(self.delay_s or self.jitter_s or self.loss.share or self.duplicate or self.corrupt or self.reorder)
+    def impaired(self) -> bool:
+        """True if a shaper alone cannot make this shape: something must delay, lose or spoil packets."""
+        return bool(self.delay_s or self.jitter_s or self.impairs_frames)
+
+    @property
+    def impairs_frames(self) -> bool:
+        """True if single frames meet a fate of their own, so that no packet may be larger than a frame."""
+        return bool(self.loss.share or self.duplicate or self.corrupt or self.reorder)
 
     def with_changes(self, changes: dict[str, Any]) -> "Shape":
         """A copy with some properties replaced; all others stay as they are."""
@@ -81,11 +92,6 @@ class LinkState:
     up: Shape = Shape()
     down: Shape = Shape()
     connected: bool = True
-
-    @property
-    def needs_netem(self) -> bool:
-        """True if the kernel must offer netem for this link."""
-        return self.up.needs_netem or self.down.needs_netem
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for records."""

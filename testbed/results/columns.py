@@ -21,9 +21,12 @@ LINK_COLUMNS: Mapping[str, str] = {
     "link": "name of the link",
     "direction": "'up' (egress of the worker) or 'down' (egress of the switch port that faces it)",
     "rate_bps": "limit in force, bits/s with Ethernet headers; null = not limited",
+    "burst_bytes": "bucket of the shaper in force, bytes that may pass at once; null = not limited, or an old run",
+    "queue_bytes": "limit of the queue in force, bytes; null = not limited in bytes, or an old run",
     "bytes": "bytes sent since the link was made, with Ethernet headers (cumulative, kernel)",
     "packets": "packets sent since the link was made (cumulative, kernel)",
     "drops": "packets dropped since the link was made (cumulative, kernel)",
+    "lost": "packets lost since the link was made, by netem or the delay line (cumulative); null = the link has neither",
     "overlimits": "times that a packet had to wait for the limiter (cumulative, kernel)",
     "backlog_bytes": "bytes waiting in the queue",
     "qlen": "packets waiting in the queue",
@@ -79,6 +82,18 @@ HOST_COLUMNS: Mapping[str, str] = {
 """Columns of one row of host: one sample of the machine's load, ten a second."""
 
 
+DELAYLINE_COLUMNS: Mapping[str, str] = {
+    "t_s": "time of the sample, seconds after t = 0",
+    "cpu_s": "processor time that the delay line has used so far, s",
+    "frames": "frames that have left it, over all links (cumulative)",
+    "late": "of them, those that left later than 1 ms or 3 % of their delay after their time (cumulative)",
+    "latest_s": "the worst lateness since the sample before, s",
+    "held": "frames under way now",
+    "overflowed": "frames it had no room for (cumulative)",
+}
+"""Columns of one row of delayline: one sample of the delay line, ten a second, where one stands for the kernel's netem."""
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """One table of a cell.
@@ -104,6 +119,7 @@ TABLES: Mapping[str, Table] = {
     "events": Table("events*.jsonl", EVENT_COLUMNS, {"link": "str", "state": "json", "kind": "str", "verified": "bool"}),
     "traffic": Table("traffic-*.jsonl", TRAFFIC_COLUMNS, {"flow": "str", "from": "str", "to": "str", "kind": "str"}),
     "host": Table("host.jsonl", HOST_COLUMNS),
+    "delayline": Table("delayline.jsonl", DELAYLINE_COLUMNS),
     "calibration": Table(
         "calibration.jsonl",
         CALIBRATION_COLUMNS,

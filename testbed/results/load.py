@@ -38,7 +38,7 @@ class Run:
         of a script), tcp (likewise), calibrate (if its links were to be measured before t = 0), dilation (by which all times
         are divided and rates multiplied here, but those of workload, calibration and events.state, which are as the
         kernel had them).
-    steps, links, events, evals, traffic, calibration, host: columns and units in ``testbed.results.columns``.
+    steps, links, events, evals, traffic, calibration, host, delayline: columns and units in ``testbed.results.columns``.
     """
 
     path: Path
@@ -54,6 +54,7 @@ class Run:
     traffic: pd.DataFrame
     calibration: pd.DataFrame
     host: pd.DataFrame
+    delayline: pd.DataFrame
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {len(self.cells)} cells, {len(self.steps)} step rows)"

@@ -71,7 +71,8 @@ def read_table(cell_dir: Path, name: str) -> pd.DataFrame:
     """One table of a cell at any time: from Parquet if it has ended, else what its record files hold so far."""
     parquet = cell_dir / f"{name}.parquet"
     if parquet.exists():
-        return pd.read_parquet(parquet)
+        # A run of an older version knows nothing of newer columns, which are all measured ones.
+        return pd.read_parquet(parquet).reindex(columns=[*IDENTITY_COLUMNS, *TABLES[name].columns])
     rows = chain.from_iterable(map(read_records, record_files(cell_dir, name)))
     return to_frame((row for row in rows if isinstance(row, dict)), TABLES[name], identity(cell_dir))
 

@@ -3,21 +3,22 @@
 No problem, valid cell. A check that cannot be made (nothing was recorded) is a problem, never a pass.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
-
-from testbed.links.qdiscs import burst_bytes
 
 LATE_S = 0.05
 """A change of a link may be applied this much after its time."""
 GAP_S = 1.0
 """The longest time without a sample of a link; samples are due every 0.1 s, so a gap means a starved host."""
-STALL_S = 1.0
-"""The longest time in which a link may send nothing while packets wait in its queue."""
 WINDOW_S = 1.0
+"""What a link carries is judged over every window of this length, and over longer ones."""
 FOREIGN_SHARE = 0.25
 """Of all processors' time. It then takes up to 1 / (1 - 0.25) times as long to compute."""
 BUSY_SHARE = 0.95
@@ -25,8 +26,16 @@ BUSY_SHARE = 0.95
 PACE_EXCESS = 0.1
 LOST_SHARE = 1e-3
 """Of the packets that links carried, so many may have been lost between them; TCP slows down for every one."""
-EXCESS = 0.05
-"""A link may carry one bucket of its shaper plus this share more than its limit over any ``WINDOW_S``."""
+EXCESS = 0.02
+"""A link may carry one bucket of its shaper plus this share more than its limit over any window."""
+SHORTFALL = 0.05
+"""A link in whose queue packets wait may carry one bucket plus this share less than its limit over any window."""
+CHANCE = 1e-6
+"""An honest link is blamed for a shortfall in fewer than so many windows: its queue may have been empty between the samples."""
+CLAIMED, UNCLAIMED = 0.02, 0.1
+"""What a rank says it sent may be so much more than what its link carried, or so much less."""
+LATE_FRAMES = 0.01
+"""So many frames of the delay line may leave late."""
 
 
 def cell_problems(cell: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], warmup: int = 0) -> list[str]:
@@ -35,20 +44,25 @@ def cell_problems(cell: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], w
     warmup: so many steps may take any time, as nothing is told of them.
     """
     steps, links, events = tables["steps"], tables["links"], tables["events"]
+    sides = directions(links, events)
     t_end_s = cell["t_end_s"] if pd.notna(cell["t_end_s"]) else steps["t_s"].max() if len(steps) else 0.0
     return [
         *end_problems(cell),
         *([] if len(steps) else ["no step was recorded"]),
         *([f"none of its steps came after the warm-up of {warmup}"] if steps["step"].max() < warmup else []),
         *(uncalibrated_links(tables["calibration"]) if cell["calibrate"] else []),
+        *manual_changes(events),
         *late_changes(events),
         *unverified_changes(events),
         *telemetry_gaps(links, float(t_end_s)),
-        *stalls(links),
-        *excess_rates(links, events),
+        *excesses(sides),
+        *shortfalls(sides),
+        *early_drops(sides),
         *busy_host(tables["host"]),
-        *lost_between_links(tables["host"], links),
+        *lost_between_links(tables["host"], links, events),
+        *delay_line(tables["delayline"]),
         *missed_pace(steps[steps["step"] >= warmup], (cell["workload"].get("compute") or {})),
+        *misstated_payloads(cell, steps, links, tables["traffic"]),
     ]
 
 
@@ -70,37 +84,146 @@ def busy_host(host: pd.DataFrame) -> list[str]:
     ]
 
 
-def lost_between_links(host: pd.DataFrame, links: pd.DataFrame) -> list[str]:
-    """Whether the kernel dropped packets on their way from one link to the next, which no link was asked to do."""
+def lost_between_links(host: pd.DataFrame, links: pd.DataFrame, events: pd.DataFrame) -> list[str]:
+    """Whether packets were lost on their way from one link to the next, which no link was asked to do."""
     if host.empty or links.empty:
         return []  # that they are missing is a problem already
     lost = host["softnet_drops"].max()
     carried = (links.groupby(["link", "direction"])["packets"].agg(["min", "max"]).diff(axis=1)["max"]).sum()
-    if not lost > LOST_SHARE * carried:
+    if lost > LOST_SHARE * carried:
+        return [
+            f"this machine dropped {lost:.0f} packets between links, of {carried:.0f} that they carried;"
+            " give it longer queues: sysctl -w net.core.netdev_max_backlog=10000"
+        ]
+    missing, sent = missing_bytes(links, events)
+    if missing <= LOST_SHARE * sent + links["burst_bytes"].fillna(_LARGEST_PACKET_BYTES).max():
         return []
-    return [
-        f"this machine dropped {lost:.0f} packets between links, of {carried:.0f} that they carried;"
-        " give it longer queues: sysctl -w net.core.netdev_max_backlog=10000"
-    ]
+    return [f"at least {missing / 1e6:.3g} MB that hosts sent came to no other link, of {sent / 1e6:.4g} MB"]
+
+
+def missing_bytes(links: pd.DataFrame, events: pd.DataFrame) -> tuple[float, float]:
+    """(bytes that left hosts and then were lost between the links, at least; bytes that left hosts).
+
+    What a host's up has carried must come to the down of a host: it was carried, waits, or was dropped or lost there or on a
+    trunk. What may still be under way does not count as missing: what was sent less than the longest delay ago. Frames that go
+    to all hosts hide losses, but make none.
+    """
+    states = events.loc[events["kind"] != "traffic", "state"].unique().tolist()
+    if links.empty or any('"connected": false' in state for state in states):
+        return 0.0, 0.0  # a partition is asked to lose packets
+    delayed = [state for state in states if state.count('"delay_s": 0.0,') < len(("down", "up"))]
+    delays_s = [sum(_numbers(state, "delay_s")) + 4 * sum(_numbers(state, "jitter_s")) for state in delayed]
+    under_way_s = 2 * max(delays_s, default=0.0) + _READING_S  # over a trunk and a link
+    is_host = links["link"].str.fullmatch(r"(w|bg)\d+")
+    up, down = (links["direction"] == way for way in ("up", "down"))
+    # No packet that comes to a queue is larger than the bucket.
+    largest = links.groupby(["link", "direction"])["burst_bytes"].transform("max").fillna(_LARGEST_PACKET_BYTES)
+    amounts = pd.DataFrame(
+        {
+            "t_s": links["t_s"],
+            "sent": links["bytes"].where(is_host & up, 0.0),
+            "arrived": links["bytes"].where(is_host & down, 0.0) + links["backlog_bytes"].where(~(is_host & up), 0.0),
+            "spoilt": largest * (links["drops"].where(~(is_host & up), 0.0) + links["lost"].fillna(0.0)),
+        }
+    )
+    total = amounts.groupby("t_s").sum()
+    total -= total.iloc[0]
+    t_s = total.index.to_numpy()
+    sent_before = np.interp(t_s - under_way_s, t_s, total["sent"])
+    return float((sent_before - total["arrived"] - total["spoilt"]).max()), float(total["sent"].iloc[-1])
+
+
+_READING_S = 0.05
+"""Reading the counters of all links takes some milliseconds, on a busy machine more."""
+_LARGEST_PACKET_BYTES = 1 << 16
+
+
+def delay_line(samples: pd.DataFrame) -> list[str]:
+    """Whether the program that delays packets where the kernel cannot kept up."""
+    if samples.empty:
+        return []
+    last = samples.loc[samples["t_s"].idxmax()]
+    worst = f"by up to {1e3 * samples['latest_s'].max():.3g} ms"
+    problems = []
+    if last["late"] > LATE_FRAMES * last["frames"]:
+        share = 100 * last["late"] / last["frames"]
+        problems.append(f"{last['late']:.0f} of {last['frames']:.0f} frames ({share:.2g} %) left the delay line late, {worst}")
+    if last["overflowed"]:
+        problems.append(f"the delay line had no room for {last['overflowed']:.0f} frames, and was late {worst}")
+    return problems
 
 
 def missed_pace(steps: pd.DataFrame, compute: Mapping[str, Any] | str) -> list[str]:
-    """Whether steps took longer to compute than the pace that was to hide this machine's speed; half of them may.
+    """Whether a rank took longer to compute than the pace that was to hide this machine's speed; half of its steps may.
 
     compute: as in cell.json, "real", {"pace_s": seconds, "factors": [of each rank]} or the same with "emulate_s".
     """
-    if steps.empty or not isinstance(compute, Mapping):
+    if not isinstance(compute, Mapping):
         return []
-    pace_s = compute.get("pace_s") or compute.get("emulate_s")
-    factors = compute.get("factors") or []
-    slower = steps["rank"].map(dict(enumerate(factors))).fillna(1.0).astype(float)
-    compute_s = (steps["compute_s"] / slower).median()
-    if not pace_s or compute_s <= pace_s * (1 + PACE_EXCESS):
+    pace_s, factors = compute.get("pace_s") or compute.get("emulate_s"), compute.get("factors") or []
+    compute_s = steps.groupby("rank")["compute_s"].median().dropna()
+    if not pace_s or compute_s.empty:
+        return []
+    own_s = pace_s * pd.Series({rank: factors[rank] if rank < len(factors) else 1.0 for rank in compute_s.index})
+    rank = (compute_s / own_s).idxmax()
+    if compute_s[rank] <= own_s[rank] * (1 + PACE_EXCESS):
         return []
     return [
-        f"the pace of {1e3 * pace_s:g} ms was not held: half of the steps computed for {1e3 * compute_s:.0f} ms and more;"
-        " this machine is too slow for it, or too busy"
+        f"the pace of {1e3 * own_s[rank]:g} ms was not held: half of the steps of rank {rank} computed for"
+        f" {1e3 * compute_s[rank]:.0f} ms and more; this machine is too slow for it, or too busy"
     ]
+
+
+def misstated_payloads(cell: Mapping[str, Any], steps: pd.DataFrame, links: pd.DataFrame, traffic: pd.DataFrame) -> list[str]:
+    """Ranks that say they sent more than the link of their host carried, or much less, over the steps that are done.
+
+    A rank says what its collectives send by their cost formulas; what TCP carried is known from the counters. Formulas are
+    means over the ranks, a collective has headers of its own, and DDP sends the buffers of a model, too, from rank 0; for all
+    of which there is an allowance. That a link carried too much is said only of hosts without a competing flow, and not of a
+    user's script, which may exchange what it likes.
+    """
+    ranks = cell["workers"]
+    more: dict[str, tuple[float, float]] = {}
+    less: dict[str, tuple[float, float]] = {}
+    ups = links[links["direction"] == "up"].sort_values("t_s").groupby("link")
+    for rank, rows in steps.groupby("rank"):
+        host = f"w{rank}"
+        if host not in ups.groups:
+            continue
+        up = ups.get_group(host)
+        t_s, carried = up["t_s"].to_numpy(), (up["bytes"] - _HEADERS_BYTES * up["packets"]).to_numpy()
+        done = rows[rows["t_s"] <= t_s[-1]]
+        # Of a step that began before the first sample, some may have been sent before it, too.
+        whole = done[done["t_s"] - done["step_s"] >= t_s[0]]
+        after = int(np.searchsorted(t_s, done["t_s"].max())) if len(done) else 0
+        claimed, sent = whole["payload_bytes"].sum(), carried[after] - carried[0]
+        if claimed > (1 + CLAIMED) * sent + _STEP_BYTES * ranks * len(whole):
+            more[host] = claimed, sent
+        if host in {*traffic["from"], *traffic["to"]} or not cell["workload"] or done["retransmits"].isna().all():
+            continue
+        # What was sent after the last step was none of these steps.
+        sent = carried[max(after - 1, 0)] - carried[0] - _SEGMENT_BYTES * done["retransmits"].max()
+        claimed, allowance = done["payload_bytes"].sum(), _STEP_BYTES * ranks * len(done) + BUFFERS * done["dense_bytes"].sum()
+        if sent > (1 + UNCLAIMED) * claimed + allowance:
+            less[host] = claimed, sent
+    problems = []
+    for found, words in ((more, "more"), (less, "much less")):
+        if found:
+            host = max(found, key=lambda one: abs(found[one][0] - found[one][1]))
+            claimed, sent = found[host]
+            problems.append(
+                f"{len(found)} of {ranks} ranks say they sent {words} than their links carried"
+                f" (the worst: {host}, {claimed / 1e6:.4g} MB instead of {sent / 1e6:.4g} MB)"
+            )
+    return problems
+
+
+_HEADERS_BYTES, _SEGMENT_BYTES = 66, 1448
+"""Ethernet, IP and TCP with timestamps; and what else fits into a frame."""
+_STEP_BYTES = 4096
+"""For every rank and step: headers of collectives (of 4 ranks each sent 3.3 kB, with PowerSGD 10), and uneven chunks."""
+BUFFERS = 0.02
+"""Of what all gradients would take, as much may go into buffers (running statistics of ResNet-18 from rank 0: 0.1 %)."""
 
 
 def replicas_identical(cell: Mapping[str, Any]) -> bool | None:
@@ -147,6 +270,19 @@ def uncalibrated_links(calibration: pd.DataFrame) -> list[str]:
     ]
 
 
+def manual_changes(events: pd.DataFrame) -> list[str]:
+    """Changes by hand: what the cell shows is no evidence for its spec."""
+    manual = events[events["kind"] == "manual"]
+    if manual.empty:
+        return []
+    first = manual.loc[manual["applied_s"].idxmin()]
+    times = manual["planned_s"].nunique()
+    return [
+        f"its links were changed by hand: {times} {'time' if times == 1 else 'times'},"
+        f" first {first['link']} at {first['applied_s']:.4g} s"
+    ]
+
+
 def late_changes(events: pd.DataFrame) -> list[str]:
     """Scheduled changes and flows that came more than ``LATE_S`` after their time, or not at all."""
     due = events[events["kind"].isin(["schedule", "traffic"])]
@@ -186,68 +322,272 @@ def telemetry_gaps(links: pd.DataFrame, t_end_s: float) -> list[str]:
     return problems
 
 
-def stalls(links: pd.DataFrame) -> list[str]:
-    """Directions that sent nothing although their queue was never empty: a shaper that is stuck.
+class Unsure(NamedTuple):
+    """What is not known of some windows, as the instants of changes are not: by how many bits the limit may have let pass more
+    or less than its integral says, and whether there was none at some time."""
 
-    For longer than ``STALL_S`` and the time that one bucket, the largest packet there can be, takes at the rate in force: at
-    8 kbit/s that alone is 12 s.
+    more: np.ndarray
+    less: np.ndarray
+    unlimited: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Limits:
+    """The limit of one direction of a link over time: ``rate_bps[i]``, NaN for none, from change i on.
+
+    A change came into force between ``since_s[i]`` and ``until_s[i]``: no change is made before it is due, nor after the
+    kernel has acknowledged it. Both are ascending.
+    """
+
+    since_s: np.ndarray
+    until_s: np.ndarray
+    rate_bps: np.ndarray
+
+    @classmethod
+    def by_samples(cls, t_s: np.ndarray, rate_bps: np.ndarray) -> Self:
+        """Of a link whose changes were not recorded: somewhere between two samples."""
+        changed = np.flatnonzero(~np.isclose(rate_bps[1:], rate_bps[:-1], equal_nan=True))
+        since_s, until_s = (np.append(t_s[:1], t_s[changed + late]) for late in (0, 1))
+        return cls(since_s, until_s, np.append(rate_bps[:1], rate_bps[changed + 1]))
+
+    def integral(self, t_s: np.ndarray) -> np.ndarray:
+        """Bits that may have passed since the first change, if each came into force when it was acknowledged."""
+        rate_bps, number = np.nan_to_num(self.rate_bps), self._number(t_s)
+        passed = np.append(0.0, np.cumsum(rate_bps[:-1] * np.diff(self.until_s)))
+        return passed[number] + (t_s - self.until_s[number]) * rate_bps[number]
+
+    def unsure(self, from_s: np.ndarray, to_s: np.ndarray) -> Unsure:
+        """Of windows: what every change makes unsure that came into force inside them, or may have."""
+        first = np.searchsorted(self.until_s, from_s, side="right")
+        last = np.maximum(np.searchsorted(self.since_s, to_s), first)
+        more, less, never = (total[last] - total[first] for total in self._unsure)
+        return Unsure(more, less, np.isnan(self.rate_bps[self._number(from_s)]) | (never > 0))
+
+    def _number(self, t_s: np.ndarray) -> np.ndarray:
+        """Of the change in force."""
+        return np.maximum(np.searchsorted(self.until_s, t_s, side="right") - 1, 0)
+
+    @cached_property
+    def _unsure(self) -> list[np.ndarray]:
+        """Of all changes before each one: bits they may have let pass early; or held back early; how many have no limit."""
+        rises = np.diff(self.rate_bps, prepend=self.rate_bps[:1])
+        early = np.nan_to_num(rises) * (self.until_s - self.since_s)
+        amounts = np.maximum(early, 0.0), np.maximum(-early, 0.0), np.isnan(rises)
+        return [np.append(0.0, np.cumsum(amount)) for amount in amounts]
+
+
+def _limits(events: pd.DataFrame) -> dict[tuple[str, str], Limits]:
+    """The limits of every direction of every link whose changes were recorded."""
+    changes = events[(events["kind"] != "traffic") & events["applied_s"].notna()].sort_values("applied_s", kind="stable")
+    codes, states = pd.factorize(changes["state"])
+    unknown = [float("nan")] * 2
+    rates_bps = np.array([(_numbers(state, "rate_bps") + unknown)[:2] for state in states.tolist()]).reshape(-1, 2)[codes]
+    found = {}
+    for link, rows in changes.reset_index(drop=True).groupby("link"):
+        planned_s, until_s = rows["planned_s"].to_numpy(), rows["applied_s"].to_numpy()
+        since_s = np.maximum.accumulate(np.minimum(planned_s, until_s))
+        for place, direction in enumerate(("down", "up")):  # the order of the keys in the text
+            found[str(link), direction] = Limits(since_s, until_s, rates_bps[rows.index, place])
+    return found
+
+
+def _numbers(state: str, key: str) -> list[float]:
+    """Values of a key in a state, of down and up. Cut out of the text: a long run has a hundred thousand states."""
+    words = [rest.split(",", 1)[0].rstrip("}") for rest in state.split(f'"{key}": ')[1:]]
+    return [float("nan" if word == "null" else word) for word in words]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Direction:
+    """One direction of a link at its samples; amounts in bits.
+
+    carried, allowed: since the first sample, the latter by the limits in force. bucket: what may pass at once. waiting: in the
+    queue, which has room for ``room`` (NaN if that is not known). drops: packets so far.
+    """
+
+    name: str
+    limits: Limits
+    t_s: np.ndarray
+    carried: np.ndarray
+    allowed: np.ndarray
+    bucket: np.ndarray
+    waiting: np.ndarray
+    room: np.ndarray
+    drops: np.ndarray
+
+    @classmethod
+    def of(cls, name: str, samples: pd.DataFrame, limits: Limits | None) -> Self:
+        """From the rows of links of one direction of one link, in order of time."""
+        t_s, rate_bps, sent = (samples[column].to_numpy(dtype=float) for column in ("t_s", "rate_bps", "bytes"))
+        limits = limits or Limits.by_samples(t_s, rate_bps)
+        burst = samples["burst_bytes"].to_numpy(dtype=float)
+        allowed = limits.integral(t_s)
+        return cls(
+            name=name,
+            limits=limits,
+            t_s=t_s,
+            carried=8 * (sent - sent[0]),
+            allowed=allowed - allowed[0],
+            bucket=8 * np.nan_to_num(np.where(np.isnan(burst), _old_burst_bytes(rate_bps), burst)),
+            waiting=8 * samples["backlog_bytes"].to_numpy(dtype=float),
+            room=8 * samples["queue_bytes"].to_numpy(dtype=float),
+            drops=samples["drops"].to_numpy(dtype=float),
+        )
+
+    def windows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Numbers of the first and the last samples of windows of 1, 1.4, 2, 2.8, 4, … times ``WINDOW_S``.
+
+        Those of so many ``WINDOW_S`` begin with every so-manyth sample.
+        """
+        for double in itertools.count():
+            length_s = WINDOW_S * 2 ** (double / 2)
+            first = np.arange(0, len(self.t_s), int(length_s / WINDOW_S))
+            last = np.searchsorted(self.t_s, self.t_s[first] + length_s)
+            inside = last < len(self.t_s)
+            if not inside.any():
+                return
+            yield first[inside], last[inside]
+
+
+def _old_burst_bytes(rate_bps: np.ndarray) -> np.ndarray:
+    """Bucket of runs that did not record it: that of the tbf they had."""
+    return np.maximum(rate_bps / 8 * 0.004, 8 * 1514)
+
+
+def directions(links: pd.DataFrame, events: pd.DataFrame) -> list[Direction]:
+    """All directions of all links that were sampled."""
+    limits = _limits(events)
+    return [
+        Direction.of(f"{link} {direction}", samples, limits.get((str(link), str(direction))))
+        for (link, direction), samples in links.sort_values("t_s").groupby(["link", "direction"])
+    ]
+
+
+class Window(NamedTuple):
+    """What a direction did over some time: when that began and ended, in s, and the means of what it carried and its limit."""
+
+    from_s: float
+    to_s: float
+    carried_bps: float
+    limit_bps: float
+
+    @classmethod
+    def between(cls, one: Direction, first: int, last: int) -> Self:
+        span_s = one.t_s[last] - one.t_s[first]
+        carried, allowed = ((amount[last] - amount[first]) / span_s for amount in (one.carried, one.allowed))
+        return cls(float(one.t_s[first]), float(one.t_s[last]), float(carried), float(allowed))
+
+    def __str__(self) -> str:
+        over = f"over {self.to_s - self.from_s:.2g} s from {self.from_s:.4g} s on"
+        return f"{self.carried_bps / 1e6:.4g} Mbit/s {over}"
+
+
+def excesses(sides: list[Direction]) -> list[str]:
+    """Directions that carried more than their limit over some window."""
+    return [
+        f"{one.name}: carried {worst}, above its limit of {worst.limit_bps / 1e6:.4g} Mbit/s"
+        for one in sides
+        if (worst := worst_excess(one))
+    ]
+
+
+def worst_excess(one: Direction) -> Window | None:
+    """The window that breaks the limit most; None if none does.
+
+    carried <= integral of the limit + one bucket + what changes may have let pass before they were acknowledged + ``EXCESS``
+    """
+    worst, found = 0.0, None
+    for first, last in one.windows():
+        allowed = one.allowed[last] - one.allowed[first]
+        unsure = one.limits.unsure(one.t_s[first], one.t_s[last])
+        over = one.carried[last] - one.carried[first] - allowed * (1 + EXCESS) - unsure.more - _most(one.bucket, first, last)
+        share = np.where(unsure.unlimited, 0.0, over / np.maximum(allowed, 1.0))
+        most = int(np.argmax(share))
+        if share[most] > worst:
+            worst, found = share[most], Window.between(one, first[most], last[most])
+    return found
+
+
+def shortfalls(sides: list[Direction]) -> list[str]:
+    """Directions that carried less than their limit over some window although packets waited: too slow, or stuck."""
+    return [
+        f"{one.name}: carried only {worst} with packets in its queue, below its limit of {worst.limit_bps / 1e6:.4g} Mbit/s"
+        for one in sides
+        if (worst := worst_shortfall(one))
+    ]
+
+
+def worst_shortfall(one: Direction) -> Window | None:
+    """The window in which a direction fell short of its limit most, beyond doubt; None if there is none.
+
+    Only windows count in which packets waited at every sample. Even then the queue may have been empty in between, as between
+    two steps of a training, and an honest link idle. Two things are beyond doubt, both after one bucket (a packet that has
+    just left is paid for afterwards), ``SHORTFALL`` and what changes may have taken earlier than they were acknowledged:
+
+    1. What waits at a sample leaves before the next one, or as much of it as the limit lets pass. A link that carried less
+       than the sum of these was stuck or slow.
+    2. A link that was idle for a share q of the time, though never at one of n samples at random moments, has a likelihood of
+       (1 - q)^n. Less, as no idle time lies where what waits is still leaving: if that takes at least ``least`` after every
+       sample, and ``widest`` is left until the next one, then every idle time also costs ``least`` in which a sample would
+       have found less, and q counts 1 + least / widest times. Below ``CHANCE`` no chance is left.
+    """
+    step = np.diff(one.allowed)
+    waiting = np.where(np.isnan(one.room), 0.0, one.waiting)  # an AQM may drop what waits instead
+    leaving = np.minimum(waiting[:-1], step)
+    idle = np.append(0, np.cumsum(one.waiting <= 0))
+    left = np.append(0.0, np.cumsum(leaving))
+    worst, found = 0.0, None
+    for starts, ends in one.windows():
+        busy = idle[ends + 1] == idle[starts]
+        if not busy.any():
+            continue
+        first, last = starts[busy], ends[busy]
+        unsure = one.limits.unsure(one.t_s[first], one.t_s[last])
+        allowed = np.maximum(one.allowed[last] - one.allowed[first], 1.0)
+        enough = one.carried[last] - one.carried[first] + _most(one.bucket, first, last) + unsure.less
+        short = 1 - enough / allowed
+        widest = np.maximum(_most(step - leaving, first, last - 1), 1.0)
+        share = np.clip(short * (1 + _least(waiting, first, last) / widest), 0.0, _MOST_TOLD)
+        proven = enough < (1 - SHORTFALL) * (left[last] - left[first])
+        unlikely = (last - first + 1) * np.log1p(-share) < math.log(CHANCE)
+        short = np.where((proven | unlikely) & (short > SHORTFALL) & ~unsure.unlimited, short, 0.0)
+        most = int(np.argmax(short))
+        if short[most] > worst:
+            worst, found = short[most], Window.between(one, first[most], last[most])
+    return found
+
+
+_MOST_TOLD = 0.9
+"""No single sample says more than this, as it is not quite taken at random: a busy machine takes it when others wait."""
+
+
+def _most(amounts: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """The largest of the amounts from ``first`` to ``last``, both included, of each window."""
+    ends = np.column_stack([first, last + 1]).ravel()
+    return np.maximum.reduceat(np.append(amounts, 0.0), ends)[::2]
+
+
+def _least(amounts: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    return -_most(-amounts, first, last)
+
+
+def early_drops(sides: list[Direction]) -> list[str]:
+    """Directions that dropped packets although their queue had room.
+
+    A queue that was full between two samples has since sent what it held, or holds it still.
     """
     problems = []
-    for (link, direction), samples in links.sort_values("t_s").groupby(["link", "direction"]):
-        waiting = (samples["backlog_bytes"] > 0) & (samples["bytes"].diff() == 0)
-        stuck = samples[waiting].groupby((~waiting).cumsum()[waiting])["t_s"]
-        lengths_s = (stuck.max() - stuck.min()) if len(stuck) else pd.Series(dtype=float)
-        fastest_bps = samples[waiting].groupby((~waiting).cumsum()[waiting])["rate_bps"].max()
-        too_long = lengths_s[lengths_s > STALL_S + fastest_bps.map(bucket_s).reindex(lengths_s.index)]
-        if len(too_long):
-            start_s = stuck.min()[too_long.idxmax()]
+    for one in sides:
+        held = np.diff(one.carried) + one.waiting[1:] + np.maximum(one.bucket[:-1], one.bucket[1:])
+        room, dropped = np.minimum(one.room[:-1], one.room[1:]), np.diff(one.drops)
+        changed = np.searchsorted(one.limits.until_s, one.t_s[:-1], side="right") < np.searchsorted(
+            one.limits.since_s, one.t_s[1:]
+        )
+        early = (dropped > 0) & (held < room) & ~changed
+        if early.any():
+            most = int(np.argmax(np.where(early, held / room, 0.0)))
             problems.append(
-                f"{link} {direction}: stood still for {too_long.max():.2g} s from {start_s:.4g} s on with packets in its queue"
+                f"{one.name}: dropped {dropped[early].sum():.0f} packets from {one.t_s[:-1][early][0]:.4g} s on while its queue"
+                f" held at most {held[most] / 8e3:.4g} of {room[most] / 8e3:.4g} kB"
             )
     return problems
-
-
-def bucket_s(rate_bps: float) -> float:
-    """Seconds that one bucket of the shaper takes at a rate in bits/s; 0 where there is no limit (NaN)."""
-    return 0.0 if np.isnan(rate_bps) else 8 * burst_bytes(int(rate_bps)) / rate_bps
-
-
-def excess_rates(links: pd.DataFrame, events: pd.DataFrame) -> list[str]:
-    """Directions that carried more than their limit over a window of ``WINDOW_S`` with a constant limit."""
-    problems = []
-    for (link, direction), samples in links.groupby(["link", "direction"]):
-        changes_s = events.loc[events["link"] == link, "applied_s"].to_numpy()
-        if excess := worst_excess(samples, changes_s):
-            start_s, carried_bps, limit_bps = excess
-            problems.append(
-                f"{link} {direction}: carried {carried_bps / 1e6:.4g} Mbit/s from {start_s:.4g} s on,"
-                f" above its limit of {limit_bps / 1e6:.4g} Mbit/s"
-            )
-    return problems
-
-
-def worst_excess(samples: pd.DataFrame, changes_s: np.ndarray) -> tuple[float, float, float] | None:
-    """The window that breaks the limit most: (start in s, carried bits/s, limit in bits/s); None if none does.
-
-    samples: rows of links of one direction of one link. changes_s: when its limit was changed, in s.
-    A window with a change inside is left out: what may pass in it depends on the instant of the change.
-    """
-    samples = samples.sort_values("t_s")
-    t_s, rate_bps = samples["t_s"].to_numpy(), samples["rate_bps"].to_numpy()
-    last = np.searchsorted(t_s, t_s + WINDOW_S)
-    first = np.flatnonzero(last < len(t_s))
-    last = last[first]
-
-    limit_of = np.cumsum(np.diff(rate_bps, prepend=rate_bps[:1]) != 0)  # number of the limit in force; NaN ≠ NaN
-    changes = np.searchsorted(np.sort(changes_s), t_s, side="right")
-    constant = (limit_of[first] == limit_of[last]) & (changes[first] == changes[last])
-    first, last = first[constant], last[constant]
-
-    span_s = t_s[last] - t_s[first]
-    carried_bits = 8 * (samples["bytes"].to_numpy()[last] - samples["bytes"].to_numpy()[first])
-    bucket_bits = 8 * np.array([burst_bytes(int(rate)) for rate in rate_bps[first]])
-    excess = (carried_bits - bucket_bits) / (rate_bps[first] * span_s) - 1
-    if not len(excess) or not excess.max() > EXCESS:
-        return None
-    worst = int(np.argmax(excess))
-    return float(t_s[first[worst]]), float(carried_bits[worst] / span_s[worst]), float(rate_bps[first[worst]])

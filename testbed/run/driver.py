@@ -12,13 +12,14 @@ from typing import Any, Self
 
 from netsenseml.agent.protocol import RecordFile, monotonic_s
 from testbed.dilation import slowed_link
-from testbed.links.qdiscs import QdiscCounters
+from testbed.links.qdiscs import QdiscCounters, bucket_of, queue_of
 from testbed.links.shaper import Applied, Prepared, Shaper
 from testbed.links.state import DIRECTIONS, LinkState
 from testbed.run.door import LinkDoor
 from testbed.spec.errors import did_you_mean
 from testbed.spec.load import parse_link
 from testbed.timeline import Change
+from testbed.timeline.possible import impossible
 
 SAMPLE_S = 0.1
 _GUARD = 1.5
@@ -28,7 +29,8 @@ _OVERDUE_S = 0.5
 
 
 class LinkDriver:
-    """Runs from entering to leaving. Records go to events.jsonl (every change) and links.jsonl (ten times a second).
+    """Runs from entering to leaving. Records go to events.jsonl (every change), and ten times a second to links.jsonl, and to
+    delayline.jsonl where there is a delay line.
 
     One thread does both, and answers the visitors of the door, so the netlink sockets need no lock. ``failure`` has the error
     that ended it early, if any. trunks: names of the links on which all properties hold in both directions.
@@ -55,6 +57,7 @@ class LinkDriver:
         self._t0_s = t0_s
         self._events = RecordFile(directory / "events.jsonl")
         self._samples = RecordFile(directory / "links.jsonl")
+        self._line = RecordFile(directory / "delayline.jsonl") if links.line is not None else None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="links", daemon=True)
 
@@ -67,6 +70,8 @@ class LinkDriver:
         self._thread.join()
         self._events.close()
         self._samples.close()
+        if self._line is not None:
+            self._line.close()
 
     def _run(self) -> None:
         try:
@@ -114,19 +119,20 @@ class LinkDriver:
             if name not in states:
                 raise ValueError(f"there is no link {name!r}; {did_you_mean(str(name), states)}")
         if request.get("set"):
-            wanted = parse_link(request["set"])
+            wanted = parse_link(request["set"], self._links.mtu)
             changes = {
                 name: slowed_link(
                     wanted.applied_to(slowed_link(states[name], 1 / self._dilation), trunk=name in self._trunks), self._dilation
                 )
                 for name in names
             }
-            wanted_netem = {
-                (link, side) for link, state in changes.items() for side in DIRECTIONS if getattr(state, side).needs_netem
-            }
-            if missing := wanted_netem - self._links.impaired:
+            for name, state in changes.items():
+                if fault := impossible(state):
+                    raise ValueError(f"{name}: {fault}")
+            impaired = {(link, side) for link, state in changes.items() for side in DIRECTIONS if getattr(state, side).impaired}
+            if missing := impaired - self._links.impaired:
                 raise ValueError(
-                    f"{sorted(missing)[0][0]} has no netem, because nothing in its schedule needs it; "
+                    f"{sorted(missing)[0][0]} can have no delay or loss, because nothing in its schedule has any; "
                     "give the link some delay in the spec to be able to change it by hand"
                 )
             asked_s = monotonic_s() - self._t0_s
@@ -169,9 +175,12 @@ class LinkDriver:
                     "link": link,
                     "direction": direction,
                     "rate_bps": getattr(states[link], direction).rate_bps,
+                    "burst_bytes": bucket_of(self._links.trees[link, direction]),
+                    "queue_bytes": queue_of(self._links.trees[link, direction]),
                     "bytes": counted.bytes,
                     "packets": counted.packets,
                     "drops": counted.drops,
+                    "lost": counted.lost,
                     "overlimits": counted.overlimits,
                     "backlog_bytes": counted.backlog_bytes,
                     "qlen": counted.qlen,
@@ -179,6 +188,22 @@ class LinkDriver:
                 for (link, direction), counted in counters.items()
             ]
         )
+        if self._line is not None and (line := self._links.line_counters) is not None:
+            ways = line.directions.values()
+            held = sum(way.held for way in ways)
+            self._line.append(
+                [
+                    {
+                        "t_s": t_s,
+                        "cpu_s": line.cpu_s,
+                        "frames": sum(way.frames + way.duplicated - way.lost - way.overflowed for way in ways) - held,
+                        "late": sum(way.late for way in ways),
+                        "latest_s": max((way.latest_s for way in ways), default=0.0),
+                        "held": held,
+                        "overflowed": sum(way.overflowed for way in ways),
+                    }
+                ]
+            )
 
 
 class CarriedRates:

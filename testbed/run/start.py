@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,41 +23,62 @@ from testbed.traffic.machine import check_congestion, check_traffic
 EXIT_DONE, EXIT_FAILED, EXIT_INVALID = 0, 1, 3
 
 
-def check_machine(plan: Plan) -> None:
-    """Raise LabError, before anything is made, if this machine cannot run the plan."""
-    check_kernel(plan.lab, ["tbf", *(["netem"] if plan.needs_netem else [])])
+def check_machine(plan: Plan) -> str:
+    """Raise LabError, before anything is made, if this machine cannot run the plan; returns the engine that impairs links."""
+    engine = choose_engine(plan.lab, plan.engine, plan.impaired, plan.qdiscs)
     check_congestion({cell.lab.tcp.congestion for cell in plan.cells}, privileged=True)  # we make the routes
     check_traffic([flow for cell in plan.cells for flow in cell.flows], plan.lab)
+    return engine
 
 
-def check_kernel(lab: str, needed: Sequence[str]) -> None:
-    """Raise LabError if this machine's kernel lacks a kind of qdisc, or does not let us shape links with it."""
-    if lab == "netns":
-        command = [*enclosure(), sys.executable, "-m", "testbed.links.probe", *needed]
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-        if done.returncode != 0:
-            raise LabError(f"cannot make a network namespace: {why_it_failed(done)}")
-        missing = done.stdout.split()
-    else:
-        try:
-            missing = missing_kinds(needed)
-        except OSError as error:
-            raise LabError(
-                f"shaping containers needs rights that this process lacks ({error.strerror}); "
-                "use: docker compose up experiment, or run testbed with sudo"
-            ) from None
-    if "netem" in missing:
-        mend = System.of_this_machine().load_module("sch_netem")
+def choose_engine(lab: str, wanted: str, impaired: bool, qdiscs: Iterable[str]) -> str:
+    """What makes delay, jitter and loss: "netem" where the kernel has it, else "userspace", unless one of them is wanted.
+
+    Raises LabError if this machine's kernel lacks a kind of qdisc, or does not let us shape links with it.
+    """
+    missing = _missing_kinds(lab, [*qdiscs, *(["netem"] if impaired and wanted != "userspace" else [])])
+    engine = wanted
+    if wanted == "auto":
+        engine = "userspace" if "netem" in missing and lab == "netns" else "netem"
+    if engine == "netem" and "netem" in missing:
+        instead = "network.engine: auto" if lab == "netns" else "--lab netns, whose delay line needs none"
         raise LabError(
-            f"delay, jitter, loss and the like need the kernel's netem, which is missing; do without them, or {mend}"
+            "delay, jitter, loss and the like need the kernel's netem, which is missing; use "
+            f"{instead}, do without them, or {System.of_this_machine().load_module('sch_netem')}"
         )
-    if missing:
-        raise LabError(f"this kernel has no {missing[0]}; {System.of_this_machine().load_module(f'sch_{missing[0]}')}")
+    if engine == "userspace" and impaired and lab == "netns":
+        _run_enclosed("testbed.links.tap")
+    if others := [kind for kind in missing if kind != "netem"]:
+        raise LabError(f"this kernel has no {others[0]}; {System.of_this_machine().load_module(f'sch_{others[0]}')}")
+    return engine
+
+
+def _missing_kinds(lab: str, needed: Sequence[str]) -> list[str]:
+    if lab == "netns":
+        return _run_enclosed("testbed.links.probe", *needed).split()
+    try:
+        return missing_kinds(needed)
+    except OSError as error:
+        raise LabError(
+            f"shaping containers needs rights that this process lacks ({error.strerror}); "
+            "use: docker compose up experiment, or run testbed with sudo"
+        ) from None
+
+
+def _run_enclosed(module: str, *arguments: str) -> str:
+    """What a probe prints inside private namespaces; raises LabError with its last words."""
+    command = [*enclosure(), sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode != 0:
+        raise LabError(f"cannot make a lab: {why_it_failed(done)}")
+    return done.stdout
 
 
 def start_run(spec: Spec, plan: Plan, out: Path, script_directory: Path, console: Console) -> tuple[int, Path]:
     """Run a new experiment; returns the exit code and the run directory."""
-    check_machine(plan)
+    engine = check_machine(plan)
+    if plan.impaired:  # it is written down, and --resume goes on with the same
+        spec = spec.model_copy(update={"network": spec.network.model_copy(update={"engine": engine})})
     directory = run_directory.create(spec, out, script_directory)
     return _run(plan, directory, console), directory
 

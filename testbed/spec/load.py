@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import yaml
 from pydantic import ValidationError
 
 from testbed.spec.errors import SpecError, place_of
-from testbed.spec.models import LinkSpec, Spec
+from testbed.spec.models import LinkChange, Spec, empty, small_queues
 
 MAX_BYTES = 1 << 20
 _MAX_NODES = 100_000
+_MAX_COMBINATIONS = 10_000
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -39,6 +41,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
         raw = with_text(raw, text)
     try:
         spec = validate(raw)
+        _check_overrides(spec, overrides)
         for combination in combinations(spec):
             validate(apply_overrides(raw, combination))
     except SpecError as error:
@@ -47,6 +50,17 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
         fault = ("script", f"there is no file {spec.script.file!r} beside the spec")
         raise SpecError([fault], path.name)
     return spec
+
+
+def _check_overrides(spec: Spec, overrides: Sequence[str]) -> None:
+    for key in (text.partition("=")[0].strip() for text in overrides):
+        if varied := next((varied for varied in spec.matrix if _lies_in(key, varied)), None):
+            text = f"varies by the matrix, which would win; use --set 'matrix={{{varied}: [value, …]}}'"
+            raise SpecError([(key, text)])
+
+
+def _lies_in(key: str, other: str) -> bool:
+    return f"{key}.".startswith(f"{other}.")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -95,12 +109,15 @@ def _nodes(data: Any) -> Iterator[Any]:
             stack.extend(node)
 
 
-def parse_link(raw: Mapping[str, Any]) -> LinkSpec:
-    """Properties of a link, as under ``set`` in a schedule; raises SpecError."""
+def parse_link(raw: Mapping[str, Any], mtu: int | None = None) -> LinkChange:
+    """Properties of a link, as under ``set`` in a schedule; mtu: of the network, if it is known. Raises SpecError."""
     try:
-        return LinkSpec.model_validate(raw)
+        change = LinkChange.model_validate(raw)
     except ValidationError as error:
         raise SpecError([_fault(detail) for detail in error.errors(include_url=False)]) from None
+    if mtu is not None and (faults := [(place_of(place), text) for place, text in small_queues(change, mtu)]):
+        raise SpecError(faults)
+    return change
 
 
 def validate(raw: Mapping[str, Any]) -> Spec:
@@ -120,6 +137,8 @@ _WORDING = {
     "int_from_float": "must be a whole number",
     "float_type": "must be a number",
     "float_parsing": "must be a number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
     "dict_type": "must be a mapping, for example {key: value}",
     "too_short": "must not be empty",
 }
@@ -130,7 +149,9 @@ def _fault(detail: Any) -> tuple[str, str]:
     context = detail.get("ctx") or {}
     path += context.get("path", [])
     kind, given = detail["type"], detail.get("input")
-    if kind in _WORDING:
+    if given is None and kind != "missing":
+        text = empty()
+    elif kind in _WORDING:
         text = _WORDING[kind]
         if kind != "missing" and isinstance(given, (str, int, float, bool)):
             text += f", not {given!r:.40}"
@@ -149,7 +170,10 @@ def _fault(detail: Any) -> tuple[str, str]:
 
 def combinations(spec: Spec) -> list[dict[str, Any]]:
     """Every combination of the matrix as {dotted key: value}; one empty one if there is no matrix."""
+    keys = list(spec.matrix)
     for key, values in spec.matrix.items():
+        if over := next((later for later in keys[keys.index(key) + 1 :] if _lies_in(key, later)), None):
+            raise SpecError([(place_of(["matrix", key]), f"would be lost, as {over} comes later; put it below that")])
         if not values:
             raise SpecError([(place_of(["matrix", key]), "has no values; give at least one")])
         if twice := [value for index, value in enumerate(values) if value in values[:index]]:
@@ -159,6 +183,10 @@ def combinations(spec: Spec) -> list[dict[str, Any]]:
         if key in ("workload", "workload.target", "workload.warmup"):
             text = "cannot vary by matrix, or its cells could not be compared; run two experiments"
             raise SpecError([(place_of(["matrix", key]), text)])
+    if (many := math.prod(map(len, spec.matrix.values()))) > _MAX_COMBINATIONS:
+        raise SpecError(
+            [("matrix", f"makes {many:,} combinations; {_MAX_COMBINATIONS:,} are possible, make several experiments")]
+        )
     return [dict(zip(spec.matrix, values, strict=True)) for values in itertools.product(*spec.matrix.values())]
 
 

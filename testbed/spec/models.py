@@ -2,15 +2,17 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, SerializeAsAny, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, SerializeAsAny, StrictBool, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from netsenseml.agent import catalog
 from netsenseml.agent.protocol import StopConfig
-from testbed.links.state import DIRECTIONS, DISTRIBUTIONS, LinkState, Loss
+from testbed.links.state import AQMS, DIRECTIONS, DISTRIBUTIONS, LinkState, Loss
 from testbed.spec import units
 from testbed.spec.errors import did_you_mean
 from testbed.traffic.flows import MAX_STREAMS, ONE_STREAM, Duration, Streams
@@ -52,6 +54,7 @@ def _format_queue(queue: Queue) -> str:
 
 Rate = Annotated[int, BeforeValidator(units.parse_rate), PlainSerializer(units.format_rate, return_type=str)]
 Time = Annotated[float, BeforeValidator(units.parse_time), PlainSerializer(units.format_time, return_type=str)]
+Delay = Annotated[Time, Field(le=units.MAX_DELAY_S)]
 Share = Annotated[float, BeforeValidator(units.parse_share)]
 Size = Annotated[int, BeforeValidator(units.parse_size), PlainSerializer(units.format_size, return_type=str)]
 QueueText = Annotated[Queue, BeforeValidator(parse_queue), PlainSerializer(_format_queue, return_type=str)]
@@ -73,7 +76,21 @@ class Model(BaseModel):
         for key in data:
             if key not in valid:
                 raise PydanticCustomError("at_key", f"unknown key; {did_you_mean(str(key), valid)}", {"path": [key]})
+        check_filled(data, dict(zip(valid, cls.model_fields.values(), strict=True)))
         return data
+
+
+def check_filled(data: Mapping[str, Any], fields: Mapping[str, FieldInfo] = MappingProxyType({})) -> None:
+    """Refuse a key with nothing behind it: it would count as left out, and for a rate that means no limit."""
+    for key, value in data.items():
+        if value is None:
+            examples = fields[key].examples if key in fields else None
+            raise PydanticCustomError("at_key", empty(examples[0] if examples else None), {"path": [key]})
+
+
+def empty(example: str | None = None) -> str:
+    """What is wrong with a key that has nothing behind it, or null."""
+    return f"is empty; give it a value{f' such as {example}' if example else ''}, or remove the line"
 
 
 class LossSpec(Model):
@@ -119,21 +136,37 @@ class LossSpec(Model):
         return Loss(self.share, self.correlation, *bursts)
 
 
+NO_ECN = "needs a queue that marks packets, and fifo only drops them"
+
+
 class ShapeSpec(Model):
     """Properties of one direction of a link; what is left out stays as it is.
 
-    distribution: of the delay around its mean, with jitter as standard deviation. As in netem, jitter reorders packets.
+    queue: how much may wait, as a time at the rate or in bytes; one frame always may, and bytes that hold none are refused.
+    distribution: of the delay around its mean, with jitter as standard deviation, of which a delay has at least two.
+    in_order: jitter lets no packet overtake another, as on most real paths; otherwise it reorders packets, as in netem.
+    aqm: what manages the queue. fifo: drops what does not fit; codel: also drops what has waited for too long; fq_codel: that,
+        and a queue for each flow. ecn: the queue marks packets of flows that understand it, where it would drop them.
     """
 
-    rate: Rate | None = None
-    queue: QueueText | None = None
-    delay: Time | None = None
-    jitter: Time | None = None
-    distribution: Literal[*DISTRIBUTIONS] | None = None  # type: ignore[valid-type]
-    loss: LossSpec | None = None
-    duplicate: Share | None = None
-    corrupt: Share | None = None
-    reorder: Share | None = None
+    rate: Rate | None = Field(default=None, examples=["50mbit"])
+    queue: QueueText | None = Field(default=None, examples=["50ms"])
+    delay: Delay | None = Field(default=None, examples=["10ms"])
+    jitter: Delay | None = Field(default=None, examples=["2ms"])
+    distribution: Literal[*DISTRIBUTIONS] | None = Field(default=None, examples=["normal"])  # type: ignore[valid-type]
+    loss: LossSpec | None = Field(default=None, examples=["1%"])
+    duplicate: Share | None = Field(default=None, examples=["1%"])
+    corrupt: Share | None = Field(default=None, examples=["1%"])
+    reorder: Share | None = Field(default=None, examples=["1%"])
+    in_order: StrictBool | None = Field(default=None, examples=["true"])
+    aqm: Literal[*AQMS] | None = Field(default=None, examples=["fq_codel"])  # type: ignore[valid-type]
+    ecn: StrictBool | None = Field(default=None, examples=["true"])
+
+    @model_validator(mode="after")
+    def _marks_or_drops(self) -> Self:
+        if self.ecn and self.aqm == "fifo":
+            raise PydanticCustomError("at_key", f"{NO_ECN}; use aqm: codel or fq_codel, or remove it", {"path": ["ecn"]})
+        return self
 
     def changes(self) -> dict[str, Any]:
         """The given properties under the names of ``Shape``."""
@@ -158,8 +191,11 @@ _DIRECT = {
     "duplicate": "duplicate",
     "corrupt": "corrupt",
     "reorder": "reorder",
+    "in_order": "in_order",
+    "aqm": "aqm",
+    "ecn": "ecn",
 }
-_BOTH_DIRECTIONS = ("rate_bps", "queue_s", "queue_bytes")
+_BOTH_DIRECTIONS = ("rate_bps", "queue_s", "queue_bytes", "aqm", "ecn")
 
 
 def _up(value: Any) -> Any:
@@ -170,8 +206,8 @@ def _up(value: Any) -> Any:
 class LinkSpec(ShapeSpec):
     """Properties of a link: both directions, then what differs in one of them.
 
-    Rate and queue hold in both directions. All else is put on down, where netem does not get in the way of TCP's small queues,
-    so that a one-way delay of 10 ms is an RTT of 20 ms between two workers; what stands under ``up`` is put on up.
+    Rate, queue, aqm and ecn hold in both directions. All else is put on down, where netem does not get in the way of TCP's
+    small queues, so that a one-way delay of 10 ms is an RTT of 20 ms between two workers; what stands under ``up`` is on up.
     ``up: false`` is a partition, ``up: true`` ends it.
     """
 
@@ -194,6 +230,25 @@ class LinkSpec(ShapeSpec):
         return LinkState(up, down, connected=self.up if isinstance(self.up, bool) else state.connected)
 
 
+class LinkChange(LinkSpec):
+    """Properties that a link gets while it is in use, by a schedule or by hand."""
+
+    @model_validator(mode="after")
+    def _keeps_its_queue(self) -> Self:
+        for path, part in (((), self), (("up",), self.up), (("down",), self.down)):
+            for key, reason in _KEPT.items():
+                if isinstance(part, ShapeSpec) and getattr(part, key) is not None:
+                    text = f"cannot change while a link is in use, as {reason}; give it under network"
+                    raise PydanticCustomError("at_key", text, {"path": [*path, key]})
+        return self
+
+
+_KEPT = {
+    "aqm": "what waits in its queue would be lost",
+    "ecn": "both ends of a connection agree on it when they open it",
+}
+
+
 def parse_congestion(value: object) -> str:
     """The name of a congestion control, as the kernel might know it."""
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,15}", value):
@@ -202,6 +257,10 @@ def parse_congestion(value: object) -> str:
 
 
 CongestionControl = Annotated[str, BeforeValidator(parse_congestion)]
+
+
+MIN_IPV6_MTU = 1280
+"""RFC 8200; Linux takes IPv6 off an interface with less."""
 
 
 class NetworkSpec(Model):
@@ -213,16 +272,32 @@ class NetworkSpec(Model):
         in both directions; a delay between two regions is the one-way delay.
     between: properties by pair ("eu-us"), or "all" for what every pair has.
     congestion: TCP's congestion control on all hosts, such as reno; left out: the kernel's own, under dilation reno.
+    engine: what makes delay, jitter and loss. netem: the kernel. userspace: a delay line of our own, for kernels without netem.
+        auto: netem where the kernel has it, else userspace.
+    shaper: what makes a rate. htb: keeps its tokens when the rate changes. tbf: refills its bucket with every change, which is
+        a free burst.
+    mtu: of all interfaces, in bytes of IP; a frame has 14 more. ip: the version that the workers talk to each other with.
     """
 
     topology: Literal["star", "dumbbell", "regions"] = "star"
     link: LinkSpec = LinkSpec()
     links: dict[str, LinkSpec] = Field(default_factory=dict)
-    trunk: LinkSpec | None = None
-    left: list[str] | None = None
+    trunk: LinkSpec | None = Field(default=None, examples=["{rate: 20mbit}"])
+    left: list[str] | None = Field(default=None, examples=["[w0, w1]"])
     regions: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*$")], list[str]] | None = None
-    between: dict[str, LinkSpec] | None = None
-    congestion: CongestionControl | None = None
+    between: dict[str, LinkSpec] | None = Field(default=None, examples=["{all: {rate: 100mbit}}"])
+    congestion: CongestionControl | None = Field(default=None, examples=["cubic"])
+    engine: Literal["auto", "netem", "userspace"] = "auto"
+    shaper: Literal["htb", "tbf"] = "htb"
+    mtu: int = Field(default=1500, ge=576, le=9000)
+    ip: Literal[4, 6] = 4
+
+    @model_validator(mode="after")
+    def _packets_may_be_so_small(self) -> Self:
+        if self.ip == 6 and self.mtu < MIN_IPV6_MTU:
+            text = f"{self.mtu} is too small for ip: 6, which needs {MIN_IPV6_MTU}; make it larger, or use ip: 4"
+            raise PydanticCustomError("at_key", text, {"path": ["mtu"]})
+        return self
 
     @model_validator(mode="after")
     def _keys_of_topology(self) -> Self:
@@ -234,6 +309,20 @@ class NetworkSpec(Model):
                 raise PydanticCustomError("at_key", f"is missing; topology {self.topology} needs it", {"path": [key]})
             if given and key not in allowed:
                 raise PydanticCustomError("at_key", f"does not belong to topology {self.topology}; remove it", {"path": [key]})
+        return self
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        left = self.left or []
+        for position, host in enumerate(left):
+            if host in left[:position]:
+                path: list[str | int] = ["left", position]
+                raise PydanticCustomError("at_key", f"{host!r} stands there twice; remove one", {"path": path})
+        pairs = list(self.between or {})
+        for position, pair in enumerate(pairs):
+            if (turned := "-".join(reversed(pair.split("-")))) in pairs[:position]:
+                text = f"is the same trunk as {turned}, and the later one would win; remove one"
+                raise PydanticCustomError("at_key", text, {"path": ["between", pair]})
         return self
 
 
@@ -338,9 +427,9 @@ class TrafficSpec(Model):
     source: str = Field(alias="from")
     target: str = Field(alias="to")
     at: Time = 0.0
-    duration: Time | None = Field(None, alias="for")
-    tcp: TcpSpec | None = None
-    udp: UdpSpec | None = None
+    duration: Time | None = Field(None, alias="for", examples=["5s"])
+    tcp: TcpSpec | None = Field(None, examples=["{streams: 4}"])
+    udp: UdpSpec | None = Field(None, examples=["{rate: 5mbit}"])
     on: Annotated[Duration, BeforeValidator(parse_duration), PlainSerializer(_format_duration)] | None = None
     off: Annotated[Duration, BeforeValidator(parse_duration), PlainSerializer(_format_duration)] | None = None
     seed: int = Field(0, ge=0, lt=2**31)
@@ -366,7 +455,7 @@ class StopSpec(Model):
 
     steps: int | None = Field(None, ge=1, le=10_000_000)
     epochs: float | None = Field(None, gt=0, le=100_000)
-    seconds: Time | None = None
+    seconds: Time | None = Field(None, examples=["30"])
     accuracy: Share | None = None
 
     @model_validator(mode="before")
@@ -404,13 +493,15 @@ class Named(Model):
         if isinstance(data, str):
             return {"name": data}
         if isinstance(data, dict) and "name" in data:
-            inner = data.get("options")
-            if inner is not None and not isinstance(inner, dict):
+            check_filled(data)
+            inner = data.get("options", {})
+            if not isinstance(inner, dict):
                 raise PydanticCustomError("at_key", "must be a mapping of options", {"path": ["options"]})
-            if wrong := [key for key in {**data, **(inner or {})} if not isinstance(key, str)]:
+            if wrong := [key for key in {**data, **inner} if not isinstance(key, str)]:
                 raise PydanticCustomError("at_key", f"has the key {wrong[0]!r}; names of options are texts", {"path": []})
+            check_filled(inner)
             options = {k: v for k, v in data.items() if k not in ("name", "options", "label")}
-            return {"name": data["name"], "options": {**(inner or {}), **options}, "label": data.get("label", "")}
+            return {"name": data["name"], "options": {**inner, **options}, "label": data.get("label", "")}
         if isinstance(data, dict):
             raise PydanticCustomError("at_key", "is missing; write a name, or {name: …, option: …}", {"path": ["name"]})
         return data
@@ -477,8 +568,8 @@ class ComputeSpec(Model):
     stragglers: workers that take so many times as long, {w3: 2}.
     """
 
-    pace: Time | None = None
-    emulate: Annotated[Time, Field(gt=0)] | None = None
+    pace: Time | None = Field(default=None, examples=["120ms"])
+    emulate: Annotated[Time, Field(gt=0)] | None = Field(default=None, examples=["120ms"])
     jitter: Share = 0.0
     stragglers: dict[str, Annotated[float, Field(ge=0.1, le=1000)]] = Field(default_factory=dict)
 
@@ -562,6 +653,28 @@ class ScriptSpec(Model):
         return self
 
 
+_IP_AND_UDP_BYTES = {4: 28, 6: 48}
+_ETHERNET_BYTES = 14
+
+
+def small_queues(part: Any, mtu: int) -> Iterator[tuple[list[str | int], str]]:
+    """(place, what is wrong) for each queue in a part of a spec whose bytes hold no frame, so that nothing would pass."""
+    if isinstance(part, ShapeSpec) and part.queue and part.queue.bytes is not None and part.queue.bytes < mtu + _ETHERNET_BYTES:
+        text = f"{units.format_size(part.queue.bytes)} do not hold one frame; with this mtu give it at least"
+        yield ["queue"], f"{text} {mtu + _ETHERNET_BYTES}B"
+    inside: Iterable[tuple[list[str | int], Any]] = ()
+    if isinstance(part, Model):
+        inside = (([field.alias or name], getattr(part, name)) for name, field in type(part).model_fields.items())
+    elif isinstance(part, dict):
+        inside = (([key], value) for key, value in part.items())
+    elif isinstance(part, list):
+        inside = (([index], value) for index, value in enumerate(part))
+    elif isinstance(part, tuple):  # the two ends of a span, which have one place in the spec
+        inside = (([], value) for value in part)
+    for place, value in inside:
+        yield from ((place + below, text) for below, text in small_queues(value, mtu))
+
+
 class Spec(Model):
     """A whole experiment. calibrate: whether every cell measures its links before it starts, which takes about a second.
 
@@ -609,6 +722,17 @@ class Spec(Model):
                 if name in names[:index]:
                     mend = "remove one, or give it a label" if key == "methods" else "remove one"
                     raise PydanticCustomError("at_key", f"{name!r} stands there twice; {mend}", {"path": [key, index]})
+        return self
+
+    @model_validator(mode="after")
+    def _frames_fit(self) -> Self:
+        room = self.network.mtu - _IP_AND_UDP_BYTES[self.network.ip]
+        for index, flow in enumerate(self.traffic):
+            if flow.udp is not None and flow.udp.packet > room:
+                text = f"{units.format_size(flow.udp.packet)} do not fit into one frame; with this mtu at most {room}B do"
+                raise PydanticCustomError("at_key", text, {"path": ["traffic", index, "udp", "packet"]})
+        if fault := next(small_queues(self, self.network.mtu), None):
+            raise PydanticCustomError("at_key", fault[1], {"path": fault[0]})
         return self
 
     @property

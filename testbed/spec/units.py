@@ -13,6 +13,8 @@ SIZES: Mapping[str, int] = {"b": 1, "kb": 10**3, "mb": 10**6, "kib": 2**10, "mib
 MIN_RATE_BPS = 8_000
 """tbf counts in bytes/s; below 1 kB/s one frame takes longer than any sensible step."""
 MAX_RATE_BPS = 100 * 10**9
+MAX_DELAY_S = 1000
+"""Of a link; far beyond any, and slowed down 1000 times still no more than the kernel can count in ns."""
 
 
 def parse_rate(text: object) -> int:
@@ -42,7 +44,9 @@ def parse_size(text: object) -> int:
 
 
 def parse_share(text: object) -> float:
-    """A share between 0 and 1 from "1%" or 0.01. Raises ValueError."""
+    """A share between 0 and 1 from "1%" or 0.01. Raises ValueError, also for the whole number 1, which may mean either end."""
+    if text == 1 and isinstance(text, int) and not isinstance(text, bool):
+        raise ValueError("1 may be meant as 1% or as 100%; write it with its %")
     if isinstance(text, (int, float)) and not isinstance(text, bool):
         value = float(text)
     else:

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from operator import attrgetter, itemgetter
 from typing import Any
 
-from testbed.links.state import LinkState
+from testbed.links.state import DIRECTIONS, LinkState
 from testbed.spec.errors import SpecError, did_you_mean, place_of
 from testbed.spec.models import ScheduleEntry
 from testbed.spec.units import format_time
 from testbed.timeline.moves import Key, Start, with_values
+from testbed.timeline.possible import impossible
 
-MAX_CHANGES = 1_000_000
-"""Of one timeline. A change is one moment of one link."""
+MAX_CHANGES = 300_000
+"""Of one timeline: eight links, ten times a second, for an hour. A change is one moment of one link."""
 _Tracks = dict[Key, list[tuple[float, Any]]]  # of one link: values by time (s after t = 0, to the microsecond)
 
 
@@ -48,6 +49,7 @@ def expand(
     which every property holds in both directions. read: gives the text of a file named in the spec.
     Raises SpecError with the place of what cannot be done.
     """
+    _check_first(initial)
     tracks: dict[str, _Tracks] = {link: {} for link in initial}
     left = MAX_CHANGES
     for index, entry in sorted(enumerate(schedule), key=lambda pair: pair[1].at):
@@ -62,13 +64,38 @@ def expand(
                     read=read,
                 )
                 left = _record(entry, start, tracks[link], end_s, left)
+    _check_rates(initial, tracks)
     changes = [change for link, track in tracks.items() for change in _changes(link, track, initial[link])]
-    return tuple(sorted(changes, key=attrgetter("at_s", "link")))
+    changes.sort(key=attrgetter("at_s", "link"))
+    for change in changes:
+        if fault := impossible(change.state):
+            raise SpecError([("schedule", f"link {change.link} at {format_time(change.at_s)}: {fault}")])
+    return tuple(changes)
+
+
+def _check_first(initial: Mapping[str, LinkState]) -> None:
+    for link, state in initial.items():
+        if fault := impossible(state):
+            raise SpecError([("network", f"link {link}: {fault}")])
+
+
+def _check_rates(initial: Mapping[str, LinkState], tracks: Mapping[str, _Tracks]) -> None:
+    for link, state in initial.items():
+        for side in DIRECTIONS:
+            shape = getattr(state, side)
+            if shape.aqm != "fifo" and shape.rate_bps is None and (side, "rate_bps") not in tracks[link]:
+                fault = f"link {link}: {shape.aqm} has nothing to manage where no rate makes packets wait; give it a rate, too"
+                raise SpecError([("network", fault)])
 
 
 def _record(entry: ScheduleEntry, start: Start, tracks: _Tracks, end_s: float | None, left: int) -> int:
-    """Add the moves of one entry on one link to its tracks; returns how many more changes there may be."""
+    """Add the moves of one entry on one link to its tracks; returns how many more there may be.
+
+    A move that changes nothing is left out, as the kernel may give a free burst with every change; but it is counted, or a
+    pattern of nothing else would never end.
+    """
     taken: _Tracks = {}
+    last: Mapping[Key, Any] | None = None
     for offset_s, values in entry.moves(start):
         at_s = round(entry.at + offset_s, 6)
         if end_s is not None and at_s >= end_s:
@@ -77,6 +104,9 @@ def _record(entry: ScheduleEntry, start: Start, tracks: _Tracks, end_s: float | 
             fault = f"the schedule makes more than {MAX_CHANGES:,} changes; choose longer steps, a shorter for, or fewer links"
             raise SpecError([("", fault)])
         left -= 1
+        if values == last:
+            continue
+        last = values
         if not taken:
             taken = {key: tracks.setdefault(key, []) for key in values}
             for track in taken.values():
@@ -109,6 +139,8 @@ def _named_links(entry: ScheduleEntry, links: Mapping[str, LinkState], workers: 
     if entry.links == ["all"]:
         return list(links) if workers is None else workers
     for position, name in enumerate(entry.links):
+        if name == "all":
+            raise SpecError([(place_of(["links", position]), "all stands alone, for every worker; write links: all")])
         if name not in links:
             fault = f"there is no link {name!r}; {did_you_mean(name, ['all', *links])}"
             raise SpecError([(place_of(["links", position]), fault)])

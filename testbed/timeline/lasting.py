@@ -28,8 +28,7 @@ class LastingEntry(ScheduleEntry):
         """Seconds from its start to its last possible change."""
         return self.duration or 0.0
 
-    @property
-    def endless(self) -> bool:
+    def endless(self, start: Start) -> bool:
         """True if the pattern never ends by itself."""
         return True
 
@@ -39,7 +38,7 @@ class LastingEntry(ScheduleEntry):
 
     def moves(self, start: Start) -> Iterator[Move]:
         duration_s = self.duration if self.duration is not None else start.left_s
-        if duration_s is None and self.endless:
+        if duration_s is None and self.endless(start):
             raise SpecError(
                 [("for", "is missing, as the run has no stop.seconds to end it; say how long, for example for: 60s")]
             )

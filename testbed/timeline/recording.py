@@ -47,10 +47,6 @@ class Recording:
         """Length of the shortest row in seconds."""
         return min(b - a for a, b in pairwise((*self.times_s, self.length_s)))
 
-    def rows(self) -> list[dict[str, float]]:
-        """The values of each row by property."""
-        return [dict(zip(self.columns, values, strict=True)) for values in zip(*self.columns.values(), strict=True)]
-
     def replay(self, offset_s: float = 0.0, repeat: bool = False) -> Iterator[tuple[float, int]]:
         """(seconds since the start of the replay, index of the row that begins), starting inside the recording."""
         first = bisect_right(self.times_s, offset_s) - 1

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, PlainSerializer
 from pydantic_core import PydanticCustomError
 
 from testbed.links.state import DIRECTIONS
-from testbed.spec.models import LinkSpec
+from testbed.spec.models import LinkChange, empty
 from testbed.timeline.keys import check_continuous
 from testbed.timeline.moves import Key, between, values_of
 
@@ -15,8 +15,8 @@ from testbed.timeline.moves import Key, between, values_of
 class Span(NamedTuple):
     """The same properties twice."""
 
-    first: LinkSpec
-    second: LinkSpec
+    first: LinkChange
+    second: LinkChange
 
     def pairs(self, trunk: bool) -> dict[Key, tuple[Any, Any]]:
         """The two values of each property."""
@@ -33,7 +33,7 @@ def parse_span(value: Any) -> Span:
     """A span from the mapping of properties to pairs."""
     if isinstance(value, Span):
         return value
-    first, second = (LinkSpec.model_validate(_half(value, position, ())) for position in (0, 1))
+    first, second = (LinkChange.model_validate(_half(value, position, ())) for position in (0, 1))
     if not values_of(first, trunk=True):
         raise PydanticCustomError("span", "changes nothing; name a property, for example rate: [10mbit, 50mbit]")
     return Span(first, second)
@@ -46,7 +46,8 @@ def _half(value: Any, position: int, path: tuple[str, ...]) -> Any:
         text = f"must be a mapping of properties to two values, for example {{rate: [10mbit, 50mbit]}}, not {value!r:.40}"
         raise PydanticCustomError("span", text)
     if not isinstance(value, list) or len(value) != 2:
-        text = f"must be two values, for example [10mbit, 50mbit], not {value!r:.40}"
+        wrong = f"must be two values, for example [10mbit, 50mbit], not {value!r:.40}"
+        text = empty("[10mbit, 50mbit]") if value is None else wrong
         raise PydanticCustomError("at_key", text, {"path": list(path)})
     return value[position]
 

@@ -21,16 +21,16 @@ from pathlib import Path
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab
+from testbed.links import gauge
+from testbed.links.netlink import back_to_own_namespace, setns
 from testbed.links.routes import Tcp
-from testbed.links.qdiscs import largest_packet_bytes
 from testbed.links.state import LinkState, Shape
 
 def both(rate_bps, **more):
     return LinkState(Shape(rate_bps=rate_bps, **more), Shape(rate_bps=rate_bps, **more))
 
-def lab_of(names, rate_bps, *other_rates):
-    links = {name: both(rate_bps) for name in names}
-    return NetnsLab(LabPlan(links, packet_bytes=largest_packet_bytes([rate_bps, *other_rates])), server)
+def lab_of(names, rate_bps):
+    return NetnsLab(LabPlan({name: both(rate_bps) for name in names}), server)
 
 def wait(process, seconds=30):
     end = time.monotonic() + seconds
@@ -61,6 +61,33 @@ while True:
     try: s = socket.create_connection((sys.argv[1], 5001)); break
     except ConnectionRefusedError: time.sleep(0.02)
 while time.monotonic() < end: s.send(b"x" * 65536)
+'''
+BURST = '''import socket, sys, time
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.connect((sys.argv[1], 5002))
+for _ in range(3):
+    time.sleep(1)
+    for number in range(8): s.send(bytes(1472))
+'''
+ARRIVALS = '''import json, socket, time
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.bind(("", 5002))
+times = []
+for _ in range(24):
+    s.recv(2048)
+    times.append(time.monotonic())
+print(json.dumps([times[i + 7] - times[i] for i in (0, 8, 16)]))
+'''
+ASK = '''import socket, sys
+for address in sys.argv[1:]:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.connect((address, 9))
+        s.send(b"x")
+'''
+CONNECT = '''import socket, sys, time
+began = time.monotonic()
+try: socket.create_connection((sys.argv[1], 5001), timeout=4.5)
+except OSError as error: print(type(error).__name__, time.monotonic() - began)
 '''
 TIMEOUT = '''import socket, struct, sys, time
 while True:
@@ -123,7 +150,7 @@ with lab_of(["w0"], 10_000_000) as lab:
 
 
 def test_the_kernel_carries_the_rate_that_was_set_and_follows_a_change(tmp_path):
-    # Before packets were kept smaller than the smallest bucket of a run, those still queued at the drop blocked the link.
+    # What was queued before the drop is larger than any bucket after it; in a tbf it would block the link for good.
     seen = in_lab(
         tmp_path,
         """
@@ -133,7 +160,7 @@ def rate_over(lab, seconds):
     after, took = lab.links.counters(), time.monotonic() - start
     return {f"{n} {d}": (after[n, d].bytes - before[n, d].bytes) * 8 / took / 1e6 for n, d in after}
 
-with lab_of(["w0", "w1"], 50_000_000, 10_000_000) as lab:
+with lab_of(["w0", "w1"], 50_000_000) as lab:
     lab.hosts["w1"].start(["python", "-c", SINK], {}, tmp / "sink.log")
     lab.hosts["w0"].start(["python", "-c", SOURCE, lab.hosts["w1"].address, "20"], {}, tmp / "source.log")
     time.sleep(1)
@@ -214,6 +241,133 @@ with lab_of(["w0", "w1"], 50_000_000) as lab:
     assert again > 2_000_000
 
 
+def test_nobody_is_told_of_a_partition(tmp_path):
+    # ARP found nobody, and connect said EHOSTUNREACH after 3 s.
+    seen = in_lab(
+        tmp_path,
+        """
+with lab_of(["w0", "w1"], 50_000_000) as lab:
+    lab.links.apply({"w1": replace(lab.links.states["w1"], connected=False)})
+    wait(lab.hosts["w0"].start(["python", "-c", CONNECT, lab.hosts["w1"].address], {}, tmp / "log"))
+    print(json.dumps((tmp / "log").read_text().split()))
+""",
+    )
+    assert seen[0] == "TimeoutError"
+    assert float(seen[1]) > 4.4
+
+
+@pytest.mark.parametrize("rate_mbps", [1, 10, 50, 500])
+@pytest.mark.parametrize("every_s", [0.02, 0.1, 1.0])
+def test_a_rate_that_changes_all_the_time_carries_its_integral(tmp_path, rate_mbps, every_s):
+    # tbf filled its bucket with every change, in both directions: 1 Mbit/s with a change every 100 ms carried 1.92 Mbit/s.
+    seen = in_lab(
+        tmp_path,
+        f"""
+top, every_s = {rate_mbps} * 10**6, {every_s}
+with lab_of(["w0", "w1"], top) as lab:
+    lab.hosts["w1"].start(gauge.command("ignore"), {{}}, tmp / "sink.log")
+    time.sleep(0.3)
+    segments = max(1, top // 1000 // 8 // 1514)  # a call a millisecond
+    words = lab.hosts["w1"].address, 0, 30, 1.2 * top, 1514, segments
+    lab.hosts["w0"].start(gauge.command("flood", *words), {{}}, tmp / "source.log")
+    time.sleep(1)
+    best = None
+    for attempt in range(3):  # a machine that stalls carries less, and never more
+        rate, bits = top, 0.0
+        before, last = lab.links.counters()["w0", "up"].bytes, time.monotonic()
+        end = last + 3
+        while last < end:
+            time.sleep(every_s)
+            rate, old = (top * 4 // 5 if rate == top else top), rate
+            applied = lab.links.apply({{n: both(rate) for n in ("w0", "w1")}})
+            assert all(one.verified for one in applied.values())
+            bits += old * (applied["w0"].applied_s - last)
+            last = applied["w0"].applied_s
+        carried = 8 * (lab.links.counters()["w0", "up"].bytes - before)
+        frame = 2 * 1514 * 8  # at either end of the time a packet may count wholly
+        off = carried / bits - 1
+        best = min([off, *([best] if best is not None else [])], key=abs)
+        if abs(carried - bits) <= 0.02 * bits + frame:
+            break
+    print(json.dumps([best, frame / bits]))
+""",
+    )
+    off, grain = seen
+    assert abs(off) <= 0.02 + grain
+
+
+def test_a_pause_earns_no_free_ride(tmp_path):
+    # The bucket held 8 frames: after a pause they arrived within 0.23 ms, and not as the rate has them, 12 ms apart.
+    seen = in_lab(
+        tmp_path,
+        """
+with NetnsLab(LabPlan({name: both(1_000_000, queue_s=0.5) for name in ("w0", "w1")}), server) as lab:
+    arrivals = lab.hosts["w1"].start(["python", "-c", ARRIVALS], {}, tmp / "arrivals.log")
+    time.sleep(0.5)
+    lab.hosts["w0"].start(["python", "-c", BURST, lab.hosts["w1"].address], {}, tmp / "burst.log")
+    wait(arrivals)
+    print((tmp / "arrivals.log").read_text().strip())
+""",
+    )
+    # 8 frames; two that the bucket holds, and the one that may go when the bucket is just empty, take no time.
+    assert min(seen) > 5 * 0.0121 - 0.004
+    assert min(seen) < 7 * 0.0121 + 0.004
+
+
+def test_a_thin_link_leaves_the_packets_of_fast_ones_whole_and_gets_frames_itself(tmp_path):
+    # One slow link made all hosts send small packets, which no processor can keep up with at 900 Mbit/s.
+    seen = in_lab(
+        tmp_path,
+        """
+links = {"w0": both(900_000_000), "w1": both(900_000_000), "bg0": both(1_000_000)}
+def sent(host):  # bytes and packets, however large they are; a qdisc counts the frames that a packet will be
+    with back_to_own_namespace():
+        setns(host.namespace)
+        words = Path("/proc/thread-self/net/dev").read_text().split("eth0:")[1].split()
+        return int(words[8]), int(words[9])
+with NetnsLab(LabPlan(links), server) as lab:
+    for host in ("w1", "bg0"):
+        lab.hosts[host].start(["python", "-c", SINK], {}, tmp / f"{host}-sink.log")
+    lab.hosts["w0"].start(["python", "-c", SOURCE, lab.hosts["w1"].address, "20"], {}, tmp / "source.log")
+    lab.hosts["w1"].start(["python", "-c", SOURCE, lab.hosts["bg0"].address, "20"], {}, tmp / "thin.log")
+    time.sleep(1)
+    before, thin = sent(lab.hosts["w0"]), lab.links.counters()["bg0", "down"]
+    time.sleep(2)
+    after = sent(lab.hosts["w0"])
+    size, packets = (now - then for now, then in zip(after, before))
+    carried = lab.links.counters()["bg0", "down"].bytes - thin.bytes
+    print(json.dumps([size / packets, size * 8 / 2 / 1e6, thin.backlog_bytes, carried * 8 / 2 / 1e6]))
+""",
+    )
+    packet_bytes, fast_mbps, thin_backlog, thin_mbps = seen
+    assert packet_bytes > 10 * 1514
+    assert fast_mbps > 800
+    assert thin_backlog <= 6250  # what came uncut into a queue of 50 ms would have been dropped whole
+    assert thin_mbps == pytest.approx(1, rel=0.1)
+
+
+def test_64_hosts_all_know_each_other(tmp_path):
+    # The kernel's table of neighbours, which all namespaces share, was full with 33 hosts: "No route to host".
+    seen = in_lab(
+        tmp_path,
+        """
+with lab_of([f"w{number}" for number in range(64)], 50_000_000) as lab:
+    addresses = [host.address for host in lab.hosts.values()]
+    ask = ["python", "-I", "-S", "-c", ASK, *addresses]
+    running = [host.start(ask, {}, tmp / f"{host.name}.log") for host in lab.hosts.values()]
+    codes = [wait(one, 60) for one in running]
+    # Nobody has asked anybody for an address, and nothing was flooded: what came down is what was sent to that host.
+    down = {name: lab.links.counters()[name, "down"].packets for name in lab.hosts}
+    print(json.dumps([codes, sorted(set(down.values()))]))
+""",
+    )
+    codes, down = seen
+    assert codes == [0] * 64
+    # 63 datagrams, and as many answers that nobody listens.
+    assert min(down) >= 63
+    assert max(down) <= 2 * 63
+
+
 def test_two_flows_share_the_trunk_of_a_dumbbell_fairly_and_the_links_at_one_side_do_not(tmp_path):
     seen = in_lab(
         tmp_path,
@@ -223,7 +377,6 @@ plan = LabPlan(
     links,
     switches={"left": ("w0", "w1"), "right": ("w2", "w3")},
     trunks={"trunk": ("left", "right")},
-    packet_bytes=largest_packet_bytes([20_000_000]),
 )
 with NetnsLab(plan, server) as lab:
     for source, sink in (("w0", "w2"), ("w1", "w3")):
@@ -256,7 +409,6 @@ plan = LabPlan(
     {name: both(100_000_000) for name in ("w0", "w1", "w2", "w3")} | {pair: both(rate) for pair, rate in rates.items()},
     switches={"eu": ("w0", "w3"), "us": ("w1",), "as": ("w2",)},
     trunks={pair: tuple(pair.split("-")) for pair in rates},
-    packet_bytes=largest_packet_bytes([10_000_000]),
 )
 found = {}
 with NetnsLab(plan, server) as lab:
@@ -284,19 +436,22 @@ print(json.dumps(found))
     assert seen["idle"] < 50  # a loop would storm with thousands
 
 
-def test_a_link_goes_on_at_once_when_its_rate_rises_from_next_to_nothing(tmp_path):
-    # tbf's timer for the packet that waits stays as the old rate set it; nothing moved until TCP sent again by itself.
+def test_a_link_goes_on_at_once_when_an_outage_is_over(tmp_path):
+    # At 8 kbit/s instead of 0, a frame that has left leaves a debt of 1.5 s, or a timer that is set for then.
     seen = in_lab(
         tmp_path,
         """
-with lab_of(["w0", "w1"], 20_000_000, 8_000) as lab:
+with lab_of(["w0", "w1"], 20_000_000) as lab:
     lab.hosts["w1"].start(["python", "-c", SINK], {}, tmp / "sink.log")
     lab.hosts["w0"].start(["python", "-c", SOURCE, lab.hosts["w1"].address, "60"], {}, tmp / "source.log")
     time.sleep(1)
-    waits = []
+    waits, leaked = [], []
     for _ in range(3):
-        lab.links.apply({n: both(8_000) for n in ("w0", "w1")})
-        time.sleep(4)
+        lab.links.apply({n: both(0) for n in ("w0", "w1")})
+        time.sleep(0.5)
+        before = lab.links.counters()["w0", "up"].bytes
+        time.sleep(3.5)
+        leaked.append(lab.links.counters()["w0", "up"].bytes - before)
         lab.links.apply({n: both(20_000_000) for n in ("w0", "w1")})
         before, start = lab.links.counters()["w0", "up"], time.monotonic()
         while lab.links.counters()["w0", "up"].bytes < before.bytes + before.backlog_bytes // 2:
@@ -304,9 +459,11 @@ with lab_of(["w0", "w1"], 20_000_000, 8_000) as lab:
             time.sleep(0.005)
         waits.append([before.backlog_bytes, time.monotonic() - start])
         time.sleep(2)
-    print(json.dumps(waits))
+    print(json.dumps([waits, leaked]))
 """,
     )
+    seen, leaked = seen
+    assert leaked == [0, 0, 0]
     assert any(backlog > 2 * 1514 for backlog, _ in seen), "nothing waited, so nothing was tried"
     assert all(wait < 0.2 for _, wait in seen), seen
 

@@ -1,17 +1,18 @@
 """Labs for the tests that need a kernel with netem, and a table of the figures they measured."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-from wire import RATE_BPS, at, ping
+from wire import RATE_BPS, ping
 
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab
 from testbed.links.state import LinkState, Shape
 
+ENGINE = os.environ.get("NETSENSE_ENGINE", "netem")
 _figures: list[tuple[str, str, str]] = []
 
 
@@ -33,12 +34,7 @@ class Pair(NetnsLab):
 def _pair(server: ForkServer) -> Iterator[Pair]:
     links = dict.fromkeys(("w0", "w1"), pair_state())
     impaired = frozenset((name, "down") for name in links)
-    with Pair(LabPlan(links, impaired=impaired), server) as lab:
-        for host in lab.hosts.values():
-            with at(host):  # no question for an address in the middle of a test: it could be lost, and would be counted
-                neighbours = Path(f"/proc/sys/net/ipv4/neigh/{host.interface}")
-                (neighbours / "base_reachable_time_ms").write_text("3600000")
-                (neighbours / "delay_first_probe_time").write_text("3600")
+    with Pair(LabPlan(links, impaired=impaired, engine=ENGINE), server) as lab:
         ping(lab.hosts["w0"], lab.hosts["w1"].address, 1)
         yield lab
 
@@ -54,6 +50,12 @@ def pair() -> Iterator[Pair]:
 def pair_with_programs() -> Iterator[Pair]:
     with ForkServer() as server, _pair(server) as lab:
         yield lab
+
+
+@pytest.fixture
+def engine() -> str:
+    """What impairs the links: "netem" under User-Mode Linux, "userspace" on the kernel that we have."""
+    return ENGINE
 
 
 @pytest.fixture

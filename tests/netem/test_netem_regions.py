@@ -8,7 +8,7 @@ from wire import goodput, ping
 
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab
-from testbed.links.qdiscs import largest_packet_bytes
+from testbed.links.state import DIRECTIONS
 from testbed.network import plan_network
 from testbed.spec.models import NetworkSpec
 
@@ -27,11 +27,11 @@ SPEC = {
 TCP_SHARE = 1448 / 1514
 
 
-def test_every_pair_of_regions_gets_its_delay_and_its_rate(figure):
+def test_every_pair_of_regions_gets_its_delay_and_its_rate(figure, engine):
     network = NetworkSpec.model_validate(SPEC)
     plan = plan_network(network, ["w0", "w1", "w2"])
-    rates = [state.down.rate_bps for state in plan.links.values()]
-    with NetnsLab(replace(plan, packet_bytes=largest_packet_bytes(rates)), ForkServer()) as lab:
+    impaired = frozenset((name, side) for name in plan.trunks for side in DIRECTIONS)
+    with NetnsLab(replace(plan, impaired=impaired, engine=engine), ForkServer()) as lab:
         for (name, first), (other, second) in itertools.combinations(zip(SPEC["regions"], lab.hosts.values(), strict=True), 2):
             shape = plan.links[f"{name}-{other}"].up
             rtt_ms = ping(first, second.address, 20)[1:].min() * 1e3  # the others have waited for the machine, too

@@ -17,17 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pyroute2.netlink.rtnl import RTM_GETQDISC, TC_H_ROOT
-from pyroute2.netlink.rtnl.tcmsg import tcmsg
-
 from testbed.labs.netns import NetnsHost, NetnsLab
-from testbed.links.netlink import back_to_own_namespace, encode, setns
-from testbed.links.qdiscs import QdiscCounters, read_counters
+from testbed.links.netlink import back_to_own_namespace, setns
 
 PORT = 9000
 RATE_BPS = 100_000_000
 """Of every link between two hosts, unless a test is about rates."""
-_BATCH = 512
+_BATCH = 128
+_BURST_PER_S = 25_000
 _SO_RCVBUFFORCE, _SO_TIMESTAMPNS = 33, 35
 _BUFFER_BYTES = 64 << 20
 _CONTROL_BYTES = 64
@@ -108,10 +105,11 @@ class Flow:
         self._in.close()
 
     def burst(self, count: int) -> None:
-        """Send as fast as it goes, and read what comes meanwhile."""
+        """Send as fast as the delay line can take it, and read what comes meanwhile."""
         messages = self._sending
         address = messages.headers.ctypes.data
         end = self._next + count
+        due_s = time.monotonic()
         while self._next < end:
             size = min(_BATCH, end - self._next)
             messages.numbers[:size] = np.arange(self._next, self._next + size)
@@ -123,6 +121,8 @@ class Flow:
                 done += sent
             self._next += size
             self._read()
+            due_s += size / _BURST_PER_S
+            time.sleep(max(0.0, due_s - time.monotonic()))
 
     def paced(self, count: int) -> Any:
         """Send one at a time, about 10 000 a second; the times at which each was sent (ns since 1970)."""
@@ -221,14 +221,13 @@ def goodput(source: NetnsHost, sink: NetnsHost, warm_up_s: float, seconds: float
         return total * 8 / (time.monotonic() - counted_from)
 
 
-def netem_counters(lab: NetnsLab, link: str, direction: str = "down") -> QdiscCounters:
-    """The kernel's counters of netem itself; ``lab.links.counters()`` has those of the qdisc below it."""
-    port = lab.links._ports[link, direction]
-    for answer in port.socket.dump(encode(tcmsg(), RTM_GETQDISC, 0, "list qdiscs")):
-        ifindex, handle, parent, counters = read_counters(answer)
-        if counters and ifindex == port.ifindex and parent == TC_H_ROOT and handle == 0x7E510000:
-            return counters
-    raise LookupError(f"there is no netem at {link} {direction}")
+def frames_left(lab: NetnsLab, link: str, direction: str = "down") -> int:
+    """Frames that left what impairs them: netem stands before the queue, the delay line behind it."""
+    counters = lab.links.counters()[link, direction]
+    if lab.links.line_counters is None:
+        return counters.packets
+    way = lab.links.line_counters.directions[link, direction]
+    return way.frames + way.duplicated - way.lost - way.overflowed - way.held
 
 
 def udp_counters(host: NetnsHost) -> dict[str, int]:

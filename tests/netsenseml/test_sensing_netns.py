@@ -53,7 +53,6 @@ from pathlib import Path
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab
-from testbed.links.qdiscs import largest_packet_bytes
 from testbed.links.state import LinkState, Shape
 
 def both(rate_bps):
@@ -61,7 +60,7 @@ def both(rate_bps):
 
 rates, begins = (20_000_000, 100_000_000, 20_000_000), []
 with ForkServer() as server:
-    with NetnsLab(LabPlan({{n: both(rates[0]) for n in ("a", "b")}}, packet_bytes=largest_packet_bytes(rates)), server) as lab:
+    with NetnsLab(LabPlan({{n: both(rates[0]) for n in ("a", "b")}}), server) as lab:
         lab.hosts["b"].start(["python", "-c", {RECEIVER!r}], {{}}, Path("receiver"))
         lab.hosts["a"].start(["python", "-c", {SENDER!r}, lab.hosts["b"].address], {{}}, Path("sender"))
         while not Path("sender").exists() or not Path("sender").read_text(): time.sleep(0.05)

@@ -15,12 +15,25 @@ SHARES = {"allreduce": (1.0, 1.0), "netsense": (0.4, 0.1), "topk": (0.3, 0.3)}
 """Payload of each method as a share of the dense gradients, while the links are fast and while they are slow."""
 DENSE_BYTES = 480_000
 COMPUTE_S = 0.02
+FRAME_BYTES, SEGMENT_BYTES = 1514, 1448
 BATCH = 64
 
 
 def rate_at(t_s: float, t_end_s: float) -> int:
     """The schedule: the middle third of a run is slow."""
     return SLOW_BPS if t_end_s / 3 <= t_s < 2 * t_end_s / 3 else FAST_BPS
+
+
+def allowed_bits(t_s: float, t_end_s: float) -> float:
+    """What a link may carry up to a time."""
+    slow_s = min(max(t_s - t_end_s / 3, 0.0), t_end_s / 3)
+    return FAST_BPS * (t_s - slow_s) + SLOW_BPS * slow_s
+
+
+def time_of(bits: float, t_end_s: float) -> float:
+    """The inverse of ``allowed_bits``."""
+    moments_s = [0.0, t_end_s / 3, 2 * t_end_s / 3, 2 * t_end_s]
+    return float(np.interp(bits, [allowed_bits(t_s, t_end_s) for t_s in moments_s], moments_s))
 
 
 def write_run(path: Path, *, seeds: int = 1, methods: tuple[str, ...] = tuple(SHARES), **cell_options: Any) -> Path:
@@ -90,14 +103,16 @@ def append(path: Path, rows: Any) -> None:
 
 
 def step_rows(shares: tuple[float, float], seed: int, t_end_s: float) -> Iterator[dict[str, Any]]:
-    """Steps of one rank: compute, then send a share of the dense bytes at 95 % of the rate in force."""
+    """Steps of one rank: compute, then send a share of the dense bytes, which take 95 % of what the rates in force allow."""
     t_s, step = 0.0, 0
     while True:
         rate_bps = rate_at(t_s, t_end_s)
         share = shares[0] if rate_bps == FAST_BPS else shares[1]
         payload = int(DENSE_BYTES * share)
-        comm_s = payload * 8 / (0.95 * rate_bps) * (1 + 0.01 * ((step * 7 + seed * 3) % 5))
-        t_s += COMPUTE_S + comm_s
+        ready_s = t_s + COMPUTE_S
+        wire_bits = payload * 8 / 0.95 * (1 + 0.01 * ((step * 7 + seed * 3) % 5))
+        t_s = time_of(allowed_bits(ready_s, t_end_s) + wire_bits, t_end_s)
+        comm_s = t_s - ready_s
         if t_s > t_end_s:
             return
         yield {
@@ -142,17 +157,25 @@ def host_rows(t_end_s: float, busy: float = 0.5, foreign: float = 0.02, waited: 
 
 
 def link_rows(steps: list[dict[str, Any]], workers: int, t_end_s: float) -> Iterator[dict[str, Any]]:
-    """Ten samples a second of both directions of every worker's link; the bytes flow while a step communicates."""
-    flowing_s = [0.0, *(t_s for row in steps for t_s in (row["t_s"] - row["comm_s"], row["t_s"]))]
-    wire_bytes = np.cumsum([0.0, *(size for row in steps for size in (0.0, row["payload_bytes"] * 1.04))])
+    """Ten samples a second of both directions of every worker's link; the frames flow while a step communicates."""
+    knots = [(0.0, 0.0)]
+    for row in steps:
+        begin_s, end_s, before = row["t_s"] - row["comm_s"], row["t_s"], knots[-1][1]
+        inside = [t_s for t_s in (t_end_s / 3, 2 * t_end_s / 3) if begin_s < t_s < end_s]
+        first, last = allowed_bits(begin_s, t_end_s), allowed_bits(end_s, t_end_s)
+        for t_s in (begin_s, *inside, end_s):
+            share = (allowed_bits(t_s, t_end_s) - first) / (last - first)
+            knots.append((t_s, before + share * row["payload_bytes"] * FRAME_BYTES / SEGMENT_BYTES))
     times_s = np.arange(round(t_end_s * 10) + 1) / 10
-    for t_s, sent in zip(times_s.tolist(), np.interp(times_s, flowing_s, wire_bytes).astype(int).tolist(), strict=True):
-        counters = {"bytes": sent, "packets": sent // 1500, "drops": 0, "overlimits": 0}
+    sent_bytes = np.interp(times_s, *zip(*knots, strict=True))
+    for t_s, sent in zip(times_s.tolist(), sent_bytes.astype(int).tolist(), strict=True):
+        rate_bps = rate_at(t_s, t_end_s)
+        shaper = {"rate_bps": rate_bps, "burst_bytes": max(rate_bps // 8000, 2 * FRAME_BYTES), "queue_bytes": rate_bps // 160}
+        counters = {"bytes": sent, "packets": sent // FRAME_BYTES, "drops": 0, "lost": None, "overlimits": 0}
         queue = {"backlog_bytes": 0, "qlen": 0}
         for rank in range(workers):
             for direction in ("up", "down"):
-                place = {"t_s": t_s, "link": f"w{rank}", "direction": direction}
-                yield {**place, "rate_bps": rate_at(t_s, t_end_s), **counters, **queue}
+                yield {"t_s": t_s, "link": f"w{rank}", "direction": direction, **shaper, **counters, **queue}
 
 
 def event_rows(workers: int, t_end_s: float, late_s: float) -> Iterator[dict[str, Any]]:

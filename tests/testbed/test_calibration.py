@@ -16,7 +16,6 @@ from testbed.links.calibration import (
     expected_rtt,
     measurable,
     rounds,
-    route,
 )
 from testbed.links.state import LinkState, Loss, Shape
 
@@ -47,9 +46,9 @@ def limits(plan: LabPlan) -> dict[tuple[str, str], int]:
 
 
 def test_a_packet_crosses_at_most_one_trunk_in_its_direction():
-    assert route(DUMBBELL, "w0", "w1") == (("w0", "up"), ("w1", "down"))
-    assert route(DUMBBELL, "w0", "w3") == (("w0", "up"), ("trunk", "up"), ("w3", "down"))
-    assert route(DUMBBELL, "w3", "w0") == (("w3", "up"), ("trunk", "down"), ("w0", "down"))
+    assert DUMBBELL.route("w0", "w1") == (("w0", "up"), ("w1", "down"))
+    assert DUMBBELL.route("w0", "w3") == (("w0", "up"), ("trunk", "up"), ("w3", "down"))
+    assert DUMBBELL.route("w3", "w0") == (("w3", "up"), ("trunk", "down"), ("w0", "down"))
 
 
 def test_equal_links_are_filled_by_one_ring():
@@ -88,6 +87,12 @@ def test_a_slow_neighbour_and_loss_bound_what_a_direction_carries():
     assert carried["w0", "down"] == 20_000_000
 
 
+def test_what_the_delay_line_loses_has_passed_the_limiter():
+    links = {"w0": both(50), "w1": both(50, loss=Loss(0.1)), "w2": both(20)}
+    plan = LabPlan(links, impaired=frozenset({("w1", "down")}), engine="userspace")
+    assert carried_bps(plan, [("w0", "w1")])["w1", "down"] == 50_000_000
+
+
 def test_floods_share_a_trunk_but_nobody_knows_how():
     carried = carried_bps(DUMBBELL, [("w0", "w2"), ("w1", "w3")])
     assert carried["trunk", "up"] == 20_000_000
@@ -114,7 +119,7 @@ def test_every_delayed_trunk_is_measured():
         switches={"a": ("w0",), "b": ("w1",), "c": ("w2",)},
         trunks=trunks,
     )
-    crossed = {side[0] for pair in delayed_pairs(plan) for side in route(plan, *pair)}
+    crossed = {side[0] for pair in delayed_pairs(plan) for side in plan.route(*pair)}
     assert set(trunks) <= crossed
     assert expected_rtt(plan, "w0", "w1")[0] == pytest.approx(0.02)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from netsenseml.agent.protocol import monotonic_s, read_records
-from testbed.links.qdiscs import QdiscCounters
+from testbed.links.qdiscs import QdiscCounters, compile_tree
 from testbed.links.shaper import Applied, Prepared
 from testbed.links.state import LinkState, Shape
 from testbed.run.driver import LinkDriver
@@ -20,12 +20,16 @@ class SlowLinks:
     """Stands in for a shaper whose counters take long to read; changes take no time."""
 
     impaired: frozenset[tuple[str, str]] = frozenset()
+    line = None
+    line_counters = None
+    mtu = 1500
 
     def __init__(self) -> None:
         self.states = {"w0": LinkState()}
+        self.trees = dict.fromkeys((("w0", "up"), ("w0", "down")), compile_tree(Shape()))
 
     def prepare(self, changes: dict[str, LinkState]) -> Prepared:
-        return Prepared(changes, [])
+        return Prepared(changes, {}, [], {}, 0)
 
     def commit(self, prepared: Prepared) -> dict[str, Applied]:
         self.states.update(prepared.changes)

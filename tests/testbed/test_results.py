@@ -10,30 +10,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from netsenseml.agent.protocol import steps_file
-from testbed.results import validity
-from testbed.results.columns import HOST_COLUMNS, IDENTITY_COLUMNS, TABLES
+from testbed.results.columns import IDENTITY_COLUMNS, TABLES
 from testbed.results.load import NotARun, Run, load_run
 from testbed.results.phases import phases
 from testbed.results.records import finish_cell, method_label, read_table
 from testbed.results.summary import bootstrap_ci95, compare, geometric_mean, lost_energy, regrets, summarize, write_summary
-from tests.testbed.synthetic_run import append, host_rows, write_cell, write_run
+from tests.testbed.synthetic_run import append, write_cell, write_run
 
 
 def cell_of(run: Run, name: str) -> dict[str, Any]:
     """The summary of one cell."""
     cells: list[dict[str, Any]] = summarize(run)["cells"]
     return next(cell for cell in cells if cell["cell"] == name)
-
-
-def problems_of(path: Path, **options: Any) -> list[str]:
-    """What a run of one cell is blamed for."""
-    found: list[str] = summarize(load_run(write_run(path / "run", methods=("allreduce",), **options)))["problems"]
-    return found
 
 
 # Loading
@@ -129,6 +121,18 @@ def test_finishing_twice_changes_nothing(tmp_path: Path) -> None:
     assert evals.empty and evals["accuracy"].dtype == "float64" and evals["method"].dtype == "str"
 
 
+def test_a_run_of_an_older_version_loads_with_newer_columns_unknown(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", methods=("allreduce",))
+    cell = path / "cells" / "allreduce-s0"
+    finish_cell(cell)
+    (cell / "delayline.parquet").unlink()
+    newer = ["burst_bytes", "queue_bytes", "lost"]
+    pd.read_parquet(cell / "links.parquet").drop(columns=newer).to_parquet(cell / "links.parquet", index=False)
+    run = load_run(path)
+    assert run.links[newer].isna().all(axis=None) and (run.links[newer].dtypes == "float64").all()
+    assert run.delayline.empty and summarize(run)["valid"]
+
+
 def test_a_cell_that_has_not_ended_keeps_its_records(tmp_path: Path) -> None:
     cell = write_cell(tmp_path / "cell", killed=True)
     finish_cell(cell)
@@ -136,7 +140,7 @@ def test_a_cell_that_has_not_ended_keeps_its_records(tmp_path: Path) -> None:
     assert read_table(cell, "steps")["step"].max() == 999
 
 
-@pytest.mark.parametrize("survives", range(13))
+@pytest.mark.parametrize("survives", range(15))
 def test_nothing_is_lost_when_finishing_is_killed_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survives: int
 ) -> None:
@@ -285,211 +289,12 @@ def test_summary_files(tmp_path: Path) -> None:
     assert rows[0]["network.link.rate"] == "50mbit" and rows[0]["valid"] == "True"
 
 
-# Validity
-
-
-def test_a_sound_cell_has_no_problem(tmp_path: Path) -> None:
-    assert problems_of(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"killed": True}, "did not finish"),
-        ({"result": {"status": "failed", "problems": ["w1 exited with code 1"]}}, "w1 exited with code 1"),
-        ({"result": {"status": "failed"}}, "failed"),
-        ({"result": {"status": "interrupted"}}, "interrupted"),
-        ({"result": {"parameters": {"0": "a", "1": "b"}}}, "different parameters"),
-        ({"result": {"parameters": {"0": "a"}}}, "not every rank"),
-        ({"result": {"t_end_s": 33.0}}, "no telemetry for 3 s from 30 s on"),
-        ({"late_s": 0.2}, "4 of 4 scheduled changes came late (the worst: w0 at 10 s, 200 ms late)"),
-        ({"late_s": float("nan")}, "never applied"),
-    ],
-)
-def test_what_spoils_a_cell_is_named(tmp_path: Path, options: dict[str, Any], words: str) -> None:
-    problems = problems_of(tmp_path, **options)
-    assert any(words in problem and problem.startswith("allreduce-s0: ") for problem in problems), problems
-
-
-def test_unconfirmed_changes_are_named(tmp_path: Path) -> None:
-    events = load_run(write_run(tmp_path / "run")).events
-    events.loc[3, "verified"] = False
-    assert validity.unverified_changes(events) == ["the kernel did not confirm 1 of 18 link changes (w1)"]
-
-
-def test_no_telemetry_is_a_problem(tmp_path: Path) -> None:
-    links = load_run(write_run(tmp_path / "run")).links
-    assert validity.telemetry_gaps(links.iloc[:0], 30.0)
-    gappy = links[~links["t_s"].between(4.95, 6.45)]
-    assert "w0 down: no telemetry for 1.6 s from 4.9 s on" in validity.telemetry_gaps(gappy, 30.0)
-
-
-def calibration_rows(*measured_mbps: float | None) -> Any:
-    """Attempts at 50 Mbit/s on w1 down, one after the other."""
-    for attempt, measured in enumerate(measured_mbps, start=1):
-        within = measured is not None and abs(measured - 50) <= 1.5
-        place = {"quantity": "rate", "link": "w1", "direction": "down", "source": "", "target": "", "attempt": attempt}
-        amounts = {"expected": 50e6, "measured": None if measured is None else measured * 1e6, "tolerance": 1.5e6}
-        yield {**place, **amounts, "within": within}
-
-
-def calibrated(path: Path, rows: Any) -> dict[str, Any]:
-    """The summary of a cell whose links were to be calibrated, with these results."""
-    cell = write_cell(path / "cells" / "c")
-    (cell / "cell.json").write_text(json.dumps({**json.loads((cell / "cell.json").read_text()), "calibrate": True}))
-    append(cell / "calibration.jsonl", rows)
-    return cell_of(load_run(path), "c")
-
-
-def test_the_best_attempt_of_a_calibration_counts(tmp_path: Path) -> None:
-    cell = calibrated(tmp_path, calibration_rows(41.0, 49.2))
-    assert cell["valid"] and cell["calibrated"]
-
-
-def test_a_link_off_in_every_attempt_spoils_the_cell(tmp_path: Path) -> None:
-    cell = calibrated(tmp_path, [*calibration_rows(41.0, None, 46.0)])
-    assert cell["problems"] == [
-        "1 of 1 calibrated rates and delays are off (the worst: w1 down carried 46 instead of 50 Mbit/s)"
-    ]
-
-
-def test_a_calibration_that_measured_nothing_is_no_pass(tmp_path: Path) -> None:
-    assert "nothing that could be measured" in calibrated(tmp_path / "a", [*calibration_rows(None)])["problems"][0]
-    assert "not calibrated" in calibrated(tmp_path / "b", [])["problems"][0]
-
-
-def test_calibration_may_be_turned_off_but_not_unseen(tmp_path: Path) -> None:
-    cell = cell_of(load_run(write_run(tmp_path / "run", methods=("allreduce",))), "allreduce-s0")
-    assert cell["valid"] and not cell["calibrated"]
-
-
-def host(busy: float, foreign: float, waited: float = 0.5, rows: int = 80) -> pd.DataFrame:
-    return pd.DataFrame(host_rows(rows / 10, busy, foreign, waited), columns=list(HOST_COLUMNS))
-
-
-def test_a_host_that_others_keep_busy_is_blamed() -> None:
-    blame = "this machine was too busy: other programs took 60 % of its processors while none was idle"
-    assert validity.busy_host(host(1.0, 0.6)) == [f"{blame} (programs waited for one in 50 % of the time)"]
-    assert validity.busy_host(host(1.0, 0.6, float("nan"))) == [blame]  # a kernel that does not tell who waits
-    assert "30 %" in validity.busy_host(pd.concat([host(1.0, 0.6), host(0.4, 0.0)]))[0]
-
-
-@pytest.mark.parametrize(("busy", "foreign"), [(1.0, 0.02), (0.7, 0.5), (0.9, 0.8)])
-def test_honest_computing_and_processors_to_spare_are_not_blamed(busy: float, foreign: float) -> None:
-    assert validity.busy_host(host(busy, foreign)) == []
-
-
-def test_a_load_that_was_not_recorded_is_no_pass() -> None:
-    assert validity.busy_host(host(1.0, 0.0, rows=0))
-
-
-def test_packets_lost_between_links_are_blamed_when_they_matter() -> None:
-    links = pd.DataFrame(
-        [
-            {"link": link, "direction": way, "packets": packets}
-            for link in ("w0", "w1")
-            for way in ("up", "down")
-            for packets in (100, 10_100)
-        ]
-    )
-    for drops, blamed in ((0, False), (40, False), (41, True)):
-        found = validity.lost_between_links(host(0.5, 0.0).assign(softnet_drops=drops), links)
-        assert bool(found) == blamed
-    assert "dropped 41 packets between links, of 40000" in found[0] and "netdev_max_backlog" in found[0]
-
-
-def test_a_pace_that_was_not_held_is_blamed(tmp_path: Path) -> None:
-    steps = load_run(write_run(tmp_path / "run", methods=("allreduce",))).steps  # they compute for 20 ms
-    [problem] = validity.missed_pace(steps, {"pace_s": 0.015})
-    assert problem.startswith("the pace of 15 ms was not held: half of the steps computed for 20 ms and more")
-    assert validity.missed_pace(steps, {"pace_s": 0.02}) == []
-    assert validity.missed_pace(steps, "real") == []
-
-
-def test_the_first_touch_of_memory_in_the_warm_up_is_no_missed_pace(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "run", methods=("allreduce",), result={"steps": 3})
-    cell = path / "cells" / "allreduce-s0"
-    config = json.loads((cell / "cell.json").read_text())
-    (cell / "cell.json").write_text(json.dumps({**config, "workload": {"compute": {"emulate_s": 0.02}}}))
-    for rank in range(2):
-        first = steps_file(cell, rank).read_text().splitlines()[:3]
-        slow = [line.replace('"compute_s": 0.02', '"compute_s": 0.5') for line in first[:2]]
-        steps_file(cell, rank).write_text("\n".join([*slow, first[2], ""]))
-    assert any("pace" in problem for problem in summarize(load_run(path))["problems"])
-    spec = yaml.safe_load((path / "spec.yaml").read_text())
-    (path / "spec.yaml").write_text(yaml.safe_dump({**spec, "workload": {**spec["workload"], "warmup": 2}}))
-    assert not any("pace" in problem for problem in summarize(load_run(path))["problems"])
-    (path / "spec.yaml").write_text(yaml.safe_dump({**spec, "workload": {**spec["workload"], "warmup": 3}}))
-    assert any("none of its steps came after the warm-up of 3" in problem for problem in summarize(load_run(path))["problems"])
-
-
-def samples(carried_bps: np.ndarray, limit_bps: np.ndarray, jitter_s: np.ndarray) -> pd.DataFrame:
-    """Rows of links of one direction that carried these rates between samples 0.1 s apart, give or take."""
-    t_s = np.arange(len(carried_bps)) * 0.1 + jitter_s
-    sent = np.append(0.0, np.cumsum(carried_bps[1:] * np.diff(t_s) / 8))
-    return pd.DataFrame({"t_s": t_s, "link": "w0", "direction": "up", "rate_bps": limit_bps, "bytes": sent})
-
-
-NO_EVENT = pd.DataFrame({"link": pd.Series(dtype="str"), "applied_s": pd.Series(dtype="float64")})
-
-
-@given(rate_bps=st.floats(1e5, 1e10), share=st.floats(0, 1.04), seed=st.integers(0, 99))
-def test_a_link_within_its_limit_is_never_blamed(rate_bps: float, share: float, seed: int) -> None:
-    jitter_s = np.random.default_rng(seed).uniform(0, 0.05, 60)
-    links = samples(np.full(60, share * rate_bps), np.full(60, rate_bps), jitter_s)
-    assert validity.excess_rates(links, NO_EVENT) == []
-
-
-@given(rate_bps=st.floats(2e6, 1e10), start=st.integers(0, 45), seed=st.integers(0, 99))
-def test_a_link_above_its_limit_for_a_second_is_blamed(rate_bps: float, start: int, seed: int) -> None:
-    jitter_s = np.random.default_rng(seed).uniform(0, 0.05, 60)
-    carried = np.where((np.arange(60) >= start) & (np.arange(60) < start + 14), 1.2, 0.5) * rate_bps
-    [problem] = validity.excess_rates(samples(carried, np.full(60, rate_bps), jitter_s), NO_EVENT)
-    assert problem.startswith("w0 up: carried ")
-
-
-def test_a_window_with_a_change_inside_is_left_out() -> None:
-    """Down and up again between two samples: only the events know of it."""
-    t = np.arange(60)
-    limit = np.where((t >= 20) & (t < 40), 1e7, 5e7)
-    follows = samples(limit, limit, np.zeros(60))
-    assert validity.excess_rates(follows, NO_EVENT) == []
-    burst = samples(np.where(t == 30, 5e7, 1e7), np.full(60, 1e7), np.zeros(60))
-    assert validity.excess_rates(burst, NO_EVENT)
-    events = pd.DataFrame({"link": "w0", "applied_s": [2.92, 2.98]})
-    assert validity.excess_rates(burst, events) == []
-
-
-def test_an_unlimited_link_may_carry_anything() -> None:
-    assert validity.excess_rates(samples(np.full(60, 1e11), np.full(60, np.nan), np.zeros(60)), NO_EVENT) == []
+# Comparisons
 
 
 def test_the_columns_can_be_had_without_pandas() -> None:
     code = "import sys, testbed.results.columns; sys.exit('pandas' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def queue_samples(sent_bytes: list[int], backlog: list[int], rate_bps: float = 50e6) -> pd.DataFrame:
-    t_s = np.arange(len(sent_bytes)) / 10
-    samples = {"t_s": t_s, "bytes": sent_bytes, "backlog_bytes": backlog, "rate_bps": rate_bps}
-    return pd.DataFrame({"link": "w0", "direction": "up", **samples})
-
-
-def test_a_link_that_stands_still_with_a_full_queue_is_blamed() -> None:
-    stuck = queue_samples([*range(0, 1000, 100), *[1000] * 30, 2000], [500] * 41)
-    assert validity.stalls(stuck) == ["w0 up: stood still for 2.8 s from 1.1 s on with packets in its queue"]
-
-
-def test_a_link_with_nothing_to_send_or_a_slow_one_is_not_blamed() -> None:
-    assert validity.stalls(queue_samples([1000] * 40, [0] * 40)) == []
-    assert validity.stalls(queue_samples([1000 * (n // 8) for n in range(40)], [500] * 40)) == []
-
-
-def test_a_link_too_slow_for_a_packet_a_second_is_not_blamed_until_one_should_have_left() -> None:
-    # At 8 kbit/s the largest packet takes 12.1 s.
-    assert validity.stalls(queue_samples([1000] * 130, [500] * 130, rate_bps=8_000)) == []
-    assert validity.stalls(queue_samples([1000] * 140, [500] * 140, rate_bps=8_000))
-    assert validity.stalls(queue_samples([1000] * 40, [500] * 40, rate_bps=np.nan))
 
 
 def test_regret_counts_only_what_loses_no_more() -> None:

@@ -1,5 +1,8 @@
 """Specs through the command line's door: good ones load, bad ones get one line with the place and the mend."""
 
+import copy
+import functools
+import re
 import shutil
 from pathlib import Path
 
@@ -8,8 +11,10 @@ import yaml
 from typer.testing import CliRunner
 
 from testbed.cli import app
+from testbed.links.state import LinkState, Shape
 from testbed.plan import make_plan
-from testbed.spec.load import dump_spec, load_spec
+from testbed.spec.errors import SpecError
+from testbed.spec.load import apply_overrides, combinations, dump_spec, load_spec, parse_link, validate
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "experiments" / "smoke.yaml"
@@ -24,8 +29,11 @@ def write(tmp_path, text, **replaced):
             *parents, last = key.split("__")
             for part in parents:
                 node = node[int(part) if part.isdigit() else part]
-            node[int(last) if last.isdigit() else last] = value
-        text = yaml.safe_dump(data)
+            if value is ...:
+                del node[last]
+            else:
+                node[int(last) if last.isdigit() else last] = value
+        text = yaml.safe_dump(data, sort_keys=False)
     path.write_text(text)
     return path
 
@@ -70,7 +78,71 @@ def test_shipped_specs_are_good_and_survive_a_round_trip(path, tmp_path):
         ({"network__link__loss": {"share": "1%", "brust": 4}}, "bad.yaml: network.link.loss.brust: ", "did you mean 'burst'?"),
         ({"network__link__loss": {"share": "50%", "burst": 1, "bad": "60%"}}, "bad.yaml: network.link.loss.burst: ", "longer"),
         ({"network__link__distribution": "gauss"}, "bad.yaml: network.link.distribution: ", "normal, uniform, pareto"),
-        ({"network__link__reorder": "1%"}, "bad.yaml: network.link.reorder: ", "delay"),
+        ({"network__link__reorder": "1%"}, "bad.yaml: network: link w0: ", "cannot overtake where nothing is delayed"),
+        ({"network__link__loss": 1}, "bad.yaml: network.link.loss.share: ", "1% or as 100%"),
+        ({"network__link__delay": "1h"}, "bad.yaml: network.link.delay: ", "us, ms, s, min"),
+        ({"network__link__delay": "20min"}, "bad.yaml: network.link.delay: ", "less than or equal to 1000"),
+        ({"network__link": {"delay": "10ms", "jitter": "8ms"}}, "bad.yaml: network: link w0: a jitter of 8ms", "16ms or more"),
+        ({"schedule__0__set": {"jitter": "8ms"}}, "bad.yaml: schedule: link w0 at 8s: a jitter of 8ms", "16ms or more"),
+        ({"network__link__in_order": "perhaps"}, "bad.yaml: network.link.in_order: ", "true or false"),
+        ({"network__link__aqm": "red"}, "bad.yaml: network.link.aqm: ", "valid: fifo, codel, fq_codel"),
+        ({"network__link__ecn": True}, "bad.yaml: network: link w0: ecn needs a queue that marks", "aqm: codel or fq_codel"),
+        ({"network__link__up": {"aqm": "fifo", "ecn": True}}, "bad.yaml: network.link.up.ecn: ", "fifo only drops"),
+        (
+            {"network__link": {"aqm": "codel"}, "schedule": []},
+            "bad.yaml: network: link w0: codel has nothing to manage",
+            "give it a rate",
+        ),
+        ({"schedule__0__set": {"aqm": "codel"}}, "bad.yaml: schedule[0].set.aqm: cannot change while", "under network"),
+        ({"schedule__0__set": {"up": {"aqm": "codel"}}}, "bad.yaml: schedule[0].set.up.aqm: cannot change", "under network"),
+        ({"schedule__0__set": {"ecn": True}}, "bad.yaml: schedule[0].set.ecn: cannot change while", "both ends"),
+        ({"network__engine": "kernel"}, "bad.yaml: network.engine: ", "valid: auto, netem, userspace"),
+        ({"network__shaper": "hfsc"}, "bad.yaml: network.shaper: ", "valid: htb, tbf"),
+        ({"network__mtu": 500}, "bad.yaml: network.mtu: 500 is out of range", "greater than or equal to 576"),
+        ({"network__mtu": 9001}, "bad.yaml: network.mtu: 9001 is out of range", "less than or equal to 9000"),
+        ({"network__mtu": 1000, "network__ip": 6}, "bad.yaml: network.mtu: ", "needs 1280"),
+        ({"network__ip": 5}, "bad.yaml: network.ip: ", "valid: 4, 6"),
+        ({"network__link__queue": "1513B"}, "bad.yaml: network.link.queue: 1513B do not hold one frame", "at least 1514B"),
+        ({"network__link__queue": "3KiB", "network__mtu": 9000}, "bad.yaml: network.link.queue: 3KiB do not", "9014B"),
+        ({"network__links": {"w1": {"up": {"queue": "99B"}}}}, "bad.yaml: network.links.w1.up.queue: 99B do not", "1514B"),
+        ({"schedule__0__set": {"queue": "1B"}}, "bad.yaml: schedule[0].set.queue: 1B do not", "1514B"),
+        (
+            {"schedule__0": {"at": "1s", "square": {"queue": ["10ms", "1KiB"]}, "period": "1s"}},
+            "bad.yaml: schedule[0].square.queue: 1KiB do not",
+            "1514B",
+        ),
+        (
+            {"network__mtu": 576, "traffic": [{"from": "bg0", "to": "w0", "udp": {"rate": "1mbit"}}]},
+            "bad.yaml: traffic[0].udp.packet: 1200B do not fit into one frame",
+            "at most 548B",
+        ),
+        ({"schedule__0__links": ["w1", "all"]}, "bad.yaml: schedule[0].links[1]: all stands alone", "links: all"),
+        (
+            {"network": {"topology": "dumbbell", "trunk": {"rate": "5mbit"}, "left": ["w0", "w0"]}},
+            "bad.yaml: network.left[1]: ",
+            "'w0' stands there twice",
+        ),
+        (
+            {
+                "network": {
+                    "topology": "regions",
+                    "regions": {"eu": ["w0", "w1"], "us": ["w2", "w3"]},
+                    "between": {"eu-us": {"rate": "5mbit"}, "us-eu": {"rate": "9mbit"}},
+                }
+            },
+            "bad.yaml: network.between.us-eu: ",
+            "the same trunk as eu-us",
+        ),
+        (
+            {"matrix": {"network.link.rate": ["1mbit"], "network.link": [{"rate": "5mbit"}]}},
+            "bad.yaml: matrix.network.link.rate: ",
+            "would be lost, as network.link comes later",
+        ),
+        (
+            {"matrix": {f"network.links.w{link}.rate": [f"{rate}mbit" for rate in range(1, 100)] for link in range(4)}},
+            "bad.yaml: matrix: makes 96,059,601 combinations",
+            "10,000",
+        ),
         ({"network__topology": "dumbbell"}, "bad.yaml: network.trunk: is missing", "dumbbell"),
         ({"network__trunk": {"rate": "5mbit"}}, "bad.yaml: network.trunk: ", "does not belong to topology star"),
         (
@@ -203,7 +275,7 @@ def test_shipped_specs_are_good_and_survive_a_round_trip(path, tmp_path):
             "use compute: {pace: 120ms}",
         ),
         (
-            {"workload": None, "script": {"file": "train.py", "stop": {"steps": 10}}},
+            {"workload": ..., "script": {"file": "train.py", "stop": {"steps": 10}}},
             "bad.yaml: script.stop.steps: ",
             "give stop: {seconds: 60}",
         ),
@@ -215,6 +287,122 @@ def test_a_fault_is_named_with_its_place_and_mend(tmp_path, replaced, place, wor
     line = refused(write(tmp_path, None, **replaced))
     assert line.startswith(place)
     assert words in line
+
+
+EVERYTHING = """
+name: everything
+lab: netns
+workers: 4
+network:
+  topology: regions
+  link: {rate: 50mbit, queue: 50ms, up: {rate: 20mbit}, down: {loss: {share: 1%, burst: 4}, delay: 1ms, in_order: true}}
+  links: {w1: {aqm: codel, ecn: true, duplicate: 1%, corrupt: 1%, reorder: 1%, jitter: 0s, distribution: normal}}
+  regions: {eu: [w0, w1], us: [w2, w3]}
+  between: {all: {rate: 5mbit}}
+  congestion: cubic
+  engine: auto
+  shaper: htb
+  mtu: 1500
+  ip: 4
+schedule:
+  - {at: 1s, links: w1, set: {rate: 5mbit, down: {delay: 2ms}}}
+  - {at: 2s, links: [w2], ramp: {rate: 5mbit}, over: 1s, every: 100ms}
+  - {at: 3s, links: w2, sawtooth: {rate: [1mbit, 2mbit]}, period: 1s, every: 100ms, for: 2s}
+  - {at: 3s, links: w3, square: {down: {rate: [1mbit, 2mbit]}}, period: 1s, duty: 50%, for: 2s}
+  - {at: 6s, links: w2, walk: {rate: [1mbit, 2mbit]}, every: 1s, step: 20%, seed: 1}
+  - {at: 6s, links: w3, trace: a.csv, repeat: true, scale: {rate: 2}, offset: 1s, direction: up, for: 3s}
+traffic:
+  - {from: w0, to: w1, at: 1s, for: 2s, tcp: {streams: 2, congestion: reno}, on: 1s, off: 1s, seed: 0, engine: builtin}
+  - {from: w0, to: w1, udp: {rate: 1mbit, packet: 100B}}
+workload:
+  model: {name: mlp}
+  data: {name: digits}
+  batch: 8
+  stop: {steps: 5, epochs: 1, seconds: 30, accuracy: 90%}
+  optimizer: {name: sgd, lr: 0.1}
+  compute: {pace: 1ms, stragglers: {w1: 2}}
+  evaluate_every: 1s
+  target: 90%
+  warmup: 0
+methods: [allreduce, {name: topk, label: k, ratio: 0.1}, {name: "own:Method", options: {a: 1}}]
+seeds: [0, 1]
+matrix: {network.link.rate: [5mbit, 6mbit]}
+calibrate: true
+dilation: 1
+"""
+
+
+def places(node, path=()):
+    """Every place below a node of a raw spec."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def test_an_empty_value_is_refused_everywhere_and_never_means_no_limit():
+    whole = yaml.safe_load(EVERYTHING.replace(" on:", " 'on':").replace(" off:", " 'off':"))
+    assert validate(whole).name == "everything"
+    seen = list(places(whole))
+    assert len(seen) > 130
+    for path in seen:
+        raw = copy.deepcopy(whole)
+        *parents, last = path
+        functools.reduce(lambda node, part: node[part], parents, raw)[last] = None
+        with pytest.raises(SpecError, match=r"is empty; give it a value.*, or remove the line") as raised:
+            for combination in combinations(validate(raw)):
+                validate(apply_overrides(raw, combination))
+        assert len(raised.value.faults) == 1, path
+
+
+@pytest.mark.parametrize(
+    ("replaced", "line"),
+    [
+        ({"network__link__rate": None}, "network.link.rate: is empty; give it a value such as 50mbit, or remove the line"),
+        ({"network__link__queue": None}, "network.link.queue: is empty; give it a value such as 50ms, or remove the line"),
+        ({"network__links": {"w1": {"up": None}}}, "network.links.w1.up: is empty; give it a value, or remove the line"),
+        ({"schedule__0__set": {"rate": None}}, "schedule[0].set.rate: is empty; give it a value such as 50mbit, or"),
+        ({"schedule__0__at": None}, "schedule[0].at: is empty; give it a value such as 5s, or remove the line"),
+        ({"workload__stop__seconds": None}, "workload.stop.seconds: is empty; give it a value such as 30, or"),
+        ({"methods__1": {"name": "topk", "ratio": None}}, "methods[1].ratio: is empty; give it a value, or remove"),
+        ({"schedule": None}, "schedule: is empty; give it a value, or remove the line"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_line_for_an_empty_value_has_its_place_and_an_example(tmp_path, replaced, line):
+    assert refused(write(tmp_path, None, **replaced)).startswith(f"bad.yaml: {line}")
+
+
+@pytest.mark.parametrize("value", ["", "null", "~"])
+def test_nothing_on_the_command_line_is_no_value_either(value):
+    line = refused(SMOKE, "--set", f"network.link.rate={value}")
+    assert line == "smoke.yaml: network.link.rate: is empty; give it a value such as 50mbit, or remove the line"
+    with pytest.raises(SpecError, match=r"rate: is empty; give it a value such as 50mbit"):
+        parse_link({"rate": None})
+
+
+def test_a_link_in_use_keeps_what_manages_its_queue_and_room_for_a_frame():
+    assert parse_link({"queue": "600B", "in_order": True}).in_order
+    with pytest.raises(SpecError, match=r"down.aqm: cannot change while a link is in use"):
+        parse_link({"down": {"aqm": "codel"}})
+    with pytest.raises(SpecError, match=r"up.queue: 600B do not hold one frame; with this mtu give it at least 1514B"):
+        parse_link({"up": {"queue": "600B"}}, mtu=1500)
+
+
+def test_what_belongs_to_the_queue_holds_in_both_directions_and_what_belongs_to_the_delay_on_down(tmp_path):
+    network = {
+        "topology": "dumbbell",
+        "link": {"rate": "5mbit", "queue": "1514B", "aqm": "codel", "ecn": True, "delay": "1ms", "in_order": True},
+        "links": {"w1": {"up": {"aqm": "fq_codel", "in_order": True}, "ecn": False}},
+        "trunk": {"rate": "9mbit", "in_order": True, "aqm": "codel", "queue": "1us"},
+    }
+    (cell, *_) = make_plan(load_spec(write(tmp_path, None, network=network, schedule=[]))).cells
+    codel = {"rate_bps": 5_000_000, "queue_bytes": 1514, "aqm": "codel", "ecn": True}
+    links = cell.lab.links
+    assert links["w0"] == LinkState(Shape(**codel), Shape(**codel, delay_s=0.001, in_order=True))
+    assert (links["w1"].up.aqm, links["w1"].up.in_order, links["w1"].up.ecn) == ("fq_codel", True, False)
+    assert (links["w1"].down.aqm, links["w1"].down.in_order, links["w1"].down.ecn) == ("codel", True, False)
+    trunk = Shape(9_000_000, queue_s=1e-6, in_order=True, aqm="codel")
+    assert links["trunk"] == LinkState(trunk, trunk)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +472,15 @@ def test_bad_override(text, words):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+def test_an_override_that_the_matrix_would_undo_is_refused(tmp_path):
+    path = write(tmp_path, None, matrix={"network.link": [{"rate": "5mbit"}, {"rate": "6mbit"}]})
+    line = refused(path, "--set", "network.link.rate=1mbit")
+    assert line.startswith(
+        "bad.yaml: network.link.rate: varies by the matrix, which would win; use --set 'matrix={network.link:"
+    )
+    assert load_spec(path, ["matrix={network.link: [{rate: 1mbit}]}", "network.mtu=1400"]).network.mtu == 1400
+
+
 def test_overrides_reach_into_the_spec():
     spec = load_spec(SMOKE, ["network.link.rate=20mbit", "schedule.0.at=2s", "methods.1.ratio=0.05"])
     assert spec.network.link.rate == 20_000_000
@@ -294,8 +491,8 @@ def test_overrides_reach_into_the_spec():
 def test_dry_run_prints_hosts_timeline_and_tc(tmp_path):
     result = CliRunner().invoke(app, ["run", str(SMOKE), "--dry-run", "--out", str(tmp_path / "out")])
     assert result.exit_code == 0
-    assert "t=0 [w0] tc qdisc replace dev eth0 root handle 7e52: tbf rate 50000000bit" in result.stdout
-    assert "t=8s [switch] tc qdisc replace dev w3 root handle 7e52: tbf rate 10000000bit" in result.stdout
+    assert re.search(r"t=0 \[w0\] tc class replace dev eth0 .* htb rate 50000000bit", result.stdout)
+    assert re.search(r"t=8s \[switch\] tc class replace dev w3 .* htb rate 10000000bit", result.stdout)
     assert not (tmp_path / "out").exists()
 
 

@@ -14,7 +14,9 @@ from testbed.spec.errors import SpecError
 from testbed.spec.models import LinkSpec
 from testbed.timeline import expand
 from testbed.timeline.moves import between
+from testbed.timeline.recording import Recording
 from testbed.timeline.shapes import SHAPES, parse_entry
+from testbed.timeline.span import values_at
 
 LINKS = {name: LinkState(Shape(rate_bps=50_000_000), Shape(rate_bps=50_000_000)) for name in ("w0", "w1", "w2")}
 ONE = {"w0": LINKS["w0"]}
@@ -22,7 +24,7 @@ ONE = {"w0": LINKS["w0"]}
 times = st.integers(0, 10_000).map(lambda ms: f"{ms}ms")
 lengths = st.integers(1, 3000).map(lambda ms: f"{ms}ms")
 rates = st.integers(1, 1000).map(lambda mbit: f"{mbit}mbit")
-pairs = st.lists(rates, min_size=2, max_size=2)
+pairs = st.lists(rates, min_size=2, max_size=2, unique=True)
 properties = st.fixed_dictionaries({"rate": rates}, optional={"delay": times, "up": st.fixed_dictionaries({"rate": rates})})
 spans = st.one_of(
     st.fixed_dictionaries({"rate": pairs}, optional={"delay": st.lists(times, min_size=2, max_size=2)}),
@@ -100,6 +102,7 @@ def test_a_later_entry_takes_over_whatever_was_going_on(raw, at, wanted):
 
 @given(ramps)
 def test_a_ramp_ends_exactly_at_its_target_on_time_and_never_turns(raw):
+    raw = {**raw, "ramp": {**raw["ramp"], "rate": raw["ramp"]["rate"].replace("50mbit", "51mbit")}}  # it begins with 50
     (entry,) = entries([raw])
     name = "w0" if entry.links == ["all"] else entry.links[0]
     track = [change for change in expand([entry], LINKS) if change.link == name]
@@ -160,8 +163,12 @@ def test_a_ramp_needs_a_rate_to_start_from():
         expand(entries([{"at": "1s", "ramp": {"rate": "5mbit"}, "over": "1s"}]), {"w0": LinkState()})
 
 
-@given(st.integers(1, 1000), st.integers(1, 1000), st.integers(200, 5000), st.integers(1, 100))
-def test_a_sawtooth_repeats_with_its_period_and_meets_both_values(low, high, period_ms, every_ms):
+unequal = st.lists(st.integers(1, 1000), min_size=2, max_size=2, unique=True)
+
+
+@given(unequal, st.integers(200, 5000), st.integers(1, 100))
+def test_a_sawtooth_repeats_with_its_period_and_meets_both_values(ends, period_ms, every_ms):
+    low, high = ends
     rate, period = [f"{low}mbit", f"{high}mbit"], f"{period_ms}ms"
     starts, values = one(end_s=3 * period_ms / 1e3, sawtooth={"rate": rate}, period=period, every=f"{every_ms}ms")
     steps = len(values) // 3
@@ -173,8 +180,9 @@ def test_a_sawtooth_repeats_with_its_period_and_meets_both_values(low, high, per
     assert min(b - a for a, b in pairwise(starts)) >= every_ms / 1e3 - 2e-6
 
 
-@given(st.integers(1, 1000), st.integers(1, 1000), st.integers(20, 5000), st.floats(0.1, 0.9))
-def test_a_square_has_each_value_for_its_share_of_the_period(first, second, period_ms, duty):
+@given(unequal, st.integers(20, 5000), st.floats(0.1, 0.9))
+def test_a_square_has_each_value_for_its_share_of_the_period(ends, period_ms, duty):
+    first, second = ends
     period_s = period_ms / 1e3
     track = one(end_s=4 * period_s, square={"rate": [f"{first}mbit", f"{second}mbit"]}, period=f"{period_ms}ms", duty=duty)
     assert track[1] == [first * 10**6, second * 10**6] * 4
@@ -192,8 +200,9 @@ def test_a_square_can_cut_a_link_and_change_a_queue():
 @given(st.integers(1, 500), st.integers(1, 500), st.floats(0.01, 1), st.integers(0, 100))
 def test_a_walk_stays_within_its_bounds_and_takes_no_step_too_far(low, more, step, seed):
     high = low + more
-    _, values = one(end_s=10, walk={"rate": [f"{low}mbit", f"{high}mbit"]}, every="100ms", step=step, seed=seed)
-    assert len(values) == 100
+    starts, values = one(end_s=10, walk={"rate": [f"{low}mbit", f"{high}mbit"]}, every="100ms", step=step, seed=seed)
+    assert 95 <= len(values) <= 100, "only a step that rounds to nothing is left out"
+    assert all(round(at_s * 10, 6).is_integer() for at_s in starts)
     assert all(low * 10**6 <= value <= high * 10**6 for value in values)
     assert max(abs(b - a) for a, b in pairwise(values)) <= step * more * 10**6 + 1
 
@@ -267,9 +276,72 @@ def test_there_is_a_limit_to_the_number_of_changes(monkeypatch):
         expand([walk], ONE, end_s=10.01)
 
 
+SAME, APART = {"rate": ["5mbit", "5mbit"]}, {"rate": ["5mbit", "9mbit"]}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"square": SAME, "period": "2ms"},
+        {"square": APART, "period": "2ms"},
+        {"sawtooth": SAME, "period": "10000000s", "every": "1ms"},
+        {"sawtooth": APART, "period": "10ms", "every": "1ms"},
+        {"walk": SAME, "every": "1ms"},
+        {"walk": APART, "every": "1ms"},
+        {"walk": APART, "every": "1ms", "step": 1e-12},
+        {"ramp": {"rate": "50mbit"}, "over": "10000000s", "every": "1ms"},
+        {"trace": "1\n2\n", "repeat": True},
+        {"trace": "t_ms,rate_mbps\n0,1\n1,1\n2,1\n", "repeat": True},
+        {"trace": "t_ms,rate_mbps\n" + "".join(f"{row},{1 + row // 499}\n" for row in range(500)), "repeat": True},
+    ],
+    ids=itertools.count(),
+)
+def test_nothing_that_a_schedule_asks_for_goes_on_and_on(entry, monkeypatch):
+    """Whatever is pulled or computed counts for the limit, whether it changes anything or not."""
+    pulled = itertools.count()
+
+    def once_more(*_):
+        assert next(pulled) < 8000, "goes on and on"
+
+    def counted(make):
+        return lambda *given, **keys: (once_more() or move for move in make(*given, **keys))
+
+    monkeypatch.setattr("testbed.timeline.changes.MAX_CHANGES", 1000)
+    monkeypatch.setattr(Recording, "replay", counted(Recording.replay))
+    for shape in SHAPES.values():
+        monkeypatch.setattr(shape, "moves", counted(shape.moves))
+    for name in ("sawtooth", "walk"):
+        monkeypatch.setattr(f"testbed.timeline.shapes.{name}.values_at", lambda *given: once_more() or values_at(*given))
+    try:
+        assert len(expand([parse_entry({"at": "0s", **entry})], ONE, end_s=1e7, read=lambda text: text)) == 1
+    except SpecError as error:
+        assert "the schedule makes more than 1,000 changes" in str(error)
+
+
+def test_a_move_that_changes_nothing_is_left_out():
+    assert one(end_s=1, square=SAME, period="100ms") == ([0.0], [5_000_000])
+    assert one(end_s=1, walk=SAME, every="100ms") == ([0.0], [5_000_000])
+    # But it takes over from what went on, even if it finds the same value.
+    ramp = {"at": "0s", "ramp": {"rate": "10mbit"}, "over": "4s", "every": "1s"}
+    changes = expand(entries([ramp, {"at": "2s", "set": {"rate": "30mbit"}}]), ONE)
+    assert down(changes) == ([1, 2], [40_000_000, 30_000_000])
+
+
+def test_jitter_never_needs_a_packet_that_arrives_before_it_was_sent():
+    delayed = {"w0": LinkState(Shape(), Shape(delay_s=0.05, jitter_s=0.02))}
+    raw = {"at": "0s", "ramp": {"delay": "0s"}, "over": "1s", "every": "100ms"}
+    with pytest.raises(SpecError, match=r"schedule: link w0 at 0.3s: a jitter of 20ms needs a delay of 40ms or more"):
+        expand([parse_entry(raw)], delayed)
+    assert len(expand([parse_entry({**raw, "ramp": {"delay": "0s", "jitter": "0s"}})], delayed)) == 10
+
+
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
+        ({"ramp": {"aqm": "codel"}, "over": "1s"}, "cannot change while a link is in use"),
+        ({"square": {"aqm": ["fifo", "codel"]}, "period": "1s"}, "cannot change while a link is in use"),
+        ({"square": {"down": {"aqm": ["fifo", "codel"]}}, "period": "1s"}, "cannot change while a link is in use"),
+        ({"walk": {"in_order": [True, False]}}, "in_order has no values in between; use square"),
         ({"sawtoth": {}}, "did you mean 'sawtooth'"),
         ({"square": {"rate": ["1mbit", "2mbit"]}}, "is missing; for example period: 10s"),
         ({"square": {"rate": ["1mbit", "2mbit"]}, "period": "1s", "seed": 3}, "belongs to a walk; remove it, or write walk"),

@@ -164,8 +164,32 @@ def test_a_trace_ends_with_its_time_and_with_the_run():
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "1\n",  # 12 Mbit/s in Mahimahi's way
+        "\n".join(map(str, range(1, 1001))),  # the same, written out; its windows differ by a rounding
+        "t_s,rate_mbps,delay_ms\n0,12,0\n1,12,0\n",
+    ],
+)
+def test_a_constant_that_is_repeated_is_one_change_in_a_run_of_any_length(text):
+    for end_s in (None, 10, 1e7):
+        (change,) = replay(text, repeat=True, end_s=end_s)
+        assert (change.at_s, change.state.up.rate_bps, change.state.down.rate_bps) == (0, 12_000_000, 12_000_000)
+
+
+def test_mahimahis_constant_rate_is_good_in_a_run_of_steps(tmp_path):
+    (tmp_path / "t.packets").write_text("1\n")
+    path = spec_with(tmp_path, [{"at": "0s", "trace": "t.packets", "repeat": True}], workload={"stop": {"steps": 9}})
+    (cell,) = make_plan(load_spec(path), tmp_path).cells
+    assert [change.state.down.rate_bps for change in cell.timeline] == [12_000_000]
+
+
+@pytest.mark.parametrize(
     ("text", "keys", "words"),
     [
+        ("t_s,delay_s\n0,1\n1,900\n", {"scale": {"delay": 2}}, "trace: a.csv has delays above 1000s"),
+        (EXAMPLE, {"scale": {"delay": 2}}, "scale.delay: a.csv has no delay that could be scaled"),
+        ("t_s,delay_ms\n0,1\n1,2\n", {"scale": 2}, "scale.rate: a.csv has no rate that could be scaled"),
         ("", {}, "trace: a.csv is empty"),
         ("# nothing\n", {}, "trace: a.csv is empty"),
         ("t_s,rate_mbps\n", {}, "trace: a.csv line 1: has less than two rows"),
@@ -254,7 +278,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, words):
     assert str(raised.value).startswith(f"schedule[0].trace: {words}")
 
 
-@pytest.mark.parametrize("path", sorted((EXPERIMENTS / "schedules").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted([*(EXPERIMENTS / "schedules").glob("*.yaml"), *(EXPERIMENTS / "wan").glob("*.yaml")]),
+    ids=lambda path: path.name,
+)
 def test_shipped_schedules_are_good_and_survive_their_run_directory(path, tmp_path):
     spec = load_spec(path)
     plan = make_plan(spec, path.parent)

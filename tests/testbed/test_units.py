@@ -32,6 +32,7 @@ from testbed.spec.units import (
         (parse_size, "1.5MB", 1_500_000),
         (parse_share, "1%", 0.01),
         (parse_share, 0.25, 0.25),
+        (parse_share, 1.0, 1.0),
     ],
 )
 def test_values(parse, text, value):
@@ -57,6 +58,7 @@ def test_values(parse, text, value):
         (parse_size, "0B", "out of range"),
         (parse_share, "101%", "out of range"),
         (parse_share, "1pct", "unknown unit"),
+        (parse_share, 1, "1% or as 100%"),
     ],
 )
 def test_faults_name_the_mend(parse, text, part):

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from testbed.spec.errors import SpecError
-from testbed.spec.models import LinkSpec, ScheduleEntry
+from testbed.spec.models import LinkChange, ScheduleEntry
 from testbed.timeline.keys import Interval, PositiveTime, check_changes, check_continuous
 from testbed.timeline.moves import Move, Start, between, value_in, values_of
 
@@ -20,7 +20,7 @@ class Ramp(ScheduleEntry):
 
     LENGTH: ClassVar[str] = "over"
 
-    ramp: LinkSpec
+    ramp: LinkChange
     over: PositiveTime = Field(examples=["4s"])
     every: Interval = 0.1
 

@@ -37,7 +37,6 @@ class Sawtooth(LastingEntry):
     def pattern(self, start: Start) -> Iterator[Move]:
         steps = self._steps
         pairs = self.sawtooth.pairs(start.trunk)
-        levels = [values_at(pairs, step / (steps - 1)) for step in range(steps)]
         for cycle in count():
-            for step, values in enumerate(levels):
-                yield (cycle + step / steps) * self.period, values
+            for step in range(steps):
+                yield (cycle + step / steps) * self.period, values_at(pairs, step / (steps - 1))

@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import model_validator
 
-from testbed.spec.models import LinkSpec, ScheduleEntry
+from testbed.spec.models import LinkChange, ScheduleEntry
 from testbed.timeline.keys import check_changes
 from testbed.timeline.moves import Move, Start, values_of
 
@@ -13,7 +13,7 @@ from testbed.timeline.moves import Move, Start, values_of
 class Step(ScheduleEntry):
     """New values from now on."""
 
-    set: LinkSpec
+    set: LinkChange
 
     @model_validator(mode="after")
     def _changes_something(self) -> Self:

@@ -1,7 +1,7 @@
 """``trace: traces/example.csv, repeat: true, scale: {rate: 0.5, time: 2}, offset: 10s``: what was recorded elsewhere."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from testbed.links.state import DIRECTIONS, Loss
 from testbed.spec.errors import SpecError
 from testbed.spec.models import Model, Time
-from testbed.spec.units import MAX_RATE_BPS, MIN_RATE_BPS, format_time
+from testbed.spec.units import MAX_DELAY_S, MAX_RATE_BPS, MIN_RATE_BPS, format_time
 from testbed.timeline.keys import SHORTEST_S, Interval
 from testbed.timeline.lasting import LastingEntry
 from testbed.timeline.moves import Key, Move, Start
@@ -17,6 +17,8 @@ from testbed.timeline.recording import DEFAULT_WINDOW_S, Recording, parse_record
 
 Factor = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 _BOTH_DIRECTIONS = ("rate_bps",)
+_SCALED = {"rate": {"rate_bps"}, "delay": {"delay_s", "jitter_s"}, "loss": {"loss"}}
+"""Columns by the factor of ``Scale`` that acts on them."""
 
 
 class Scale(Model):
@@ -40,8 +42,8 @@ class Trace(LastingEntry):
     every: width of the windows in which a packet-delivery file is counted.
     direction: replay it in this direction only. Otherwise the rate holds in both, all else on down (on a trunk in both).
 
-    A rate below 8kbit, such as the 0 of an outage, becomes 8kbit, the least that tbf can do; what waits stays in the queue.
-    Rows that change nothing are left out, as the kernel gives a free burst with every change.
+    A rate of 0 is an outage: nothing passes, and what comes waits in the queue. Any other rate below 8kbit becomes 8kbit, the
+    least of a link.
     """
 
     trace: str = Field(min_length=1, max_length=4096)
@@ -51,19 +53,15 @@ class Trace(LastingEntry):
     every: Interval | None = None
     direction: Literal[*DIRECTIONS] | None = None  # type: ignore[valid-type]
 
-    @property
-    def endless(self) -> bool:
-        """True if it begins again and again."""
-        return self.repeat
+    def endless(self, start: Start) -> bool:
+        """True if it begins again and again; a recording of a constant, such as Mahimahi's of 12 Mbit/s, has no need to."""
+        return self.repeat and any(len(set(values)) > 1 for values in self._columns(self._recording(start), start).values())
 
     def pattern(self, start: Start) -> Iterator[Move]:
         recording = self._recording(start)
-        rows = [self._values(row, start) for row in recording.rows()]
-        last: dict[Key, Any] | None = None
-        for at_s, index in recording.replay(self.offset, self.repeat):
-            if rows[index] != last:
-                last = rows[index]
-                yield at_s * self.scale.time, last
+        columns = self._columns(recording, start)
+        for at_s, index in recording.replay(self.offset, repeat=self.endless(start)):
+            yield at_s * self.scale.time, {key: values[index] for key, values in columns.items()}
 
     def _recording(self, start: Start) -> Recording:
         try:
@@ -75,6 +73,8 @@ class Trace(LastingEntry):
 
     def _check(self, recording: Recording, trunk: bool) -> None:
         key = fault = ""
+        given = recording.columns.keys()
+        delays = [value for name in _SCALED["delay"] & given for value in recording.columns[name]]
         if self.every is not None and not recording.counted:
             key, fault = "every", f"is for packet-delivery files; {self.trace} has times of its own, remove it"
         elif self.offset >= recording.length_s:
@@ -86,24 +86,28 @@ class Trace(LastingEntry):
             key, fault = "trace", f"{self.trace} has rows less than 1ms apart; scale its time or thin it out"
         elif max(recording.columns.get("rate_bps", (0.0,))) * self.scale.rate > MAX_RATE_BPS:
             key, fault = "trace", f"{self.trace} has rates above 100gbit; scale them down"
-        elif self.direction == "up" and not trunk and recording.columns.keys() - {*_BOTH_DIRECTIONS}:
+        elif max(delays, default=0.0) * self.scale.delay > MAX_DELAY_S:
+            key, fault = "trace", f"{self.trace} has delays above {format_time(MAX_DELAY_S)}; scale them down"
+        elif missing := [name for name in _SCALED if getattr(self.scale, name) != 1 and not given & _SCALED[name]]:
+            key, fault = f"scale.{missing[0]}", f"{self.trace} has no {missing[0]} that could be scaled; remove it"
+        elif self.direction == "up" and not trunk and given - {*_BOTH_DIRECTIONS}:
             key, fault = "direction", f"{self.trace} has more than a rate, and all else exists on the down direction only"
         if key:
             raise SpecError([(key, fault)])
 
-    def _values(self, row: dict[str, float], start: Start) -> dict[Key, Any]:
-        values = {name: self._scaled(name, value) for name, value in row.items()}
+    def _columns(self, recording: Recording, start: Start) -> dict[Key, Sequence[Any]]:
+        columns = {name: [self._scaled(name, value) for value in values] for name, values in recording.columns.items()}
         sides = (self.direction,) if self.direction else DIRECTIONS
         return {
-            (side, name): value
+            (side, name): values
             for side in sides
-            for name, value in values.items()
+            for name, values in columns.items()
             if side == "down" or start.trunk or name in _BOTH_DIRECTIONS
         }
 
     def _scaled(self, name: str, value: float) -> Any:
         if name == "rate_bps":
-            return max(MIN_RATE_BPS, math.floor(value * self.scale.rate + 0.5))
+            return max(MIN_RATE_BPS, math.floor(value * self.scale.rate + 0.5)) if value else 0
         if name == "loss":
             return Loss(min(1.0, value * self.scale.loss))
         return value * self.scale.delay
