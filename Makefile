@@ -25,7 +25,8 @@ test-netem: setup
 
 # The same tests with the delay line in user space instead, on the kernel that is there.
 test-delayline: setup
-	NETSENSE_ENGINE=userspace NETSENSE_REQUIRE=netem unshare --user --map-root-user --net --mount --pid --fork --kill-child --mount-proc \
+	NETSENSE_ENGINE=userspace NETSENSE_REQUIRE=netem \
+		unshare $$([ $$(id -u) = 0 ] || echo --user --map-root-user) --net --mount --pid --fork --kill-child --mount-proc \
 		$(VENV)/bin/python -m pytest tests/netem $(PYTEST_ARGS)
 
 setup: check $(VENV)/installed

@@ -11,8 +11,8 @@ link of w1. In half of the cells something is wrong behind the testbed's back:
     lossy                 a queue is far too short, or the switch drops what it should forward for 0.3 s
     by hand               somebody changes a link of the live cell
 
-Prints a line a trial, then a table; exit code 1 if a deviation is missed or an honest cell blamed. A cell that is blamed only
-for other programs on this machine is tried again.
+Prints a line a trial, then a table; exit code 1 if a deviation is missed or an honest cell blamed. An honest cell of which the
+verdict also says that other programs kept this machine busy proves nothing, and is tried again.
 """
 
 import ipaddress
@@ -38,7 +38,7 @@ from testbed.labs import open_labs
 from testbed.labs.base import LabPlan
 from testbed.labs.netns import NetnsLab, enclosure
 from testbed.links import gauge, shaper
-from testbed.links.qdiscs import Tree, compile_tree, tc_commands
+from testbed.links.qdiscs import ETHERNET_FRAME_BYTES, Tree, compile_tree, tc_commands
 from testbed.links.shaper import Applied, Prepared
 from testbed.links.state import Shape
 from testbed.plan import make_plan
@@ -51,6 +51,7 @@ from testbed.spec.load import validate
 SECONDS = 3.5
 PLANTED_AT_S = 0.5
 LATE_S = 0.08
+LOW = 0.5
 RATES = (1_000_000, 10_000_000, 50_000_000, 500_000_000)
 SHAPES = ("constant", "fall", "square", "ramp", "walk", "trace")
 LOADS = ("udp", "tcp", "training")
@@ -63,7 +64,7 @@ EXPECTED = {
     "by hand": "changed by hand",
 }
 """Words of the problem that names a deviation."""
-TRIES = 3
+TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,14 @@ class Trial:
         """A trial in which its deviation, if any, matters."""
         shape, rate_bps, load = source.choice(SHAPES), source.choice(RATES), source.choice(LOADS)
         match deviation:
-            case "too fast" | "too slow" | "lossy":
-                load = source.choice(("udp", "tcp")) if deviation == "too fast" else "udp"
+            case "too fast":
+                load = source.choice(("udp", "tcp"))
+            case "too slow":
+                load = "udp"
+            case "lossy":
+                # The next change of the link would make its queue right again.
+                shape = shape if variant % 2 else source.choice(("constant", "fall"))
+                load = "udp"
             case "late":
                 # That a fall was recorded as if it had been on time shows in what was carried; of a rise nobody could tell.
                 shape = "fall" if variant % 2 else source.choice(SHAPES[1:])
@@ -95,8 +102,14 @@ class Trial:
 
 
 def spec_of(trial: Trial, source: random.Random, directory: Path) -> dict[str, Any]:
-    """The spec of a trial: w1's link is the bottleneck and follows the schedule."""
-    low, high = trial.rate_bps // 4, trial.rate_bps
+    """The spec of a trial: the link of w1 is the bottleneck and follows the schedule, between its rate and half of it.
+
+    No rate holds for less than 20 frames take, or what the last frame before a rise still owes would count.
+    """
+    low, high, twice = (f"{round(share * trial.rate_bps)}bit" for share in (LOW, 1, 2))
+    shortest_ms = max(20, round(20 * ETHERNET_FRAME_BYTES * 8 / (LOW * trial.rate_bps) * 1e3))
+    step_ms = shortest_ms * source.choice((1, 2, 5))
+    step = {"every": f"{step_ms}ms"}
     entry: dict[str, Any] = {"at": "0s", "links": "w1"}
     match trial.shape:
         case "constant":
@@ -104,28 +117,26 @@ def spec_of(trial: Trial, source: random.Random, directory: Path) -> dict[str, A
         case "fall":
             schedule = [{**entry, "at": "1.5s", "set": {"rate": low}}]
         case "square":
-            period_ms = source.choice((40, 200, 500, 1000))
-            schedule = [{**entry, "square": {"rate": [high, low]}, "period": f"{period_ms}ms"}]
+            schedule = [{**entry, "square": {"rate": [high, low]}, "period": f"{2 * step_ms}ms"}]
         case "ramp":
-            every_ms = source.choice((20, 50, 200))
-            schedule = [{**entry, "at": "1s", "ramp": {"rate": low}, "over": "2s", "every": f"{every_ms}ms"}]
+            schedule = [{**entry, "at": "1s", "ramp": {"rate": low}, "over": "2s", **step}]
         case "walk":
-            every_ms = source.choice((20, 100, 1000))
-            schedule = [{**entry, "walk": {"rate": [low, high]}, "every": f"{every_ms}ms", "seed": trial.number}]
+            schedule = [{**entry, "walk": {"rate": [low, high]}, **step, "seed": trial.number}]
         case _:
-            step_ms = source.choice((20, 100, 300))
-            lines = [f"{at_ms},{source.uniform(low, high) / 1e6:.3f}" for at_ms in range(0, 2000, step_ms)]
+            rates_mbps = (source.uniform(LOW, 1) * trial.rate_bps / 1e6 for _ in range(10))
+            lines = [f"{number * step_ms},{rate:.3f}" for number, rate in enumerate(rates_mbps)]
             (directory / "trace.csv").write_text("\n".join(["t_ms,rate_mbps", *lines, ""]))
             schedule = [{**entry, "trace": "trace.csv", "repeat": True}]
     stop = {"seconds": SECONDS}
-    program: dict[str, Any] = {"script": {"file": Path(__file__).name, "args": ["load", trial.load, str(high)], "stop": stop}}
+    arguments = ["load", trial.load, str(trial.rate_bps)]
+    program: dict[str, Any] = {"script": {"file": Path(__file__).name, "args": arguments, "stop": stop}}
     if trial.load == "training":
         compute = {"pace": source.choice(("20ms", "60ms"))}
         program = {"workload": {"model": {"name": "mlp", "hidden": [64]}, "data": "digits", "compute": compute, "stop": stop}}
     return {
         "name": "verdicts",
         "workers": 2,
-        "network": {"link": {"rate": high, "queue": "200ms"}, "links": {"w0": {"rate": 2 * high}}},
+        "network": {"link": {"rate": high, "queue": "200ms"}, "links": {"w0": {"rate": twice}}},
         "schedule": schedule,
         "methods": [source.choice(("allreduce", {"name": "topk", "ratio": 0.1}, "netsense"))],
         **program,
@@ -199,7 +210,7 @@ class Saboteur:
 
     def _by_hand(self) -> None:
         rate_bps = round(self._trial.rate_bps * (0.5, 1.0, 1.5)[self._trial.variant % 3])
-        request = {"links": ["w1"], "set": {"rate": rate_bps}}
+        request = {"links": ["w1"], "set": {"rate": f"{rate_bps}bit"}}
         threading.Thread(target=door.ask, args=(self._directory, request), daemon=True).start()
 
     def _tc(self, commands: Sequence[str], word: str) -> None:
@@ -285,7 +296,7 @@ def main() -> int:
         for trial in trials:
             for attempt in range(TRIES):
                 problems = verdict(trial, seed, open_lab, Path(scratch, f"{trial.number}-{attempt}"))
-                if trial.deviation or not problems or not all("was too busy" in problem for problem in problems):
+                if trial.deviation or not any("was too busy" in problem for problem in problems):
                     break
             right[trial.deviation] += judged(trial, problems)
             word = {(True, True): "noticed", (True, False): "MISSED", (False, True): "valid", (False, False): "BLAMED"}

@@ -105,15 +105,15 @@ def missing_bytes(links: pd.DataFrame, events: pd.DataFrame) -> tuple[float, flo
     """(bytes that left hosts and then were lost between the links, at least; bytes that left hosts).
 
     What a host's up has carried must come to the down of a host: it was carried, waits, or was dropped or lost there or on a
-    trunk. What may still be under way does not count as missing: what was sent less than the longest delay ago. Frames that go
-    to all hosts hide losses, but make none.
+    trunk, each as large as a packet can be. From some sample to another; what may have been under way at either is not missing.
+    Frames that go to all hosts hide losses, but make none.
     """
     states = events.loc[events["kind"] != "traffic", "state"].unique().tolist()
     if links.empty or any('"connected": false' in state for state in states):
         return 0.0, 0.0  # a partition is asked to lose packets
     delayed = [state for state in states if state.count('"delay_s": 0.0,') < len(("down", "up"))]
     delays_s = [sum(_numbers(state, "delay_s")) + 4 * sum(_numbers(state, "jitter_s")) for state in delayed]
-    under_way_s = 2 * max(delays_s, default=0.0) + _READING_S  # over a trunk and a link
+    under_way_s = 2 * max(delays_s, default=0.0)  # over a trunk and a link
     is_host = links["link"].str.fullmatch(r"(w|bg)\d+")
     up, down = (links["direction"] == way for way in ("up", "down"))
     # No packet that comes to a queue is larger than the bucket.
@@ -126,11 +126,13 @@ def missing_bytes(links: pd.DataFrame, events: pd.DataFrame) -> tuple[float, flo
             "spoilt": largest * (links["drops"].where(~(is_host & up), 0.0) + links["lost"].fillna(0.0)),
         }
     )
-    total = amounts.groupby("t_s").sum()
-    total -= total.iloc[0]
-    t_s = total.index.to_numpy()
-    sent_before = np.interp(t_s - under_way_s, t_s, total["sent"])
-    return float((sent_before - total["arrived"] - total["spoilt"]).max()), float(total["sent"].iloc[-1])
+    samples = amounts.groupby("t_s")
+    total = samples.sum()[samples.size() == samples.size().max()]  # the last one of a killed cell may lack links
+    t_s, sent = total.index.to_numpy(), total["sent"].to_numpy()
+    accounted = (total["arrived"] + total["spoilt"]).to_numpy()
+    at_first = np.minimum.accumulate(np.interp(t_s + _READING_S, t_s, sent) - accounted)
+    at_last = np.interp(t_s - under_way_s - _READING_S, t_s, sent) - accounted
+    return float((at_last - at_first).max()), float(sent[-1] - sent[0])
 
 
 _READING_S = 0.05
@@ -363,6 +365,10 @@ class Limits:
         more, less, never = (total[last] - total[first] for total in self._unsure)
         return Unsure(more, less, np.isnan(self.rate_bps[self._number(from_s)]) | (never > 0))
 
+    def fastest(self, from_s: np.ndarray, to_s: np.ndarray) -> np.ndarray:
+        """The highest limit in force in windows, in bits/s."""
+        return _most(self.rate_bps, self._number(from_s), self._number(to_s))
+
     def _number(self, t_s: np.ndarray) -> np.ndarray:
         """Of the change in force."""
         return np.maximum(np.searchsorted(self.until_s, t_s, side="right") - 1, 0)
@@ -527,11 +533,12 @@ def worst_shortfall(one: Direction) -> Window | None:
     1. What waits at a sample leaves before the next one, or as much of it as the limit lets pass. A link that carried less
        than the sum of these was stuck or slow.
     2. A link that was idle for a share q of the time, though never at one of n samples at random moments, has a likelihood of
-       (1 - q)^n. Less, as no idle time lies where what waits is still leaving: if that takes at least ``least`` after every
-       sample, and ``widest`` is left until the next one, then every idle time also costs ``least`` in which a sample would
-       have found less, and q counts 1 + least / widest times. Below ``CHANCE`` no chance is left.
+       (1 - q)^n. Less, as no idle time lies where what waits is still leaving: if that takes at least ``least_s`` after every
+       sample, and ``widest_s`` is left until the next one, then every idle time also costs ``least_s`` in which a sample would
+       have found less, and q counts 1 + least_s / widest_s times. Below ``CHANCE`` no chance is left. All this is counted at
+       the highest limit in the window, as an idle link may have missed just that.
     """
-    step = np.diff(one.allowed)
+    step, gap_s = np.diff(one.allowed), np.diff(one.t_s)
     waiting = np.where(np.isnan(one.room), 0.0, one.waiting)  # an AQM may drop what waits instead
     leaving = np.minimum(waiting[:-1], step)
     idle = np.append(0, np.cumsum(one.waiting <= 0))
@@ -542,17 +549,19 @@ def worst_shortfall(one: Direction) -> Window | None:
         if not busy.any():
             continue
         first, last = starts[busy], ends[busy]
-        unsure = one.limits.unsure(one.t_s[first], one.t_s[last])
+        from_s, to_s = one.t_s[first], one.t_s[last]
+        unsure, fastest_bps = one.limits.unsure(from_s, to_s), np.maximum(one.limits.fastest(from_s, to_s), 1.0)
         allowed = np.maximum(one.allowed[last] - one.allowed[first], 1.0)
         enough = one.carried[last] - one.carried[first] + _most(one.bucket, first, last) + unsure.less
-        short = 1 - enough / allowed
-        widest = np.maximum(_most(step - leaving, first, last - 1), 1.0)
-        share = np.clip(short * (1 + _least(waiting, first, last) / widest), 0.0, _MOST_TOLD)
         proven = enough < (1 - SHORTFALL) * (left[last] - left[first])
-        unlikely = (last - first + 1) * np.log1p(-share) < math.log(CHANCE)
-        short = np.where((proven | unlikely) & (short > SHORTFALL) & ~unsure.unlimited, short, 0.0)
+        least_s = _least(waiting, first, last) / fastest_bps
+        widest_s = np.maximum(_most(gap_s, first, last - 1) - least_s, 1e-3)
+        idle_share = (allowed - enough) / fastest_bps / (to_s - from_s)
+        seen = np.clip(idle_share * (1 + least_s / widest_s), 0.0, _MOST_TOLD)
+        unlikely = (last - first + 1) * np.log1p(-seen) < math.log(CHANCE)
+        short = np.where((proven | unlikely) & ~unsure.unlimited, 1 - enough / allowed, 0.0)
         most = int(np.argmax(short))
-        if short[most] > worst:
+        if short[most] > max(SHORTFALL, worst):
             worst, found = short[most], Window.between(one, first[most], last[most])
     return found
 

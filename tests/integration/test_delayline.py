@@ -1,5 +1,6 @@
 """The delay line with real TAP devices and real traffic; run inside the enclosure as a child process."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from testbed.labs.netns import enclosure
+from testbed.links.tap import NoTapError, open_tap
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.netns
@@ -114,6 +116,26 @@ def inside(tmp_path, body):
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("code", "mend"),
+    [
+        (errno.EACCES, "sudo chmod 666 /dev/net/tun"),
+        (errno.EPERM, "docker run --device /dev/net/tun"),
+        (errno.ENOENT, "sudo modprobe tun"),
+    ],
+)
+def test_a_machine_without_tap_devices_is_one_line_with_the_mend(monkeypatch, code, mend):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(NoTapError) as raised:
+        open_tap("eth0", 2)
+    assert str(raised.value).startswith("/dev/net/tun cannot be opened (")
+    assert str(raised.value).endswith(mend)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("delay_ms", [1, 5, 20, 80])
