@@ -40,8 +40,10 @@ ONE_FLOW_SHARE = 1448 / ETHERNET_FRAME_BYTES
 RING_SHARE = 1448 / (ETHERNET_FRAME_BYTES + 66 / 4)
 CONGESTION = "cubic"
 JITTER_TOLERANCE = 0.1
+BURST_TOLERANCE = 0.15
 
 _WARM_S, _SECONDS = 1.0, 5.0
+_STREAMS, _WINDOW_BYTES, _WARM_ROUND_TRIPS = 4, 2_000_000, 30
 _PINGS, _PINGS_OF_JITTER, _PING_INTERVAL_S = 200, 1000, 0.005
 _PROBE_BYTES = 100
 _PROBES, _PROBES_PER_S, _PROBE_S = 100_000, 10_000, 10.0
@@ -49,12 +51,16 @@ _PROBES, _PROBES_PER_S, _PROBE_S = 100_000, 10_000, 10.0
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What to calibrate: goodput and RTT at some rates in bits/s; at each of them also delay, jitter (s) and loss (share)."""
+    """What to calibrate: goodput and RTT at some rates in bits/s; at each of them also delay, jitter (s) and loss (share).
+
+    burst: mean length of the bursts in which packets are lost; None: independently.
+    """
 
     rates_bps: tuple[int, ...]
     delay_s: float = 0.0
     jitter_s: float = 0.0
     loss: float = 0.0
+    burst: float | None = None
     engine: str = "auto"
 
     @property
@@ -68,7 +74,8 @@ def calibrate(conditions: Conditions, lab: str, progress: Callable[[str], None])
 
     {"lab", "valid", "worst_goodput": the largest shortfall as a share of what was expected, negative if all were above,
      "rows": [{"rate_bps", "quantity", "expected", "measured", "tolerance", "within", "attempts"}]}
-    quantity: goodput_one, goodput_ring (bits/s of payload; the slowest flow), rtt_min, rtt_median, jitter (s), loss.
+    quantity: goodput_one, goodput_ring, goodput_streams (bits/s of payload; the slowest flow), rtt_min, rtt_median, jitter (s),
+        loss, burst (packets).
     progress: told what has been measured.
     """
     rows = []
@@ -98,8 +105,14 @@ def _calibrate_here(conditions: Conditions, lab: str) -> Iterator[dict[str, Any]
         logs = directory / "cells"
         logs.mkdir()
         for rate_bps in conditions.rates_bps:
-            plain = Shape(rate_bps)
-            worse = replace(plain, delay_s=conditions.delay_s, jitter_s=conditions.jitter_s, loss=Loss(conditions.loss))
+            # A queue of a round trip's length, which TCP needs to go on at full speed after a loss.
+            plain = Shape(rate_bps, queue_s=max(Shape().queue_s, 2 * conditions.delay_s))
+            worse = replace(
+                plain,
+                delay_s=conditions.delay_s,
+                jitter_s=conditions.jitter_s,
+                loss=Loss(conditions.loss, burst=conditions.burst),
+            )
             for down in (plain, worse) if worse.impaired else (plain,):
                 plan = _lab_plan(LinkState(plain, down), conditions.engine)
                 with open_lab(plan) as scratch:
@@ -132,7 +145,11 @@ class _Bench:
     def tests(self) -> list[Callable[[int], list[Measurement]]]:
         if not self.down.impaired:
             return [self.rtt, self.one_flow, self.ring]
-        return [*([self.rtt] if self.down.delay_s else []), *([self.loss] if self.down.loss.share else [])]
+        return [
+            *([self.rtt] if self.down.delay_s else []),
+            *([self.streams] if self.down.delay_s and not self.down.loss.share and not self.down.jitter_s else []),
+            *([self.loss] if self.down.loss.share else []),
+        ]
 
     def one_flow(self, effort: int) -> list[Measurement]:
         return self._goodput("goodput_one", RING[:1], ONE_FLOW_SHARE, effort)
@@ -140,12 +157,21 @@ class _Bench:
     def ring(self, effort: int) -> list[Measurement]:
         return self._goodput("goodput_ring", RING, RING_SHARE, effort)
 
-    def _goodput(self, quantity: str, pairs: Sequence[Pair], share: float, effort: int) -> list[Measurement]:
+    def streams(self, effort: int) -> list[Measurement]:
+        """As many streams as it takes until no window limits them: long paths hold more than one socket may."""
+        under_way = 2 * self.down.delay_s * (self.down.rate_bps or 0) / 8
+        streams = max(_STREAMS, math.ceil(under_way / _WINDOW_BYTES))
+        warm_s = _WARM_S + 2 * self.down.delay_s * _WARM_ROUND_TRIPS
+        return self._goodput("goodput_streams", RING[:1], ONE_FLOW_SHARE, effort, streams, warm_s)
+
+    def _goodput(
+        self, quantity: str, pairs: Sequence[Pair], share: float, effort: int, streams: int = 1, warm_s: float = _WARM_S
+    ) -> list[Measurement]:
         """The slowest flow of some that run at the same time."""
         hosts = self.gauges.lab.hosts
-        sinks = [self.gauges.start(target, "sink", _WARM_S, effort * _SECONDS) for _, target in pairs]
-        sources = [self.gauges.start(source, "source", hosts[target].address, CONGESTION) for source, target in pairs]
-        reports = [self.gauges.report(sink, _WARM_S + effort * _SECONDS) for sink in sinks]
+        sinks = [self.gauges.start(target, "sink", warm_s, effort * _SECONDS, streams) for _, target in pairs]
+        sources = [self.gauges.start(source, "source", hosts[target].address, CONGESTION, streams) for source, target in pairs]
+        reports = [self.gauges.report(sink, warm_s + effort * _SECONDS) for sink in sinks]
         for one in sources:
             self.gauges.stop(one)
         rates = [report["bytes"] * 8 / report["seconds"] if report and report["bytes"] else math.nan for report in reports]
@@ -177,23 +203,32 @@ class _Bench:
         return results
 
     def loss(self, effort: int) -> list[Measurement]:
-        """Small packets one way at half the rate, so that no queue overflows; counted by the kernel before and after."""
+        """Small packets one way at half the rate, so that no queue overflows; counted on the way, and where they arrive."""
         source, target = RING[0]
         links = self.gauges.lab.links
         per_s = min(_PROBES_PER_S, (self.down.rate_bps or math.inf) / 2 / 8 / _PROBE_BYTES)
         number, patience_s = round(min(_PROBES, per_s * _PROBE_S)), 10 * _PROBE_S
-        ignoring = self.gauges.start(target, "ignore")
+        tallying = self.gauges.start(target, "tally", 1 + 2 * self.down.delay_s)
         address, begin_s = self.gauges.lab.hosts[target].address, monotonic_s() + 0.5 + 2 * self.down.delay_s
         before = links.counters()
         words = (address, begin_s, patience_s, per_s * 8 * _PROBE_BYTES, _PROBE_BYTES, 1, number)
         report = self.gauges.report(self.gauges.start(source, "flood", *words), patience_s)
         time.sleep(0.1 + self.down.delay_s + 4 * self.down.jitter_s)
         after = links.counters()
-        self.gauges.stop(ignoring)
+        tally = self.gauges.report(tallying, 2.0)
         sent = after[source, "up"].packets - before[source, "up"].packets
         expected = self.down.loss.share
         lost = ((after[target, "down"].lost or 0) - (before[target, "down"].lost or 0)) / sent if report else math.nan
-        return [Measurement("loss", expected, lost, 3 * math.sqrt(expected * (1 - expected) / max(sent, 1)))]
+        spread = math.sqrt(expected * (1 - expected) / max(sent, 1))
+        burst = self.down.loss.burst
+        if burst is None:
+            return [Measurement("loss", expected, lost, 3 * spread)]
+        # Losses in bursts are so many fewer events (the variance of a Markov chain's sum).
+        memory = 1 - sum(self.down.loss.transitions)
+        results = [Measurement("loss", expected, lost, 3 * spread * math.sqrt((1 + memory) / (1 - memory)))]
+        runs = {int(length): number for length, number in tally["runs"].items()} if tally else {}
+        mean = sum(length * number for length, number in runs.items()) / sum(runs.values()) if runs else math.nan
+        return [*results, Measurement("burst", burst, mean, BURST_TOLERANCE * burst)]
 
 
 @contextmanager

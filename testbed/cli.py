@@ -212,6 +212,7 @@ def calibrate(
     rates: Annotated[list[str], typer.Option("--rate", help="A rate to measure, e.g. 37mbit. Repeatable.")] = ["100mbit"],  # noqa: B006
     delay: Annotated[str, typer.Option(help="One-way delay, e.g. 10ms.")] = "0ms",
     loss: Annotated[str, typer.Option(help="Share of packets lost on their way, e.g. 1%.")] = "0%",
+    burst: Annotated[float | None, typer.Option(help="Packets are lost in bursts of this mean length.", min=1)] = None,
     jitter: Annotated[str, typer.Option(help="Standard deviation of the delay, at most a quarter of it.")] = "0ms",
     lab: Annotated[LabKind, typer.Option("--lab", help="Where the hosts run.")] = LabKind.NETNS,
     engine: Annotated[Engine, typer.Option("--engine", help="What makes delay, jitter and loss.")] = Engine.AUTO,
@@ -224,7 +225,7 @@ def calibrate(
     from testbed.run.start import choose_engine
 
     try:
-        conditions = Conditions(tuple(map(parse_rate, rates)), parse_time(delay), parse_time(jitter), parse_share(loss))
+        conditions = Conditions(tuple(map(parse_rate, rates)), parse_time(delay), parse_time(jitter), parse_share(loss), burst)
     except ValueError as error:
         _fail(str(error), EXIT_BAD_INPUT)
     if conditions.jitter_s * 4 > conditions.delay_s:

@@ -2,7 +2,7 @@
 
     python experiments/bench/verdicts.py [CELLS OF EACH] [SEED]
 
-Every trial is a cell of about 4 s as ``testbed run`` runs it: real namespaces, links that follow a schedule of some shape at
+Every trial is a cell of about 3 s as ``testbed run`` runs it: real namespaces, links that follow a schedule of some shape at
 1, 10, 50 or 500 Mbit/s, calibrated before t = 0, and the verdict of the summary. A flood, a TCP flow or a training loads the
 link of w1. In half of the cells something is wrong behind the testbed's back:
 
@@ -48,7 +48,7 @@ from testbed.run import door
 from testbed.run.cell import prepare_cell, run_cell
 from testbed.spec.load import validate
 
-SECONDS = 3.5
+SECONDS = 3.0
 PLANTED_AT_S = 0.5
 LATE_S = 0.08
 LOW = 0.5
@@ -115,7 +115,7 @@ def spec_of(trial: Trial, source: random.Random, directory: Path) -> dict[str, A
         case "constant":
             schedule = []
         case "fall":
-            schedule = [{**entry, "at": "1.5s", "set": {"rate": low}}]
+            schedule = [{**entry, "at": "1.2s", "set": {"rate": low}}]
         case "square":
             schedule = [{**entry, "square": {"rate": [high, low]}, "period": f"{2 * step_ms}ms"}]
         case "ramp":

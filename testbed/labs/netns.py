@@ -28,11 +28,12 @@ from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
 from testbed.links.routes import tcp_route
 from testbed.links.shaper import Port, set_port
 from testbed.links.tap import open_tap
+from testbed.traffic.flows import family_of
 
 INTERFACE = "eth0"
-_NETWORK = ipaddress.ip_network("10.77.0.0/16")
+_NETWORKS = {4: ipaddress.ip_network("10.77.0.0/16"), 6: ipaddress.ip_network("fd77::/64")}
 _LOOPBACK_INDEX, _ETH0_INDEX, _BRIDGE_INDEX = 1, 2, 2
-_IFF_UP = 1
+_IFF_UP, _IFA_F_NODAD = 1, 2
 _NEW = NLM_F_CREATE | NLM_F_EXCL
 
 
@@ -45,8 +46,8 @@ def enclosure() -> list[str]:
     private = ["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     rootless = ["unshare", "--user", "--map-root-user", *private]
     attempts = [rootless]
-    if os.geteuid() == 0:
-        attempts.append(["unshare", *private])
+    if os.geteuid() == 0:  # without a user namespace the delay line may ask for the processor at once (SCHED_FIFO)
+        attempts.insert(0, ["unshare", *private])
     elif shutil.which("sudo"):
         attempts.append(["sudo", "--non-interactive", "--preserve-env", "unshare", *private])
     reason = ""
@@ -118,8 +119,9 @@ class NetnsLab:
             with back_to_own_namespace():
                 for name in self._plan.hosts_by_switch:
                     self._switches[name] = _Switch(*_new_namespace())
-                for number, (name, address) in enumerate(zip(self._plan.hosts, _NETWORK.hosts(), strict=False), 1):
-                    namespace, socket = _new_namespace()
+                addresses = _NETWORKS[self._plan.ip].hosts()
+                for number, (name, address) in enumerate(zip(self._plan.hosts, addresses, strict=False), 1):
+                    namespace, socket = _new_namespace(ipv6=self._plan.ip == 6)
                     self.hosts[name] = NetnsHost(name, str(address), mac_of(number), namespace, socket, self._server)
             for switch, hosts in self._plan.hosts_by_switch.items():
                 self._wire_hosts(self._switches[switch], [self.hosts[name] for name in hosts])
@@ -128,8 +130,10 @@ class NetnsLab:
             if self._cables:
                 self.links.line = self._line.enter_context(DelayLine(self._cables))
             self.links.apply(self._plan.links)
-        except BaseException:
+        except BaseException as error:
             self._close()
+            if isinstance(error, OSError):
+                raise LabError(f"the lab cannot be made: {error}") from error
             raise
         return self
 
@@ -170,7 +174,7 @@ class NetnsLab:
                     _link("interface", _ETH0_INDEX, INTERFACE, mac=host.mac, mtu=mtu, gso=gso_limits(largest, mtu)),
                     _link("interface", _ETH0_INDEX, INTERFACE, up=True),
                     _address(host.address),
-                    tcp_route(_ETH0_INDEX, host.address, _NETWORK.prefixlen, self._plan.tcp),
+                    tcp_route(_ETH0_INDEX, host.address, _NETWORKS[self._plan.ip].prefixlen, self._plan.tcp),
                 ]
             )
 
@@ -237,16 +241,20 @@ class _Switch:
         os.close(self.namespace)
 
 
-def _new_namespace() -> tuple[int, NetlinkSocket]:
+_QUIET_IPV6 = {"accept_dad": 0, "accept_ra": 0, "addr_gen_mode": 1, "autoconf": 0, "router_solicitations": 0}
+"""An address that is given is used at once, none is made up, and no router is looked for (ip-sysctl.rst)."""
+
+
+def _new_namespace(ipv6: bool = False) -> tuple[int, NetlinkSocket]:
     """Descriptor and socket of a fresh network namespace; the calling thread is left inside it."""
     unshare_network()
     # IPv6 would add multicast chatter to the counters of every link.
-    for scope in ("all", "default"):
-        setting = Path(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6")
-        try:
-            setting.write_text("1")
-        except OSError:
-            pass  # a kernel without IPv6
+    for name, value in (_QUIET_IPV6 if ipv6 else {"disable_ipv6": 1}).items():
+        for scope in ("all", "default"):
+            try:
+                Path(f"/proc/sys/net/ipv6/conf/{scope}/{name}").write_text(str(value))
+            except OSError:
+                pass  # a kernel without IPv6
     return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC), NetlinkSocket()
 
 
@@ -307,13 +315,12 @@ def _veth(name: str, index: int, peer_name: str, peer_index: int, peer_namespace
 
 
 def _address(address: str) -> Request:
+    network = _NETWORKS[ipaddress.ip_address(address).version]
     message = ifaddrmsg()
-    message["family"] = 2  # AF_INET
-    message["prefixlen"] = _NETWORK.prefixlen
+    message["family"] = family_of(address)
+    message["prefixlen"] = network.prefixlen
     message["index"] = _ETH0_INDEX
-    message["attrs"] = [
-        ("IFA_ADDRESS", address),
-        ("IFA_LOCAL", address),
-        ("IFA_BROADCAST", str(_NETWORK.broadcast_address)),
-    ]
+    # Without looking for duplicates first (IFA_F_NODAD), or an IPv6 address could not be used yet.
+    more = ("IFA_BROADCAST", str(network.broadcast_address)) if network.version == 4 else ("IFA_FLAGS", _IFA_F_NODAD)
+    message["attrs"] = [("IFA_ADDRESS", address), ("IFA_LOCAL", address), more]
     return encode(message, RTM_NEWADDR, _NEW, f"address {address}")

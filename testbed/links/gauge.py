@@ -9,15 +9,16 @@ import select
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 UDP_HEADERS_BYTES = 14 + 20 + 8
-"""Ethernet, IP and UDP: what a datagram weighs on a link beyond its payload."""
-SMALLEST_DATAGRAM_BYTES = UDP_HEADERS_BYTES + 18
-"""On the wire; payload for a number, and as much as Ethernet's shortest frame has."""
+"""Ethernet, IPv4 and UDP: what a datagram weighs on a link beyond its payload."""
+SMALLEST_DATAGRAM_BYTES = UDP_HEADERS_BYTES + 38
+"""On the wire; with either IP it has payload for a number, and as much as Ethernet's shortest frame."""
 LARGEST_FLOOD_BYTES = 44 * 1514
 """On the wire: what the kernel takes in one call, 64 KiB of payload."""
 
@@ -36,36 +37,49 @@ def command(program: str, *arguments: object) -> list[str]:
     return ["python", "-I", "-S", "-c", Path(__file__).read_text(), program, *map(str, arguments)]
 
 
-def sink(warm_s: str, seconds: str) -> dict[str, Any]:
-    """Receive one TCP flow and count what arrives in ``seconds`` after its first ``warm_s``, in which TCP finds its speed.
+def sink(warm_s: str, seconds: str, streams: str = "1") -> dict[str, Any]:
+    """Receive TCP streams and count what arrives in ``seconds`` after the first ``warm_s``, in which TCP finds its speed.
 
     The clock runs from one arrival to another, so a segment that is cut by an end of the interval costs no accuracy.
     """
-    with socket.create_server(("", _TCP_PORT)) as server:
+    with _server(_TCP_PORT) as server:
         server.settimeout(_PATIENCE_S)
-        connection, _ = server.accept()
+        connections = [server.accept()[0] for _ in range(int(streams))]
     buffer = bytearray(_CHUNK_BYTES)
     total, begin_s, end_s = 0, 0.0, 0.0
-    with connection:
-        connection.settimeout(_PATIENCE_S)
-        warm_until_s = time.monotonic() + float(warm_s)
-        while received := connection.recv_into(buffer):
+    warm_until_s = time.monotonic() + float(warm_s)
+    while not begin_s or end_s - begin_s <= float(seconds):
+        ready = select.select(connections, [], [], _PATIENCE_S)[0]
+        if not ready:
+            raise TimeoutError("nothing arrives")
+        for connection in ready:
+            received = connection.recv_into(buffer)
             now_s = time.monotonic()
+            if not received:
+                return {"bytes": total, "seconds": end_s - begin_s}
             if begin_s:
                 total, end_s = total + received, now_s
-                if now_s - begin_s > float(seconds):
-                    break
             elif now_s >= warm_until_s:
-                begin_s = now_s
+                begin_s = end_s = now_s
     return {"bytes": total, "seconds": end_s - begin_s}
 
 
-def source(address: str, congestion: str) -> dict[str, Any]:
-    """Send one TCP flow until the other end has enough; with a congestion control, or the host's own if it may not choose."""
+def source(address: str, congestion: str, streams: str = "1") -> dict[str, Any]:
+    """Send TCP streams until the other end has enough."""
+    threads = [threading.Thread(target=_stream, args=(address, congestion)) for _ in range(int(streams))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {}
+
+
+def _stream(address: str, congestion: str) -> None:
+    """One of them, with a congestion control, or the host's own if it may not choose."""
     deadline_s = time.monotonic() + _PATIENCE_S
-    payload, total = bytes(_CHUNK_BYTES), 0
+    payload = bytes(_CHUNK_BYTES)
     while True:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        with socket.socket(_family(address), socket.SOCK_STREAM) as sock:
             sock.settimeout(_PATIENCE_S)
             try:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
@@ -74,13 +88,13 @@ def source(address: str, congestion: str) -> dict[str, Any]:
             try:
                 sock.connect((address, _TCP_PORT))
                 while True:
-                    total += sock.send(payload)
+                    sock.send(payload)
             except ConnectionRefusedError:  # the other end is still starting
                 if time.monotonic() > deadline_s:
                     raise
                 time.sleep(0.02)
             except (BrokenPipeError, ConnectionResetError):
-                return {"bytes": total}
+                return
 
 
 def flood(
@@ -88,20 +102,20 @@ def flood(
 ) -> dict[str, Any]:
     """Send datagrams at a rate on the wire, from a moment on, until the time is over or so many are sent.
 
-    datagram_bytes: size on the wire. segments: how many go to the kernel in one call, and through it as one packet (UDP GSO).
+    datagram_bytes: size on the wire. segments: how many go to the kernel in one call, and through it as one packet (UDP GSO);
+        if only one, it carries its number.
     A link that is slower than the rate slows this down, once as much waits in its queue as the socket may have under way.
     """
-    payload = bytes((int(datagram_bytes) - UDP_HEADERS_BYTES) * int(segments))
+    payload = bytearray((int(datagram_bytes) - headers_bytes(address)) * int(segments))
     gap_s = int(datagram_bytes) * int(segments) * 8 / float(rate_bps)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with socket.socket(_family(address), socket.SOCK_DGRAM) as sock:
         try:
             sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER_BYTES)
         except PermissionError:  # a container; then as much as everyone may
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         if int(segments) > 1:
-            sock.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, int(datagram_bytes) - UDP_HEADERS_BYTES)
+            sock.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, int(datagram_bytes) - headers_bytes(address))
         sock.connect((address, _FLOOD_PORT))
-        sock.send(payload)  # ARP must have its answer before the queues are full
         time.sleep(max(0.0, float(at_s) - time.monotonic()))
         begin_s = due_s = time.monotonic()
         sent = 0
@@ -109,6 +123,8 @@ def flood(
             if due_s > now_s:
                 time.sleep(min(due_s - now_s, 0.1))
                 continue
+            if int(segments) == 1:
+                _NUMBER.pack_into(payload, 0, sent)
             try:
                 sock.send(payload)
             except ConnectionRefusedError:
@@ -127,6 +143,30 @@ def ignore() -> dict[str, Any]:
             time.sleep(60)
 
 
+def tally(quiet_s: str) -> dict[str, Any]:
+    """Receive numbered datagrams until none comes for some seconds; the lengths of the runs that are missing, and how many.
+
+    runs: {length: how many}, between the first and the last number that came. received: datagrams, without copies.
+    """
+    numbers = set()
+    with _bound(_FLOOD_PORT) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
+        sock.settimeout(_PATIENCE_S)
+        while True:
+            try:
+                numbers.add(_NUMBER.unpack_from(sock.recv(2048))[0])
+            except TimeoutError:
+                break
+            sock.settimeout(float(quiet_s))
+    runs: dict[int, int] = {}
+    before = None
+    for number in sorted(numbers):
+        if before is not None and number > before + 1:
+            runs[number - before - 1] = runs.get(number - before - 1, 0) + 1
+        before = number
+    return {"received": len(numbers), "runs": runs}
+
+
 def echo() -> dict[str, Any]:
     """Send every datagram back; runs until it is killed."""
     with _bound(_ECHO_PORT) as sock:
@@ -138,7 +178,7 @@ def ping(address: str, number: str, interval_s: str, timeout_s: str) -> dict[str
     """RTTs of numbered datagrams that are sent at regular times; ends when all are back or ``timeout_s`` after the last."""
     sent_s: list[float] = []
     rtts_s: dict[int, float] = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with socket.socket(_family(address), socket.SOCK_DGRAM) as sock:
         sock.connect((address, _ECHO_PORT))
         due_s = time.monotonic()
         while len(rtts_s) < int(number):
@@ -162,14 +202,35 @@ def ping(address: str, number: str, interval_s: str, timeout_s: str) -> dict[str
     return {"sent": len(sent_s), "rtts_s": list(rtts_s.values())}
 
 
+def headers_bytes(address: str) -> int:
+    """Ethernet, IP and UDP: what a datagram to an address weighs on a link beyond its payload."""
+    return UDP_HEADERS_BYTES + (20 if _family(address) == socket.AF_INET6 else 0)
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def _server(port: int) -> socket.socket:
+    """Listens for both versions of IP, as far as the host has them."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
 def _bound(port: int) -> socket.socket:
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.bind(("", port))
+    if not socket.has_dualstack_ipv6():
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.bind(("", port))
+        return sock
+    sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    sock.bind(("::", port))
     return sock
 
 
 PROGRAMS: Mapping[str, Callable[..., dict[str, Any]]] = {
-    program.__name__: program for program in (sink, source, flood, ignore, echo, ping)
+    program.__name__: program for program in (sink, source, flood, ignore, tally, echo, ping)
 }
 
 if __name__ == "__main__":

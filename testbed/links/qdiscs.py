@@ -76,6 +76,7 @@ _TICK_S = 64e-9
 """Unit in which qdiscs keep times that once were bytes (PSCHED_SHIFT)."""
 _TCMSG = struct.Struct("=BBHiIII")  # family, pads, ifindex, handle, parent, info
 _NLMSG_BYTES = 16
+_IFINFOMSG_BYTES, _IFLA_STATS64 = 16, 23
 _STATS2, _STATS_BASIC, _STATS_QUEUE = 7, 1, 3
 
 
@@ -598,6 +599,14 @@ class QdiscCounters:
     backlog_bytes: int
     qlen: int
     lost: int | None = None
+
+
+def read_interface_drops(answer: bytes) -> int:
+    """tx_dropped of one interface message (RTM_NEWLINK): the eighth number of struct rtnl_link_stats64."""
+    for kind, start, _ in attributes(answer, _NLMSG_BYTES + _IFINFOMSG_BYTES):
+        if kind == _IFLA_STATS64:
+            return int(struct.unpack_from("=8Q", answer, start)[7])
+    return 0
 
 
 def read_counters(answer: bytes) -> tuple[int, int, int, QdiscCounters | None]:

@@ -223,11 +223,17 @@ class Shaper:
         port = self._ports[link, "down"]
         wanted = BR_STATE_FORWARDING if connected else BR_STATE_DISABLED
         port.socket.batch([set_port(port.ifindex, link, "IFLA_BRPORT_STATE", wanted)])
-        question = ifinfmsg()
-        question["index"] = port.ifindex
-        ((answer,),) = port.socket.batch([encode(question, RTM_GETLINK, 0, f"{link}: bridge port")])
+        ((answer,),) = port.socket.batch([_interface_request(port)])
         found = decode(answer, ifinfmsg).get_nested("IFLA_LINKINFO", "IFLA_INFO_SLAVE_DATA", "IFLA_BRPORT_STATE")
         return bool(found == wanted)
+
+    def _refused(self) -> int:
+        """Frames that the shaper let go and the delay line had not read in time, so that the interface dropped them."""
+        questions: dict[NetlinkSocket, list[Request]] = {}
+        for place in self.line_counters.directions if self.line_counters else ():
+            questions.setdefault(self._ports[place].socket, []).append(_interface_request(self._ports[place]))
+        answers = (answer for socket, requests in questions.items() for (answer,) in socket.batch(requests))
+        return sum(qdiscs.read_interface_drops(answer) for answer in answers)
 
     def counters(self) -> dict[Place, QdiscCounters]:
         """Counters of every link and direction, of the queue behind its limiter: one dump per namespace."""
@@ -253,10 +259,16 @@ class Shaper:
             if (port.socket, port.ifindex) in found
         }
         if self.line is not None:
-            self.line_counters = self.line.counters()
+            self.line_counters = replace(self.line.counters(), refused=self._refused())
             for place, counted in self.line_counters.directions.items():
                 by_place[place] = replace(by_place[place], lost=counted.lost + counted.overflowed)
         return by_place
+
+
+def _interface_request(port: Port) -> Request:
+    question = ifinfmsg()
+    question["index"] = port.ifindex
+    return encode(question, RTM_GETLINK, 0, f"{port.interface}: counters")
 
 
 def _dump_request() -> Request:

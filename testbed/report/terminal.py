@@ -19,6 +19,8 @@ def terminal_table(summary: Mapping[str, Any]) -> RenderableType:
         parts += [_table(name, [row for row in rows if row.scenario == name]), ""]
     if summary["problems"]:
         parts += [Text("Not valid, because", style="red"), *(Text(f"  {line}") for line in summary["problems"]), ""]
+    if summary["notes"]:
+        parts += [*(Text(f"Note: {note}.", style="dim") for note in summary["notes"]), ""]
     return Group(*parts[:-1])
 
 
@@ -112,6 +114,8 @@ def doctor_table(result: Mapping[str, Any]) -> RenderableType:
 _QUANTITIES = {
     "goodput_one": ("TCP, one flow", "bit/s"),
     "goodput_ring": ("TCP, ring, slowest", "bit/s"),
+    "goodput_streams": ("TCP, streams", "bit/s"),
+    "burst": ("burst of losses", "packets"),
     "rtt_min": ("RTT, least", "s"),
     "rtt_median": ("RTT, median", "s"),
     "jitter": ("jitter (σ)", "s"),
@@ -124,6 +128,8 @@ def _amount(value: float | None, unit: str) -> str:
         return text.NONE
     if unit == "s":
         return f"{1e3 * value:.3f} ms"
+    if unit == "packets":
+        return f"{value:.2f} packets"
     return f"{100 * value:.3f} %" if unit == "%" else f"{value / 1e6:.4g} Mbit/s"
 
 

@@ -35,9 +35,9 @@ class Run:
     cells: one row a cell: cell, method, seed, workers, overrides ({dotted key: value}), status ("done", "failed",
         "interrupted", or "unfinished" if it is running or was killed), problems ([text]), earlier ([text], of a failed try
         before this one), steps, t_end_s, final_accuracy, final_loss, parameters ({rank: hash}), workload (as in cell.json; {}
-        of a script), tcp (likewise), calibrate (if its links were to be measured before t = 0), dilation (by which all times
-        are divided and rates multiplied here, but those of workload, calibration and events.state, which are as the
-        kernel had them).
+        of a script), tcp (likewise), notes ([text], what its links have otherwise than the spec says), calibrate (if its links
+        were to be measured before t = 0), dilation (by which all times are divided and rates multiplied here, but those of
+        workload, calibration and events.state, which are as the kernel had them).
     steps, links, events, evals, traffic, calibration, host, delayline: columns and units in ``testbed.results.columns``.
     """
 
@@ -105,6 +105,7 @@ _CELL_DEFAULTS: Mapping[str, Any] = {
     "calibrate": False,
     "dilation": 1.0,
     "tcp": {},
+    "notes": [],
     "status": "unfinished",
     "problems": [],
     "earlier": [],

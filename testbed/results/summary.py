@@ -7,7 +7,8 @@
                 "replicas_identical", "calibrated"}],
      "comparisons": [{"baseline", "method", "overrides", "throughput_ratio", "ci95": [lo, hi], "time_to_target_ratio",
                       "seeds", "valid"}],
-     "regrets": [{"method", "overrides", "best", "regret", "oracle", "valid"}]}
+     "regrets": [{"method", "overrides", "best", "regret", "oracle", "valid"}],
+     "notes": ["what a reader of the figures should know"]}
 
 A number that is not known is null. ``METRICS`` gives the meaning and unit of each number.
 """
@@ -74,7 +75,19 @@ def summarize(run: Run) -> dict[str, Any]:
         "cells": cells,
         "comparisons": compare(cells),
         "regrets": regrets(cells),
+        "notes": [*dict.fromkeys(note for cell in run.cells["notes"] for note in cell), *_delay_line(run)],
     }
+
+
+def _delay_line(run: Run) -> list[str]:
+    """What the delay line of a run has used and how late it was, at most in any cell."""
+    if run.delayline.empty:
+        return []
+    by_cell = run.delayline.sort_values("t_s").groupby("cell")
+    begin, end = by_cell.first(), by_cell.last()
+    core = ((end["cpu_s"] - begin["cpu_s"]) / (end["t_s"] - begin["t_s"])).max()
+    late = (end["late"] / end["frames"]).max()
+    return [f"the delay line used at most {core:.0%} of a processor; at most {late:.2%} of its frames left late"]
 
 
 def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:

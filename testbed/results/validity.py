@@ -551,15 +551,15 @@ def worst_shortfall(one: Direction) -> Window | None:
         first, last = starts[busy], ends[busy]
         from_s, to_s = one.t_s[first], one.t_s[last]
         unsure, fastest_bps = one.limits.unsure(from_s, to_s), np.maximum(one.limits.fastest(from_s, to_s), 1.0)
-        allowed = np.maximum(one.allowed[last] - one.allowed[first], 1.0)
+        allowed = one.allowed[last] - one.allowed[first]
         enough = one.carried[last] - one.carried[first] + _most(one.bucket, first, last) + unsure.less
-        proven = enough < (1 - SHORTFALL) * (left[last] - left[first])
+        proven = enough < (1 - SHORTFALL) * (left[last] - left[first]) - 1.0  # a bit: sums of fractions are not exact
         least_s = _least(waiting, first, last) / fastest_bps
         widest_s = np.maximum(_most(gap_s, first, last - 1) - least_s, 1e-3)
         idle_share = (allowed - enough) / fastest_bps / (to_s - from_s)
         seen = np.clip(idle_share * (1 + least_s / widest_s), 0.0, _MOST_TOLD)
         unlikely = (last - first + 1) * np.log1p(-seen) < math.log(CHANCE)
-        short = np.where((proven | unlikely) & ~unsure.unlimited, 1 - enough / allowed, 0.0)
+        short = np.where((proven | unlikely) & ~unsure.unlimited, 1 - enough / np.maximum(allowed, 1.0), 0.0)
         most = int(np.argmax(short))
         if short[most] > max(SHORTFALL, worst):
             worst, found = short[most], Window.between(one, first[most], last[most])

@@ -13,7 +13,7 @@ from netsenseml.agent import protocol
 from netsenseml.agent.protocol import monotonic_s
 from testbed.labs.base import Lab, LabPlan, Process
 from testbed.links.calibration import calibrate, measurable
-from testbed.plan import Cell
+from testbed.plan import Cell, notes
 from testbed.run.control import ControlServer
 from testbed.run.door import LinkDoor
 from testbed.run.driver import LinkDriver
@@ -83,6 +83,8 @@ def prepare_cell(cell: Cell, directory: Path) -> None:
     config = {**cell.config(), "label": cell.method.label, "overrides": dict(cell.overrides), "links": links}
     config["dilation"] = cell.dilation
     config["tcp"] = asdict(cell.lab.tcp)
+    config["engine"] = cell.lab.engine
+    config["notes"] = notes(cell)
     config["calibrate"] = cell.calibrate and measurable(cell.lab)
     (directory / protocol.CELL_FILE).write_text(json.dumps(config, indent=1))
 

@@ -200,7 +200,7 @@ class LinkDriver:
                         "late": sum(way.late for way in ways),
                         "latest_s": max((way.latest_s for way in ways), default=0.0),
                         "held": held,
-                        "overflowed": sum(way.overflowed for way in ways),
+                        "overflowed": sum(way.overflowed for way in ways) + line.refused,
                     }
                 ]
             )

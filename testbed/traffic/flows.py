@@ -5,6 +5,7 @@ The programs on the hosts work from the same data as the plan. So that they star
 
 import json
 import math
+import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from random import Random
@@ -16,6 +17,11 @@ FIRST_PORT = 5201
 MAX_STREAMS = 128
 """Parallel streams of one flow; iperf3 has the same limit."""
 _SHORTEST_S = 0.01
+
+
+def family_of(address: str) -> socket.AddressFamily:
+    """The family of sockets for an address."""
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 class Duration(NamedTuple):

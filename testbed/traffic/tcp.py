@@ -8,7 +8,7 @@ import struct
 from functools import partial
 from pathlib import Path
 
-from testbed.traffic.flows import MAX_STREAMS, Flow, Phase
+from testbed.traffic.flows import MAX_STREAMS, Flow, Phase, family_of
 
 _CHUNK = bytes(1 << 18)
 _ABORT = struct.pack("ii", 1, 0)
@@ -43,7 +43,7 @@ class Sender:
             self._abort(next(iter(self._streams)))
 
     def _new_socket(self) -> socket.socket:
-        stream = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        stream = socket.socket(family_of(self._target[0]), socket.SOCK_STREAM)
         if self._congestion is not None:
             set_congestion_control(stream, self._congestion)
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
@@ -86,7 +86,7 @@ class Receiver:
         self._selector = selector
         self._open: set[socket.socket] = set()
         self._scratch = bytearray(1 << 20)
-        self._listener = socket.create_server((address, flow.port), backlog=2 * MAX_STREAMS)
+        self._listener = socket.create_server((address, flow.port), family=family_of(address), backlog=2 * MAX_STREAMS)
         selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     @property

@@ -7,7 +7,7 @@ import socket
 import struct
 
 from netsenseml.agent.protocol import monotonic_s
-from testbed.traffic.flows import Flow, Phase
+from testbed.traffic.flows import Flow, Phase, family_of
 
 _NUMBER = struct.Struct("!Q")
 _BATCH = 256
@@ -27,7 +27,7 @@ class Sender:
         self._packet = bytearray(flow.packet_bytes)
         self._number = 0
         self._begun = 0.0, 0
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket = socket.socket(family_of(address), socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
 
@@ -65,7 +65,7 @@ class Receiver:
         self.bytes = self.packets = 0
         self._expected = 0
         self._buffer = bytearray(1 << 16)
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket = socket.socket(family_of(address), socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
         self._socket.bind((address, flow.port))

@@ -75,6 +75,24 @@ def test_jitter_is_the_standard_deviation_whatever_the_distribution(pair, figure
     assert mean_ms == pytest.approx(50, rel=0.05)
 
 
+@pytest.mark.parametrize("in_order", [False, True])
+def test_jitter_lets_packets_overtake_unless_it_may_not(pair, figure, in_order):
+    pair.set(delay_s=0.02, jitter_s=0.002, in_order=in_order)
+    with Flow(pair.hosts["w0"], pair.hosts["w1"]) as flow:
+        sent_ns = flow.paced(5_000)
+        came = flow.arrivals()
+    assert len(came.number) == len(sent_ns)
+    overtaken = (np.diff(came.number) < 0).mean()
+    delay_ms = (came.at_ns - sent_ns[came.number]) / 1e6
+    figure(
+        f"jitter of 2 ms {'in order' if in_order else 'as it comes'}",
+        "none overtaken" if in_order else "many overtaken",
+        f"{overtaken:.1%} overtaken, delays of {delay_ms.min():.1f} to {delay_ms.max():.1f} ms",
+    )
+    assert (overtaken == 0) == in_order
+    assert delay_ms.max() - delay_ms.min() > 2
+
+
 def test_the_rate_holds_behind_a_delay_and_nothing_is_lost_or_overtaken(pair, figure):
     pair.set(delay_s=0.01)
     count, payload = 10_000, 1458  # frames of 1500 bytes: 1.2 s

@@ -28,6 +28,8 @@ _BATCH = 128
 _BURST_PER_S = 25_000
 _SO_RCVBUFFORCE, _SO_TIMESTAMPNS = 33, 35
 _BUFFER_BYTES = 64 << 20
+_TCP_INFO = 100, 156, 192
+"""tcpi_total_retrans, tcpi_data_segs_out and tcpi_delivered_ce in struct tcp_info, <linux/tcp.h>."""
 _CONTROL_BYTES = 64
 _STAMP = struct.Struct("=qq")  # struct timespec
 _ECHO, _ECHO_ID = struct.Struct("!BBHHH"), 0x7E50  # type, code, checksum, identifier, number: struct icmphdr
@@ -199,12 +201,30 @@ def ping(source: NetnsHost, address: str, count: int) -> Any:
     return np.array(times)
 
 
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What one TCP flow got: goodput in bits/s without its beginning, data segments that it sent, and of them again."""
+
+    goodput_bps: float
+    segments: int
+    again: int
+    marked: int
+    """Segments that the receiver reported as marked by a queue (ECN)."""
+
+
 def goodput(source: NetnsHost, sink: NetnsHost, warm_up_s: float, seconds: float) -> float:
     """Payload (bits/s) of one TCP flow, without its beginning."""
+    return transfer(source, sink, warm_up_s, seconds).goodput_bps
+
+
+def transfer(source: NetnsHost, sink: NetnsHost, warm_up_s: float, seconds: float, congestion: str = "cubic") -> Transfer:
+    """Send as fast as TCP lets us."""
     with at(sink):
         server = socket.create_server(("0.0.0.0", PORT))
     with at(source):
-        out = socket.create_connection((sink.address, PORT))
+        out = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        out.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
+        out.connect((sink.address, PORT))
     arriving, _ = server.accept()
     with server, out, arriving:
         out.setblocking(False)
@@ -227,7 +247,10 @@ def goodput(source: NetnsHost, sink: NetnsHost, warm_up_s: float, seconds: float
                     total += size
                 elif now >= begin:
                     counted_from = time.monotonic()
-        return total * 8 / (time.monotonic() - counted_from)
+        took_s = time.monotonic() - counted_from
+        info = out.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        again, segments, marked = (struct.unpack_from("=I", info, at_byte)[0] for at_byte in _TCP_INFO)
+        return Transfer(total * 8 / took_s, segments, again, marked)
 
 
 def frames_left(lab: NetnsLab, link: str, direction: str = "down") -> int:
