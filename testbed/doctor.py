@@ -6,6 +6,7 @@ The kernel and the daemons are asked, not their configuration files: what answer
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,10 @@ from testbed.labs.capabilities import CAPABILITIES, lacking_capabilities
 from testbed.labs.netns import enclosure, why_it_failed
 
 Verdict = Literal["ok", "limited", "missing"]
-PROBED = ("tbf", "netem", "veth", "bridge")
+PROBED = ("htb", "tbf", "netem", "codel", "fq_codel", "veth", "bridge")
+NEEDED = frozenset({"htb", "tbf", "veth", "bridge"})
+"""Of these, what no lab can do without."""
+MOST_WORKERS = 64
 LATE_SLEEP_S = 0.005
 _SLEEPS, _SLEEP_S = 200, 0.001
 _ROOTLESS_CONTAINER = "docker run " + " ".join(
@@ -120,8 +124,10 @@ def examine() -> dict[str, Any]:
     docker = docker_lab(system)
     findings = [
         *machine(system),
-        *qdiscs(system, probed),
+        *qdiscs(system, probed, line := delay_line(system)),
+        line,
         netns,
+        limits(),
         *docker,
         capabilities(system),
         congestion_controls(),
@@ -132,8 +138,8 @@ def examine() -> dict[str, Any]:
     ]
     absent = set(probed or ())
     labs = {
-        "netns": netns.verdict == "ok" and not absent & {"tbf", "veth", "bridge"},
-        "docker": docker[0].verdict == "ok" and "tbf" not in absent,
+        "netns": netns.verdict == "ok" and not absent & NEEDED,
+        "docker": docker[0].verdict == "ok" and not absent & {"htb", "tbf"},
     }
     return {"system": asdict(system), "labs": labs, "findings": [asdict(finding) for finding in findings]}
 
@@ -204,12 +210,55 @@ def user_namespaces_mend(system: System, settings: Mapping[str, str], unshare: b
     return f"run testbed with sudo, or use Docker: {_COMPOSE}"
 
 
-def qdiscs(system: System, missing: Sequence[str] | None) -> list[Finding]:
-    """What the kernel offers to make and shape links."""
+def delay_line(system: System) -> Finding:
+    """Whether a program can stand in for netem in the netns lab."""
+    name = "delay line"
+    try:
+        prefix = enclosure()
+    except LabError:
+        return Finding(name, "limited", "cannot be tried without a network namespace", "mend lab netns first")
+    command = [*prefix, sys.executable, "-m", "testbed.links.tap"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode == 0:
+        return Finding(name, "ok", "makes delay, jitter and loss in the netns lab where the kernel has no netem")
+    reason, _, mend = why_it_failed(done).partition("; ")
+    if system.container:
+        mend = "start the container with: docker run --device /dev/net/tun …"
+    return Finding(name, "limited", reason, mend)
+
+
+def limits() -> Finding:
+    """What all namespaces of a machine share, and 64 workers need."""
+    processes = 8 * MOST_WORKERS  # threads of a worker
+    needs = {
+        "open files (ulimit -n)": (resource.getrlimit(resource.RLIMIT_NOFILE)[0], 8 * MOST_WORKERS),
+        "user.max_net_namespaces": (_number("/proc/sys/user/max_net_namespaces"), MOST_WORKERS + 8),
+        "kernel.threads-max": (_number("/proc/sys/kernel/threads-max"), processes),
+        "kernel.pid_max": (_number("/proc/sys/kernel/pid_max"), processes),
+        # Pages of all sockets' buffers; each of 64 x 63 connections has at least 64 KiB at its two ends.
+        "net.ipv4.tcp_mem, the third": (_number("/proc/sys/net/ipv4/tcp_mem", 2), MOST_WORKERS**2 * 16),
+    }
+    short = {name: (has, need) for name, (has, need) in needs.items() if has is not None and 0 <= has < need}
+    if not short:
+        return Finding("limits", "ok", f"{MOST_WORKERS} workers fit")
+    found = ", ".join(f"{name} is {has} and should be {need}" for name, (has, need) in short.items())
+    return Finding("limits", "limited", f"{found}, for {MOST_WORKERS} workers", "raise them, or use fewer workers")
+
+
+def _number(path: str, position: int = 0) -> int | None:
+    words = _read(path).split()
+    return int(words[position]) if len(words) > position else None
+
+
+def qdiscs(system: System, missing: Sequence[str] | None, line: Finding) -> list[Finding]:
+    """What the kernel offers to make and shape links. line: what is known of the delay line."""
     if missing is None:
         return [Finding("kernel", "limited", "cannot be asked without a network namespace", "mend lab netns first")]
     needed = {
-        "tbf": ("limits rates", "sch_tbf"),
+        "htb": ("limits rates", "sch_htb"),
+        "tbf": ("cuts packets into frames", "sch_tbf"),
+        "codel": ("manages queues (aqm: codel)", "sch_codel"),
+        "fq_codel": ("manages queues (aqm: fq_codel)", "sch_fq_codel"),
         "netem": ("makes delay, jitter and loss", "sch_netem"),
         "veth": ("makes cables", "veth"),
         "bridge": ("makes switches", "bridge"),
@@ -220,9 +269,12 @@ def qdiscs(system: System, missing: Sequence[str] | None) -> list[Finding]:
             findings.append(Finding(name, "ok", purpose))
             continue
         mend = system.load_module(module)
-        if name == "netem":
-            mend += "; rates, queues and partitions work without it, its tests under User-Mode Linux: make test-netem"
-        findings.append(Finding(name, "missing", f"this kernel has none; it {purpose}", mend))
+        if name == "netem" and line.verdict == "ok":
+            found = f"this kernel has none; it {purpose}, which the delay line does instead in the netns lab"
+            findings.append(Finding(name, "limited", found, f"for the Docker lab: {mend}"))
+            continue
+        verdict: Verdict = "missing" if name in NEEDED | {"netem"} else "limited"
+        findings.append(Finding(name, verdict, f"this kernel has none; it {purpose}", mend))
     return findings
 
 

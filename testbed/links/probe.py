@@ -35,18 +35,17 @@ def missing_kinds(kinds: Iterable[str]) -> list[str]:
     """
     found = []
     with back_to_own_namespace():
-        unshare_network()
-        socket = NetlinkSocket()
-        try:
-            for kind in kinds:
-                try:
-                    socket.batch(_requests(kind))
-                except NetlinkError as error:
-                    if error.errno not in _UNKNOWN:
-                        raise
-                    found.append(kind)
-        finally:
-            socket.close()
+        for kind in kinds:
+            unshare_network()  # each finds an interface that nothing has been tried on
+            socket = NetlinkSocket()
+            try:
+                socket.batch(_requests(kind))
+            except NetlinkError as error:
+                if error.errno not in _UNKNOWN:
+                    raise
+                found.append(kind)
+            finally:
+                socket.close()
     return found
 
 

@@ -120,15 +120,14 @@ class LinkDriver:
                 raise ValueError(f"there is no link {name!r}; {did_you_mean(str(name), states)}")
         if request.get("set"):
             wanted = parse_link(request["set"], self._links.mtu)
-            changes = {
-                name: slowed_link(
-                    wanted.applied_to(slowed_link(states[name], 1 / self._dilation), trunk=name in self._trunks), self._dilation
-                )
+            wished = {
+                name: wanted.applied_to(slowed_link(states[name], 1 / self._dilation), trunk=name in self._trunks)
                 for name in names
             }
-            for name, state in changes.items():
+            for name, state in wished.items():
                 if fault := impossible(state):
                     raise ValueError(f"{name}: {fault}")
+            changes = {name: slowed_link(state, self._dilation) for name, state in wished.items()}
             impaired = {(link, side) for link, state in changes.items() for side in DIRECTIONS if getattr(state, side).impaired}
             if missing := impaired - self._links.impaired:
                 raise ValueError(

@@ -2,8 +2,9 @@
 
 import pytest
 
-from testbed.doctor import System, qdiscs, user_namespaces_mend
+from testbed.doctor import Finding, System, qdiscs, user_namespaces_mend
 
+NO_LINE = Finding("delay line", "limited", "/dev/net/tun may not be opened", "sudo chmod 666 /dev/net/tun")
 DEBIAN = 'PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\nNAME="Debian GNU/Linux"\nID=debian\n'
 UBUNTU = 'PRETTY_NAME="Ubuntu 24.04.1 LTS"\nID=ubuntu\nID_LIKE=debian\n'
 FEDORA = 'NAME="Fedora Linux"\nID=fedora\nPRETTY_NAME="Fedora Linux 41 (Workstation Edition)"\n'
@@ -42,10 +43,16 @@ def test_wsl_and_the_kernel_are_recognised():
     ],
 )
 def test_missing_netem_has_the_mend_of_the_system_and_a_way_to_go_on(here, words):
-    (netem,) = (finding for finding in qdiscs(here, ["netem"]) if finding.verdict != "ok")
-    assert netem.name == "netem"
+    (netem,) = (finding for finding in qdiscs(here, ["netem"], NO_LINE) if finding.verdict != "ok")
+    assert (netem.name, netem.verdict) == ("netem", "missing")
     assert words in netem.mend
-    assert "make test-netem" in netem.mend
+
+
+def test_where_the_delay_line_stands_in_for_netem_only_docker_is_the_poorer():
+    (netem,) = (finding for finding in qdiscs(system(), ["netem"], Finding("delay line", "ok", "")) if finding.verdict != "ok")
+    assert netem.verdict == "limited"
+    assert "delay line" in netem.found
+    assert "Docker" in netem.mend
 
 
 @pytest.mark.parametrize(
@@ -70,5 +77,5 @@ def test_forbidden_user_namespaces_have_the_mend_of_what_forbids_them(here, sett
 
 
 def test_a_kernel_that_could_not_be_asked_is_no_pass():
-    (finding,) = qdiscs(system(), None)
+    (finding,) = qdiscs(system(), None, NO_LINE)
     assert finding.verdict == "limited"
