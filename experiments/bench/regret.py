@@ -1,10 +1,11 @@
 """Is netsense as good as the best fixed scheme in hindsight, at every bandwidth?
 
-    python experiments/bench/regret.py [RUN]
+    python experiments/bench/regret.py [RUN | SPEC]
 
-RUN: a run directory of regret.yaml; without it regret.yaml is run first (about 15 minutes). Prints the median step time of
-every method at every rate, over the second half of its steps, the share of the gradients' energy that it did not send, and the
-regret of netsense: its step time against that of the best method that loses no more energy than netsense did.
+RUN: a run directory of regret.yaml or regret-wan.yaml. SPEC: which of the two is run first (about 15 minutes); regret.yaml if
+nothing is named. Prints the median step time of every method at every rate or delay, over the second half of its steps, the
+share of the gradients' energy that it did not send, and the regret of netsense: its step time against that of the best method
+that loses no more energy than netsense did.
 
 Plain all-reduce loses none; what bfloat16 loses by rounding is not recorded, and taken for its bound, 2**-16.
 """
@@ -20,18 +21,15 @@ from rich.table import Table
 import testbed
 from testbed.results.summary import lost_energy
 
-RATE = "network.link.rate"
 
-
-def run_it(parent: Path) -> Path:
+def run_it(spec: Path, parent: Path) -> Path:
     """Run the spec; returns the run directory."""
-    spec = Path(__file__).with_suffix(".yaml")
     subprocess.run([sys.executable, "-m", "testbed.cli", "run", str(spec), "--out", str(parent)], check=False)
     return max(parent.glob("regret-*"), key=lambda path: path.stat().st_mtime)
 
 
 def measured(run: testbed.Run) -> pd.DataFrame:
-    """One row a cell: rate, method, step_s, lost, scheme, valid."""
+    """One row a cell: condition (the value of the matrix), method, step_s, lost, scheme, valid."""
     valid = {cell["cell"]: cell["valid"] for cell in run.summary["cells"]}
     rows = []
     for cell in run.cells.to_dict("records"):
@@ -39,7 +37,7 @@ def measured(run: testbed.Run) -> pd.DataFrame:
         steps = steps[steps["step"] >= steps["step"].max() // 2]
         rows.append(
             {
-                "rate": cell["overrides"][RATE],
+                "condition": next(iter(cell["overrides"].values())),
                 "method": cell["method"],
                 # The ranks leave a step together, but for the last hop: what counts is the time of all.
                 "step_s": steps.groupby("step")["step_s"].mean().median(),
@@ -52,12 +50,13 @@ def measured(run: testbed.Run) -> pd.DataFrame:
 
 
 def main() -> None:
-    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else run_it(Path("runs"))
+    given = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_suffix(".yaml")
+    directory = given if given.is_dir() else run_it(given, Path("runs"))
     cells = measured(testbed.load_run(directory))
-    rates = list(dict.fromkeys(cells["rate"]))
+    rates = list(dict.fromkeys(cells["condition"]))
     table = Table("ms a step (energy lost)", *map(str, rates))
     for method, mine in cells.groupby("method", sort=False):
-        by_rate = mine.set_index("rate")
+        by_rate = mine.set_index("condition")
         table.add_row(
             method,
             *(
@@ -69,7 +68,7 @@ def main() -> None:
     worst = 0.0
     regrets, choices = [], []
     for rate in rates:
-        here = cells[cells["rate"] == rate]
+        here = cells[cells["condition"] == rate]
         netsense = here[here["method"] == "netsense"].iloc[0]
         others = here[(here["method"] != "netsense") & (here["lost"] <= netsense["lost"])]
         best = others.loc[others["step_s"].idxmin()]

@@ -1,16 +1,17 @@
 """Does the estimate of the network follow the links? Four Gloo workers on shaped links, the estimate decides what they send.
 
-    python experiments/bench/sensing.py [SECONDS] [FIGURE.html]
+    python experiments/bench/sensing.py [SECONDS] [FIGURE.html] [RTT_MS]
 
-SECONDS: length of each phase (default 6). Every step computes (sleeps) for 60 ms and then exchanges one to three buckets, by
-all-reduce or all-gather for 25 steps in turn, that should take 0.5 to 1 times 60 ms by the estimate so far; the ranks agree on
-what they measured behind the next step's compute. In the last phase a TCP flow competes for the link into one worker.
+SECONDS: length of each phase (default 6). RTT_MS: of every path, made by netem or the delay line (default 0). Every step
+computes (sleeps) for 60 ms and then exchanges one to three buckets, by all-reduce or all-gather for 25 steps in turn, that
+should take 0.5 to 1 times 60 ms by the estimate so far; the ranks agree on what they measured behind the next step's compute.
+In the last phase a TCP flow competes for the link into one worker.
 
 Prints for each phase the true share (``NetworkEstimate``), the estimate after 20 steps (the last one, if there are fewer) with
-its error, the errors from there to the end of the phase (10th and 90th percentile), how many steps it took to come within
-20 %, counted from the first exchange that ended after the change, and by how much the time predicted for a step was off from
-there on (median). Beside a competing flow the true share is what that flow left over while the exchange went on, as a median
-over 16 steps. Writes a figure, and beside it the steps as JSON lines.
+its error, that of the round-trip time, the errors from there to the end of the phase (10th and 90th percentile), how many steps
+it took to come within 20 %, counted from the first exchange that ended after the change, and by how much the time predicted for
+a step was off from there on (median). Beside a competing flow the true share is what that flow left over while the exchange
+went on, as a median over 16 steps. Writes a figure, and beside it the steps as JSON lines.
 """
 
 import json
@@ -24,6 +25,7 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from netsenseml.agent.protocol import RecordFile, monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab, enclosure
+from testbed.links.probe import missing_kinds
 from testbed.links.state import LinkState, Shape
 from testbed.traffic import tcp as traffic
 from testbed.traffic.flows import Flow, Phase
@@ -154,17 +157,19 @@ def compete(end: str, address: str, directory: Path) -> None:
                 due_s = monotonic_s() + SLICE_S
 
 
-def both(rate_bps: float) -> LinkState:
-    shape = Shape(rate_bps=round(rate_bps))
-    return LinkState(shape, shape)
+def both(rate_bps: float, rtt_s: float) -> LinkState:
+    shape = Shape(rate_bps=round(rate_bps), queue_s=max(0.05, rtt_s))
+    return LinkState(shape, replace(shape, delay_s=rtt_s / 2))
 
 
-def measure(server: ForkServer, seconds: float, scratch: Path) -> list[float]:
+def measure(server: ForkServer, seconds: float, scratch: Path, rtt_s: float) -> list[float]:
     """Run the phases; returns when each began (CLOCK_MONOTONIC)."""
     names = [f"w{rank}" for rank in range(RANKS)]
-    states = {name: both(RATES[0]) for name in names} | {"bg": both(1e9)}
+    states = {name: both(RATES[0], rtt_s) for name in names} | {"bg": both(1e9, 0)}
+    impaired = frozenset((name, "down") for name in names) if rtt_s else frozenset()
+    engine = "userspace" if missing_kinds(["netem"]) else "netem"
     begins = []
-    with NetnsLab(LabPlan(states), server) as lab:
+    with NetnsLab(LabPlan(states, impaired=impaired, engine=engine), server) as lab:
 
         def start(host: str, *arguments: str) -> Any:
             program = ["python", str(Path(__file__).resolve()), *arguments, str(scratch)]
@@ -180,7 +185,7 @@ def measure(server: ForkServer, seconds: float, scratch: Path) -> list[float]:
                 start("w1", "receive", lab.hosts["w1"].address)
                 time.sleep(1)
                 start("bg", "send", lab.hosts["w1"].address)
-            lab.links.apply({name: both(rate_bps) for name in names})
+            lab.links.apply({name: both(rate_bps, rtt_s) for name in names})
             begins.append(monotonic_s())
             time.sleep(seconds)
         begins.append(monotonic_s())
@@ -208,9 +213,10 @@ def report(
     steps: Sequence[dict[str, Any]],
     windows: Sequence[dict[str, Any]],
     rival: Sequence[dict[str, Any]],
+    rtt_s: float,
 ) -> None:
     """Add to every step its true share, and print the table. windows: the steps of the rank that the rival sends to."""
-    print("rate         true share  after 20   error  p10 … p90 later  steps to 20 %  time predicted   steps")
+    print("rate         true share  after 20   error   RTT  p10 … p90 later  steps to 20 %  time predicted   steps")
     for number, rate_bps in enumerate(RATES):
         phase = [row for row in steps if begins[number] <= row["ended_s"] < begins[number + 1]]
         competing = number == len(RATES) - 1
@@ -226,9 +232,11 @@ def report(
         rest = sorted(errors[settled:])
         off = statistics.median(abs(row["predicted_s"] / row["seconds"] - 1) for row in phase[settled:])
         after = phase[settled]["beta_bps"]
+        round_trip = phase[settled]["min_rtt_s"]
+        rtt = f"{round_trip / rtt_s - 1:+.1%}" if rtt_s and round_trip else "–"
         print(
             f"{rate_bps / 1e6:3.0f} Mbit/s{'*' if competing else ' '}{shares[settled] / 1e6:11.1f}{after / 1e6:10.1f}"
-            f"{errors[settled]:+8.1%}{rest[len(rest) // 10]:+8.1%} … {rest[len(rest) * 9 // 10]:+6.1%}"
+            f"{errors[settled]:+8.1%}{rtt:>7}{rest[len(rest) // 10]:+8.1%} … {rest[len(rest) * 9 // 10]:+6.1%}"
             f"{near:>12}{f'{off:.0%} off':>18}{len(phase):10}",
             flush=True,
         )
@@ -263,14 +271,15 @@ def main() -> None:
         return compete(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 6
     target = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parents[2] / "runs" / "sensing.html"
+    rtt_s = float(sys.argv[3]) / 1e3 if len(sys.argv) > 3 else 0.0
     if os.environ.get("BENCH_INSIDE") != "1":
         os.execvpe("env", ["env", "BENCH_INSIDE=1", *enclosure(), sys.executable, *sys.argv], os.environ)
     with ForkServer() as server, tempfile.TemporaryDirectory() as scratch:
-        begins = measure(server, seconds, Path(scratch))
+        begins = measure(server, seconds, Path(scratch), rtt_s)
         steps, windows, rival = (
             list(read_records(Path(scratch) / name)) for name in ("steps-0.jsonl", "steps-1.jsonl", "rival.jsonl")
         )
-        report(begins, steps, windows[: len(steps)], rival)
+        report(begins, steps, windows[: len(steps)], rival, rtt_s)
     target.parent.mkdir(parents=True, exist_ok=True)
     draw(steps, target)
     target.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))

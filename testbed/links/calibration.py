@@ -229,11 +229,12 @@ class Gauges:
     def __init__(self, lab: Lab, logs: Path) -> None:
         self.lab = lab
         self._logs = logs
+        self._started = 0
 
     def start(self, host: str, program: str, *arguments: object) -> tuple[Process, Path]:
-        """Start a program; its log is that of no other program that runs at the same time."""
-        log = self._logs / f"calibration-{host}-{program}.log"
-        log.unlink(missing_ok=True)
+        """Start a program with a log of its own."""
+        self._started += 1
+        log = self._logs / f"calibration-{host}-{program}-{self._started}.log"
         return self.lab.hosts[host].start(gauge.command(program, *arguments), {}, log), log
 
     def report(self, running: tuple[Process, Path], seconds: float = 0.0) -> dict[str, Any] | None:

@@ -62,7 +62,7 @@ def test_show_and_change_a_link_of_a_live_run(tmp_path):
         (("w0", "--set", "rat=5mbit"), "did you mean 'rate'?"),
         (("w0", "--set", "delay=5ms"), "can have no delay or loss"),
         (("w0", "--set", "down.jitter=5ms"), "needs a delay of 10ms or more"),
-        (("w0", "--set", "queue=100B"), "a frame"),
+        (("w0", "--set", "queue=100B"), "one frame"),
     ):
         refused = link(run, *arguments)
         assert refused.returncode == 2, refused.stdout

@@ -86,6 +86,7 @@ def test_a_run_without_cells_is_not_valid_and_keeps_its_columns(tmp_path: Path) 
         "name": "empty",
         "valid": False,
         "problems": problems,
+        "notes": [],
         "cells": [],
         "comparisons": [],
         "regrets": [],
