@@ -4,6 +4,7 @@ The text of this file is sent to the hosts (``command``), so it needs nothing th
 All times are seconds on CLOCK_MONOTONIC, which all hosts of a lab share.
 """
 
+import itertools
 import json
 import select
 import socket
@@ -27,7 +28,7 @@ _CHUNK_BYTES = 1 << 18
 _PATIENCE_S = 10.0
 _NUMBER = struct.Struct("=I")
 _UDP_SEGMENT, _UDP_GRO = 103, 104  # <linux/udp.h>
-_SO_SNDBUFFORCE = 32
+_FLOOD_SOCKETS = 32
 _BUFFER_BYTES = 1 << 21
 """What a socket may have under way, so that a link stays full while the program is not scheduled for some ms."""
 
@@ -108,30 +109,37 @@ def flood(
     """
     payload = bytearray((int(datagram_bytes) - headers_bytes(address)) * int(segments))
     gap_s = int(datagram_bytes) * int(segments) * 8 / float(rate_bps)
-    with socket.socket(_family(address), socket.SOCK_DGRAM) as sock:
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER_BYTES)
-        except PermissionError:  # a container; then as much as everyone may
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+    # What waits in a queue anywhere on the way counts as under way of the socket that sent it, which may have little.
+    sockets = itertools.cycle([socket.socket(_family(address), socket.SOCK_DGRAM) for _ in range(_FLOOD_SOCKETS)])
+    for sock in itertools.islice(sockets, _FLOOD_SOCKETS):
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         if int(segments) > 1:
             sock.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, int(datagram_bytes) - headers_bytes(address))
         sock.connect((address, _FLOOD_PORT))
-        time.sleep(max(0.0, float(at_s) - time.monotonic()))
-        begin_s = due_s = time.monotonic()
-        sent = 0
-        while sent < float(number) and (now_s := time.monotonic()) - begin_s < float(seconds):
-            if due_s > now_s:
-                time.sleep(min(due_s - now_s, 0.1))
-                continue
-            if int(segments) == 1:
-                _NUMBER.pack_into(payload, 0, sent)
+    time.sleep(max(0.0, float(at_s) - time.monotonic()))
+    begin_s = due_s = time.monotonic()
+    sent = 0
+    while sent < float(number) and (now_s := time.monotonic()) - begin_s < float(seconds):
+        if due_s > now_s:
+            time.sleep(min(due_s - now_s, 0.1))
+            continue
+        if int(segments) == 1:
+            _NUMBER.pack_into(payload, 0, sent)
+        for sock in itertools.islice(sockets, _FLOOD_SOCKETS):
             try:
                 sock.send(payload)
+                break
+            except BlockingIOError:
+                continue
             except ConnectionRefusedError:
-                pass  # word of an earlier one: nobody listened yet
-            sent += 1
-            due_s += gap_s
-        return {"sent": sent, "begin_s": begin_s, "end_s": time.monotonic()}
+                break  # word of an earlier one: nobody listened yet
+        else:
+            time.sleep(0.0005)
+            continue
+        sent += 1
+        due_s += gap_s
+    return {"sent": sent, "begin_s": begin_s, "end_s": time.monotonic()}
 
 
 def ignore() -> dict[str, Any]:

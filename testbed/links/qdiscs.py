@@ -13,7 +13,8 @@ looks at once. ``shaper: tbf`` is there to compare with testbeds that use it.
 
 Why a tbf below the class: htb lets a GSO packet of up to 64 KiB pass as one, and afterwards waits for the debt. A tbf whose
 rate is far above any link's never limits, but cuts what is larger than its bucket into frames, as the wire would; so that a
-thin link gets frames however large the packets are that a fast one sends.
+thin link gets frames however large the packets are that a fast one sends. For htb also keeps its debt as time: after a rise
+the next packet waits until the one that has left would have been sent at the old rate, which should be no more than a frame.
 
 pyroute2 knows neither tbf's burst and 64-bit rate nor most of netem, and is slow at ten changes a second of many links, so the
 options are packed here, straight from <linux/pkt_sched.h>.
@@ -86,12 +87,12 @@ def frame_bytes(mtu: int) -> int:
 
 
 def burst_bytes(rate_bps: int, frame: int = ETHERNET_FRAME_BYTES, shaper: str = "htb") -> int:
-    """Bucket of the shaper for a rate in bits/s. htb: 1 ms of line rate, but at least 2 frames. tbf: 4 ms, at least 8 frames.
+    """Bucket of the shaper for a rate in bits/s. htb: 1 ms of line rate, but at least a frame. tbf: 4 ms, at least 8 frames.
 
     Two opposing needs. The timer that refills the bucket, and the softirq behind it, run late on a busy machine, and a bucket
     that was full meanwhile loses rate. But a full bucket is a free ride after every pause, and a training step has one.
     """
-    share_s, frames = (0.001, 2) if shaper == "htb" else (0.004, 8)
+    share_s, frames = (0.001, 1) if shaper == "htb" else (0.004, 8)
     return max(math.ceil(rate_bps / 8 * share_s), frames * frame)
 
 
@@ -403,6 +404,11 @@ def is_netem(handle: int) -> bool:
 def is_queue(handle: int) -> bool:
     """True if a qdisc's handle is that of the one in which our packets wait for the limiter."""
     return handle >> 16 in (_FIFO, _AQM, _TBF, _PLAIN)
+
+
+def is_limiter(handle: int) -> bool:
+    """True if a qdisc's handle is that of the one that limits the rate."""
+    return handle >> 16 in (_HTB, _TBF)
 
 
 def changed(tree: Tree, before: Tree | None) -> list[int]:

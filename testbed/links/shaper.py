@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pyroute2.netlink import NLA_F_NESTED, NLM_F_ECHO
-from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_GETQDISC, RTM_SETLINK
+from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_GETQDISC, RTM_GETTCLASS, RTM_SETLINK
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
@@ -227,6 +227,28 @@ class Shaper:
         found = decode(answer, ifinfmsg).get_nested("IFLA_LINKINFO", "IFLA_INFO_SLAVE_DATA", "IFLA_BRPORT_STATE")
         return bool(found == wanted)
 
+    def deviating(self) -> list[str]:
+        """Links on whose interfaces the kernel does not report what they were given last: something else has changed them."""
+        found: dict[tuple[NetlinkSocket, int, int], bytes] = {}
+        for socket in {port.socket for port in self._ports.values()}:
+            for answer in socket.dump(_dump_request()):
+                ifindex, handle, *_ = qdiscs.read_counters(answer)
+                found[socket, ifindex, handle] = answer
+        for port in self._ports.values():
+            for answer in port.socket.dump(_class_request(port)):
+                _, handle, *_ = qdiscs.read_counters(answer)
+                found[port.socket, port.ifindex, handle] = answer
+        links = []
+        for place, tree in self._trees.items():
+            port = self._ports[place]
+            nodes = [(node, qdiscs.place_of(tree, level)[0]) for level, node in enumerate(tree)]
+            answers = [(node, found.get((port.socket, port.ifindex, handle))) for node, handle in nodes]
+            if self.line is not None:
+                answers = [(node, answer) for node, answer in answers if not isinstance(node, qdiscs.Netem)]
+            if not all(answer is not None and qdiscs.same_on_kernel(node, answer) for node, answer in answers):
+                links.append(place[0])
+        return list(dict.fromkeys(links))
+
     def _refused(self) -> int:
         """Frames that the shaper let go and the delay line had not read in time, so that the interface dropped them."""
         questions: dict[NetlinkSocket, list[Request]] = {}
@@ -238,6 +260,7 @@ class Shaper:
     def counters(self) -> dict[Place, QdiscCounters]:
         """Counters of every link and direction, of the queue behind its limiter: one dump per namespace."""
         found: dict[tuple[NetlinkSocket, int], QdiscCounters] = {}
+        waits: dict[tuple[NetlinkSocket, int], int] = {}
         for socket in {port.socket for port in self._ports.values()}:
             netem: dict[int, int] = {}
             below: dict[int, int] = {}
@@ -247,6 +270,8 @@ class Shaper:
                     continue
                 if qdiscs.is_queue(handle):
                     found[socket, ifindex] = counters
+                if qdiscs.is_limiter(handle):
+                    waits[socket, ifindex] = counters.overlimits
                 if qdiscs.is_netem(handle):
                     netem[ifindex] = counters.drops
                 elif qdiscs.is_netem(parent):
@@ -254,7 +279,7 @@ class Shaper:
             for ifindex, drops in netem.items():  # netem counts what the qdisc below it refuses, too
                 found[socket, ifindex] = replace(found[socket, ifindex], lost=drops - below.get(ifindex, 0))
         by_place = {
-            place: found[port.socket, port.ifindex]
+            place: replace(found[port.socket, port.ifindex], overlimits=waits.get((port.socket, port.ifindex), 0))
             for place, port in self._ports.items()
             if (port.socket, port.ifindex) in found
         }
@@ -269,6 +294,12 @@ def _interface_request(port: Port) -> Request:
     question = ifinfmsg()
     question["index"] = port.ifindex
     return encode(question, RTM_GETLINK, 0, f"{port.interface}: counters")
+
+
+def _class_request(port: Port) -> Request:
+    question = tcmsg()
+    question["index"] = port.ifindex
+    return encode(question, RTM_GETTCLASS, 0, f"list classes of {port.interface}")
 
 
 def _dump_request() -> Request:

@@ -38,7 +38,8 @@ EVENT_COLUMNS: Mapping[str, str] = {
     "applied_s": "when the kernel had acknowledged it, seconds after t = 0",
     "link": "name of the link; of the flow if kind is 'traffic'",
     "state": "the new state of both directions, as JSON text; of a flow its streams or rate_bps, 0 = off",
-    "kind": "'initial' (before t = 0), 'schedule' (from the spec), 'manual' (by hand on the live run) or 'traffic'",
+    "kind": "'initial' (before t = 0), 'schedule' (from the spec), 'manual' (by hand on the live run), 'traffic', or 'readback'"
+    " (no change: the kernel did not report the state that should be in force)",
     "verified": "true if the kernel reported the state that was asked for",
 }
 """Columns of one row of events: one change of one link, or a flow that began or stopped."""

@@ -324,6 +324,10 @@ def telemetry_gaps(links: pd.DataFrame, t_end_s: float) -> list[str]:
     return problems
 
 
+_PACKET_S, _FRAME_BITS = 1e-3, 8 * 1514
+"""The longest packet of a link, as time or as a frame."""
+
+
 class Unsure(NamedTuple):
     """What is not known of some windows, as the instants of changes are not: by how many bits the limit may have let pass more
     or less than its integral says, and whether there was none at some time."""
@@ -376,9 +380,13 @@ class Limits:
     @cached_property
     def _unsure(self) -> list[np.ndarray]:
         """Of all changes before each one: bits they may have let pass early; or held back early; how many have no limit."""
-        rises = np.diff(self.rate_bps, prepend=self.rate_bps[:1])
+        before_bps = np.append(self.rate_bps[:1], self.rate_bps[:-1])
+        rises = self.rate_bps - before_bps
         early = np.nan_to_num(rises) * (self.until_s - self.since_s)
-        amounts = np.maximum(early, 0.0), np.maximum(-early, 0.0), np.isnan(rises)
+        # A packet that has begun keeps its rate (``links.qdiscs``): after a rise the next one waits for it.
+        packet_s = np.maximum(_PACKET_S, _FRAME_BITS / np.maximum(before_bps, 1.0)) * (before_bps > 0)
+        kept = np.nan_to_num(np.maximum(rises, 0.0) * packet_s)
+        amounts = np.maximum(early, 0.0), np.maximum(-early, 0.0) + kept, np.isnan(rises)
         return [np.append(0.0, np.cumsum(amount)) for amount in amounts]
 
 
@@ -507,7 +515,7 @@ def worst_excess(one: Direction) -> Window | None:
         allowed = one.allowed[last] - one.allowed[first]
         unsure = one.limits.unsure(one.t_s[first], one.t_s[last])
         over = one.carried[last] - one.carried[first] - allowed * (1 + EXCESS) - unsure.more - _most(one.bucket, first, last)
-        share = np.where(unsure.unlimited, 0.0, over / np.maximum(allowed, 1.0))
+        share = np.where(unsure.unlimited, 0.0, (over - 1.0) / np.maximum(allowed, 1.0))  # a bit: sums are not exact
         most = int(np.argmax(share))
         if share[most] > worst:
             worst, found = share[most], Window.between(one, first[most], last[most])
@@ -553,7 +561,7 @@ def worst_shortfall(one: Direction) -> Window | None:
         unsure, fastest_bps = one.limits.unsure(from_s, to_s), np.maximum(one.limits.fastest(from_s, to_s), 1.0)
         allowed = one.allowed[last] - one.allowed[first]
         enough = one.carried[last] - one.carried[first] + _most(one.bucket, first, last) + unsure.less
-        proven = enough < (1 - SHORTFALL) * (left[last] - left[first]) - 1.0  # a bit: sums of fractions are not exact
+        proven = enough < (1 - SHORTFALL) * (left[last] - left[first]) - 1.0  # a bit, as above
         least_s = _least(waiting, first, last) / fastest_bps
         widest_s = np.maximum(_most(gap_s, first, last - 1) - least_s, 1e-3)
         idle_share = (allowed - enough) / fastest_bps / (to_s - from_s)

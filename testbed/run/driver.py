@@ -2,6 +2,7 @@
 
 import itertools
 import queue
+import random
 import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from testbed.timeline import Change
 from testbed.timeline.possible import impossible
 
 SAMPLE_S = 0.1
+_READ_BACK = 10
+"""At every so-manyth sample the kernel is asked if links still are as they were set."""
 _GUARD = 1.5
 """No sample is begun when a change is due sooner than this many times what the last one took: a change must be on time."""
 _OVERDUE_S = 0.5
@@ -84,6 +87,7 @@ class LinkDriver:
         pending = self._moments()
         due = next(pending, None)
         next_sample = reading_s = 0.0
+        slot = 0
         while not self._stopping.is_set():
             now = monotonic_s() - self._t0_s
             overdue = now - next_sample > _OVERDUE_S
@@ -93,13 +97,25 @@ class LinkDriver:
             elif next_sample <= now and (due is None or overdue or due.at_s - now > _GUARD * reading_s):
                 self._sample()
                 reading_s = monotonic_s() - self._t0_s - now
-                next_sample = max(next_sample + SAMPLE_S, now)
+                # At a random moment of its tenth of a second: a training has a rhythm of its own, and with samples that come
+                # regularly an idle time of each step could fall between them every time.
+                slot = max(slot + 1, int(now / SAMPLE_S))
+                next_sample = max(SAMPLE_S * (slot + random.random()), now)
                 self._answer_visitors()
+                if slot % _READ_BACK == 0:
+                    self._read_back()
             else:
                 moments = [next_sample] if next_sample > now else []
                 moments += [] if due is None else [due.at_s]
                 self._stopping.wait(max(0.0, min(moments) - now))
         self._sample()
+
+    def _read_back(self) -> None:
+        now = monotonic_s() - self._t0_s
+        states = self._links.states
+        events = [_event(now, now, link, states[link], "readback", False) for link in self._links.deviating()]
+        if events:
+            self._events.append(events)
 
     def _answer_visitors(self) -> None:
         while self._door is not None:

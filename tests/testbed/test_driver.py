@@ -35,6 +35,9 @@ class SlowLinks:
         self.states.update(prepared.changes)
         return {link: Applied(monotonic_s(), True) for link in prepared.changes}
 
+    def deviating(self) -> list[str]:
+        return []
+
     def counters(self) -> dict[tuple[str, str], QdiscCounters]:
         time.sleep(READING_S)
         nothing = QdiscCounters(bytes=0, packets=0, drops=0, overlimits=0, backlog_bytes=0, qlen=0)

@@ -72,9 +72,9 @@ def test_a_rate_outside_the_plan_cannot_shrink_the_bucket_of_a_tbf_below_the_pac
 
 
 @given(rates, mtus)
-def test_a_bucket_is_a_millisecond_or_two_frames(rate, mtu):
+def test_a_bucket_is_a_millisecond_or_a_frame(rate, mtu):
     tree = compile_tree(Shape(rate_bps=rate), mtu=mtu)
-    assert bucket_of(tree) == max(-(-rate // 8000), 2 * frame_bytes(mtu))
+    assert bucket_of(tree) == max(-(-rate // 8000), frame_bytes(mtu))
 
 
 @given(shapes, mtus)
@@ -147,9 +147,9 @@ def test_tc_commands_are_the_ones_a_person_would_type():
         "tc qdisc replace dev w1 root handle 7e51: netem limit 2333 delay 10000us 1000us distribution normal "
         "loss gemodel 0.252525% 25% 100% 0% duplicate 0.1% seed 7",
         "tc qdisc replace dev w1 parent 7e51:1 handle 7e52: htb default 1",
-        "tc class replace dev w1 parent 7e52: classid 7e52:1 htb rate 10000000bit ceil 10000000bit burst 3028 cburst 3028 "
+        "tc class replace dev w1 parent 7e52: classid 7e52:1 htb rate 10000000bit ceil 10000000bit burst 1514 cburst 1514 "
         "quantum 60000",
-        "tc qdisc replace dev w1 parent 7e52:1 handle 7e53: tbf rate 8000000000000000bit burst 3028 limit 62500",
+        "tc qdisc replace dev w1 parent 7e52:1 handle 7e53: tbf rate 8000000000000000bit burst 1514 limit 62500",
         "tc qdisc replace dev w1 parent 7e53:1 handle 7e54: bfifo limit 62500",
     ]
     slower = compile_tree(shape.with_changes({"rate_bps": 5_000_000, "queue_bytes": 62500}), seed=7)

@@ -99,10 +99,10 @@ def test_a_packet_belongs_to_the_window_that_it_ends():
     assert recording.columns["rate_bps"] == pytest.approx((3 * PACKET_BITS / 0.1, 2 * PACKET_BITS / 0.1))
 
 
-def test_a_replay_has_the_rows_at_their_times_and_an_outage_gets_the_least_rate():
+def test_a_replay_has_the_rows_at_their_times_and_a_rate_of_nothing_is_an_outage():
     assert [(change.at_s, change.state.up.rate_bps) for change in replay()] == [
         (0, 10_000_000),
-        (1, 8_000),  # and nothing at 1.5, where nothing changes
+        (1, 0),  # and nothing at 1.5, where nothing changes
         (2, 30_000_000),
         (3, 40_000_000),
     ]

@@ -315,7 +315,9 @@ def test_a_change_inside_a_window_does_not_hide_what_is_wrong() -> None:
     assert excesses(timeline.links(t_s, allowed), timeline.events()) == []
     assert excesses(timeline.links(t_s, 1.1 * allowed), timeline.events())
     assert shortfalls(timeline.links(t_s, allowed, 1e9), timeline.events()) == []
-    assert shortfalls(timeline.links(t_s, 0.9 * allowed, 1e9), timeline.events())
+    # A frame that has begun at the low rate is waited for after every rise, which is 4 % of what may pass here.
+    assert shortfalls(timeline.links(t_s, 0.95 * allowed, 1e9), timeline.events()) == []
+    assert shortfalls(timeline.links(t_s, 0.85 * allowed, 1e9), timeline.events())
 
 
 def test_a_change_that_takes_effect_late_and_is_said_to_be_on_time_is_an_excess() -> None:
