@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from socket import AF_INET, AF_INET6
 from types import TracebackType
 from typing import Self
 
@@ -28,7 +29,6 @@ from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
 from testbed.links.routes import tcp_route
 from testbed.links.shaper import Port, set_port
 from testbed.links.tap import open_tap
-from testbed.traffic.flows import family_of
 
 INTERFACE = "eth0"
 _NETWORKS = {4: ipaddress.ip_network("10.77.0.0/16"), 6: ipaddress.ip_network("fd77::/64")}
@@ -317,7 +317,7 @@ def _veth(name: str, index: int, peer_name: str, peer_index: int, peer_namespace
 def _address(address: str) -> Request:
     network = _NETWORKS[ipaddress.ip_address(address).version]
     message = ifaddrmsg()
-    message["family"] = family_of(address)
+    message["family"] = AF_INET if network.version == 4 else AF_INET6
     message["prefixlen"] = network.prefixlen
     message["index"] = _ETH0_INDEX
     # Without looking for duplicates first (IFA_F_NODAD), or an IPv6 address could not be used yet.

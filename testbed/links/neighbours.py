@@ -8,6 +8,7 @@ What is permanent does not count there (neigh_alloc in the kernel's net/core/nei
 
 import ipaddress
 import struct
+from socket import AF_INET, AF_INET6
 
 from pyroute2.netlink import NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST
 from pyroute2.netlink.rtnl import RTM_NEWNEIGH
@@ -30,7 +31,7 @@ def mac_of(number: int) -> str:
 def neighbour(ifindex: int, address: str, mac: str) -> Request:
     """The request by which a host knows the MAC of another one's address for good."""
     ip = ipaddress.ip_address(address)
-    family = 2 if ip.version == 4 else 10  # AF_INET, AF_INET6
+    family = AF_INET if ip.version == 4 else AF_INET6
     attributes = _packed(_DESTINATION, ip.packed) + _packed(_MAC, _bytes(mac))
     return _request(_NDMSG.pack(family, 0, 0, ifindex, _PERMANENT, 0, 0) + attributes, f"neighbour {address}")
 

@@ -506,3 +506,22 @@ with NetnsLab(plan, server) as lab:
 """,
     )
     assert seen == "cubic\n"
+
+
+def test_a_link_that_something_else_changed_is_noticed(tmp_path):
+    seen = in_lab(
+        tmp_path,
+        """
+from testbed.links import qdiscs
+with lab_of(["w0", "w1"], 50_000_000) as lab:
+    before = lab.links.deviating()
+    port = lab.links._ports["w1", "down"]
+    tree = lab.links.trees["w1", "down"]
+    faster = qdiscs.compile_tree(Shape(rate_bps=60_000_000))
+    port.socket.batch(request for _, request in qdiscs.requests(faster, port.ifindex, "w1", tree))
+    after = lab.links.deviating()
+    lab.links.apply({"w1": both(40_000_000)})
+    print(json.dumps([before, after, lab.links.deviating()]))
+""",
+    )
+    assert seen == [[], ["w1"], []]
