@@ -37,6 +37,7 @@ from testbed.timeline.shapes import parse_entry
 TRACES = Path(__file__).parents[1] / "traces"
 TOPS = (1, 10, 50, 500)
 EVERY_MS = (20, 100, 1000)
+SHAPES = ("square", "sawtooth", "walk")
 BEGIN_S = 1.0
 _WINDOW_S = 1.0
 
@@ -67,8 +68,8 @@ def replay(server: ForkServer, schedules: Mapping[str, tuple[Mapping[str, Any], 
     impaired = frozenset((change.link, "down") for change in timeline if change.state.down.impaired)
     plan = LabPlan(states, impaired=impaired, engine="userspace" if missing_kinds(["netem"]) else "netem")
     with NetnsLab(plan, server) as lab, tempfile.TemporaryDirectory() as scratch:
-        for link, name in links.items():
-            top = schedules[name][1]
+        for link in links:
+            top = max(change.state.down.rate_bps or 0 for change in timeline if change.link == link)
             lab.hosts[link].start(gauge.command("ignore"), {}, Path(scratch, "log"))
             segments = max(1, min(40, top // 1000 // 8 // 1514))
             words = lab.hosts[link].address, 0, 1e6, 1.2 * top, 1514, segments
@@ -125,7 +126,7 @@ def main() -> None:
     table = Table("schedule", "most", "a change every", "carried", "worst seconds", "a packet and rises may take", box=None)
     console = Console(width=130)
     with ForkServer() as server, console.status("replaying"):
-        for shape in ("square", "sawtooth", "walk"):
+        for shape in SHAPES:
             for every_ms in EVERY_MS:
                 schedules = {f"{top}": (entry(shape, top, every_ms), top * 10**6) for top in TOPS}
                 for top, found in replay(server, schedules, seconds).items():

@@ -135,8 +135,8 @@ def missing_bytes(links: pd.DataFrame, events: pd.DataFrame) -> tuple[float, flo
     return float((at_last - at_first).max()), float(sent[-1] - sent[0])
 
 
-_READING_S = 0.05
-"""Reading the counters of all links takes some milliseconds, on a busy machine more."""
+_READING_S = 0.1
+"""Reading the counters of all links takes some milliseconds, on a busy machine, or under User-Mode Linux, many more."""
 _LARGEST_PACKET_BYTES = 1 << 16
 
 
