@@ -245,7 +245,7 @@ def main() -> int:
     try:
         for row in _calibrate_here(Conditions(**json.loads(sys.argv[1])), "netns"):
             print(json.dumps(row), flush=True)
-    except LabError as error:
+    except (LabError, OSError) as error:
         print(f"testbed: {error}", file=sys.stderr)
         return 4
     except KeyboardInterrupt:

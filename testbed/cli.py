@@ -228,6 +228,8 @@ def calibrate(
         conditions = Conditions(tuple(map(parse_rate, rates)), parse_time(delay), parse_time(jitter), parse_share(loss), burst)
     except ValueError as error:
         _fail(str(error), EXIT_BAD_INPUT)
+    if burst is not None and not 0 < conditions.loss <= burst * (1 - conditions.loss):
+        _fail("burst needs a loss, and one that bursts of this mean length can make up; make it longer", EXIT_BAD_INPUT)
     if conditions.jitter_s * 4 > conditions.delay_s:
         _fail("jitter must be at most a quarter of the delay: no packet can come before it is sent", EXIT_BAD_INPUT)
     chosen = _guarded(lambda: choose_engine(lab.value, engine.value, conditions.impaired, ["htb", "tbf"]))

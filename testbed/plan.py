@@ -24,7 +24,7 @@ from testbed.spec.errors import SpecError, place_of
 from testbed.spec.files import data_folder, reader
 from testbed.spec.load import apply_overrides, combinations, validate
 from testbed.spec.models import ComputeSpec, MethodSpec, Spec, WorkloadSpec
-from testbed.spec.units import MIN_RATE_BPS, format_rate, format_time
+from testbed.spec.units import MIN_RATE_BPS, format_rate, format_size, format_time
 from testbed.timeline import Change, expand
 from testbed.traffic.flows import Flow
 from testbed.traffic.plan import background_hosts, describe_flow, plan_flows
@@ -100,10 +100,9 @@ class Plan:
         return any(cell.lab.impaired for cell in self.cells)
 
     @property
-    def engine(self) -> str:
-        """What makes them (``labs.base.ENGINES``); one for all cells, but for a matrix over it."""
-        engines = {cell.lab.engine for cell in self.cells}
-        return engines.pop() if len(engines) == 1 else "auto"
+    def engines(self) -> set[str]:
+        """What is to make them; more than one only with a matrix over it."""
+        return {cell.lab.engine for cell in self.cells if cell.lab.impaired}
 
     @property
     def qdiscs(self) -> set[str]:
@@ -113,10 +112,11 @@ class Plan:
         return {"tbf", *aqms, *(cell.lab.shaper for cell in self.cells)}
 
 
-def make_plan(spec: Spec, directory: Path = Path()) -> Plan:
+def make_plan(spec: Spec, directory: Path = Path(), auto: str = "auto") -> Plan:
     """Cells of a spec: every combination of matrix, seed and method. Raises SpecError with the place in the spec.
 
     directory: where the files that the spec names are read from, the directory of the spec itself.
+    auto: the engine that ``engine: auto`` stands for on this machine, if that is known.
     """
     if spec.lab == "docker" and spec.network.topology != "star":
         fault = f"{spec.network.topology} is built in the netns lab only; use lab: netns, or topology: star"
@@ -128,6 +128,10 @@ def make_plan(spec: Spec, directory: Path = Path()) -> Plan:
     read = reader(directory)
     for overrides in combinations(spec):
         varied = validate(apply_overrides(raw, overrides)) if overrides else spec
+        if varied.network.engine == "userspace" and spec.lab == "docker":
+            raise SpecError([("network.engine", "userspace is for the netns lab only; use lab: netns, or engine: netem")])
+        if varied.network.engine == "auto":
+            varied = varied.model_copy(update={"network": varied.network.model_copy(update={"engine": auto})})
         cells += _cells(varied, overrides, directory, read)
     return Plan(spec.name, spec.lab, tuple(cells))
 
@@ -205,7 +209,7 @@ def describe(plan: Plan) -> list[str]:
     shown: set[tuple[Any, ...]] = set()
     for cell in plan.cells:
         lines.append(f"cell {cell.name}: method {cell.method.label}, seed {cell.seed}, {len(cell.workers)} workers")
-        network = (tuple(cell.lab.links.items()), cell.timeline, cell.flows)
+        network = (repr(replace(cell.lab, seed=0)), cell.timeline, cell.flows)
         if network in shown:
             lines.append("  (network as above)")
             continue
@@ -233,22 +237,21 @@ def _raised_queues(cell: Cell) -> Iterator[str]:
     states = [*cell.lab.links.items(), *((change.link, change.state) for change in cell.timeline)]
     for link, state in states:
         for shape in (state.up, state.down):
-            if not shape.rate_bps or shape.queue_bytes is not None:
+            if not shape.rate_bps:
                 continue
-            made = queue_of(_tree(cell, shape))
-            if made is not None and made > shape.rate_bps / 8 * shape.queue_s + 1 and (
-                link not in least or shape.rate_bps < (least[link][1].rate_bps or 0)
-            ):
+            asked = shape.queue_bytes if shape.queue_bytes is not None else shape.rate_bps / 8 * shape.queue_s
+            made = queue_of(_tree(cell, shape)) or 0
+            if made > asked + 1 and (link not in least or shape.rate_bps < (least[link][1].rate_bps or 0)):
                 least[link] = made * 8 / shape.rate_bps, shape
     by_queue: dict[tuple[float, Shape], list[str]] = {}
     for link, found in least.items():
         by_queue.setdefault(found, []).append(link)
     for (made_s, shape), links in by_queue.items():
         rate = format_rate(shape.rate_bps or 0)
-        yield (
-            f"the queue of {', '.join(links)} holds {format_time(round(made_s, 6))} at {rate} instead of"
-            f" {format_time(shape.queue_s)}: {'a frame' if cell.lab.shaper == 'htb' else 'a bucket and a frame'} must fit"
-        )
+        wanted = format_time(shape.queue_s) if shape.queue_bytes is None else format_size(shape.queue_bytes)
+        least_held = "a frame" if cell.lab.shaper == "htb" else "a bucket and a frame"
+        holds = f"the queue of {', '.join(links)} holds {format_time(round(made_s, 6))} at {rate}"
+        yield f"{holds} instead of {wanted}: {least_held} must fit"
 
 
 def _tree(cell: Cell, shape: Shape, impaired: bool = False) -> Tree:

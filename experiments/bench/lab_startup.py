@@ -50,10 +50,10 @@ def with_programs(hosts: int) -> tuple[float, float]:
         call(f"ip -n w{i} address add 10.77.{i // 250}.{i % 250 + 1}/16 dev eth0")
         call(f"ip -n w{i} link set lo up")
         call(f"ip -n w{i} link set eth0 up")
-        (tbf,) = tc_commands(compile_tree(SHAPE), "eth0")
-        call(tbf.replace("tc ", f"tc -n w{i} ", 1))
-        (tbf,) = tc_commands(compile_tree(SHAPE), f"w{i}")
-        call(tbf.replace("tc ", "tc -n switch ", 1))
+        for command in tc_commands(compile_tree(SHAPE), "eth0"):
+            call(command.replace("tc ", f"tc -n w{i} ", 1))
+        for command in tc_commands(compile_tree(SHAPE), f"w{i}"):
+            call(command.replace("tc ", "tc -n switch ", 1))
     up = time.perf_counter()
     for name in ["switch", *(f"w{i}" for i in range(hosts))]:
         call(f"ip netns delete {name}")

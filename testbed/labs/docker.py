@@ -35,7 +35,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from netsenseml.agent import protocol
 from testbed.labs.base import LabError, LabPlan, make_shaper
 from testbed.labs.capabilities import lacking_capabilities
-from testbed.links.neighbours import neighbour
+from testbed.links.neighbours import forwarding, neighbour
 from testbed.links.netlink import NetlinkSocket, Request, decode, encode
 from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
 from testbed.links.routes import tcp_route
@@ -316,6 +316,7 @@ class DockerLab:
                     tcp_route(mine["index"], address, attached["IPPrefixLen"], self._plan.tcp),
                 ]
             )
+            self._switch.batch([forwarding(peer["index"], mac)])
             self.links.add(
                 name,
                 up=Port(inner, mine["index"], INTERFACE),

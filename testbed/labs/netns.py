@@ -111,6 +111,7 @@ class NetnsLab:
         self._switches: dict[str, _Switch] = {}
         self.hosts: dict[str, NetnsHost] = {}
         self._cables: dict[str, tuple[int, int]] = {}
+        self._taps: list[int] = []
         self._line = ExitStack()
         self.links = make_shaper(plan)
 
@@ -129,6 +130,7 @@ class NetnsLab:
             self._introduce()
             if self._cables:
                 self.links.line = self._line.enter_context(DelayLine(self._cables))
+                self._taps.clear()  # they are the line's now
             self.links.apply(self._plan.links)
         except BaseException as error:
             self._close()
@@ -152,8 +154,8 @@ class NetnsLab:
             port = switch.next_port()
             if host.name in self._plan.lined:
                 self._cables[host.name] = (
-                    _tap(host.namespace, INTERFACE, _ETH0_INDEX),
-                    _tap(switch.namespace, host.name, port),
+                    self._tap(host.namespace, INTERFACE, _ETH0_INDEX),
+                    self._tap(switch.namespace, host.name, port),
                 )
             else:
                 requests.append(_veth(host.name, port, INTERFACE, _ETH0_INDEX, host.namespace))
@@ -185,8 +187,8 @@ class NetnsLab:
             interface = f"trunk{number}"
             if name in self._plan.lined:
                 self._cables[name] = (
-                    _tap(first.namespace, interface, ports[0]),
-                    _tap(second.namespace, interface, ports[1]),
+                    self._tap(first.namespace, interface, ports[0]),
+                    self._tap(second.namespace, interface, ports[1]),
                 )
             else:
                 first.socket.batch([_veth(interface, ports[0], interface, ports[1], second.namespace)])
@@ -204,6 +206,12 @@ class NetnsLab:
                 down=Port(second.socket, ports[1], interface),
             )
 
+    def _tap(self, namespace: int, name: str, index: int) -> int:
+        with back_to_own_namespace():
+            setns(namespace)
+            self._taps.append(open_tap(name, index))
+        return self._taps[-1]
+
     def _introduce(self) -> None:
         """Tell every host where the others are, and every switch behind which port."""
         for host in self.hosts.values():
@@ -214,6 +222,9 @@ class NetnsLab:
 
     def _close(self) -> None:
         self._line.close()
+        for tap in self._taps:
+            os.close(tap)
+        self._taps.clear()
         ends: list[NetnsHost | _Switch] = [*self.hosts.values(), *self._switches.values()]
         for end in ends:
             end.close()
@@ -256,12 +267,6 @@ def _new_namespace(ipv6: bool = False) -> tuple[int, NetlinkSocket]:
             except OSError:
                 pass  # a kernel without IPv6
     return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC), NetlinkSocket()
-
-
-def _tap(namespace: int, name: str, index: int) -> int:
-    with back_to_own_namespace():
-        setns(namespace)
-        return open_tap(name, index)
 
 
 def _link(

@@ -36,6 +36,8 @@ _OVERLOAD = 1.5
 _WINDOW_S, _SETTLE_S, _SAMPLE_S = 0.5, 0.05, 0.025
 _CHUNK_S = 0.002
 _FEWEST_CHUNKS = 50
+_MOST_SEGMENTS = 64
+"""UDP_MAX_SEGMENTS of older kernels, <linux/udp.h>."""
 _PINGS, _PING_INTERVAL_S, _PING_PATIENCE_S = 20, 0.01, 0.2
 _START_S = 0.025
 """Time for the two programs of a flow to start."""
@@ -352,7 +354,7 @@ class _Flood:
         size = max(round(slowest * _CHUNK_S * crowding / 8), gauge.SMALLEST_DATAGRAM_BYTES)
         frame = frame_bytes(plan.mtu)
         size = min(size, plan.packet_bytes.get(way[0][0], gauge.LARGEST_FLOOD_BYTES), gauge.LARGEST_FLOOD_BYTES)
-        segments = max(1, size // frame)
+        segments = min(max(1, size // frame), _MOST_SEGMENTS)
         datagram = frame if segments > 1 else min(size, frame)
         shortest_s = max(_FEWEST_CHUNKS * datagram * segments * 8 / slowest, _FEWEST_SAMPLES * _SAMPLE_S * crowding)
         return cls(

@@ -10,6 +10,7 @@ SOCK_SEQPACKET pair, one object a datagram.
 
 import contextlib
 import ctypes
+import errno
 import gc
 import heapq
 import json
@@ -183,7 +184,10 @@ class DelayLine:
     @cached_property
     def _obituary(self) -> str:
         assert self._process.stderr
-        code = self._process.wait(_ANSWER_S)
+        try:
+            code = self._process.wait(_ANSWER_S)
+        except subprocess.TimeoutExpired:
+            return "the delay line has closed its door and does not end"
         last_words = (self._process.stderr.read().decode(errors="replace").strip().splitlines() or [""])[-1]
         if code < 0:
             return f"the delay line was ended by signal {-code}"
@@ -253,6 +257,11 @@ class _Lane:
         self.limit = conditions.limit_packets
         self.constant_ns = conditions.delay_ns if conditions.constant else -1
         self.tolerance_ns = max(round(LATE_TOLERANCE_S * 1e9), round(LATE_TOLERANCE_SHARE * conditions.delay_ns))
+
+    def refuse(self, error: OSError) -> None:
+        """Count a frame that the interface at its end did not take; one that is down takes none, as no cable would."""
+        if error.errno != errno.EIO:
+            self.impairment.overflowed += 1
 
     def counters(self) -> list[float]:
         latest_s, self.latest_ns = self.latest_ns / 1e9, 0
@@ -360,8 +369,8 @@ def _run(control: _Control, control_fd: int) -> None:
             due_ns, _, lane, frame = pop(held)
             try:
                 write(lane.sink, frame)
-            except OSError:
-                pass  # an interface that is down receives nothing
+            except OSError as error:
+                lane.refuse(error)
             lane.held -= 1
             late_ns = now_ns - due_ns
             if late_ns > lane.latest_ns:
@@ -437,8 +446,8 @@ def _run(control: _Control, control_fd: int) -> None:
                 if delay_ns == 0:
                     try:
                         write(lane.sink, frame)
-                    except OSError:
-                        pass
+                    except OSError as error:
+                        lane.refuse(error)
                 elif delay_ns > 0:
                     if lane.held < lane.limit:
                         lane.held += 1

@@ -363,7 +363,9 @@ def bucket_of(tree: Tree) -> int | None:
 
 
 def queue_of(tree: Tree) -> int | None:
-    """Bytes that may wait, as far as bytes limit that; None where nothing does."""
+    """Bytes that may wait, as far as bytes limit that; None where nothing does, or packets do and an AQM drops sooner."""
+    if any(isinstance(node, Codel) for node in tree):
+        return None
     return next((node.limit_bytes for node in reversed(tree) if isinstance(node, Bfifo | Tbf | Cut)), None)
 
 
@@ -550,7 +552,8 @@ def same_on_kernel(wanted: Node, answer: bytes) -> bool:
             _, rate, _, _, limit, buffer, _ = _TBF_PARMS.unpack_from(parts[_TBF_PARMS_KIND])
             if _TBF_RATE64 in parts:
                 (rate,) = struct.unpack("=Q", parts[_TBF_RATE64])
-            if isinstance(wanted, Cut):  # its bucket takes no time, as which the kernel keeps it, so that cannot be told
+            # The kernel keeps a bucket as time: nothing where this does not limit, more than it can tell where it is shut.
+            if isinstance(wanted, Cut) or wanted.rate_bps == _SHUT_BPS:
                 return rate == wanted.rate_bps // 8 and limit == wanted.limit_bytes
             off = abs(buffer * _TICK_S * rate - wanted.burst_bytes)
             return rate == wanted.rate_bps // 8 and limit == wanted.limit_bytes and off <= _TICK_S * rate + 1

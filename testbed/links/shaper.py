@@ -277,7 +277,8 @@ class Shaper:
                 elif qdiscs.is_netem(parent):
                     below[ifindex] = counters.drops
             for ifindex, drops in netem.items():  # netem counts what the qdisc below it refuses, too
-                found[socket, ifindex] = replace(found[socket, ifindex], lost=drops - below.get(ifindex, 0))
+                if (socket, ifindex) in found:
+                    found[socket, ifindex] = replace(found[socket, ifindex], lost=drops - below.get(ifindex, 0))
         by_place = {
             place: replace(found[port.socket, port.ifindex], overlimits=waits.get((port.socket, port.ifindex), 0))
             for place, port in self._ports.items()
@@ -286,7 +287,8 @@ class Shaper:
         if self.line is not None:
             self.line_counters = replace(self.line.counters(), refused=self._refused())
             for place, counted in self.line_counters.directions.items():
-                by_place[place] = replace(by_place[place], lost=counted.lost + counted.overflowed)
+                if place in by_place:
+                    by_place[place] = replace(by_place[place], lost=counted.lost + counted.overflowed)
         return by_place
 
 

@@ -161,7 +161,7 @@ def _name(choice: Any) -> str:
 
 def changes(events: pd.DataFrame, dilation: float = 1.0) -> str:
     """How the scheduled changes of one cell's links went, in the machine's time: "6 changes, at most 2 ms late"."""
-    due = events[events["kind"] != "initial"]
+    due = events[~events["kind"].isin(["initial", "readback"])]
     if due.empty:
         return "none"
     late_s = (due["applied_s"] - due["planned_s"]).max() * dilation

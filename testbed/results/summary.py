@@ -86,7 +86,7 @@ def _delay_line(run: Run) -> list[str]:
     by_cell = run.delayline.sort_values("t_s").groupby("cell")
     begin, end = by_cell.first(), by_cell.last()
     core = ((end["cpu_s"] - begin["cpu_s"]) / (end["t_s"] - begin["t_s"])).max()
-    late = (end["late"] / end["frames"]).max()
+    late = ((end["late"] - begin["late"]) / (end["frames"] - begin["frames"]).clip(lower=1)).max()
     return [f"the delay line used at most {core:.0%} of a processor; at most {late:.2%} of its frames left late"]
 
 

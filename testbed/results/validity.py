@@ -111,6 +111,8 @@ def missing_bytes(links: pd.DataFrame, events: pd.DataFrame) -> tuple[float, flo
     states = events.loc[events["kind"] != "traffic", "state"].unique().tolist()
     if links.empty or any('"connected": false' in state for state in states):
         return 0.0, 0.0  # a partition is asked to lose packets
+    if links["lost"].isna().all() and any(share > 0 for state in states for share in _numbers(state, "share")):
+        return 0.0, 0.0  # an old run, of which it is not known how many were lost as asked
     delayed = [state for state in states if state.count('"delay_s": 0.0,') < len(("down", "up"))]
     delays_s = [sum(_numbers(state, "delay_s")) + 4 * sum(_numbers(state, "jitter_s")) for state in delayed]
     under_way_s = 2 * max(delays_s, default=0.0)  # over a trunk and a link
@@ -135,8 +137,8 @@ def missing_bytes(links: pd.DataFrame, events: pd.DataFrame) -> tuple[float, flo
     return float((at_last - at_first).max()), float(sent[-1] - sent[0])
 
 
-_READING_S = 0.1
-"""Reading the counters of all links takes some milliseconds, on a busy machine, or under User-Mode Linux, many more."""
+_READING_S = 0.05
+"""Reading the counters of all links takes some milliseconds, on a busy machine more."""
 _LARGEST_PACKET_BYTES = 1 << 16
 
 
@@ -144,7 +146,9 @@ def delay_line(samples: pd.DataFrame) -> list[str]:
     """Whether the program that delays packets where the kernel cannot kept up."""
     if samples.empty:
         return []
-    last = samples.loc[samples["t_s"].idxmax()]
+    # What was counted before the first sample was calibration.
+    total = samples.sort_values("t_s")[["frames", "late", "overflowed"]]
+    last = total.iloc[-1] - total.iloc[0]
     worst = f"by up to {1e3 * samples['latest_s'].max():.3g} ms"
     problems = []
     if last["late"] > LATE_FRAMES * last["frames"]:
@@ -303,10 +307,16 @@ def late_changes(events: pd.DataFrame) -> list[str]:
 def unverified_changes(events: pd.DataFrame) -> list[str]:
     """Changes after which the kernel did not report the state that was asked for."""
     unverified = events[~events["verified"]]
-    if unverified.empty:
-        return []
-    links = ", ".join(dict.fromkeys(unverified["link"]))
-    return [f"the kernel did not confirm {len(unverified)} of {len(events)} link changes ({links})"]
+    found = unverified[unverified["kind"] == "readback"]
+    problems = [
+        f"{link} was not as it had been set, from {rows['applied_s'].min():.4g} s on: something else changed it"
+        for link, rows in found.groupby("link")
+    ]
+    changes, unverified = events[events["kind"] != "readback"], unverified[unverified["kind"] != "readback"]
+    if len(unverified):
+        links = ", ".join(dict.fromkeys(unverified["link"]))
+        problems.append(f"the kernel did not confirm {len(unverified)} of {len(changes)} link changes ({links})")
+    return problems
 
 
 def telemetry_gaps(links: pd.DataFrame, t_end_s: float) -> list[str]:
@@ -324,8 +334,8 @@ def telemetry_gaps(links: pd.DataFrame, t_end_s: float) -> list[str]:
     return problems
 
 
-_PACKET_S, _FRAME_BITS = 1e-3, 8 * 1514
-"""The longest packet of a link, as time or as a frame."""
+_PACKET_S = 1e-3
+"""The longest packet of a link, where a frame is not longer."""
 
 
 class Unsure(NamedTuple):
@@ -339,7 +349,7 @@ class Unsure(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Limits:
-    """The limit of one direction of a link over time: ``rate_bps[i]``, NaN for none, from change i on.
+    """The limit of one direction of a link over time: ``rate_bps[i]``, NaN for none, from change i on; for frames of a size.
 
     A change came into force between ``since_s[i]`` and ``until_s[i]``: no change is made before it is due, nor after the
     kernel has acknowledged it. Both are ascending.
@@ -348,6 +358,7 @@ class Limits:
     since_s: np.ndarray
     until_s: np.ndarray
     rate_bps: np.ndarray
+    frame_bits: float = 8 * 1514
 
     @classmethod
     def by_samples(cls, t_s: np.ndarray, rate_bps: np.ndarray) -> Self:
@@ -384,13 +395,13 @@ class Limits:
         rises = self.rate_bps - before_bps
         early = np.nan_to_num(rises) * (self.until_s - self.since_s)
         # A packet that has begun keeps its rate (``links.qdiscs``): after a rise the next one waits for it.
-        packet_s = np.maximum(_PACKET_S, _FRAME_BITS / np.maximum(before_bps, 1.0)) * (before_bps > 0)
+        packet_s = np.maximum(_PACKET_S, self.frame_bits / np.maximum(before_bps, 1.0)) * (before_bps > 0)
         kept = np.nan_to_num(np.maximum(rises, 0.0) * packet_s)
         amounts = np.maximum(early, 0.0), np.maximum(-early, 0.0) + kept, np.isnan(rises)
         return [np.append(0.0, np.cumsum(amount)) for amount in amounts]
 
 
-def _limits(events: pd.DataFrame) -> dict[tuple[str, str], Limits]:
+def _limits(events: pd.DataFrame, frame_bits: float) -> dict[tuple[str, str], Limits]:
     """The limits of every direction of every link whose changes were recorded."""
     changes = events[(events["kind"] != "traffic") & events["applied_s"].notna()].sort_values("applied_s", kind="stable")
     codes, states = pd.factorize(changes["state"])
@@ -401,7 +412,7 @@ def _limits(events: pd.DataFrame) -> dict[tuple[str, str], Limits]:
         planned_s, until_s = rows["planned_s"].to_numpy(), rows["applied_s"].to_numpy()
         since_s = np.maximum.accumulate(np.minimum(planned_s, until_s))
         for place, direction in enumerate(("down", "up")):  # the order of the keys in the text
-            found[str(link), direction] = Limits(since_s, until_s, rates_bps[rows.index, place])
+            found[str(link), direction] = Limits(since_s, until_s, rates_bps[rows.index, place], frame_bits)
     return found
 
 
@@ -442,7 +453,8 @@ class Direction:
             t_s=t_s,
             carried=8 * (sent - sent[0]),
             allowed=allowed - allowed[0],
-            bucket=8 * np.nan_to_num(np.where(np.isnan(burst), _old_burst_bytes(rate_bps), burst)),
+            # What the bucket holds, and a packet more, no larger, for which htb goes into debt.
+            bucket=8 * np.nan_to_num(np.where(np.isnan(burst), _old_burst_bytes(rate_bps), 2 * burst)),
             waiting=8 * samples["backlog_bytes"].to_numpy(dtype=float),
             room=8 * samples["queue_bytes"].to_numpy(dtype=float),
             drops=samples["drops"].to_numpy(dtype=float),
@@ -470,7 +482,9 @@ def _old_burst_bytes(rate_bps: np.ndarray) -> np.ndarray:
 
 def directions(links: pd.DataFrame, events: pd.DataFrame) -> list[Direction]:
     """All directions of all links that were sampled."""
-    limits = _limits(events)
+    # No bucket is smaller than a frame.
+    smallest = links["burst_bytes"].min()
+    limits = _limits(events, 8 * (1514 if pd.isna(smallest) else smallest))
     return [
         Direction.of(f"{link} {direction}", samples, limits.get((str(link), str(direction))))
         for (link, direction), samples in links.sort_values("t_s").groupby(["link", "direction"])

@@ -172,7 +172,10 @@ class _Conductor:
 
     def _calibrate(self) -> None:
         # Nothing else is on the links: workers and competing flows wait for the start.
-        measurements = calibrate(self._lab, self._cell.lab, self._directory / "logs")
+        try:
+            measurements = calibrate(self._lab, self._cell.lab, self._directory / "logs")
+        except OSError as error:
+            raise CellFailed(f"the links could not be calibrated: {error}") from error
         records = protocol.RecordFile(self._directory / "calibration.jsonl")
         records.append([measurement.to_json() for measurement in measurements])
         records.close()

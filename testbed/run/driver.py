@@ -23,8 +23,9 @@ from testbed.timeline import Change
 from testbed.timeline.possible import impossible
 
 SAMPLE_S = 0.1
-_READ_BACK = 10
-"""At every so-manyth sample the kernel is asked if links still are as they were set."""
+_READ_BACK_S = 1.0
+"""So often the kernel is asked if links still are as they were set; it takes a few times as long as a sample."""
+_READ_BACK_GUARD = 6.0
 _GUARD = 1.5
 """No sample is begun when a change is due sooner than this many times what the last one took: a change must be on time."""
 _OVERDUE_S = 0.5
@@ -86,7 +87,7 @@ class LinkDriver:
     def _loop(self) -> None:
         pending = self._moments()
         due = next(pending, None)
-        next_sample = reading_s = 0.0
+        next_sample = reading_s = next_read_back = 0.0
         slot = 0
         while not self._stopping.is_set():
             now = monotonic_s() - self._t0_s
@@ -96,14 +97,15 @@ class LinkDriver:
                 due = next(pending, None)
             elif next_sample <= now and (due is None or overdue or due.at_s - now > _GUARD * reading_s):
                 self._sample()
-                reading_s = monotonic_s() - self._t0_s - now
                 # At a random moment of its tenth of a second: a training has a rhythm of its own, and with samples that come
                 # regularly an idle time of each step could fall between them every time.
                 slot = max(slot + 1, int(now / SAMPLE_S))
                 next_sample = max(SAMPLE_S * (slot + random.random()), now)
                 self._answer_visitors()
-                if slot % _READ_BACK == 0:
+                reading_s = monotonic_s() - self._t0_s - now
+                if now >= next_read_back and (due is None or due.at_s - now > _READ_BACK_GUARD * reading_s):
                     self._read_back()
+                    next_read_back = now + _READ_BACK_S
             else:
                 moments = [next_sample] if next_sample > now else []
                 moments += [] if due is None else [due.at_s]

@@ -25,7 +25,10 @@ EXIT_DONE, EXIT_FAILED, EXIT_INVALID = 0, 1, 3
 
 def check_machine(plan: Plan) -> str:
     """Raise LabError, before anything is made, if this machine cannot run the plan; returns the engine that impairs links."""
-    engine = choose_engine(plan.lab, plan.engine, plan.impaired, plan.qdiscs)
+    engine = "auto"
+    for wanted in sorted(plan.engines or {"auto"}):
+        chosen = choose_engine(plan.lab, wanted, plan.impaired, plan.qdiscs)
+        engine = chosen if wanted == "auto" or len(plan.engines) == 1 else engine
     check_congestion({cell.lab.tcp.congestion for cell in plan.cells}, privileged=True)  # we make the routes
     check_traffic([flow for cell in plan.cells for flow in cell.flows], plan.lab)
     return engine
@@ -77,7 +80,7 @@ def _run_enclosed(module: str, *arguments: str) -> str:
 def start_run(spec: Spec, plan: Plan, out: Path, script_directory: Path, console: Console) -> tuple[int, Path]:
     """Run a new experiment; returns the exit code and the run directory."""
     engine = check_machine(plan)
-    if plan.impaired:  # it is written down, and --resume goes on with the same
+    if plan.impaired and len(plan.engines) == 1:  # it is written down, and --resume goes on with the same
         spec = spec.model_copy(update={"network": spec.network.model_copy(update={"engine": engine})})
     directory = run_directory.create(spec, out, script_directory)
     return _run(plan, directory, console), directory

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from testbed.labs import open_labs
 from testbed.labs.netns import enclosure
+from testbed.links.probe import missing_kinds
 from testbed.plan import Cell, Plan, make_plan
 from testbed.run.cell import prepare_cell, read_result, run_cell
 from testbed.run.directory import SPEC_FILE
@@ -27,7 +28,10 @@ _GRACE_S = 4.0
 
 def execute(directory: Path, console: Console) -> None:
     """Run every cell of a run directory that is not done yet; for netns the caller is inside the enclosure."""
-    plan = make_plan(load_spec(directory / SPEC_FILE), directory)
+    spec = load_spec(directory / SPEC_FILE)
+    plan = make_plan(spec, directory)
+    if "auto" in plan.engines:  # of a matrix over networks; the others are written down
+        plan = make_plan(spec, directory, "userspace" if plan.lab == "netns" and missing_kinds(["netem"]) else "netem")
     ended = {cell.name: read_result(directory / "cells" / cell.name) or {} for cell in plan.cells}
     pending = [cell for cell in in_turn(plan) if ended[cell.name].get("status") != "done"]
     for cell in pending:

@@ -512,16 +512,37 @@ def test_a_link_that_something_else_changed_is_noticed(tmp_path):
     seen = in_lab(
         tmp_path,
         """
+from netsenseml.agent.protocol import monotonic_s, read_records
 from testbed.links import qdiscs
+from testbed.run.driver import LinkDriver
 with lab_of(["w0", "w1"], 50_000_000) as lab:
     before = lab.links.deviating()
     port = lab.links._ports["w1", "down"]
-    tree = lab.links.trees["w1", "down"]
     faster = qdiscs.compile_tree(Shape(rate_bps=60_000_000))
-    port.socket.batch(request for _, request in qdiscs.requests(faster, port.ifindex, "w1", tree))
+    with LinkDriver(lab.links, [], monotonic_s(), tmp):
+        time.sleep(1.5)
+        port.socket.batch(request for _, request in qdiscs.requests(faster, port.ifindex, "w1", lab.links.trees["w1", "down"]))
+        time.sleep(1.5)
     after = lab.links.deviating()
     lab.links.apply({"w1": both(40_000_000)})
-    print(json.dumps([before, after, lab.links.deviating()]))
+    rows = [row for row in read_records(tmp / "events.jsonl") if row["kind"] == "readback"]
+    print(json.dumps([before, after, lab.links.deviating(), [[row["link"], row["verified"]] for row in rows]]))
 """,
     )
-    assert seen == [[], ["w1"], []]
+    before, after, mended, events = seen
+    assert (before, after, mended) == ([], ["w1"], [])
+    assert events
+    assert all(event == ["w1", False] for event in events)
+
+
+def test_a_tbf_is_shut_and_opened_again(tmp_path):
+    # Its bucket at next to no rate is more time than the kernel can tell.
+    seen = in_lab(
+        tmp_path,
+        """
+with NetnsLab(LabPlan({name: both(10_000_000) for name in ("w0", "w1")}, shaper="tbf"), server) as lab:
+    shut = lab.links.apply({"w0": both(0)})["w0"].verified, lab.links.deviating()
+    print(json.dumps([*shut, lab.links.apply({"w0": both(10_000_000)})["w0"].verified]))
+""",
+    )
+    assert seen == [True, [], True]

@@ -241,7 +241,7 @@ class Timeline:
         """Samples of w0 up, which carried these bits and has these bytes in its queue."""
         rate_bps = self.rates_bps[np.searchsorted(self.applied_s, t_s, side="right") - 1]
         numbers = {"t_s": t_s, "rate_bps": rate_bps, "bytes": carried / 8, "backlog_bytes": waiting_bytes, "drops": 0.0}
-        sizes = {"burst_bytes": np.maximum(rate_bps / 8000, 3028), "queue_bytes": np.maximum(rate_bps / 160, 1514)}
+        sizes = {"burst_bytes": np.maximum(rate_bps / 8000, 1514), "queue_bytes": np.maximum(rate_bps / 160, 1514)}
         return pd.DataFrame({"link": "w0", "direction": "up", "packets": 0.0, "lost": np.nan, **numbers, **sizes, **columns})
 
 
@@ -430,11 +430,11 @@ def test_a_link_with_nothing_to_send_or_a_slow_one_is_not_blamed() -> None:
     fast, slow = Timeline([], [50e6]), Timeline([], [15e3])
     assert shortfalls(fast.links(t_s, 0 * t_s, 0), fast.events()) == []
     frames = np.floor(slow.allowed(t_s) / (8 * 1514)) * 8 * 1514  # one every 0.8 s
-    assert shortfalls(slow.links(t_s, frames, 3028), slow.events()) == []
+    assert shortfalls(slow.links(t_s, frames, 1514), slow.events()) == []
 
 
 def test_a_link_too_slow_for_a_packet_a_second_is_not_blamed_until_some_should_have_left() -> None:
-    """At 8 kbit/s a bucket of two frames takes 3 s."""
+    """At 8 kbit/s a bucket of a frame, and the frame that leaves in debt, take 3 s."""
     timeline = Timeline([], [8e3])
     for seconds, blamed in ((3, False), (9, True)):
         t_s = np.arange(10 * seconds) / 10
@@ -466,7 +466,7 @@ def two_hosts(arrived: float, drops: float = 0.0, lost: float = np.nan) -> pd.Da
             "link": link,
             "direction": way,
             "bytes": 1e5 * t_s * (1 if way == "up" else arrived),
-            "burst_bytes": 3028,
+            "burst_bytes": 1514,
             "drops": t_s * drops if way == "down" else 0.0,
             "lost": t_s * lost,
         }
@@ -576,8 +576,9 @@ def test_a_method_that_counts_half_of_what_it_sends_spoils_its_cell(tmp_path: Pa
 def line(late: float, overflowed: float = 0.0) -> pd.DataFrame:
     """10 s of a delay line of which of every 100 frames so many were late."""
     number = np.arange(101)
-    columns = {"t_s": number / 10, "cpu_s": number / 100, "frames": 100 * number, "late": late * number}
-    return pd.DataFrame({**columns, "latest_s": 0.004, "held": 3, "overflowed": overflowed}, columns=list(DELAYLINE_COLUMNS))
+    columns = {"t_s": number / 10, "cpu_s": number / 100, "frames": 9999 + 100 * number, "late": 777 + late * number}
+    columns["overflowed"] = 5 + overflowed * (number > 50)  # what was before the first sample was calibration
+    return pd.DataFrame({**columns, "latest_s": 0.004, "held": 3}, columns=list(DELAYLINE_COLUMNS))
 
 
 def test_a_delay_line_that_was_late_or_full_is_blamed() -> None:
