@@ -74,7 +74,7 @@ class Host:
 
     @contextmanager
     def program(self, code: str, count: int = 1) -> Iterator[None]:
-        """Run Python code on the host, with the priority that workers have."""
+        """Run Python code on the host, nicer than the delay line, each program in a session of its own."""
         with self.inside():
             argv = ["nice", "-n", "5", sys.executable, "-S", "-c", code]
             programs = [subprocess.Popen(argv, start_new_session=True) for _ in range(count)]

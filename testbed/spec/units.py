@@ -11,7 +11,7 @@ TIMES: Mapping[str, float] = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 SIZES: Mapping[str, int] = {"b": 1, "kb": 10**3, "mb": 10**6, "kib": 2**10, "mib": 2**20}
 
 MIN_RATE_BPS = 8_000
-"""tbf counts in bytes/s; below 1 kB/s one frame takes longer than any sensible step."""
+"""Shapers count in bytes/s; below 1 kB/s one frame takes longer than any sensible step."""
 MAX_RATE_BPS = 100 * 10**9
 MAX_DELAY_S = 1000
 """Of a link; far beyond any, and slowed down 1000 times still no more than the kernel can count in ns."""
