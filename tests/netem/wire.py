@@ -25,7 +25,7 @@ PORT = 9000
 RATE_BPS = 100_000_000
 """Of every link between two hosts, unless a test is about rates."""
 _BATCH = 128
-_BURST_PER_S = 25_000
+_BURST_PER_S = 40_000
 _SO_RCVBUFFORCE, _SO_TIMESTAMPNS = 33, 35
 _BUFFER_BYTES = 64 << 20
 _TCP_INFO = 100, 156, 192
