@@ -28,7 +28,7 @@ _BATCH = 128
 _BURST_PER_S = 40_000
 _SO_RCVBUFFORCE, _SO_TIMESTAMPNS = 33, 35
 _BUFFER_BYTES = 64 << 20
-_TCP_INFO = 100, 156, 192
+_TCP_INFO = 100, 156, 196
 """tcpi_total_retrans, tcpi_data_segs_out and tcpi_delivered_ce in struct tcp_info, <linux/tcp.h>."""
 _CONTROL_BYTES = 64
 _STAMP = struct.Struct("=qq")  # struct timespec
