@@ -28,7 +28,7 @@ class LabPlan:
         trunks makes no loop.
     impaired: (link, direction) that delays, loses or spoils packets at some time of the run, and so needs what does that from
         the start. engine: what does it (``ENGINES``); "auto": not chosen yet.
-    shaper: what limits rates (``qdiscs.SHAPERS``). mtu: of all interfaces, in bytes.
+    shaper: what limits rates, "htb" or "tbf". mtu: of all interfaces, in bytes.
     packet_bytes: by host, the wire size that no packet it sends may exceed; those left out may send whole GSO packets.
     folders: what programs on the hosts read besides the run directory, absolute; they see it under the same path.
     seed: of random impairments.

@@ -38,7 +38,6 @@ from testbed.links.state import Loss, Shape
 
 MAJOR = 0x7E50
 """Handles 7e50: to 7e5f: mark the qdiscs that are ours (Pumba's habit)."""
-SHAPERS = ("htb", "tbf")
 
 ETHERNET_HEADER_BYTES = 14
 ETHERNET_FRAME_BYTES = 1500 + ETHERNET_HEADER_BYTES

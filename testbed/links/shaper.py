@@ -252,7 +252,7 @@ class Shaper:
     def _refused(self) -> int:
         """Frames that the shaper let go and the delay line had not read in time, so that the interface dropped them."""
         questions: dict[NetlinkSocket, list[Request]] = {}
-        for place in self.line_counters.directions if self.line_counters else ():
+        for place in ((link, side) for link in sorted({link for link, _ in self._impaired}) for side in DIRECTIONS):
             questions.setdefault(self._ports[place].socket, []).append(_interface_request(self._ports[place]))
         answers = (answer for socket, requests in questions.items() for (answer,) in socket.batch(requests))
         return sum(qdiscs.read_interface_drops(answer) for answer in answers)
