@@ -1,24 +1,30 @@
 """The DDP communication hook and its state: the public door of the package."""
 
 import contextlib
-import hashlib
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public, but not declared so
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from netsenseml.agent import protocol
-from netsenseml.agent.client import ControlClient
-from netsenseml.agent.protocol import monotonic_s
-from netsenseml.ledger import Ledger
-from netsenseml.methods import make_method
+from netsenseml.exchange.mesh import agree
+from netsenseml.failure import PeerFailed, explain
+from netsenseml.listener import Listener, Recorder, from_environment
+from netsenseml.methods import Method, make_method
+from netsenseml.records import monotonic_s
 from netsenseml.sensing.tcp import TcpMonitor, TcpSample
+from netsenseml.statistics import StepStatistics
+
+_SAMPLE_S = 0.05
+"""The kernel is asked so often at most: a sample of 63 connections takes a millisecond."""
 
 
 def attach(
@@ -26,36 +32,39 @@ def attach(
     method: str | None = None,
     *,
     record: str | os.PathLike[str] | None = None,
+    scaler: torch.amp.GradScaler | None = None,
     **options: Any,
 ) -> "Session":
     """Let ``ddp`` exchange its gradients by ``method``, on every rank with the same arguments.
 
-    method: a name of ``agent.catalog.METHODS``, one registered as an entry point of the group ``netsenseml.methods``, or
-        ``package.module:Class``; ``options`` are its options. Without it the method of the testbed's cell is used.
-    record: file that receives one JSON line a step (``protocol.STEP_COLUMNS``), beside that of a cell.
+    method: a name of ``catalog.METHODS``, one registered as an entry point of the group ``netsenseml.methods``, or
+        ``package.module:Class``; ``options`` are its options. In the testbed the spec names it.
+    record: file that receives one JSON line a step (``records.STEP_COLUMNS``).
+    scaler: the GradScaler in use, so that what error feedback keeps follows its scale and survives the steps that it leaves
+    out.
 
     In a cell of the testbed this also reports to the orchestrator, and waits until all workers are there.
-    Raises ValueError, one line, if no method is known or a name or option does not exist.
+    Raises ValueError, one line, if no method is known, a name or option does not exist, the method cannot exchange these
+    gradients, or the ranks differ; RuntimeError if a rank does not come within the time-out of the process group.
     """
-    cell_dir = os.environ.get(protocol.ENV_CELL_DIR)
-    if cell_dir is not None:
-        if protocol.steps_file(Path(cell_dir), ddp.process_group.rank()).exists():
-            raise ValueError("this process has joined its cell already; only one model of a worker can be measured")
-        told = protocol.read_cell(Path(cell_dir))["method"]["name"]
-        if method not in (None, told):
-            raise ValueError(f"the spec names the method '{told}', the script '{method}'; leave it to the spec: attach(model)")
-        method = None
-    if method is None:
-        if cell_dir is None:
+    listener = from_environment()
+    wanted = listener.method() if listener is not None else None
+    if wanted is not None:
+        if method not in (None, wanted[0]):
             raise ValueError(
-                f"no method: call attach(ddp, method=...), or run in the testbed, which sets {protocol.ENV_CELL_DIR}"
+                f"the spec names the method '{wanted[0]}', the script '{method}'; leave it to the spec: attach(model)"
             )
-        configured = protocol.read_cell(Path(cell_dir))["method"]
-        method, options = configured["name"], {**configured["options"], **options}
-    session = Session(ddp, method, record=record, **options)
-    ddp.register_comm_hook(session, comm_hook)
-    if cell_dir is not None:
-        session.join_cell(Path(cell_dir))
+        method, options = wanted[0], {**wanted[1], **options}
+    if method is None:
+        raise ValueError("no method: call attach(ddp, method=...), or run in the testbed, whose spec names it")
+    session = Session(ddp, method, record=record, scaler=scaler, **options)
+    try:
+        ddp.register_comm_hook(session, comm_hook)
+        if listener is not None:
+            session.listen(listener)
+    except BaseException:
+        session.close()
+        raise
     return session
 
 
@@ -69,6 +78,10 @@ class Session:
 
     Call ``step`` after every ``optimizer.step()``. A script that never does gets the same records; a step then ends
     where the next backward hands over its first bucket, and loss and samples are null.
+
+    After a failure of a peer, which ``backward`` raises as one error that names it, a session is of no use: close it and
+    leave, as a rank that goes on alone would be waited for, and wait, in vain. A rank that raises in the middle of a backward
+    must leave, too. Gradients that are not finite reach all ranks once, as with DDP; nothing of them is kept.
     """
 
     def __init__(
@@ -77,100 +90,151 @@ class Session:
         method: str,
         *,
         record: str | os.PathLike[str] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
         **options: Any,
     ) -> None:
         """As ``attach``, without registering the hook and without the testbed."""
-        self._module: torch.nn.Module = ddp.module
-        self._rank = ddp.process_group.rank()
-        self._ranks = ddp.process_group.size()
-        self.method = make_method(method, ddp.module, ddp.process_group, options)
+        self.module: torch.nn.Module = ddp.module
+        self.rank = ddp.process_group.rank()
+        """Of this process in the model's process group."""
+        self._group = ddp.process_group
+        self._refuse_compiled_autograd()
+        self._peers = agree(self._group, {"netsenseml": _version(), "method": method, **options})
+        self.method: Method = make_method(method, ddp.module, self._group, options)
         self.last: Mapping[str, Any] | None = None
         """The newest row of the records."""
         self.steps = 0
         """Steps that are done."""
         self.blocked_s = 0.0
         """Time that backward has waited in the hook, over all steps."""
-        self._records = [protocol.RecordFile(Path(record))] if record is not None else []
-        self._evaluations: protocol.RecordFile | None = None
-        self._control: ControlClient | None = None
-        self._tcp = TcpMonitor()
+        self._listeners: list[Listener] = [Recorder(record)] if record is not None else []
+        self._scaler = scaler
+        self._scale: float | None = None
+        self.method.holds_unused, self.method.keeps_copy = ddp.find_unused_parameters, scaler is not None
+        addresses = {peer.address for peer in self._peers} - {self._peers[self.rank].address, None}
+        self._tcp = TcpMonitor({address for address in addresses if address})
         self._sample: TcpSample | None = None
+        self._sample_due_s = 0.0
         self._lock = threading.Lock()
-        self._pending = 0  # buckets handed over and not yet exchanged
-        self._all_launched = False
+        self._failure: str | None = None
         self._closed_by_step = False
+        self._parameters = {id(parameter) for parameter in ddp.module.parameters()}
+        self._lr: float | None = None
+        self._stepped = True
+        self._watching = register_optimizer_step_post_hook(self._after_optimizer)
         self._start(monotonic_s())
+
+    def _refuse_compiled_autograd(self) -> None:
+        if torch._dynamo.config.optimize_ddp in ("python_reducer", "python_reducer_without_compiled_forward"):
+            raise ValueError("torch._dynamo.config.optimize_ddp = 'python_reducer' calls no communication hook; set it to True")
 
     def _start(self, t0: float) -> None:
         self._t0 = t0
-        self._ledger = Ledger(self._ranks)
-        self._ready_s = self._exchanged_s = self._ledger.began_s
+        self._statistics = StepStatistics(self._group.size())
+        self._ready_s = self._exchanged_s = self._statistics.began_s
+        self._pending, self._all_launched = 0, False
 
-    def join_cell(self, directory: Path) -> None:
-        """Report to the orchestrator of the cell in ``directory``, and wait for its start."""
-        self._records.append(protocol.RecordFile(protocol.steps_file(directory, self._rank)))
-        if self._rank == 0:
-            self._evaluations = protocol.RecordFile(directory / protocol.EVALS_FILE)
-        self._control = ControlClient(directory / protocol.SOCKET_FILE, self._rank)
-        self._start(self._control.ready(parameters_hash(self._module)))
+    def listen(self, listener: Listener) -> None:
+        """Tell ``listener`` of all that follows. It may wait, and decide when t = 0."""
+        self._listeners.append(listener)
+        t0 = listener.attached(self)
+        self._start(monotonic_s() if t0 is None else t0)
 
     def exchange(self, bucket: GradBucket) -> Future[torch.Tensor]:
         """Exchange one bucket; DDP calls this through ``comm_hook``."""
         arrived_s = monotonic_s()
+        if self._failure is not None:
+            raise PeerFailed(self._failure)
+        if bucket.buffer().is_sparse:
+            raise ValueError(
+                "sparse gradients cannot be exchanged by a communication hook; make their layers dense: sparse=False"
+            )
         if bucket.index() == 0:
-            if not self._closed_by_step and self._ledger.elements:
+            if not self._closed_by_step and self._statistics.elements:
                 self._close_step(arrived_s, None, None)
-            self._ledger.begin_backward()
+            with self._lock:
+                self._pending, self._all_launched = 0, False  # whatever an earlier backward that raised has left behind
+            self._statistics.begin_backward()
             self.method.begin()
-        ledger, elements, last = self._ledger, bucket.buffer().numel(), bucket.is_last()
+        statistics, elements, last = self._statistics, bucket.buffer().numel(), bucket.is_last()
         with self._lock:
-            ledger.elements += elements
-            ledger.bucket_elements.append(elements)
-            ledger.ready_s.append(arrived_s)
+            statistics.elements += elements
+            statistics.bucket_elements.append(elements)
+            statistics.ready_s.append(arrived_s)
             self._pending += 1
             if last:
                 self._all_launched = True
                 self._ready_s = arrived_s
-                ledger.window_s += arrived_s - self._exchanged_s
-        done = self.method.exchange(bucket, ledger).then(self._exchanged)
+                statistics.compute_s += arrived_s - self._exchanged_s
+        done = self.method.exchange(bucket, statistics).then(self._exchanged)
         blocked_s = monotonic_s() - arrived_s
         self.blocked_s += blocked_s
         if not last:
-            ledger.comm_s += blocked_s
+            statistics.exposed_s += blocked_s
         return done
 
     def _exchanged(self, done: Future[torch.Tensor]) -> torch.Tensor:
-        result = done.value()
+        try:
+            result = done.value()
+        except RuntimeError as error:
+            raise PeerFailed(self._failed(error)) from error
         with self._lock:
             self._pending -= 1
             if self._pending or not self._all_launched:
                 return result
             self._all_launched = False
         self._exchanged_s = monotonic_s()
-        self._ledger.comm_s += self._exchanged_s - self._ready_s
-        self._ledger.tcp = self._sensed()
-        self.method.finish(self._ledger)
+        self._statistics.exposed_s += self._exchanged_s - self._ready_s
+        self._statistics.tcp = self._sensed()
+        self.method.finish(self._statistics)
         return result
 
+    def _failed(self, error: RuntimeError) -> str:
+        with self._lock:
+            if self._failure is None:
+                self._failure = explain(error, self._group, self._peers, self.rank)
+            return self._failure
+
     def _sensed(self) -> TcpSample | None:
-        if self.method.asks_kernel:
-            self._sample = self._tcp.sample()
+        now_s = monotonic_s()
+        if now_s >= self._sample_due_s:
+            self._sample, self._sample_due_s = self._tcp.sample(), now_s + _SAMPLE_S
         elif self._sample is not None:
             self._sample = self._sample.stale()
         return self._sample
 
-    def step(self, loss: torch.Tensor | float | None = None, samples: int | None = None) -> bool:
+    def _after_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Any optimizer has made a step. What error feedback keeps is worth as much as before after a change of the learning
+        rate."""
+        group = next((g for g in optimizer.param_groups if any(id(p) in self._parameters for p in g["params"])), None)
+        if group is None:
+            return
+        self._stepped = True
+        lr = float(group["lr"])
+        if self._lr is None:
+            self.method.optimizer(adaptive="betas" in group or "beta2" in group)
+        elif lr > 0 and self._lr > 0 and not math.isclose(lr, self._lr, rel_tol=1e-3):
+            self.method.rescale(self._lr / lr)
+        self._lr = lr
+
+    def step(self, loss: torch.Tensor | float | None = None, samples: int | torch.Tensor | None = None) -> bool:
         """End a step; returns False when the run should end.
 
         loss, samples: training loss and size of this rank's batch, for the records.
         In a cell this waits while the orchestrator asks to hold, so that all ranks end after the same step.
         """
         self._closed_by_step = True
-        self._close_step(monotonic_s(), loss.item() if isinstance(loss, torch.Tensor) else loss, samples)
-        if self._control is None:
-            return True
+        if self._scaler is not None:
+            scale = self._scaler.get_scale()
+            if not self._stepped:
+                self.method.undo()
+            if self._scale is not None and scale != self._scale and scale > 0:
+                self.method.rescale(scale / self._scale)
+            self._scale = scale
+        self._stepped = False
+        self._close_step(monotonic_s(), _number(loss), None if samples is None else int(samples))
         with self.pause():
-            return self._control.step_done(self.steps)
+            return min([listener.step(self.steps) for listener in self._listeners], default=True)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -180,89 +244,89 @@ class Session:
             yield
         finally:
             paused_s = monotonic_s() - began_s
-            self._ledger.began_s += paused_s
+            self._statistics.began_s += paused_s
             self._exchanged_s += paused_s
 
     def evaluated(self, accuracy: float, loss: float) -> None:
         """Record an evaluation after the steps done so far; accuracy from 0 to 1. Call it on rank 0."""
-        row = {"step": self.steps, "t_s": monotonic_s() - self._t0, "accuracy": accuracy, "loss": loss}
-        if self._evaluations is not None:
-            self._evaluations.append([row])
-        if self._control is not None:
-            self._control.send({"type": "eval", **row})
+        row = {"step": self.steps, "t_s": monotonic_s() - self._t0, "accuracy": float(accuracy), "loss": float(loss)}
+        for listener in self._listeners:
+            listener.evaluated(row)
 
     def close(self, accuracy: float | None = None, loss: float | None = None) -> None:
         """End the run after its last step, with the final evaluation if this rank made one. Call it on every rank."""
-        if self._ledger.elements:
+        self._watching.remove()
+        if self._statistics.elements:
             self._close_step(monotonic_s(), None, None)
+        listeners, self._listeners = self._listeners, []
         try:
             self.method.close()
         finally:
-            self._leave(accuracy, loss)
-
-    def _leave(self, accuracy: float | None, loss: float | None) -> None:
-        if self._control is not None:
-            done = {"type": "done", "steps": self.steps, "parameters": parameters_hash(self._module)}
-            self._control.send({**done, "accuracy": accuracy, "loss": loss})
-            self._control.close()
-        for file in filter(None, (*self._records, self._evaluations)):
-            file.close()
-        self._control = self._evaluations = None
-        self._records.clear()
+            for listener in listeners:
+                listener.closed(accuracy, loss)
 
     def fail(self, error: str) -> None:
-        """Tell the orchestrator, if there is one, that this worker failed; one line."""
-        if self._control is not None:
-            self._control.send({"type": "failed", "error": error})
+        """Tell the testbed, if there is one, that this worker failed; one line."""
+        for listener in self._listeners:
+            listener.failed(error)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep of the method on this rank: its error feedback, and what it has learnt of the network.
 
         Call it between two steps, on the thread that trains, and on all ranks after the same step.
         """
-        return self.method.state_dict()
+        return {"ranks": self._group.size(), **self.method.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a checkpoint made with the same method."""
+        """Take over a checkpoint made with the same method, by as many ranks. Call it on all ranks; it waits for them.
+
+        Raises ValueError, one line, if it does not fit, or if the ranks' checkpoints are not of the same step.
+        """
+        if state["ranks"] != (ranks := self._group.size()):
+            raise ValueError(
+                f"the checkpoint is of {state['ranks']} ranks, not {ranks}: what each has kept belongs to its rank, and counts for "
+                f"1/{state['ranks']} of a mean; go on without the state of the hook"
+            )
+        agree(self._group, {"step of the checkpoint": state.get("steps")})
         self.method.load_state_dict(state)
 
     def _close_step(self, ended_s: float, loss: float | None, samples: int | None) -> None:
-        ledger, tcp = self._ledger, self._ledger.tcp
+        done, tcp = self._statistics, self._statistics.tcp
         sensed = tcp if self.method.senses else None
-        step_s = ended_s - ledger.began_s
+        step_s = ended_s - done.began_s
         self.last = {
-            "rank": self._rank,
+            "rank": self.rank,
             "step": self.steps,
             "t_s": ended_s - self._t0,
             "loss": loss,
             "samples": samples,
             "step_s": step_s,
-            "compute_s": step_s - ledger.comm_s,
-            "comm_s": ledger.comm_s,
-            "encode_s": ledger.encode_s,
-            "payload_bytes": ledger.payload_bytes,
-            "dense_bytes": ledger.dense_bytes,
-            "scheme": ledger.scheme,
-            "ratio": ledger.ratio,
-            "lost_energy": ledger.lost_energy,
+            "compute_s": step_s - done.exposed_s,
+            "comm_s": done.exposed_s,
+            "encode_s": done.encode_s,
+            "payload_bytes": done.payload_bytes,
+            "dense_bytes": done.dense_bytes,
+            "scheme": done.scheme,
+            "ratio": done.ratio,
+            "lost_energy": done.lost_energy,
+            "residual_ratio": done.residual_ratio,
             "bandwidth_bps": self.method.bandwidth_bps,
             "rtt_s": sensed and sensed.rtt_s,
             "min_rtt_s": sensed and sensed.min_rtt_s,
             "retransmits": tcp and tcp.retransmits,
         }
         self.steps += 1
-        for file in self._records:
-            file.append([self.last])
-        self._ledger = Ledger(self._ranks)
+        self._statistics = StepStatistics(self._group.size())
+        for listener in self._listeners:
+            listener.record(self.last)
 
 
-def parameters_hash(module: torch.nn.Module) -> str:
-    """SHA-256 over all parameters, in order: equal for replicas that are equal bit by bit.
+def _number(value: torch.Tensor | float | None) -> float | None:
+    return value.item() if isinstance(value, torch.Tensor) else None if value is None else float(value)
 
-    Buffers are left out: DDP makes those of all ranks equal only before a forward, so that the running statistics of
-    normalisation differ after the last one.
-    """
-    digest = hashlib.sha256()
-    for tensor in module.parameters():
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+
+def _version() -> str:
+    try:
+        return version("netsenseml")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"

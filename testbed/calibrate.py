@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from netsenseml.agent.protocol import monotonic_s
+from netsenseml.records import monotonic_s
 from testbed.labs import open_labs
 from testbed.labs.base import LabError, LabPlan
 from testbed.labs.netns import enclosure

@@ -8,9 +8,9 @@ connection's first segment is sent again; and coding, which takes what it takes 
 
 from dataclasses import replace
 
-from netsenseml.agent.protocol import StopConfig
 from testbed.links.routes import Tcp
 from testbed.links.state import LinkState, Shape
+from testbed.protocol import StopConfig
 from testbed.timeline import Change
 from testbed.traffic.flows import Duration, Flow
 

@@ -373,9 +373,16 @@ def packages() -> list[Finding]:
     """Python and the packages that the installed distribution asks for."""
     findings = [Finding("Python", "ok", platform.python_version())]
     try:
-        requirements = [text for text in metadata.requires("netsense-testbed") or [] if "extra ==" not in text]
+        requirements = [
+            text
+            for text in metadata.requires("netsenseml") or []
+            if "extra ==" not in text or 'extra == "testbed"' in text.replace("'", '"')
+        ]
     except metadata.PackageNotFoundError:
-        return [*findings, Finding("packages", "limited", "netsense-testbed is not installed here", "pip install --editable .")]
+        return [
+            *findings,
+            Finding("packages", "limited", "netsenseml is not installed here", "pip install --editable '.[testbed]'"),
+        ]
     good: list[str] = []
     bad: list[str] = []
     for text in requirements:
@@ -388,7 +395,9 @@ def packages() -> list[Finding]:
     if good:
         findings.append(Finding("packages", "ok", ", ".join(good)))
     if bad:
-        findings.append(Finding("packages", "missing", f"missing or too old: {', '.join(bad)}", "pip install --editable ."))
+        findings.append(
+            Finding("packages", "missing", f"missing or too old: {', '.join(bad)}", "pip install --editable '.[testbed]'")
+        )
     return findings
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from netsenseml.agent import protocol
-from testbed import dilation
+from testbed import dilation, protocol
 from testbed.labs.base import LabPlan
 from testbed.links.qdiscs import (
     UNCUT_PACKET_BYTES,

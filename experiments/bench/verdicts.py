@@ -31,9 +31,8 @@ from typing import Any
 
 import yaml
 
-from netsenseml.agent import protocol
-from netsenseml.agent.client import ControlClient
-from netsenseml.agent.protocol import monotonic_s
+from netsenseml.records import RecordFile, monotonic_s
+from testbed import protocol
 from testbed.labs import open_labs
 from testbed.labs.base import LabPlan
 from testbed.labs.netns import NetnsLab, enclosure
@@ -47,6 +46,7 @@ from testbed.results.summary import summarize
 from testbed.run import door
 from testbed.run.cell import prepare_cell, run_cell
 from testbed.spec.load import validate
+from testbed.worker.client import ControlClient
 
 SECONDS = 3.0
 PLANTED_AT_S = 0.5
@@ -251,7 +251,7 @@ def load(kind: str, rate_bps: str) -> None:
     rank, directory = int(os.environ["RANK"]), Path(os.environ[protocol.ENV_CELL_DIR])
     target = str(ipaddress.ip_address(os.environ["MASTER_ADDR"]) + 1)
     control = ControlClient(directory / protocol.SOCKET_FILE, rank)
-    records = protocol.RecordFile(protocol.steps_file(directory, rank))
+    records = RecordFile(protocol.steps_file(directory, rank))
     t0_s = control.ready("none")
     segments = 1 if float(rate_bps) < 50e6 else 40
     programs: Mapping[tuple[str, int], tuple[Callable[..., Any], Sequence[Any]]] = {

@@ -8,23 +8,9 @@ from decimal import Decimal, InvalidOperation
 import numpy as np
 import torch
 
-from netsenseml.compress import kernels, tensors
+from netsenseml.compress import kernels, layout, tensors
 from netsenseml.compress.kernels import Array
-from netsenseml.compress.layout import (
-    BF16,
-    BLOCK,
-    BLOCK_BYTES,
-    FP32,
-    HEADER_BYTES,
-    INT4,
-    INT8,
-    SIGN,
-    VALUES,
-    Layout,
-    MalformedBuffer,
-    layout,
-    parse,
-)
+from netsenseml.compress.layout import HEADER_BYTES, ROW, VALUES, Layout, MalformedBuffer, parse
 from netsenseml.compress.sparsify import sampling, slots
 
 __all__ = ["VALUES", "Codec", "MalformedBuffer", "Sent", "add_decoded"]
@@ -46,24 +32,28 @@ class Codec:
     the lower index comes first among equals. The others have at most 1 - k / n of the energy (the sum of squares). At 1
     all are sent, without positions.
 
-    values, with the largest error of a value x; m is the largest magnitude in its block, 256 values that share a scale:
+    values, with the largest error of a value x; m is the largest magnitude in its block, the values that share a scale:
 
     ====  ====================================================================================================
     fp32  none
     bf16  2**-8 |x|: rounded to nearest, to even in between
-    int8  one step, m / 127: rounded up or down by chance, so that the mean over seeds is x (within 2**-16 steps) and the
-          variance at most a quarter of a square step
-    int4  one step, m / 7, likewise
-    sign  m: all become +s or -s with s = the mean magnitude of the block, which leaves the least energy, namely
-          sum(x**2) - count * s**2
+    int8  half a step, rounded to nearest, to even in between. A step is m / 127, rounded up to a bfloat16 (by at most a
+          128th) lest the largest value need one level more; 128 values a block
+    int4  likewise, with steps of m / 7; 32 values a block
+    sign  m: all become +s or -s with s = the mean magnitude of the block, to the nearest bfloat16, which leaves the least
+          energy, namely sum(x**2) - count * s**2; 128 values a block
     ====  ====================================================================================================
 
-    To that comes what is below the smallest normal numbers: 2**-134 for bf16, 64 * 2**-149 for the last three. A block of
-    int8, int4 or sign with a value that is not finite decodes to NaN as a whole. See ``layout`` for the bytes.
+    To that comes what is below the smallest normal numbers: 2**-133 for bf16 and sign, 2**-127 for int8 and int4. A block
+    with a value that is not finite decodes to NaN as a whole. See ``layout`` for the bytes.
+
+    stochastic: int8 and int4 round up or down by chance, so that the mean over seeds is x (within 2**-16 steps), with an
+    error of up to a step, and twice the energy lost. For sums without error feedback; neither name nor bytes tell of it.
     """
 
     values: str
     density: float = 1.0
+    stochastic: bool = False
 
     def __post_init__(self) -> None:
         if self.values not in VALUES:
@@ -99,25 +89,29 @@ class Codec:
         return self._layout(n).nbytes
 
     def _layout(self, n: int) -> Layout:
-        return layout(VALUES[self.values], n, self.elements(n))
+        return layout.layout(VALUES[self.values], n, self.elements(n))
 
-    def encode(self, wanted: torch.Tensor, seed: int, *, sent: Sent | None = None) -> torch.Tensor:
-        """The buffer, uint8 of shape (nbytes(n),); ``wanted``, contiguous float32 of shape (n,), n < 2**31, keeps what is left.
+    def encode(self, compensated: torch.Tensor, seed: int, *, sent: Sent | None = None) -> torch.Tensor:
+        """The buffer, uint8 of shape (nbytes(n),), for gradient plus residual; what was not sent stays in ``compensated``.
 
-        Buffer and rest make up what was wanted, up to float32 rounding, and exactly where nothing was sent. Where the
-        buffer holds something that is not finite nothing is left behind: like after an all-reduce, all ranks see it, once.
+        compensated: contiguous float32 of shape (n,), n < 2**31. Buffer and new residual make up the old values, up to
+        float32 rounding, and exactly where nothing was sent. Where the buffer holds something that is not finite the
+        residual is 0: like after an all-reduce, all ranks see it, once.
 
-        seed: of the stochastic rounding. The same input and seed give the same bytes, on every machine and device.
+        seed: of stochastic rounding, else without effect. The same input and seed give the same bytes on every machine
+        and device.
         """
-        if wanted.dtype != torch.float32 or wanted.dim() != 1 or not wanted.is_contiguous():
-            raise ValueError(f"only contiguous float32 of shape (n,) can be encoded, not {wanted.dtype} {tuple(wanted.shape)}")
-        plan = self._layout(wanted.numel())
-        buffer = torch.empty(plan.nbytes, dtype=torch.uint8, device=wanted.device)
+        x, cpu = compensated, compensated.device.type == "cpu"
+        if x.dtype != torch.float32 or x.dim() != 1 or not x.is_contiguous():
+            raise ValueError(f"only contiguous float32 of shape (n,) can be encoded, not {x.dtype} {tuple(x.shape)}")
+        plan = self._layout(x.numel())
+        # NumPy asks for huge pages. With small ones, the first touch of the buffer takes longer than the rest of the work.
+        buffer = torch.from_numpy(np.empty(plan.nbytes, np.uint8)) if cpu else x.new_empty(plan.nbytes, dtype=torch.uint8)
         buffer[-8:] = 0  # the padding behind the codes
         buffer[:HEADER_BYTES] = torch.frombuffer(bytearray(plan.header()), dtype=torch.uint8)
         key = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")
-        backend = _encode if wanted.device.type == "cpu" else tensors.encode
-        positions = backend(wanted.detach(), plan, key, buffer)
+        backend = _encode if cpu else tensors.encode
+        positions = backend(x.detach(), plan, key if self.stochastic else None, buffer)
         if sent is not None:
             sent.positions = positions
         return buffer
@@ -143,15 +137,16 @@ def add_decoded(buffer: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> 
     return out
 
 
-def _encode(wanted: torch.Tensor, plan: Layout, key: int, buffer: torch.Tensor) -> torch.Tensor | None:
-    x, body = wanted.numpy(), buffer.numpy()
+def _encode(compensated: torch.Tensor, plan: Layout, key: int | None, buffer: torch.Tensor) -> torch.Tensor | None:
+    """Fill the sections of ``buffer``; returns the positions sent, or None for all. key: of stochastic rounding, or None."""
+    x, body = compensated.numpy(), buffer.numpy()
     if plan.dense:
-        _put_values(x, plan, key, body)
+        _encode_values(x, plan, key, body)
         return None
     positions, values = _largest(x, plan.k)
     high, low = (body[part].view(np.uint64) for part in (plan.high, plan.low))
-    kernels.put_positions(positions, plan.low_bits, plan.step, high, low)
-    _put_values(values, plan, key, body)
+    kernels.encode_positions(positions, plan.low_bits, plan.step, high, low)
+    _encode_values(values, plan, key, body)
     kernels.scatter(x, positions, values)
     return torch.from_numpy(positions.view(np.int32))
 
@@ -159,13 +154,13 @@ def _encode(wanted: torch.Tensor, plan: Layout, key: int, buffer: torch.Tensor) 
 def _add_decoded(buffer: torch.Tensor, plan: Layout, out: torch.Tensor, scale: float) -> None:
     body = buffer.numpy()
     if plan.dense:
-        _add_values(out.numpy(), plan, body, np.float32(scale))
+        _decode_add_values(out.numpy(), plan, body, np.float32(scale))
         return
     positions, values = np.empty(plan.k, np.uint32), np.zeros(plan.k, np.float32)
     high, low = (body[part].view(np.uint64) for part in (plan.high, plan.low))
-    if not kernels.get_positions(high, low, plan.low_bits, plan.step, plan.n, positions):
+    if not kernels.decode_positions(high, low, plan.low_bits, plan.step, plan.n, positions):
         raise MalformedBuffer(f"its positions are not {plan.k} ascending ones below {plan.n}")
-    _add_values(values, plan, body, np.float32(scale))
+    _decode_add_values(values, plan, body, np.float32(scale))
     kernels.scatter_add(out.numpy(), positions, values)
 
 
@@ -180,61 +175,60 @@ def _largest(x: Array, k: int) -> tuple[Array, Array]:
     guess, _ = kernels.kth_largest(bits[::stride].copy(), rank)
     for threshold, places in ((max(guess, 1), int(stride * (rank + 4 * rank**0.5))), (1, x.size)):
         positions, values = (np.empty(places + kernels.WORD, dtype) for dtype in (np.uint32, np.int32))
-        found = kernels.passing(bits, threshold, positions, values)
+        found = kernels.select(bits, threshold, positions, values)
         if found >= k:
-            kernels.cut(positions[:found], values[:found], k)
+            kernels.keep_largest(positions[:found], values[:found], k)
             return positions[:k], values[:k].view(np.float32)
     zeros = np.flatnonzero(x[:k] == 0)[: k - found]
     positions = np.sort(np.concatenate([positions[:found], zeros.astype(np.uint32)]))
     return positions, x[positions]
 
 
-def _put_values(x: Array, plan: Layout, key: int, body: Array) -> None:
+def _encode_values(x: Array, plan: Layout, key: int | None, body: Array) -> None:
     """Fill the scales and codes, and leave in x what was not sent."""
     codes = body[plan.codes]
-    if plan.values == FP32:
+    if plan.values == layout.FP32:
         codes.view(np.float32)[:] = x
         x[:] = 0
-    elif plan.values == BF16:
-        kernels.put_bf16(x, codes.view(np.uint16))
+    elif plan.values == layout.BF16:
+        kernels.encode_bf16(x, codes.view(np.uint16))
     else:
         for first, count, rows in _rows(x):
-            scale, code = _sections(body, plan, first, len(rows))
-            if plan.values == SIGN:
-                kernels.put_sign(rows, count, scale, code)
-            elif plan.values == INT8:
-                kernels.put_int8(rows, first, np.uint32(key), scale, code)
+            sections = _sections(body, plan, first, len(rows))
+            if plan.values == layout.SIGN:
+                kernels.encode_sign(rows, count, *sections)
             else:
-                kernels.put_int4(rows, first, np.uint32(key), scale, code)
+                kernels.encode_levels[plan.values, key is not None](rows, first, np.uint32(key or 0), *sections)
 
 
-def _add_values(x: Array, plan: Layout, body: Array, factor: np.float32) -> None:
+def _decode_add_values(x: Array, plan: Layout, body: Array, factor: np.float32) -> None:
     """Add the decoded values, times ``factor``, to x."""
     codes = body[plan.codes]
-    if plan.values == FP32:
-        kernels.add_fp32(x, codes.view(np.float32), factor)
-    elif plan.values == BF16:
-        kernels.add_bf16(x, codes.view(np.uint16), factor)
+    if plan.values == layout.FP32:
+        kernels.decode_add_fp32(x, codes.view(np.float32), factor)
+    elif plan.values == layout.BF16:
+        kernels.decode_add_bf16(x, codes.view(np.uint16), factor)
     else:
-        add = {INT8: kernels.add_int8, INT4: kernels.add_int4, SIGN: kernels.add_sign}[plan.values]
+        add = kernels.decode_add_sign if plan.values == layout.SIGN else kernels.decode_add_levels[plan.values]
         for first, _, rows in _rows(x):
             add(rows, *_sections(body, plan, first, len(rows)), factor)
 
 
 def _rows(x: Array) -> Iterator[tuple[int, int, Array]]:
-    """(index of the first block, values in each, rows of one block) for the whole blocks, and for the last, padded copy."""
-    whole = x.size // BLOCK
+    """(index of the first row, values in each, rows) for the whole rows, and for the last, a padded copy."""
+    whole = x.size // ROW
     if whole:
-        yield 0, BLOCK, x[: whole * BLOCK].reshape(whole, BLOCK)
-    rest = x[whole * BLOCK :]
+        yield 0, ROW, x[: whole * ROW].reshape(whole, ROW)
+    rest = x[whole * ROW :]
     if rest.size:
-        row = np.zeros((1, BLOCK), np.float32)
+        row = np.zeros((1, ROW), np.float32)
         row[0, : rest.size] = rest
         yield whole, rest.size, row
         rest[:] = row[0, : rest.size]
 
 
-def _sections(body: Array, plan: Layout, first: int, blocks: int) -> tuple[Array, Array]:
-    """Scales and codes of some blocks."""
-    scales, codes = body[plan.scales].view(np.float32), body[plan.codes].reshape(-1, BLOCK_BYTES[plan.values])
-    return scales[first : first + blocks], codes[first : first + blocks]
+def _sections(body: Array, plan: Layout, first: int, rows: int) -> tuple[Array, Array]:
+    """Scales, as bits of bfloat16, and codes of some rows."""
+    scales = body[plan.scales].view(np.uint16).reshape(-1, ROW // layout.BLOCK[plan.values])
+    codes = body[plan.codes].view(f"u{layout.WORD[plan.values]}").reshape(len(scales), -1)
+    return scales[first : first + rows], codes[first : first + rows]

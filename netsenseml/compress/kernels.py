@@ -7,10 +7,11 @@ The bits of a float32, as an int32 without the sign, order like magnitudes, with
 which elements are chosen; among equals the lower index wins.
 
 The type of every constant and intermediate result is spelt out: Numba would widen them to 64 bits, and a vector would
-hold half as many. Values come in rows of one block, as an index that the compiler knows to be positive is a plain address.
+hold half as many. Values come in rows, as an index that the compiler knows to be positive is a plain address.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -23,27 +24,26 @@ from netsenseml.compress import layout
 F = TypeVar("F", bound=Callable[..., Any])
 Array: TypeAlias = np.ndarray[Any, Any]
 
-BLOCK = layout.BLOCK
+ROW = layout.ROW
 WORD = 64
 MAGNITUDE = np.int32(0x7FFFFFFF)
 INFINITY = np.int32(0x7F800000)
-NAN = np.float32(np.nan)
-LEVELS_INT8 = np.float32(layout.LEVELS[layout.INT8])
-LEVELS_INT4 = np.float32(layout.LEVELS[layout.INT4])
-LARGEST = np.float32(layout.LARGEST)
+NAN_BF16 = np.uint16(0x7FC0)
+SMALLEST_SCALE = np.float32(layout.SMALLEST_SCALE)
 SIGN_UNIT = np.float32(layout.SIGN_UNIT)
+TO_INTEGER = np.float32(1.5 * 2**23)
+"""Added to a float32 up to 2**22 it rounds to nearest, to even in between, and the lowest bits are the whole number's."""
 
 
 def _kernel(signature: str) -> Callable[[F], F]:
     """Compile now. In a signature, u4 is uint32, f4 float32; [::1] a contiguous array, [:, ::1] one of two dimensions."""
 
     def compiled(function: F) -> F:
-        made: Any
+        numba: Any = partial(njit, signature, nogil=True, error_model="numpy")
         try:
-            made = njit(signature, nogil=True, cache=True)(function)
+            return numba(cache=True)(function)
         except RuntimeError:  # nowhere to keep a cache: a read-only installation without a home
-            made = njit(signature, nogil=True)(function)
-        return made
+            return numba()(function)
 
     return compiled
 
@@ -74,11 +74,17 @@ def _magnitude(number: Any) -> Any:
     return np.int32(_bits(number) & MAGNITUDE)
 
 
+@_part
+def _widened(half: Any) -> Any:
+    """The float32 of a bfloat16's bits."""
+    return _number(np.int32(np.uint32(half) << np.uint32(16)))
+
+
 # ---------------------------------------------------------------------------------------------------- selection
 
 
 @_kernel("i8(i4[::1], i4, u4[::1], i4[::1])")
-def passing(bits: Array, threshold: int, positions: Array, values: Array) -> int:
+def select(bits: Array, threshold: int, positions: Array, values: Array) -> int:
     """Positions, ascending, and bits of the elements with a magnitude of at least ``threshold``; their number.
 
     -1 if they may not fit: there must be WORD places more than elements that pass. The comparisons go into words, without
@@ -114,9 +120,9 @@ def kth_largest(bits: Array, k: int) -> tuple[int, int]:
     counts = np.zeros(2048, np.int64)
     for i in range(bits.size):
         counts[(bits[i] & MAGNITUDE) >> 20] += 1
-    leading, wanted = 2047, k
-    while counts[leading] < wanted:
-        wanted -= counts[leading]
+    leading, rank = 2047, k
+    while counts[leading] < rank:
+        rank -= counts[leading]
         leading -= 1
     members = np.empty(counts[leading] + 1, np.int32)  # one place more, so that none is written by a branch
     size = 0
@@ -129,8 +135,8 @@ def kth_largest(bits: Array, k: int) -> tuple[int, int]:
         for i in range(size):
             counts[(members[i] >> shift) & 1023] += 1
         digit = 1023
-        while counts[digit] < wanted:
-            wanted -= counts[digit]
+        while counts[digit] < rank:
+            rank -= counts[digit]
             digit -= 1
         leading = leading << 10 | digit
         kept = 0
@@ -139,11 +145,11 @@ def kth_largest(bits: Array, k: int) -> tuple[int, int]:
             members[kept] = magnitude
             kept += (magnitude >> shift) == leading
         size = kept
-    return leading, wanted
+    return leading, rank
 
 
 @_kernel("void(u4[::1], i4[::1], i8)")
-def cut(positions: Array, values: Array, k: int) -> None:
+def keep_largest(positions: Array, values: Array, k: int) -> None:
     """Move those of the k largest magnitudes to the front, in their order; both arrays have the same size >= k."""
     if k == positions.size:
         return
@@ -174,7 +180,7 @@ def scatter_add(x: Array, positions: Array, values: Array) -> None:
 
 
 @_kernel("void(u4[::1], i8, i8, u8[::1], u8[::1])")
-def put_positions(positions: Array, low_bits: int, step: int, high: Array, low: Array) -> None:
+def encode_positions(positions: Array, low_bits: int, step: int, high: Array, low: Array) -> None:
     """See ``layout``. Words are filled in a register."""
     mask = (np.uint64(1) << np.uint64(low_bits)) - np.uint64(1)
     high[:] = 0
@@ -201,8 +207,8 @@ def put_positions(positions: Array, low_bits: int, step: int, high: Array, low: 
 
 
 @_kernel("b1(u8[::1], u8[::1], i8, i8, i8, u4[::1])")
-def get_positions(high: Array, low: Array, low_bits: int, step: int, n: int, positions: Array) -> bool:
-    """Inverse of ``put_positions``; False unless there are as many as ``positions`` takes, ascending and below n."""
+def decode_positions(high: Array, low: Array, low_bits: int, step: int, n: int, positions: Array) -> bool:
+    """Inverse of ``encode_positions``; False unless there are as many as ``positions`` takes, ascending and below n."""
     mask = (np.uint64(1) << np.uint64(low_bits)) - np.uint64(1)
     found = word = filled = 0
     last: Any = -1
@@ -234,140 +240,161 @@ def get_positions(high: Array, low: Array, low_bits: int, step: int, n: int, pos
 
 
 # ---------------------------------------------------------------------------------------------------- values
-# ``put`` codes rows of blocks and leaves in x what was not sent; ``add`` adds factor times what was coded.
+# ``encode`` codes values and leaves in x what was not sent; ``decode_add`` adds factor times what was coded.
 
 
 @_kernel("void(f4[::1], f4[::1], f4)")
-def add_fp32(x: Array, codes: Array, factor: Any) -> None:
+def decode_add_fp32(x: Array, codes: Array, factor: Any) -> None:
     for i in range(x.size):
         x[i] += factor * codes[i]
 
 
 @_kernel("void(f4[::1], u2[::1])")
-def put_bf16(x: Array, codes: Array) -> None:
+def encode_bf16(x: Array, codes: Array) -> None:
     """Round to nearest, to even in between; NaN becomes 0x7fc0."""
     for i in range(x.size):
         word = np.uint32(_bits(x[i]))
         half = np.uint32(word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
         if _magnitude(x[i]) > INFINITY:
-            half = np.uint32(0x7FC0)
+            half = np.uint32(NAN_BF16)
         codes[i] = half
-        sent = _number(np.int32(half << np.uint32(16)))
+        sent = _widened(half)
         x[i] = x[i] - sent if _magnitude(sent) < INFINITY else np.float32(0)
 
 
 @_kernel("void(f4[::1], u2[::1], f4)")
-def add_bf16(x: Array, codes: Array, factor: Any) -> None:
+def decode_add_bf16(x: Array, codes: Array, factor: Any) -> None:
     for i in range(x.size):
-        x[i] += factor * _number(np.int32(np.uint32(codes[i]) << np.uint32(16)))
+        x[i] += factor * _widened(codes[i])
 
 
 @_part
 def _noise(place: Any, key: Any) -> Any:
-    """An odd multiple of 2**-17 between 0 and 1: the finaliser of MurmurHash3 (A. Appleby) over place ^ key.
+    """An odd multiple of 2**-17 between -1/2 and 1/2: the finaliser of MurmurHash3 (A. Appleby) over place ^ key.
 
     place: index of the value among those that are sent. A hash has no state: values may be coded in any order.
     """
     h = np.uint32(place ^ key)
     h = np.uint32(np.uint32(h ^ np.uint32(h >> np.uint32(16))) * np.uint32(0x85EBCA6B))
     h = np.uint32(np.uint32(h ^ np.uint32(h >> np.uint32(13))) * np.uint32(0xC2B2AE35))
-    return (np.float32(np.int32(h >> np.uint32(16))) + np.float32(0.5)) * np.float32(2**-16)
+    return (np.float32(np.int32(h >> np.uint32(16))) + np.float32(0.5)) * np.float32(2**-16) - np.float32(0.5)
 
 
 @_part
-def _quantise(x: Array, b: int, block: int, key: Any, levels: Any, codes: Array, row: int) -> Any:
-    """Levels from -levels to levels for row b of x, by stochastic rounding, one a byte; returns their unit."""
-    largest = np.int32(0)
-    for i in range(BLOCK):
-        largest = max(largest, _magnitude(x[b, i]))
-    scale = min(_number(largest), LARGEST) / levels
-    if largest >= INFINITY:
-        for i in range(BLOCK):
-            codes[row, i] = 0
-            x[b, i] = 0
-        return NAN
-    if scale == 0:  # all are zero, or too small for a scale
-        for i in range(BLOCK):
-            codes[row, i] = 0
-        return scale
-    key = np.uint32(np.uint32(block * BLOCK) ^ key)  # with i it makes the place of the value ^ key
-    for i in range(BLOCK):
-        level = np.floor(x[b, i] / scale + _noise(np.uint32(i), key))
-        level = min(max(level, -levels), levels)
-        codes[row, i] = np.uint8(np.int32(level))
-        x[b, i] -= level * scale
-    return scale
+def _find_largest(x: Array, row: int, size: int, largest: Array) -> None:
+    """Bits of the largest magnitude of every block of a row; blocks in which that is not finite are cleared.
+
+    size: of a block. Were it a constant, the compiler would unroll the loop and not vectorise it.
+    """
+    for b in range(largest.size):
+        found = np.int32(0)
+        for i in range(size):
+            found = max(found, _magnitude(x[row, b * size + i]))
+        largest[b] = found
+        if found >= INFINITY:
+            for i in range(size):
+                x[row, b * size + i] = 0
 
 
-@_kernel("void(f4[:, ::1], i8, u4, f4[::1], u1[:, ::1])")
-def put_int8(x: Array, first: int, key: Any, scales: Array, codes: Array) -> None:
-    for b in range(x.shape[0]):
-        scales[b] = _quantise(x, b, first + b, key, LEVELS_INT8, codes, b)
+def _level_encoder(form: int, stochastic: bool) -> Callable[..., None]:
+    """Encode values as whole numbers from -levels to levels, times a scale."""
+    bits, block, parts = layout.BITS[form], layout.BLOCK[form], 8 * layout.WORD[form] // layout.BITS[form]
+    levels, largest_scale = np.float32(layout.LEVELS[form]), np.int32(layout.LARGEST_SCALE[form] << 16)
+    words, blocks, mask = ROW // parts, ROW // block, np.uint32(2**bits - 1)
+
+    @_kernel("void(f4[:, ::1], i8, u4, u2[:, ::1], u4[:, ::1])")
+    def encode(x: Array, first: int, key: Any, scales: Array, codes: Array) -> None:
+        """first: index of the first row; key: of the noise."""
+        scale, inverse, noise = np.empty(blocks, np.float32), np.empty(blocks, np.float32), np.empty(ROW, np.float32)
+        largest, size = np.empty(blocks, np.int32), x.shape[1] // blocks
+        for row in range(x.shape[0]):
+            _find_largest(x, row, size, largest)
+            for b in range(blocks):
+                finite = largest[b] < INFINITY
+                exact = max(_number(largest[b] if finite else np.int32(0)) / levels, SMALLEST_SCALE)
+                # Rounded up, so that no value has a level beyond the last.
+                rounded = np.int32(min(np.int32(_bits(exact) + np.int32(0xFFFF)), largest_scale) & np.int32(-0x10000))
+                scale[b] = _number(rounded)
+                inverse[b] = np.float32(1) / scale[b]
+                scales[row, b] = np.uint16(rounded >> 16) if finite else NAN_BF16
+            if stochastic:
+                row_key = np.uint32(np.uint32((first + row) * ROW) ^ key)  # with i it makes the place of the value ^ key
+                for i in range(ROW):
+                    noise[i] = _noise(np.uint32(i), row_key)
+            for w in range(words):
+                word = np.uint32(0)
+                for part in range(parts):
+                    i, b = part * words + w, part * words // block
+                    level = x[row, i] * inverse[b]
+                    if stochastic:
+                        level = min(max(level, -levels), levels) + noise[i]
+                    level += TO_INTEGER
+                    word |= np.uint32((np.uint32(_bits(level)) & mask) << np.uint32(part * bits))
+                    x[row, i] -= (level - TO_INTEGER) * scale[b]
+                codes[row, w] = word
+
+    return encode
 
 
-@_kernel("void(f4[:, ::1], i8, u4, f4[::1], u1[:, ::1])")
-def put_int4(x: Array, first: int, key: Any, scales: Array, codes: Array) -> None:
-    levels = np.empty((1, BLOCK), np.uint8)
-    for b in range(x.shape[0]):
-        scales[b] = _quantise(x, b, first + b, key, LEVELS_INT4, levels, 0)
-        for i in range(BLOCK // 2):
-            codes[b, i] = (levels[0, i] & np.uint8(15)) | np.uint8(levels[0, BLOCK // 2 + i] << np.uint8(4))
+def _level_decoder(form: int) -> Callable[..., None]:
+    """Inverse of ``_level_encoder``."""
+    bits, block, parts = layout.BITS[form], layout.BLOCK[form], 8 * layout.WORD[form] // layout.BITS[form]
+    words, mask, sign = ROW // parts, np.uint32(2**bits - 1), np.uint32(2 ** (bits - 1))
+
+    @_kernel("void(f4[:, ::1], u2[:, ::1], u4[:, ::1], f4)")
+    def decode_add(x: Array, scales: Array, codes: Array, factor: Any) -> None:
+        for row in range(x.shape[0]):
+            for w in range(words):
+                for part in range(parts):
+                    code = np.uint32(np.uint32(codes[row, w] >> np.uint32(part * bits)) & mask)
+                    level = np.float32(np.int32(code ^ sign)) - np.float32(sign)  # it was a two's complement
+                    x[row, part * words + w] += factor * (level * _widened(scales[row, part * words // block]))
+
+    return decode_add
 
 
-@_kernel("void(f4[:, ::1], f4[::1], u1[:, ::1], f4)")
-def add_int8(x: Array, scales: Array, codes: Array, factor: Any) -> None:
-    for b in range(x.shape[0]):
-        for i in range(BLOCK):
-            x[b, i] += factor * (np.float32(np.int8(codes[b, i])) * scales[b])
+encode_levels = {(form, chance): _level_encoder(form, chance) for form in layout.LEVELS for chance in (False, True)}
+decode_add_levels = {form: _level_decoder(form) for form in layout.LEVELS}
+
+SIGN_BLOCK = layout.BLOCK[layout.SIGN]
+SIGN_BYTES = ROW // 8
+SIGN_LARGEST = np.int32(layout.LARGEST_SCALE[layout.SIGN])
 
 
-@_kernel("void(f4[:, ::1], f4[::1], u1[:, ::1], f4)")
-def add_int4(x: Array, scales: Array, codes: Array, factor: Any) -> None:
-    for b in range(x.shape[0]):
-        for i in range(BLOCK // 2):
-            level = np.int8(np.uint8(codes[b, i] << np.uint8(4))) >> np.int8(4)
-            x[b, i] += factor * (np.float32(level) * scales[b])
-        for i in range(BLOCK // 2):
-            level = np.int8(codes[b, i]) >> np.int8(4)
-            x[b, BLOCK // 2 + i] += factor * (np.float32(level) * scales[b])
-
-
-@_kernel("void(f4[:, ::1], i8, f4[::1], u1[:, ::1])")
-def put_sign(x: Array, count: int, scales: Array, codes: Array) -> None:
-    """Signs, and the mean magnitude of ``count`` values a block, the others being zero.
+@_kernel("void(f4[:, ::1], i8, u2[:, ::1], u1[:, ::1])")
+def encode_sign(x: Array, count: int, scales: Array, codes: Array) -> None:
+    """Signs, and the mean magnitude of a block. In every row the first ``count`` values are real, the others are padding.
 
     The sum is one of whole numbers, parts of the largest, so that it has the same bits in whatever order it is formed.
     """
-    for b in range(x.shape[0]):
-        for i in range(BLOCK // 8):
+    largest, size = np.empty(ROW // SIGN_BLOCK, np.int32), x.shape[1] // (ROW // SIGN_BLOCK)
+    for row in range(x.shape[0]):
+        _find_largest(x, row, size, largest)
+        for i in range(SIGN_BYTES):
             code = np.uint8(0)
             for part in range(8):
-                sign = np.uint32(_bits(x[b, BLOCK // 8 * part + i])) >> np.uint32(31)
+                sign = np.uint32(_bits(x[row, SIGN_BYTES * part + i])) >> np.uint32(31)
                 code |= np.uint8(sign << np.uint32(part))
-            codes[b, i] = code
-        largest = np.int32(0)
-        for i in range(BLOCK):
-            largest = max(largest, _magnitude(x[b, i]))
-        if largest >= INFINITY:
-            scales[b] = NAN
-            for i in range(BLOCK):
-                x[b, i] = 0
-            continue
-        scale = unit = _number(largest)
-        if largest:
-            total = np.int32(0)
-            for i in range(BLOCK):
-                total = np.int32(total + np.int32(abs(x[b, i]) / unit * SIGN_UNIT))
-            scale = unit * (np.float32(total) / (SIGN_UNIT * np.float32(count)))
-        for i in range(BLOCK):
-            x[b, i] -= -scale if _bits(x[b, i]) < 0 else scale
-        scales[b] = scale
+            codes[row, i] = code
+        for b in range(largest.size):
+            start, unit, total = b * SIGN_BLOCK, _number(largest[b]), np.int32(0)
+            if largest[b] == 0 or largest[b] >= INFINITY:  # all are zero
+                scales[row, b] = NAN_BF16 if largest[b] else 0
+                continue
+            for i in range(SIGN_BLOCK):
+                total = np.int32(total + np.int32(abs(x[row, start + i]) / unit * SIGN_UNIT))
+            mean = unit * (np.float32(total) / (SIGN_UNIT * np.float32(min(count - start, SIGN_BLOCK))))
+            half = min(np.int32(np.int32(_bits(mean) + np.int32(0x8000)) >> np.int32(16)), SIGN_LARGEST)
+            scales[row, b], scale = half, _widened(half)
+            for i in range(SIGN_BLOCK):
+                x[row, start + i] -= -scale if _bits(x[row, start + i]) < 0 else scale
 
 
-@_kernel("void(f4[:, ::1], f4[::1], u1[:, ::1], f4)")
-def add_sign(x: Array, scales: Array, codes: Array, factor: Any) -> None:
-    for b in range(x.shape[0]):
-        for part in range(8):
-            for i in range(BLOCK // 8):
-                sign = np.float32(np.int32(1) - np.int32(2) * np.int32((codes[b, i] >> np.uint8(part)) & np.uint8(1)))
-                x[b, BLOCK // 8 * part + i] += factor * (sign * scales[b])
+@_kernel("void(f4[:, ::1], u2[:, ::1], u1[:, ::1], f4)")
+def decode_add_sign(x: Array, scales: Array, codes: Array, factor: Any) -> None:
+    for row in range(x.shape[0]):
+        for i in range(SIGN_BYTES):
+            for part in range(8):
+                sign = np.uint32(np.uint32(codes[row, i]) << np.uint32(31 - part)) & np.uint32(0x80000000)
+                scale = np.uint32(scales[row, SIGN_BYTES * part // SIGN_BLOCK]) << np.uint32(16)
+                x[row, SIGN_BYTES * part + i] += factor * _number(np.int32(scale ^ sign))

@@ -1,11 +1,13 @@
 """What is where in an encoded buffer: a function of the values' format, n and k alone, so that all ranks agree on it.
 
-    header      16 bytes: magic, version, format of the values, values a block, n, k
+    header      16 bytes: magic, version, format of the values, values a block (0 without blocks), n, k
     high, low   positions of the k elements that were kept; absent if all n were
-    scales      one float32 a block of 256 kept values: int8, int4 and sign only
-    codes       the values: 4 or 2 bytes each (fp32, bf16), or 256, 128 or 32 bytes a block (int8, int4, sign)
+    scales      one bfloat16 a block: int8 and sign have blocks of 128 kept values, int4 of 32, the others none
+    codes       the values: 32, 16, 8, 4 or 1 bit each (fp32, bf16, int8, int4, sign)
 
-High and low end at a multiple of 8 bytes each, as does the buffer. All numbers are little-endian.
+With its scales a value takes 8.125 bits (int8), 4.5 (int4) or 1.125 (sign). These three come in whole rows of 256 values,
+the last one filled up with zeros. High and low end at a multiple of 8 bytes each, as does the buffer. All numbers are
+little-endian.
 
 Positions p_0 < p_1 < ... are a bit vector in one of two ways, whichever is smaller:
 
@@ -18,8 +20,9 @@ Positions p_0 < p_1 < ... are a bit vector in one of two ways, whichever is smal
 Either has the same size whatever the data. Byte gaps with an escape, and offsets in blocks of 64 Ki, must be given room
 for the worst case, and are larger on random positions, too.
 
-Values that share a byte are not neighbours, so that the loops are vectorisable: byte i of a block has its values i and
-i + 128 of int4, i, i + 32, ..., i + 224 of sign, from the lowest bits up.
+The codes of a row are W words, of 32 bits (W = 64 of int8, 32 of int4) or 8 bits (32 of sign). Values that share a word
+are not neighbours, so that the loops over words are vectorisable: word w has the values w, w + W, w + 2 W, ..., from the
+lowest bits up.
 """
 
 import struct
@@ -31,24 +34,33 @@ FP32, BF16, INT8, INT4, SIGN = range(5)
 
 VALUES = {"fp32": FP32, "bf16": BF16, "int8": INT8, "int4": INT4, "sign": SIGN}
 
-CODE_BYTES = {FP32: 4, BF16: 2}
-BLOCK_BYTES = {INT8: 256, INT4: 128, SIGN: 32}
+BITS = {FP32: 32, BF16: 16, INT8: 8, INT4: 4, SIGN: 1}
+"""Of a value's code."""
 
 LEVELS = {INT8: 127, INT4: 7}
 """Largest code of a quantised value; the smallest is its negative."""
 
-BLOCK = 256
+WORD = {INT8: 4, INT4: 4, SIGN: 1}
+"""Bytes of the words that codes are packed in."""
+
+BLOCK = {INT8: 128, INT4: 32, SIGN: 128}
 """Values that share a scale."""
 
-LARGEST = float.fromhex("0x1.fffffcp127")
-"""Largest value of which a scale is made: of the float32 above it, the last, 127 times the 127th part is infinite."""
+ROW = 256
+"""Values that are coded together, a multiple of every block."""
+
+LARGEST_SCALE = {INT8: 0x7C01, INT4: 0x7E12, SIGN: 0x7F7F}
+"""Bits of the largest bfloat16 whose product with the largest code is a finite float32."""
+
+SMALLEST_SCALE = 2.0**-126
+"""Of int8 and int4: the smallest normal number, as the inverses of smaller ones may be infinite."""
 
 SIGN_UNIT = 1 << 22
 """Parts of a block's largest magnitude in which the others are summed for their mean."""
 
 _HEADER = struct.Struct("<4sBBHII")
 _MAGIC = b"NSML"
-_VERSION = 1
+_VERSION = 2
 
 
 class MalformedBuffer(ValueError):
@@ -78,7 +90,7 @@ class Layout:
         return self.k == self.n
 
     def header(self) -> bytes:
-        return _HEADER.pack(_MAGIC, _VERSION, self.values, BLOCK, self.n, self.k)
+        return _HEADER.pack(_MAGIC, _VERSION, self.values, BLOCK.get(self.values, 0), self.n, self.k)
 
 
 HEADER_BYTES = _HEADER.size
@@ -89,16 +101,16 @@ def layout(values: int, n: int, k: int) -> Layout:
     """Layout of k values out of n."""
     low_bits, step, high_bits = 0, 0, 0
     if k < n:
-        coded, low_bits = min((k * bits + k + ((n - 1) >> bits), bits) for bits in range(32))
-        step = int(coded < n)
+        size, low_bits = min((k * bits + k + ((n - 1) >> bits), bits) for bits in range(32))
+        step = int(size < n)
         low_bits *= step
         high_bits = k + ((n - 1) >> low_bits) if step else n
     ends = [HEADER_BYTES]
     ends.append(ends[-1] + 8 * -(-high_bits // 64))
     ends.append(ends[-1] + 8 * -(-k * low_bits // 64))
-    blocks = 0 if values in CODE_BYTES else -(-k // BLOCK)
-    ends.append(ends[-1] + 4 * blocks)
-    ends.append(ends[-1] + (CODE_BYTES[values] * k if values in CODE_BYTES else BLOCK_BYTES[values] * blocks))
+    coded = -(-k // ROW) * ROW if values in BLOCK else k
+    ends.append(ends[-1] + (2 * coded // BLOCK[values] if values in BLOCK else 0))
+    ends.append(ends[-1] + BITS[values] * coded // 8)
     high, low, scales, codes = (slice(*pair) for pair in pairwise(ends))
     return Layout(values, n, k, low_bits, step, high, low, scales, codes, nbytes=-(-ends[-1] // 8) * 8)
 
@@ -110,7 +122,7 @@ def parse(header: bytes, nbytes: int) -> Layout:
     magic, version, values, block, n, k = _HEADER.unpack(header)
     if magic != _MAGIC:
         raise MalformedBuffer(f"not an encoded gradient: it begins with {magic!r}, not {_MAGIC!r}")
-    if (version, block) != (_VERSION, BLOCK) or values not in VALUES.values():
+    if version != _VERSION or values not in VALUES.values() or block != BLOCK.get(values, 0):
         raise MalformedBuffer(f"unknown encoding: version {version}, values {values}, blocks of {block}")
     if k > n or (k == 0) != (n == 0) or n >= 1 << 31:
         raise MalformedBuffer(f"{k} elements out of {n} cannot be")

@@ -33,13 +33,13 @@ def largest(values: torch.Tensor, k: int) -> torch.Tensor:
     values: shape (n,), floating point; 1 <= k <= n. NaN is larger than infinity, so that it is sent (as an all-reduce
     would send it) and does not stay behind. Among equal magnitudes the lower index wins.
 
-    The threshold that about k elements pass is guessed from a strided sample; those that pass are few, so cutting
-    them to exactly k is cheap. If fewer than k pass, the exact threshold comes from all elements.
+    A threshold that slightly more than k elements reach is guessed from a strided sample; exactly k of so few are found
+    at little cost. If fewer than k reach it, the exact threshold comes from all elements.
     """
     n = values.numel()
     if not 1 <= k <= n:
         raise ValueError(f"k must be from 1 to {n}, not {k}")
-    magnitude = values.float().view(torch.int32) & _MAGNITUDE  # as integers they have the order that is wanted
+    magnitude = values.float().view(torch.int32) & _MAGNITUDE  # as integers they have the stated order
     stride, rank = sampling(n, k)
     candidates = (magnitude >= _kth_largest(magnitude[::stride], rank)).nonzero().squeeze(1)
     if candidates.numel() >= k:

@@ -1,1 +1,1 @@
-"""Collectives over the process group: all-reduce and gather of fixed slots."""
+"""The compressed collective: which ranks exchange, how a tensor's mean is formed, and in which order."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from netsenseml.agent.catalog import check_method, is_import_path, registered_methods
+from netsenseml.catalog import check_method, is_import_path, registered_methods
 from netsenseml.methods.base import Method
 from netsenseml.methods.coded import Dgc, Qsgd, Quantized, Random, SignSgd, TopK, WideTopK
 from netsenseml.methods.netsense import NetSense
@@ -37,13 +37,31 @@ METHODS: Mapping[str, Callable[..., Method]] = {
 
 
 def make_method(name: str, module: nn.Module, group: dist.ProcessGroup, options: Mapping[str, Any]) -> Method:
-    """The method called ``name``; raises ValueError, one line, for a name or an option that does not exist."""
+    """The method called ``name``; raises ValueError, one line, for a name or an option that does not exist, and for a model
+    whose gradients it cannot exchange."""
     resolved = check_method(name, options)
-    if name in METHODS:
-        return METHODS[name](module, group, **resolved)
-    method = load(name) if is_import_path(name) else registered_methods()[name].load()
-    made: Method = method(module, group, **resolved)
-    return made
+    made = METHODS.get(name) or (load(name) if is_import_path(name) else registered_methods()[name].load())
+    _check_gradients(name, made, module)
+    method: Method = made(module, group, **resolved)
+    return method
+
+
+def _check_gradients(name: str, method: Any, module: nn.Module) -> None:
+    for path, layer in module.named_modules():
+        if getattr(layer, "sparse", False) is True:
+            raise ValueError(
+                f"{path or 'the model'} has sparse gradients, which no communication hook gets right; set sparse=False"
+            )
+    devices, takes_complex = getattr(method, "devices", ()), getattr(method, "takes_complex", True)
+    for path, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if devices and parameter.device.type not in devices:
+            raise ValueError(
+                f"'{name}' cannot code gradients on {parameter.device} ({path}) yet; choose allreduce, bf16 or fp16"
+            )
+        if parameter.is_complex() and not takes_complex:
+            raise ValueError(f"'{name}' cannot exchange complex gradients ({path}); choose allreduce")
 
 
 def load(path: str) -> Any:

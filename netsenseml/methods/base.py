@@ -9,14 +9,7 @@ from torch import nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public, but not declared so
 from torch.futures import Future
 
-from netsenseml.ledger import Ledger
-
-
-def require_cpu(module: nn.Module) -> None:
-    """Raise ValueError, one line, for a model whose gradients the methods that code cannot take."""
-    for parameter in module.parameters():
-        if parameter.device.type != "cpu":
-            raise ValueError(f"gradients on {parameter.device} cannot be coded yet; choose allreduce, bf16 or fp16")
+from netsenseml.statistics import StepStatistics
 
 
 class Method:
@@ -34,8 +27,17 @@ class Method:
     senses = False
     """True if round-trip times belong in this method's records."""
 
-    asks_kernel = True
-    """False in a step after which the kernel's view of the connections is not needed."""
+    takes_complex = True
+    """Whether gradients may be complex numbers."""
+
+    holds_unused = False
+    """Set where DDP looks for parameters that a step leaves out: what is kept for these must not be sent then."""
+
+    keeps_copy = False
+    """Set where steps may be undone."""
+
+    devices: tuple[str, ...] = ()
+    """Types of the devices on which gradients may be; empty for all."""
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup) -> None:
         """module: the model, for the names of its parameters; further options come as keywords."""
@@ -44,16 +46,25 @@ class Method:
     def begin(self) -> None:
         """Prepare for a backward."""
 
-    def exchange(self, bucket: GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
+    def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
         """Launch the exchange of one bucket; the future holds the mean gradient, in the bucket's shape and type.
 
-        ledger: is told what is sent (``launch``, ``scheme``), how long coding takes (``coding``) and what share of the gradient
-            is lost (``lose``), without which a report cannot compare the method with those that lose no more.
+        statistics: is told what is sent (``launch``, ``scheme``), how long coding takes (``coding``) and what share of the
+            gradient is lost (``lose``), without which a report cannot compare the method with those that lose no more.
         """
         raise NotImplementedError
 
-    def finish(self, ledger: Ledger) -> None:
+    def finish(self, statistics: StepStatistics) -> None:
         """Learn from a finished exchange."""
+
+    def optimizer(self, *, adaptive: bool) -> None:
+        """What kind of optimizer takes the gradients. adaptive: it divides by a running second moment, as Adam does."""
+
+    def rescale(self, factor: float) -> None:
+        """What is kept for later is to be so many times as large: the learning rate or the loss scale has changed."""
+
+    def undo(self) -> None:
+        """The optimizer left out the step of the newest exchange; what was sent of what was kept is to be kept again."""
 
     def close(self) -> None:
         """End background work."""

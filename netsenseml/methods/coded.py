@@ -1,4 +1,4 @@
-"""Methods that code what they send, by one of the schemes of ``exchange.schemes``, mostly with error feedback."""
+"""Methods that always exchange by the same plan, or by one that only the step decides."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,95 +9,80 @@ from torch import nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public, but not declared so
 from torch.futures import Future
 
-from netsenseml.compress.codec import Codec, Sent
-from netsenseml.compress.feedback import ErrorFeedback, energy_lost, sample
-from netsenseml.exchange.collectives import dissolve, own_group
-from netsenseml.exchange.conveyor import Conveyor, Exchange
-from netsenseml.exchange.schemes import Gather, Lot, RandomK, Scheme, TwoPhase, WideGather
-from netsenseml.ledger import Ledger
-from netsenseml.methods.base import Method, require_cpu
+from netsenseml.compress.codec import Codec
+from netsenseml.compress.feedback import ErrorFeedback
+from netsenseml.exchange.collective import all_reduce_mean
+from netsenseml.exchange.communicators import BySize, DirectAllReduce, Plan, RandomK, SparseAllGather, WideAllGather
+from netsenseml.exchange.mesh import Mesh
+from netsenseml.methods.base import Method
+from netsenseml.statistics import StepStatistics
 
 
 class Coded(Method):
-    """Exchange by a scheme on a thread of its own, beside backward. What is not sent waits in the error feedback:
+    """Exchange by a plan, beside backward, mostly with error feedback."""
 
-    sent + new residual = gradient + old residual
-    """
-
-    feedback: ErrorFeedback | None
+    takes_complex = False
+    devices = ("cpu",)
 
     def __init__(
-        self, module: nn.Module, group: dist.ProcessGroup, scheme: Scheme, *, feedback: bool = True, momentum: float = 0.0
+        self,
+        module: nn.Module,
+        group: dist.ProcessGroup,
+        plan: Plan,
+        *,
+        feedback: bool = True,
+        momentum: float = 0.0,
+        limit: float | None = None,
     ) -> None:
         super().__init__(module, group)
-        require_cpu(module)
-        self.scheme = scheme
-        self.feedback = ErrorFeedback(module.named_parameters(), momentum=momentum) if feedback else None
+        self.plan = plan
+        self.memory = ErrorFeedback(module.named_parameters(), momentum=momentum, limit=limit)
+        self._feedback = feedback
+        self.mesh = Mesh(group, memory=self.memory)
         self.steps = 0
-        """Backwards so far, from which all randomness is drawn."""
-        self._conveyor = Conveyor()
-        self._groups = own_group(group), own_group(group)
+        """Backwards so far."""
 
     def begin(self) -> None:
         self.steps += 1
+        self.memory.begin()
+        self.memory.holds_unused, self.memory.keeps_copy = self.holds_unused, self.keeps_copy
 
-    def exchange(self, bucket: GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
-        ledger.scheme = self.scheme.name
-        return self._conveyor.submit(self._exchange(bucket.buffer(), bucket.parameters(), bucket.index(), ledger))
+    def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
+        statistics.scheme, key = self.plan.name, tuple(bucket.parameters())
+        return all_reduce_mean(bucket.buffer(), key, self.plan, self.mesh, statistics, feedback=self._feedback)
 
-    def _exchange(self, gradient: torch.Tensor, parameters: list[torch.Tensor], index: int, ledger: Ledger) -> Exchange:
-        sent = Sent()
-        feedback = self.feedback
-        with ledger.coding():
-            if feedback is not None:
-                wanted = feedback.accumulate(parameters, gradient)
-            else:
-                wanted = gradient.to(torch.float32, copy=True)
-            before = sample(wanted)
-        out = gradient if gradient.dtype == wanted.dtype else torch.empty_like(wanted)
-        lot = Lot(self._groups, ledger, shared_seed=self.steps * _BUCKETS + index, sent=sent, out=out)
-        mean = yield from self.scheme.exchange(wanted, lot)
-        with ledger.coding():
-            ledger.lose(energy_lost(before, wanted), wanted.numel() * before.square().mean().item())
-            if feedback is not None:
-                feedback.mask(parameters, sent.positions)
-                if not wanted.sum().isfinite():
-                    feedback.heal(parameters)
-            return gradient.copy_(mean)  # which does nothing where the mean was formed in it
+    def rescale(self, factor: float) -> None:
+        self.memory.rescale(factor)
+
+    def undo(self) -> None:
+        self.memory.restore()
 
     def close(self) -> None:
-        self._conveyor.close()
-        for group in self._groups:
-            dissolve(group)
+        self.mesh.close()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "feedback": self.feedback.state_dict() if self.feedback is not None else {}}
+        return {"steps": self.steps, "sequence": self.mesh.sequence, "feedback": self.memory.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.steps = state["steps"]
-        if self.feedback is not None:
-            self.feedback.load_state_dict(state["feedback"])
-
-
-_BUCKETS = 1 << 16
-"""More than a model has buckets."""
+        self.steps, self.mesh.sequence = state["steps"], state["sequence"]
+        self.memory.load_state_dict(state["feedback"])
 
 
 class Quantized(Coded):
     """Two-phase quantised all-reduce: all elements, in 16, 8 or 4 bits."""
 
-    def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, values: str, feedback: bool = True) -> None:
-        super().__init__(module, group, TwoPhase(Codec(values)), feedback=feedback)
+    def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, values: str) -> None:
+        super().__init__(module, group, BySize(DirectAllReduce(Codec(values))))
 
 
-class Qsgd(Quantized):
+class Qsgd(Coded):
     """QSGD (Alistarh et al., NeurIPS 2017): stochastic rounding and nothing else, as its error has mean zero.
 
     In its best form: a scale for every block of values, and exchanged in two phases.
     """
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, bits: int) -> None:
-        super().__init__(module, group, values=f"int{bits}", feedback=False)
+        super().__init__(module, group, BySize(DirectAllReduce(Codec(f"int{bits}", stochastic=True))), feedback=False)
 
 
 class SignSgd(Coded):
@@ -107,24 +92,24 @@ class SignSgd(Coded):
     """
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup) -> None:
-        super().__init__(module, group, TwoPhase(Codec("sign")))
+        super().__init__(module, group, BySize(DirectAllReduce(Codec("sign"))))
 
 
 class TopK(Coded):
     """The largest share ``ratio`` of every bucket."""
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, ratio: float, values: str) -> None:
-        super().__init__(module, group, Gather(Codec(values, ratio)))
+        super().__init__(module, group, BySize(SparseAllGather(Codec(values, ratio))))
 
 
 class WideTopK(Coded):
     """The largest share ``ratio`` of every bucket in the form of the paper: 12 bytes a value, and backward waits meanwhile."""
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, ratio: float) -> None:
-        super().__init__(module, group, WideGather(ratio))
+        super().__init__(module, group, WideAllGather(ratio))
 
-    def exchange(self, bucket: GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
-        done = super().exchange(bucket, ledger)
+    def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
+        done = super().exchange(bucket, statistics)
         done.wait()
         return done
 
@@ -147,17 +132,17 @@ class Dgc(Coded):
         self, module: nn.Module, group: dist.ProcessGroup, *, ratio: float, values: str, momentum: float, warmup: int
     ) -> None:
         self._ratio, self._values, self._warmup = ratio, values, warmup
-        super().__init__(module, group, self._scheme_at(0), momentum=momentum)
+        super().__init__(module, group, self._plan_at(0), momentum=momentum)
 
     def begin(self) -> None:
         super().begin()
-        self.scheme = self._scheme_at(self.steps - 1)
+        self.plan = self._plan_at(self.steps - 1)
 
-    def _scheme_at(self, step: int) -> Scheme:
-        if step >= self._warmup or self._ratio >= _WARM_RATIO:
-            return Gather(Codec(self._values, self._ratio))
-        share = _WARM_RATIO * (self._ratio / _WARM_RATIO) ** (step / self._warmup)
-        return Gather(Codec(self._values, float(f"{share:.3g}")))
+    def _plan_at(self, step: int) -> Plan:
+        ratio = self._ratio
+        if step < self._warmup and ratio < _WARM_RATIO:
+            ratio = float(f"{_WARM_RATIO * (ratio / _WARM_RATIO) ** (step / self._warmup):.3g}")
+        return BySize(SparseAllGather(Codec(self._values, ratio)))
 
 
 _WARM_RATIO = 0.25

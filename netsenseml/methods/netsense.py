@@ -1,7 +1,11 @@
 """Sense, decide, compress: the method NetSenseML."""
 
-import math
+import os
+import struct
+from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -11,29 +15,37 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public
 from torch.futures import Future
 
 from netsenseml.control.bdp import BdpPolicy
-from netsenseml.control.budget import BudgetPolicy, ladder
-from netsenseml.control.costs import coding_costs
+from netsenseml.control.coding import coding_costs
+from netsenseml.control.controller import Controller
 from netsenseml.control.fixed import FixedPolicy
-from netsenseml.control.observation import Observation, Policy
-from netsenseml.exchange.agreement import Agreement
-from netsenseml.exchange.schemes import Plain
-from netsenseml.ledger import Ledger
-from netsenseml.methods.base import require_cpu
+from netsenseml.control.plans import look, lost, plans
+from netsenseml.control.policy import Observation, Policy
+from netsenseml.exchange.communicators import Plan, RingAllReduce, parse
+from netsenseml.exchange.control import ControlChannel
 from netsenseml.methods.coded import Coded
-from netsenseml.methods.plain import AllReduce
-from netsenseml.sensing.network import NetworkEstimate, Transfer
+from netsenseml.sensing.network import NetworkModel
+from netsenseml.statistics import StepStatistics
+
+_ANSWER = struct.Struct("<40sHd")
+"""Name of a plan, steps until the next report, bandwidth estimate in bits/s or 0."""
+_LAG = 2
+"""Steps until a decision is in force, so that over long paths nobody waits for it."""
+_LOOK_EVERY = 8
+"""Steps between two looks at what plans would lose: it changes over hundreds of steps, and a look takes 2 ms a bucket."""
+_REPORT_S, _MOST_STEPS = 0.05, 4
+"""While the network bears all-reduce with ease, ranks report so often at most; a change is known after so many steps and two
+more."""
 
 
 class NetSense(Coded):
-    """Every step is exchanged by the scheme that the network can bear.
+    """Every step is exchanged by the plan that makes the most progress per second on the network that is there.
 
-    1. When a step's exchange is over, every rank shares what it measured: how long its collectives took, when its buckets
-       were ready, how long it computed, what the kernel says of its connections. That runs behind the optimizer and the
-       next forward.
-    2. Before the first bucket of the next step, every rank feeds the same numbers into the same estimate and policy,
-       and so arrives at the same scheme.
-    3. Plain all-reduce is one of the schemes. While it goes on, nothing is coded, copied or kept, and while the network bears
-       it with ease, of steps shorter than ``_ASK_S`` only every other one is shared.
+    1. When a step's exchange is over, every rank reports what it measured: how long its collectives took, when its buckets
+       were ready, how long it computed, what the kernel says of its connections. Rank 0 feeds that into its controller.
+    2. The decision comes back behind the optimizer and the next steps, and all ranks go by it from the ``_LAG``-th step on.
+    3. Plain all-reduce is one of the plans. While it goes on, nothing is coded, copied or kept, and of short steps only one
+    every
+       ``_REPORT_S`` is reported.
     """
 
     senses = True
@@ -44,134 +56,176 @@ class NetSense(Coded):
         group: dist.ProcessGroup,
         *,
         policy: str,
-        share: float,
         floor: float,
         start: float,
         schemes: Sequence[str],
     ) -> None:
-        require_cpu(module)  # before groups are formed
-        ranks = group.size()
-        self._agreement = Agreement(group)
-        self._network = NetworkEstimate()
+        super().__init__(module, group, RingAllReduce(), limit=_LIMIT)
+        self._channel = ControlChannel(self.mesh, self._decide, _ANSWER.size)
+        self._candidates: list[Plan] = []
         self._policy: Policy
-        if policy == "fixed" or ranks == 1:  # one rank alone has nothing to decide
-            self._policy = FixedPolicy(schemes if policy == "fixed" else [Plain.name])
+        if policy == "fixed" or self.mesh.ranks == 1:  # one rank alone has nothing to decide
+            self._policy = FixedPolicy(schemes if policy == "fixed" else [RingAllReduce.name])
         elif policy == "bdp":
             self._policy = BdpPolicy(start=start, floor=floor)
         else:
-            parameter = next(module.parameters())
-            rungs = ladder(ranks, floor, parameter.element_size())
-            costs = coding_costs(rungs, ranks, parameter.device)
-            agreed = dict(zip(costs, self._agreement.largest(list(costs.values())), strict=True))
-            self._policy = BudgetPolicy(rungs, ranks, self._network, agreed, share=share, start=start)
-        super().__init__(module, group, self._policy.scheme)
-        self._all_reduce = AllReduce(module, group)
-        self._elements: tuple[int, ...] = ()
-        self._sent = 0, 0
-        self._was_plain = self._nothing_left = True
-        self._step_s, self._since_asked_s, self._rested = _ASK_S, 0.0, 0
+            self._policy = self._controller([p for p in module.parameters() if p.requires_grad], floor)
+        self._answers: deque[tuple[int, Future[torch.Tensor]]] = deque()
+        self._told: deque[tuple[str, tuple[int, ...], int, list[torch.Tensor]]] = deque()
+        self._looks: list[torch.Tensor] = []
+        self._next_report, self._every = 0, 1
+        self._step_s = 0.0
+        self.plan = _plan(self._policy.plan)
+
+    def _controller(self, gradients: Sequence[torch.Tensor], floor: float) -> Controller:
+        """Ours, with what a few messages and some coding tell beforehand: the same on all ranks, though only rank 0's is
+        used."""
+        mesh, channel, network = self.mesh, self._channel, NetworkModel()
+        item_bytes = max((gradient.element_size() for gradient in gradients), default=4)
+        self._candidates = plans(mesh.shape, floor, item_bytes)
+        costs = coding_costs(self._candidates, mesh.shape, gradients[0].device)
+        costs = dict(zip(costs, channel.largest(list(costs.values())), strict=True))
+        latency_s = min(self._probe(1) for _ in range(3))
+        network.latency.add(latency_s)
+        size, took_s = _LEAST_PROBE, latency_s
+        while size <= _MOST_PROBE and took_s - latency_s < _PROBE_S:
+            took_s = self._probe(size)
+            size *= 4
+        crossing_bytes = mesh.shape.ranks_crossing * size / 4 * (mesh.ranks - 1) / mesh.ranks
+        network.start(max(took_s - latency_s, took_s / 10) / crossing_bytes)
+        controller = Controller(
+            self._candidates,
+            mesh.shape,
+            network,
+            costs,
+            lost([_heavy_tailed()], self._candidates),
+            kappa=KAPPA[False],
+            scarce=(os.cpu_count() or 1) < 2 * len(mesh.machine_ranks),
+        )
+        controller.begin([sum(gradient.numel() for gradient in gradients)], _FIRST_COMPUTE_S)
+        names = [plan.name for plan in self._candidates]
+        (first,) = channel.largest([float(names.index(controller.plan))])  # machines may add in different orders
+        controller.plan = names[int(first)]
+        return controller
+
+    def _probe(self, size: int) -> float:
+        """How long a direct exchange takes in which every rank sends so many bytes, s; of the rank that waited least for
+        others."""
+        ranks = self.mesh.ranks
+        _, took_s = self._channel.send(torch.zeros(-(-size // ranks) * ranks, dtype=torch.uint8))
+        (negative_s,) = self._channel.largest([-took_s])
+        return -negative_s
+
+    def optimizer(self, *, adaptive: bool) -> None:
+        if isinstance(self._policy, Controller):
+            self._policy.kappa = KAPPA[adaptive]
 
     def begin(self) -> None:
         super().begin()
-        self._learn()
-        # By agreed times, so that all ranks ask and share in the same steps: only then the smallest is the bottleneck's.
-        self._since_asked_s = self._step_s + (0.0 if self.asks_kernel else self._since_asked_s)
-        self.asks_kernel = self._since_asked_s >= _ASK_S
-        rests = self._policy.at_ease and not self.asks_kernel and self._rested < _MOST_RESTS
-        self._rested = self._rested + 1 if rests else 0
-        self.scheme = self._policy.scheme
-        self._nothing_left, self._was_plain = self._was_plain, isinstance(self.scheme, Plain)
+        while self._answers and self._answers[0][0] <= self.steps - _LAG:
+            name, self._every, bandwidth_bps = _ANSWER.unpack(self._answers.popleft()[1].wait().numpy().tobytes())
+            self.plan = _plan(name.rstrip(b"\0").decode())
+            self.bandwidth_bps = bandwidth_bps or None
+        self._looks = []
 
-    def exchange(self, bucket: GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
-        if self._was_plain and self._nothing_left:
-            return self._all_reduce.exchange(bucket, ledger)
-        return super().exchange(bucket, ledger)
+    def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
+        if self.mesh.rank == 0 and self.steps % _LOOK_EVERY == 1 and self._candidates:
+            self._looks.append(look(bucket.buffer()))
+        return super().exchange(bucket, statistics)
 
-    def finish(self, ledger: Ledger) -> None:
-        spent = ledger.of_backward()
-        if self._rested or not spent.payload_bytes:  # a single rank has nobody to exchange with
+    def finish(self, statistics: StepStatistics) -> None:
+        spent, tcp = statistics.of_backward(), statistics.tcp
+        if self.steps < self._next_report or not spent.payload_bytes:  # a single rank has nobody to exchange with
             return
-        tcp = ledger.tcp
-        kernel_bps = tcp.bandwidth_bps if tcp is not None else None
-        rtt_s = tcp.min_rtt_s if tcp is not None else None
+        self._next_report = self.steps + self._every
         last_s = max(spent.ready_s)
-        self._elements, self._sent = tuple(spent.bucket_elements), (spent.payload_bytes, spent.hops)
-        self._agreement.share(
-            [
-                spent.comm_s,
-                -spent.window_s,  # of everything the smallest value counts, of this one and the next the largest
-                -spent.encode_s,
-                spent.flight_s,
-                kernel_bps or _UNKNOWN,
-                rtt_s or _UNKNOWN,
-                *(last_s - ready_s for ready_s in spent.ready_s),
-            ]
-        )
+        self._told.append((self.plan.name, tuple(spent.bucket_elements), spent.payload_bytes, self._looks))
+        measured = [spent.exposed_s, spent.compute_s, spent.encode_s, spent.communication_s, self._channel.latency_s]
+        rtt_s = (tcp.min_rtt_s if tcp is not None else None) or 0.0
+        ready_s = [ready_s - last_s for ready_s in spent.ready_s]
+        self._answers.append((self.steps, self._channel.report([*measured, rtt_s, *ready_s])))
 
-    def _learn(self) -> None:
-        """Take what the ranks shared of the last step into account; the slowest rank is the one that all waited for."""
-        shared = self._agreement.result()
-        if shared is None:
-            return
-        smallest = (min(column) for column in zip(*shared, strict=True))
-        exposed_s, minus_compute_s, minus_encode_s, flight_s, kernel_bps, _, *lead_s = smallest
-        # A ring passes every delay as often as all others. Summed exactly, as machines may add in different orders.
-        rtt_s = math.fsum(row[_RTT] for row in shared) / len(shared)
-        payload_bytes, hops = self._sent
-        self._network.update([Transfer(payload_bytes, hops, flight_s)], _known(kernel_bps), _known(rtt_s))
-        self.bandwidth_bps = self._network.beta_bps
-        self._step_s = exposed_s - minus_compute_s
+    def _decide(self, rows: list[list[float]]) -> bytes:
+        """On rank 0: what comes of the ranks' reports of a step. The slowest rank is the one that all waited for."""
+        plan, elements, payload_bytes, looks = self._told.popleft()
+        exposed_s, compute_s, encode_s, communication_s, latency_s, rtt_s, *ready_s = zip(*rows, strict=True)
+        self._step_s = min(exposed_s) + max(compute_s)
         self._policy.decide(
             Observation(
-                elements=self._elements,
-                lead_s=tuple(lead_s),
-                compute_s=-minus_compute_s,
-                exposed_s=exposed_s,
+                plan=plan,
+                elements=elements,
+                ready_s=tuple(map(max, ready_s)),
+                compute_s=max(compute_s),
+                exposed_s=min(exposed_s),
+                communication_s=min(communication_s),
+                encode_s=max(encode_s),
                 payload_bytes=payload_bytes,
-                flight_s=flight_s,
-                encode_s=-minus_encode_s,
+                latency_s=min(latency_s) or None,
+                ring_share=fmean(rtt_s) / max(rtt_s) if min(rtt_s) > _LAN_S else 1.0,
+                lost=lost(looks, self._candidates) if looks else {},
             )
         )
+        every = min(_MOST_STEPS, int(_REPORT_S / self._step_s) or 1) if self._policy.at_ease else 1
+        return _ANSWER.pack(self._policy.plan.encode(), every, self._policy.bandwidth_bps or 0.0)
+
+    @property
+    def _fits(self) -> list[str]:
+        """What must be the same in a checkpoint: the policy, what it keeps and what it chooses from."""
+        return [type(self._policy).__name__, *self._policy.state_dict(), *(plan.name for plan in self._candidates)]
 
     def close(self) -> None:
         try:
-            self._agreement.close()
+            self._channel.close()
         finally:
             super().close()
 
     def state_dict(self) -> dict[str, Any]:
-        self._learn()
-        kept = {"policy": self._policy.state_dict(), "network": self._network.state_dict(), "was_plain": self._was_plain}
+        answers = [(step, answer.wait().clone()) for step, answer in self._answers]
+        policy = self._policy.state_dict() if self.mesh.rank == 0 else None
+        kept = {
+            "fits": self._fits,
+            "plan": self.plan.name,
+            "every": self._every,
+            "next_report": self._next_report,
+            "answers": answers,
+            "policy": policy,
+        }
         return {**super().state_dict(), **kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError, one line, where the checkpoint is of another policy, ladder or version."""
-        if self._network.state_dict().keys() != state["network"].keys():
-            raise ValueError("the checkpoint is of another version of netsense; go on without the state of the hook")
-        mine, other = self._policy.state_dict(), state["policy"]
-        if mine.keys() != other.keys() or mine.get("schemes") != other.get("schemes"):
+        """Raises ValueError, one line, where the checkpoint is of another policy, of other plans or of another version."""
+        if state.get("fits") != self._fits or (self.mesh.rank == 0) != (state["policy"] is not None):
             raise ValueError(
-                "the checkpoint is of netsense with other schemes, which depend on policy, floor, the number of ranks and the "
-                "version; use the same, or go on without the state of the hook"
+                "the checkpoint is of another rank, version or policy of netsense, or of other plans, which depend on floor and "
+                "hosts; go on without the state of the hook"
             )
-        self._agreement.result()  # of a step that is not part of the checkpoint
-        # Some ranks may have learnt from that step, others not.
-        self._step_s, self._since_asked_s, self.asks_kernel, self._rested = _ASK_S, 0.0, True, 0
+        for _, answer in self._answers:  # of steps that are not part of the checkpoint
+            answer.wait()
         super().load_state_dict(state)
-        self._policy.load_state_dict(state["policy"])
-        self._network.load_state_dict(state["network"])
-        self._was_plain = state["was_plain"]
+        if self.mesh.rank == 0:
+            self._policy.load_state_dict(state["policy"])
+        self.plan, self._every, self._next_report = _plan(state["plan"]), state["every"], state["next_report"]
+        self._answers.clear()
+        for step, answer in state["answers"]:
+            taken: Future[torch.Tensor] = Future()
+            taken.set_result(answer)
+            self._answers.append((step, taken))
 
 
-_UNKNOWN = float("inf")
-"""Larger than anything, where the smallest value counts."""
-_ASK_S = 0.2
-"""So often is the kernel asked at most; it would not tell of a shorter time anyway (``sensing.tcp``)."""
-_MOST_RESTS = 1
-"""So many steps in a row are not shared at most: a change of the network, which takes four to be known, is known after five."""
-_RTT = 5
-"""Place of the round-trip time among the values that are shared."""
+KAPPA = {False: 0.05, True: 0.2}
+_LIMIT = 30.0
+_LEAST_PROBE, _MOST_PROBE, _PROBE_S = 1 << 14, 1 << 22, 0.02
+_FIRST_COMPUTE_S = 0.1
+_LAN_S = 1e-3
 
 
-def _known(value: float) -> float | None:
-    return None if value == _UNKNOWN else value
+@lru_cache(maxsize=256)
+def _plan(name: str) -> Plan:
+    return parse(name)
+
+
+def _heavy_tailed() -> torch.Tensor:
+    """What gradients look like before any was seen: Student's t with 3 degrees of freedom."""
+    draw = torch.Generator().manual_seed(0)
+    normal, *others = torch.randn(4, 1 << 14, generator=draw)
+    return normal / torch.stack(others).square().mean(0).sqrt()

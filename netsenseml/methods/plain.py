@@ -7,23 +7,19 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 
-from netsenseml.exchange.collectives import all_reduce_bytes, all_reduce_hops, all_reduce_mean
-from netsenseml.ledger import Ledger
+from netsenseml.exchange.collectives import all_reduce_bytes, all_reduce_mean
 from netsenseml.methods.base import Method
+from netsenseml.statistics import StepStatistics
 
 
 class AllReduce(Method):
     """DDP's own exchange: all-reduce of every bucket in the gradients' own type."""
 
-    def exchange(self, bucket: GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
-        ledger.scheme = "allreduce"
-        ranks, gradient = self.group.size(), bucket.buffer()
-        return ledger.launch(
-            partial(allreduce_hook, self.group, bucket),
-            payload_bytes=all_reduce_bytes(gradient.nbytes, ranks),
-            hops=all_reduce_hops(ranks),
-            elements=gradient.numel(),
-        )
+    def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
+        statistics.scheme = "allreduce"
+        gradient = bucket.buffer()
+        sent = all_reduce_bytes(gradient.nbytes, self.group.size())
+        return statistics.launch(partial(allreduce_hook, self.group, bucket), sent, elements=gradient.numel())
 
 
 class Half(Method):
@@ -33,24 +29,21 @@ class Half(Method):
     """
 
     dtype: torch.dtype
+    takes_complex = False
 
-    def exchange(self, bucket: GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
-        ledger.scheme = str(self.dtype).removeprefix("torch.")
-        ranks, gradient = self.group.size(), bucket.buffer()
-        with ledger.coding():
+    def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
+        statistics.scheme = str(self.dtype).removeprefix("torch.")
+        gradient = bucket.buffer()
+        with statistics.coding():
             half = gradient.to(self.dtype, copy=True)
 
         def decode(done: Future[torch.Tensor]) -> torch.Tensor:
             mean = done.value()
-            with ledger.coding():
+            with statistics.coding():
                 return gradient.copy_(mean)
 
-        return ledger.launch(
-            partial(all_reduce_mean, half, self.group),
-            payload_bytes=all_reduce_bytes(half.nbytes, ranks),
-            hops=all_reduce_hops(ranks),
-            elements=half.numel(),
-        ).then(decode)
+        sent = all_reduce_bytes(half.nbytes, self.group.size())
+        return statistics.launch(partial(all_reduce_mean, half, self.group), sent, elements=half.numel()).then(decode)
 
 
 class BFloat16(Half):

@@ -12,12 +12,13 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.futures import Future
 
-from netsenseml.agent.protocol import monotonic_s
-from netsenseml.compress.feedback import energy_lost, sample
-from netsenseml.exchange.collectives import all_reduce_bytes, all_reduce_hops, dissolve, own_group
-from netsenseml.exchange.conveyor import Conveyor, Exchange
-from netsenseml.ledger import Ledger
-from netsenseml.methods.base import Method, require_cpu
+from netsenseml.compress.feedback import energy_lost, norm, sample
+from netsenseml.exchange.collectives import all_reduce_bytes
+from netsenseml.exchange.mesh import Mesh
+from netsenseml.exchange.scheduler import Exchange
+from netsenseml.methods.base import Method
+from netsenseml.records import monotonic_s
+from netsenseml.statistics import StepStatistics
 
 _PLAIN_STEPS = 2
 """Steps of plain all-reduce at the beginning; with warm start and error feedback the hook insists on as many."""
@@ -30,34 +31,55 @@ class PowerSgd(Method):
     be launched in different orders on different ranks; so each bucket waits for the one before, beside backward.
     """
 
+    takes_complex = False
+    devices = ("cpu",)
+
     def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, rank: int) -> None:
         super().__init__(module, group)
-        require_cpu(module)
         self._approximation_rank = rank
-        self._state = PowerSGDState(own_group(group), matrix_approximation_rank=rank, start_powerSGD_iter=_PLAIN_STEPS)
-        self._conveyor = Conveyor()
+        self._mesh = Mesh(group)
+        self._state = PowerSGDState(self._mesh.stage(0), matrix_approximation_rank=rank, start_powerSGD_iter=_PLAIN_STEPS)
 
-    def exchange(self, bucket: GradBucket, ledger: Ledger) -> Future[torch.Tensor]:
-        ledger.scheme = f"powersgd-{self._approximation_rank}"
-        return self._conveyor.submit(self._exchange(bucket, ledger))
+    def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
+        statistics.scheme = f"powersgd-{self._approximation_rank}"
+        return self._mesh.scheduler.submit(self._exchange(bucket, statistics))
 
-    def _exchange(self, bucket: GradBucket, ledger: Ledger) -> Exchange:
+    def _exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Exchange:
         before = self._sampled(bucket)
+        gradient_norm = norm(bucket.buffer())
         values = bucket.buffer().numel() if self._state.iter < _PLAIN_STEPS else self._values(bucket)
-        ledger.launch(
-            lambda: powerSGD_hook(self._state, bucket),
-            payload_bytes=all_reduce_bytes(bucket.buffer().element_size() * values, self.group.size()),
-            hops=3 * all_reduce_hops(self.group.size()),
-            elements=values,
-        ).wait()
+        sent = all_reduce_bytes(bucket.buffer().element_size() * values, self.group.size())
+        held = self._hold(bucket)
+        statistics.launch(lambda: powerSGD_hook(self._state, bucket), sent, elements=values).wait()
         yield from ()  # all its collectives are the hook's
-        left = self._state.error_dict.get(bucket.index())
-        if left is not None and not left.sum().isfinite():  # an overflow; it must not come back for ever
+        residual = self._state.error_dict.get(bucket.index())
+        if residual is not None and not residual.sum().isfinite():  # an overflow; it must not come back for ever
             for kept in (getattr(self._state, name) for name in _KEPT):
                 kept.pop(bucket.index(), None)
-        elif left is not None:
-            ledger.lose(energy_lost(before, left), left.numel() * before.square().mean().item())
+        elif residual is not None:
+            for begin, kept in held:
+                residual[begin : begin + len(kept)] += kept
+            ratio = norm(residual) / gradient_norm if gradient_norm > 0 else 0.0
+            statistics.lose(energy_lost(before, residual), norm(before) ** 2, ratio)
         return bucket.buffer()
+
+    def _hold(self, bucket: GradBucket) -> list[tuple[int, torch.Tensor]]:
+        """Take what is kept for unused parameters out of the residual: (where, what)."""
+        residual = self._state.error_dict.get(bucket.index())
+        if residual is None or not self.holds_unused:
+            return []
+        held, begin = [], 0
+        for gradient in bucket.gradients():
+            end = begin + gradient.numel()
+            if not gradient.any():
+                held.append((begin, residual[begin:end].clone()))
+                residual[begin:end] = 0
+            begin = end
+        return held
+
+    def rescale(self, factor: float) -> None:
+        for residual in self._state.error_dict.values():
+            residual.mul_(factor)
 
     def _sampled(self, bucket: GradBucket) -> torch.Tensor:
         left = self._state.error_dict.get(bucket.index())
@@ -75,10 +97,8 @@ class PowerSgd(Method):
         return total
 
     def close(self) -> None:
-        self._conveyor.close()
         group, self._state.process_group = self._state.process_group, None
-        if group is None or not dissolve(group):
-            return
+        self._mesh.close()
         # The hook's last callback may still hold the group, on one of the group's own threads. If that were the last to let go
         # of it, the thread would have to wait for its own end, which aborts the process.
         held_once = object()

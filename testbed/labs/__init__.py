@@ -7,7 +7,7 @@ from pathlib import Path
 from testbed.labs.base import Lab, LabPlan
 from testbed.traffic.flows import TRAFFIC_PROGRAM
 
-PROGRAMS_OF_A_RUN = ("netsenseml.train.worker", TRAFFIC_PROGRAM)
+PROGRAMS_OF_A_RUN = ("testbed.worker.program", TRAFFIC_PROGRAM)
 
 
 @contextmanager

@@ -63,7 +63,6 @@ class LabPlan:
         """Names of the hosts at each switch; there is at least one switch."""
         return self.switches or {"switch": self.hosts}
 
-
     def route(self, source: str, target: str) -> tuple[Place, ...]:
         """The directions of links that a packet passes, in order: the source's up, at most one trunk, the target's down."""
         switch_of = {host: switch for switch, hosts in self.hosts_by_switch.items() for host in hosts}

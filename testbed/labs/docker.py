@@ -32,7 +32,7 @@ from docker.types import Mount
 from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_NEWLINK
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
-from netsenseml.agent import protocol
+from testbed import protocol
 from testbed.labs.base import LabError, LabPlan, make_shaper
 from testbed.labs.capabilities import lacking_capabilities
 from testbed.links.neighbours import forwarding, neighbour

@@ -74,9 +74,7 @@ class NetnsHost:
 
     interface = INTERFACE
 
-    def __init__(
-        self, name: str, address: str, mac: str, namespace: int, socket: NetlinkSocket, server: ForkServer
-    ) -> None:
+    def __init__(self, name: str, address: str, mac: str, namespace: int, socket: NetlinkSocket, server: ForkServer) -> None:
         self.name = name
         self.address = address
         self.mac = mac

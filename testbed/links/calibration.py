@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean, linear_regression
 from typing import Any
 
-from netsenseml.agent.protocol import monotonic_s
+from netsenseml.records import monotonic_s
 from testbed.labs.base import Lab, LabPlan, Process
 from testbed.links import gauge
 from testbed.links.qdiscs import QdiscCounters, burst_bytes, frame_bytes

@@ -12,7 +12,7 @@ from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_GETQDISC, RTM_GETTCLASS, RTM_
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
-from netsenseml.agent.protocol import monotonic_s
+from netsenseml.records import monotonic_s
 from testbed.links import qdiscs
 from testbed.links.delayline import DelayLine, LineCounters
 from testbed.links.netlink import BATCH, NetlinkSocket, Packed, Request, decode, encode

@@ -7,7 +7,8 @@ changes the type of a column. Imports no pandas, so that whoever writes the reco
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from netsenseml.agent.protocol import EVAL_COLUMNS, STEP_COLUMNS
+from netsenseml.records import STEP_COLUMNS
+from testbed.protocol import EVAL_COLUMNS
 
 IDENTITY_COLUMNS: Mapping[str, str] = {
     "cell": "name of the cell, as its directory",

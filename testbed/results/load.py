@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from netsenseml.agent.protocol import CELL_FILE
+from testbed.protocol import CELL_FILE
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES
 from testbed.results.dilated import reported
 from testbed.results.records import RESULT_FILE, identity, read_table, to_frame

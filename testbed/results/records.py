@@ -10,7 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from netsenseml.agent.protocol import MethodConfig, read_cell, read_records
+from netsenseml.records import read_records
+from testbed.protocol import MethodConfig, read_cell
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES, Table
 
 RESULT_FILE = "result.json"

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from netsenseml.agent import protocol
-from netsenseml.agent.protocol import monotonic_s
+from netsenseml.listener import ENV_LISTENER
+from netsenseml.records import RecordFile, monotonic_s
+from testbed import protocol
 from testbed.labs.base import Lab, LabPlan, Process
 from testbed.links.calibration import calibrate, measurable
 from testbed.plan import Cell, notes
@@ -163,11 +164,12 @@ class _Conductor:
                 "OMP_NUM_THREADS": "1",
                 "NETSENSE_RENDEZVOUS": f"file://{directory}/rendezvous",
                 protocol.ENV_CELL_DIR: directory,
+                ENV_LISTENER: protocol.LISTENER,
             }
             if self._cell.program:
                 argv = ["python", f"{directory}/../../{self._cell.program[0]}", *self._cell.program[1:]]
             else:
-                argv = ["python", "-m", "netsenseml.train.worker"]
+                argv = ["python", "-m", "testbed.worker.program"]
             self._processes[rank] = host.start(argv, env, self._log(rank))
 
     def _calibrate(self) -> None:
@@ -176,7 +178,7 @@ class _Conductor:
             measurements = calibrate(self._lab, self._cell.lab, self._directory / "logs")
         except OSError as error:
             raise CellFailed(f"the links could not be calibrated: {error}") from error
-        records = protocol.RecordFile(self._directory / "calibration.jsonl")
+        records = RecordFile(self._directory / "calibration.jsonl")
         records.append([measurement.to_json() for measurement in measurements])
         records.close()
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from netsenseml.agent import protocol
+from netsenseml.records import monotonic_s
+from testbed import protocol
 
 
 class ControlServer:
@@ -56,9 +57,9 @@ class ControlServer:
     def _serve(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._server, selectors.EVENT_READ)
-            next_beat = protocol.monotonic_s()
+            next_beat = monotonic_s()
             while not self._stopping.is_set():
-                now = protocol.monotonic_s()
+                now = monotonic_s()
                 if now >= next_beat:
                     self.broadcast({"type": "heartbeat"})
                     next_beat = now + protocol.HEARTBEAT_S

@@ -20,7 +20,7 @@ from testbed.spec.models import Spec
 SPEC_FILE = "spec.yaml"
 TRACES = "traces"
 DATA = "data"
-_PACKAGES = ("netsense-testbed", "torch", "numpy", "pyroute2", "docker", "pandas", "pydantic")
+_PACKAGES = ("netsenseml", "torch", "numpy", "pyroute2", "docker", "pandas", "pydantic")
 
 
 def create(spec: Spec, parent: Path, spec_directory: Path) -> Path:

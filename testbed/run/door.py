@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from netsenseml.agent import protocol
+from testbed import protocol
 
 SOCKET_FILE = "links.sock"
 _TIMEOUT_S = 5.0

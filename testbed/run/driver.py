@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from netsenseml.agent.protocol import RecordFile, monotonic_s
+from netsenseml.records import RecordFile, monotonic_s
 from testbed.dilation import slowed_link
 from testbed.links.qdiscs import QdiscCounters, bucket_of, queue_of
 from testbed.links.shaper import Applied, Prepared, Shaper

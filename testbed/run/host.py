@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import psutil
 
-from netsenseml.agent.protocol import RecordFile, monotonic_s
+from netsenseml.records import RecordFile, monotonic_s
 
 SAMPLE_S = 0.1
 _WINDOW_S = 1.0

@@ -6,7 +6,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from netsenseml.agent.catalog import check_folder, is_import_path
+from netsenseml.catalog import is_import_path
+from testbed.catalog import check_folder
 from testbed.spec.errors import SpecError, did_you_mean
 from testbed.spec.load import validate
 from testbed.spec.models import Spec

@@ -10,9 +10,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from netsenseml.agent import catalog
-from netsenseml.agent.protocol import StopConfig
+from netsenseml.catalog import METHODS, check_method
+from testbed import catalog
 from testbed.links.state import AQMS, DIRECTIONS, DISTRIBUTIONS, LinkState, Loss
+from testbed.protocol import StopConfig
 from testbed.spec import units
 from testbed.spec.errors import did_you_mean
 from testbed.traffic.flows import MAX_STREAMS, ONE_STREAM, Duration, Streams
@@ -516,8 +517,8 @@ class MethodSpec(Named):
         data = cls.spread(data)
         if isinstance(data, dict) and isinstance(data.get("name"), str):
             given = data.get("options") or {}
-            catalog.check_method(data["name"], given)
-            if data.get("label") in catalog.METHODS and data["label"] != data["name"]:
+            check_method(data["name"], given)
+            if data.get("label") in METHODS and data["label"] != data["name"]:
                 fault = f"{data['label']!r} is the name of another method; choose another label"
                 raise PydanticCustomError("at_key", fault, {"path": ["label"]})
             if not data.get("label"):

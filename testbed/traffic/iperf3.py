@@ -13,7 +13,7 @@ import selectors
 import signal
 import subprocess
 
-from netsenseml.agent.protocol import monotonic_s
+from netsenseml.records import monotonic_s
 from testbed.traffic.flows import Flow, Phase
 
 PROGRAM = "iperf3"

@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol
 
-from netsenseml.agent import protocol
-from netsenseml.agent.protocol import RecordFile, monotonic_s
+from netsenseml.records import RecordFile, monotonic_s
+from testbed import protocol
 from testbed.traffic.flows import Flow, Phase, phases
 
 SAMPLE_S = 0.1

@@ -6,7 +6,7 @@ import selectors
 import socket
 import struct
 
-from netsenseml.agent.protocol import monotonic_s
+from netsenseml.records import monotonic_s
 from testbed.traffic.flows import Flow, Phase, family_of
 
 _NUMBER = struct.Struct("!Q")

@@ -96,7 +96,7 @@ def test_own_computing_is_not_taken_for_that_of_others(tmp_path):
     script.write_text(f"""
 import json, subprocess, sys, time, os
 from pathlib import Path
-from netsenseml.agent.protocol import monotonic_s
+from netsenseml.records import monotonic_s
 from testbed.run.host import HostMonitor
 burner = subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"])
 with HostMonitor([os.getpid()], monotonic_s(), Path({str(tmp_path)!r})):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import testbed
-from netsenseml.agent.catalog import CIFAR_FILES
+from testbed.catalog import CIFAR_FILES
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.netns

@@ -6,13 +6,14 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 # A server that has imported torch once and forks the ranks: this is also how the testbed starts workers.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["netsenseml.train.worker"])
+_PROCESSES.set_forkserver_preload(["testbed.worker.program"])
 
 
 class Ranks:
@@ -55,19 +56,27 @@ class Ranks:
             process.join()
 
 
-def run_group(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
-    """Results of ``function(rank, *arguments)`` in a process group of so many ranks."""
+def run_group(function: Callable[..., Any], ranks: int, *arguments: Any, timeout_s: float = 1800) -> list[Any]:
+    """Results of ``function(rank, *arguments)`` in a process group of so many ranks; timeout_s: of the group."""
     with tempfile.TemporaryDirectory() as directory:
-        given = [(function, directory, rank, ranks, arguments) for rank in range(ranks)]
+        given = [(function, directory, rank, ranks, timeout_s, arguments) for rank in range(ranks)]
         return Ranks(_in_group, given, {}).results()
 
 
-def _in_group(function: Callable[..., Any], directory: str, rank: int, ranks: int, arguments: tuple[Any, ...]) -> Any:
+def _in_group(
+    function: Callable[..., Any], directory: str, rank: int, ranks: int, timeout_s: float, arguments: tuple[Any, ...]
+) -> Any:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=ranks)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/rendezvous",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=timeout_s),
+    )
     try:
         result = function(rank, *arguments)
         dist.barrier()

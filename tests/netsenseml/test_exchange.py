@@ -1,55 +1,94 @@
-"""The order of collectives, chunks, and the cost formulas against what is really sent."""
+"""The order of collectives, the compressed collective by itself, and the costs of plans against what is really sent."""
 
+import hashlib
 import itertools
 import random
 import threading
-import time
 from collections.abc import Generator
 
 import pytest
 import torch
 import torch.distributed as dist
 from groups import run_group
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.futures import Future
 
-from netsenseml.compress.codec import Codec, Sent
-from netsenseml.exchange.conveyor import Conveyor, Exchange
-from netsenseml.exchange.schemes import Gather, Lot, Plain, RandomK, Scheme, TwoPhase, WideGather, by_name, chunk_sizes
-from netsenseml.ledger import Ledger
+import netsenseml.statistics
+from netsenseml.compress.codec import Codec, add_decoded
+from netsenseml.exchange.collective import all_reduce_mean
+from netsenseml.exchange.communicators import (
+    BySize,
+    DirectAllReduce,
+    Hierarchical,
+    Plan,
+    RandomK,
+    RingAllReduce,
+    SparseAllGather,
+    WideAllGather,
+    chunk_sizes,
+    parse,
+)
+from netsenseml.exchange.mesh import Mesh, Shape
+from netsenseml.exchange.scheduler import Exchange, Scheduler
+from netsenseml.statistics import StepStatistics
 
-SCHEMES: list[Scheme] = [
-    Plain(),
-    TwoPhase(Codec("bf16")),
-    TwoPhase(Codec("int8")),
-    TwoPhase(Codec("int4")),
-    TwoPhase(Codec("sign")),
-    Gather(Codec("bf16", 0.1)),
-    Gather(Codec("int4", 0.01)),
+FLAT: list[DirectAllReduce | SparseAllGather] = [
+    *(DirectAllReduce(Codec(values), ring) for values in ("fp32", "bf16", "int8", "int4", "sign") for ring in (False, True)),
+    *(SparseAllGather(Codec(values, density), ring) for values, density, ring in (
+        ("fp32", 0.5, False), ("bf16", 0.1, True), ("int8", 0.02, False), ("int4", 0.01, True), ("sign", 0.001, False)
+    )),
+]  # fmt: skip
+OTHERS: list[Plan] = [
+    RingAllReduce(),
     RandomK(0.05),
-    WideGather(0.1),
-    WideGather(0.1, piece=256),
+    WideAllGather(0.1),
+    WideAllGather(0.1, piece=256),
+    BySize(DirectAllReduce(Codec("int4"))),
+    BySize(SparseAllGather(Codec("int8", 0.1))),
 ]
+HOSTS = [Hierarchical(plan) for plan in FLAT]
+PLANS: list[Plan] = [*OTHERS, *FLAT, *HOSTS]
 
 
-def test_every_stage_is_passed_in_the_order_of_the_buckets_whichever_lands_first() -> None:
-    """Collectives land in a random order; what is launched in each stage must not depend on it."""
+def mesh_of_all(hosts: list[int] | None = None) -> Mesh:
+    group = dist.group.WORLD
+    assert group is not None
+    return Mesh(group, hosts=hosts)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Of float64, by torch itself."""
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def residual_of(mesh: Mesh, key: str, elements: int) -> torch.Tensor:
+    return mesh.memory.state_dict().get(key, torch.zeros(elements)).double()
+
+
+def test_every_stage_is_passed_in_the_order_of_the_tensors_whichever_completes_first() -> None:
+    """Collectives complete in a random order; what is launched in each stage must not depend on it."""
     launched: list[list[int]] = [[], [], []]
 
-    def exchange(bucket: int) -> Exchange:
+    def exchange(tensor: int) -> Exchange:
         total = torch.zeros(())
         for stage in range(3):
-            launched[stage].append(bucket)
-            landing: Future[torch.Tensor] = Future()
-            threading.Timer(random.random() / 50, landing.set_result, [torch.ones(())]).start()
-            total = total + (yield landing)
+            launched[stage].append(tensor)
+            completing: Future[torch.Tensor] = Future()
+            threading.Timer(random.random() / 50, completing.set_result, [torch.ones(())]).start()
+            total = total + (yield completing)
         return total
 
-    conveyor = Conveyor()
-    results = [conveyor.submit(exchange(bucket)) for bucket in range(20)]
+    scheduler = Scheduler()
+    results = [scheduler.submit(exchange(tensor)) for tensor in range(20)]
     assert [result.wait().item() for result in results] == [3.0] * 20
-    conveyor.close()
+    scheduler.close()
     assert launched == [list(range(20))] * 3
 
 
@@ -58,81 +97,195 @@ def test_a_failure_reaches_who_waits_and_the_others_go_on(where: str) -> None:
     def exchange(fails: bool) -> Exchange:
         if fails and where == "before":
             raise ValueError("broken")
-        landing: Future[torch.Tensor] = Future()
+        completing: Future[torch.Tensor] = Future()
         if fails and where == "in the collective":
-            landing.set_exception(ValueError("broken"))
+            completing.set_exception(ValueError("broken"))
         else:
-            landing.set_result(torch.ones(()))
-        value = yield landing
+            completing.set_result(torch.ones(()))
+        value = yield completing
         if fails:
             raise ValueError("broken")
         return value
 
-    conveyor = Conveyor()
-    broken, whole = conveyor.submit(exchange(True)), conveyor.submit(exchange(False))
+    scheduler = Scheduler()
+    broken, whole = scheduler.submit(exchange(True)), scheduler.submit(exchange(False))
     with pytest.raises(Exception, match="broken"):
         broken.wait()
     assert whole.wait().item() == 1
-    conveyor.close()
+    scheduler.close()
 
 
 def test_closing_waits_for_what_was_submitted_and_may_be_repeated() -> None:
+    closing = threading.Event()
+
     def exchange() -> Generator[Future[torch.Tensor], torch.Tensor, torch.Tensor]:
-        time.sleep(0.05)
+        assert closing.wait(60)
         return torch.ones(())
         yield
 
-    conveyor = Conveyor()
-    conveyor.close()
-    result = conveyor.submit(exchange())
-    conveyor.close()
-    conveyor.close()
+    scheduler = Scheduler()
+    scheduler.close()
+    result = scheduler.submit(exchange())
+    assert not result.done()
+    closing.set()
+    scheduler.close()
+    scheduler.close()
     assert result.done()
 
 
 @given(st.integers(0, 10**8), st.integers(1, 64))
-def test_chunks_cover_the_bucket_and_all_but_the_last_end_with_a_block(elements: int, ranks: int) -> None:
+def test_chunks_cover_the_tensor_and_all_but_the_last_end_with_a_block(elements: int, ranks: int) -> None:
     sizes = chunk_sizes(elements, ranks)
     assert len(sizes) == ranks and sum(sizes) == elements
     assert sizes == sorted(sizes, reverse=True)
     assert all(size % 256 == 0 for size, following in itertools.pairwise(sizes) if following)
 
 
-def exchange_all(rank: int, elements: int) -> list[tuple[str, list[float], list[float], list[float]]]:
-    """For every scheme: what this rank wanted, the result, and what is left."""
-    group = dist.group.WORLD
-    assert group is not None
-    groups = group, dist.new_group()
+SIZES = [0, 1, 255, 3000, 100_000]
+
+
+def every_plan_in_turn(rank: int, ranks: int) -> list[str]:
+    """Five rounds of every plan and size by themselves; returns digests of all results."""
+    mesh = mesh_of_all([0, 0, 1, 1] if ranks == 4 else None)
+    plans = PLANS if ranks == 4 else [*OTHERS, *FLAT]
     found = []
-    for number, scheme in enumerate(SCHEMES):
-        wanted = torch.randn(elements, generator=torch.Generator().manual_seed(100 * number + rank))
-        left = wanted.clone()
-        ledger = Ledger(dist.get_world_size())
-        conveyor = Conveyor()
-        lot = Lot(groups, ledger, shared_seed=number, sent=Sent(), out=torch.full_like(left, torch.nan))
-        result = conveyor.submit(scheme.exchange(left, lot)).wait()
-        conveyor.close()
-        stages = scheme.payloads(elements, dist.get_world_size())
-        assert (ledger.payload_bytes, ledger.hops) == (sum(round(b) for b, _ in stages), sum(hops for _, hops in stages))
-        assert ledger.flight_s > 0
-        found.append((scheme.name, wanted.tolist(), result.tolist(), left.tolist()))
+    for number, (plan, elements) in enumerate(itertools.product(plans, SIZES)):
+        draw = torch.Generator().manual_seed(100 * number + rank)
+        given_in_all, sent_in_all = torch.zeros(2, elements, dtype=torch.float64)
+        key = f"{plan.name} {number}"
+        for _ in range(5):
+            tensor = torch.randn(elements, generator=draw)
+            given_in_all += tensor
+            mean = all_reduce_mean(tensor, key, plan, mesh).wait()
+            assert mean.data_ptr() == tensor.data_ptr(), "the mean replaces the tensor"
+            sent_in_all += mean
+            found.append(digest(mean))
+        expected = mean_over_ranks(given_in_all - residual_of(mesh, key, elements))
+        torch.testing.assert_close(sent_in_all, expected, rtol=1e-4, atol=1e-4, msg=f"{key}, {elements} elements")
+        mesh.memory.forget(key)
+    mesh.close()
     return found
 
 
-@pytest.mark.parametrize("elements", [1, 5, 700, 3000])
-def test_the_mean_of_the_results_is_the_mean_of_the_wants_less_what_is_left(elements: int) -> None:
-    ranks = run_group(exchange_all, 3, elements)
-    for number, scheme in enumerate(SCHEMES):
-        wanted, result, left = (torch.tensor([rank[number][i] for rank in ranks]) for i in (1, 2, 3))
-        assert torch.equal(result, result[:1].expand_as(result)), scheme.name
-        torch.testing.assert_close(result[0], (wanted - left).mean(dim=0), rtol=1e-4, atol=1e-5, msg=scheme.name)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_what_is_sent_and_what_is_kept_are_what_was_given_by_every_plan(ranks: int) -> None:
+    first, *others = run_group(every_plan_in_turn, ranks, ranks)
+    assert all(other == first for other in others), "all ranks have the same bits"
 
 
-@pytest.mark.parametrize(
-    "scheme", [scheme for scheme in SCHEMES if not isinstance(scheme, RandomK | WideGather)], ids=lambda s: s.name
-)
-def test_names_are_read_back(scheme: Scheme) -> None:
-    assert by_name(scheme.name) == scheme
+def plans_drawn_per_key(rank: int, ranks: int, seed: int) -> list[str]:
+    """Many keys under way at once, each round by another plan; all is drawn from a seed that the ranks share."""
+    mesh = mesh_of_all([0, 0, 1, 1] if ranks == 4 else None)
+    plans = PLANS if ranks == 4 else [*OTHERS, *FLAT]
+    draw = random.Random(seed)
+    found = []
+    for case in range(8):
+        keys = {f"{case}-{i}": draw.choice([*SIZES[:-1], draw.randrange(30_000)]) for i in range(draw.randint(1, 8))}
+        given_in_all = {key: torch.zeros(elements, dtype=torch.float64) for key, elements in keys.items()}
+        sent_in_all = {key: torch.zeros(elements, dtype=torch.float64) for key, elements in keys.items()}
+        for step in range(draw.randint(1, 5)):
+            order = draw.sample(sorted(keys), len(keys))
+            chosen = [draw.choice(plans) for _ in order]
+            tensors = []
+            for i, key in enumerate(order):
+                own = torch.Generator().manual_seed(hash((seed, case, step, i, rank)))
+                scale = 10.0 ** draw.randint(-3, 3)
+                tensors.append(scale * torch.randn(keys[key], generator=own))
+                given_in_all[key] += tensors[-1]
+            works = [all_reduce_mean(t, key, plan, mesh) for t, key, plan in zip(tensors, order, chosen, strict=True)]
+            for key, work in zip(order, works, strict=True):
+                sent_in_all[key] += work.wait()
+                found.append(digest(work.wait()))
+        for key, elements in keys.items():
+            expected = mean_over_ranks(given_in_all[key] - residual_of(mesh, key, elements))
+            scale = float(expected.abs().max()) if elements else 0.0
+            torch.testing.assert_close(sent_in_all[key], expected, rtol=1e-4, atol=1e-4 * max(scale, 1e3))
+    mesh.close()
+    return found
+
+
+@settings(max_examples=3)
+@given(st.integers(2, 4), st.integers(0, 2**31))
+def test_keys_may_be_under_way_at_once_each_by_a_plan_of_its_own(ranks: int, seed: int) -> None:
+    first, *others = run_group(plans_drawn_per_key, ranks, ranks, seed)
+    assert all(other == first for other in others)
+
+
+SENT = [1, 700, 200_000]
+
+
+def bytes_by_plan(rank: int) -> list[tuple[int, float]]:
+    mesh = mesh_of_all([0, 0, 1, 1])
+    found = []
+    for elements, plan in itertools.product(SENT, PLANS):
+        statistics = StepStatistics(mesh.ranks)
+        all_reduce_mean(torch.randn(elements), plan.name, plan, mesh, statistics).wait()
+        found.append((statistics.payload_bytes, statistics.communication_s))
+        mesh.memory.forget(plan.name)
+    mesh.close()
+    return found
+
+
+def test_costs_say_what_is_sent() -> None:
+    """On average over the ranks that exchange: of an all-reduce in chunks, the last rank may have nothing to reduce."""
+    ranks = run_group(bytes_by_plan, 4)
+    for number, (elements, plan) in enumerate(itertools.product(SENT, PLANS)):
+        sent = [rank[number][0] for rank in ranks]
+        if isinstance(plan, Hierarchical):
+            assert sent[1] == sent[3] == 0, "of a host only the first rank sends"
+            sent = [sent[0], sent[2]]
+        assert sum(sent) / len(sent) == pytest.approx(plan.cost(elements, Shape(4, 2)).sent_bytes, abs=2), plan.name
+        assert all(rank[number][1] > 0 for rank in ranks), plan.name
+
+
+ROUNDED = ("bf16", "int8", "int4", "sign")
+
+
+def direct_means(rank: int, elements: int) -> list[tuple[list[float], list[float]]]:
+    mesh = mesh_of_all()
+    found = []
+    for values in ROUNDED:
+        tensor = torch.randn(elements, generator=torch.Generator().manual_seed(rank))
+        mean = all_reduce_mean(tensor, values, DirectAllReduce(Codec(values)), mesh).wait()
+        found.append((mean.tolist(), residual_of(mesh, values, elements).tolist()))
+    mesh.close()
+    return found
+
+
+def test_the_chunk_that_a_rank_reduces_has_its_own_part_exactly() -> None:
+    """Its own part of the mean crosses no network, so that only the coding of the mean may change it."""
+    elements, ranks = 2000, 3
+    found = run_group(direct_means, ranks, elements)
+    sizes = chunk_sizes(elements, ranks)
+    tensors = [torch.randn(elements, generator=torch.Generator().manual_seed(rank)).split(sizes) for rank in range(ranks)]
+    for number, codec in enumerate(map(Codec, ROUNDED)):
+        for chunk, size in enumerate(sizes):
+            mean = torch.zeros(size)
+            for rank in range(ranks):
+                if rank == chunk:
+                    mean.add_(tensors[rank][chunk], alpha=1 / ranks)
+                else:
+                    add_decoded(codec.encode(tensors[rank][chunk].clone(), 0), mean, 1 / ranks)
+            expected = add_decoded(codec.encode(mean, 0), torch.zeros(size))
+            result, kept = (torch.tensor(found[chunk][number][i]).split(sizes)[chunk] for i in (0, 1))
+            assert torch.equal(result, expected), codec.name
+            torch.testing.assert_close(kept, ranks * mean)  # of the coding of the mean, and of nothing else
+
+
+def kept_without_feedback(rank: int) -> bool:
+    mesh = mesh_of_all()
+    all_reduce_mean(torch.randn(1000), "key", parse("sparse-int4@1%"), mesh, feedback=False).wait()
+    mesh.close()
+    return mesh.memory.holds("key")
+
+
+def test_without_feedback_nothing_is_kept() -> None:
+    assert run_group(kept_without_feedback, 2) == [False, False]
+
+
+@pytest.mark.parametrize("plan", [*FLAT, *HOSTS, RingAllReduce()], ids=lambda plan: plan.name)
+def test_names_are_read_back(plan: Plan) -> None:
+    assert parse(plan.name) == plan
 
 
 @given(st.floats(1e-4, 1.0), st.integers(1, 5000), st.integers(0, 2**40))
@@ -142,12 +295,13 @@ def test_random_elements_are_distinct_and_the_same_on_all_ranks(density: float, 
     assert bool((chosen[0].diff() > 0).all()) and int(chosen[0][0]) >= 0 and int(chosen[0][-1]) < elements
 
 
-def test_time_in_flight_counts_once_in_whatever_order_collectives_land() -> None:
-    ledger, landings = Ledger(2), [Future(), Future()]
-    for landing in landings:
-        ledger.launch(lambda landing=landing: landing, payload_bytes=10, hops=1, elements=5)
-    for landing, after_s in ((landings[1], 0.05), (landings[0], 0.03)):
-        time.sleep(after_s)
-        landing.set_result(torch.ones(()))
-    assert ledger.flight_s == pytest.approx(0.08, abs=0.02)
-    assert (ledger.payload_bytes, ledger.hops, ledger.elements_sent) == (20, 2, 10)
+def test_time_under_way_counts_once_in_whatever_order_collectives_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 3.0, 6.0])  # the step begins, the first is launched, the last completes
+    monkeypatch.setattr(netsenseml.statistics, "monotonic_s", lambda: next(clock))
+    statistics, completing = StepStatistics(2), [Future(), Future()]
+    for future in completing:
+        statistics.launch(lambda future=future: future, payload_bytes=10, elements=5)
+    for future in reversed(completing):
+        future.set_result(torch.ones(()))
+    assert statistics.communication_s == 2.0
+    assert (statistics.payload_bytes, statistics.elements_sent) == (20, 10)

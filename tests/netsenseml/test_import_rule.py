@@ -13,7 +13,7 @@ PACKAGE = Path(netsenseml.__file__).parent
 def test_the_agent_loads_no_torch() -> None:
     code = """
 import sys
-import netsenseml, netsenseml.agent.catalog, netsenseml.agent.client, netsenseml.agent.protocol
+import netsenseml, netsenseml.catalog, testbed.worker.client, testbed.protocol
 assert "attach" in dir(netsenseml)
 assert not {"torch", "numpy", "sklearn"} & set(sys.modules), sorted(sys.modules)
 """

@@ -1,7 +1,10 @@
 """The kernel's view of connections: real ones over loopback, and a made-up kernel where time must pass."""
 
 import os
+import random
 import socket
+import struct
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,6 +13,9 @@ import pytest
 
 from netsenseml.sensing import tcp
 from netsenseml.sensing.tcp import TcpInfo, TcpMonitor
+
+PEER = "10.0.0.2"
+PACKED = socket.inet_aton(PEER)
 
 
 def connected():
@@ -85,10 +91,78 @@ def test_borrowing_leaves_the_connection_open(connection):
     assert peer.recv(100) == b"still here"
 
 
-def test_only_connections_that_leave_the_host_count(connection):
+@pytest.fixture
+def default_timeout():
+    yield lambda: socket.setdefaulttimeout(5)
+    socket.setdefaulttimeout(None)
+
+
+def test_no_socket_becomes_non_blocking_where_a_default_timeout_is_set(connection, leaving, default_timeout):
+    client, peer = connection
+    leaving.add(client.fileno())
+    unix = socket.socketpair()
+    default_timeout()
+    with unix[0], unix[1]:
+        assert TcpMonitor([PEER]).sample() is not None
+        for one in (client, peer, *unix):
+            assert os.get_blocking(one.fileno())
+
+
+def test_looking_for_peers_leaves_other_sockets_as_they_are(connection, default_timeout):
+    default_timeout()
+    assert TcpMonitor([PEER]).sample() is None
+    assert tcp.read(connection[0].fileno())
+    assert all(os.get_blocking(one.fileno()) for one in connection)
+
+
+@pytest.mark.parametrize("prefix", ["", "::ffff:"])
+def test_only_connections_that_leave_the_host_count(prefix):
     a, b = socket.socketpair()
-    with a, b:
-        assert TcpMonitor().sample() is None
+    with a, b, socket.create_server(("127.0.0.2", 0)) as server, socket.create_connection(server.getsockname()):
+        assert TcpMonitor([prefix + "127.0.0.1", prefix + "127.0.0.2", "::1"]).sample() is None
+
+
+@pytest.mark.parametrize("peers", [[PEER], ["::ffff:" + PEER], ["fe80::1%eth0", "192.0.2.1", PEER]])
+def test_peers_are_named_in_any_spelling(connection, leaving, peers):
+    leaving.add(connection[0].fileno())
+    assert TcpMonitor(peers).sample() is not None
+    assert TcpMonitor(["192.0.2.1"]).sample() is None
+
+
+def test_without_peers_nothing_is_looked_for(monkeypatch):
+    monkeypatch.setattr(tcp, "_descriptors", lambda: pytest.fail("looked for descriptors"))
+    assert TcpMonitor([]).sample() is None
+
+
+def test_a_peer_that_is_no_address_is_refused():
+    with pytest.raises(ValueError, match="'localhost' does not appear to be"):
+        TcpMonitor([PEER, "localhost"])
+
+
+@pytest.mark.parametrize("prefix", ["", "::ffff:"])
+def test_a_peer_is_known_by_its_address_also_where_ipv6_wraps_it(prefix):
+    if prefix and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6")
+    with (
+        socket.create_server(("127.0.0.2", 0)) as server,
+        socket.create_connection((prefix + "127.0.0.2", server.getsockname()[1])) as client,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unconnected,
+    ):
+        assert tcp._other_host(client.fileno()) == bytes([127, 0, 0, 2])
+        assert tcp._other_host(server.fileno()) is None
+        assert tcp._other_host(unconnected.fileno()) is None
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "192.0.2.1", "x" * 70])
+def test_a_name_of_loopback_or_of_another_host_or_of_none_tells_no_address(monkeypatch, name):
+    monkeypatch.setattr(socket, "gethostname", lambda: name)
+    assert tcp.local_address(None) is None
+    assert tcp.local_address("") is None
+
+
+def test_loopback_and_an_interface_that_is_missing_tell_no_address():
+    assert tcp.local_address("lo") is None
+    assert tcp.local_address("missing0,lo") is None
 
 
 def test_descriptors_that_are_gone_or_no_connection():
@@ -97,16 +171,30 @@ def test_descriptors_that_are_gone_or_no_connection():
     assert tcp.read(1 << 20) is None
 
 
-def test_an_old_kernel_is_told_apart():
-    with pytest.raises(ValueError, match="has 160 bytes"):
-        TcpInfo.parse(bytes(160))
+def test_an_answer_that_is_too_short_is_refused():
+    draw = random.Random(0)
+    for size in range(192):
+        with pytest.raises(ValueError, match=f"has {size} bytes, 192 are needed"):
+            TcpInfo.parse(draw.randbytes(size))
+
+
+def test_fields_lie_where_the_kernel_puts_them():
+    draw = random.Random(0)
+    for _ in range(100):
+        raw = draw.randbytes(draw.randrange(192, 300))
+        numbers = struct.unpack_from("=8x24I4Q6I4Q", raw)  # from tcpi_rto, _pacing_rate, _segs_out, _delivery_rate on
+        info = TcpInfo.parse(raw)
+        assert (info.rtt_s, info.min_rtt_s, info.busy_s) == (numbers[15] / 1e6, numbers[31] / 1e6, numbers[35] / 1e6)
+        assert (info.rwnd_limited_s, info.sndbuf_limited_s) == (numbers[36] / 1e6, numbers[37] / 1e6)
+        assert info.app_limited == bool(raw[7] & (1 if sys.byteorder == "little" else 0x80))
+        assert (info.bytes_acked, info.retransmits, info.delivery_bps) == (numbers[26], numbers[23], 8.0 * numbers[34])
 
 
 @pytest.fixture
 def leaving(monkeypatch):
     """Descriptors that the monitor takes for connections to another host, as loopback never counts."""
     chosen = set()
-    monkeypatch.setattr(tcp, "_other_host", lambda fd: "10.0.0.2" if fd in chosen else None)
+    monkeypatch.setattr(tcp, "_other_host", lambda fd: PACKED if fd in chosen else None)
     monkeypatch.setattr(tcp, "_SEARCH_S", 0.0)
     monkeypatch.setattr(tcp, "_SEARCH_FACTOR", 0.0)
     return chosen
@@ -115,7 +203,7 @@ def leaving(monkeypatch):
 def test_a_sample_covers_the_time_since_the_one_before(connection, leaving):
     client, peer = connection
     leaving.add(client.fileno())
-    monitor = TcpMonitor()
+    monitor = TcpMonitor([PEER])
     assert monitor.sample().acked_bytes <= 1
     carry(client, peer, 50_000)
     sample = monitor.sample()
@@ -130,7 +218,7 @@ def test_a_sample_covers_the_time_since_the_one_before(connection, leaving):
 def test_connections_come_and_go(connection, leaving):
     client, peer = connection
     leaving.add(client.fileno())
-    monitor = TcpMonitor()
+    monitor = TcpMonitor([PEER])
     assert monitor.sample() is not None
     newer, newer_peer = connected()
     with newer, newer_peer:
@@ -149,7 +237,7 @@ def test_a_descriptor_that_was_given_to_another_socket_is_another_connection(con
     client, peer = connection
     fd = client.fileno()
     leaving.add(fd)
-    monitor = TcpMonitor()
+    monitor = TcpMonitor([PEER])
     carry(client, peer, 100_000)
     assert monitor.sample().acked_bytes >= 100_000
     monkeypatch.setattr(tcp, "_other_host", lambda fd: None)
@@ -165,9 +253,9 @@ class MadeUpKernel:
         self.now_s = 100.0
         self.infos = {fd: TcpInfo(0.001, 0.001, 0, 0, 0.0, False, 0.0, 0.0, 0.0) for fd in (7, 8)}
         monkeypatch.setattr(tcp, "monotonic_s", lambda: self.now_s)
-        monkeypatch.setattr(tcp, "_sockets", lambda: [(fd, fd) for fd in self.infos])
+        monkeypatch.setattr(tcp, "_descriptors", lambda: list(self.infos))
         monkeypatch.setattr(tcp, "_inode", lambda fd: fd)
-        monkeypatch.setattr(tcp, "_other_host", lambda fd: "10.0.0.2")
+        monkeypatch.setattr(tcp, "_other_host", lambda fd: PACKED)
         monkeypatch.setattr(tcp, "read", self.infos.get)
 
     def passes(self, seconds, fd=7, *, acked=0, busy_s=0.0, limited_s=0.0, rtt_s=None, retransmits=0):
@@ -189,7 +277,7 @@ def kernel(monkeypatch):
 
 
 def test_a_longer_route_is_noticed_within_seconds_though_the_kernel_remembers_the_shorter_one(kernel):
-    monitor = TcpMonitor()
+    monitor = TcpMonitor([PEER])
     kernel.passes(0.1, acked=1000)
     assert monitor.sample().min_rtt_s == 0.001
     for _ in range(43):  # 4 s and two steps
@@ -202,7 +290,7 @@ def test_a_longer_route_is_noticed_within_seconds_though_the_kernel_remembers_th
 
 
 def test_the_smallest_rtt_may_come_from_another_connection_to_the_same_peer_but_not_from_an_idle_one(kernel):
-    monitor = TcpMonitor()
+    monitor = TcpMonitor([PEER])
     monitor.sample()
     kernel.now_s += 10
     for _ in range(3):
@@ -215,7 +303,7 @@ def test_the_smallest_rtt_may_come_from_another_connection_to_the_same_peer_but_
 
 
 def test_bandwidth_is_what_was_acknowledged_in_enough_busy_time(kernel):
-    monitor = TcpMonitor()
+    monitor = TcpMonitor([PEER])
     monitor.sample()
     for _ in range(3):  # 40 ms at 8 Mbit/s
         kernel.passes(0.1, acked=40_000, busy_s=0.04)
@@ -229,7 +317,7 @@ def test_bandwidth_is_what_was_acknowledged_in_enough_busy_time(kernel):
 
 
 def test_time_in_which_buffers_were_the_limit_tells_no_bandwidth(kernel):
-    monitor = TcpMonitor()
+    monitor = TcpMonitor([PEER])
     monitor.sample()
     kernel.passes(1.0, acked=100_000, busy_s=0.4, limited_s=0.2)
     assert monitor.sample().bandwidth_bps is None
@@ -238,7 +326,7 @@ def test_time_in_which_buffers_were_the_limit_tells_no_bandwidth(kernel):
 
 
 def test_retransmits_are_counted_once_and_stay_when_the_connection_goes(kernel):
-    monitor = TcpMonitor()
+    monitor = TcpMonitor([PEER])
     monitor.sample()
     kernel.passes(0.1, acked=10, retransmits=3)
     kernel.passes(0.1, fd=8, acked=10, retransmits=2)
@@ -256,8 +344,8 @@ def test_looking_for_connections_takes_at_most_a_thousandth_of_the_time(kernel, 
         kernel.now_s += 0.005
         return []
 
-    monkeypatch.setattr(tcp, "_sockets", slow)
-    monitor = TcpMonitor()
+    monkeypatch.setattr(tcp, "_descriptors", slow)
+    monitor = TcpMonitor([PEER])
     for _ in range(1000):
         kernel.now_s += 0.05
         monitor.sample()

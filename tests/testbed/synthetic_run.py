@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from netsenseml.agent.protocol import EVALS_FILE, RecordFile, steps_file
+from netsenseml.records import RecordFile
+from testbed.protocol import EVALS_FILE, steps_file
 
 FAST_BPS, SLOW_BPS = 50_000_000, 10_000_000
 SHARES = {"allreduce": (1.0, 1.0), "netsense": (0.4, 0.1), "topk": (0.3, 0.3)}

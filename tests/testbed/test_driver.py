@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from netsenseml.agent.protocol import monotonic_s, read_records
+from netsenseml.records import monotonic_s, read_records
 from testbed.links.qdiscs import QdiscCounters, compile_tree
 from testbed.links.shaper import Applied, Prepared
 from testbed.links.state import LinkState, Shape

@@ -25,7 +25,7 @@ def test_netsenseml_never_imports_testbed():
 
 def test_testbed_takes_only_the_agent_from_netsenseml():
     taken = {name for _, name in imports("testbed") if name.split(".")[0] == "netsenseml"}
-    assert taken <= {"netsenseml.agent", "netsenseml.agent.protocol", "netsenseml.agent.catalog"}
+    assert taken <= {"netsenseml.agent", "testbed.protocol", "netsenseml.catalog"}
     assert [place for place in imports("testbed") if place[1].split(".")[0] == "torch"] == []
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netsenseml.agent.protocol import steps_file
+from testbed.protocol import steps_file
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES
 from testbed.results.load import NotARun, Run, load_run
 from testbed.results.phases import phases

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from netsenseml.agent import protocol
+from netsenseml.records import monotonic_s, read_records
+from testbed import protocol
 from testbed.run.control import ControlServer
 from testbed.traffic.flows import TRAFFIC_PROGRAM, Duration, Flow, Streams
 
@@ -45,10 +46,10 @@ def running(directory, flow):
 def records(directory, flow, seconds):
     """Rows of traffic and of events of a flow that ran for some seconds."""
     with running(directory, flow) as (control, programs):
-        control.broadcast({"type": "start", "t0": protocol.monotonic_s()})
+        control.broadcast({"type": "start", "t0": monotonic_s()})
         time.sleep(seconds)
     assert [program.returncode for program in programs.values()] == [0, 0], (directory / "send.log").read_text()
-    return [list(protocol.read_records(directory / f"{name}-{flow.name}.jsonl")) for name in ("traffic", "events")]
+    return [list(read_records(directory / f"{name}-{flow.name}.jsonl")) for name in ("traffic", "events")]
 
 
 def at(rows, t_s):
@@ -100,17 +101,17 @@ def test_a_sender_without_a_receiver_ends_and_says_why(tmp_path):
     with running(tmp_path, replace(FLOW, at_s=0.2)) as (control, programs):
         programs["receive"].kill()
         programs["receive"].wait()
-        control.broadcast({"type": "start", "t0": protocol.monotonic_s()})
+        control.broadcast({"type": "start", "t0": monotonic_s()})
         assert programs["send"].wait(timeout=5) == 1
     assert "refused" in (tmp_path / "send.log").read_text().splitlines()[-1]
 
 
 def test_what_a_killed_receiver_had_recorded_can_be_read(tmp_path):
     with running(tmp_path, FLOW) as (control, programs):
-        control.broadcast({"type": "start", "t0": protocol.monotonic_s()})
+        control.broadcast({"type": "start", "t0": monotonic_s()})
         time.sleep(0.6)
         programs["receive"].send_signal(signal.SIGKILL)
-    rows = list(protocol.read_records(tmp_path / "traffic-bg0-w1.jsonl"))
+    rows = list(read_records(tmp_path / "traffic-bg0-w1.jsonl"))
     assert len(rows) >= 4
     assert rows[-1]["bytes"] > 0
 

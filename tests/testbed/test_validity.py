@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netsenseml.agent.protocol import steps_file
+from testbed.protocol import steps_file
 from testbed.results import validity
 from testbed.results.columns import DELAYLINE_COLUMNS, EVENT_COLUMNS, HOST_COLUMNS, LINK_COLUMNS, STEP_COLUMNS, TRAFFIC_COLUMNS
 from testbed.results.load import load_run

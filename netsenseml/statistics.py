@@ -8,25 +8,24 @@ from typing import NamedTuple
 import torch
 from torch.futures import Future
 
-from netsenseml.agent.protocol import monotonic_s
 from netsenseml.exchange.collectives import all_reduce_bytes
+from netsenseml.records import monotonic_s
 from netsenseml.sensing.tcp import TcpSample
 
 
 class BackwardCosts(NamedTuple):
-    """What one backward has cost; the columns of ``Ledger``."""
+    """What one backward has cost; the columns of ``StepStatistics``."""
 
-    comm_s: float
-    window_s: float
+    exposed_s: float
+    compute_s: float
     encode_s: float
-    flight_s: float
+    communication_s: float
     payload_bytes: int
-    hops: int
     ready_s: list[float]
     bucket_elements: list[int]
 
 
-class Ledger:
+class StepStatistics:
     """Account of one step: bytes, elements and times of all its buckets.
 
     A method calls ``coding`` around its encoding and sends every collective by ``launch``; the session does the rest.
@@ -38,26 +37,26 @@ class Ledger:
         self.began_s = monotonic_s()
         """When the step began, CLOCK_MONOTONIC seconds."""
         self.scheme = ""
+        """How the gradients are exchanged, for the records."""
         self.payload_bytes = 0
         self.elements = 0
         self.elements_sent = 0
         self.encode_s = 0.0
-        self.comm_s = 0.0
-        """Exposed communication: from the last gradient being ready to the last bucket being exchanged, and before that
-        the time that backward waited in the hook."""
-        self.window_s = 0.0
-        """Compute that preceded the exchange: from the last exchange (or the beginning) to the last gradient."""
+        self.exposed_s = 0.0
+        """From the last gradient being ready to the last bucket being exchanged, and before that the time that backward waited
+        in the hook."""
+        self.compute_s = 0.0
+        """What preceded the exchange: from the last exchange (or the beginning) to the last gradient."""
+        self.communication_s = 0.0
+        """Time in which at least one collective was under way."""
         self.ready_s: list[float] = []
         """When the gradients of each bucket were ready."""
         self.bucket_elements: list[int] = []
-        self._energy = self._lost = 0.0
-        self._coded = False
+        self.residual_ratio: float | None = None
+        """Largest norm of a residual over that of its gradient; None if the method keeps none."""
         self.tcp: TcpSample | None = None
         """What the kernel saw of the connections since it was asked before."""
-        self.hops = 0
-        """One-way delays that all collectives pass, one after another."""
-        self.flight_s = 0.0
-        """Time in which at least one collective was under way."""
+        self._energy = self._lost = 0.0
         self._lock = threading.Lock()
         self._in_flight = 0
         self._in_flight_since = 0.0
@@ -69,56 +68,46 @@ class Ledger:
 
     def of_backward(self) -> BackwardCosts:
         """What the newest backward has cost."""
-        before, buckets = self._before, len(self._before.ready_s)
+        before, now = self._before, self._costs()
+        buckets = len(before.ready_s)
         return BackwardCosts(
-            self.comm_s - before.comm_s,
-            self.window_s - before.window_s,
-            self.encode_s - before.encode_s,
-            self.flight_s - before.flight_s,
-            self.payload_bytes - before.payload_bytes,
-            self.hops - before.hops,
-            self.ready_s[buckets:],
-            self.bucket_elements[buckets:],
+            now.exposed_s - before.exposed_s,
+            now.compute_s - before.compute_s,
+            now.encode_s - before.encode_s,
+            now.communication_s - before.communication_s,
+            now.payload_bytes - before.payload_bytes,
+            now.ready_s[buckets:],
+            now.bucket_elements[buckets:],
         )
 
     def _costs(self) -> BackwardCosts:
-        return BackwardCosts(
-            *(self.comm_s, self.window_s, self.encode_s, self.flight_s, self.payload_bytes, self.hops),
-            self.ready_s.copy(),
-            self.bucket_elements.copy(),
-        )
+        times = self.exposed_s, self.compute_s, self.encode_s, self.communication_s
+        return BackwardCosts(*times, self.payload_bytes, self.ready_s.copy(), self.bucket_elements.copy())
 
     @contextmanager
     def coding(self) -> Iterator[None]:
         """Count the time spent inside as encoding or decoding."""
-        began = monotonic_s()
+        began_s = monotonic_s()
         try:
             yield
         finally:
             with self._lock:
-                self.encode_s += monotonic_s() - began
+                self.encode_s += monotonic_s() - began_s
 
     def launch(
-        self,
-        collective: Callable[[], Future[torch.Tensor]],
-        *,
-        payload_bytes: float,
-        hops: int,
-        elements: int = 0,
+        self, collective: Callable[[], Future[torch.Tensor]], payload_bytes: float, *, elements: int = 0
     ) -> Future[torch.Tensor]:
         """Launch a collective and account for it; the returned future holds its result.
 
-        payload_bytes: what this rank sends for it by the collective's cost formula. hops: one-way delays that it passes.
+        payload_bytes: what this rank sends for it by the collective's cost formula.
         elements: gradient elements of this rank in the payload.
         """
         with self._lock:
             self.payload_bytes += round(payload_bytes)
-            self.hops += hops
             self.elements_sent += elements
             if not self._in_flight:
                 self._in_flight_since = monotonic_s()
             self._in_flight += 1
-
         # Another future, as nothing else makes sure that this comes before what others do with the result.
         return collective().then(self._landed)
 
@@ -126,20 +115,25 @@ class Ledger:
         with self._lock:
             self._in_flight -= 1
             if not self._in_flight:
-                self.flight_s += monotonic_s() - self._in_flight_since
+                self.communication_s += monotonic_s() - self._in_flight_since
         return done.value()
 
-    def lose(self, share: float, energy: float) -> None:
-        """Note for a bucket what share of its energy, the sum of squares of what was to be sent, was not sent."""
+    def lose(self, share: float, energy: float, residual_ratio: float = 0.0) -> None:
+        """Note what share of a bucket's energy, the sum of squares of what was to be sent, was not sent.
+
+        residual_ratio: norm of what is kept of it over that of the gradient.
+        """
         with self._lock:
-            self._coded = True
+            self.residual_ratio = max(residual_ratio, self.residual_ratio or 0.0)
             self._energy += energy
             self._lost += share * energy
 
     @property
     def lost_energy(self) -> float | None:
         """Share of the energy of all buckets that was not sent; None if the method does not tell."""
-        return (self._lost / self._energy if self._energy else 0.0) if self._coded else None
+        if self.residual_ratio is None:
+            return None
+        return self._lost / self._energy if self._energy else 0.0
 
     @property
     def dense_bytes(self) -> int:

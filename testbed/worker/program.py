@@ -1,4 +1,4 @@
-"""The worker program: ``python -m netsenseml.train.worker``.
+"""The worker program: ``python -m testbed.worker.program``.
 
 Environment: NETSENSE_CELL_DIR (directory of the cell), RANK, WORLD_SIZE, NETSENSE_RENDEZVOUS (init_method of the
 process group, default env://), GLOO_SOCKET_IFNAME (interface of the shaped link).
@@ -26,13 +26,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from netsenseml.agent import protocol
-from netsenseml.agent.catalog import check_method
-from netsenseml.agent.client import ControlClient
-from netsenseml.agent.protocol import monotonic_s
+from netsenseml.catalog import check_method
 from netsenseml.hook import Session, attach
-from netsenseml.train.emulate import Emulated, Timing
-from netsenseml.train.zoo import Dataset, make_data, make_emulated, make_model, make_optimizer
+from netsenseml.records import monotonic_s
+from testbed import protocol
+from testbed.worker.client import ControlClient
+from testbed.worker.emulate import Emulated, Timing
+from testbed.worker.zoo import Dataset, make_data, make_emulated, make_model, make_optimizer
 
 ENV_RENDEZVOUS = "NETSENSE_RENDEZVOUS"
 

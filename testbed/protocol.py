@@ -1,7 +1,7 @@
 """What the testbed and a worker agree on: environment, files and messages.
 
-This module and ``catalog`` are the only code that both packages share. They import neither torch nor testbed, so that the
-orchestrator stays light and a worker needs no testbed.
+This module imports no torch, so that the orchestrator stays light. Of the library it takes only ``netsenseml.catalog`` and
+``netsenseml.records``, which import none either.
 
 A *cell* is one training run: one method, one seed, one set of link conditions. Its directory holds
 
@@ -38,42 +38,25 @@ S = max(step now in work) + 1 and tells all of them to end after S steps. No con
 import json
 import os
 import socket
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from netsenseml.records import STEP_COLUMNS, RecordFile, monotonic_s, read_records
+
+__all__ = ["STEP_COLUMNS", "RecordFile", "monotonic_s", "read_records"]
+
 ENV_CELL_DIR = "NETSENSE_CELL_DIR"
 """Directory of the cell as the worker sees it; unset outside the testbed."""
+
+LISTENER = "testbed.worker.listener:CellListener"
+"""What a worker's session tells of its steps; the value of ``netsenseml.listener.ENV_LISTENER`` there."""
 
 CELL_FILE = "cell.json"
 SOCKET_FILE = "control.sock"
 EVALS_FILE = "evals.jsonl"
 HEARTBEAT_S = 1.0
 SILENCE_S = 10.0
-
-STEP_COLUMNS: Mapping[str, str] = {
-    "rank": "rank of the worker that wrote the row",
-    "step": "number of the optimizer step, from 0",
-    "t_s": "end of the step, seconds after t = 0 (CLOCK_MONOTONIC)",
-    "loss": "training loss of this rank's batch; null if the script does not report it",
-    "samples": "samples of this rank's batch; null if the script does not report them",
-    "step_s": "wall time of the step",
-    "compute_s": "step_s less comm_s",
-    "comm_s": "exposed communication: from the last gradient being ready to the last bucket being exchanged, and before that"
-    " the time that backward waited in the hook",
-    "encode_s": "time spent in encoding and decoding",
-    "payload_bytes": "bytes this rank sent for the exchange by the collective's cost formula, without TCP/IP headers",
-    "dense_bytes": "bytes a ring all-reduce of the same float32 gradients would have sent from this rank",
-    "scheme": "how the gradients were encoded, for example 'allreduce', 'int8', 'sparse-bf16@1%'",
-    "ratio": "share of the gradient elements that were sent, 1 = all",
-    "lost_energy": "share of the energy (sum of squares) of gradient + residual that was not sent; null if not known",
-    "bandwidth_bps": "bandwidth estimate in use for this step, bits/s; null if the method does not sense",
-    "rtt_s": "smoothed RTT estimate; null if the method does not sense",
-    "min_rtt_s": "smallest RTT in the window; null if the method does not sense",
-    "retransmits": "TCP segments retransmitted by this rank since the group was formed; null if unknown",
-}
-"""Columns of one row of steps, with their meaning. The testbed adds cell, method and seed on loading."""
 
 EVAL_COLUMNS: Mapping[str, str] = {
     "step": "optimizer steps done before the evaluation",
@@ -136,40 +119,6 @@ def read_cell(directory: Path) -> CellConfig:
 def steps_file(directory: Path, rank: int) -> Path:
     """Path of the step records of one rank."""
     return directory / f"steps-r{rank}.jsonl"
-
-
-class RecordFile:
-    """Append-only JSON lines that survive SIGKILL: every row is one ``write`` of a whole line.
-
-    Only the row being written at the moment of a power failure can be torn; ``read_records`` leaves it out.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-
-    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows of what JSON can hold; a value that is NaN is written as null."""
-        text = "".join(json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n" for row in rows)
-        os.write(self._fd, text.encode())
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a record file, skipping a torn last line."""
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if line.endswith("\n"):
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    continue
-
-
-def monotonic_s() -> float:
-    """Seconds on CLOCK_MONOTONIC, the one clock of all records."""
-    return time.clock_gettime(time.CLOCK_MONOTONIC)
 
 
 def _short_address(path: Path, directory_fd: int) -> str:

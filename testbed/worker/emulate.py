@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from netsenseml.agent.protocol import monotonic_s
+from netsenseml.records import monotonic_s
 
 FORWARD_SHARE = 1 / 3
 """Of a step's compute; backward computes two products where forward computes one."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from netsenseml.agent import protocol
+from testbed import protocol
 
 
 class ControlClient:

@@ -4,19 +4,20 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from netsenseml.agent import catalog
+from netsenseml import catalog
+from testbed import catalog as workloads
 
 
 def test_defaults_are_filled_in() -> None:
     assert catalog.check_method("topk") == {"ratio": 0.1, "values": "bf16"}
     assert catalog.check_method("topk", {"ratio": 1})["ratio"] == 1.0
     assert catalog.check_method("allreduce") == {}
-    assert catalog.check_model("mlp") == {"hidden": [512, 512]}
-    assert catalog.check_data("digits") == {}
-    assert catalog.check_optimizer("sgd", {"lr": 0.2, "momentum": 0.9})["nesterov"] is False
+    assert workloads.check_model("mlp") == {"hidden": [512, 512]}
+    assert workloads.check_data("digits") == {}
+    assert workloads.check_optimizer("sgd", {"lr": 0.2, "momentum": 0.9})["nesterov"] is False
 
 
-@pytest.mark.parametrize("table", [catalog.METHODS, catalog.MODELS, catalog.DATA, catalog.OPTIMIZERS])
+@pytest.mark.parametrize("table", [catalog.METHODS, workloads.MODELS, workloads.DATA, workloads.OPTIMIZERS])
 def test_every_default_is_valid_and_every_option_explained(table: dict[str, dict[str, catalog.Option]]) -> None:
     for options in table.values():
         for option in options.values():
@@ -52,14 +53,14 @@ def test_errors_are_one_line_that_names_the_choices(name: str, options: dict[str
 
 
 def test_lists_and_booleans() -> None:
-    assert catalog.check_model("mlp", {"hidden": [3]}) == {"hidden": [3]}
+    assert workloads.check_model("mlp", {"hidden": [3]}) == {"hidden": [3]}
     for wrong in ([0], [1.5], "3", [True]):
         with pytest.raises(ValueError, match="a list of positive integers"):
-            catalog.check_model("mlp", {"hidden": wrong})
+            workloads.check_model("mlp", {"hidden": wrong})
     with pytest.raises(ValueError, match="true or false"):
-        catalog.check_optimizer("sgd", {"nesterov": 1})
+        workloads.check_optimizer("sgd", {"nesterov": 1})
     with pytest.raises(ValueError, match="nesterov needs momentum"):
-        catalog.check_optimizer("sgd", {"nesterov": True})
+        workloads.check_optimizer("sgd", {"nesterov": True})
 
 
 def test_methods_of_installed_packages_are_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

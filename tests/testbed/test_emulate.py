@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from netsenseml.train import emulate
-from netsenseml.train.emulate import Emulated, Timing, layer_works
-from netsenseml.train.vision import resnet18, vgg16
-from netsenseml.train.zoo import make_data, make_emulated, make_model
+from testbed.worker import emulate
+from testbed.worker.emulate import Emulated, Timing, layer_works
+from testbed.worker.vision import resnet18, vgg16
+from testbed.worker.zoo import make_data, make_emulated, make_model
 
 STEP_S = 0.3
 

@@ -1,4 +1,4 @@
-"""Models, data sets and optimizers of the built-in worker; their options are in ``agent.catalog``."""
+"""Models, data sets and optimizers of the built-in worker; their options are in ``testbed.catalog``."""
 
 import itertools
 import pickle
@@ -12,11 +12,12 @@ import sklearn.model_selection
 import torch
 from torch import nn
 
-from netsenseml.agent.catalog import CIFAR_FILES, check_data, check_folder, check_model, check_optimizer, is_import_path
+from netsenseml.catalog import is_import_path
 from netsenseml.methods import load
-from netsenseml.train.emulate import Emulated, Timing
-from netsenseml.train.text import Gpt, library_text
-from netsenseml.train.vision import resnet18, vgg16
+from testbed.catalog import CIFAR_FILES, check_data, check_folder, check_model, check_optimizer
+from testbed.worker.emulate import Emulated, Timing
+from testbed.worker.text import Gpt, library_text
+from testbed.worker.vision import resnet18, vgg16
 
 Dataset = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """train_x, train_y, test_x, test_y: floating-point samples and int64 classes, samples along the first dimension."""

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from groups import Ranks
 
-from netsenseml.agent import protocol
-from netsenseml.agent.client import ControlClient
-from netsenseml.train import worker, zoo
+from netsenseml.listener import ENV_LISTENER
+from netsenseml.records import monotonic_s, read_records
+from testbed import protocol
+from testbed.worker import program, zoo
+from testbed.worker.client import ControlClient
+from tests.netsenseml.groups import Ranks
 
 
 class Orchestrator:
@@ -67,7 +69,7 @@ class Orchestrator:
 
     def start(self) -> float:
         self.until(lambda: len(self.of("ready")) == self._ranks)
-        t0 = protocol.monotonic_s()
+        t0 = monotonic_s()
         self.tell({"type": "start", "t0": t0})
         return t0
 
@@ -114,8 +116,12 @@ def write_cell(directory: Path, ranks: int, method: str = "topk", seed: int = 0,
 
 
 def start_workers(directory: Path, ranks: int) -> Ranks:
-    env = {protocol.ENV_CELL_DIR: str(directory), worker.ENV_RENDEZVOUS: f"file://{directory}/rendezvous"}
-    return Ranks(worker.main, [()] * ranks, env, directory / "log")
+    env = {
+        protocol.ENV_CELL_DIR: str(directory),
+        ENV_LISTENER: protocol.LISTENER,
+        program.ENV_RENDEZVOUS: f"file://{directory}/rendezvous",
+    }
+    return Ranks(program.main, [()] * ranks, env, directory / "log")
 
 
 @pytest.mark.parametrize("method", ["allreduce", "netsense"])
@@ -135,10 +141,10 @@ def test_trains_to_the_end(tmp_path: Path, method: str, workload: dict[str, Any]
     assert {message["steps"] for message in done.values()} == {steps}
     assert done[1]["accuracy"] is None
     for rank in range(2):
-        rows = list(protocol.read_records(protocol.steps_file(tmp_path, rank)))
+        rows = list(read_records(protocol.steps_file(tmp_path, rank)))
         assert [row["step"] for row in rows] == list(range(steps))
         assert all(row["samples"] == 32 and row["rank"] == rank for row in rows)
-    evaluations = list(protocol.read_records(tmp_path / protocol.EVALS_FILE))
+    evaluations = list(read_records(tmp_path / protocol.EVALS_FILE))
     assert evaluations[-1]["step"] == steps
     assert evaluations[-1]["accuracy"] == done[0]["accuracy"] > 0.3
     assert evaluations[-1].keys() == protocol.EVAL_COLUMNS.keys()
@@ -150,13 +156,13 @@ def test_all_ranks_stop_after_the_same_step_and_pace_is_kept(tmp_path: Path) -> 
     with orchestrated(tmp_path, 2) as orchestrator:
         workers = start_workers(tmp_path, 2)
         begin = orchestrator.start()
-        orchestrator.until(lambda: protocol.monotonic_s() - begin > 1.5)
+        orchestrator.until(lambda: monotonic_s() - begin > 1.5)
         last = orchestrator.hold_and_stop()
         orchestrator.finish()
         assert workers.results() == [0, 0]
     assert {message["steps"] for message in orchestrator.of("done").values()} == {last}
     assert orchestrator.of("heartbeat").keys() == {0, 1}
-    rows = list(protocol.read_records(protocol.steps_file(tmp_path, 0)))
+    rows = list(read_records(protocol.steps_file(tmp_path, 0)))
     assert len(rows) == last
     paced = sorted(row["compute_s"] for row in rows[3:])
     assert 0.045 <= paced[len(paced) // 2] <= 0.1
@@ -212,12 +218,12 @@ def test_sigterm_ends_a_worker_at_once(tmp_path: Path) -> None:
         process.join(2)
         assert process.exitcode == -signal.SIGTERM
         workers.end()
-    assert list(protocol.read_records(rows))
+    assert list(read_records(rows))
 
 
 def test_importing_the_worker_leaves_a_process_that_can_fork() -> None:
     code = """
-import sys, netsenseml.train.worker
+import sys, testbed.worker.program
 from pathlib import Path
 for module in ("torch._dynamo", "torch.nn.parallel.distributed", "sklearn.datasets", "sklearn.model_selection"):
     assert module in sys.modules, module
@@ -233,7 +239,7 @@ print(len([name for name in threads if name != "jemalloc_bg_thd"]))
 CLIENT = """
 import sys, time
 from pathlib import Path
-from netsenseml.agent.client import ControlClient
+from testbed.worker.client import ControlClient
 client = ControlClient(Path(sys.argv[1]), rank=3, silence_s=0.6)
 client.ready("hash")
 if sys.argv[2] == "close":

@@ -1,1 +1,0 @@
-"""What a worker needs to talk to the testbed; imports no torch."""

@@ -1,0 +1,188 @@
+"""Names and options of methods, without importing torch.
+
+The testbed validates a spec against this table before anything starts; ``attach`` resolves its options with the same
+functions, so both accept exactly the same things. A name may also be ``package.module:attribute``. Such a
+name is the user's own code: it is accepted here together with its options, and loaded by the worker.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option: its type, its default and the values it may take.
+
+    kind: bool, int, float, str (one of ``choices``) or list; of what, its default tells: of positive integers, or of texts.
+        An int is accepted where a float is meant.
+    low, high: inclusive bounds of a number; above: exclusive lower bound. choices: the values, if they can be listed.
+    """
+
+    kind: type
+    default: Any
+    help: str
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+    choices: tuple[Any, ...] = ()
+
+    def check(self, value: Any) -> Any:
+        """The value in the option's type; raises ValueError saying what is expected."""
+        if self.kind is list:
+            if isinstance(value, (list, tuple)) and all(self._fits_list(item) for item in value):
+                return list(value)
+            raise ValueError(self.expected)
+        if self.choices:
+            if value in self.choices and isinstance(value, self.kind):
+                return value
+            raise ValueError(self.expected)
+        if self.kind is str and isinstance(value, str):
+            return value
+        if self.kind is float and _is_int(value):
+            value = float(value)
+        fits = _is_int(value) if self.kind is int else isinstance(value, self.kind)
+        if not fits or (self.kind is not bool and not (self.low <= value <= self.high and value > self.above)):
+            raise ValueError(self.expected)
+        return value
+
+    @property
+    def _of_numbers(self) -> bool:
+        return bool(self.default) and _is_int(self.default[0])
+
+    def _fits_list(self, item: Any) -> bool:
+        return _is_int(item) and item > 0 if self._of_numbers else isinstance(item, str)
+
+    @property
+    def expected(self) -> str:
+        """What a value must look like, in words."""
+        if self.kind is list:
+            return "a list of positive integers" if self._of_numbers else "a list of texts"
+        if self.choices:
+            return "one of " + ", ".join(map(str, self.choices))
+        if self.kind is bool:
+            return "true or false"
+        bounds = [
+            f"> {self.above:g}" if self.above > -math.inf else "",
+            f">= {self.low:g}" if self.low > -math.inf else "",
+            f"<= {self.high:g}" if self.high < math.inf else "",
+        ]
+        return " ".join(["an integer" if self.kind is int else "a number", " and ".join(filter(None, bounds))]).strip()
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+Options = Mapping[str, Option]
+
+_RATIO = Option(float, 0.1, "share of the gradient elements that every rank sends", above=0, high=1)
+_VALUES = Option(str, "bf16", "type of the values that are sent", choices=("fp32", "bf16", "int8", "int4"))
+
+METHODS: Mapping[str, Options] = {
+    "allreduce": {},
+    "bf16": {},
+    "fp16": {},
+    "topk": {"ratio": _RATIO, "values": _VALUES},
+    "topk12": {"ratio": _RATIO},
+    "randomk": {"ratio": _RATIO},
+    "dgc": {
+        "ratio": replace(_RATIO, default=0.01),
+        "values": _VALUES,
+        "momentum": Option(float, 0.9, "momentum correction; the optimizer must then have none of its own", low=0, high=1),
+        "warmup": Option(int, 100, "steps in which the share falls from a quarter to ratio", low=0),
+    },
+    "quantized": {"values": Option(str, "int8", "type of the values that are sent", choices=("bf16", "int8", "int4"))},
+    "qsgd": {"bits": Option(int, 8, "bits of a value", choices=(8, 4))},
+    "signsgd": {},
+    "powersgd": {"rank": Option(int, 4, "rank of the approximation", low=1)},
+    "netsense": {
+        "policy": Option(
+            str, "progress", "what decides: our rule, the paper's, or the list 'schemes'", choices=("progress", "bdp", "fixed")
+        ),
+        "floor": Option(float, 0.001, "smallest share of the elements (progress, bdp)", above=0, high=1),
+        "start": Option(float, 0.01, "share of the elements in the first steps (bdp)", above=0, high=1),
+        "schemes": Option(list, [], "scheme of every step, as the records name them; the last one goes on (fixed)"),
+    },
+}
+
+ENTRY_POINTS = "netsenseml.methods"
+"""Group of entry points under which a package registers methods of its own."""
+
+
+def check_method(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Options of a method with the defaults filled in.
+
+    Raises ValueError, one line that names the valid choices, nearest first.
+    """
+    known = METHODS
+    if name not in METHODS and not is_import_path(name):
+        registered = registered_methods()
+        if name in registered:
+            return dict(options or {})
+        known = {**METHODS, **{key: {} for key in registered}}
+    resolved = resolve("method", known, name, options)
+    if resolved.get("policy") == "fixed" and not resolved["schemes"]:
+        raise ValueError(f"method '{name}': policy 'fixed' needs schemes, for example [int8]")
+    if resolved.get("policy") != "fixed" and resolved.get("schemes"):
+        raise ValueError(f"method '{name}': schemes need policy: fixed")
+    for scheme in resolved.get("schemes", ()):
+        check_scheme(scheme)
+    return resolved
+
+
+def check_scheme(name: str) -> None:
+    """Raise ValueError, one line, unless ``name`` is a scheme that netsense can use."""
+    kind = name.removeprefix("host-").removesuffix("-ring")
+    found = _SPARSE.fullmatch(kind)
+    if name != "allreduce" and kind not in _DENSE and not (found and 0 < float(found[1]) < 100):
+        raise ValueError(
+            f"unknown scheme '{name}'; there are allreduce, {', '.join(_DENSE)}, and such as sparse-int8@1%; all but the first also "
+            "with -ring behind them, to gather round a ring, or host- before them, where hosts have several ranks"
+        )
+
+
+_DENSE = ("fp32", "bf16", "int8", "int4", "sign")
+_SPARSE = re.compile(rf"sparse-(?:{'|'.join(_DENSE)})@([0-9]*\.?[0-9]+)%")
+
+
+def registered_methods() -> dict[str, EntryPoint]:
+    """Methods that installed packages bring along, by name."""
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
+def is_import_path(name: str) -> bool:
+    """True if the name has the form ``package.module:attribute``."""
+    module, colon, attribute = name.partition(":")
+    return bool(colon) and all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")])
+
+
+def nearest_first(name: str, choices: Iterable[str]) -> list[str]:
+    """The choices, those that look most like ``name`` first."""
+    return sorted(choices, key=lambda choice: -difflib.SequenceMatcher(None, name, choice).ratio())
+
+
+def resolve(kind: str, catalog: Mapping[str, Options], name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Options of ``name`` in a catalog with the defaults filled in; raises ValueError, one line that names the choices."""
+    given = dict(options or {})
+    if is_import_path(name):
+        return given
+    if name not in catalog:
+        choices = ", ".join(nearest_first(name, catalog))
+        raise ValueError(f"unknown {kind} '{name}'; choose from {choices}, or package.module:attribute")
+    known = catalog[name]
+    for key in given:
+        if key not in known:
+            choices = ", ".join(nearest_first(key, known)) if known else "none"
+            raise ValueError(f"{kind} '{name}' has no option '{key}'; its options: {choices}")
+    resolved = {}
+    for key, option in known.items():
+        try:
+            resolved[key] = option.check(given.get(key, option.default))
+        except ValueError as error:
+            raise ValueError(f"{kind} '{name}': {key} must be {error}, not {given[key]!r}") from None
+    return resolved

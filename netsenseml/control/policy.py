@@ -1,0 +1,56 @@
+"""What a policy knows of a step, and what it decides. It lives on rank 0, which tells the others."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One step, as the slowest rank saw it.
+
+    plan: name of the plan that exchanged it. elements, ready_s: of every bucket, how many elements it has and when it was
+    ready, before
+        the last gradient, s <= 0.
+    compute_s: from the end of the exchange before to the last gradient. exposed_s: from there to the end of the exchange.
+    communication_s: time in which something was under way; of the rank that waited least for the others.
+    encode_s: spent on coding. payload_bytes: what a rank sent.
+    latency_s: of an empty direct exchange among all ranks. ring_share: mean of the ranks' round-trip times over the largest.
+    lost: by name of a plan, share of the newest gradients' energy that it would not send; empty if nobody looked.
+    """
+
+    plan: str
+    elements: tuple[int, ...]
+    ready_s: tuple[float, ...]
+    compute_s: float
+    exposed_s: float
+    communication_s: float
+    encode_s: float
+    payload_bytes: int
+    latency_s: float | None
+    ring_share: float
+    lost: Mapping[str, float]
+
+
+class Policy(Protocol):
+    """Decides by which plan a later step is exchanged."""
+
+    plan: str
+    """Name of the plan to use from now on."""
+
+    @property
+    def bandwidth_bps(self) -> float | None:
+        """Payload bandwidth that the policy reckons with, bits/s; None if with none."""
+
+    @property
+    def at_ease(self) -> bool:
+        """Whether it would not matter if some of the next steps were not told."""
+
+    def decide(self, seen: Observation) -> None:
+        """Take a step into account, and decide."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a checkpoint of the same policy."""

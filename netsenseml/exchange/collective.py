@@ -1,0 +1,82 @@
+"""The compressed collective: the mean of a tensor over all ranks, as a plan has it."""
+
+import torch
+from torch.futures import Future
+
+from netsenseml.compress.codec import Sent
+from netsenseml.compress.feedback import Key, energy_lost, norm, sample
+from netsenseml.exchange.collectives import all_reduce_bytes
+from netsenseml.exchange.collectives import all_reduce_mean as ring_mean
+from netsenseml.exchange.communicators import Context, Plan, RingAllReduce
+from netsenseml.exchange.mesh import Mesh
+from netsenseml.exchange.scheduler import Exchange
+from netsenseml.statistics import StepStatistics
+
+
+def all_reduce_mean(
+    tensor: torch.Tensor,
+    key: Key,
+    plan: Plan,
+    mesh: Mesh,
+    statistics: StepStatistics | None = None,
+    *,
+    feedback: bool = True,
+) -> Future[torch.Tensor]:
+    """Replace ``tensor`` by its mean over the ranks of ``mesh``, as ``plan`` has it; returns at once.
+
+        work = all_reduce_mean(gradient, "fc1", DirectAllReduce(Codec("int4")), mesh)
+        work.wait()
+
+    tensor: shape (n,), contiguous, floating point; not to be touched before the work is done. Call it on all ranks in the same
+        order, with the same plan and as many elements. The result is the same bit by bit on all of them.
+    key: finds the residual, which is what earlier plans did not send of earlier tensors of this key: sent + new residual =
+        tensor + old residual. Without ``feedback`` nothing is kept, and what is not sent is lost.
+    statistics: is told bytes, times and the energy that was not sent.
+
+    When not to use it: where nothing is to be saved, ``torch.distributed.all_reduce`` does the same with nothing around it.
+    The future raises what a collective raised; after that the mesh is of no use.
+    """
+    mesh.sequence += 1
+    statistics = statistics or StepStatistics(mesh.ranks)
+    if isinstance(plan, RingAllReduce):
+        return _as_it_is(tensor, key, mesh, statistics, feedback)
+    return mesh.scheduler.submit(_exchange(tensor, key, plan, mesh, statistics, mesh.sequence, feedback))
+
+
+def _as_it_is(tensor: torch.Tensor, key: Key, mesh: Mesh, statistics: StepStatistics, feedback: bool) -> Future[torch.Tensor]:
+    """Ring all-reduce in the group of DDP, launched on the caller's thread, where nothing of the caller's can be overtaken.
+
+    What earlier plans have left behind is spread over the next steps, and its memory is freed when all is sent.
+    """
+    if feedback and mesh.memory.holds(key):
+        with statistics.coding():
+            compensated = mesh.memory.compensate(key, tensor, dense=True)
+            before = sample(compensated.tensor)
+            tensor.copy_(compensated.tensor)
+            compensated.tensor.zero_()
+            ratio = mesh.memory.settle(key, compensated)
+            if not compensated.held and not mesh.memory.momentum:
+                mesh.memory.forget(key)
+            statistics.lose(0.0, norm(before) ** 2, ratio)
+    sent = all_reduce_bytes(tensor.nbytes, mesh.ranks)
+    return statistics.launch(lambda: ring_mean(tensor, mesh.group), sent, elements=tensor.numel())
+
+
+def _exchange(
+    tensor: torch.Tensor, key: Key, plan: Plan, mesh: Mesh, statistics: StepStatistics, number: int, feedback: bool
+) -> Exchange:
+    with statistics.coding():
+        if feedback:
+            compensated = mesh.memory.compensate(key, tensor, dense=plan.dense)
+            source = compensated.tensor
+        else:
+            source = tensor.to(torch.float32, copy=True)
+        before = sample(source)
+    out = tensor if tensor.dtype == source.dtype else torch.empty_like(source)
+    context = Context(mesh, statistics, number, out, Sent(), mesh.rank, (mesh.stage(0), mesh.stage(1)))
+    mean = yield from plan.exchange(source, context)
+    with statistics.coding():
+        lost = energy_lost(before, source)
+        ratio = mesh.memory.settle(key, compensated, context.sent.positions) if feedback else 0.0
+        statistics.lose(lost, norm(before) ** 2, ratio)
+        return tensor.copy_(mean)  # which does nothing where the mean was formed in it

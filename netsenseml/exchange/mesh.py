@@ -1,0 +1,208 @@
+"""The ranks that exchange tensors, on which hosts they are, and what lasts from one exchange to the next."""
+
+import json
+import os
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import distributed as c10d
+
+from netsenseml.compress.feedback import ErrorFeedback
+from netsenseml.exchange.scheduler import Scheduler
+from netsenseml.sensing.tcp import local_address
+
+_THREADS = 4
+"""Collectives of one group that are under way at the same time; Gloo's default is 2. On long paths, where a collective mostly
+waits, four buckets take half as long with 4."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """What a rank tells the others of itself. host: equal for ranks that share a network interface. address: IP, None if
+    unknown."""
+
+    host: str
+    address: str | None
+
+
+class Shape(NamedTuple):
+    """How many ranks there are, and how many of them share a host; what costs depend on."""
+
+    ranks: int
+    ranks_per_host: int = 1
+
+    @property
+    def ranks_crossing(self) -> float:
+        """Times the bytes of a rank that a host's interface carries, if every rank sends each of the others as much."""
+        return self.ranks_per_host * (self.ranks - self.ranks_per_host) / max(self.ranks - 1, 1)
+
+    @property
+    def of_hosts(self) -> "Shape":
+        """Of one rank a host."""
+        return Shape(self.ranks // self.ranks_per_host)
+
+
+class Mesh:
+    """The ranks of a process group, with all that ``all_reduce_mean`` needs beside a tensor.
+
+        mesh = Mesh(dist.group.WORLD)
+        work = all_reduce_mean(tensor, "fc1", DirectAllReduce(Codec("int8")), mesh)
+        mean = work.wait()
+        mesh.close()
+
+    ``hosts`` has for every rank the number of its host: ranks of one host share its network interface. Residuals of error
+    feedback are in ``memory``. The process groups are Gloo's, so that collectives of a thread of our own never meet those of
+    DDP; they keep the time-out of ``group``.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        *,
+        memory: ErrorFeedback | None = None,
+        config: Mapping[str, Any] | None = None,
+        hosts: Sequence[int] | None = None,
+    ) -> None:
+        """Called on all ranks of ``group``.
+
+        config: what must be the same on all ranks. hosts: in place of what is found out.
+        Raises ValueError, one line, where a rank's config differs; RuntimeError where a rank does not come in time.
+        """
+        self.group = group
+        self.rank, self.ranks = group.rank(), group.size()
+        self.memory = memory or ErrorFeedback()
+        self.scheduler = Scheduler()
+        self.sequence = 0
+        """Exchanges so far, from which all randomness is drawn."""
+        self.peers = agree(group, config or {})
+        names = list(dict.fromkeys(peer.host for peer in self.peers))
+        self.hosts = tuple(hosts) if hosts is not None else tuple(names.index(peer.host) for peer in self.peers)
+        self._groups: dict[str, dist.ProcessGroup] = {}
+
+    @property
+    def shape(self) -> Shape:
+        """Hosts of unequal size, or whose ranks are not numbered one after another, count as hosts of one rank each."""
+        if len(set(self.hosts)) == 1:  # what joins them is the network
+            return Shape(self.ranks)
+        size = self.hosts.count(self.hosts[0])
+        regular = all(host == self.hosts[i // size * size] for i, host in enumerate(self.hosts)) and self.ranks % size == 0
+        return Shape(self.ranks, size if regular and len(set(self.hosts)) == self.ranks // size else 1)
+
+    @property
+    def machine_ranks(self) -> list[int]:
+        """Ranks that share this rank's processors."""
+        machine = self.peers[self.rank].host.partition("/")[0]
+        return [rank for rank, peer in enumerate(self.peers) if peer.host.partition("/")[0] == machine]
+
+    @property
+    def host_ranks(self) -> list[int]:
+        """Ranks of this rank's host."""
+        return [rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
+
+    @property
+    def leaders(self) -> list[int]:
+        """The lowest rank of every host."""
+        return [self.hosts.index(host) for host in dict.fromkeys(self.hosts)]
+
+    def stage(self, number: int) -> dist.ProcessGroup:
+        """The process group of all ranks for a stage of an exchange; made at its first use, on all ranks."""
+        return self._made(f"stage{number}", range(self.ranks))
+
+    def host_stage(self, number: int) -> dist.ProcessGroup:
+        """Likewise of the ranks of this host."""
+        return self._made(f"host{number}-{self.hosts[self.rank]}", self.host_ranks)
+
+    def leader_stage(self, number: int) -> dist.ProcessGroup:
+        """Likewise of the lowest ranks of all hosts; call it on these only."""
+        return self._made(f"leader{number}", self.leaders)
+
+    def _made(self, name: str, ranks: Iterable[int]) -> dist.ProcessGroup:
+        if name not in self._groups:
+            self._groups[name] = new_group(self.group, name, list(ranks))
+        return self._groups[name]
+
+    def close(self) -> None:
+        """End the thread and the groups, after all that is under way; call it on all ranks."""
+        self.scheduler.close()
+        self._groups.clear()
+
+
+def new_group(group: dist.ProcessGroup, name: str, ranks: Sequence[int]) -> dist.ProcessGroup:
+    """A Gloo group of some ranks of ``group``, with its time-out and interfaces; called on all of them, and no others.
+
+    It is not registered with torch.distributed: it ends with its last reference, and leaves nothing that a later group of the
+    same ranks could mistake for its own. Both ``new_group`` and ``destroy_process_group`` of torch do, for part of the ranks.
+    """
+    rank = group.rank()
+    store = store_of(group)
+    # How many times these ranks have made a group of this name, counted by each for itself.
+    count = store.add(f"netsenseml/{name}/{rank}", 1)
+    gloo: Any = dist.ProcessGroupGloo  # whose options torch itself reaches by their underscores
+    options = gloo._Options()
+    options._timeout, options._threads = timeout(group), _THREADS
+    backend: Any = group._get_backend(torch.device("cpu")) if dist.get_backend(group) == dist.Backend.GLOO else None
+    if backend is not None and backend.options._devices:
+        options._devices = backend.options._devices
+    else:
+        interfaces = [given for given in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if given]
+        options._devices = [gloo.create_device(interface=given) for given in interfaces] or [gloo.create_default_device()]
+    prefix: Any = c10d.PrefixStore(f"netsenseml/{name}/{count}", store)  # type: ignore[attr-defined]
+    made: dist.ProcessGroup = gloo(prefix, ranks.index(rank), len(ranks), options)
+    return made
+
+
+def timeout(group: dist.ProcessGroup) -> timedelta:
+    """What the user gave to ``init_process_group``."""
+    given: timedelta = group._get_backend(next(iter(group._device_types))).options._timeout
+    return given
+
+
+def agree(group: dist.ProcessGroup, config: Mapping[str, Any]) -> list[Peer]:
+    """Meet all ranks of ``group``: who they are, in order of rank. Goes through the store, so that nothing crosses the links.
+
+    Raises ValueError, one line, on every rank whose ``config``, what JSON can hold, differs from that of rank 0; RuntimeError,
+    which names the ranks that are missing, after the time-out of the group.
+    """
+    store, rank = store_of(group), group.rank()
+    meeting = store.add(f"netsenseml/meeting/{rank}", 1)
+    mine = {"config": dict(config), "host": _host(), "address": local_address(os.environ.get("GLOO_SOCKET_IFNAME"))}
+    store.set(f"netsenseml/meeting/{meeting}/{rank}", json.dumps(mine))
+    keys = [f"netsenseml/meeting/{meeting}/{other}" for other in range(group.size())]
+    try:
+        store.wait(keys, timeout(group))
+    except RuntimeError:
+        missing = [other for other, key in enumerate(keys) if not store.check([key])]
+        raise RuntimeError(f"ranks {_listed(missing)} did not come within {timeout(group).total_seconds():g} s") from None
+    told = [json.loads(store.get(key)) for key in keys]
+    for other, theirs in enumerate(told):
+        if theirs["config"] != told[0]["config"]:
+            names = list({**told[0]["config"], **theirs["config"]})
+            name = next(name for name in names if told[0]["config"].get(name) != theirs["config"].get(name))
+            first, differs = told[0]["config"].get(name), theirs["config"].get(name)
+            raise ValueError(f"rank {other} has {name} = {differs!r}, rank 0 has {first!r}; all ranks must have the same")
+    return [Peer(theirs["host"], theirs["address"]) for theirs in told]
+
+
+def store_of(group: dist.ProcessGroup) -> Any:
+    """Where the ranks of a group met."""
+    return c10d.distributed_c10d._get_process_group_store(group)
+
+
+def _host() -> str:
+    """What ranks share that share a network interface: the kernel, and the network namespace in it."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    namespace = Path("/proc/self/ns/net")
+    try:
+        return f"{boot.read_text().strip()}/{namespace.stat().st_ino}"
+    except OSError:  # no Linux
+        return socket.gethostname()
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))

@@ -1,0 +1,86 @@
+"""One thread that encodes, launches and decodes, while backward goes on."""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Generator
+
+import torch
+from torch.futures import Future
+
+Exchange = Generator[Future[torch.Tensor], torch.Tensor, torch.Tensor]
+"""The exchange of one tensor: yields the collectives that it launched, one after another, and returns the result."""
+
+
+class Scheduler:
+    """Runs exchanges so that every rank launches its collectives in the same order.
+
+    Collectives of one process group match by their order. Tensors are submitted in the same order everywhere, but when a
+    collective completes is different on every rank. So each stage of an exchange has a process group of its own, and the
+    exchanges pass every stage in the order of their submission, whichever completed first.
+
+    Nothing here ever waits for a collective: a thread of Gloo that waited in a callback could be the one that is needed.
+    The thread is started by the first exchange.
+    """
+
+    def __init__(self) -> None:
+        self._events: queue.SimpleQueue[_InFlight | None] = queue.SimpleQueue()
+        self._stages: list[deque[_InFlight]] = []
+        self._thread: threading.Thread | None = None
+
+    def submit(self, exchange: Exchange) -> Future[torch.Tensor]:
+        """Run an exchange; the future has its result, or what it raised."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="netsenseml-exchange", daemon=True)
+            self._thread.start()
+        tensor = _InFlight(exchange)
+        self._events.put(tensor)
+        return tensor.done
+
+    def close(self) -> None:
+        """End the thread, after all that was submitted."""
+        if self._thread is not None:
+            self._events.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while (tensor := self._events.get()) is not None:
+            if tensor.stage < 0:
+                self._advance(tensor)
+                continue
+            waiting = self._stages[tensor.stage]
+            while waiting and waiting[0].completed:
+                self._advance(waiting.popleft())
+
+    def _advance(self, tensor: "_InFlight") -> None:
+        try:
+            value = tensor.collective.value() if tensor.collective is not None else None
+            tensor.collective = collective = tensor.exchange.send(value)  # type: ignore[arg-type]  # None begins a generator
+        except StopIteration as end:
+            tensor.done.set_result(end.value)
+            return
+        except BaseException as error:  # backward raises it
+            tensor.done.set_exception(error)  # type: ignore[arg-type]
+            return
+        tensor.stage += 1
+        tensor.completed = False
+        if tensor.stage == len(self._stages):
+            self._stages.append(deque())
+        self._stages[tensor.stage].append(tensor)
+        collective.add_done_callback(lambda _: self._complete(tensor))
+
+    def _complete(self, tensor: "_InFlight") -> None:
+        tensor.completed = True
+        self._events.put(tensor)
+
+
+class _InFlight:
+    """A tensor on its way. stage: number of the collective that it waits for, -1 before the first."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.done: Future[torch.Tensor] = Future()
+        self.stage = -1
+        self.completed = False
+        self.collective: Future[torch.Tensor] | None = None

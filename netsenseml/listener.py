@@ -1,0 +1,81 @@
+"""Who else wants to know of the steps of a session: the testbed, a logger. Imports no torch."""
+
+import importlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from netsenseml.records import RecordFile
+
+if TYPE_CHECKING:
+    from netsenseml.hook import Session
+
+ENV_LISTENER = "NETSENSEML_LISTENER"
+"""Environment variable with the ``package.module:Class`` of a listener that ``attach`` makes and tells."""
+
+
+class Listener(Protocol):
+    """Told by a session of what happens, on the thread that trains."""
+
+    def method(self) -> tuple[str, dict[str, Any]] | None:
+        """Name and options of the method that it wants to see; None leaves it to the script."""
+
+    def attached(self, session: "Session") -> float | None:
+        """The session is ready; may wait. Returns CLOCK_MONOTONIC seconds of t = 0 if it decides on that."""
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """The row of a step for the records (``records.STEP_COLUMNS``)."""
+
+    def step(self, steps: int) -> bool:
+        """The script says that so many steps are done; may wait. Returns False if that was the last one."""
+
+    def evaluated(self, row: Mapping[str, Any]) -> None:
+        """An evaluation of the model: step, t_s, accuracy, loss."""
+
+    def failed(self, error: str) -> None:
+        """This rank cannot go on; one line says why."""
+
+    def closed(self, accuracy: float | None, loss: float | None) -> None:
+        """The run is over after its last step, with the final evaluation if this rank made one."""
+
+
+def from_environment() -> Listener | None:
+    """The listener that the environment names; raises ValueError, one line, if it cannot be loaded."""
+    path = os.environ.get(ENV_LISTENER)
+    if not path:
+        return None
+    module, _, name = path.partition(":")
+    try:
+        made: Listener = getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{ENV_LISTENER}: cannot load '{path}': {error}") from error
+    return made
+
+
+class Recorder:
+    """Writes one JSON line a step."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = RecordFile(Path(path))
+
+    def method(self) -> None:
+        return None
+
+    def attached(self, session: "Session") -> None:
+        return None
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        self._file.append([row])
+
+    def step(self, steps: int) -> bool:
+        return True
+
+    def evaluated(self, row: Mapping[str, Any]) -> None:
+        pass
+
+    def failed(self, error: str) -> None:
+        pass
+
+    def closed(self, accuracy: float | None, loss: float | None) -> None:
+        self._file.close()

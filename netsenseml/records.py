@@ -1,0 +1,66 @@
+"""Records of steps: their columns, and files of JSON lines that survive a crash. Imports no torch."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+STEP_COLUMNS: Mapping[str, str] = {
+    "rank": "rank of the worker that wrote the row",
+    "step": "number of the optimizer step, from 0",
+    "t_s": "end of the step, seconds after t = 0 (CLOCK_MONOTONIC)",
+    "loss": "training loss of this rank's batch; null if the script does not report it",
+    "samples": "samples of this rank's batch; null if the script does not report them",
+    "step_s": "wall time of the step",
+    "compute_s": "step_s less comm_s",
+    "comm_s": "exposed communication: from the last gradient being ready to the last bucket being exchanged, and before that"
+    " the time that backward waited in the hook",
+    "encode_s": "time spent in encoding and decoding",
+    "payload_bytes": "bytes this rank sent for the exchange by the collective's cost formula, without TCP/IP headers",
+    "dense_bytes": "bytes a ring all-reduce of the same float32 gradients would have sent from this rank",
+    "scheme": "how the gradients were encoded, for example 'allreduce', 'int8', 'sparse-bf16@1%'",
+    "ratio": "share of the gradient elements that were sent, 1 = all",
+    "lost_energy": "share of the energy (sum of squares) of gradient + residual that was not sent; null if not known",
+    "residual_ratio": "largest norm of what is kept of a bucket over that of its gradient; null if nothing is kept",
+    "bandwidth_bps": "bandwidth estimate in use for this step, bits/s; null if the method does not sense",
+    "rtt_s": "smoothed RTT estimate; null if the method does not sense",
+    "min_rtt_s": "smallest RTT in the window; null if the method does not sense",
+    "retransmits": "TCP segments retransmitted by this rank since the group was formed; null if unknown",
+}
+"""Columns of one row of steps, with their meaning. The testbed adds cell, method and seed on loading."""
+
+
+class RecordFile:
+    """Append-only JSON lines that survive SIGKILL: every row is one ``write`` of a whole line.
+
+    Only the row being written at the moment of a power failure can be torn; ``read_records`` leaves it out.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows of what JSON can hold; a value that is NaN is written as null."""
+        text = "".join(json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n" for row in rows)
+        os.write(self._fd, text.encode())
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a record file, skipping a torn last line."""
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue
+
+
+def monotonic_s() -> float:
+    """Seconds on CLOCK_MONOTONIC, the one clock of all records."""
+    return time.clock_gettime(time.CLOCK_MONOTONIC)

@@ -1,0 +1,82 @@
+"""What makes a session a worker of a cell: its method, its records, its start and its end come from the testbed."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from netsenseml.hook import Session
+from netsenseml.records import RecordFile
+from testbed import protocol
+from testbed.worker.client import ControlClient
+
+
+class CellListener:
+    """Installed by the environment variable that ``netsenseml.listener`` names.
+
+    In a step this waits while the orchestrator asks to hold, so that all ranks end after the same step.
+    """
+
+    def __init__(self) -> None:
+        self._directory = Path(os.environ[protocol.ENV_CELL_DIR])
+        self._steps: RecordFile | None = None
+        self._evaluations: RecordFile | None = None
+        self._control: ControlClient | None = None
+        self._session: Session | None = None
+
+    def method(self) -> tuple[str, dict[str, Any]]:
+        """Raises ValueError, one line, if this process has a session in the cell already."""
+        if protocol.steps_file(self._directory, int(os.environ["RANK"])).exists():
+            raise ValueError("this process has joined its cell already; only one model of a worker can be measured")
+        configured = protocol.read_cell(self._directory)["method"]
+        return configured["name"], configured["options"]
+
+    def attached(self, session: Session) -> float:
+        """Report to the orchestrator, and wait for its start."""
+        self._session = session
+        self._steps = RecordFile(protocol.steps_file(self._directory, session.rank))
+        if session.rank == 0:
+            self._evaluations = RecordFile(self._directory / protocol.EVALS_FILE)
+        self._control = ControlClient(self._directory / protocol.SOCKET_FILE, session.rank)
+        return self._control.ready(parameters_hash(session.module))
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        if self._steps is not None:
+            self._steps.append([row])
+
+    def step(self, steps: int) -> bool:
+        return self._control is None or self._control.step_done(steps)
+
+    def evaluated(self, row: Mapping[str, Any]) -> None:
+        if self._evaluations is not None:
+            self._evaluations.append([row])
+        if self._control is not None:
+            self._control.send({"type": "eval", **row})
+
+    def failed(self, error: str) -> None:
+        if self._control is not None:
+            self._control.send({"type": "failed", "error": error})
+
+    def closed(self, accuracy: float | None, loss: float | None) -> None:
+        if self._control is not None and self._session is not None:
+            done = {"type": "done", "steps": self._session.steps, "parameters": parameters_hash(self._session.module)}
+            self._control.send({**done, "accuracy": accuracy, "loss": loss})
+            self._control.close()
+        for file in filter(None, (self._steps, self._evaluations)):
+            file.close()
+        self._control = self._steps = self._evaluations = None
+
+
+def parameters_hash(module: torch.nn.Module) -> str:
+    """SHA-256 over all parameters, in order: equal for replicas that are equal bit by bit.
+
+    Buffers are left out: DDP makes those of all ranks equal only before a forward, so that the running statistics of
+    normalisation differ after the last one.
+    """
+    digest = hashlib.sha256()
+    for tensor in module.parameters():
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

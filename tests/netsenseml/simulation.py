@@ -1,0 +1,169 @@
+"""A network and a training job that take what they take, for the controller to find out. Shares no formula with ``sensing``.
+
+python tests/netsenseml/simulation.py    the whole table
+"""
+
+import random
+import statistics
+import sys
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from netsenseml.control.controller import Controller
+from netsenseml.control.plans import look, lost, plans
+from netsenseml.control.policy import Observation
+from netsenseml.exchange.communicators import Hierarchical, Plan, RingAllReduce
+from netsenseml.exchange.mesh import Shape
+from netsenseml.sensing.network import NetworkModel
+
+LAG = 2
+"""Steps until a decision is in force, as in ``methods.netsense``."""
+ACCIDENT_S = 0.2
+HEAVY_TAILED = torch.distributions.StudentT(3.0)
+
+
+def gradient() -> torch.Tensor:
+    torch.manual_seed(0)
+    return HEAVY_TAILED.sample((1 << 16,))
+
+
+@dataclass
+class World:
+    """rate_bps: of every host's link. delay_s: one way. incast: times as long as a ring that direct exchanges of large pieces take."""
+
+    shape: Shape
+    rate_bps: float
+    delay_s: float
+    compute_s: float = 0.1
+    alternating: bool = False
+    accidents: float = 0.0
+    incast: float = 1.12
+    wake_s: float = 2e-4
+    jitter: float = 0.02
+    coding_s: float = 1.5e-9
+    elements: tuple[int, ...] = (500_000, 6_500_000, 4_700_000)
+    on_time_s: float = 0.0
+    draw: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def step(self, plan: Plan, number: int) -> Observation:
+        """One step with a plan; what its ranks measure."""
+        noise = lambda: max(0.5, self.draw.gauss(1, self.jitter))  # noqa: E731
+        compute_s = self.compute_s * noise() * ((0.5, 1.5)[number % 2] if self.alternating else 1)
+        ready = [-compute_s * 0.6 * (1 - i / max(len(self.elements) - 1, 1)) for i in range(len(self.elements))]
+        factor = self.incast if "ring" not in plan.communicator else 1.0
+        hop_s = 2 * self.delay_s + self.wake_s  # the receiver asks for what it takes
+        encode_s, free, done_s, busy, began = 0.0, -1e9, [], 0.0, -1e9
+        coded = -1e9
+        for ready_s, elements in zip(ready, self.elements, strict=True):
+            cost = plan.cost(elements, self.shape)
+            coding_s = 0.0 if isinstance(plan, RingAllReduce) else self.coding_s * elements * noise()
+            encode_s += coding_s
+            coded = max(coded, ready_s) + coding_s / 2
+            free = max(free, coded) + 8 * cost.host_bytes * factor / (0.937 * self.rate_bps) * noise()
+            if isinstance(plan, Hierarchical):
+                free += 4 * elements / 4e9  # memory of the host
+            end = free + cost.latency_terms * hop_s * noise() + coding_s / 2
+            busy += max(0.0, end - max(began, coded, *done_s[-1:]))
+            done_s.append(end)
+        self.on_time_s = busy
+        late_s = ACCIDENT_S if self.draw.random() < self.accidents else 0.0
+        exposed_s = max(0.0, *done_s) + late_s
+        return Observation(
+            plan=plan.name,
+            elements=self.elements,
+            ready_s=tuple(ready),
+            compute_s=compute_s,
+            exposed_s=exposed_s,
+            communication_s=busy + late_s,
+            encode_s=encode_s,
+            payload_bytes=round(sum(plan.cost(n, self.shape).sent_bytes for n in self.elements)),
+            latency_s=hop_s * noise() + (ACCIDENT_S if self.draw.random() < self.accidents / 4 else 0.0),
+            ring_share=1.0,
+            lost={},
+        )
+
+    def seconds(self, plan: Plan, steps: int = 40) -> float:
+        """Mean step with a plan; accidents by their mean, as so few steps have too few of them."""
+        quiet = replace(self, accidents=0.0, draw=random.Random(1))
+        seen = [quiet.step(plan, number) for number in range(steps)]
+        return statistics.fmean(s.compute_s + s.exposed_s for s in seen) + ACCIDENT_S * self.accidents
+
+
+@dataclass
+class Job:
+    """A training under the real controller."""
+
+    world: World
+    kappa: float = 0.05
+    floor: float = 0.001
+
+    def __post_init__(self) -> None:
+        world = self.world
+        self.plans = plans(world.shape, self.floor)
+        self.lost = lost([look(gradient())], self.plans)
+        network = NetworkModel()
+        network.latency.add(2 * world.delay_s + world.wake_s)
+        coding_s = {plan.name: 0.0 if isinstance(plan, RingAllReduce) else world.coding_s for plan in self.plans}
+        self.controller = Controller(
+            self.plans, world.shape, network, coding_s, self.lost, kappa=self.kappa, scarce=False
+        )
+        network.start(8 * 1.1 / world.rate_bps)
+        self.controller.begin(world.elements, 0.0)
+        self.in_force = [self.controller.plan] * (1 + LAG)
+        self.by_name = {plan.name: plan for plan in self.plans}
+        self.number = 0
+
+    def worth(self, name: str) -> float:
+        return 1 / (1 + self.kappa * self.lost[name] / (1 - self.lost[name]))
+
+    def run(self, steps: int) -> list[tuple[str, float]]:
+        """(plan, seconds but for accidents) of every step."""
+        taken = []
+        for _ in range(steps):
+            name = self.in_force.pop(0)
+            seen = self.world.step(self.by_name[name], self.number)
+            self.number += 1
+            self.controller.decide(seen)
+            self.in_force.append(self.controller.plan)
+            late_s = seen.communication_s - self.world.on_time_s
+            taken.append((name, seen.compute_s + seen.exposed_s - late_s))
+        return taken
+
+
+def regret(world: World, steps: int = 300, kappa: float = 0.05) -> tuple[float, float, str, str]:
+    """(progress per second over the best fixed plan's, seconds of the plan it settles on over those of the best that loses no more,
+    that plan, the best fixed one)."""
+    job = Job(world, kappa)
+    taken = job.run(steps)
+    rate = sum(job.worth(name) for name, _ in taken) / (sum(taken_s for _, taken_s in taken) + ACCIDENT_S * world.accidents * steps)
+    seconds = {plan.name: world.seconds(plan) for plan in job.plans}
+    best = max(seconds, key=lambda name: job.worth(name) / seconds[name])
+    late = [name for name, _ in taken[steps // 2 :]]
+    settled = max(set(late), key=late.count)
+    rivals = [s for name, s in seconds.items() if job.lost[name] <= job.lost[settled] * 1.001]
+    return rate / (job.worth(best) / seconds[best]), seconds[settled] / min(rivals), settled, best
+
+
+def worlds() -> list[World]:
+    found = []
+    for ranks, per_host in ((2, 1), (8, 1), (8, 2), (64, 1), (64, 8)):
+        for delay_s in (1e-4, 1e-3, 1e-2, 1e-1):
+            for rate_bps in (1e6, 1e7, 1e8, 1e9, 1e10):
+                for alternating in (False, True):
+                    for accidents in (0.0, 0.1):
+                        found.append(World(Shape(ranks, per_host), rate_bps, delay_s, alternating=alternating, accidents=accidents))
+    return found
+
+
+if __name__ == "__main__":
+    print(f"{'ranks':>5} {'/host':>5} {'delay':>7} {'rate':>9} {'alt':>3} {'acc':>4}  progress  time  settled / best")
+    every = []
+    for world in worlds()[:: int(sys.argv[1]) if len(sys.argv) > 1 else 1]:
+        progress, time, settled, best = regret(world)
+        every.append((progress, time))
+        print(
+            f"{world.shape.ranks:5} {world.shape.ranks_per_host:5} {1e3 * world.delay_s:5.1f}ms {world.rate_bps / 1e6:7.0f}M "
+            f"{world.alternating:3} {world.accidents:4}  {progress:8.3f} {time:5.2f}  {settled} / {best}"
+        )
+    print("worst", min(every)[0], max(t for _, t in every), "mean", statistics.fmean(p for p, _ in every))
