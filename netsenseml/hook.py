@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +16,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from netsenseml.exchange.mesh import agree
+from netsenseml.exchange.mesh import abort, agree
 from netsenseml.failure import PeerFailed, explain
 from netsenseml.listener import Listener, Recorder, from_environment
 from netsenseml.methods import Method, make_method
@@ -134,6 +135,11 @@ class Session:
         self._ready_s = self._exchanged_s = self._statistics.began_s
         self._pending, self._all_launched = 0, False
 
+    @property
+    def elapsed_s(self) -> float:
+        """Since t = 0 of the records."""
+        return monotonic_s() - self._t0
+
     def listen(self, listener: Listener) -> None:
         """Tell ``listener`` of all that follows. It may wait, and decide when t = 0."""
         self._listeners.append(listener)
@@ -176,8 +182,8 @@ class Session:
     def _exchanged(self, done: Future[torch.Tensor]) -> torch.Tensor:
         try:
             result = done.value()
-        except RuntimeError as error:
-            raise PeerFailed(self._failed(error)) from error
+        except Exception as error:
+            raise PeerFailed(self._failed(error)) from None
         with self._lock:
             self._pending -= 1
             if self._pending or not self._all_launched:
@@ -189,9 +195,10 @@ class Session:
         self.method.finish(self._statistics)
         return result
 
-    def _failed(self, error: RuntimeError) -> str:
+    def _failed(self, error: BaseException) -> str:
         with self._lock:
             if self._failure is None:
+                abort(self._group)  # so that the other ranks notice
                 self._failure = explain(error, self._group, self._peers, self.rank)
             return self._failure
 
@@ -199,8 +206,6 @@ class Session:
         now_s = monotonic_s()
         if now_s >= self._sample_due_s:
             self._sample, self._sample_due_s = self._tcp.sample(), now_s + _SAMPLE_S
-        elif self._sample is not None:
-            self._sample = self._sample.stale()
         return self._sample
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -249,14 +254,16 @@ class Session:
 
     def evaluated(self, accuracy: float, loss: float) -> None:
         """Record an evaluation after the steps done so far; accuracy from 0 to 1. Call it on rank 0."""
-        row = {"step": self.steps, "t_s": monotonic_s() - self._t0, "accuracy": float(accuracy), "loss": float(loss)}
+        row = {"step": self.steps, "t_s": self.elapsed_s, "accuracy": float(accuracy), "loss": float(loss)}
         for listener in self._listeners:
             listener.evaluated(row)
 
     def close(self, accuracy: float | None = None, loss: float | None = None) -> None:
         """End the run after its last step, with the final evaluation if this rank made one. Call it on every rank."""
         self._watching.remove()
-        if self._statistics.elements:
+        if max(self._statistics.ready_s, default=-math.inf) > self._exchanged_s:  # in the middle of a backward
+            self._failed(sys.exc_info()[1] or RuntimeError("the session was closed in the middle of a backward"))
+        elif self._statistics.elements:
             self._close_step(monotonic_s(), None, None)
         listeners, self._listeners = self._listeners, []
         try:

@@ -3,21 +3,18 @@
     python experiments/bench/sensing.py [SECONDS] [FIGURE.html] [RTT_MS]
 
 SECONDS: length of each phase (default 6). RTT_MS: of every path, made by netem or the delay line (default 0). Every step
-computes (sleeps) for 60 ms and then exchanges one to three buckets, by all-reduce or all-gather for 25 steps in turn, that
-should take 0.5 to 1 times 60 ms by the estimate so far; the ranks agree on what they measured behind the next step's compute.
-In the last phase a TCP flow competes for the link into one worker.
+computes for 60 ms (a ResNet-18 whose arithmetic is waiting), and netsense exchanges its gradients as it sees fit. In the last
+phase a TCP flow competes for the link into one worker.
 
-Prints for each phase the true share (``NetworkEstimate``), the estimate after 20 steps (the last one, if there are fewer) with
-its error, that of the round-trip time, the errors from there to the end of the phase (10th and 90th percentile), how many steps
-it took to come within 20 %, counted from the first exchange that ended after the change, and by how much the time predicted for
-a step was off from there on (median). Beside a competing flow the true share is what that flow left over while the exchange
-went on, as a median over 16 steps. Writes a figure, and beside it the steps as JSON lines.
+Prints for each phase the true share (``NetworkModel.bandwidth_bps``), the estimate after 20 steps (the last one, if there are
+fewer) with its error, that of the round-trip time, the errors from there to the end of the phase (10th and 90th percentile),
+and how many steps it took to come within 20 %, counted from the first step that ended after the change. Beside a competing
+flow the true share is what that flow left over, as a median over 16 steps. Writes a figure, and beside it the steps as JSON lines.
 """
 
 import json
 import math
 import os
-import random
 import selectors
 import statistics
 import sys
@@ -52,89 +49,30 @@ SLICE_S = 0.005
 
 
 def worker(rank: int, address: str, directory: Path) -> None:
-    """Train without a model: sleep, exchange, agree, learn."""
+    """Train until killed, with a model that only takes its time."""
     import torch
     import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
 
-    from netsenseml.sensing.network import NetworkEstimate, Transfer
-    from netsenseml.sensing.tcp import TcpMonitor
+    import netsenseml
+    from testbed.worker.emulate import Timing
+    from testbed.worker.zoo import make_emulated
 
     os.environ.update(MASTER_ADDR=address, MASTER_PORT="29500", GLOO_SOCKET_IFNAME="eth0")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    agreement = dist.new_group(list(range(RANKS)), backend="gloo")
-    estimate, monitor, draw = NetworkEstimate(), TcpMonitor(), random.Random(7)
-    rows = RecordFile(directory / f"steps-{rank}.jsonl")
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    ended_s: list[float] = []
-    steps = 0
-
-    go_on = True
-    while go_on:
-        budget_bytes = (estimate.beta_bps or 20e6) / 8 * COMPUTE_S * draw.uniform(0.5, 1)
-        parts = [draw.uniform(0.2, 1) for _ in range(draw.choice((1, 1, 2, 3)))]
-        tensors = [torch.ones(max(64, int(budget_bytes * part / sum(parts) / 4))) for part in parts]
-        reduces = steps // SCHEME_STEPS % 2 == 0
-        steps += 1
-        ended_s.clear()
-        began_s = monotonic_s()
-        futures = []
-        for tensor in tensors:
-            if reduces:
-                work = dist.all_reduce(tensor.resize_(tensor.numel() * 2 // 3), async_op=True)
-            else:
-                slot = tensor.resize_(tensor.numel() // (RANKS - 1))
-                work = gather(slot.new_empty(RANKS * slot.numel()), slot, async_op=True)
-            futures.append(work.get_future().then(lambda _: ended_s.append(monotonic_s())))
-        for future in futures:
-            future.wait()
-        sent = sum(tensor.nbytes for tensor in tensors) * (2 * (RANKS - 1) / RANKS if reduces else RANKS - 1)
-        hops = len(tensors) * (2 * (RANKS - 1) if reduces else RANKS - 1)
-        busy_s = max(ended_s) - began_s
-
-        before_s = time.perf_counter()
-        sample = monitor.sample()
-        sample_cost_s = time.perf_counter() - before_s
-        assert sample is not None
-        mine = [
-            busy_s,
-            sample.bandwidth_bps or math.inf,
-            math.inf if sample.min_rtt_s is None else sample.min_rtt_s,
-            float(not (directory / "stop").exists()),
-        ]
-        agreed = torch.tensor(mine, dtype=torch.float64)
-        pending = dist.all_reduce(agreed, dist.ReduceOp.MIN, group=agreement, async_op=True)
-        time.sleep(COMPUTE_S)
-        pending.wait()
-
-        seconds, kernel_bps, min_rtt_s, on = agreed.tolist()
-        go_on = bool(on)
-        predicted_s = estimate.predict_s(sent, hops)
-        before_s = time.perf_counter()
-        estimate.update(
-            [Transfer(round(sent), hops, seconds)],
-            kernel_bps if kernel_bps < math.inf else None,
-            min_rtt_s if min_rtt_s < math.inf else None,
-        )
-        learn_cost_s = time.perf_counter() - before_s
-        row = {
-            "began_s": began_s,
-            "ended_s": began_s + busy_s,
-            "payload_bytes": round(sent),
-            "hops": hops,
-            "seconds": seconds,
-            "kernel_bps": kernel_bps if kernel_bps < math.inf else None,
-            "min_rtt_s": min_rtt_s if min_rtt_s < math.inf else None,
-            "rtt_s": sample.rtt_s,
-            "retransmits": sample.retransmits,
-            "predicted_s": predicted_s,
-            "alpha_s": estimate.alpha_s,
-            "beta_bps": estimate.beta_bps,
-            "sample_cost_s": sample_cost_s,
-            "learn_cost_s": learn_cost_s,
-        }
-        rows.append([row])
-    dist.destroy_process_group()
+    model = make_emulated("resnet18", {}, Timing(COMPUTE_S, 0.02, seed=rank))
+    ddp = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
+    session = netsenseml.attach(ddp, "netsense", record=directory / f"steps-{rank}.jsonl")
+    (directory / f"origin-{rank}").write_text(str(monotonic_s() - session.elapsed_s))
+    model.taken_s = lambda: session.blocked_s
+    x = torch.zeros(1, requires_grad=True)
+    while True:
+        model.begin()
+        ddp.zero_grad(set_to_none=False)
+        ddp(x).backward()
+        model.end()
+        session.step()
 
 
 def compete(end: str, address: str, directory: Path) -> None:
@@ -163,7 +101,7 @@ def both(rate_bps: float, rtt_s: float) -> LinkState:
 
 
 def measure(server: ForkServer, seconds: float, scratch: Path, rtt_s: float) -> list[float]:
-    """Run the phases; returns when each began (CLOCK_MONOTONIC)."""
+    """Run the phases; returns when each began, by the clock of rank 0's records."""
     names = [f"w{rank}" for rank in range(RANKS)]
     states = {name: both(RATES[0], rtt_s) for name in names} | {"bg": both(1e9, 0)}
     impaired = frozenset((name, "down") for name in names) if rtt_s else frozenset()
@@ -189,13 +127,11 @@ def measure(server: ForkServer, seconds: float, scratch: Path, rtt_s: float) -> 
             begins.append(monotonic_s())
             time.sleep(seconds)
         begins.append(monotonic_s())
-        (scratch / "stop").touch()
-        while any(process.poll() is None for process in workers):
-            time.sleep(0.1)
-    return begins
+        origin_s = float((scratch / "origin-0").read_text())
+    return [begin_s - origin_s for begin_s in begins]
 
 
-def rival_bps(steps: Sequence[dict[str, Any]], rival: Sequence[dict[str, Any]]) -> list[float]:
+def rival_bps(steps: Sequence[dict[str, Any]], rival: Sequence[dict[str, Any]], origin_s: float) -> list[float]:
     """Rate in bits/s of the rival during each step's exchange."""
     times = [row["t_s"] for row in rival]
 
@@ -205,7 +141,8 @@ def rival_bps(steps: Sequence[dict[str, Any]], rival: Sequence[dict[str, Any]]) 
         share = min(max((at_s - a["t_s"]) / (b["t_s"] - a["t_s"]), 0.0), 1.0)
         return a["bytes"] + share * (b["bytes"] - a["bytes"])
 
-    return [8 * (carried(row["ended_s"]) - carried(row["began_s"])) / (row["ended_s"] - row["began_s"]) for row in steps]
+    ends = [(origin_s + row["t_s"], row["comm_s"]) for row in steps]
+    return [8 * (carried(end_s) - carried(end_s - took_s)) / max(took_s, 1e-3) for end_s, took_s in ends]
 
 
 def report(
@@ -214,51 +151,47 @@ def report(
     windows: Sequence[dict[str, Any]],
     rival: Sequence[dict[str, Any]],
     rtt_s: float,
+    origin_s: float,
 ) -> None:
     """Add to every step its true share, and print the table. windows: the steps of the rank that the rival sends to."""
-    print("rate         true share  after 20   error   RTT  p10 … p90 later  steps to 20 %  time predicted   steps")
+    print("rate         true share  after 20   error   RTT  p10 … p90 later  steps to 20 %   steps  mostly by")
     for number, rate_bps in enumerate(RATES):
-        phase = [row for row in steps if begins[number] <= row["ended_s"] < begins[number + 1]]
+        phase = [row for row in steps if begins[number] <= row["t_s"] < begins[number + 1]]
         competing = number == len(RATES) - 1
-        taken = rival_bps(windows[steps.index(phase[0]) :][: len(phase)], rival) if competing else [0.0] * len(phase)
+        taken = rival_bps(windows[steps.index(phase[0]) :][: len(phase)], rival, origin_s) if competing else [0.0] * len(phase)
         shares = [(rate_bps * PAYLOAD_SHARE - rate) * ACKNOWLEDGED for rate in taken]
         for row, share in zip(phase, shares, strict=True):
             row["share_bps"] = share
         if competing:  # what a flow takes varies from step to step; nobody could follow that
             shares = [statistics.median(shares[max(0, i - 15) : i + 1]) for i in range(len(shares))]
-        errors = [row["beta_bps"] / share - 1 for row, share in zip(phase, shares, strict=True)]
+        errors = [row["bandwidth_bps"] / share - 1 for row, share in zip(phase, shares, strict=True)]
         near = next((str(i + 1) for i, error in enumerate(errors) if abs(error) <= CLOSE), "never")
         settled = min(SETTLED_STEPS, len(phase)) - 1  # a phase on a thin link may have fewer
         rest = sorted(errors[settled:])
-        off = statistics.median(abs(row["predicted_s"] / row["seconds"] - 1) for row in phase[settled:])
-        after = phase[settled]["beta_bps"]
+        after = phase[settled]["bandwidth_bps"]
         round_trip = phase[settled]["min_rtt_s"]
         rtt = f"{round_trip / rtt_s - 1:+.1%}" if rtt_s and round_trip else "–"
         print(
             f"{rate_bps / 1e6:3.0f} Mbit/s{'*' if competing else ' '}{shares[settled] / 1e6:11.1f}{after / 1e6:10.1f}"
             f"{errors[settled]:+8.1%}{rtt:>7}{rest[len(rest) // 10]:+8.1%} … {rest[len(rest) * 9 // 10]:+6.1%}"
-            f"{near:>12}{f'{off:.0%} off':>18}{len(phase):10}",
+            f"{near:>12}{len(phase):10}  {statistics.mode(row['scheme'] for row in phase[settled:])}",
             flush=True,
         )
-    print("* beside a TCP flow, behind whose packets every hop has to queue: a part of the time is latency, not bandwidth")
-    for what, key in (("TcpMonitor.sample()", "sample_cost_s"), ("NetworkEstimate.update()", "learn_cost_s")):
-        costs = sorted(row[key] * 1e6 for row in steps)
-        print(f"{what}: median {statistics.median(costs):.0f} us, p99 {costs[len(costs) * 99 // 100]:.0f} us")
+    print("* beside a TCP flow, behind whose packets all have to queue: a part of the time is latency, not bandwidth")
 
 
 def draw(steps: Sequence[dict[str, Any]], target: Path) -> None:
     """Write the figure."""
     import plotly.graph_objects as go
 
-    begin_s = steps[0]["ended_s"]
+    begin_s = steps[0]["t_s"]
     figure = go.Figure()
     for name, key, line in (
         ("true share", "share_bps", {"color": "black", "shape": "hv", "width": 1.5}),
-        ("the kernel's word", "kernel_bps", {"color": "#bbbbbb", "width": 1}),
-        ("estimate", "beta_bps", {"color": "#d62728", "width": 2}),
+        ("estimate", "bandwidth_bps", {"color": "#d62728", "width": 2}),
     ):
         values = [row.get(key) and row[key] / 1e6 for row in steps]
-        figure.add_scatter(x=[row["ended_s"] - begin_s for row in steps], y=values, name=name, line=line)
+        figure.add_scatter(x=[row["t_s"] - begin_s for row in steps], y=values, name=name, line=line)
     figure.update_yaxes(type="log", title="payload, Mbit/s").update_xaxes(title="time, s")
     figure.update_layout(title="Estimate and true share of the link", template="plotly_white")
     figure.write_html(target)
@@ -279,7 +212,8 @@ def main() -> None:
         steps, windows, rival = (
             list(read_records(Path(scratch) / name)) for name in ("steps-0.jsonl", "steps-1.jsonl", "rival.jsonl")
         )
-        report(begins, steps, windows[: len(steps)], rival, rtt_s)
+        origin_s = float((Path(scratch) / "origin-1").read_text())
+        report(begins, [row for row in steps if row["bandwidth_bps"]], windows[: len(steps)], rival, rtt_s, origin_s)
     target.parent.mkdir(parents=True, exist_ok=True)
     draw(steps, target)
     target.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))

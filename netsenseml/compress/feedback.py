@@ -63,7 +63,7 @@ class ErrorFeedback:
         self._names: dict[Key, str] = {parameter: name for name, parameter in names}
         self._flat: dict[tuple[Key, ...], torch.Tensor] = {}
         self._kept: dict[Key, torch.Tensor] = {}
-        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._copies: list[tuple[tuple[Key, ...], torch.Tensor]] = []
 
     def compensate(self, key: Key, gradient: torch.Tensor, *, dense: bool) -> Compensated:
         """Gradient, shape (n,), floating point, plus residual. Call ``settle`` after the exchange.
@@ -73,7 +73,7 @@ class ErrorFeedback:
         parts = _parts(key)
         rows = self._tensor(parts, gradient)
         if self.keeps_copy:
-            self._copies.append((rows, rows.clone()))
+            self._copies.append((parts, rows.clone()))
         residual, *velocity = rows
         gradient_norm = norm(gradient)
         held = []
@@ -102,13 +102,14 @@ class ErrorFeedback:
         ranks have seen that there was an overflow, and it must not come back for ever.
         """
         residual = exchanged.tensor
+        rows = self._tensor(_parts(key), residual)
         if self.momentum and sent is not None:
-            self._tensor(_parts(key), residual)[1].index_fill_(0, sent.long(), 0)
+            rows[1].index_fill_(0, sent.long(), 0)
         for view, kept in exchanged.held:
             view.add_(kept)
         size = norm(residual)
-        if not math.isfinite(size) or not residual.sum().isfinite():
-            self._tensor(_parts(key), residual).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        if not math.isfinite(size) or not rows.sum().isfinite():
+            rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             return 0.0
         ratio = size / exchanged.gradient_norm if exchanged.gradient_norm > 0 else 0.0
         if self.limit is not None and ratio > self.limit:
@@ -128,7 +129,7 @@ class ErrorFeedback:
 
     def rescale(self, factor: float) -> None:
         """The gradients' unit has changed, as residuals of the new size are ``factor`` times as large."""
-        for rows in self._flat.values():
+        for rows in self._kept.values():
             rows.mul_(factor)
 
     def begin(self) -> None:
@@ -137,8 +138,8 @@ class ErrorFeedback:
 
     def restore(self) -> None:
         """The optimizer left the step out: what was sent in it is kept for the next. Needs ``keeps_copy``."""
-        for rows, copy in self._copies:
-            rows.copy_(copy)
+        for parts, copy in self._copies:
+            self._tensor(parts, copy[0]).copy_(copy)
         self._copies.clear()
 
     def _tensor(self, parts: tuple[Key, ...], like: torch.Tensor) -> torch.Tensor:

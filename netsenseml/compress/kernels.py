@@ -25,6 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 Array: TypeAlias = np.ndarray[Any, Any]
 
 ROW = layout.ROW
+PAGE = 4  # rows of 1 KiB that are read ahead, as the processor fetches no further by itself
 WORD = 64
 MAGNITUDE = np.int32(0x7FFFFFFF)
 INFINITY = np.int32(0x7F800000)
@@ -281,19 +282,20 @@ def _noise(place: Any, key: Any) -> Any:
 
 
 @_part
-def _find_largest(x: Array, row: int, size: int, largest: Array) -> None:
-    """Bits of the largest magnitude of every block of a row; blocks in which that is not finite are cleared.
+def _find_largest(x: Array, start: int, stop: int, size: int, largest: Array) -> None:
+    """Bits of the largest magnitude of every block of some rows; blocks in which that is not finite are cleared.
 
     size: of a block. Were it a constant, the compiler would unroll the loop and not vectorise it.
     """
-    for b in range(largest.size):
-        found = np.int32(0)
-        for i in range(size):
-            found = max(found, _magnitude(x[row, b * size + i]))
-        largest[b] = found
-        if found >= INFINITY:
+    for row in range(start, stop):
+        for b in range(largest.shape[1]):
+            found = np.int32(0)
             for i in range(size):
-                x[row, b * size + i] = 0
+                found = max(found, _magnitude(x[row, b * size + i]))
+            largest[row - start, b] = found
+            if found >= INFINITY:
+                for i in range(size):
+                    x[row, b * size + i] = 0
 
 
 def _level_encoder(form: int, stochastic: bool) -> Callable[..., None]:
@@ -306,32 +308,34 @@ def _level_encoder(form: int, stochastic: bool) -> Callable[..., None]:
     def encode(x: Array, first: int, key: Any, scales: Array, codes: Array) -> None:
         """first: index of the first row; key: of the noise."""
         scale, inverse, noise = np.empty(blocks, np.float32), np.empty(blocks, np.float32), np.empty(ROW, np.float32)
-        largest, size = np.empty(blocks, np.int32), x.shape[1] // blocks
-        for row in range(x.shape[0]):
-            _find_largest(x, row, size, largest)
-            for b in range(blocks):
-                finite = largest[b] < INFINITY
-                exact = max(_number(largest[b] if finite else np.int32(0)) / levels, SMALLEST_SCALE)
-                # Rounded up, so that no value has a level beyond the last.
-                rounded = np.int32(min(np.int32(_bits(exact) + np.int32(0xFFFF)), largest_scale) & np.int32(-0x10000))
-                scale[b] = _number(rounded)
-                inverse[b] = np.float32(1) / scale[b]
-                scales[row, b] = np.uint16(rounded >> 16) if finite else NAN_BF16
-            if stochastic:
-                row_key = np.uint32(np.uint32((first + row) * ROW) ^ key)  # with i it makes the place of the value ^ key
-                for i in range(ROW):
-                    noise[i] = _noise(np.uint32(i), row_key)
-            for w in range(words):
-                word = np.uint32(0)
-                for part in range(parts):
-                    i, b = part * words + w, part * words // block
-                    level = x[row, i] * inverse[b]
-                    if stochastic:
-                        level = min(max(level, -levels), levels) + noise[i]
-                    level += TO_INTEGER
-                    word |= np.uint32((np.uint32(_bits(level)) & mask) << np.uint32(part * bits))
-                    x[row, i] -= (level - TO_INTEGER) * scale[b]
-                codes[row, w] = word
+        largest, size = np.empty((PAGE, blocks), np.int32), x.shape[1] // blocks
+        for start in range(0, x.shape[0], PAGE):
+            stop = min(start + PAGE, x.shape[0])
+            _find_largest(x, start, stop, size, largest)
+            for row in range(start, stop):
+                for b in range(blocks):
+                    finite = largest[row - start, b] < INFINITY
+                    exact = max(_number(largest[row - start, b] if finite else np.int32(0)) / levels, SMALLEST_SCALE)
+                    # Rounded up, so that no value has a level beyond the last.
+                    rounded = np.int32(min(np.int32(_bits(exact) + np.int32(0xFFFF)), largest_scale) & np.int32(-0x10000))
+                    scale[b] = _number(rounded)
+                    inverse[b] = np.float32(1) / scale[b]
+                    scales[row, b] = np.uint16(rounded >> 16) if finite else NAN_BF16
+                if stochastic:
+                    row_key = np.uint32(np.uint32((first + row) * ROW) ^ key)  # with i it makes the place of the value ^ key
+                    for i in range(ROW):
+                        noise[i] = _noise(np.uint32(i), row_key)
+                for w in range(words):
+                    word = np.uint32(0)
+                    for part in range(parts):
+                        i, b = part * words + w, part * words // block
+                        level = x[row, i] * inverse[b]
+                        if stochastic:
+                            level = min(max(level, -levels), levels) + noise[i]
+                        level += TO_INTEGER
+                        word |= np.uint32((np.uint32(_bits(level)) & mask) << np.uint32(part * bits))
+                        x[row, i] -= (level - TO_INTEGER) * scale[b]
+                    codes[row, w] = word
 
     return encode
 
@@ -367,19 +371,19 @@ def encode_sign(x: Array, count: int, scales: Array, codes: Array) -> None:
 
     The sum is one of whole numbers, parts of the largest, so that it has the same bits in whatever order it is formed.
     """
-    largest, size = np.empty(ROW // SIGN_BLOCK, np.int32), x.shape[1] // (ROW // SIGN_BLOCK)
+    largest, size = np.empty((1, ROW // SIGN_BLOCK), np.int32), x.shape[1] // (ROW // SIGN_BLOCK)
     for row in range(x.shape[0]):
-        _find_largest(x, row, size, largest)
+        _find_largest(x, row, row + 1, size, largest)
         for i in range(SIGN_BYTES):
             code = np.uint8(0)
             for part in range(8):
                 sign = np.uint32(_bits(x[row, SIGN_BYTES * part + i])) >> np.uint32(31)
                 code |= np.uint8(sign << np.uint32(part))
             codes[row, i] = code
-        for b in range(largest.size):
-            start, unit, total = b * SIGN_BLOCK, _number(largest[b]), np.int32(0)
-            if largest[b] == 0 or largest[b] >= INFINITY:  # all are zero
-                scales[row, b] = NAN_BF16 if largest[b] else 0
+        for b in range(largest.shape[1]):
+            start, unit, total = b * SIGN_BLOCK, _number(largest[0, b]), np.int32(0)
+            if largest[0, b] == 0 or largest[0, b] >= INFINITY:  # all are zero
+                scales[row, b] = NAN_BF16 if largest[0, b] else 0
                 continue
             for i in range(SIGN_BLOCK):
                 total = np.int32(total + np.int32(abs(x[row, start + i]) / unit * SIGN_UNIT))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from netsenseml.control.plans import worth
 from netsenseml.control.policy import Observation
 from netsenseml.exchange.communicators import Plan, RingAllReduce
 from netsenseml.exchange.mesh import Shape
@@ -18,12 +19,8 @@ class Controller:
     """Choose the plan with the largest progress per second:
 
         progress per second = worth / seconds
-        worth   = 1 / (1 + kappa x lost / (1 - lost))      of a step, after what it loses
-        seconds = compute + exposed communication          forecast by ``NetworkModel``
-
-    lost: share of the gradients' energy that a plan does not send. Error feedback sends it later: what is lost is late, and the
-    number of steps grows with 1 / (1 - lost) (Stich and Karimireddy, JMLR 2020). kappa says how much, and is measured by
-    optimizer (``experiments/bench/progress.py``).
+        worth   = what a step is worth after what it loses    ``control.plans.worth``
+        seconds = compute + exposed communication             forecast by ``NetworkModel``
 
     1. Every step corrects what is known of network, compute and coding; all by the same smoothing.
     2. The best plan is taken if it is better than the present one by ``HYSTERESIS``.
@@ -39,7 +36,6 @@ class Controller:
         coding_s: Mapping[str, float],
         lost: Mapping[str, float],
         *,
-        kappa: float,
         scarce: bool,
     ) -> None:
         """coding_s: seconds an element of encoding and decoding, by plan. lost: before any gradient was seen.
@@ -49,7 +45,8 @@ class Controller:
         self._plans = {plan.name: plan for plan in plans}
         self._shape, self._network = shape, network
         self._coding_s, self._scarce = coding_s, scarce
-        self.kappa = kappa
+        self.adaptive = True
+        """Whether the optimizer is, which bears less; so it is taken to be until it is seen."""
         self._lost = dict(lost)
         self._compute, self._coding = Smooth(), Smooth(1.0)
         self._elements: tuple[int, ...] = ()
@@ -90,7 +87,7 @@ class Controller:
         self._quiet += 1
         if self._quiet >= self._pause:
             self._quiet, self._trials = 0, self._trials + 1
-            tried = self._best(OPTIMISM, others=self._trials % 2 == 0)
+            tried = self._hopeful(others=self._trials % 2 == 0)
             if tried != self.plan:
                 self._home = self.plan
                 self._take(tried)
@@ -125,17 +122,22 @@ class Controller:
         if plan != self.plan:
             self.plan, self._reports, self._quiet = plan, 0, 0
 
-    def _best(self, optimism: float = 1.0, *, others: bool = False) -> str:
-        """others: only what the communicators in use are not is seen with optimism."""
-        spared = self._plans[self.plan].communicator if others else None
-        return max(
-            self._plans, key=lambda name: self._value(name, 1.0 if self._plans[name].communicator == spared else optimism)
-        )
+    def _best(self) -> str:
+        return max(self._plans, key=self._value)
+
+    def _hopeful(self, *, others: bool) -> str:
+        """The best plan if the network were ``OPTIMISM`` times as fast, of those whose steps take at most so many times as long.
+
+        others: for the communicators in use it is not; so those that were never seen get their turn.
+        """
+        spared, most_s = self._plans[self.plan].communicator if others else "", OPTIMISM * self.seconds(self.plan)
+        names = [name for name in self._plans if self.seconds(name) <= most_s]
+        return max(names, key=lambda name: self._value(name, 1.0 if self._plans[name].communicator == spared else OPTIMISM))
 
     def _value(self, name: str, optimism: float = 1.0) -> float:
         """Progress per second."""
-        lost = min(self._lost.get(name, 0.0), 0.9999)
-        return 1 / (1 + self.kappa * lost / (1 - lost)) / max(self.seconds(name, optimism), 1e-9)
+        value = worth(self._plans[name], self._lost.get(name, 0.0), adaptive=self.adaptive)
+        return value / max(self.seconds(name, optimism), 1e-9)
 
     def seconds(self, name: str, optimism: float = 1.0) -> float:
         """Forecast of a step with a plan."""

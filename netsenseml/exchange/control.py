@@ -67,4 +67,5 @@ class ControlChannel:
     def close(self) -> None:
         """End the thread, after all that is under way; call it on all ranks."""
         self._scheduler.close()
+        del self._groups  # they end with their last reference
         self._groups = ()

@@ -3,11 +3,13 @@
 import json
 import os
 import socket
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -128,7 +130,7 @@ class Mesh:
         return self._groups[name]
 
     def close(self) -> None:
-        """End the thread and the groups, after all that is under way; call it on all ranks."""
+        """End the thread and the groups, after all that is under way; call it on all ranks, or ``abort`` first."""
         self.scheduler.close()
         self._groups.clear()
 
@@ -153,8 +155,51 @@ def new_group(group: dist.ProcessGroup, name: str, ranks: Sequence[int]) -> dist
         interfaces = [given for given in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if given]
         options._devices = [gloo.create_device(interface=given) for given in interfaces] or [gloo.create_default_device()]
     prefix: Any = c10d.PrefixStore(f"netsenseml/{name}/{count}", store)  # type: ignore[attr-defined]
+    before = _connections()
     made: dist.ProcessGroup = gloo(prefix, ranks.index(rank), len(ranks), options)
+    found = {inode: descriptor for inode, descriptor in _connections().items() if inode not in before}
+    if len(found) == len(ranks) - 1:  # else another thread has connected meanwhile, to nobody knows whom
+        _connections_of.setdefault(group, []).append(found)
     return made
+
+
+_connections_of: WeakKeyDictionary[dist.ProcessGroup, list[dict[int, int]]] = WeakKeyDictionary()
+"""Of the groups that ``new_group`` has made of a group: descriptors by inode, which tells whether one still means the same."""
+
+
+def abort(group: dist.ProcessGroup) -> None:
+    """End all that is under way in the groups made of ``group``, here with an error and so on all other ranks, which need not
+    wait.
+
+    Gloo has nothing of the kind: what waits for a silent peer waits until the time-out, and so does whoever lets go of the
+    group.
+    """
+    for found in _connections_of.pop(group, []):
+        for inode, descriptor in found.items():
+            try:
+                with socket.socket(fileno=os.dup(descriptor)) as connection:  # which cannot be reused meanwhile
+                    if os.fstat(connection.fileno()).st_ino == inode:
+                        connection.shutdown(socket.SHUT_RDWR)
+            except OSError:  # it is closed already
+                pass
+
+
+def _connections() -> dict[int, int]:
+    """Connected sockets of this process: descriptors by inode."""
+    found = {}
+    try:
+        for entry in os.scandir("/proc/self/fd"):
+            descriptor = int(entry.name)
+            try:
+                if stat.S_ISSOCK((inode := os.fstat(descriptor)).st_mode):
+                    with socket.socket(fileno=os.dup(descriptor)) as connection:
+                        connection.getpeername()
+                    found[inode.st_ino] = descriptor
+            except OSError:  # it is closed, or not connected
+                pass
+    except OSError:  # no Linux
+        pass
+    return found
 
 
 def timeout(group: dist.ProcessGroup) -> timedelta:
@@ -166,13 +211,13 @@ def timeout(group: dist.ProcessGroup) -> timedelta:
 def agree(group: dist.ProcessGroup, config: Mapping[str, Any]) -> list[Peer]:
     """Meet all ranks of ``group``: who they are, in order of rank. Goes through the store, so that nothing crosses the links.
 
-    Raises ValueError, one line, on every rank whose ``config``, what JSON can hold, differs from that of rank 0; RuntimeError,
+    Raises ValueError, one line, on every rank whose ``config`` differs from that of rank 0, as JSON has it; RuntimeError,
     which names the ranks that are missing, after the time-out of the group.
     """
     store, rank = store_of(group), group.rank()
     meeting = store.add(f"netsenseml/meeting/{rank}", 1)
     mine = {"config": dict(config), "host": _host(), "address": local_address(os.environ.get("GLOO_SOCKET_IFNAME"))}
-    store.set(f"netsenseml/meeting/{meeting}/{rank}", json.dumps(mine))
+    store.set(f"netsenseml/meeting/{meeting}/{rank}", json.dumps(mine, default=lambda value: type(value).__name__))
     keys = [f"netsenseml/meeting/{meeting}/{other}" for other in range(group.size())]
     try:
         store.wait(keys, timeout(group))

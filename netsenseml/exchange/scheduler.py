@@ -4,6 +4,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Generator
+from itertools import chain
 
 import torch
 from torch.futures import Future
@@ -26,6 +27,8 @@ class Scheduler:
     def __init__(self) -> None:
         self._events: queue.SimpleQueue[_InFlight | None] = queue.SimpleQueue()
         self._stages: list[deque[_InFlight]] = []
+        self._in_flight = 0
+        self._failure: str | None = None
         self._thread: threading.Thread | None = None
 
     def submit(self, exchange: Exchange) -> Future[torch.Tensor]:
@@ -38,30 +41,39 @@ class Scheduler:
         return tensor.done
 
     def close(self) -> None:
-        """End the thread, after all that was submitted."""
+        """End the thread, after all that was submitted, as it may hold process groups. What fails ends, too."""
         if self._thread is not None:
             self._events.put(None)
             self._thread.join()
             self._thread = None
 
     def _run(self) -> None:
-        while (tensor := self._events.get()) is not None:
-            if tensor.stage < 0:
+        closing = False
+        while not closing or self._in_flight:
+            tensor = self._events.get()
+            if tensor is None:
+                closing = True
+            elif tensor.stage < 0:
+                self._in_flight += 1
                 self._advance(tensor)
-                continue
-            waiting = self._stages[tensor.stage]
-            while waiting and waiting[0].completed:
-                self._advance(waiting.popleft())
+            else:
+                waiting = self._stages[tensor.stage]
+                while waiting and waiting[0].completed:
+                    self._advance(waiting.popleft())
+            del tensor  # it may hold process groups
 
     def _advance(self, tensor: "_InFlight") -> None:
         try:
+            if self._failure is not None:
+                raise RuntimeError(self._failure)
             value = tensor.collective.value() if tensor.collective is not None else None
             tensor.collective = collective = tensor.exchange.send(value)  # type: ignore[arg-type]  # None begins a generator
         except StopIteration as end:
+            self._in_flight -= 1
             tensor.done.set_result(end.value)
             return
         except BaseException as error:  # backward raises it
-            tensor.done.set_exception(error)  # type: ignore[arg-type]
+            self._fail(tensor, error)
             return
         tensor.stage += 1
         tensor.completed = False
@@ -69,6 +81,17 @@ class Scheduler:
             self._stages.append(deque())
         self._stages[tensor.stage].append(tensor)
         collective.add_done_callback(lambda _: self._complete(tensor))
+
+    def _fail(self, tensor: "_InFlight", error: BaseException) -> None:
+        """Neither this nor any other goes on: collectives that follow would not match those of other ranks."""
+        self._failure = str(error)
+        failed = [tensor, *chain.from_iterable(self._stages)]
+        self._in_flight = 0
+        for waiting in self._stages:
+            waiting.clear()
+        for other in failed:
+            other.exchange.close()
+            other.done.set_exception(error)  # type: ignore[arg-type]
 
     def _complete(self, tensor: "_InFlight") -> None:
         tensor.completed = True

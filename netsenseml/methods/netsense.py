@@ -99,7 +99,6 @@ class NetSense(Coded):
             network,
             costs,
             lost([_heavy_tailed()], self._candidates),
-            kappa=KAPPA[False],
             scarce=(os.cpu_count() or 1) < 2 * len(mesh.machine_ranks),
         )
         controller.begin([sum(gradient.numel() for gradient in gradients)], _FIRST_COMPUTE_S)
@@ -118,7 +117,7 @@ class NetSense(Coded):
 
     def optimizer(self, *, adaptive: bool) -> None:
         if isinstance(self._policy, Controller):
-            self._policy.kappa = KAPPA[adaptive]
+            self._policy.adaptive = adaptive
 
     def begin(self) -> None:
         super().begin()
@@ -212,7 +211,6 @@ class NetSense(Coded):
             self._answers.append((step, taken))
 
 
-KAPPA = {False: 0.05, True: 0.2}
 _LIMIT = 30.0
 _LEAST_PROBE, _MOST_PROBE, _PROBE_S = 1 << 14, 1 << 22, 0.02
 _FIRST_COMPUTE_S = 0.1

@@ -38,7 +38,13 @@ class PowerSgd(Method):
         super().__init__(module, group)
         self._approximation_rank = rank
         self._mesh = Mesh(group)
-        self._state = PowerSGDState(self._mesh.stage(0), matrix_approximation_rank=rank, start_powerSGD_iter=_PLAIN_STEPS)
+        self._before: dict[str, Any] | None = None
+        self._state = PowerSGDState(
+            self._mesh.stage(0),
+            matrix_approximation_rank=rank,
+            start_powerSGD_iter=_PLAIN_STEPS,
+            orthogonalization_epsilon=_EPSILON,
+        )
 
     def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
         statistics.scheme = f"powersgd-{self._approximation_rank}"
@@ -52,6 +58,7 @@ class PowerSgd(Method):
         held = self._hold(bucket)
         statistics.launch(lambda: powerSGD_hook(self._state, bucket), sent, elements=values).wait()
         yield from ()  # all its collectives are the hook's
+        self._revive(bucket.index())
         residual = self._state.error_dict.get(bucket.index())
         if residual is not None and not residual.sum().isfinite():  # an overflow; it must not come back for ever
             for kept in (getattr(self._state, name) for name in _KEPT):
@@ -62,6 +69,13 @@ class PowerSgd(Method):
             ratio = norm(residual) / gradient_norm if gradient_norm > 0 else 0.0
             statistics.lose(energy_lost(before, residual), norm(before) ** 2, ratio)
         return bucket.buffer()
+
+    def _revive(self, index: int) -> None:
+        """Of a gradient that is zero, as those of unused parameters, the warm start would be zero, and stay so."""
+        start = self._state.q_memory_dict.get(index)
+        if start is not None and bool((zeros := start == 0).any()):
+            draw = torch.Generator().manual_seed(0)
+            start[zeros] = _TINY * torch.randn(start.shape, generator=draw)[zeros].to(start.dtype)
 
     def _hold(self, bucket: GradBucket) -> list[tuple[int, torch.Tensor]]:
         """Take what is kept for unused parameters out of the residual: (where, what)."""
@@ -76,6 +90,14 @@ class PowerSgd(Method):
                 residual[begin:end] = 0
             begin = end
         return held
+
+    def begin(self) -> None:
+        if self.keeps_copy:
+            self._before = self.state_dict()
+
+    def undo(self) -> None:
+        if self._before is not None:
+            self.load_state_dict(self._before)
 
     def rescale(self, factor: float) -> None:
         for residual in self._state.error_dict.values():
@@ -108,14 +130,18 @@ class PowerSgd(Method):
 
     def state_dict(self) -> dict[str, Any]:
         state = self._state
-        return {"iter": state.iter, **{name: {i: t.clone() for i, t in getattr(state, name).items()} for name in _KEPT}}
+        return {"steps": state.iter, **{name: {i: t.clone() for i, t in getattr(state, name).items()} for name in _KEPT}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._state.iter = state["iter"]
+        self._state.iter = state["steps"]
         for name in _KEPT:
             setattr(self._state, name, {i: t.clone() for i, t in state[name].items()})
 
 
+_EPSILON = 1e-30
+"""Far below the norm of any column: it only keeps one of zeros from becoming NaN."""
+_TINY = 1e-12
+"""Beside what is not zero it does not count."""
 _PATIENCE_S = 1.0
 """Far longer than a callback takes."""
 _KEPT = ("error_dict", "p_memory_dict", "q_memory_dict")

@@ -11,7 +11,9 @@ from netsenseml.exchange.communicators import Cost, Plan
 WINDOW = 16  # values that are smoothed; with 8 a jitter of 10 % made a bandwidth of 4 %, with 16 of 2.5 %
 CHANGE = 0.3  # newest values that are all off by more are a change; with 0.15, 5 % of jitter made three changes in 100 steps
 SLOWER, FASTER = 3, 2  # so many newest; of steps of which a tenth are accidents, three in a row are every thousandth
-TELLING = 0.2  # share of an exchange that bytes must take to tell the bandwidth; lateness of 1 ms is 20 % of the shortest of 5 ms
+TELLING = (
+    0.2  # share of an exchange that bytes must take to tell the bandwidth; lateness of 1 ms is 20 % of the shortest of 5 ms
+)
 CONCURRENT = 4  # collectives of a group that are under way at once, as ``exchange.mesh`` has them
 
 
@@ -63,8 +65,8 @@ class NetworkModel:
 
     alpha is measured directly: the exchange of statistics behind every step is a direct one that is nearly empty. What else a
     step's communication took is learnt for every communicator by itself: a part for its bytes, and a fixed part. So incast, a
-    host's shared interface and slow start need no formula. What changes while a communicator stays is the network's, and changes
-    all of them alike.
+    host's shared interface and slow start need no formula. What changes while a communicator stays is the network's, and
+    changes all of them alike.
     """
 
     def __init__(self) -> None:
@@ -96,7 +98,8 @@ class NetworkModel:
         return 8 / byte_s if byte_s else None
 
     def forecast(self, plan: Plan, buckets: Sequence[Bucket], byte_s: float) -> tuple[float, float]:
-        """(time in which a collective is under way, time from the last gradient to the end) of a step, if a byte takes so long."""
+        """(time in which a collective is under way, time from the last gradient to the end) of a step, if a byte takes so
+        long."""
         latency_s = (self.latency.value or 0.0) * (self.ring_share if plan.communicator.endswith("ring") else 1.0)
         fixed = self._element_s.get(plan.communicator)
         element_s = fixed.value or 0.0 if fixed else 0.0

@@ -9,17 +9,15 @@ import os
 import socket
 import struct
 import sys
-from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from netsenseml.records import monotonic_s
 
-# What TcpInfo tells of struct tcp_info in <linux/tcp.h>, whose fields never move: the byte with tcpi_delivery_rate_app_limited,
-# tcpi_rtt, tcpi_total_retrans, tcpi_bytes_acked, tcpi_min_rtt, tcpi_delivery_rate and the three times after it.
-_LAYOUT = struct.Struct("=7xB60xI28xI16xQ20xI8x4Q")
-_APP_LIMITED = 1 if sys.byteorder == "little" else 0x80  # the first bit field of its byte
+# What TcpInfo tells of struct tcp_info in <linux/tcp.h>, whose fields never move: tcpi_rtt, tcpi_total_retrans,
+# tcpi_bytes_acked and tcpi_min_rtt.
+_LAYOUT = struct.Struct("=68xI28xI16xQ20xI")
 _Answer = ctypes.c_char * _LAYOUT.size  # has room for any address, too
 _V4_IN_V6 = bytes(10) + b"\xff\xff"
 # Python's socket objects would make a descriptor non-blocking where a default time-out is set. The GIL is kept (PyDLL): another
@@ -27,8 +25,6 @@ _V4_IN_V6 = bytes(10) + b"\xff\xff"
 _LIBC = ctypes.PyDLL(None)
 _SEARCH_S, _SEARCH_FACTOR = 1.0, 1000  # new connections are looked for so often, and so many times rarer than it takes
 _EPOCH_S = 2.0  # the smallest RTT is that of this epoch and the one before: 2 to 4 s
-_BUSY_S = 0.2  # 50 jiffies at 250 Hz, so that their rounding costs 2 to 4 %
-_BUFFERS = 0.1  # share of the busy time
 
 
 class TcpInfo(NamedTuple):
@@ -36,33 +32,23 @@ class TcpInfo(NamedTuple):
 
     rtt_s: smoothed round-trip time. min_rtt_s: smallest of the kernel's window (300 s by default).
     bytes_acked: payload that the peer has acknowledged. retransmits: segments.
-    delivery_bps: payload rate over the round trip that ended with the newest acknowledgement that counted.
-    app_limited: in that round trip the application had not enough to send, so the path carries at least this.
-    busy_s: time with data to send or to be acknowledged, in steps of a jiffy (4 ms at 250 Hz); within it, the time in which
-        the peer's window or the send buffer was the limit.
     """
 
     rtt_s: float
     min_rtt_s: float
     bytes_acked: int
     retransmits: int
-    delivery_bps: float
-    app_limited: bool
-    busy_s: float
-    rwnd_limited_s: float
-    sndbuf_limited_s: float
 
     @classmethod
     def parse(cls, raw: bytes) -> "TcpInfo":
-        """Parse the kernel's answer; raises ValueError if the kernel is too old (< 4.10) to tell all of it."""
+        """Parse the kernel's answer; raises ValueError if the kernel is too old (< 4.6) to tell all of it."""
         if len(raw) < _LAYOUT.size:
             raise ValueError(f"struct tcp_info has {len(raw)} bytes, {_LAYOUT.size} are needed")
-        flags, rtt_us, retransmits, acked, min_rtt_us, rate, busy_us, rwnd_us, sndbuf_us = _LAYOUT.unpack_from(raw)
-        limited, times_s = bool(flags & _APP_LIMITED), (busy_us / 1e6, rwnd_us / 1e6, sndbuf_us / 1e6)
-        return cls(rtt_us / 1e6, min_rtt_us / 1e6, acked, retransmits, 8.0 * rate, limited, *times_s)
+        rtt_us, retransmits, acked, min_rtt_us = _LAYOUT.unpack_from(raw)
+        return cls(rtt_us / 1e6, min_rtt_us / 1e6, acked, retransmits)
 
 
-_FRESH = TcpInfo(0.0, math.inf, 0, 0, 0.0, True, 0.0, 0.0, 0.0)
+_FRESH = TcpInfo(0.0, math.inf, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,25 +59,13 @@ class TcpSample:
     min_rtt_s: to the peer of the main connection, over the last seconds, from all connections to it that had traffic. None if
         there was none.
     retransmits: segments retransmitted by all connections, since they were opened.
-    acked_bytes: payload of the main connection that was acknowledged. 0: the sample is stale, nothing in it is news.
-    delivery_bps, app_limited: of the main connection (``TcpInfo``). One round trip only, in which a token bucket may give away
-        what it saved: it jumps by factors.
-    bandwidth_bps: payload rate of the main connections over the last samples that together were busy long enough. Latency
-        and slow start are part of that time, so the path carries at least this, but for what token buckets give away
-        after a pause. None while there is not enough of it.
+    acked_bytes: payload of the main connection that was acknowledged.
     """
 
     rtt_s: float
     min_rtt_s: float | None
     retransmits: int
     acked_bytes: int
-    delivery_bps: float
-    app_limited: bool
-    bandwidth_bps: float | None
-
-    def stale(self) -> "TcpSample":
-        """The same later on, when nothing in it is news."""
-        return replace(self, acked_bytes=0, bandwidth_bps=None)
 
 
 class TcpMonitor:
@@ -111,7 +85,6 @@ class TcpMonitor:
         self._connections: dict[int, tuple[int, bytes, TcpInfo]] = {}  # inode, peer, and as of the sample before
         self._search_due_s = 0.0
         self._retransmits = 0
-        self._busy: deque[tuple[int, float]] = deque()
         self._min_rtt_s: dict[bytes, float] = {}
         self._min_rtt_before_s: dict[bytes, float] = {}
         self._epoch_ends_s = 0.0
@@ -151,9 +124,6 @@ class TcpMonitor:
             min_rtt_s=lowest_s if lowest_s < math.inf else None,
             retransmits=self._retransmits,
             acked_bytes=after.bytes_acked - before.bytes_acked,
-            delivery_bps=after.delivery_bps,
-            app_limited=after.app_limited,
-            bandwidth_bps=self._busy_bps(before, after),
         )
 
     def _search(self, now_s: float) -> None:
@@ -162,18 +132,6 @@ class TcpMonitor:
             if peer in self._peers and inode is not None and self._connections.get(fd, (None,))[0] != inode:
                 self._connections[fd] = inode, peer, _FRESH
         self._search_due_s = now_s + max(_SEARCH_S, _SEARCH_FACTOR * (monotonic_s() - now_s))
-
-    def _busy_bps(self, before: TcpInfo, after: TcpInfo) -> float | None:
-        busy_s = after.busy_s - before.busy_s
-        buffers_s = after.rwnd_limited_s - before.rwnd_limited_s + after.sndbuf_limited_s - before.sndbuf_limited_s
-        # Where the buffers were the limit, the sample says nothing of the path; to subtract the time alone would leave
-        # in what was carried in it.
-        if busy_s > 0 and buffers_s <= _BUFFERS * busy_s:
-            self._busy.append((after.bytes_acked - before.bytes_acked, busy_s))
-        total_s = sum(seconds for _, seconds in self._busy)
-        while self._busy and total_s - self._busy[0][1] >= _BUSY_S:
-            total_s -= self._busy.popleft()[1]
-        return 8 * sum(acked for acked, _ in self._busy) / total_s if total_s >= _BUSY_S else None
 
 
 def read(fd: int) -> TcpInfo | None:

@@ -70,6 +70,7 @@ class Run:
     model: nn.Module
     data: Dataset | None
     optimizer: torch.optim.Optimizer | None
+    adaptive: bool
     method_options: dict[str, Any]
     session: Session | None = None
 
@@ -107,6 +108,7 @@ class Run:
             pace_s=_compute_s(compute, rank),
             model=model,
             data=data,
+            adaptive=optimizer["name"].startswith("adam"),
             optimizer=None if isinstance(model, Emulated) else make_optimizer(model.parameters(), optimizer),
             method_options=options,
         )
@@ -133,6 +135,7 @@ class Run:
 
     def _emulate(self, model: Emulated, ddp: DistributedDataParallel, session: Session) -> None:
         model.taken_s = lambda: session.blocked_s
+        session.method.optimizer(adaptive=self.adaptive)  # of which nothing else is emulated
         x = torch.zeros(1, requires_grad=True)
         go_on = True
         while go_on:

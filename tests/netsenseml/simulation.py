@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from netsenseml.control.controller import Controller
-from netsenseml.control.plans import look, lost, plans
+from netsenseml.control.plans import look, lost, plans, worth
 from netsenseml.control.policy import Observation
 from netsenseml.exchange.communicators import Hierarchical, Plan, RingAllReduce
 from netsenseml.exchange.mesh import Shape
@@ -30,7 +30,8 @@ def gradient() -> torch.Tensor:
 
 @dataclass
 class World:
-    """rate_bps: of every host's link. delay_s: one way. incast: times as long as a ring that direct exchanges of large pieces take."""
+    """rate_bps: of every host's link. delay_s: one way. incast: times as long as a ring that direct exchanges of large pieces
+    take."""
 
     shape: Shape
     rate_bps: float
@@ -95,7 +96,7 @@ class Job:
     """A training under the real controller."""
 
     world: World
-    kappa: float = 0.05
+    adaptive: bool = False
     floor: float = 0.001
 
     def __post_init__(self) -> None:
@@ -105,9 +106,8 @@ class Job:
         network = NetworkModel()
         network.latency.add(2 * world.delay_s + world.wake_s)
         coding_s = {plan.name: 0.0 if isinstance(plan, RingAllReduce) else world.coding_s for plan in self.plans}
-        self.controller = Controller(
-            self.plans, world.shape, network, coding_s, self.lost, kappa=self.kappa, scarce=False
-        )
+        self.controller = Controller(self.plans, world.shape, network, coding_s, self.lost, scarce=False)
+        self.controller.adaptive = self.adaptive
         network.start(8 * 1.1 / world.rate_bps)
         self.controller.begin(world.elements, 0.0)
         self.in_force = [self.controller.plan] * (1 + LAG)
@@ -115,7 +115,7 @@ class Job:
         self.number = 0
 
     def worth(self, name: str) -> float:
-        return 1 / (1 + self.kappa * self.lost[name] / (1 - self.lost[name]))
+        return worth(self.by_name[name], self.lost[name], adaptive=self.adaptive)
 
     def run(self, steps: int) -> list[tuple[str, float]]:
         """(plan, seconds but for accidents) of every step."""
@@ -131,12 +131,14 @@ class Job:
         return taken
 
 
-def regret(world: World, steps: int = 300, kappa: float = 0.05) -> tuple[float, float, str, str]:
-    """(progress per second over the best fixed plan's, seconds of the plan it settles on over those of the best that loses no more,
-    that plan, the best fixed one)."""
-    job = Job(world, kappa)
+def regret(world: World, steps: int = 300, *, adaptive: bool = False) -> tuple[float, float, str, str]:
+    """(progress per second over the best fixed plan's, seconds of the plan it settles on over those of the best that loses no
+    more, that plan, the best fixed one)."""
+    job = Job(world, adaptive)
     taken = job.run(steps)
-    rate = sum(job.worth(name) for name, _ in taken) / (sum(taken_s for _, taken_s in taken) + ACCIDENT_S * world.accidents * steps)
+    rate = sum(job.worth(name) for name, _ in taken) / (
+        sum(taken_s for _, taken_s in taken) + ACCIDENT_S * world.accidents * steps
+    )
     seconds = {plan.name: world.seconds(plan) for plan in job.plans}
     best = max(seconds, key=lambda name: job.worth(name) / seconds[name])
     late = [name for name, _ in taken[steps // 2 :]]
@@ -152,7 +154,9 @@ def worlds() -> list[World]:
             for rate_bps in (1e6, 1e7, 1e8, 1e9, 1e10):
                 for alternating in (False, True):
                     for accidents in (0.0, 0.1):
-                        found.append(World(Shape(ranks, per_host), rate_bps, delay_s, alternating=alternating, accidents=accidents))
+                        found.append(
+                            World(Shape(ranks, per_host), rate_bps, delay_s, alternating=alternating, accidents=accidents)
+                        )
     return found
 
 

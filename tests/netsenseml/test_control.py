@@ -117,7 +117,7 @@ def test_a_long_path_is_exchanged_directly_and_not_round_a_ring() -> None:
 
 def test_nothing_is_compressed_where_the_network_is_no_bottleneck() -> None:
     world = World(Shape(4), 40e9, 1e-5, compute_s=0.3, elements=(250_000, 800_000), coding_s=2e-9)
-    job = Job(world, kappa=0.1)
+    job = Job(world, adaptive=True)
     names = [name for name, _ in job.run(80)[40:]]
     assert statistics.mean(job.lost[name] for name in names) < 1e-3
 
@@ -143,7 +143,7 @@ def test_a_drop_is_known_within_five_steps_and_a_rise_within_forty(rates: tuple[
 
 
 def test_optimizers_that_bear_less_are_sent_more() -> None:
-    sgd, adam = Job(World(Shape(4), 1e8, 1e-3), kappa=0.05), Job(World(Shape(4), 1e8, 1e-3), kappa=0.5)
+    sgd, adam = (Job(World(Shape(4), 1e8, 1e-3), adaptive) for adaptive in (False, True))
     lossy, careful = (statistics.mean(job.lost[name] for name, _ in job.run(80)[40:]) for job in (sgd, adam))
     assert careful < lossy
 

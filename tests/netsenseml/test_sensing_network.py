@@ -21,7 +21,9 @@ def buckets(plan: Plan) -> list[Bucket]:
 class Link:
     """Whose steps take their time, and are late now and then. fixed_s: what a bucket takes whatever it sends."""
 
-    def __init__(self, mbit: float, latency_s: float = 1e-3, fixed_s: float = 0.0, noise: float = 0.03, late: float = 0.1) -> None:
+    def __init__(
+        self, mbit: float, latency_s: float = 1e-3, fixed_s: float = 0.0, noise: float = 0.03, late: float = 0.1
+    ) -> None:
         self.mbit, self.latency_s, self.fixed_s, self.noise, self.late = mbit, latency_s, fixed_s, noise, late
         self.model = NetworkModel()
         self.draw = random.Random(0)
@@ -138,7 +140,11 @@ def test_smooth_stays_between_what_it_was_told(values: list[float]) -> None:
         assert min(newest) * (1 - 1e-9) <= (smooth.value or 0.0) <= max(newest) * (1 + 1e-9)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["allreduce", "int8", "sparse-int4@1%", "fp32-ring"]), st.floats(1e-6, 1e3)), max_size=40))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["allreduce", "int8", "sparse-int4@1%", "fp32-ring"]), st.floats(1e-6, 1e3)), max_size=40
+    )
+)
 def test_any_times_at_all_leave_a_bandwidth_and_a_forecast(seen: list[tuple[str, float]]) -> None:
     model = NetworkModel()
     model.latency.add(1e-3)
@@ -147,7 +153,9 @@ def test_any_times_at_all_leave_a_bandwidth_and_a_forecast(seen: list[tuple[str,
         model.learn(plan, buckets(plan), seconds)
         assert (model.bandwidth_bps() or 0.0) > 0
         for other in ("allreduce", "int4", "sparse-int4@0.1%-ring"):
-            busy_s, exposed_s = model.forecast(parse(other), buckets(parse(other)), model.byte_s(parse(other).communicator) or 0.0)
+            busy_s, exposed_s = model.forecast(
+                parse(other), buckets(parse(other)), model.byte_s(parse(other).communicator) or 0.0
+            )
             assert 0 <= busy_s < 1e7 and 0 <= exposed_s < 1e7
 
 
