@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -24,6 +25,8 @@ from netsenseml.records import monotonic_s
 from netsenseml.sensing.tcp import TcpMonitor, TcpSample
 from netsenseml.statistics import StepStatistics
 
+_LAST_S = 10.0
+"""After which the last rank leaves a group that has failed."""
 _SAMPLE_S = 0.05
 """The kernel is asked so often at most: a sample of 63 connections takes a millisecond."""
 
@@ -80,9 +83,13 @@ class Session:
     Call ``step`` after every ``optimizer.step()``. A script that never does gets the same records; a step then ends
     where the next backward hands over its first bucket, and loss and samples are null.
 
-    After a failure of a peer, which ``backward`` raises as one error that names it, a session is of no use: close it and
-    leave, as a rank that goes on alone would be waited for, and wait, in vain. A rank that raises in the middle of a backward
-    must leave, too. Gradients that are not finite reach all ranks once, as with DDP; nothing of them is kept.
+    If a rank dies, raises or stays silent, ``backward`` raises one error on all others, which names it (``PeerFailed``): soon
+    if its process has ended or it has closed its session, else after the time-out of the process group, which is 30 minutes
+    unless ``init_process_group`` was told otherwise; seconds more go into asking the others. Session and process group are of
+    no use then: close the session and leave, best by ``try: ... finally: session.close()``. So must a rank whose own code
+    raises in the middle of a backward; the others then learn why. One that goes on is waited for in vain. No rank is left out
+    and nothing is tried again: go on from a checkpoint.
+    Gradients that are not finite are no failure: they reach all ranks once, as with DDP, and nothing of them is kept.
     """
 
     def __init__(
@@ -183,7 +190,10 @@ class Session:
         try:
             result = done.value()
         except Exception as error:
-            raise PeerFailed(self._failed(error)) from None
+            why = self._failed(error)
+            with self._lock:
+                self._pending -= 1
+            raise PeerFailed(why) from None
         with self._lock:
             self._pending -= 1
             if self._pending or not self._all_launched:
@@ -266,11 +276,22 @@ class Session:
         elif self._statistics.elements:
             self._close_step(monotonic_s(), None, None)
         listeners, self._listeners = self._listeners, []
+        if self._failure is not None:
+            self._outlast_callbacks()
         try:
             self.method.close()
         finally:
             for listener in listeners:
                 listener.closed(accuracy, loss)
+
+    def _outlast_callbacks(self) -> None:
+        """A callback of DDP's group that comes while the interpreter ends aborts the process.
+
+        They may wait for a rank that waits here, too, as nothing but a time-out ends them: so one rank after another leaves.
+        """
+        given_up_s = monotonic_s() + min(1.0 + 2.0 * self.rank, _LAST_S)
+        while self._pending > 0 and monotonic_s() < given_up_s:
+            time.sleep(0.01)
 
     def fail(self, error: str) -> None:
         """Tell the testbed, if there is one, that this worker failed; one line."""

@@ -1,13 +1,12 @@
 """What the testbed and a worker agree on: environment, files and messages.
 
-This module imports no torch, so that the orchestrator stays light. Of the library it takes only ``netsenseml.catalog`` and
-``netsenseml.records``, which import none either.
+This module imports no torch, so that the orchestrator stays light.
 
 A *cell* is one training run: one method, one seed, one set of link conditions. Its directory holds
 
     cell.json         what to run (``CellConfig``), written before any worker starts
     control.sock      Unix stream socket of the orchestrator, one JSON object a line in both directions
-    steps-r<R>.jsonl  one line a step, written by rank R (columns: ``STEP_COLUMNS``)
+    steps-r<R>.jsonl  one line a step, written by rank R (columns: ``netsenseml.records.STEP_COLUMNS``)
     evals.jsonl       one line an evaluation, written by rank 0 (columns: ``EVAL_COLUMNS``)
 
 Messages of a worker (every one carries ``"rank"``):
@@ -42,12 +41,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from netsenseml.records import STEP_COLUMNS, RecordFile, monotonic_s, read_records
-
-__all__ = ["STEP_COLUMNS", "RecordFile", "monotonic_s", "read_records"]
-
 ENV_CELL_DIR = "NETSENSE_CELL_DIR"
 """Directory of the cell as the worker sees it; unset outside the testbed."""
+
+ENV_RENDEZVOUS = "NETSENSE_RENDEZVOUS"
+"""Where the ranks of the built-in worker meet: init_method of their process group, env:// if unset."""
 
 LISTENER = "testbed.worker.listener:CellListener"
 """What a worker's session tells of its steps; the value of ``netsenseml.listener.ENV_LISTENER`` there."""

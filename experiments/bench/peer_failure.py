@@ -1,9 +1,10 @@
-"""What the other ranks see, after how long, and how they exit, when a rank of three fails in the middle of training.
+"""What the other ranks see, after how long, and how they exit, when one of three ranks fails in the middle of training.
 
     python experiments/bench/peer_failure.py [--methods topk,netsense] [--failures kill,stop] [--repeat 10] [--json]
 
-kill, stop: SIGKILL and SIGSTOP at any moment. raise: backward raises, and the process exits. stay: likewise, and it lives on.
-plain is DDP without us. Times are from the failure on; code 1 is that of a traceback, 134 an abort, None a process that hung.
+kill, stop: SIGKILL and SIGSTOP at any moment. raise: backward raises, and the process exits. stay: likewise, but it lives on.
+plain is DDP without us. A line a rank: the failure, who, seconds from the failure to the error and for closing, exit code (1 of
+a traceback, -6 of an abort, None of a process that hangs, or is to), number of tracebacks, the error.
 """
 
 import argparse
@@ -27,73 +28,51 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import netsenseml
 import netsenseml.hook  # before the ranks are forked
 
-RANKS = 3
+RANKS, PATIENCE_S = 3, 45.0
 OPTIONS: dict[str, dict[str, Any]] = {"fixed": {"policy": "fixed", "schemes": ["int8"]}, "bdp": {"policy": "bdp"}}
-METHODS = (
-    "plain allreduce bf16 quantized topk topk12 randomk dgc signsgd qsgd powersgd netsense netsense:fixed netsense:bdp".split()
-)
-FAILURES = ("kill", "stop", "raise", "stay")
-PATIENCE_S = 45.0
+METHODS = "plain,allreduce,bf16,quantized,topk,topk12,randomk,dgc,signsgd,qsgd,powersgd,netsense,netsense:fixed,netsense:bdp"
 
 
-class Raising(torch.autograd.Function):
-    """Raises in the middle of a backward, once it is told to."""
+class Net(nn.Sequential):
+    """Several buckets; the backward of the middle of it raises once it is told to."""
 
-    now = False
+    raising = False
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        if Raising.now:
-            raise ZeroDivisionError("raised in backward")
-        return gradient
-
-
-class Net(nn.Module):
     def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(64, 512), *(nn.Linear(512, 512) for _ in range(4)), nn.Linear(512, 10)])
+        super().__init__(nn.Linear(64, 512), *(nn.Linear(512, 512) for _ in range(4)), nn.Linear(512, 10))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for number, layer in enumerate(self.layers):
-            x = layer(Raising.apply(x) if number == 3 else x).relu()
-        return x
+        x = self[:3](x).relu()
+        if self.raising:
+            x.register_hook(lambda _: 1 / 0)
+        return self[3:](x)
 
 
 def train(given: argparse.Namespace, method: str, failure: str, meet: str, rank: int, out: Path) -> None:
-    """One rank; its own failures and those it sees go to a file."""
+    """One rank; its own failure and what it sees of another's go to a file."""
 
     def note(**what: Any) -> None:
         with open(out / f"{rank}.jsonl", "a") as file:
-            file.write(json.dumps({"rank": rank, "at_s": time.monotonic(), **what}) + "\n")
+            file.write(json.dumps({"at_s": time.monotonic(), **what}) + "\n")
 
     def fail() -> None:
         note(failed=True)
-        os.kill(os.getpid(), signal.SIGKILL if failure == "kill" else signal.SIGSTOP)
+        if failure in ("kill", "stop"):
+            os.kill(os.getpid(), signal.SIGKILL if failure == "kill" else signal.SIGSTOP)
+        net.raising = True
 
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=RANKS, timeout=timedelta(seconds=given.timeout))
     torch.set_num_threads(1)
-    model = DistributedDataParallel(Net(), bucket_cap_mb=0.5)
+    model = DistributedDataParallel(net := Net(), bucket_cap_mb=0.5)
     name, _, variant = method.partition(":")
     session = None if name == "plain" else netsenseml.attach(model, name, **OPTIONS.get(variant, {}))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    note(trains=True)
     try:
         for step in itertools.count():
-            if step == 8 and rank == given.victim and failure in ("kill", "stop"):
+            if step == 8 and rank == given.victim:
                 threading.Timer(random.uniform(0, 0.1), fail).start()
-            elif step == 8 and rank == given.victim:
-                Raising.now = True
-                note(failed=True)
-            optimizer.zero_grad()
             model(torch.randn(8, 64)).square().mean().backward()
-            optimizer.step()
             if session is not None:
                 session.step()
     except BaseException as error:
@@ -108,93 +87,68 @@ def train(given: argparse.Namespace, method: str, failure: str, meet: str, rank:
 
 
 class Case:
-    """One failure: its ranks run at once."""
+    """One failure: its ranks begin to run."""
 
     def __init__(self, given: argparse.Namespace, method: str, failure: str, out: Path) -> None:
         self.method, self.failure, self.out, self.victim = method, failure, out, given.victim
-        meet = f"tcp://127.0.0.1:{free_port()}" if given.meet == "tcp" else f"file://{out}/meet"
+        out.mkdir(parents=True)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            meet = f"tcp://127.0.0.1:{server.getsockname()[1]}" if given.meet == "tcp" else f"file://{out}/meet"
         self.codes: dict[int, int | None] = dict.fromkeys(range(RANKS))
         self.processes = {}
         for rank in range(RANKS):
-            if not (process := os.fork()):
+            if not (process := os.fork()):  # its end is that of a script, by a traceback
                 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
                 os.dup2(os.open(out / f"{rank}.log", os.O_WRONLY | os.O_CREAT, 0o644), 2)
                 train(given, method, failure, meet, rank, out)
             self.processes[rank] = process
 
     def wait(self, until_s: float) -> None:
-        others = set(self.processes) - ({self.victim} if self.failure in ("stop", "stay") else set())
-        while any(self.codes[rank] is None for rank in others) and time.monotonic() < until_s:
+        stays = {self.victim} if self.failure in ("stop", "stay") else set()
+        while self._running() - stays and time.monotonic() < until_s:
             time.sleep(0.02)
-            for rank in [rank for rank, code in self.codes.items() if code is None]:
-                if (found := os.waitpid(self.processes[rank], os.WNOHANG))[0]:
-                    self.codes[rank] = os.waitstatus_to_exitcode(found[1])
-        for rank in [rank for rank, code in self.codes.items() if code is None]:
+        for rank in self._running():
             os.kill(self.processes[rank], signal.SIGKILL)
             os.waitpid(self.processes[rank], 0)
 
+    def _running(self) -> set[int]:
+        for rank in [rank for rank, code in self.codes.items() if code is None]:
+            if (found := os.waitpid(self.processes[rank], os.WNOHANG))[0]:
+                self.codes[rank] = os.waitstatus_to_exitcode(found[1])
+        return {rank for rank, code in self.codes.items() if code is None}
+
     def rows(self) -> Iterator[dict[str, Any]]:
-        """What each of the others saw; the victim's own row tells only how it left."""
-        notes = {rank: [json.loads(line) for line in read(self.out / f"{rank}.jsonl")] for rank in self.processes}
+        files = [self.out / f"{rank}.jsonl" for rank in range(RANKS)]
+        notes = [[json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [] for path in files]
         failed_s = next((note["at_s"] for note in notes[self.victim] if "failed" in note), math.nan)
-        for rank, told in notes.items():
-            saw = next((note for note in told if "text" in note), None)
-            closed_s = next((note["at_s"] for note in told if "closed" in note), None)
-            after_s, closing_s = saw and saw["at_s"] - failed_s, saw and closed_s and closed_s - saw["at_s"]
-            yield {
-                **{"method": self.method, "failure": self.failure, "rank": rank, "victim": rank == self.victim},
-                **{"code": self.codes[rank], "after_s": after_s, "closing_s": closing_s},
-                **{"type": saw and saw["type"], "text": saw and saw["text"]},
-                "tracebacks": sum("Traceback (most recent" in line for line in read(self.out / f"{rank}.log")),
-            }
-
-
-def read(path: Path) -> list[str]:
-    return path.read_text(errors="replace").splitlines() if path.exists() else []
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+        for rank, told in enumerate(notes):
+            saw = next((note for note in told if "text" in note), {"at_s": math.nan, "type": None, "text": None})
+            closed_s = next((note["at_s"] for note in told if "closed" in note), math.nan)
+            row = {"method": self.method, "failure": self.failure, "rank": rank, "victim": rank == self.victim}
+            row |= {"after_s": saw["at_s"] - failed_s, "closing_s": closed_s - saw["at_s"], "code": self.codes[rank]}
+            row["tracebacks"] = (self.out / f"{rank}.log").read_text(errors="replace").count("Traceback (most recent")
+            yield row | {"type": saw["type"], "text": saw["text"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--failures", default=",".join(FAILURES))
+    options = {"methods": METHODS, "failures": "kill,stop,raise,stay", "victim": 2, "timeout": 5.0, "repeat": 1, "at-once": 4}
+    for name, default in options.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--meet", default="file", choices=("file", "tcp"), help="rendezvous")
-    parser.add_argument("--victim", type=int, default=2)
-    parser.add_argument("--timeout", type=float, default=5)
-    parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--at-once", type=int, default=4, help="cases that run beside each other")
     parser.add_argument("--close", action=argparse.BooleanOptionalAction, default=True, help="whether they close the session")
     parser.add_argument("--json", action="store_true", help="one line a rank")
-    parser.add_argument("--keep", type=Path, help="folder for what the ranks wrote")
+    parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / f"peer-failure-{os.getpid()}")
     given = parser.parse_args()
-    out = given.keep or Path(tempfile.mkdtemp())
-    wanted = list(itertools.product(range(given.repeat), given.methods.split(","), given.failures.split(",")))
-    for group in (wanted[i : i + given.at_once] for i in range(0, len(wanted), given.at_once)):
-        cases = []
-        for number, method, failure in group:
-            folder = out / f"{method}-{failure}-{number}"
-            folder.mkdir(parents=True)
-            cases.append(Case(given, method, failure, folder))
+    wanted = list(itertools.product(given.methods.split(","), given.failures.split(","), range(given.repeat)))
+    for begin in range(0, len(wanted), given.at_once):
+        cases = [Case(given, m, f, given.keep / f"{m}-{f}-{n}") for m, f, n in wanted[begin : begin + given.at_once]]
         until_s = time.monotonic() + given.timeout + PATIENCE_S
         for case in cases:
             case.wait(until_s)
             for row in case.rows():
-                if given.json:
-                    print(json.dumps(row), flush=True)
-                elif row["victim"]:
-                    print(f"{case.method:15} {case.failure:6} the victim exits with {row['code']}", flush=True)
-                else:
-                    after, closing = (
-                        f"{row[key]:5.1f} s" if row[key] is not None else "      -" for key in ("after_s", "closing_s")
-                    )
-                    told = f"{row['type']}: {row['text']}"
-                    print(
-                        f"{'':15} {row['rank']:6} {after} {closing} {row['code']} {row['tracebacks']} {told[:150]}", flush=True
-                    )
+                text = "{method:14} {failure:5} rank {rank} {after_s:6.1f} {closing_s:5.1f} {code} {tracebacks} {type}: {text}"
+                print(json.dumps(row) if given.json else text.format(**row), flush=True)
 
 
 if __name__ == "__main__":

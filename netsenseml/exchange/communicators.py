@@ -263,14 +263,18 @@ class Hierarchical:
 
     def exchange(self, compensated: torch.Tensor, context: Context) -> Exchange:
         mesh, statistics = context.mesh, context.statistics
+        # Now, as all ranks are in the same order here. Leaders come to the end of a gather sooner than to that of an all-reduce,
+        # the others do not know; hence a group for each.
+        end = mesh.host_stage(2 if isinstance(self.inner, DirectAllReduce) else 1)
+        of_leaders = context.of_leaders() if mesh.rank in mesh.leaders else None
         mean = yield statistics.launch(partial(all_reduce_mean, compensated.clone(), mesh.host_stage(0)), 0)
         compensated.zero_()
         result = context.out
-        if mesh.rank in mesh.leaders:
-            result = yield from self.inner.exchange(mean, context.of_leaders())
+        if of_leaders is not None:
+            result = yield from self.inner.exchange(mean, of_leaders)
             # As it counts for one of the host's ranks in the next mean.
             torch.mul(mean, mesh.shape.ranks_per_host, out=compensated)
-        return (yield statistics.launch(partial(broadcast, result, mesh.host_stage(1)), 0))
+        return (yield statistics.launch(partial(broadcast, result, end), 0))
 
 
 @dataclass(frozen=True, slots=True)

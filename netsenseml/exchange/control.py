@@ -9,7 +9,7 @@ from torch.distributed import AllToAllOptions, ScatterOptions
 from torch.futures import Future
 
 from netsenseml.exchange.mesh import Mesh
-from netsenseml.exchange.scheduler import Exchange, Scheduler
+from netsenseml.exchange.scheduler import Exchange
 from netsenseml.records import monotonic_s
 
 _DIRECT, _FROM_RANK_0 = AllToAllOptions(), ScatterOptions()
@@ -29,7 +29,7 @@ class ControlChannel:
         self._rank, self._ranks, self._decide = mesh.rank, mesh.ranks, decide
         self._answer_bytes = answer_bytes
         self._groups: tuple[dist.ProcessGroup, ...] = mesh.stage(2), mesh.stage(3)
-        self._scheduler = Scheduler()
+        self._scheduler = mesh.new_scheduler()
         self.latency_s = 0.0
         """Of the newest round that is over: of its first part, on this rank."""
 

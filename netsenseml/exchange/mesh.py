@@ -1,15 +1,17 @@
 """The ranks that exchange tensors, on which hosts they are, and what lasts from one exchange to the next."""
 
+import atexit
 import json
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from torch import distributed as c10d
 
 from netsenseml.compress.feedback import ErrorFeedback
 from netsenseml.exchange.scheduler import Scheduler
+from netsenseml.records import monotonic_s
 from netsenseml.sensing.tcp import local_address
 
 _THREADS = 4
@@ -79,13 +82,21 @@ class Mesh:
         self.group = group
         self.rank, self.ranks = group.rank(), group.size()
         self.memory = memory or ErrorFeedback()
-        self.scheduler = Scheduler()
+        self._schedulers: list[Scheduler] = []
+        self.scheduler = self.new_scheduler()
         self.sequence = 0
         """Exchanges so far, from which all randomness is drawn."""
         self.peers = agree(group, config or {})
         names = list(dict.fromkeys(peer.host for peer in self.peers))
         self.hosts = tuple(hosts) if hosts is not None else tuple(names.index(peer.host) for peer in self.peers)
         self._groups: dict[str, dist.ProcessGroup] = {}
+        self._process = os.getpid()
+        _open.add(self)
+
+    def new_scheduler(self) -> Scheduler:
+        """A thread that ends with the mesh."""
+        self._schedulers.append(Scheduler())
+        return self._schedulers[-1]
 
     @property
     def shape(self) -> Shape:
@@ -130,9 +141,31 @@ class Mesh:
         return self._groups[name]
 
     def close(self) -> None:
-        """End the thread and the groups, after all that is under way; call it on all ranks, or ``abort`` first."""
-        self.scheduler.close()
+        """End the threads and the groups, after all that is under way; call it on all ranks, or ``abort`` first."""
+        for scheduler in self._schedulers:
+            scheduler.close()
         self._groups.clear()
+        _open.discard(self)
+
+    def leave(self) -> None:
+        """Likewise, though other ranks may not: what is under way gets a moment, and fails then."""
+        if self._process == os.getpid():  # and not one that was forked off
+            given_up_s = monotonic_s() + _LEAVING_S
+            while any(scheduler.busy for scheduler in self._schedulers) and monotonic_s() < given_up_s:
+                time.sleep(_LEAVING_S / 100)
+            abort(self.group)
+            self.close()
+
+
+_open: WeakSet[Mesh] = WeakSet()
+_LEAVING_S = 1.0
+
+
+@atexit.register
+def _leave() -> None:
+    """What a script has left open: a thread of Gloo that calls back into an interpreter that is ending aborts the process."""
+    for mesh in list(_open):
+        mesh.leave()
 
 
 def new_group(group: dist.ProcessGroup, name: str, ranks: Sequence[int]) -> dist.ProcessGroup:

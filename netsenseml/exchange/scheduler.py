@@ -47,6 +47,11 @@ class Scheduler:
             self._thread.join()
             self._thread = None
 
+    @property
+    def busy(self) -> bool:
+        """True while something is under way."""
+        return self._in_flight > 0 or not self._events.empty()
+
     def _run(self) -> None:
         closing = False
         while not closing or self._in_flight:

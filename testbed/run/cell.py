@@ -162,7 +162,7 @@ class _Conductor:
                 "MASTER_PORT": "29500",
                 "GLOO_SOCKET_IFNAME": host.interface,
                 "OMP_NUM_THREADS": "1",
-                "NETSENSE_RENDEZVOUS": f"file://{directory}/rendezvous",
+                protocol.ENV_RENDEZVOUS: f"file://{directory}/rendezvous",
                 protocol.ENV_CELL_DIR: directory,
                 ENV_LISTENER: protocol.LISTENER,
             }

@@ -508,6 +508,16 @@ class Named(Model):
         return data
 
 
+def _refuse_what_is_gone(method: str, options: Mapping[str, Any]) -> None:
+    """Older specs name what netsense had when its own rule kept to a share of the compute."""
+    if method == "netsense" and "share" in options:
+        text = "is gone; netsense keeps to no share of the compute any more, but makes the most progress a second: remove it"
+        raise PydanticCustomError("at_key", text, {"path": ["share"]})
+    if method == "netsense" and options.get("policy") == "budget":
+        text = "'budget' is now 'progress', which makes the most progress a second, and is the default: remove it"
+        raise PydanticCustomError("at_key", text, {"path": ["policy"]})
+
+
 class MethodSpec(Named):
     """A method of exchange. label: its name in tables and directories."""
 
@@ -517,6 +527,7 @@ class MethodSpec(Named):
         data = cls.spread(data)
         if isinstance(data, dict) and isinstance(data.get("name"), str):
             given = data.get("options") or {}
+            _refuse_what_is_gone(data["name"], given)
             check_method(data["name"], given)
             if data.get("label") in METHODS and data["label"] != data["name"]:
                 fault = f"{data['label']!r} is the name of another method; choose another label"

@@ -1,1 +1,1 @@
-"""The built-in worker: models, data and the training loop."""
+"""What runs as a worker: the built-in program with its models and data, and what ties any session to its cell."""

@@ -78,7 +78,7 @@ class ControlClient:
     def _serve(self) -> None:
         reason = self._listen()
         if not self._closed:
-            print(f"netsenseml: rank {self._rank} ends: {reason}", file=sys.stderr, flush=True)
+            print(f"testbed: rank {self._rank} ends: {reason}", file=sys.stderr, flush=True)
             os._exit(self.EXIT_ORPHANED)
 
     def _listen(self) -> str:

@@ -1,7 +1,8 @@
 """The worker program: ``python -m testbed.worker.program``.
 
-Environment: NETSENSE_CELL_DIR (directory of the cell), RANK, WORLD_SIZE, NETSENSE_RENDEZVOUS (init_method of the
-process group, default env://), GLOO_SOCKET_IFNAME (interface of the shaped link).
+Environment: NETSENSE_CELL_DIR (directory of the cell), NETSENSEML_LISTENER (what ties the session to the cell), RANK,
+WORLD_SIZE, NETSENSE_RENDEZVOUS (init_method of the process group, default env://), GLOO_SOCKET_IFNAME (interface of the shaped
+link).
 
 Importing this module loads everything heavy and starts no thread, so that one process can import it once and fork the
 workers. Nothing here may run a parallel operation of torch on import: its threads would not survive the fork.
@@ -34,8 +35,6 @@ from testbed.worker.client import ControlClient
 from testbed.worker.emulate import Emulated, Timing
 from testbed.worker.zoo import Dataset, make_data, make_emulated, make_model, make_optimizer
 
-ENV_RENDEZVOUS = "NETSENSE_RENDEZVOUS"
-
 
 def main() -> int:
     """Train the cell's workload as one rank; returns the exit status: 0, or 1 after a failure that stderr explains."""
@@ -47,7 +46,7 @@ def main() -> int:
         run.train()
     except Exception as error:
         if run is None and isinstance(error, ValueError):
-            print(f"netsenseml: {error}", file=sys.stderr)  # a bad configuration, said in one line
+            print(f"testbed: {error}", file=sys.stderr)  # a bad configuration, said in one line
         else:
             traceback.print_exc()
         sys.stderr.flush()
@@ -116,7 +115,7 @@ class Run:
     def train(self) -> None:
         """Form the group, train until the stop, evaluate, and take leave."""
         dist.init_process_group(
-            "gloo", init_method=os.environ.get(ENV_RENDEZVOUS, "env://"), rank=self.rank, world_size=self.ranks
+            "gloo", init_method=os.environ.get(protocol.ENV_RENDEZVOUS, "env://"), rank=self.rank, world_size=self.ranks
         )
         # Every rank built the same replica from the seed: nothing has to cross the links before the start.
         ddp = DistributedDataParallel(

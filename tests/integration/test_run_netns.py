@@ -128,8 +128,10 @@ def test_bytes_in_the_records_are_the_bytes_that_the_kernel_counted(finished):
         links = loaded.links[(loaded.links["cell"] == name) & (loaded.links["direction"] == "up")]
         carried = links.groupby("link")["bytes"].max() - links.groupby("link")["bytes"].min()
         for rank, payload in sent.items():
-            # Headers, acknowledgements of the other side's data and netsense's tiny agreement come on top.
-            assert payload <= carried[f"w{rank}"] <= payload * 1.35 + 50_000, (name, rank)
+            # Headers come on top; and in every step some thirty small packets: acknowledgements of the other side's data, the
+            # notes with which Gloo announces its messages, and netsense's reports and decisions.
+            most = payload * 1.05 + cell["step"].nunique() * 3000 + 50_000
+            assert payload <= carried[f"w{rank}"] <= most, (name, rank)
 
 
 def test_telemetry_runs_ten_times_a_second(finished):

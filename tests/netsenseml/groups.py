@@ -63,6 +63,17 @@ def run_group(function: Callable[..., Any], ranks: int, *arguments: Any, timeout
         return Ranks(_in_group, given, {}).results()
 
 
+def wait_for_others(name: str) -> None:
+    """Wait for all ranks beside all groups, so that no time-out of theirs counts."""
+    import torch.distributed as dist
+
+    from netsenseml.exchange.mesh import store_of
+
+    store = store_of(dist.group.WORLD)
+    store.set(f"test/{name}/{dist.get_rank()}", "")
+    store.wait([f"test/{name}/{rank}" for rank in range(dist.get_world_size())], timedelta(seconds=100))
+
+
 def _in_group(
     function: Callable[..., Any], directory: str, rank: int, ranks: int, timeout_s: float, arguments: tuple[Any, ...]
 ) -> Any:

@@ -93,7 +93,7 @@ def test_every_stage_is_passed_in_the_order_of_the_tensors_whichever_completes_f
 
 
 @pytest.mark.parametrize("where", ["before", "after", "in the collective"])
-def test_a_failure_reaches_who_waits_and_the_others_go_on(where: str) -> None:
+def test_after_a_failure_nothing_goes_on_and_nobody_waits(where: str) -> None:
     def exchange(fails: bool) -> Exchange:
         if fails and where == "before":
             raise ValueError("broken")
@@ -109,9 +109,10 @@ def test_a_failure_reaches_who_waits_and_the_others_go_on(where: str) -> None:
 
     scheduler = Scheduler()
     broken, whole = scheduler.submit(exchange(True)), scheduler.submit(exchange(False))
-    with pytest.raises(Exception, match="broken"):
-        broken.wait()
-    assert whole.wait().item() == 1
+    later = scheduler.submit(exchange(False))
+    for work in (broken, whole, later, scheduler.submit(exchange(False))):
+        with pytest.raises(Exception, match="broken"):  # what follows would not match the collectives of other ranks
+            work.wait()
     scheduler.close()
 
 
@@ -176,7 +177,8 @@ def test_what_is_sent_and_what_is_kept_are_what_was_given_by_every_plan(ranks: i
 def plans_drawn_per_key(rank: int, ranks: int, seed: int) -> list[str]:
     """Many keys under way at once, each round by another plan; all is drawn from a seed that the ranks share."""
     mesh = mesh_of_all([0, 0, 1, 1] if ranks == 4 else None)
-    plans = PLANS if ranks == 4 else [*OTHERS, *FLAT]
+    plans = [*OTHERS, *FLAT, *(HOSTS if ranks == 4 else [])]
+    plans = [plan for plan in plans if not isinstance(plan, WideAllGather)]  # the next one must wait for it
     draw = random.Random(seed)
     found = []
     for case in range(8):

@@ -1,41 +1,52 @@
-"""The rule of the house: testbed without torch, netsenseml without testbed."""
+"""The rule of the house: the testbed takes only what is light from netsenseml, and torch only into its workers."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
+LIGHT = {"netsenseml.catalog", "netsenseml.records", "netsenseml.listener"}
 
 
-def imports(package):
+def imports(package: str) -> Iterator[tuple[Path, str]]:
+    """(file, full name) of every import in a package, wherever it stands; of ``from netsenseml import x``, netsenseml.x."""
     for path in sorted((ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 yield from ((path, alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and node.module:
-                yield path, node.module
+                names = [alias.name for alias in node.names] if node.module in ("netsenseml", "testbed") else [""]
+                yield from ((path, f"{node.module}.{name}".rstrip(".")) for name in names)
 
 
-def test_netsenseml_never_imports_testbed():
+def of_workers(path: Path) -> bool:
+    return path.is_relative_to(ROOT / "testbed" / "worker")
+
+
+def test_netsenseml_never_imports_the_testbed() -> None:
     assert [place for place in imports("netsenseml") if place[1].split(".")[0] == "testbed"] == []
 
 
-def test_testbed_takes_only_the_agent_from_netsenseml():
-    taken = {name for _, name in imports("testbed") if name.split(".")[0] == "netsenseml"}
-    assert taken <= {"netsenseml.agent", "testbed.protocol", "netsenseml.catalog"}
-    assert [place for place in imports("testbed") if place[1].split(".")[0] == "torch"] == []
+def test_outside_its_workers_the_testbed_takes_only_what_is_light() -> None:
+    found = [(path, name) for path, name in imports("testbed") if not of_workers(path)]
+    assert {name for _, name in found if name.split(".")[0] == "netsenseml"} <= LIGHT
+    assert [place for place in found if place[1].split(".")[0] in ("torch", "numba")] == []
 
 
-@pytest.mark.parametrize("package", ["testbed", "netsenseml.agent"])
-def test_importing_everything_leaves_torch_out(package):
+def test_outside_its_workers_nothing_of_the_testbed_imports_these() -> None:
+    found = [place for place in imports("testbed") if not of_workers(place[0]) and place[1].startswith("testbed.worker")]
+    assert found == []
+
+
+def test_importing_all_of_the_testbed_but_its_workers_leaves_torch_out() -> None:
     code = (
         "import pkgutil, importlib, sys\n"
-        f"package = importlib.import_module({package!r})\n"
-        "for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
-        "    importlib.import_module(module.name)\n"
+        "package = importlib.import_module('testbed')\n"
+        "for module in pkgutil.walk_packages(package.__path__, 'testbed.'):\n"
+        "    if not module.name.startswith('testbed.worker.'):\n"
+        "        importlib.import_module(module.name)\n"
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

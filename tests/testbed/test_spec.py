@@ -252,6 +252,8 @@ def test_shipped_specs_are_good_and_survive_a_round_trip(path, tmp_path):
         ({"methods__1": {"name": "topk", "options": 5}}, "bad.yaml: methods[1].options: ", "mapping"),
         ({"methods__1": {"name": "topk", 5: 3}}, "bad.yaml: methods[1]", "names of options are texts"),
         ({"methods__1": {"name": "topk", "label": "bf16"}}, "bad.yaml: methods[1].label: ", "another method"),
+        ({"methods__1": {"name": "netsense", "share": 0.4}}, "bad.yaml: methods[1].share: is gone; ", "remove it"),
+        ({"methods__1": {"name": "netsense", "policy": "budget"}}, "bad.yaml: methods[1].policy: ", "is now 'progress'"),
         (
             {"methods__1": {"name": "netsense", "policy": "fixed", "schemes": ["int9"]}},
             "bad.yaml: methods[1]",

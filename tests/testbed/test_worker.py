@@ -119,7 +119,7 @@ def start_workers(directory: Path, ranks: int) -> Ranks:
     env = {
         protocol.ENV_CELL_DIR: str(directory),
         ENV_LISTENER: protocol.LISTENER,
-        program.ENV_RENDEZVOUS: f"file://{directory}/rendezvous",
+        protocol.ENV_RENDEZVOUS: f"file://{directory}/rendezvous",
     }
     return Ranks(program.main, [()] * ranks, env, directory / "log")
 
@@ -262,7 +262,7 @@ def test_a_worker_that_is_left_alone_ends_itself(tmp_path: Path, ending: str, sa
                 orchestrator.close()
             _, errors = process.communicate(timeout=10)
     assert process.returncode == ControlClient.EXIT_ORPHANED
-    assert errors == f"netsenseml: rank 3 ends: {errors.partition('ends: ')[2]}" and said in errors
+    assert errors == f"testbed: rank 3 ends: {errors.partition('ends: ')[2]}" and said in errors
 
 
 def test_after_closing_silence_is_no_reason_to_end(tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+"""The ranks that exchange: who they are, their groups and time-outs, and that these leave nothing behind."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from groups import run_group, wait_for_others
+from hypothesis import given
+from hypothesis import strategies as st
+
+from netsenseml.compress.codec import Codec
+from netsenseml.exchange.collective import all_reduce_mean
+from netsenseml.exchange.communicators import DirectAllReduce, Hierarchical
+from netsenseml.exchange.mesh import Mesh, Peer, Shape, timeout
+
+
+def world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+class Described(Mesh):
+    """A mesh without a group."""
+
+    def __init__(self, hosts: Sequence[int], rank: int = 0) -> None:
+        self.rank, self.ranks, self.hosts = rank, len(hosts), tuple(hosts)
+        self.peers = [Peer(f"boot/{host}", None) for host in hosts]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "shape"),
+    [
+        ([0], Shape(1)),
+        ([0, 0, 0, 0], Shape(4)),  # all on one host: nothing is saved by it
+        ([0, 1, 2, 3], Shape(4)),
+        ([0, 0, 1, 1], Shape(4, 2)),
+        ([5, 5, 5, 2, 2, 2], Shape(6, 3)),
+        ([0, 1, 0, 1], Shape(4)),  # not one after another
+        ([0, 0, 1], Shape(3)),
+        ([0, 0, 1, 1, 1, 1], Shape(6)),
+        ([0, 1, 1, 2], Shape(4)),
+        ([0, 0, 1, 1, 0, 0], Shape(6)),
+    ],
+)
+def test_hosts_of_equal_size_whose_ranks_follow_each_other_have_several_ranks(hosts: list[int], shape: Shape) -> None:
+    assert Described(hosts).shape == shape
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.data())
+def test_every_host_has_one_leader_and_the_ranks_of_a_host_agree_on_who_they_are(hosts: list[int], data: st.DataObject) -> None:
+    rank = data.draw(st.integers(0, len(hosts) - 1))
+    mesh = Described(hosts, rank)
+    assert len(mesh.leaders) == len(set(hosts)) and {hosts[leader] for leader in mesh.leaders} == set(hosts)
+    assert rank in mesh.host_ranks and mesh.host_ranks[0] in mesh.leaders
+    assert all(Described(hosts, other).host_ranks == mesh.host_ranks for other in mesh.host_ranks)
+    assert mesh.machine_ranks == list(range(len(hosts))), "one kernel"
+
+
+@given(st.integers(1, 8), st.integers(1, 8))
+def test_an_interface_carries_what_leaves_its_host(hosts: int, ranks_per_host: int) -> None:
+    shape = Shape(hosts * ranks_per_host, ranks_per_host)
+    pairs = [(a, b) for a in range(shape.ranks) for b in range(shape.ranks) if a != b and a < ranks_per_host]
+    leaving = sum(b // ranks_per_host != 0 for _, b in pairs)
+    assert shape.ranks_crossing * max(shape.ranks - 1, 1) == pytest.approx(leaving)
+    assert shape.of_hosts == Shape(hosts)
+
+
+def meet(rank: int) -> tuple[list[Peer], tuple[int, ...], list[int], int]:
+    mesh = Mesh(world())
+    mesh.close()
+    return mesh.peers, mesh.hosts, mesh.machine_ranks, mesh.rank
+
+
+def test_ranks_of_one_network_namespace_are_on_one_host() -> None:
+    found = run_group(meet, 3)
+    assert [rank for *_, rank in found] == [0, 1, 2]
+    for peers, hosts, machine_ranks, _ in found:
+        assert hosts == (0, 0, 0) and machine_ranks == [0, 1, 2]
+        assert len({peer.host for peer in peers}) == 1
+
+
+def timeouts_of_groups(rank: int) -> list[float]:
+    mesh = Mesh(world(), hosts=[0, 0, 1, 1])
+    groups = [world(), mesh.stage(0), mesh.stage(1), mesh.host_stage(0)]
+    if rank in mesh.leaders:
+        groups.append(mesh.leader_stage(0))
+    found = [timeout(groups[0]), *(group.options._timeout for group in groups[1:])]
+    assert mesh.stage(0) is groups[1], "made once"
+    del groups
+    mesh.close()
+    return [given_in.total_seconds() for given_in in found]
+
+
+def test_all_groups_have_the_time_out_of_the_first() -> None:
+    found = run_group(timeouts_of_groups, 4, timeout_s=5)
+    assert found == [[5.0] * 5, [5.0] * 4, [5.0] * 5, [5.0] * 4]
+
+
+def exchange_alone(rank: int) -> float:
+    mesh = Mesh(world())
+    all_reduce_mean(torch.ones(1000), "key", DirectAllReduce(Codec("int8")), mesh).wait()
+    began_s = time.monotonic()
+    if rank == 0:
+        with pytest.raises(RuntimeError):
+            all_reduce_mean(torch.ones(1000), "key", DirectAllReduce(Codec("int8")), mesh).wait()
+    took_s = time.monotonic() - began_s
+    wait_for_others("alone")
+    mesh.close()
+    return took_s
+
+
+def test_who_exchanges_alone_is_told_after_the_time_out() -> None:
+    took_s, _ = run_group(exchange_alone, 2, timeout_s=5)
+    assert 4 < took_s < 60
+
+
+def configure(rank: int) -> str:
+    with pytest.raises(ValueError) as refused:
+        Mesh(world(), config={"plan": "int8", "chunk": 256 if rank != 1 else 128})
+    Mesh(world(), config={"plan": "int8"}).close()
+    return str(refused.value)
+
+
+def test_a_configuration_that_differs_is_refused_on_every_rank() -> None:
+    said = "rank 1 has chunk = 128, rank 0 has 256; all ranks must have the same"
+    assert run_group(configure, 3) == [said] * 3
+
+
+def mean_of_part(rank: int) -> list[float]:
+    """Two meshes at once of ranks 3 and 1, in this order, and one of all; each is closed while the others go on."""
+    part, found = dist.new_group([1, 3]), []
+    whole = Mesh(world(), hosts=[0, 0, 1, 1])
+    meshes = [Mesh(part), Mesh(part)] if rank in (1, 3) else []
+    for number in range(3):
+        for mesh in meshes:
+            mean = all_reduce_mean(torch.full((3,), float(rank)), "key", DirectAllReduce(Codec("fp32")), mesh).wait()
+            found += mean.tolist()
+        plan = Hierarchical(DirectAllReduce(Codec("fp32")))
+        found += all_reduce_mean(torch.full((3,), float(rank)), "key", plan, whole).wait().tolist()
+        if meshes and number < 2:
+            meshes.pop().close()
+    whole.close()
+    return found
+
+
+def test_meshes_of_part_of_the_ranks_and_of_all_go_on_beside_each_other() -> None:
+    for rank, found in enumerate(run_group(mean_of_part, 4)):
+        times = 2 + 1 if rank in (1, 3) else 0
+        assert sorted(found) == pytest.approx([1.5] * 9 + [2.0] * 3 * times)
+
+
+def open_and_close(rank: int) -> list[tuple[int, int]]:
+    counts = []
+    plans = [DirectAllReduce(Codec("int8")), Hierarchical(DirectAllReduce(Codec("int4")))]
+    for _ in range(6):
+        mesh = Mesh(world(), hosts=[0, 0, 1, 1])
+        for plan in plans:
+            all_reduce_mean(torch.ones(1000), plan.name, plan, mesh).wait()
+        mesh.close()
+        threads, descriptors = (len(list(Path("/proc/self", kind).iterdir())) for kind in ("task", "fd"))
+        counts.append((threads, descriptors))
+    return counts
+
+
+def test_a_closed_mesh_leaves_no_thread_and_no_connection() -> None:
+    for counts in run_group(open_and_close, 4):
+        assert len(set(counts[1:])) == 1, counts
