@@ -141,8 +141,8 @@ def check_scheme(name: str) -> None:
     found = _SPARSE.fullmatch(kind)
     if name != "allreduce" and kind not in _DENSE and not (found and 0 < float(found[1]) < 100):
         raise ValueError(
-            f"unknown scheme '{name}'; there are allreduce, {', '.join(_DENSE)}, and such as sparse-int8@1%; all but the first also "
-            "with -ring behind them, to gather round a ring, or host- before them, where hosts have several ranks"
+            f"unknown scheme '{name}'; there are allreduce, {', '.join(_DENSE)}, and such as sparse-int8@1%; all but the first "
+            "also with -ring behind them, to gather round a ring, or host- before them, where hosts have several ranks"
         )
 
 

@@ -25,8 +25,8 @@ from netsenseml.records import monotonic_s
 from netsenseml.sensing.tcp import TcpMonitor, TcpSample
 from netsenseml.statistics import StepStatistics
 
-_LAST_S = 10.0
-"""After which the last rank leaves a group that has failed."""
+_FIRST_S, _LAST_S = 5.0, 15.0
+"""After which the first and the last rank leave a group that has failed, if they would wait for each other."""
 _SAMPLE_S = 0.05
 """The kernel is asked so often at most: a sample of 63 connections takes a millisecond."""
 
@@ -289,7 +289,7 @@ class Session:
 
         They may wait for a rank that waits here, too, as nothing but a time-out ends them: so one rank after another leaves.
         """
-        given_up_s = monotonic_s() + min(1.0 + 2.0 * self.rank, _LAST_S)
+        given_up_s = monotonic_s() + min(_FIRST_S + 2.0 * self.rank, _LAST_S)
         while self._pending > 0 and monotonic_s() < given_up_s:
             time.sleep(0.01)
 
@@ -312,8 +312,8 @@ class Session:
         """
         if state["ranks"] != (ranks := self._group.size()):
             raise ValueError(
-                f"the checkpoint is of {state['ranks']} ranks, not {ranks}: what each has kept belongs to its rank, and counts for "
-                f"1/{state['ranks']} of a mean; go on without the state of the hook"
+                f"the checkpoint is of {state['ranks']} ranks, not {ranks}: what each has kept belongs to its rank, and counts "
+                f"for 1/{state['ranks']} of a mean; go on without the state of the hook"
             )
         agree(self._group, {"step of the checkpoint": state.get("steps")})
         self.method.load_state_dict(state)

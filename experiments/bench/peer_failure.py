@@ -35,21 +35,6 @@ OPTIONS: dict[str, dict[str, Any]] = {"fixed": {"policy": "fixed", "schemes": ["
 METHODS = "plain,allreduce,bf16,quantized,topk,topk12,randomk,dgc,signsgd,qsgd,powersgd,netsense,netsense:fixed,netsense:bdp"
 
 
-class Net(nn.Sequential):
-    """Several buckets; the backward of the middle of it raises once it is told to."""
-
-    raising = False
-
-    def __init__(self) -> None:
-        super().__init__(nn.Linear(64, 512), *(nn.Linear(512, 512) for _ in range(4)), nn.Linear(512, 10))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self[:3](x).relu()
-        if self.raising:
-            x.register_hook(lambda _: 1 / 0)
-        return self[3:](x)
-
-
 def train(given: argparse.Namespace, method: str, failure: str, meet: str, rank: int, out: Path) -> None:
     """One rank; its own failure and what it sees of another's go to a file."""
 
@@ -61,11 +46,14 @@ def train(given: argparse.Namespace, method: str, failure: str, meet: str, rank:
         note(failed=True)
         if failure in ("kill", "stop"):
             os.kill(os.getpid(), signal.SIGKILL if failure == "kill" else signal.SIGSTOP)
-        net.raising = True
+        broken.append(True)
 
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=RANKS, timeout=timedelta(seconds=given.timeout))
     torch.set_num_threads(1)
-    model = DistributedDataParallel(net := Net(), bucket_cap_mb=0.5)
+    broken: list[bool] = []
+    net = nn.Sequential(nn.Linear(64, 512), *(nn.Linear(512, 512) for _ in range(4)), nn.Linear(512, 10))
+    net[2].weight.register_hook(lambda _: 1 / 0 if broken else None)  # several buckets before the last are on their way
+    model = DistributedDataParallel(net, bucket_cap_mb=0.5)
     name, _, variant = method.partition(":")
     session = None if name == "plain" else netsenseml.attach(model, name, **OPTIONS.get(variant, {}))
     try:
@@ -132,12 +120,12 @@ class Case:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options = {"methods": METHODS, "failures": "kill,stop,raise,stay", "victim": 2, "timeout": 5.0, "repeat": 1, "at-once": 4}
-    for name, default in options.items():
+    numbers: dict[str, Any] = {"victim": 2, "timeout": 5.0, "repeat": 1, "at-once": 4}
+    for name, default in {"methods": METHODS, "failures": "kill,stop,raise,stay", **numbers}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--meet", default="file", choices=("file", "tcp"), help="rendezvous")
     parser.add_argument("--close", action=argparse.BooleanOptionalAction, default=True, help="whether they close the session")
-    parser.add_argument("--json", action="store_true", help="one line a rank")
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / f"peer-failure-{os.getpid()}")
     given = parser.parse_args()
     wanted = list(itertools.product(given.methods.split(","), given.failures.split(","), range(given.repeat)))

@@ -9,7 +9,8 @@ phase a TCP flow competes for the link into one worker.
 Prints for each phase the true share (``NetworkModel.bandwidth_bps``), the estimate after 20 steps (the last one, if there are
 fewer) with its error, that of the round-trip time, the errors from there to the end of the phase (10th and 90th percentile),
 and how many steps it took to come within 20 %, counted from the first step that ended after the change. Beside a competing
-flow the true share is what that flow left over, as a median over 16 steps. Writes a figure, and beside it the steps as JSON lines.
+flow the true share is what that flow left over, as a median over 16 steps. Writes a figure, and beside it the steps as
+JSON lines.
 """
 
 import json

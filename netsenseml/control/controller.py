@@ -126,7 +126,7 @@ class Controller:
         return max(self._plans, key=self._value)
 
     def _hopeful(self, *, others: bool) -> str:
-        """The best plan if the network were ``OPTIMISM`` times as fast, of those whose steps take at most so many times as long.
+        """The best plan if the network were ``OPTIMISM`` times as fast, of those whose steps take no more times as long.
 
         others: for the communicators in use it is not; so those that were never seen get their turn.
         """

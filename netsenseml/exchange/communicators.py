@@ -263,8 +263,8 @@ class Hierarchical:
 
     def exchange(self, compensated: torch.Tensor, context: Context) -> Exchange:
         mesh, statistics = context.mesh, context.statistics
-        # Now, as all ranks are in the same order here. Leaders come to the end of a gather sooner than to that of an all-reduce,
-        # the others do not know; hence a group for each.
+        # Now, as all ranks are in the same order here. Leaders come to the end of a gather sooner than to that of an
+        # all-reduce, which the others do not know; hence a group for each.
         end = mesh.host_stage(2 if isinstance(self.inner, DirectAllReduce) else 1)
         of_leaders = context.of_leaders() if mesh.rank in mesh.leaders else None
         mean = yield statistics.launch(partial(all_reduce_mean, compensated.clone(), mesh.host_stage(0)), 0)

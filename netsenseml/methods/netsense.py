@@ -195,8 +195,8 @@ class NetSense(Coded):
         """Raises ValueError, one line, where the checkpoint is of another policy, of other plans or of another version."""
         if state.get("fits") != self._fits or (self.mesh.rank == 0) != (state["policy"] is not None):
             raise ValueError(
-                "the checkpoint is of another rank, version or policy of netsense, or of other plans, which depend on floor and "
-                "hosts; go on without the state of the hook"
+                "the checkpoint is of another rank, version or policy of netsense, or of other plans, which depend on floor "
+                "and hosts; go on without the state of the hook"
             )
         for _, answer in self._answers:  # of steps that are not part of the checkpoint
             answer.wait()

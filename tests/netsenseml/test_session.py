@@ -1,7 +1,9 @@
 """What a session promises beside the exchange: ranks that agree, refusals in one line, nothing lost on the way."""
 
+import copy
 import math
 import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -543,6 +545,13 @@ class Breaks(torch.autograd.Function):
         raise KeyError("broken on purpose")
 
 
+class Breaker(nn.Module):
+    breaks = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Breaks.apply(x) if self.breaks else x
+
+
 class Counted(AllReduce):
     """Counts the backwards that came to an end."""
 
@@ -554,20 +563,25 @@ class Counted(AllReduce):
 
 def break_a_backward(rank: int, method: str) -> int:
     """All ranks break at the same place, and go on with the same session; the DDP that broke refuses to."""
-    ddp = make_ddp()
-    first, rest = ddp.module[0], ddp.module[1:]
+    torch.manual_seed(0)
+    breaker = Breaker()
+    ddp = DistributedDataParallel(
+        nn.Sequential(nn.Linear(20, 60), breaker, nn.Linear(60, 60), nn.Linear(60, 5)), bucket_cap_mb=0.01
+    )
     session = attach(ddp, method)
     for batch in batches(rank, 3):
         backward(ddp, batch)
         session.step()
+    breaker.breaks = True
     with pytest.raises(KeyError):
-        rest(Breaks.apply(ddp.module[0](next(batches(rank, 1))[0]))).sum().backward()
-    again = DistributedDataParallel(ddp.module, bucket_cap_mb=0.01)
+        backward(ddp, next(batches(rank, 1)))
+    breaker.breaks = False
+    again = DistributedDataParallel(copy.deepcopy(ddp.module), bucket_cap_mb=0.01)
     again.register_comm_hook(session, comm_hook)
     for batch in batches(rank, 3):
         backward(again, batch)
         session.step()
-        assert flat_gradient(first).isfinite().all()
+        assert flat_gradient(again.module).isfinite().all()
     session.close()
     assert not any(thread.name == "netsenseml-exchange" for thread in threading.enumerate())
     return getattr(session.method, "finished", 0)
@@ -577,3 +591,35 @@ def break_a_backward(rank: int, method: str) -> int:
 def test_after_a_backward_that_broke_the_next_one_comes_to_its_end(method: str) -> None:
     finished = run_group(break_a_backward, 2, method, timeout_s=20)
     assert finished == ([6, 6] if "Counted" in method else [0, 0])
+
+
+def break_alone(rank: int, method: str, options: dict[str, Any]) -> tuple[bool, float]:
+    """Rank 1 alone breaks, and goes on as if nothing had happened; whether a rank saw a failure, and how long it took."""
+    torch.manual_seed(0)
+    breaker = Breaker()
+    ddp = DistributedDataParallel(
+        nn.Sequential(nn.Linear(20, 60), breaker, nn.Linear(60, 60), nn.Linear(60, 5)), bucket_cap_mb=0.01
+    )
+    session = attach(ddp, method, **options)
+    for batch in batches(rank, 3):
+        backward(ddp, batch)
+        session.step()
+    breaker.breaks = rank == 1
+    failed, began_s = False, time.monotonic()
+    for batch in batches(rank, 3):
+        try:
+            backward(ddp, batch)
+            session.step()
+        except (KeyError, RuntimeError):
+            failed = True
+        breaker.breaks = False
+    session.close()
+    took_s = time.monotonic() - began_s
+    wait_for_others("broken")
+    return failed, took_s
+
+
+@pytest.mark.parametrize(("method", "options"), [("quantized", {}), ("topk", {}), ("netsense", {**FIXED, "schemes": ["int8"]})])
+def test_of_a_rank_that_broke_alone_nobody_waits_for_ever(method: str, options: dict[str, Any]) -> None:
+    for failed, took_s in run_group(break_alone, 2, method, options, timeout_s=5):
+        assert failed and took_s < 60
