@@ -22,12 +22,7 @@ T = TypeVar("T")
 
 
 class PeerFailed(RuntimeError):
-    """A rank has died, has raised, or has not answered within the time-out of the process group. The session is of no use now.
-
-    What a hook's future raises goes through torch's reducer, in C++, which keeps the text and makes a RuntimeError of the type:
-    "Got the following error when running the callback: PeerFailed: rank 2 (10.0.0.3) is gone: ...". So catch RuntimeError round
-    ``backward``; only a backward after that raises PeerFailed itself.
-    """
+    """A rank has died, has raised, or has not answered within the time-out of the process group. The session is over."""
 
 
 def explain(error: BaseException, group: dist.ProcessGroup, peers: Sequence[Peer], rank: int) -> str:

@@ -7,11 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-import torch._dynamo.config
 from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public, but not declared so
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
@@ -42,12 +42,12 @@ def attach(
     """Let ``ddp`` exchange its gradients by ``method``, on every rank with the same arguments.
 
     method: a name of ``catalog.METHODS``, one registered as an entry point of the group ``netsenseml.methods``, or
-        ``package.module:Class``; ``options`` are its options. In the testbed the spec names it.
+        ``package.module:Class``; ``options`` are its options. A listener may name it instead, as the testbed's does.
     record: file that receives one JSON line a step (``records.STEP_COLUMNS``).
     scaler: the GradScaler in use, so that what error feedback keeps follows its scale and survives the steps that it leaves
     out.
 
-    In a cell of the testbed this also reports to the orchestrator, and waits until all workers are there.
+    Where the environment names a listener (``netsenseml.listener``), that is told, and may wait for others.
     Raises ValueError, one line, if no method is known, a name or option does not exist, the method cannot exchange these
     gradients, or the ranks differ; RuntimeError if a rank does not come within the time-out of the process group.
     """
@@ -125,14 +125,18 @@ class Session:
         self._sample_due_s = 0.0
         self._lock = threading.Lock()
         self._failure: str | None = None
+        self._exchanges: list[Future[torch.Tensor]] = []
         self._closed_by_step = False
         self._parameters = {id(parameter) for parameter in ddp.module.parameters()}
-        self._lr: float | None = None
+        self._optimized: Mapping[str, Any] | None = None
+        self._lr = 0.0
         self._stepped = True
         self._watching = register_optimizer_step_post_hook(self._after_optimizer)
         self._start(monotonic_s())
 
     def _refuse_compiled_autograd(self) -> None:
+        import torch._dynamo.config  # a second of import, which DDP has done when it was made
+
         if torch._dynamo.config.optimize_ddp in ("python_reducer", "python_reducer_without_compiled_forward"):
             raise ValueError("torch._dynamo.config.optimize_ddp = 'python_reducer' calls no communication hook; set it to True")
 
@@ -168,7 +172,10 @@ class Session:
             with self._lock:
                 self._pending, self._all_launched = 0, False  # whatever an earlier backward that raised has left behind
             self._statistics.begin_backward()
-            self.method.begin()
+            self._follow_learning_rate()
+            self._exchanges = []
+            with self._noticing():
+                self.method.begin()
         statistics, elements, last = self._statistics, bucket.buffer().numel(), bucket.is_last()
         with self._lock:
             statistics.elements += elements
@@ -179,14 +186,40 @@ class Session:
                 self._all_launched = True
                 self._ready_s = arrived_s
                 statistics.compute_s += arrived_s - self._exchanged_s
-        done = self.method.exchange(bucket, statistics).then(self._exchanged)
+        with self._noticing(buckets=1):
+            done = self.method.exchange(bucket, statistics).then(partial(self._exchanged, self._exchanges))
+        self._exchanges.append(done)
+        if last and torch._C._current_graph_task_id() >= 0:  # ahead of DDP, whose reducer would make a RuntimeError of it
+            torch.autograd.Variable._execution_engine.queue_callback(self._await)
         blocked_s = monotonic_s() - arrived_s
         self.blocked_s += blocked_s
         if not last:
             statistics.exposed_s += blocked_s
         return done
 
-    def _exchanged(self, done: Future[torch.Tensor]) -> torch.Tensor:
+    @contextlib.contextmanager
+    def _noticing(self, buckets: int = 0) -> Iterator[None]:
+        """What a method raises while it waits is a failure, too; no callback will tell of the bucket."""
+        try:
+            yield
+        except Exception as error:
+            why = self._failed(error)
+            with self._lock:
+                self._pending -= buckets
+            if isinstance(error, RuntimeError):
+                raise PeerFailed(why) from None
+            raise
+
+    def _await(self) -> None:
+        for done in self._exchanges:
+            try:
+                done.wait()
+            except RuntimeError:
+                if self._failure is None:
+                    raise
+                raise PeerFailed(self._failure) from None
+
+    def _exchanged(self, backward: list[Future[torch.Tensor]], done: Future[torch.Tensor]) -> torch.Tensor:
         try:
             result = done.value()
         except Exception as error:
@@ -195,6 +228,8 @@ class Session:
                 self._pending -= 1
             raise PeerFailed(why) from None
         with self._lock:
+            if backward is not self._exchanges:  # one that raised, of which this came late
+                return result
             self._pending -= 1
             if self._pending or not self._all_launched:
                 return result
@@ -219,24 +254,29 @@ class Session:
         return self._sample
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Any optimizer has made a step. What error feedback keeps is worth as much as before after a change of the learning
-        rate."""
+        """Any optimizer has made a step."""
         group = next((g for g in optimizer.param_groups if any(id(p) in self._parameters for p in g["params"])), None)
         if group is None:
             return
         self._stepped = True
-        lr = float(group["lr"])
-        if self._lr is None:
+        if self._optimized is None:
             self.method.optimizer(adaptive="betas" in group or "beta2" in group)
-        elif lr > 0 and self._lr > 0 and not math.isclose(lr, self._lr, rel_tol=1e-3):
-            self.method.rescale(self._lr / lr)
-        self._lr = lr
+            self._lr = float(group["lr"])
+        self._optimized = group
+
+    def _follow_learning_rate(self) -> None:
+        """What error feedback keeps is worth as much as before after a change of the learning rate."""
+        lr = float(self._optimized["lr"]) if self._optimized is not None else 0.0
+        if lr > 0:
+            if self._lr > 0 and not math.isclose(lr, self._lr, rel_tol=1e-3):
+                self.method.rescale(self._lr / lr)
+            self._lr = lr
 
     def step(self, loss: torch.Tensor | float | None = None, samples: int | torch.Tensor | None = None) -> bool:
         """End a step; returns False when the run should end.
 
         loss, samples: training loss and size of this rank's batch, for the records.
-        In a cell this waits while the orchestrator asks to hold, so that all ranks end after the same step.
+        A listener may wait here, so that all ranks end after the same step.
         """
         self._closed_by_step = True
         if self._scaler is not None:
@@ -294,7 +334,7 @@ class Session:
             time.sleep(0.01)
 
     def fail(self, error: str) -> None:
-        """Tell the testbed, if there is one, that this worker failed; one line."""
+        """Tell who listens that this rank cannot go on; one line."""
         for listener in self._listeners:
             listener.failed(error)
 
@@ -344,6 +384,7 @@ class Session:
             "retransmits": tcp and tcp.retransmits,
         }
         self.steps += 1
+        self.method.end_step()
         self._statistics = StepStatistics(self._group.size())
         for listener in self._listeners:
             listener.record(self.last)

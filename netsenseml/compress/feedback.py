@@ -132,13 +132,13 @@ class ErrorFeedback:
         for rows in self._kept.values():
             rows.mul_(factor)
 
-    def begin(self) -> None:
-        """A step begins; ``restore`` goes back to here."""
+    def drop_copies(self) -> None:
+        """A step is over; ``restore`` goes back to here."""
         self._copies.clear()
 
     def restore(self) -> None:
         """The optimizer left the step out: what was sent in it is kept for the next. Needs ``keeps_copy``."""
-        for parts, copy in self._copies:
+        for parts, copy in reversed(self._copies):
             self._tensor(parts, copy[0]).copy_(copy)
         self._copies.clear()
 

@@ -64,7 +64,10 @@ class Method:
         """What is kept for later is to be so many times as large: the learning rate or the loss scale has changed."""
 
     def undo(self) -> None:
-        """The optimizer left out the step of the newest exchange; what was sent of what was kept is to be kept again."""
+        """The optimizer left out this step; what was sent in it of what was kept is to be kept again."""
+
+    def end_step(self) -> None:
+        """A step is over, of one or several backwards; ``undo`` goes back to here."""
 
     def close(self) -> None:
         """End background work."""

@@ -44,7 +44,6 @@ class Coded(Method):
 
     def begin(self) -> None:
         self.steps += 1
-        self.memory.begin()
         self.memory.holds_unused, self.memory.keeps_copy = self.holds_unused, self.keeps_copy
 
     def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
@@ -56,6 +55,9 @@ class Coded(Method):
 
     def undo(self) -> None:
         self.memory.restore()
+
+    def end_step(self) -> None:
+        self.memory.drop_copies()
 
     def close(self) -> None:
         self.mesh.close()

@@ -92,12 +92,15 @@ class PowerSgd(Method):
         return held
 
     def begin(self) -> None:
-        if self.keeps_copy:
+        if self.keeps_copy and self._before is None:
             self._before = self.state_dict()
 
     def undo(self) -> None:
         if self._before is not None:
             self.load_state_dict(self._before)
+
+    def end_step(self) -> None:
+        self._before = None
 
     def rescale(self, factor: float) -> None:
         for residual in self._state.error_dict.values():

@@ -82,8 +82,9 @@ def test_netsense_sends_less_in_the_thin_phase_and_comes_back_up(smoke):
     before = steps[steps["t_s"].between(3, DROP_S)]["payload_bytes"].mean()
     thin = steps[steps["t_s"].between(DROP_S + 1, RISE_S)]["payload_bytes"].mean()
     after = steps[steps["t_s"] > RISE_S + 3]["payload_bytes"].mean()
-    assert thin < before / 2
-    assert after > thin * 2
+    # A fifth of the bandwidth halves what makes the most progress a second: sending less than that loses more than it gains.
+    assert thin < before * 0.7
+    assert after > thin * 1.5
 
 
 @pytest.mark.docker

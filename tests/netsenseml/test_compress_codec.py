@@ -35,7 +35,7 @@ def backend(name: str) -> Iterator[None]:
     if name == "kernels":
         yield
         return
-    with mock.patch.multiple(codec_module, _encode=tensors.encode, _add_decoded=tensors.add_decoded):
+    with mock.patch.object(codec_module, "_backend", lambda _: tensors):
         yield
 
 

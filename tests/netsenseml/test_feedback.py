@@ -143,10 +143,10 @@ def test_what_an_undone_step_sent_of_the_residual_is_kept_again() -> None:
     for frees in (False, True):
         feedback = ErrorFeedback(momentum=0.5)
         feedback.keeps_copy = True
-        feedback.begin()
+        feedback.drop_copies()
         keep(feedback, "key", torch.arange(4.0))
         before = feedback.state_dict()
-        feedback.begin()
+        feedback.drop_copies()
         send(feedback, "key", torch.ones(4), dense=False)
         if frees:
             feedback.forget("key")

@@ -314,35 +314,44 @@ def test_back_at_all_reduce_the_residual_goes_little_by_little_and_its_memory_is
 
 
 def change_learning_rate(rank: int, method: str, options: dict[str, Any]) -> None:
+    """A scheduler changes it between two steps; the next exchange counts what was kept tenfold."""
     ddp, other = make_ddp(), nn.Linear(2, 2)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
     others = torch.optim.SGD(other.parameters(), lr=0.1)
     session = attach(ddp, method, **options)
 
-    def kept() -> dict[str, torch.Tensor]:
-        state = session.state_dict()
-        return state["error_dict"] if "error_dict" in state else state["feedback"]
+    def mean_kept() -> dict[str, torch.Tensor]:
+        kept = {name: residual.clone() for name, residual in session.state_dict()["feedback"].items()}
+        for residual in kept.values():
+            dist.all_reduce(residual)
+        return {name: residual / 2 for name, residual in kept.items()}
 
-    for step, batch in enumerate(batches(rank, 8)):
-        backward(ddp, batch)
-        other(torch.ones(2)).sum().backward()
-        others.step()  # of another model, whose rate is of no interest
-        others.param_groups[0]["lr"] *= 0.5
-        before = kept()
-        if step == 5:
-            optimizer.param_groups[0]["lr"] = 0.01
+    for factor in (1, 10):
+        for batch in batches(rank, 4):
+            backward(ddp, batch)
+            other(torch.ones(2)).sum().backward()
+            others.step()  # of another model, whose rate is of no interest
+            others.param_groups[0]["lr"] *= 0.5
+            optimizer.step()
+            session.step()
+        before = mean_kept()
+        assert any(residual.any() for residual in before.values())
+        optimizer.param_groups[0]["lr"] = 0.1 / factor
+        optimizer.zero_grad(set_to_none=False)
+        (ddp(batch[0]).sum() * 0).backward()
+        after = mean_kept()
+        for name, parameter in ddp.module.named_parameters():
+            sent = parameter.grad.view(-1)
+            torch.testing.assert_close(sent + after[name], factor * before[name], rtol=1e-4, atol=1e-6)
         optimizer.step()
-        after = kept()
-        assert any(residual.any() for residual in before.values()) or step < 3
-        for key, residual in before.items():
-            torch.testing.assert_close(after[key], (10 if step == 5 else 1) * residual)
         session.step()
     session.close()
 
 
 def change_learning_rates(rank: int) -> None:
-    for method in [*KEPT, ("dgc", {"ratio": 0.05})]:
-        change_learning_rate(rank, *method)
+    for method in KEPT:
+        if method[0] not in ("powersgd", "netsense"):  # which keep by bucket, and not always
+            change_learning_rate(rank, *method)
 
 
 def test_residuals_follow_the_learning_rate() -> None:
