@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public, but not declared so
@@ -44,8 +45,7 @@ def attach(
     method: a name of ``catalog.METHODS``, one registered as an entry point of the group ``netsenseml.methods``, or
         ``package.module:Class``; ``options`` are its options. A listener may name it instead, as the testbed's does.
     record: file that receives one JSON line a step (``records.STEP_COLUMNS``).
-    scaler: the GradScaler in use, so that what error feedback keeps follows its scale and survives the steps that it leaves
-    out.
+    scaler: the GradScaler in use, so that what error feedback keeps follows its scale and survives steps that it leaves out.
 
     Where the environment names a listener (``netsenseml.listener``), that is told, and may wait for others.
     Raises ValueError, one line, if no method is known, a name or option does not exist, the method cannot exchange these
@@ -80,11 +80,11 @@ def comm_hook(session: "Session", bucket: GradBucket) -> Future[torch.Tensor]:
 class Session:
     """State of the hook: one method at work in one DDP model, with the records of its steps.
 
-    Call ``step`` after every ``optimizer.step()``. A script that never does gets the same records; a step then ends
+    Call ``step`` after every ``optimizer.step()``, and after ``scaler.update()`` if there is one. A script that never does gets the same records; a step then ends
     where the next backward hands over its first bucket, and loss and samples are null.
 
     If a rank dies, raises or stays silent, ``backward`` raises one error on all others, which names it (``PeerFailed``): soon
-    if its process has ended or it has closed its session, else after the time-out of the process group, which is 30 minutes
+    if its process has ended, or with a method that codes if it has closed its session, else after the time-out of the process group, which is 30 minutes
     unless ``init_process_group`` was told otherwise; seconds more go into asking the others. Session and process group are of
     no use then: close the session and leave, best by ``try: ... finally: session.close()``. So must a rank whose own code
     raises in the middle of a backward; the others then learn why. One that goes on is waited for in vain. No rank is left out
@@ -126,9 +126,9 @@ class Session:
         self._lock = threading.Lock()
         self._failure: str | None = None
         self._exchanges: list[Future[torch.Tensor]] = []
-        self._closed_by_step = False
+        self._closed_by_step = self._closed = False
         self._parameters = {id(parameter) for parameter in ddp.module.parameters()}
-        self._optimized: Mapping[str, Any] | None = None
+        self._optimizers: WeakSet[torch.optim.Optimizer] = WeakSet()
         self._lr = 0.0
         self._stepped = True
         self._watching = register_optimizer_step_post_hook(self._after_optimizer)
@@ -162,6 +162,8 @@ class Session:
         arrived_s = monotonic_s()
         if self._failure is not None:
             raise PeerFailed(self._failure)
+        if self._closed:
+            raise RuntimeError("this session is closed; to train on, make the model's DistributedDataParallel anew")
         if bucket.buffer().is_sparse:
             raise ValueError(
                 "sparse gradients cannot be exchanged by a communication hook; make their layers dense: sparse=False"
@@ -258,18 +260,26 @@ class Session:
         group = next((g for g in optimizer.param_groups if any(id(p) in self._parameters for p in g["params"])), None)
         if group is None:
             return
+        if float(getattr(optimizer, "found_inf", 0.0)):  # a fused one that leaves the step out by itself
+            return
         self._stepped = True
-        if self._optimized is None:
-            self.method.optimizer(adaptive="betas" in group or "beta2" in group)
-            self._lr = float(group["lr"])
-        self._optimized = group
+        if not self._optimizers:
+            self.method.optimizer(adaptive=not isinstance(optimizer, torch.optim.SGD | torch.optim.ASGD))
+        self._optimizers.add(optimizer)
 
     def _follow_learning_rate(self) -> None:
-        """What error feedback keeps is worth as much as before after a change of the learning rate."""
-        lr = float(self._optimized["lr"]) if self._optimized is not None else 0.0
-        if lr > 0:
-            if self._lr > 0 and not math.isclose(lr, self._lr, rel_tol=1e-3):
-                self.method.rescale(self._lr / lr)
+        """What error feedback keeps is worth as much as before after a change of the learning rate.
+
+        That is the rate of the first parameters; nothing is done where several optimizers share the model.
+        """
+        if len(self._optimizers) != 1:
+            return
+        (optimizer,) = self._optimizers
+        groups = (g for g in optimizer.param_groups if any(id(p) in self._parameters for p in g["params"]))
+        lr = float(next(groups, {}).get("lr", 0.0))
+        if lr > 0 and not math.isclose(lr, self._lr, rel_tol=1e-3):
+            if self._lr > 0:
+                self.method.rescale(self._lr / lr, gradients=False)
             self._lr = lr
 
     def step(self, loss: torch.Tensor | float | None = None, samples: int | torch.Tensor | None = None) -> bool:
@@ -281,10 +291,10 @@ class Session:
         self._closed_by_step = True
         if self._scaler is not None:
             scale = self._scaler.get_scale()
-            if not self._stepped:
+            if not self._stepped and self._optimizers:
                 self.method.undo()
             if self._scale is not None and scale != self._scale and scale > 0:
-                self.method.rescale(scale / self._scale)
+                self.method.rescale(scale / self._scale, gradients=True)
             self._scale = scale
         self._stepped = False
         self._close_step(monotonic_s(), _number(loss), None if samples is None else int(samples))
@@ -311,6 +321,7 @@ class Session:
     def close(self, accuracy: float | None = None, loss: float | None = None) -> None:
         """End the run after its last step, with the final evaluation if this rank made one. Call it on every rank."""
         self._watching.remove()
+        self._closed = True
         if max(self._statistics.ready_s, default=-math.inf) > self._exchanged_s:  # in the middle of a backward
             self._failed(sys.exc_info()[1] or RuntimeError("the session was closed in the middle of a backward"))
         elif self._statistics.elements:
@@ -343,7 +354,7 @@ class Session:
 
         Call it between two steps, on the thread that trains, and on all ranks after the same step.
         """
-        return {"ranks": self._group.size(), **self.method.state_dict()}
+        return {"ranks": self._group.size(), "lr": self._lr, "scale": self._scale, **self.method.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a checkpoint made with the same method, by as many ranks. Call it on all ranks; it waits for them.
@@ -357,6 +368,7 @@ class Session:
             )
         agree(self._group, {"step of the checkpoint": state.get("steps")})
         self.method.load_state_dict(state)
+        self._lr, self._scale = state.get("lr", 0.0), state.get("scale")
 
     def _close_step(self, ended_s: float, loss: float | None, samples: int | None) -> None:
         done, tcp = self._statistics, self._statistics.tcp

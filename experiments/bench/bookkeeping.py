@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import netsenseml
-from netsenseml.ledger import Ledger
-from netsenseml.methods import plain
+from netsenseml.exchange import collective
+from netsenseml.statistics import StepStatistics
 
 STEPS, COMPUTE_S = 100, 0.1
 CLOCKS = (time.thread_time, time.perf_counter)
@@ -45,8 +45,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(*(nn.Linear(512, 512) for _ in range(8))), bucket_cap_mb=2)
-    plain.allreduce_hook = timed(plain.allreduce_hook, sign=-1)
-    Ledger._landed = timed(Ledger._landed)  # type: ignore[method-assign]
+    collective.ring_mean = timed(collective.ring_mean, sign=-1)
+    StepStatistics._landed = timed(StepStatistics._landed)  # type: ignore[method-assign]
     session = netsenseml.attach(model, "netsense")
     session.exchange = timed(session.exchange)
     session._exchanged = timed(session._exchanged)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from netsenseml.compress.codec import VALUES, Codec, add_decoded
-from netsenseml.compress.sparsify import slots
+from netsenseml.compress.sparsify import kept_elements
 
 RESNET18 = 11_689_512
 DENSITIES = (0.1, 0.01, 0.001)
@@ -59,7 +59,7 @@ def measure(x: torch.Tensor, repetitions: int) -> Table:
     for repetition in range(repetitions):
         copy_ns.append(nanoseconds(partial(compensated.copy_, x)))
         for density, times in usual_ns.items():
-            times.append(nanoseconds(partial(usual_sparse, x, slots(n, density))))
+            times.append(nanoseconds(partial(usual_sparse, x, kept_elements(n, density))))
         for codec in CODECS:
             compensated.copy_(x)
             encode_ns[codec].append(nanoseconds(partial(codec.encode, compensated, seed=repetition)))
@@ -72,7 +72,7 @@ def measure(x: torch.Tensor, repetitions: int) -> Table:
         column.justify, column.no_wrap = "right", True
     table.add_row("copy", f"{statistics.median(copy_ns) / n:.2f}", "", "", f"{4e-6 * n:.3f}", "32.00", "")
     for density, times in usual_ns.items():
-        k = slots(n, density)
+        k = kept_elements(n, density)
         usual = f"{statistics.median(times) / n:.2f}"
         table.add_row(f"torch.topk {100 * density:g}%", usual, "1.0", "", f"{8e-6 * k:.3f}", "64.00", "")
     for codec in CODECS:

@@ -11,7 +11,7 @@ import torch
 
 from netsenseml.compress import layout
 from netsenseml.compress.layout import HEADER_BYTES, VALUES, Layout, MalformedBuffer, parse
-from netsenseml.compress.sparsify import slots
+from netsenseml.compress.sparsify import kept_elements
 
 __all__ = ["VALUES", "Codec", "MalformedBuffer", "Sent", "add_decoded"]
 
@@ -22,6 +22,8 @@ class Sent:
 
     positions: torch.Tensor | None = None
     """Of the elements sent last, ascending, shape (k,), int32; None if all were."""
+    residual_scale: int = 1
+    """Times what was not sent that the residual is; 0 where another rank keeps it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class Codec:
 
     def elements(self, n: int) -> int:
         """Elements sent out of n."""
-        return slots(n, self.density)
+        return kept_elements(n, self.density)
 
     def nbytes(self, n: int) -> int:
         """Size of the buffer for n elements, whatever they are."""

@@ -43,7 +43,7 @@ class ErrorFeedback:
         u <- m u + g,  v <- v + u
 
     so that an element that waits gains as much momentum as one that is sent at once. Then the optimizer must have no
-    momentum of its own. ``mask`` forgets the velocity of what was sent, lest a delayed gradient be carried on (momentum
+    momentum of its own. ``settle`` forgets the velocity of what was sent, lest a delayed gradient be carried on (momentum
     factor masking). Where all is sent nothing is delayed, and without a mask this is plain momentum.
 
     limit: a residual that outgrows so many times its gradient's norm is scaled down to that. None: never.
@@ -127,10 +127,10 @@ class ErrorFeedback:
             self._kept.pop(part, None)
         self._flat.pop(_parts(key), None)
 
-    def rescale(self, factor: float) -> None:
-        """The gradients' unit has changed, as residuals of the new size are ``factor`` times as large."""
+    def rescale(self, factor: float, *, velocity: bool = True) -> None:
+        """What is kept is to be ``factor`` times as large. velocity: that, too, as the gradients themselves have another unit."""
         for rows in self._kept.values():
-            rows.mul_(factor)
+            (rows if velocity else rows[:1]).mul_(factor)
 
     def drop_copies(self) -> None:
         """A step is over; ``restore`` goes back to here."""
@@ -190,7 +190,7 @@ _SUFFIXES = ("", _VELOCITY)
 
 
 def _parts(key: Key) -> tuple[Key, ...]:
-    return key if isinstance(key, tuple) else (key,)
+    return key if isinstance(key, tuple) and all(isinstance(part, torch.Tensor) for part in key) else (key,)
 
 
 def _size(part: Key, whole: torch.Tensor) -> int:

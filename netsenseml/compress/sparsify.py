@@ -10,7 +10,7 @@ _SAMPLE = 1 << 14
 _MAGNITUDE = 0x7FFFFFFF
 
 
-def slots(elements: int, ratio: float) -> int:
+def kept_elements(elements: int, ratio: float) -> int:
     """Elements to send out of ``elements`` at ``ratio``: ceil(ratio * elements), at least 1 if there are any."""
     # The nudge keeps 0.1 * 30 = 3.0000000000000004 from becoming 4.
     return min(elements, max(math.ceil(ratio * elements * (1 - 1e-12)), 1))

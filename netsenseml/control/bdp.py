@@ -21,7 +21,7 @@ class BdpPolicy:
     left as it is. What is mended is around it: one ratio for all buckets and ranks, a correct mean, error feedback.
     """
 
-    at_ease = False
+    may_skip_reports = False
     bandwidth_bps = None
 
     def __init__(

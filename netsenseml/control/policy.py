@@ -7,11 +7,10 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One step, as the slowest rank saw it.
+    """One step, as all ranks saw it: of times that they wait for each other in, that of the rank that waited least.
 
-    plan: name of the plan that exchanged it. elements, ready_s: of every bucket, how many elements it has and when it was
-    ready, before
-        the last gradient, s <= 0.
+    plan: name of the plan that exchanged it. elements, ready_s: of every bucket, how many elements it has and how long
+        before the last gradient it was ready, s <= 0.
     compute_s: from the end of the exchange before to the last gradient. exposed_s: from there to the end of the exchange.
     communication_s: time in which something was under way; of the rank that waited least for the others.
     encode_s: spent on coding. payload_bytes: what a rank sent.
@@ -43,7 +42,7 @@ class Policy(Protocol):
         """Payload bandwidth that the policy reckons with, bits/s; None if with none."""
 
     @property
-    def at_ease(self) -> bool:
+    def may_skip_reports(self) -> bool:
         """Whether it would not matter if some of the next steps were not told."""
 
     def decide(self, seen: Observation) -> None:

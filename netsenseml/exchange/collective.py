@@ -76,7 +76,8 @@ def _exchange(
     context = Context(mesh, statistics, number, out, Sent(), mesh.rank, (mesh.stage(0), mesh.stage(1)))
     mean = yield from plan.exchange(source, context)
     with statistics.coding():
-        lost = energy_lost(before, source)
+        lost, scale = energy_lost(before, source), context.sent.residual_scale
         ratio = mesh.memory.settle(key, compensated, context.sent.positions) if feedback else 0.0
-        statistics.lose(lost, norm(before) ** 2, ratio)
+        if scale:
+            statistics.lose(lost / scale**2, norm(before) ** 2, ratio / scale)
         return tensor.copy_(mean)  # which does nothing where the mean was formed in it

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from netsenseml.compress.codec import Codec, Sent, add_decoded
-from netsenseml.compress.sparsify import slots
+from netsenseml.compress.sparsify import kept_elements
 from netsenseml.exchange.collectives import (
     all_gather,
     all_gather_bytes,
@@ -129,9 +129,8 @@ class DirectAllReduce:
     1. All-to-all: rank r gets chunk r of every other rank; its own stays exact.
     2. It averages them, and codes the mean. The error of this second coding is known to rank r alone, so it
        keeps it for the next step, N times, as what it keeps counts for 1 / N of a mean.
-    3. All-gather of the coded chunks: to every rank directly, or with ``ring`` round the ring, where every link carries one
-    flow
-       at a time and N - 1 latency terms are passed.
+    3. All-gather of the coded chunks: to every rank directly, or with ``ring`` round the ring, where every link carries
+       one flow at a time and N - 1 latency terms are passed.
 
     A ring that reduces coded values would code N - 1 times instead of twice (CGX calls this scatter-reduce-allgather).
     """
@@ -241,7 +240,8 @@ class Hierarchical:
     """The ranks of a host form their mean exactly, one of them exchanges it with the other hosts, and tells the rest.
 
     Of ranks that share a network interface only one uses it. Compression and its residual are the leader's. Worth its two more
-    stages where hosts have several ranks and the network is thinner than what joins these.
+    stages where hosts have several ranks and the network is thinner than what joins these. Where hosts are of unequal size, or
+    there is but one, all ranks exchange as if each had a host of its own.
     """
 
     inner: DirectAllReduce | SparseAllGather
@@ -263,6 +263,8 @@ class Hierarchical:
 
     def exchange(self, compensated: torch.Tensor, context: Context) -> Exchange:
         mesh, statistics = context.mesh, context.statistics
+        if mesh.shape.ranks_per_host == 1:
+            return (yield from self.inner.exchange(compensated, context))
         # Now, as all ranks are in the same order here. Leaders come to the end of a gather sooner than to that of an
         # all-reduce, which the others do not know; hence a group for each.
         end = mesh.host_stage(2 if isinstance(self.inner, DirectAllReduce) else 1)
@@ -270,6 +272,7 @@ class Hierarchical:
         mean = yield statistics.launch(partial(all_reduce_mean, compensated.clone(), mesh.host_stage(0)), 0)
         compensated.zero_()
         result = context.out
+        context.sent.residual_scale = mesh.shape.ranks_per_host if of_leaders is not None else 0
         if of_leaders is not None:
             result = yield from self.inner.exchange(mean, of_leaders)
             # As it counts for one of the host's ranks in the next mean.
@@ -298,7 +301,7 @@ class WideAllGather:
         return self.name
 
     def cost(self, elements: int, shape: Shape) -> Cost:
-        sent = _WIDE_BYTES * (shape.ranks - 1) * sum(slots(size, self.density) for size in self._pieces(elements))
+        sent = _WIDE_BYTES * (shape.ranks - 1) * sum(kept_elements(size, self.density) for size in self._pieces(elements))
         return Cost(sent, shape.ranks_crossing * sent, len(self._pieces(elements)))
 
     def _pieces(self, elements: int) -> list[int]:
@@ -308,7 +311,7 @@ class WideAllGather:
     def exchange(self, compensated: torch.Tensor, context: Context) -> Exchange:
         statistics, ranks = context.statistics, context.ranks
         for piece, mean in zip(compensated.split(self.piece), context.out.split(self.piece), strict=True):
-            k, sent = slots(len(piece), self.density), Sent()
+            k, sent = kept_elements(len(piece), self.density), Sent()
             with statistics.coding():
                 mean.copy_(piece)
                 Codec("fp32", self.density).encode(piece, 0, sent=sent)
@@ -380,11 +383,11 @@ class RandomK:
         return self.name
 
     def cost(self, elements: int, shape: Shape) -> Cost:
-        return RingAllReduce().cost(slots(elements, self.density), shape)
+        return RingAllReduce().cost(kept_elements(elements, self.density), shape)
 
     def chosen(self, elements: int, seed: int) -> torch.Tensor:
         """Indices of the elements, ascending, int64."""
-        k = slots(elements, self.density)
+        k = kept_elements(elements, self.density)
         edges = torch.arange(k + 1) * elements // max(k, 1)
         within = torch.rand(k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         return edges[:-1] + (within * edges.diff()).long()

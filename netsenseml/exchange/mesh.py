@@ -20,7 +20,7 @@ from torch import distributed as c10d
 from netsenseml.compress.feedback import ErrorFeedback
 from netsenseml.exchange.scheduler import Scheduler
 from netsenseml.records import monotonic_s
-from netsenseml.sensing.tcp import local_address
+from netsenseml.sensing.tcp import is_connected, local_address, shut_down
 
 _THREADS = 4
 """Collectives of one group that are under way at the same time; Gloo's default is 2. On long paths, where a collective mostly
@@ -86,7 +86,7 @@ class Mesh:
         self.scheduler = self.new_scheduler()
         self.sequence = 0
         """Exchanges so far, from which all randomness is drawn."""
-        self.peers = agree(group, config or {})
+        self._number, self.peers = _meet(group, config or {})
         names = list(dict.fromkeys(peer.host for peer in self.peers))
         self.hosts = tuple(hosts) if hosts is not None else tuple(names.index(peer.host) for peer in self.peers)
         self._groups: dict[str, dist.ProcessGroup] = {}
@@ -137,7 +137,7 @@ class Mesh:
 
     def _made(self, name: str, ranks: Iterable[int]) -> dist.ProcessGroup:
         if name not in self._groups:
-            self._groups[name] = new_group(self.group, name, list(ranks))
+            self._groups[name] = new_group(self.group, f"{self._number}/{name}", list(ranks))
         return self._groups[name]
 
     def close(self) -> None:
@@ -171,13 +171,13 @@ def _leave() -> None:
 def new_group(group: dist.ProcessGroup, name: str, ranks: Sequence[int]) -> dist.ProcessGroup:
     """A Gloo group of some ranks of ``group``, with its time-out and interfaces; called on all of them, and no others.
 
+    name: never used before among the ranks of ``group``.
+
     It is not registered with torch.distributed: it ends with its last reference, and leaves nothing that a later group of the
     same ranks could mistake for its own. Both ``new_group`` and ``destroy_process_group`` of torch do, for part of the ranks.
     """
     rank = group.rank()
     store = store_of(group)
-    # How many times these ranks have made a group of this name, counted by each for itself.
-    count = store.add(f"netsenseml/{name}/{rank}", 1)
     gloo: Any = dist.ProcessGroupGloo  # whose options torch itself reaches by their underscores
     options = gloo._Options()
     options._timeout, options._threads = timeout(group), _THREADS
@@ -187,7 +187,7 @@ def new_group(group: dist.ProcessGroup, name: str, ranks: Sequence[int]) -> dist
     else:
         interfaces = [given for given in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if given]
         options._devices = [gloo.create_device(interface=given) for given in interfaces] or [gloo.create_default_device()]
-    prefix: Any = c10d.PrefixStore(f"netsenseml/{name}/{count}", store)  # type: ignore[attr-defined]
+    prefix: Any = c10d.PrefixStore(f"netsenseml/{name}", store)  # type: ignore[attr-defined]
     before = _connections()
     made: dist.ProcessGroup = gloo(prefix, ranks.index(rank), len(ranks), options)
     found = {inode: descriptor for inode, descriptor in _connections().items() if inode not in before}
@@ -210,11 +210,12 @@ def abort(group: dist.ProcessGroup) -> None:
     for found in _connections_of.pop(group, []):
         for inode, descriptor in found.items():
             try:
-                with socket.socket(fileno=os.dup(descriptor)) as connection:  # which cannot be reused meanwhile
-                    if os.fstat(connection.fileno()).st_ino == inode:
-                        connection.shutdown(socket.SHUT_RDWR)
+                own = os.dup(descriptor)  # which cannot be reused meanwhile
             except OSError:  # it is closed already
-                pass
+                continue
+            if os.fstat(own).st_ino == inode:
+                shut_down(own)
+            os.close(own)
 
 
 def _connections() -> dict[int, int]:
@@ -224,11 +225,9 @@ def _connections() -> dict[int, int]:
         for entry in os.scandir("/proc/self/fd"):
             descriptor = int(entry.name)
             try:
-                if stat.S_ISSOCK((inode := os.fstat(descriptor)).st_mode):
-                    with socket.socket(fileno=os.dup(descriptor)) as connection:
-                        connection.getpeername()
+                if stat.S_ISSOCK((inode := os.fstat(descriptor)).st_mode) and is_connected(descriptor):
                     found[inode.st_ino] = descriptor
-            except OSError:  # it is closed, or not connected
+            except OSError:  # it is closed
                 pass
     except OSError:  # no Linux
         pass
@@ -247,6 +246,11 @@ def agree(group: dist.ProcessGroup, config: Mapping[str, Any]) -> list[Peer]:
     Raises ValueError, one line, on every rank whose ``config`` differs from that of rank 0, as JSON has it; RuntimeError,
     which names the ranks that are missing, after the time-out of the group.
     """
+    return _meet(group, config)[1]
+
+
+def _meet(group: dist.ProcessGroup, config: Mapping[str, Any]) -> tuple[int, list[Peer]]:
+    """(number of the meeting, the same on all ranks; as ``agree``)."""
     store, rank = store_of(group), group.rank()
     meeting = store.add(f"netsenseml/meeting/{rank}", 1)
     mine = {"config": dict(config), "host": _host(), "address": local_address(os.environ.get("GLOO_SOCKET_IFNAME"))}
@@ -264,7 +268,7 @@ def agree(group: dist.ProcessGroup, config: Mapping[str, Any]) -> list[Peer]:
             name = next(name for name in names if told[0]["config"].get(name) != theirs["config"].get(name))
             first, differs = told[0]["config"].get(name), theirs["config"].get(name)
             raise ValueError(f"rank {other} has {name} = {differs!r}, rank 0 has {first!r}; all ranks must have the same")
-    return [Peer(theirs["host"], theirs["address"]) for theirs in told]
+    return meeting, [Peer(theirs["host"], theirs["address"]) for theirs in told]
 
 
 def store_of(group: dist.ProcessGroup) -> Any:

@@ -60,8 +60,11 @@ class Method:
     def optimizer(self, *, adaptive: bool) -> None:
         """What kind of optimizer takes the gradients. adaptive: it divides by a running second moment, as Adam does."""
 
-    def rescale(self, factor: float) -> None:
-        """What is kept for later is to be so many times as large: the learning rate or the loss scale has changed."""
+    def rescale(self, factor: float, *, gradients: bool) -> None:
+        """What is kept for later is to be so many times as large, as the learning rate has changed.
+
+        gradients: these themselves are so many times as large now, as the loss scale has changed.
+        """
 
     def undo(self) -> None:
         """The optimizer left out this step; what was sent in it of what was kept is to be kept again."""

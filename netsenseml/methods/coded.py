@@ -50,8 +50,8 @@ class Coded(Method):
         statistics.scheme, key = self.plan.name, tuple(bucket.parameters())
         return all_reduce_mean(bucket.buffer(), key, self.plan, self.mesh, statistics, feedback=self._feedback)
 
-    def rescale(self, factor: float) -> None:
-        self.memory.rescale(factor)
+    def rescale(self, factor: float, *, gradients: bool) -> None:
+        self.memory.rescale(factor, velocity=gradients)
 
     def undo(self) -> None:
         self.memory.restore()

@@ -26,15 +26,14 @@ from netsenseml.methods.coded import Coded
 from netsenseml.sensing.network import NetworkModel
 from netsenseml.statistics import StepStatistics
 
-_ANSWER = struct.Struct("<40sHd")
+_ANSWER = struct.Struct("<64sHd")
 """Name of a plan, steps until the next report, bandwidth estimate in bits/s or 0."""
 _LAG = 2
 """Steps until a decision is in force, so that over long paths nobody waits for it."""
 _LOOK_EVERY = 8
 """Steps between two looks at what plans would lose: it changes over hundreds of steps, and a look takes 2 ms a bucket."""
 _REPORT_S, _MOST_STEPS = 0.05, 4
-"""While the network bears all-reduce with ease, ranks report so often at most; a change is known after so many steps and two
-more."""
+"""While the network bears all-reduce with ease, ranks report so often at most; a change is known so many steps later."""
 
 
 class NetSense(Coded):
@@ -43,9 +42,8 @@ class NetSense(Coded):
     1. When a step's exchange is over, every rank reports what it measured: how long its collectives took, when its buckets
        were ready, how long it computed, what the kernel says of its connections. Rank 0 feeds that into its controller.
     2. The decision comes back behind the optimizer and the next steps, and all ranks go by it from the ``_LAG``-th step on.
-    3. Plain all-reduce is one of the plans. While it goes on, nothing is coded, copied or kept, and of short steps only one
-    every
-       ``_REPORT_S`` is reported.
+    3. Plain all-reduce is one of the plans. While it goes on, nothing is coded, copied or kept, and of short steps only
+       one every ``_REPORT_S`` is reported.
     """
 
     senses = True
@@ -63,7 +61,7 @@ class NetSense(Coded):
         super().__init__(module, group, RingAllReduce(), limit=_LIMIT)
         self._channel = ControlChannel(self.mesh, self._decide, _ANSWER.size)
         self._candidates: list[Plan] = []
-        self._policy: Policy
+        self._policy: Policy | FixedPolicy
         if policy == "fixed" or self.mesh.ranks == 1:  # one rank alone has nothing to decide
             self._policy = FixedPolicy(schemes if policy == "fixed" else [RingAllReduce.name])
         elif policy == "bdp":
@@ -73,9 +71,10 @@ class NetSense(Coded):
         self._answers: deque[tuple[int, Future[torch.Tensor]]] = deque()
         self._told: deque[tuple[str, tuple[int, ...], int, list[torch.Tensor]]] = deque()
         self._looks: list[torch.Tensor] = []
-        self._next_report, self._every = 0, 1
+        self._next_report, self._next_look, self._every = 0, 0, 1
         self._step_s = 0.0
-        self.plan = _plan(self._policy.plan)
+        if not isinstance(self._policy, FixedPolicy):
+            self.plan = _plan(self._policy.plan)
 
     def _controller(self, gradients: Sequence[torch.Tensor], floor: float) -> Controller:
         """Ours, with what a few messages and some coding tell beforehand: the same on all ranks, though only rank 0's is
@@ -99,7 +98,7 @@ class NetSense(Coded):
             network,
             costs,
             lost([_heavy_tailed()], self._candidates),
-            scarce=(os.cpu_count() or 1) < 2 * len(mesh.machine_ranks),
+            scarce=len(os.sched_getaffinity(0)) < 2 * len(mesh.machine_ranks),
         )
         controller.begin([sum(gradient.numel() for gradient in gradients)], _FIRST_COMPUTE_S)
         names = [plan.name for plan in self._candidates]
@@ -125,20 +124,26 @@ class NetSense(Coded):
             name, self._every, bandwidth_bps = _ANSWER.unpack(self._answers.popleft()[1].wait().numpy().tobytes())
             self.plan = _plan(name.rstrip(b"\0").decode())
             self.bandwidth_bps = bandwidth_bps or None
+        if isinstance(self._policy, FixedPolicy):
+            self.plan = _plan(self._policy.plan_at(self.steps - 1))
         self._looks = []
+        self._looking = bool(self._candidates) and self.steps >= max(self._next_report, self._next_look) and self.mesh.rank == 0
+        if self._looking:
+            self._next_look = self.steps + _LOOK_EVERY
 
     def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
-        if self.mesh.rank == 0 and self.steps % _LOOK_EVERY == 1 and self._candidates:
+        if self._looking:
             self._looks.append(look(bucket.buffer()))
         return super().exchange(bucket, statistics)
 
     def finish(self, statistics: StepStatistics) -> None:
         spent, tcp = statistics.of_backward(), statistics.tcp
-        if self.steps < self._next_report or not spent.payload_bytes:  # a single rank has nobody to exchange with
+        if isinstance(self._policy, FixedPolicy) or self.steps < self._next_report or not spent.ready_s:
             return
         self._next_report = self.steps + self._every
         last_s = max(spent.ready_s)
-        self._told.append((self.plan.name, tuple(spent.bucket_elements), spent.payload_bytes, self._looks))
+        if self.mesh.rank == 0:
+            self._told.append((self.plan.name, tuple(spent.bucket_elements), spent.payload_bytes, self._looks))
         measured = [spent.exposed_s, spent.compute_s, spent.encode_s, spent.communication_s, self._channel.latency_s]
         rtt_s = (tcp.min_rtt_s if tcp is not None else None) or 0.0
         ready_s = [ready_s - last_s for ready_s in spent.ready_s]
@@ -146,6 +151,7 @@ class NetSense(Coded):
 
     def _decide(self, rows: list[list[float]]) -> bytes:
         """On rank 0: what comes of the ranks' reports of a step. The slowest rank is the one that all waited for."""
+        assert not isinstance(self._policy, FixedPolicy)
         plan, elements, payload_bytes, looks = self._told.popleft()
         exposed_s, compute_s, encode_s, communication_s, latency_s, rtt_s, *ready_s = zip(*rows, strict=True)
         self._step_s = min(exposed_s) + max(compute_s)
@@ -164,7 +170,7 @@ class NetSense(Coded):
                 lost=lost(looks, self._candidates) if looks else {},
             )
         )
-        every = min(_MOST_STEPS, int(_REPORT_S / self._step_s) or 1) if self._policy.at_ease else 1
+        every = min(_MOST_STEPS, int(_REPORT_S / self._step_s) or 1) if self._policy.may_skip_reports else 1
         return _ANSWER.pack(self._policy.plan.encode(), every, self._policy.bandwidth_bps or 0.0)
 
     @property
@@ -212,9 +218,13 @@ class NetSense(Coded):
 
 
 _LIMIT = 30.0
+"""Times a gradient's norm that its residual may have; reached below 0.3 % of the elements, where stale gradients harm most."""
 _LEAST_PROBE, _MOST_PROBE, _PROBE_S = 1 << 14, 1 << 22, 0.02
+"""Sizes of the messages before the first step, in bytes, and from what time on one tells of the bandwidth."""
 _FIRST_COMPUTE_S = 0.1
+"""What a step is taken to compute before one was seen."""
 _LAN_S = 1e-3
+"""Below that, round-trip times are the machines', not the paths'."""
 
 
 @lru_cache(maxsize=256)

@@ -102,7 +102,7 @@ class PowerSgd(Method):
     def end_step(self) -> None:
         self._before = None
 
-    def rescale(self, factor: float) -> None:
+    def rescale(self, factor: float, *, gradients: bool) -> None:
         for residual in self._state.error_dict.values():
             residual.mul_(factor)
 

@@ -142,6 +142,16 @@ def read(fd: int) -> TcpInfo | None:
         return None
 
 
+def is_connected(fd: int) -> bool:
+    """Whether a socket has a peer."""
+    return bool(_asked(_LIBC.getpeername, fd))
+
+
+def shut_down(fd: int) -> None:
+    """End a connection for all who hold it."""
+    _LIBC.shutdown(fd, socket.SHUT_RDWR)
+
+
 def local_address(interface: str | None) -> str | None:
     """IP address by which the other hosts of the group see this one; None where that is unknown.
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from netsenseml.compress.sparsify import largest, sampling, slots
+from netsenseml.compress.sparsify import kept_elements, largest, sampling
 
 torch.set_num_threads(1)
 
@@ -49,7 +49,7 @@ def test_the_guessed_threshold_changes_nothing(shape: str, n: int, ratio: float,
     elif shape == "NaN":
         x[:: max(1, n // 50)] = math.nan
     x = x.to(dtype)
-    k = slots(n, ratio)
+    k = kept_elements(n, ratio)
     magnitude = x.float().view(torch.int32) & 0x7FFFFFFF
     expected = magnitude.sort(descending=True, stable=True).indices[:k].sort().values
     assert torch.equal(largest(x, k), expected)
@@ -57,21 +57,21 @@ def test_the_guessed_threshold_changes_nothing(shape: str, n: int, ratio: float,
 
 @given(st.integers(1, 2**31 - 1), st.floats(1e-9, 1.0))
 def test_a_sample_has_the_rank_that_is_asked_for(n: int, ratio: float) -> None:
-    stride, rank = sampling(n, slots(n, ratio))
+    stride, rank = sampling(n, kept_elements(n, ratio))
     size = -(-n // stride)
     assert stride % 2 == 1 and 1 <= rank <= size <= 1.2 * 2**14
 
 
 @given(st.integers(0, 10**7), st.floats(1e-6, 1.0))
 def test_slots_cover_the_ratio(elements: int, ratio: float) -> None:
-    k = slots(elements, ratio)
+    k = kept_elements(elements, ratio)
     assert min(elements, 1) <= k <= elements
     assert abs(k - ratio * elements) <= 1
 
 
 def test_slots_do_not_round_noise_up() -> None:
-    assert slots(30, 0.1) == 3
-    assert slots(100, 1.0) == 100
+    assert kept_elements(30, 0.1) == 3
+    assert kept_elements(100, 1.0) == 100
 
 
 @pytest.mark.parametrize("k", [0, -1, 4])
