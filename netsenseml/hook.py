@@ -80,15 +80,15 @@ def comm_hook(session: "Session", bucket: GradBucket) -> Future[torch.Tensor]:
 class Session:
     """State of the hook: one method at work in one DDP model, with the records of its steps.
 
-    Call ``step`` after every ``optimizer.step()``, and after ``scaler.update()`` if there is one. A script that never does gets the same records; a step then ends
-    where the next backward hands over its first bucket, and loss and samples are null.
+    Call ``step`` after every ``optimizer.step()``, and after ``scaler.update()`` if there is one. A script that never does
+    gets the same records; a step then ends where the next backward hands over its first bucket, and loss and samples are null.
 
     If a rank dies, raises or stays silent, ``backward`` raises one error on all others, which names it (``PeerFailed``): soon
-    if its process has ended, or with a method that codes if it has closed its session, else after the time-out of the process group, which is 30 minutes
-    unless ``init_process_group`` was told otherwise; seconds more go into asking the others. Session and process group are of
-    no use then: close the session and leave, best by ``try: ... finally: session.close()``. So must a rank whose own code
-    raises in the middle of a backward; the others then learn why. One that goes on is waited for in vain. No rank is left out
-    and nothing is tried again: go on from a checkpoint.
+    if its process has ended, or with a method that codes if it has closed its session, else after the time-out of the process
+    group, which is 30 minutes unless ``init_process_group`` was told otherwise; seconds more go into asking the others.
+    Session and process group are of no use then: close the session and leave, best by ``try: ... finally: session.close()``. So
+    must a rank whose own code raises in the middle of a backward; the others then learn why. One that goes on is waited for in
+    vain. No rank is left out and nothing is tried again: go on from a checkpoint.
     Gradients that are not finite are no failure: they reach all ranks once, as with DDP, and nothing of them is kept.
     """
 

@@ -128,7 +128,8 @@ class ErrorFeedback:
         self._flat.pop(_parts(key), None)
 
     def rescale(self, factor: float, *, velocity: bool = True) -> None:
-        """What is kept is to be ``factor`` times as large. velocity: that, too, as the gradients themselves have another unit."""
+        """What is kept is to be ``factor`` times as large. velocity: that, too, as the gradients themselves have another
+        unit."""
         for rows in self._kept.values():
             (rows if velocity else rows[:1]).mul_(factor)
 

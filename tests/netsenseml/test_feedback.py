@@ -244,3 +244,19 @@ def test_of_no_energy_none_is_lost() -> None:
     assert energy_lost(sample(torch.zeros(0)), torch.zeros(0)) == 0
     assert energy_lost(sample(torch.zeros(3)), torch.zeros(3)) == 0
     assert math.isnan(energy_lost(torch.tensor([math.inf]), torch.tensor([math.inf])))
+
+
+def test_a_tuple_of_names_is_a_name() -> None:
+    feedback = ErrorFeedback()
+    keep(feedback, ("layer", 1), torch.ones(10))
+    keep(feedback, ("layer", 2), torch.ones(20))
+    assert feedback.holds(("layer", 1)) and not feedback.holds("layer")
+
+
+def test_the_learning_rate_does_not_touch_velocities() -> None:
+    feedback = ErrorFeedback(momentum=0.5)
+    keep(feedback, "key", torch.ones(4))
+    before = feedback.state_dict()
+    feedback.rescale(10.0, velocity=False)
+    after = feedback.state_dict()
+    assert torch.equal(after["key"], 10 * before["key"]) and torch.equal(after["key:velocity"], before["key:velocity"])

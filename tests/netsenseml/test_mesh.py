@@ -1,5 +1,8 @@
 """The ranks that exchange: who they are, their groups and time-outs, and that these leave nothing behind."""
 
+import os
+import socket
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +16,8 @@ from hypothesis import strategies as st
 
 from netsenseml.compress.codec import Codec
 from netsenseml.exchange.collective import all_reduce_mean
-from netsenseml.exchange.communicators import DirectAllReduce, Hierarchical
-from netsenseml.exchange.mesh import Mesh, Peer, Shape, timeout
+from netsenseml.exchange.communicators import DirectAllReduce, Hierarchical, parse
+from netsenseml.exchange.mesh import Mesh, Peer, Shape, abort, timeout
 
 
 def world() -> dist.ProcessGroup:
@@ -169,3 +172,65 @@ def open_and_close(rank: int) -> list[tuple[int, int]]:
 def test_a_closed_mesh_leaves_no_thread_and_no_connection() -> None:
     for counts in run_group(open_and_close, 4):
         assert len(set(counts[1:])) == 1, counts
+
+
+def meet_the_wrong_way_round(rank: int) -> list[float]:
+    """Two meshes of the same ranks, whose groups the ranks make in different orders."""
+    meshes = [Mesh(world()) for _ in range(2)]
+    order = (0, 1) if rank == 0 else (1, 0)
+    threads = [threading.Thread(target=meshes[number].stage, args=(0,)) for number in order]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    tensors = [torch.full((4,), float(number + 1)) for number in range(2)]
+    works = [all_reduce_mean(tensors[number], "key", parse("fp32"), meshes[number]) for number in order]
+    for work in works:
+        work.wait()
+    for mesh in meshes:
+        mesh.close()
+    return [float(tensor.mean()) for tensor in tensors]
+
+
+def test_meshes_of_the_same_ranks_never_meet_each_others_groups() -> None:
+    assert run_group(meet_the_wrong_way_round, 2) == [[1.0, 2.0]] * 2
+
+
+def average_over(rank: int, hosts: list[int]) -> float:
+    """How far sent plus kept is from what was given, after some rounds."""
+    mesh = Mesh(world(), hosts=hosts)
+    torch.manual_seed(rank)
+    given = got = torch.zeros(3000)
+    for _ in range(4):
+        gradient = torch.randn(3000)
+        given = given + gradient
+        all_reduce_mean(gradient, "key", parse("host-sparse-int4@10%"), mesh).wait()
+        got = got + gradient
+    kept = mesh.memory.state_dict().get("key", torch.zeros(3000))
+    totals = torch.stack([given, kept])
+    dist.all_reduce(totals)
+    mesh.close()
+    return float((totals[0] / mesh.ranks - totals[1] / mesh.ranks - got).norm() / got.norm())
+
+
+@pytest.mark.parametrize("hosts", [[0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 1]])
+def test_a_hierarchy_loses_nothing_whatever_the_hosts_are_like(hosts: list[int]) -> None:
+    assert max(run_group(average_over, 4, hosts)) < 1e-5
+
+
+def look_at_connections(rank: int) -> bool:
+    socket.setdefaulttimeout(5)
+    ours, theirs = socket.socketpair()
+    ours.settimeout(None)
+    mesh = Mesh(world())
+    mesh.stage(0)
+    abort(world())
+    mesh.close()
+    blocking = os.get_blocking(ours.fileno())
+    ours.close()
+    theirs.close()
+    return blocking
+
+
+def test_sockets_of_others_stay_blocking() -> None:
+    assert all(run_group(look_at_connections, 2))

@@ -14,11 +14,12 @@ import torch
 import torch._dynamo.config
 import torch.distributed as dist
 from groups import run_group, wait_for_others
-from small_models import backward, batches, flat_gradient, make_ddp
+from small_models import backward, batches, flat_gradient, make_ddp, parameters_hash
 from torch import nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+import netsenseml.exchange.mesh as mesh_module
 import netsenseml.hook
 from netsenseml import Session, attach, comm_hook
 from netsenseml.methods import METHODS, AllReduce
@@ -632,3 +633,98 @@ def break_alone(rank: int, method: str, options: dict[str, Any]) -> tuple[bool, 
 def test_of_a_rank_that_broke_alone_nobody_waits_for_ever(method: str, options: dict[str, Any]) -> None:
     for failed, took_s in run_group(break_alone, 2, method, options, timeout_s=5):
         assert failed and took_s < 60
+
+
+# --- what a reader found
+
+
+def train_on_two_hosts(rank: int, options: dict[str, Any]) -> tuple[str, list[str], int]:
+    """Ranks 0 and 1 share a host, 2 and 3 another, as far as netsense knows."""
+    mesh_module._host = lambda: f"machine/{rank // 2}"  # type: ignore[assignment]
+    ddp = make_ddp()
+    session = attach(ddp, "netsense", **options)
+    schemes = []
+    for batch in batches(rank, 8):
+        backward(ddp, batch)
+        session.step()
+        assert session.last is not None
+        schemes.append(session.last["scheme"])
+    told = len(session.method._told)  # type: ignore[attr-defined]
+    session.close()
+    return parameters_hash(ddp.module), schemes, told
+
+
+@pytest.mark.parametrize("options", [{}, {"policy": "fixed", "schemes": ["host-int8", "host-sparse-int4@10%", "allreduce"]}])
+def test_hosts_with_several_ranks_train_and_decide_together(options: dict[str, Any]) -> None:
+    """Ranks that send nothing to other hosts did not report, and the rest waited for them."""
+    found = run_group(train_on_two_hosts, 4, options)
+    assert len({(digest, *schemes) for digest, schemes, _ in found}) == 1
+    assert max(told for *_, told in found) <= 2
+    schemes = found[0][1]
+    if options:
+        assert schemes[:4] == ["host-int8", "host-sparse-int4@10%", "allreduce", "allreduce"]  # one a step
+    else:
+        assert all(name == "allreduce" or name.startswith("host-") for name in schemes)
+
+
+def leave_steps_out(rank: int, fused: bool) -> list[bool]:
+    ddp = make_ddp()
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    session = attach(ddp, "topk", ratio=0.05, scaler=scaler)
+    same = []
+    for step, batch in enumerate(batches(rank, 6)):
+        before = session.state_dict()["feedback"]
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(ddp(batch[0]), batch[1]) * (math.inf if step == 4 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        session.step()
+        if step == 4:  # the scale was halved
+            after = session.state_dict()["feedback"]
+            same += [torch.equal(0.5 * before[name], after[name]) for name in before]
+    session.close()
+    return same
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_optimizers_may_leave_steps_out_by_themselves(fused: bool) -> None:
+    for same in run_group(leave_steps_out, 2, fused):
+        assert same and all(same)
+
+
+def decay_slowly(rank: int) -> tuple[float, float]:
+    ddp = make_ddp()
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    session = attach(ddp, "topk", ratio=0.05)
+    factors = []
+    session.method.rescale = lambda factor, *, gradients: factors.append(factor)  # type: ignore[method-assign]
+    (batch,) = batches(rank, 1)
+    for _ in range(40):
+        backward(ddp, batch)
+        optimizer.step()
+        session.step()
+        optimizer.param_groups[0]["lr"] *= 0.9996  # less than would be worth a rescale by itself
+    session.close()
+    return math.prod(factors), 0.1 / optimizer.param_groups[0]["lr"]
+
+
+def test_slow_schedules_are_followed_too() -> None:
+    for followed, decayed in run_group(decay_slowly, 1):
+        assert followed == pytest.approx(decayed, rel=2e-3)
+
+
+def train_after_closing(rank: int) -> str:
+    ddp = make_ddp()
+    session = attach(ddp, "quantized")
+    (batch,) = batches(rank, 1)
+    backward(ddp, batch)
+    session.close()
+    with pytest.raises(RuntimeError) as error:
+        backward(ddp, batch)
+    return str(error.value)
+
+
+def test_a_closed_session_says_so() -> None:
+    assert all("this session is closed" in text for text in run_group(train_after_closing, 2))
