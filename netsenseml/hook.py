@@ -42,6 +42,18 @@ def attach(
 ) -> "Session":
     """Let ``ddp`` exchange its gradients by ``method``, on every rank with the same arguments.
 
+        session = attach(ddp, "netsense")
+        for x, y in batches:
+            loss = criterion(ddp(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            session.step(loss, samples=len(x))
+        session.close()
+
+    When not to use it: between GPUs of one machine, or where a step waits for no gradients anyway (``comm_s`` of its records
+    with "allreduce"); DDP's own exchange is as good there.
+
     method: a name of ``catalog.METHODS``, one registered as an entry point of the group ``netsenseml.methods``, or
         ``package.module:Class``; ``options`` are its options. A listener may name it instead, as the testbed's does.
     record: file that receives one JSON line a step (``records.STEP_COLUMNS``).

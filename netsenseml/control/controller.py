@@ -23,7 +23,7 @@ class Controller:
         seconds = compute + exposed communication             forecast by ``NetworkModel``
 
     1. Every step corrects what is known of network, compute and coding; all by the same smoothing.
-    2. The best plan is taken if it is better than the present one by ``HYSTERESIS``.
+    2. The best plan is taken if it is better than the present one by ``HYSTERESIS``; one that loses less, by a sixth of that.
     3. Small payloads cannot tell how fast the network is. So now and then the plan is tried that would be best if it were
        ``OPTIMISM`` times as fast, and kept if its own steps say so.
     """
@@ -80,10 +80,12 @@ class Controller:
             if self._reports >= _TRIAL:
                 self._judge(self._home)
             return
-        best = self._best()
-        if self._value(best) > (1 + HYSTERESIS) * self._value(self.plan):
-            self._take(best)
-            return
+        here = self._lost.get(self.plan, 0.0)
+        for names, margin in ((self._plans, HYSTERESIS), (self._losing_less(here), HYSTERESIS / 6)):
+            best = max(names, key=self._value, default=self.plan)
+            if self._value(best) > (1 + margin) * self._value(self.plan):
+                self._take(best)
+                return
         self._quiet += 1
         if self._quiet >= self._pause:
             self._quiet, self._trials = 0, self._trials + 1
@@ -121,6 +123,9 @@ class Controller:
     def _take(self, plan: str) -> None:
         if plan != self.plan:
             self.plan, self._reports, self._quiet = plan, 0, 0
+
+    def _losing_less(self, lost: float) -> list[str]:
+        return [name for name in self._plans if self._lost.get(name, 0.0) < lost]
 
     def _best(self) -> str:
         return max(self._plans, key=self._value)

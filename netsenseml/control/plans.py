@@ -30,7 +30,7 @@ def plans(shape: Shape, floor: float, item_bytes: int = 4) -> list[Plan]:
     while density > 1.1 * floor:
         codecs.append(Codec(_SPARSE_VALUES, density))
         density = float(f"{density * _STEP:.2g}")
-    codecs.append(Codec(_SPARSE_VALUES, float(f"{floor:.4g}")))
+    codecs.append(Codec(_SPARSE_VALUES, floor))
     found: list[Plan] = [RingAllReduce(item_bytes)]
     for codec in codecs:
         kind = DirectAllReduce if codec.density == 1 else SparseAllGather

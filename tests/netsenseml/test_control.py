@@ -143,9 +143,11 @@ def test_a_drop_is_known_within_five_steps_and_a_rise_within_forty(rates: tuple[
 
 
 def test_optimizers_that_bear_less_are_sent_more() -> None:
-    sgd, adam = (Job(World(Shape(4), 1e8, 1e-3), adaptive) for adaptive in (False, True))
-    lossy, careful = (statistics.mean(job.lost[name] for name, _ in job.run(80)[40:]) for job in (sgd, adam))
-    assert careful < lossy
+    lossy, careful = (
+        [statistics.mean(job.lost[name] for name, _ in job.run(80)[40:]) for job in jobs]
+        for jobs in ([Job(World(Shape(4), rate, 1e-3), adaptive) for rate in (1e8, 4e8, 1e9)] for adaptive in (False, True))
+    )
+    assert all(a <= b + 1e-3 for a, b in zip(careful, lossy, strict=True)) and sum(careful) < sum(lossy)
 
 
 def test_a_ring_of_slow_and_fast_paths_counts_their_mean() -> None:
