@@ -96,9 +96,9 @@ def test_what_the_sparse_plans_send_converges_under_momentum() -> None:
     assert float((slope * x * x).sum()) < 0.01 * begin
 
 
-@pytest.mark.parametrize("world", worlds()[::17], ids=str)
+@pytest.mark.parametrize("world", worlds()[::29], ids=str)
 def test_as_good_as_the_best_fixed_plan_on_any_network(world: World) -> None:
-    """Every 17th of 2 to 64 ranks, 1 to 8 a host, 0.1 to 100 ms, 1 Mbit/s to 10 Gbit/s, constant and alternating compute, with
+    """Every 29th of 2 to 64 ranks, 1 to 8 a host, 0.1 to 100 ms, 1 Mbit/s to 10 Gbit/s, constant and alternating compute, with
     and without accidents; ``python tests/netsenseml/simulation.py`` has all."""
     progress, seconds, settled, best = regret(world, steps=200)
     assert progress >= 0.93, (settled, best)

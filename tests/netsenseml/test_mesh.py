@@ -224,6 +224,7 @@ def look_at_connections(rank: int) -> bool:
     ours.settimeout(None)
     mesh = Mesh(world())
     mesh.stage(0)
+    dist.barrier()
     abort(world())
     mesh.close()
     blocking = os.get_blocking(ours.fileno())
