@@ -24,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # seconds that DDP would otherwise take in every rank
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import netsenseml.compress.arrays
 import netsenseml.hook  # before the ranks are forked
 
 RANKS, PATIENCE_S = 3, 45.0

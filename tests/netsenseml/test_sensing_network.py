@@ -109,7 +109,7 @@ def test_communicators_have_their_own_speed_and_a_change_moves_all() -> None:
     link = Link(100, 1e-4, late=0.0, noise=0.0)
     link.steps("int8", 20)
     ring = NetworkModel.byte_s(link.model, "direct-ring")
-    assert ring == link.model.byte_s("direct")  # never seen
+    assert (ring or 0.0) < (link.model.byte_s("direct") or 0.0)  # never seen
     link.mbit = 125  # a ring is faster here
     link.steps("int8-ring", 20)
     assert link.model.byte_s("direct") == pytest.approx(8e-8, rel=0.02)
