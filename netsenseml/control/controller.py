@@ -68,7 +68,10 @@ class Controller:
         """Choose a plan for a first step of which nothing is known but the network and the sizes of its buckets."""
         self._elements, self._ready = tuple(elements), (0.0,) * len(elements)
         self._compute.value = compute_s
+        # A few steps with fewer elements do no optimizer harm, while a plan that is too dense costs as many long steps.
+        self.adaptive = False
         self.plan = self._best()
+        self.adaptive = True
 
     def decide(self, seen: Observation) -> None:
         plan = self._plans[seen.plan]

@@ -107,9 +107,9 @@ class Job:
         network.latency.add(2 * world.delay_s + world.wake_s)
         coding_s = {plan.name: 0.0 if isinstance(plan, RingAllReduce) else world.coding_s for plan in self.plans}
         self.controller = Controller(self.plans, world.shape, network, coding_s, self.lost, scarce=False)
-        self.controller.adaptive = self.adaptive
         network.start(8 * 1.1 / world.rate_bps)
         self.controller.begin(world.elements, 0.0)
+        self.controller.adaptive = self.adaptive
         self.in_force = [self.controller.plan] * (1 + LAG)
         self.by_name = {plan.name: plan for plan in self.plans}
         self.number = 0
