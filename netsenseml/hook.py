@@ -29,7 +29,7 @@ from netsenseml.statistics import StepStatistics
 _FIRST_S, _LAST_S = 5.0, 15.0
 """After which the first and the last rank leave a group that has failed, if they would wait for each other."""
 _SAMPLE_S = 0.05
-"""The kernel is asked so often at most: a sample of 63 connections takes a millisecond."""
+"""The kernel is asked so often at most: a sample of 7 connections took 41 us."""
 
 
 def attach(

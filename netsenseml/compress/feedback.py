@@ -9,8 +9,7 @@ import torch
 _SAMPLE = 1 << 16
 _RELEASE = 0.5
 """Times the norm of a gradient: so much of a residual goes with it at most where all is sent. All at once is a step that
-clipping cuts away and that Adam's second moment remembers: the norm of the sum went 0.8, 3.7, 0.5; with this it stays below
-1.2."""
+clipping cuts away and that Adam's second moment remembers: the norm of what was sent went 0.8, 3.7, 0.5 in one training."""
 
 Key = Hashable
 """Finds a residual: any name, or the tuple of parameters that a bucket consists of, whose residuals are kept one by one."""

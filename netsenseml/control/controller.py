@@ -9,10 +9,11 @@ from netsenseml.exchange.communicators import Plan, RingAllReduce
 from netsenseml.exchange.mesh import Shape
 from netsenseml.sensing.network import Bucket, NetworkModel, Smooth
 
-HYSTERESIS = 0.03  # another plan must be better by more; forecasts from the same steps differ by 2 % by chance
+# Chosen by hand, and tried together in tests/netsenseml/simulation.py; not each by a measurement of its own.
+HYSTERESIS = 0.03  # another plan must be better by more
 OPTIMISM = 2.0  # times the bandwidth: the plan that would be best with so much is tried now and then
-FIRST_PAUSE, LONGEST_PAUSE = 6, 320  # steps between two trials: doubled after one in vain, so that they cost 1 % in the end
-_TRIAL = 3  # steps of a trial before it is judged: a change shows in two
+FIRST_PAUSE, LONGEST_PAUSE = 6, 320  # steps between two trials: doubled after one in vain
+_TRIAL = 3  # steps of a trial before it is judged
 
 
 class Controller:

@@ -23,8 +23,8 @@ from netsenseml.records import monotonic_s
 from netsenseml.sensing.tcp import is_connected, local_address, shut_down
 
 _THREADS = 4
-"""Collectives of one group that are under way at the same time; Gloo's default is 2. On long paths, where a collective mostly
-waits, four buckets take half as long with 4."""
+"""Collectives of one group that are under way at the same time; Gloo's default is 2. On long paths a collective mostly waits,
+and others may wait beside it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ _ANSWER = struct.Struct("<64sHd")
 _LAG = 2
 """Steps until a decision is in force, so that over long paths nobody waits for it."""
 _LOOK_EVERY = 8
-"""Steps between two looks at what plans would lose: it changes over hundreds of steps, and a look takes 2 ms a bucket."""
+"""Steps between two looks at what plans would lose: it changes slowly."""
 _REPORT_S, _MOST_STEPS = 0.05, 4
 """While the network bears all-reduce with ease, ranks report so often at most; a change is known so many steps later."""
 

@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 from netsenseml.exchange.communicators import Cost, Plan
 
-WINDOW = 16  # values that are smoothed; with 8 a jitter of 10 % made a bandwidth of 4 %, with 16 of 2.5 %
-CHANGE = 0.3  # newest values that are all off by more are a change; with 0.15, 5 % of jitter made three changes in 100 steps
-SLOWER, FASTER = 3, 2  # so many newest; of steps of which a tenth are accidents, three in a row are every thousandth
-TELLING = (
-    0.2  # share of an exchange that bytes must take to tell the bandwidth; lateness of 1 ms is 20 % of the shortest of 5 ms
-)
+# Chosen by hand, and tried together in tests/netsenseml/simulation.py; not each by a measurement of its own.
+WINDOW = 16  # values that are smoothed
+CHANGE = 0.3  # newest values that are all off by more are a change
+SLOWER, FASTER = 3, 2  # so many newest: if a tenth of the steps are accidents, three in a row are every thousandth
+TELLING = 0.2  # share of an exchange that bytes must take to tell the bandwidth
 INCAST = 1.2  # times a ring's time for a byte, directly to all at once, until it was seen: 1.07 to 1.22 for 2 MB of 4 ranks
 CONCURRENT = 4  # collectives of a group that are under way at once, as ``exchange.mesh`` has them
 
