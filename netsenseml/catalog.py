@@ -6,6 +6,7 @@ name is the user's own code: it is accepted here together with its options, and 
 """
 
 import difflib
+import importlib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -159,6 +160,18 @@ def is_import_path(name: str) -> bool:
     """True if the name has the form ``package.module:attribute``."""
     module, colon, attribute = name.partition(":")
     return bool(colon) and all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")])
+
+
+def load(path: str) -> Any:
+    """The object at ``package.module:attribute``; raises ValueError, one line, if there is none."""
+    module, _, attribute = path.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot load '{path}': {error}") from error
+    return found
 
 
 def nearest_first(name: str, choices: Iterable[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from netsenseml.exchange.mesh import Peer, store_of, timeout
+from netsenseml.records import monotonic_s
 
 _GRACE_S, _PATIENCE_S, _MOST_PATIENCE_S = 1.0, 2.5, 10.0
 """So long after a first rank others may notice a failure: they wait for the same peer, since about the same moment. The others
@@ -94,7 +95,7 @@ def _post(store: Any, rank: int, mine: str) -> bool:
 
 def _board(store: Any, ranks: int, rank: int, seen: Sequence[int], most_s: float) -> list[str | None]:
     """What every rank says in the store, None for nothing. seen: ranks that the error of this one is about."""
-    began_s = time.monotonic()
+    began_s = monotonic_s()
     told: list[str | None] = [None] * ranks
     try:
         while True:
@@ -102,7 +103,7 @@ def _board(store: Any, ranks: int, rank: int, seen: Sequence[int], most_s: float
                 if told[other] is None and store.check([f"netsenseml/failed/{other}"]):
                     told[other] = store.get(f"netsenseml/failed/{other}").decode()
             silent = {other for other, text in enumerate(told) if text is None}
-            spent_s = time.monotonic() - began_s
+            spent_s = monotonic_s() - began_s
             settled = spent_s > _GRACE_S and (len(silent) <= 1 or silent <= set(seen))
             patience_s = _PATIENCE_S if "late" in told else most_s
             if settled or spent_s > patience_s or any(text and text.startswith("failed") for text in told):
@@ -110,8 +111,8 @@ def _board(store: Any, ranks: int, rank: int, seen: Sequence[int], most_s: float
             time.sleep(_GRACE_S / 20)
         store.set(f"netsenseml/read/{rank}", "")
         others = [f"netsenseml/read/{other}" for other, text in enumerate(told) if text in ("late", "gone")]
-        left_s = time.monotonic() + _GRACE_S
-        while rank == 0 and time.monotonic() < left_s and not store.check(others):
+        left_s = monotonic_s() + _GRACE_S
+        while rank == 0 and monotonic_s() < left_s and not store.check(others):
             time.sleep(_GRACE_S / 20)  # the store may end with this rank
     except RuntimeError:
         if told[0] is None:

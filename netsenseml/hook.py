@@ -269,8 +269,7 @@ class Session:
 
     def _after_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Any optimizer has made a step."""
-        group = next((g for g in optimizer.param_groups if any(id(p) in self._parameters for p in g["params"])), None)
-        if group is None:
+        if self._options_of(optimizer) is None:
             return
         if float(getattr(optimizer, "found_inf", 0.0)):  # a fused one that leaves the step out by itself
             return
@@ -278,6 +277,10 @@ class Session:
         if not self._optimizers:
             self.method.optimizer(adaptive=not isinstance(optimizer, torch.optim.SGD | torch.optim.ASGD))
         self._optimizers.add(optimizer)
+
+    def _options_of(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Any] | None:
+        """The first of its groups with a parameter of this model."""
+        return next((g for g in optimizer.param_groups if any(id(p) in self._parameters for p in g["params"])), None)
 
     def _follow_learning_rate(self) -> None:
         """What error feedback keeps is worth as much as before after a change of the learning rate.
@@ -287,8 +290,7 @@ class Session:
         if len(self._optimizers) != 1:
             return
         (optimizer,) = self._optimizers
-        groups = (g for g in optimizer.param_groups if any(id(p) in self._parameters for p in g["params"]))
-        lr = float(next(groups, {}).get("lr", 0.0))
+        lr = float((self._options_of(optimizer) or {}).get("lr", 0.0))
         if lr > 0 and not math.isclose(lr, self._lr, rel_tol=1e-3):
             if self._lr > 0:
                 self.method.rescale(self._lr / lr, gradients=False)

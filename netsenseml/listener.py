@@ -1,11 +1,11 @@
 """Who else wants to know of the steps of a session: the testbed, a logger. Imports no torch."""
 
-import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from netsenseml.catalog import load
 from netsenseml.records import RecordFile
 
 if TYPE_CHECKING:
@@ -45,11 +45,11 @@ def from_environment() -> Listener | None:
     path = os.environ.get(ENV_LISTENER)
     if not path:
         return None
-    module, _, name = path.partition(":")
     try:
-        made: Listener = getattr(importlib.import_module(module), name)()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{ENV_LISTENER}: cannot load '{path}': {error}") from error
+        listener = load(path)
+    except ValueError as error:
+        raise ValueError(f"{ENV_LISTENER}: {error}") from error
+    made: Listener = listener()
     return made
 
 

@@ -37,7 +37,7 @@ S = max(step now in work) + 1 and tells all of them to end after S steps. No con
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -119,38 +119,30 @@ def steps_file(directory: Path, rank: int) -> Path:
     return directory / f"steps-r{rank}.jsonl"
 
 
-def _short_address(path: Path, directory_fd: int) -> str:
-    # AF_UNIX paths end at 107 bytes; run directories are often deeper. /proc gives any directory a short name.
-    return f"/proc/self/fd/{directory_fd}/{path.name}"
-
-
 def listen_unix(path: Path, backlog: int = 128) -> socket.socket:
     """A listening Unix stream socket at ``path``, however long the path is."""
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
-    try:
-        server.bind(_short_address(path, directory))
-    except BaseException:
-        server.close()
-        raise
-    finally:
-        os.close(directory)
+    server = _unix_socket(path, socket.socket.bind)
     server.listen(backlog)
     return server
 
 
 def connect_unix(path: Path) -> socket.socket:
     """Connect to a Unix stream socket at ``path``, however long the path is."""
-    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    return _unix_socket(path, socket.socket.connect)
+
+
+def _unix_socket(path: Path, begin: Callable[[socket.socket, str], None]) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
     try:
-        client.connect(_short_address(path, directory))
+        # AF_UNIX paths end at 107 bytes; run directories are often deeper. /proc gives any directory a short name.
+        begin(made, f"/proc/self/fd/{directory}/{path.name}")
     except BaseException:
-        client.close()
+        made.close()
         raise
     finally:
         os.close(directory)
-    return client
+    return made
 
 
 def encode_message(message: Mapping[str, Any]) -> bytes:

@@ -5,7 +5,7 @@ from typing import Any
 
 from netsenseml.control.plans import worth
 from netsenseml.control.policy import Observation
-from netsenseml.exchange.communicators import Plan, RingAllReduce
+from netsenseml.exchange.communicators import Cost, Plan, RingAllReduce
 from netsenseml.exchange.mesh import Shape
 from netsenseml.sensing.network import Bucket, NetworkModel, Smooth
 
@@ -50,6 +50,7 @@ class Controller:
         """Whether the optimizer is, which bears less; so it is taken to be until it is seen."""
         self._lost = dict(lost)
         self._compute, self._coding = Smooth(), Smooth(1.0)
+        self._costs: dict[tuple[str, int], Cost] = {}
         self._elements: tuple[int, ...] = ()
         self._ready: tuple[float, ...] = ()
         self.plan = plans[0].name
@@ -84,10 +85,11 @@ class Controller:
             if self._reports >= _TRIAL:
                 self._judge(self._home)
             return
+        values = {name: self._value(name) for name in self._plans}
         here = self._lost.get(self.plan, 0.0)
-        for names, margin in ((self._plans, HYSTERESIS), (self._losing_less(here), HYSTERESIS / 6)):
-            best = max(names, key=self._value, default=self.plan)
-            if self._value(best) > (1 + margin) * self._value(self.plan):
+        for names, margin in ((values, HYSTERESIS), (self._losing_less(here), HYSTERESIS / 6)):
+            best = max(names, key=values.__getitem__, default=self.plan)
+            if values[best] > (1 + margin) * values[self.plan]:
                 self._take(best)
                 return
         self._quiet += 1
@@ -111,7 +113,7 @@ class Controller:
         self._elements = seen.elements
         self._ready = tuple(ready_s / max(seen.compute_s, 1e-9) for ready_s in seen.ready_s)
         buckets = [
-            Bucket(elements, ready_s, seen.encode_s * elements / total, plan.cost(elements, self._shape))
+            Bucket(elements, ready_s, seen.encode_s * elements / total, self._cost(plan, elements))
             for ready_s, elements in zip(seen.ready_s, seen.elements, strict=True)
         ]
         if self._network.learn(plan, buckets, seen.communication_s):
@@ -154,11 +156,18 @@ class Controller:
         compute_s, byte_s = self._compute.value or 0.0, self._network.byte_s(plan.communicator) or 0.0
         coding_s = (self._coding.value or 1.0) * self._coding_s.get(name, 0.0)
         buckets = [
-            Bucket(elements, ready * compute_s, 0.0 if self._scarce else coding_s * elements, plan.cost(elements, self._shape))
+            Bucket(elements, ready * compute_s, 0.0 if self._scarce else coding_s * elements, self._cost(plan, elements))
             for ready, elements in zip(self._ready, self._elements, strict=True)
         ]
         beside_s = coding_s * sum(self._elements) if self._scarce else 0.0
         return compute_s + beside_s + self._network.forecast(plan, buckets, byte_s / optimism)[1]
+
+    def _cost(self, plan: Plan, elements: int) -> Cost:
+        """Kept, as the buckets of a model hardly ever change, and every plan is asked for in every step."""
+        key = plan.name, elements
+        if key not in self._costs:
+            self._costs[key] = plan.cost(elements, self._shape)
+        return self._costs[key]
 
     def state_dict(self) -> dict[str, Any]:
         """No more than the plan: the network may be another one when the training goes on."""

@@ -67,7 +67,7 @@ class Context:
     @property
     def seed(self) -> int:
         """Of stochastic rounding; differs between ranks, or their errors would not average out."""
-        return self.number * self.mesh.shape.ranks + self.mesh.rank
+        return self.number * self.mesh.ranks + self.mesh.rank
 
     def of_leaders(self) -> "Context":
         """The same among the lowest ranks of all hosts."""

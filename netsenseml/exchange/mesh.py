@@ -22,7 +22,7 @@ from netsenseml.exchange.scheduler import Scheduler
 from netsenseml.records import monotonic_s
 from netsenseml.sensing.tcp import is_connected, local_address, shut_down
 
-_THREADS = 4
+CONCURRENT = 4
 """Collectives of one group that are under way at the same time; Gloo's default is 2. On long paths a collective mostly waits,
 and others may wait beside it."""
 
@@ -180,7 +180,7 @@ def new_group(group: dist.ProcessGroup, name: str, ranks: Sequence[int]) -> dist
     store = store_of(group)
     gloo: Any = dist.ProcessGroupGloo  # whose options torch itself reaches by their underscores
     options = gloo._Options()
-    options._timeout, options._threads = timeout(group), _THREADS
+    options._timeout, options._threads = timeout(group), CONCURRENT
     backend: Any = group._get_backend(torch.device("cpu")) if dist.get_backend(group) == dist.Backend.GLOO else None
     if backend is not None and backend.options._devices:
         options._devices = backend.options._devices

@@ -4,14 +4,13 @@ A method of your own is a class with the interface of ``Method``, named as ``pac
 entry point of the group ``netsenseml.methods``.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
-from netsenseml.catalog import check_method, is_import_path, registered_methods
+from netsenseml.catalog import check_method, is_import_path, load, registered_methods
 from netsenseml.methods.base import Method
 from netsenseml.methods.coded import Dgc, Qsgd, Quantized, Random, SignSgd, TopK, WideTopK
 from netsenseml.methods.netsense import NetSense
@@ -62,15 +61,3 @@ def _check_gradients(name: str, method: Any, module: nn.Module) -> None:
             )
         if parameter.is_complex() and not takes_complex:
             raise ValueError(f"'{name}' cannot exchange complex gradients ({path}); choose allreduce")
-
-
-def load(path: str) -> Any:
-    """The object at ``package.module:attribute``; raises ValueError, one line, if there is none."""
-    module, _, attribute = path.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot load '{path}': {error}") from error
-    return found

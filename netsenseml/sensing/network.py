@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from netsenseml.exchange.communicators import Cost, Plan
+from netsenseml.exchange.mesh import CONCURRENT
 
 # Chosen by hand, and tried together in tests/netsenseml/simulation.py; not each by a measurement of its own.
 WINDOW = 16  # values that are smoothed
@@ -14,7 +15,6 @@ CHANGE = 0.3  # newest values that are all off by more are a change
 SLOWER, FASTER = 3, 2  # so many newest: if a tenth of the steps are accidents, three in a row are every thousandth
 TELLING = 0.2  # share of an exchange that bytes must take to tell the bandwidth
 INCAST = 1.2  # times a ring's time for a byte, directly to all at once, until it was seen: 1.07 to 1.22 for 2 MB of 4 ranks
-CONCURRENT = 4  # collectives of a group that are under way at once, as ``exchange.mesh`` has them
 
 
 class Smooth:
