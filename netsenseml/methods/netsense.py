@@ -23,7 +23,6 @@ from netsenseml.control.policy import Observation, Policy
 from netsenseml.exchange.communicators import Plan, RingAllReduce, parse
 from netsenseml.exchange.control import ControlChannel
 from netsenseml.methods.coded import Coded
-from netsenseml.sensing.network import NetworkModel
 from netsenseml.statistics import StepStatistics
 
 _ANSWER = struct.Struct("<64sHd")
@@ -79,25 +78,24 @@ class NetSense(Coded):
     def _controller(self, gradients: Sequence[torch.Tensor], floor: float) -> Controller:
         """Ours, with what a few messages and some coding tell beforehand: the same on all ranks, though only rank 0's is
         used."""
-        mesh, channel, network = self.mesh, self._channel, NetworkModel()
+        mesh, channel = self.mesh, self._channel
         item_bytes = max((gradient.element_size() for gradient in gradients), default=4)
         self._candidates = plans(mesh.shape, floor, item_bytes)
         costs = coding_costs(self._candidates, mesh.shape, gradients[0].device)
         costs = dict(zip(costs, channel.largest(list(costs.values())), strict=True))
         latency_s = min(self._probe(1) for _ in range(3))
-        network.latency.add(latency_s)
         size, took_s = _LEAST_PROBE, latency_s
         while size <= _MOST_PROBE and took_s - latency_s < _PROBE_S:
             took_s = self._probe(size)
             size *= 4
         crossing_bytes = mesh.shape.ranks_crossing * size / 4 * (mesh.ranks - 1) / mesh.ranks
-        network.start(max(took_s - latency_s, took_s / 10) / crossing_bytes)
         controller = Controller(
             self._candidates,
             mesh.shape,
-            network,
             costs,
             lost([_heavy_tailed()], self._candidates),
+            latency_s=latency_s,
+            byte_s=max(took_s - latency_s, took_s / 10) / crossing_bytes,
             scarce=len(os.sched_getaffinity(0)) < 2 * len(mesh.machine_ranks),
         )
         controller.begin([sum(gradient.numel() for gradient in gradients)], _FIRST_COMPUTE_S)

@@ -2,171 +2,176 @@
 
 from collections import deque
 from collections.abc import Sequence
-from heapq import heappop, heappush
 from statistics import fmean
-from typing import NamedTuple
 
-from netsenseml.exchange.communicators import Cost, Plan
-from netsenseml.exchange.mesh import CONCURRENT
+import numpy as np
+from numpy.typing import NDArray
 
-# Chosen by hand, and tried together in tests/netsenseml/simulation.py; not each by a measurement of its own.
+from netsenseml.exchange.communicators import Plan
+from netsenseml.exchange.mesh import CONCURRENT, Shape
+
+Array = NDArray[np.float64]
+
+# What half and twice of each does to progress and bandwidth: python tests/netsenseml/simulation.py --constants
 WINDOW = 16  # values that are smoothed
-CHANGE = 0.3  # newest values that are all off by more are a change
-SLOWER, FASTER = 3, 2  # so many newest: if a tenth of the steps are accidents, three in a row are every thousandth
-TELLING = 0.2  # share of an exchange that bytes must take to tell the bandwidth
-INCAST = 1.2  # times a ring's time for a byte, directly to all at once, until it was seen: 1.07 to 1.22 for 2 MB of 4 ranks
+DRIFT = 0.02  # by which what is learnt may have changed from step to step; no time is better known either
+SURPRISE = 3.0  # standard deviations: such a time is an accident; or a change, if
+IN_A_ROW = 3  # so many come together: if a tenth of the steps are accidents, that is every thousandth step
+# Standard deviations of logarithms before anything is seen: of the bandwidth, of what is a communicator's own beside it (how
+# much more or less a hop and a byte take), and of its fixed part.
+UNKNOWN, OWN, FIXED = 1.0, 0.25, 2.0
 
 
 class Smooth:
-    """Mean of the middle half of the newest values.
-
-    Accidents fall out of it, and what alternates is averaged. ``SLOWER`` values in a row that are larger by ``CHANGE``, or
-    ``FASTER`` that are smaller, are no accident, as accidents lengthen a time: what came before is forgotten.
-    """
+    """Mean of the middle half of the newest values: accidents fall out of it, and what alternates is averaged."""
 
     def __init__(self, value: float | None = None) -> None:
         self.value = value
-        self.values: deque[float] = deque(maxlen=WINDOW)
+        self._values: deque[float] = deque(maxlen=WINDOW)
 
-    def add(self, value: float) -> bool:
-        """Take a value; returns whether it showed a change."""
-        self.values.append(value)
-        newest, old = list(self.values)[-SLOWER:], self.value or value
-        slower = min(newest) > (1 + CHANGE) * old
-        changed = len(self.values) > SLOWER and (slower or max(newest[-FASTER:]) < old / (1 + CHANGE))
-        if changed:
-            self.values = deque(newest if slower else newest[-FASTER:], maxlen=WINDOW)
-        ordered = sorted(self.values)
+    def add(self, value: float) -> None:
+        self._values.append(value)
+        ordered = sorted(self._values)
         cut = len(ordered) // 4
         self.value = fmean(ordered[cut : len(ordered) - max(cut, len(ordered) > 1)])  # of two or three, not the largest
-        return changed
-
-    def scale(self, factor: float) -> None:
-        """Take all values for so many times as large."""
-        self.values = deque((factor * value for value in self.values), maxlen=WINDOW)
-        self.value = factor * self.value if self.value else self.value
-
-
-class Bucket(NamedTuple):
-    """One of a step, for a forecast. ready_s: before the last gradient, s <= 0. coding_s: encoding and decoding."""
-
-    elements: int
-    ready_s: float
-    coding_s: float
-    cost: Cost
 
 
 class NetworkModel:
-    """What a step's exchange takes.
+    """What a step's exchange takes, by every plan.
 
     A bucket's bytes follow those of the one before through the link, and its latency passes beside that of others:
 
-        seconds = latency terms x alpha + 8 x bytes of the host / beta        (Hockney 1994)
+        seconds = latency terms x alpha + bytes of the host x beta + elements x gamma      (Hockney 1994, and a fixed part)
 
-    alpha is measured directly: the exchange of statistics behind every step is a direct one that is nearly empty. What else a
-    step's communication took is learnt for every communicator by itself: a part for its bytes, and a fixed part. So incast, a
-    host's shared interface and slow start need no formula. What changes while a communicator stays is the network's, and
-    changes all of them alike.
+    The latency of a direct exchange is measured: that of statistics behind every step is one that is nearly empty. The seconds
+    of a byte are the network's; how much more or less a hop and a byte take with a communicator, and its fixed part, are its
+    own. So incast, a host's shared interface and slow start need no formula. All of these come from the time that every step
+    takes, by an iterated extended Kalman filter of their logarithms (Bell and Cathey 1993): what one step cannot tell apart is
+    shared out by how uncertain each is, a small payload hardly moves the bandwidth, and it is known how far off a forecast may
+    be.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, plans: Sequence[Plan], shape: Shape, byte_s: float, element_s: float) -> None:
+        """byte_s: what is thought of the network before any step; element_s: of gamma."""
         self.latency = Smooth()
         """Of a direct exchange, s: between the farthest two ranks."""
         self.ring_share = 1.0
         """A ring passes all delays alike: mean of the ranks' round-trip times over the largest."""
-        self._byte_s: dict[str, Smooth] = {}
-        self._element_s: dict[str, Smooth] = {}
-        self._plans: dict[str, tuple[str, float, Smooth]] = {}  # communicator, bytes and time of each since the last change
-        self._communicator, self._steps = "", 0
+        self._plans, self._shape = list(plans), shape
+        communicators = list(dict.fromkeys(plan.communicator for plan in plans))
+        self._rings = np.array([plan.communicator.endswith("ring") for plan in plans])
+        # Logarithms: of a byte's seconds; then of every communicator's hop and byte over the network's, and of its gamma.
+        self._logs = np.array([np.log(byte_s)] + [0, 0, np.log(element_s)] * len(communicators))
+        self._prior = np.array([UNKNOWN] + [OWN, OWN, FIXED] * len(communicators)) ** 2
+        self._covariance, self._noise, self._surprises = np.diag(self._prior), OWN, 0
+        # Which of them make up alpha, beta and gamma of a plan. Causes of time, everywhere: (other, hops, bytes, elements).
+        self._sums = np.zeros((len(plans), 4, len(self._logs)))
+        for row, plan in zip(self._sums, plans, strict=True):
+            own = 1 + 3 * communicators.index(plan.communicator)
+            row[1, own] = row[2, 0] = row[2, own + 1] = row[3, own + 2] = 1
+        self._elements: tuple[int, ...] = ()
+        self._counts = np.zeros((len(plans), 0, 4))
 
-    def start(self, byte_s: float) -> None:
-        """What a first small exchange showed, seconds a byte."""
-        self._byte_s[""] = Smooth(byte_s)
+    def buckets(self, elements: Sequence[int]) -> None:
+        """What the next steps consist of."""
+        if tuple(elements) != self._elements:
+            self._elements, self._counts = tuple(elements), np.zeros((len(self._plans), len(elements), 4))
+            for row, plan in zip(self._counts, self._plans, strict=True):
+                costs = [plan.cost(number, self._shape) for number in elements]
+                row[:, 1:] = [(c.latency_terms, c.host_bytes, n) for c, n in zip(costs, elements, strict=True)]
 
-    def byte_s(self, communicator: str) -> float | None:
-        """Seconds a byte with a communicator, or with the newest one if it was never seen; None before the first."""
-        if communicator in self._byte_s:
-            return self._byte_s[communicator].value
-        newest = self._byte_s.get(self._communicator)
-        more_direct = ("ring" not in communicator) - ("ring" not in self._communicator)
-        return newest.value * INCAST**more_direct if newest and newest.value else None
-
-    def bandwidth_bps(self) -> float | None:
-        """Payload that a host's link carries, bits/s, with the newest communicator.
+    def bandwidth_bps(self, plan: int) -> float:
+        """Payload that a host's link carries with a plan, bits/s.
 
         A link that carries R bits/s of Ethernet frames carries R x 1448/1514 of TCP payload, less some 2 % for the
         acknowledgements of the opposite flow, less what competing flows take.
         """
-        byte_s = self.byte_s(self._communicator)
-        return 8 / byte_s if byte_s else None
+        return float(8 / np.exp(self._sums[plan, 2] @ self._logs))
 
-    def forecast(self, plan: Plan, buckets: Sequence[Bucket], byte_s: float) -> tuple[float, float]:
-        """(time in which a collective is under way, time from the last gradient to the end) of a step, if a byte takes so
-        long."""
-        latency_s = (self.latency.value or 0.0) * (self.ring_share if plan.communicator.endswith("ring") else 1.0)
-        fixed = self._element_s.get(plan.communicator)
-        element_s = fixed.value or 0.0 if fixed else 0.0
-        coded = link = end = -1e9
-        busy_s, running = 0.0, list[float]()
-        for elements, ready_s, coding_s, cost in buckets:
-            coded = max(coded, ready_s) + coding_s / 2
-            start = max(coded, heappop(running)) if len(running) == CONCURRENT else coded
-            link = max(link, start) + cost.host_bytes * byte_s + elements * element_s
-            done = link + cost.latency_terms * latency_s
-            heappush(running, done)
-            busy_s += max(0.0, done - max(start, end))
-            end = max(end, done)
-        return busy_s, max(0.0, end + (buckets[-1].coding_s / 2 if buckets else 0.0))
+    def forecast(
+        self, ready_s: Sequence[float], coding_s: Array, rows: slice = slice(None), logs: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Of a step with every plan, seconds from the last gradient to the end of the exchange, and in which a collective is
+        under way. Shape (plans, 5): by cause (waiting and coding, hops, bytes, elements), and last their sum.
 
-    def learn(self, plan: Plan, buckets: Sequence[Bucket], seconds: float) -> bool:
-        """Learn from the time in which a step's collectives were under way; returns whether the network has changed."""
-        if plan.communicator != self._communicator:
-            earlier, self._communicator, self._steps = self.byte_s(plan.communicator), plan.communicator, 0
-            self._byte_s.setdefault(plan.communicator, Smooth(earlier))
-        known = self._byte_s[plan.communicator]
-        empty_s, _ = self.forecast(plan, buckets, 0.0)
-        expected_s, _ = self.forecast(plan, buckets, known.value or 0.0)
-        as_expected = seconds < (1 + CHANGE) * expected_s
-        sent = sum(bucket.cost.host_bytes for bucket in buckets)
-        _, _, taken = self._plans.setdefault(plan.name, (plan.communicator, sent, Smooth()))
-        if changed := taken.add(seconds):
-            self._plans = {plan.name: (plan.communicator, sent, taken)}
-        seen = self._slope(plan, sent, taken.value or 0.0)
-        if seen is None or not as_expected:
-            if known.value and as_expected and expected_s - empty_s < TELLING * expected_s:
-                seen = known.value  # so few bytes tell no more than that the bandwidth is still there
-            else:
-                seen = self._solve(plan, buckets, max(seconds, empty_s + TELLING * seconds))
-        before, self._steps = known.value, self._steps + 1
-        known.add(seen)
-        if as_expected:
-            self._fix(plan, buckets, seconds - self.forecast(plan, buckets, known.value or 0.0)[0])
-        if before and known.value and self._steps > SLOWER:  # until then it is the communicator's
-            for other in self._byte_s.values():
-                if other is not known:
-                    other.scale(known.value / before)
-        return changed
+        ready_s: of every bucket, before the last gradient, s <= 0. coding_s: of every plan and bucket.
+        """
+        unit_s = np.exp(self._sums[rows] @ (self._logs if logs is None else logs))
+        unit_s[:, 1] *= (self.latency.value or 0.0) * np.where(self._rings[rows], self.ring_share, 1.0)
+        takes = np.pad(self._counts[rows] * unit_s[:, None], ((0, 0), (0, 0), (0, 1)))  # and last their sum, as that decides
+        takes[:, :, 4] = takes.sum(2)
+        hops = takes * (0, 1, 0, 0, 0)
+        hops[:, :, 4] = hops[:, :, 1]
+        own = np.zeros_like(takes)
+        own[:, :, 0] = own[:, :, 4] = coding_s / 2
+        busy, done = np.zeros_like(takes[:, 0]), list[Array]()
+        coded = link = end = busy - (1e9, 0, 0, 0, 1e9)
+        for i, ready in enumerate(ready_s):
+            coded = _later(coded, np.array([[ready, 0, 0, 0, ready]])) + own[:, i]
+            start = _later(coded, done[i - CONCURRENT]) if i >= CONCURRENT else coded
+            link = _later(link, start) + (takes[:, i] - hops[:, i])
+            done.append(link + hops[:, i])
+            since = _later(start, end)
+            busy += _later(done[i], since) - since
+            end = _later(end, done[i])
+        exposed = _later(end + own[:, -1] if len(ready_s) else end, np.zeros_like(end))
+        return exposed, busy
 
-    def _slope(self, plan: Plan, sent: float, taken_s: float) -> float | None:
-        """Seconds a byte, by another plan of the same communicator that sent fewer or more since the last change."""
-        others = [seen for name, seen in self._plans.items() if seen[0] == plan.communicator and name != plan.name]
-        _, other_sent, other = max(others, key=lambda seen: abs(seen[1] - sent), default=("", sent, None))
-        if other is None or abs(sent - other_sent) <= TELLING * sent:
-            return None
-        slope = (taken_s - (other.value or 0.0)) / (sent - other_sent)
-        return max(slope, (self._byte_s[plan.communicator].value or 0.0) / 8, 1e-12)
+    def learn(self, plan: int, ready_s: Sequence[float], coding_s: Sequence[float], seconds: float) -> None:
+        """Learn from the time in which a step's collectives were under way."""
+        self._covariance += DRIFT**2 * np.eye(len(self._prior))
+        spread = np.sqrt(np.minimum(self._prior / self._covariance.diagonal(), 1))
+        self._covariance *= np.outer(spread, spread)  # nothing gets less known than it was at first
+        step = plan, ready_s, np.array([coding_s]), max(seconds, 1e-9)
+        busy, slope = self._busy(*step[:3], self._logs)
+        off = np.log(step[3] / busy[4])
+        side = int(np.sign(off)) if abs(off) > SURPRISE * np.sqrt(slope @ self._covariance @ slope + self._noise**2) else 0
+        self._surprises = self._surprises + side if side * self._surprises > 0 else side
+        if side and abs(self._surprises) < IN_A_ROW:
+            return
+        if side:
+            self._surprises, self._covariance[0, 0] = 0, self._covariance[0, 0] + UNKNOWN**2
+        self._noise += (min(1.25 * abs(off), SURPRISE * self._noise) - self._noise) / WINDOW  # E|x| = 0.8 sigma
+        self._noise = max(self._noise, DRIFT)
+        found = self._explain(*step, self._logs)
+        if side:  # perhaps it was the fixed part all the time, too small so far for the iteration to find it
+            fixed, own = self._logs.copy(), int(self._sums[plan, 3].argmax())
+            fixed[own] += np.log1p(max(step[3] - busy[4], 0.0) / max(busy[3], 1e-12))
+            found = min(found, self._explain(*step, fixed), key=lambda explained: explained[0])
+        _, self._logs, known = found
+        self._covariance -= known
 
-    def _fix(self, plan: Plan, buckets: Sequence[Bucket], excess_s: float) -> None:
-        """Learn what a communicator takes whatever it sends, from what a forecast was off by."""
-        fixed = self._element_s.setdefault(plan.communicator, Smooth(0.0))
-        fixed.add(max(0.0, (fixed.value or 0.0) + excess_s / sum(bucket.elements for bucket in buckets)))
+    def _explain(
+        self, plan: int, ready_s: Sequence[float], coding_s: Array, seconds: float, logs: Array
+    ) -> tuple[float, Array, Array]:
+        """The filter's update, looked for from ``logs`` on: (how unlikely it is, the logarithms, what less is unknown)."""
+        for _ in range(6):  # the forecast is not linear: again from where the last attempt has come to
+            busy, slope = self._busy(plan, ready_s, coding_s, logs)
+            spread = self._covariance @ slope
+            variance = slope @ spread + self._noise**2
+            off = np.log(seconds / busy[4]) - slope @ (self._logs - logs)
+            change = self._logs + spread / variance * off - logs
+            logs = logs + np.clip(change, -1, 1)
+            if np.abs(change).max() < 0.01:
+                break
+        return off**2 / variance, logs, np.outer(spread, spread) / variance
 
-    def _solve(self, plan: Plan, buckets: Sequence[Bucket], seconds: float) -> float:
-        """Seconds a byte with which the forecast is what was seen, by bisection."""
-        low, high = 0.0, seconds / max(sum(bucket.cost.host_bytes for bucket in buckets), 1)
-        while self.forecast(plan, buckets, high)[0] < seconds and high < 1:
-            low, high = high, 2 * high
-        for _ in range(20):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.forecast(plan, buckets, middle)[0] < seconds else (low, middle)
-        return high
+    def _busy(self, plan: int, ready_s: Sequence[float], coding_s: Array, logs: Array) -> tuple[Array, Array]:
+        """Seconds in which a collective is under way, as forecast, and the derivatives of their logarithm."""
+        busy = self.forecast(ready_s, coding_s, slice(plan, plan + 1), logs)[1][0]
+        busy[4] = max(busy[4], 1e-9)
+        return busy, busy[:4] @ self._sums[plan] / busy[4]
+
+    def deviations(self, parts: Array, seconds: Array, plan: int) -> Array:
+        """Standard deviations of log(seconds of a step with every plan / with this one), shape (plans,).
+
+        parts: of them by cause, as forecast, shape (plans, 5). seconds: of the steps.
+        """
+        slopes = np.einsum("pk,pkx->px", parts[:, :4], self._sums) / seconds[:, None]
+        slopes -= slopes[plan]
+        return np.sqrt(np.maximum(((slopes @ self._covariance) * slopes).sum(1), 0.0))
+
+
+def _later(times: Array, others: Array) -> Array:
+    """The later one, row by row; in the last column are the times, before it what they are made of."""
+    return np.where(times[:, -1:] >= others[:, -1:], times, others)

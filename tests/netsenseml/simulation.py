@@ -1,6 +1,7 @@
 """A network and a training job that take what they take, for the controller to find out. Shares no formula with ``sensing``.
 
-python tests/netsenseml/simulation.py    the whole table
+python tests/netsenseml/simulation.py [STRIDE]      the whole table, or a row of every STRIDE
+python tests/netsenseml/simulation.py --constants   what half and twice of each constant of the controller does
 """
 
 import random
@@ -10,12 +11,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from netsenseml.control import controller
 from netsenseml.control.controller import Controller
 from netsenseml.control.plans import look, lost, plans, worth
 from netsenseml.control.policy import Observation
 from netsenseml.exchange.communicators import Hierarchical, Plan, RingAllReduce
 from netsenseml.exchange.mesh import Shape
-from netsenseml.sensing.network import NetworkModel
+from netsenseml.sensing import network
 
 LAG = 2
 """Steps until a decision is in force, as in ``methods.netsense``."""
@@ -103,11 +105,11 @@ class Job:
         world = self.world
         self.plans = plans(world.shape, self.floor)
         self.lost = lost([look(gradient())], self.plans)
-        network = NetworkModel()
-        network.latency.add(2 * world.delay_s + world.wake_s)
         coding_s = {plan.name: 0.0 if isinstance(plan, RingAllReduce) else world.coding_s for plan in self.plans}
-        self.controller = Controller(self.plans, world.shape, network, coding_s, self.lost, scarce=False)
-        network.start(8 * 1.1 / world.rate_bps)
+        latency_s, byte_s = 2 * world.delay_s + world.wake_s, 8 * 1.1 / world.rate_bps
+        self.controller = Controller(
+            self.plans, world.shape, coding_s, self.lost, latency_s=latency_s, byte_s=byte_s, scarce=False
+        )
         self.controller.begin(world.elements, 0.0)
         self.controller.adaptive = self.adaptive
         self.in_force = [self.controller.plan] * (1 + LAG)
@@ -160,10 +162,28 @@ def worlds() -> list[World]:
     return found
 
 
-if __name__ == "__main__":
+def known_after(before_bps: float, after_bps: float, accidents: float, most: int = 60) -> int:
+    """Steps until a change of the network's rate is known: the bandwidth right within a quarter for a step."""
+    world = World(Shape(4), before_bps, 1e-3, accidents=accidents)
+    job = Job(world)
+    job.run(60)
+    world.rate_bps = after_bps
+    for step in range(1, most + 1):
+        job.run(1)
+        bandwidth_bps = job.controller.bandwidth_bps
+        if bandwidth_bps is not None and abs(bandwidth_bps / (0.937 * after_bps) - 1) < 0.25:
+            return step
+    return most
+
+
+CONSTANTS = {network: ("WINDOW", "DRIFT", "SURPRISE", "IN_A_ROW", "UNKNOWN", "OWN"), controller: ("OPTIMISM",)}
+RATES = ((5e8, 1e8), (1e8, 2e7), (1e9, 2e7))
+
+
+def table(stride: int) -> None:
     print(f"{'ranks':>5} {'/host':>5} {'delay':>7} {'rate':>9} {'alt':>3} {'acc':>4}  progress  time  settled / best")
     every = []
-    for world in worlds()[:: int(sys.argv[1]) if len(sys.argv) > 1 else 1]:
+    for world in worlds()[::stride]:
         progress, time, settled, best = regret(world)
         every.append((progress, time))
         print(
@@ -171,3 +191,30 @@ if __name__ == "__main__":
             f"{world.alternating:3} {world.accidents:4}  {progress:8.3f} {time:5.2f}  {settled} / {best}"
         )
     print("worst", min(every)[0], max(t for _, t in every), "mean", statistics.fmean(p for p, _ in every))
+
+
+def constants() -> None:
+    """Every 13th network, and drops and rises with and without accidents; a row for every constant, halved and doubled."""
+    print("constant                progress: worst  mean   steps until a drop is known: mean  most   a rise: mean  most")
+    cases = [(network, "WINDOW", 1.0)] + [(m, name, f) for m, names in CONSTANTS.items() for name in names for f in (0.5, 2.0)]
+    for module, name, factor in cases:
+        value = getattr(module, name)
+        other = type(value)(round(value * factor) if isinstance(value, int) else value * factor)
+        setattr(module, name, other)
+        progress = [regret(world)[0] for world in worlds()[5::13]]
+        drops = [known_after(high, low, accidents) for high, low in RATES for accidents in (0.0, 0.1)]
+        rises = [known_after(low, high, accidents) for high, low in RATES for accidents in (0.0, 0.1)]
+        setattr(module, name, value)
+        label = f"{name} {value} -> {other}" if factor != 1 else "as they are"
+        print(
+            f"{label:31} {min(progress):6.3f} {statistics.fmean(progress):6.4f} {statistics.fmean(drops):34.1f} {max(drops):5}"
+            f" {statistics.fmean(rises):14.1f} {max(rises):5}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--constants"]:
+        constants()
+    else:
+        table(int(sys.argv[1]) if len(sys.argv) > 1 else 1)

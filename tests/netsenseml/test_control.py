@@ -1,12 +1,13 @@
 """Policies against a simulated network; see ``simulation``."""
 
+import itertools
 import statistics
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from simulation import LAG, Job, World, regret, worlds
+from simulation import LAG, Job, World, known_after, regret, worlds
 
 from netsenseml.compress.codec import Codec, add_decoded
 from netsenseml.control.bdp import BdpPolicy
@@ -96,12 +97,12 @@ def test_what_the_sparse_plans_send_converges_under_momentum() -> None:
     assert float((slope * x * x).sum()) < 0.01 * begin
 
 
-@pytest.mark.parametrize("world", worlds()[::29], ids=str)
+@pytest.mark.parametrize("world", worlds()[::17], ids=str)
 def test_as_good_as_the_best_fixed_plan_on_any_network(world: World) -> None:
-    """Every 29th of 2 to 64 ranks, 1 to 8 a host, 0.1 to 100 ms, 1 Mbit/s to 10 Gbit/s, constant and alternating compute, with
+    """Every 17th of 2 to 64 ranks, 1 to 8 a host, 0.1 to 100 ms, 1 Mbit/s to 10 Gbit/s, constant and alternating compute, with
     and without accidents; ``python tests/netsenseml/simulation.py`` has all."""
-    progress, seconds, settled, best = regret(world, steps=200)
-    assert progress >= 0.93, (settled, best)
+    progress, seconds, settled, best = regret(world)
+    assert progress >= 0.95, (settled, best)
     assert seconds <= 1.05, (settled, best)
 
 
@@ -122,24 +123,12 @@ def test_nothing_is_compressed_where_the_network_is_no_bottleneck() -> None:
     assert statistics.mean(job.lost[name] for name in names) < 1e-3
 
 
-@settings(deadline=None, max_examples=10)
-@given(st.sampled_from([(5e8, 1e8), (1e8, 2e7), (1e9, 2e7)]))
-def test_a_drop_is_known_within_five_steps_and_a_rise_within_forty(rates: tuple[float, float]) -> None:
-    before_bps, after_bps = rates
-    world = World(Shape(4), before_bps, 1e-3)
-    job = Job(world)
-    job.run(60)
-    high_bps = job.controller.bandwidth_bps
-    assert high_bps is not None and 0.5 * before_bps < high_bps < 2 * before_bps
-    world.rate_bps = after_bps
-    job.run(5)
-    low_bps = job.controller.bandwidth_bps
-    assert low_bps is not None and low_bps == pytest.approx(0.9 * after_bps, rel=0.25)
-    job.run(60)
-    world.rate_bps = before_bps
-    job.run(40)
-    late = job.controller.bandwidth_bps
-    assert late is not None and late > 0.5 * high_bps
+@pytest.mark.parametrize("accidents", [0.0, 0.1])
+@pytest.mark.parametrize("rates", [(5e8, 1e8), (1e8, 2e7), (1e9, 2e7)])
+def test_a_drop_is_known_within_five_steps_and_a_rise_within_twenty(rates: tuple[float, float], accidents: float) -> None:
+    high, low = rates
+    assert known_after(high, low, accidents) <= 5
+    assert known_after(low, high, accidents) <= 20
 
 
 def test_an_adaptive_optimizer_bears_fewer_elements_less_well_and_fewer_bits_as_well() -> None:
@@ -151,27 +140,32 @@ def test_an_adaptive_optimizer_bears_fewer_elements_less_well_and_fewer_bits_as_
 
 def test_a_ring_of_slow_and_fast_paths_counts_their_mean() -> None:
     job = Job(World(Shape(8), 1e9, 0.05))
-    job.controller._network.ring_share = 1.0
+    job.controller.network.ring_share = 1.0
     far = job.controller.seconds("allreduce")
-    job.controller._network.ring_share = 0.2
+    job.controller.network.ring_share = 0.2
     assert job.controller.seconds("allreduce") < 0.5 * far
 
 
-def test_trials_become_rare_where_they_are_in_vain() -> None:
-    job = Job(World(Shape(4), 1e7, 1e-3))
+def test_trials_in_vain_cost_little() -> None:
+    world = World(Shape(4), 1e7, 1e-3)
+    job = Job(world)
     job.run(100)
     names = [name for name, _ in job.run(400)]
-    settled = max(set(names), key=names.count)
-    assert len([name for name in names if name != settled]) < 0.1 * len(names)
+    best = max(job.worth(name) / world.seconds(job.by_name[name]) for name in job.by_name)
+    made = sum(map(job.worth, names)) / sum(world.seconds(job.by_name[name], 4) for name in names)
+    assert made > 0.98 * best
 
 
-def test_a_decision_is_judged_by_its_own_steps() -> None:
+def test_a_trial_lasts_until_its_own_steps_were_seen() -> None:
     """Reports of steps from before the newest decision arrive for ``LAG`` steps more."""
     job = Job(World(Shape(4), 1e8, 1e-3))
-    plan = job.controller.plan
-    for _ in range(LAG):
+    decided = []
+    for _ in range(200):
         job.run(1)
-    assert job.controller.plan == plan or job.controller._reports <= 1
+        decided.append(job.controller.plan)
+    runs = [len(list(same)) for _, same in itertools.groupby(decided)]
+    assert len(runs) > 2
+    assert min(runs[1:-1]) > LAG
 
 
 def test_the_rule_of_the_paper_rises_slowly_below_the_product_and_falls_above() -> None:
