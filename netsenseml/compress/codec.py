@@ -137,6 +137,11 @@ def add_decoded(buffer: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> 
     return out
 
 
+def load(device: torch.device) -> None:
+    """Load the kernels for tensors of a device, where the first coding would: numba and they take a second, and compiling them,
+    once on a machine, some more."""
+    _backend(device)
+
+
 def _backend(device: torch.device) -> Any:
-    """Loaded at first use: numba and its kernels take half a second."""
     return importlib.import_module(f"netsenseml.compress.{'arrays' if device.type == 'cpu' else 'tensors'}")

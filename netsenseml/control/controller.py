@@ -44,7 +44,7 @@ class Controller:
         scarce: ranks share cores, so that coding takes its time from compute instead of running beside it.
         """
         self._plans, self._names = list(plans), [plan.name for plan in plans]
-        self._scarce, self._lost = scarce, dict(lost)
+        self._scarce, self._lost, self._looked = scarce, dict(lost), False
         self._coding_s = np.array([coding_s.get(name, 0.0) for name in self._names])
         # What a communicator does in memory may take about as long as coding does.
         element_s = float(np.mean([*coding_s.values(), 1e-10]))
@@ -87,8 +87,9 @@ class Controller:
 
     def _learn(self, seen: Observation) -> None:
         total, plan = sum(seen.elements), self._names.index(seen.plan)
-        # Looks at single gradients differ, and what is kept of a plan's own changes what it would lose.
-        self._lost.update({name: (self._lost.get(name, share) + share) / 2 for name, share in seen.lost.items()})
+        for name, share in seen.lost.items():  # the first look replaces what was only thought; later ones differ by chance
+            self._lost[name] = (self._lost[name] + share) / 2 if self._looked else share
+        self._looked = self._looked or bool(seen.lost)
         self._elements = seen.elements
         self._ready = tuple(ready_s / max(seen.compute_s, 1e-9) for ready_s in seen.ready_s)
         self._compute.add(max(seen.compute_s - seen.encode_s * self._scarce, 0.3 * seen.compute_s))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public, but not declared so
 from torch.futures import Future
 
-from netsenseml.compress.codec import Codec
+from netsenseml.compress.codec import Codec, load
 from netsenseml.compress.feedback import ErrorFeedback
 from netsenseml.exchange.collective import all_reduce_mean
 from netsenseml.exchange.communicators import BySize, DirectAllReduce, Plan, RandomK, SparseAllGather, WideAllGather
@@ -35,6 +35,8 @@ class Coded(Method):
         limit: float | None = None,
     ) -> None:
         super().__init__(module, group)
+        for device in {parameter.device for parameter in module.parameters()}:
+            load(device)  # or the first step would
         self.plan = plan
         self.memory = ErrorFeedback(module.named_parameters(), momentum=momentum, limit=limit)
         self._feedback = feedback

@@ -176,7 +176,7 @@ def known_after(before_bps: float, after_bps: float, accidents: float, most: int
     return most
 
 
-CONSTANTS = {network: ("WINDOW", "DRIFT", "SURPRISE", "IN_A_ROW", "UNKNOWN", "OWN"), controller: ("OPTIMISM",)}
+CONSTANTS = {network: ("WINDOW", "DRIFT", "SURPRISE", "IN_A_ROW", "UNKNOWN", "OWN", "FIXED"), controller: ("OPTIMISM",)}
 RATES = ((5e8, 1e8), (1e8, 2e7), (1e9, 2e7))
 
 

@@ -63,3 +63,16 @@ def test_the_library_works_without_the_testbed() -> None:
     )
     loaded = loaded_by("\n".join(f"import {module}" for module in modules))
     assert "torch" in loaded and not {"testbed", "sklearn", "pydantic"} & loaded
+
+
+@pytest.mark.parametrize("method", ["topk", "qsgd", "netsense"])
+def test_kernels_are_loaded_when_a_method_is_attached_and_not_in_its_first_step(method: str) -> None:
+    """They took the first step of every method but netsense a second and a half, and so its time to a target."""
+    loaded = loaded_by(f"""
+import torch, netsenseml
+from torch import distributed, nn
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+session = netsenseml.attach(nn.parallel.DistributedDataParallel(nn.Linear(2, 2)), {method!r})
+distributed.destroy_process_group()
+""")
+    assert "numba" in loaded
