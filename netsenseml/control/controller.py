@@ -9,9 +9,9 @@ from netsenseml.control.plans import worth
 from netsenseml.control.policy import Observation
 from netsenseml.exchange.communicators import Plan, RingAllReduce
 from netsenseml.exchange.mesh import Shape
-from netsenseml.sensing.network import DRIFT, Array, NetworkModel, Smooth
+from netsenseml.sensing.network import FORGETTING, RESOLUTION, Array, NetworkModel, Smooth
 
-OPTIMISM = 1.0  # standard deviations: what would be better with so much luck is tried
+OPTIMISM = 0.7  # standard deviations: what would be better with so much luck is tried
 
 
 class Controller:
@@ -22,7 +22,7 @@ class Controller:
         seconds = compute + exposed communication             forecast by ``NetworkModel``
 
     1. Every step corrects what is known of network, compute and coding.
-    2. The best plan is taken if it is better than the present one by ``DRIFT``, below which nothing can be told.
+    2. The best plan is taken if it is better than the present one by ``RESOLUTION``, below which nothing can be told.
     3. If none is, one is tried that would be with some luck: small payloads cannot tell how fast the network is, and the longer
        ago the last large one was, the less is known. Its own steps then tell whether it stays.
     """
@@ -48,9 +48,8 @@ class Controller:
         self._coding_s = np.array([coding_s.get(name, 0.0) for name in self._names])
         # What a communicator does in memory may take about as long as coding does.
         element_s = float(np.mean([*coding_s.values(), 1e-10]))
-        self.network = NetworkModel(plans, shape, byte_s, element_s)
-        self.network.latency.add(latency_s)
-        self._compute, self._coding = Smooth(), Smooth(1.0)
+        self.network = NetworkModel(plans, shape, latency_s, byte_s, element_s)
+        self._compute, self._coding = Smooth(0.0), {dense: Smooth(1.0) for dense in (True, False)}
         self.adaptive = True
         """Whether the optimizer is, which bears less; so it is taken to be until it is seen."""
         self._elements: tuple[int, ...] = ()
@@ -67,7 +66,7 @@ class Controller:
 
     def begin(self, elements: Sequence[int], compute_s: float) -> None:
         """Choose a plan for a first step of which nothing is known but the network and the sizes of its buckets."""
-        self._elements, self._ready, self._compute.value = tuple(elements), (0.0,) * len(elements), compute_s
+        self._elements, self._ready, self._compute = tuple(elements), (0.0,) * len(elements), Smooth(compute_s)
         self.network.buckets(elements)
         # A few steps with fewer elements do no optimizer harm, while a plan that is too dense costs as many long steps.
         self.adaptive = False
@@ -79,9 +78,9 @@ class Controller:
         if seen.plan != self.plan:  # a step from before the newest decision
             return
         gains, deviations = self._gains()
-        if gains.max() <= DRIFT:
+        if gains.max() <= RESOLUTION:
             gains += OPTIMISM * deviations
-        self._settled = bool(gains.max() <= DRIFT)
+        self._settled = bool(gains.max() <= RESOLUTION)
         if not self._settled:
             self.plan = self._names[int(gains.argmax())]
 
@@ -93,8 +92,9 @@ class Controller:
         self._elements = seen.elements
         self._ready = tuple(ready_s / max(seen.compute_s, 1e-9) for ready_s in seen.ready_s)
         self._compute.add(max(seen.compute_s - seen.encode_s * self._scarce, 0.3 * seen.compute_s))
-        if expected_s := self._coding_s[plan] * total:
-            self._coding.add(seen.encode_s / expected_s)
+        for dense, factor in self._coding.items():  # what is not seen returns to what was measured at first
+            coded_s = self._coding_s[plan] * total * (self._plans[plan].dense == dense)
+            factor.add(seen.encode_s / coded_s if coded_s else factor.value ** (1 - 10 * FORGETTING))
         self.network.ring_share = seen.ring_share
         if seen.latency_s is not None:
             self.network.latency.add(seen.latency_s)
@@ -104,9 +104,13 @@ class Controller:
 
     def _forecast(self) -> tuple[Array, Array]:
         """Of a step with every plan: what the network adds to it, by cause, shape (plans, 5), and what it takes in all, s."""
-        compute_s, coding_s = self._compute.value or 0.0, self._coding_s[:, None] * (self._coding.value or 1.0) * self._elements
-        parts, _ = self.network.forecast([ready * compute_s for ready in self._ready], coding_s * (not self._scarce))
-        return parts, compute_s + coding_s.sum(1) * self._scarce + parts[:, 4] + 1e-9
+        coding_s = self._coding_s * [self._coding[plan.dense].value for plan in self._plans]
+        beside_s = coding_s[:, None] * self._elements * (not self._scarce)
+        # For long and short steps by themselves, as what is hidden behind both is less than what fits behind their mean.
+        parts: Array = np.mean(
+            [self.network.forecast([r * compute_s for r in self._ready], beside_s)[0] for compute_s in self._compute.halves], 0
+        )
+        return parts, self._compute.value + coding_s * sum(self._elements) * self._scarce + parts[:, 4] + 1e-9
 
     def _gains(self) -> tuple[Array, Array]:
         """log(progress per second of every plan / of the present one), and its standard deviations."""

@@ -219,8 +219,8 @@ _LIMIT = 30.0
 """Times a gradient's norm that its residual may have; reached below 0.3 % of the elements, where stale gradients harm most."""
 _LEAST_PROBE, _MOST_PROBE, _PROBE_S = 1 << 14, 1 << 22, 0.02
 """Sizes of the messages before the first step, in bytes, and from what time on one tells of the bandwidth."""
-_FIRST_COMPUTE_S = 0.1
-"""What a step is taken to compute before one was seen."""
+_FIRST_COMPUTE_S = 0.03
+"""What a step is taken to compute before one was seen: little, as a plan that is too dense costs more than one too sparse."""
 _LAN_S = 1e-3
 """Below that, round-trip times are the machines', not the paths'."""
 

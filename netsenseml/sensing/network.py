@@ -13,27 +13,35 @@ from netsenseml.exchange.mesh import CONCURRENT, Shape
 Array = NDArray[np.float64]
 
 # What half and twice of each does to progress and bandwidth: python tests/netsenseml/simulation.py --constants
-WINDOW = 16  # values that are smoothed
-DRIFT = 0.02  # by which what is learnt may have changed from step to step; no time is better known either
+WINDOW = 16  # reports that are smoothed
+FORGETTING = 1 / 500  # share by which what is known returns, with every report, to what was thought at first
+RESOLUTION = 0.02  # relative: no time is known better, and no plan is better by less
 SURPRISE = 3.0  # standard deviations: such a time is an accident; or a change, if
 IN_A_ROW = 3  # so many come together: if a tenth of the steps are accidents, that is every thousandth step
-# Standard deviations of logarithms before anything is seen: of the bandwidth, of what is a communicator's own beside it (how
-# much more or less a hop and a byte take), and of its fixed part.
-UNKNOWN, OWN, FIXED = 1.0, 0.25, 2.0
+UNKNOWN = 2.0  # standard deviation of the logarithm of a bandwidth, and of a communicator's fixed part, before they are seen
+# Likewise of how much more or less a hop and a byte take with a communicator; and share of the first step that is fixed.
+OWN = 0.15
 
 
 class Smooth:
     """Mean of the middle half of the newest values: accidents fall out of it, and what alternates is averaged."""
 
-    def __init__(self, value: float | None = None) -> None:
-        self.value = value
+    def __init__(self, value: float) -> None:
+        """value: before the first one is added."""
+        self.halves = value, value
+        """Means of the lower and the upper half of that half."""
         self._values: deque[float] = deque(maxlen=WINDOW)
+
+    @property
+    def value(self) -> float:
+        return fmean(self.halves)
 
     def add(self, value: float) -> None:
         self._values.append(value)
         ordered = sorted(self._values)
         cut = len(ordered) // 4
-        self.value = fmean(ordered[cut : len(ordered) - max(cut, len(ordered) > 1)])  # of two or three, not the largest
+        middle = ordered[cut : len(ordered) - max(cut, len(ordered) > 1)]  # of two or three, not the largest
+        self.halves = fmean(middle[: (len(middle) + 1) // 2]), fmean(middle[len(middle) // 2 :])
 
 
 class NetworkModel:
@@ -43,17 +51,17 @@ class NetworkModel:
 
         seconds = latency terms x alpha + bytes of the host x beta + elements x gamma      (Hockney 1994, and a fixed part)
 
-    The latency of a direct exchange is measured: that of statistics behind every step is one that is nearly empty. The seconds
-    of a byte are the network's; how much more or less a hop and a byte take with a communicator, and its fixed part, are its
-    own. So incast, a host's shared interface and slow start need no formula. All of these come from the time that every step
-    takes, by an iterated extended Kalman filter of their logarithms (Bell and Cathey 1993): what one step cannot tell apart is
-    shared out by how uncertain each is, a small payload hardly moves the bandwidth, and it is known how far off a forecast may
-    be.
+    The latency of a direct exchange is measured: that of the control channel's report behind every step, which is nearly empty.
+    The seconds of a byte are the network's; how much more or less a hop and a byte take with a communicator, and its fixed
+    part, are its own. So incast, a host's shared interface and slow start need no formula. All of these come from the time that
+    every step takes, by an iterated extended Kalman filter of their logarithms (Bell and Cathey 1993): what one step cannot tell
+    apart is shared out by how uncertain each is, a small payload hardly moves the bandwidth, and it is known how far off a
+    forecast may be.
     """
 
-    def __init__(self, plans: Sequence[Plan], shape: Shape, byte_s: float, element_s: float) -> None:
-        """byte_s: what is thought of the network before any step; element_s: of gamma."""
-        self.latency = Smooth()
+    def __init__(self, plans: Sequence[Plan], shape: Shape, latency_s: float, byte_s: float, element_s: float) -> None:
+        """latency_s, byte_s: what is thought of the network before any step; element_s: of gamma."""
+        self.latency = Smooth(latency_s)
         """Of a direct exchange, s: between the farthest two ranks."""
         self.ring_share = 1.0
         """A ring passes all delays alike: mean of the ranks' round-trip times over the largest."""
@@ -62,8 +70,9 @@ class NetworkModel:
         self._rings = np.array([plan.communicator.endswith("ring") for plan in plans])
         # Logarithms: of a byte's seconds; then of every communicator's hop and byte over the network's, and of its gamma.
         self._logs = np.array([np.log(byte_s)] + [0, 0, np.log(element_s)] * len(communicators))
-        self._prior = np.array([UNKNOWN] + [OWN, OWN, FIXED] * len(communicators)) ** 2
-        self._covariance, self._noise, self._surprises = np.diag(self._prior), OWN, 0
+        self._prior = np.array([UNKNOWN] + [OWN, OWN, UNKNOWN] * len(communicators)) ** 2
+        self._thought, self._covariance = self._logs, np.diag(self._prior)
+        self._noise, self._surprises, self._seen = OWN, 0, False
         # Which of them make up alpha, beta and gamma of a plan. Causes of time, everywhere: (other, hops, bytes, elements).
         self._sums = np.zeros((len(plans), 4, len(self._logs)))
         for row, plan in zip(self._sums, plans, strict=True):
@@ -97,70 +106,61 @@ class NetworkModel:
         ready_s: of every bucket, before the last gradient, s <= 0. coding_s: of every plan and bucket.
         """
         unit_s = np.exp(self._sums[rows] @ (self._logs if logs is None else logs))
-        unit_s[:, 1] *= (self.latency.value or 0.0) * np.where(self._rings[rows], self.ring_share, 1.0)
+        unit_s[:, 1] *= self.latency.value * np.where(self._rings[rows], self.ring_share, 1.0)
         takes = np.pad(self._counts[rows] * unit_s[:, None], ((0, 0), (0, 0), (0, 1)))  # and last their sum, as that decides
         takes[:, :, 4] = takes.sum(2)
-        hops = takes * (0, 1, 0, 0, 0)
-        hops[:, :, 4] = hops[:, :, 1]
-        own = np.zeros_like(takes)
-        own[:, :, 0] = own[:, :, 4] = coding_s / 2
+        hops, coding = takes[:, :, 1:2] * (0, 1, 0, 0, 1), coding_s[:, :, None] / 2 * (1, 0, 0, 0, 1)
         busy, done = np.zeros_like(takes[:, 0]), list[Array]()
         coded = link = end = busy - (1e9, 0, 0, 0, 1e9)
         for i, ready in enumerate(ready_s):
-            coded = _later(coded, np.array([[ready, 0, 0, 0, ready]])) + own[:, i]
+            coded = _later(coded, np.array([[ready, 0, 0, 0, ready]])) + coding[:, i]
             start = _later(coded, done[i - CONCURRENT]) if i >= CONCURRENT else coded
             link = _later(link, start) + (takes[:, i] - hops[:, i])
             done.append(link + hops[:, i])
             since = _later(start, end)
             busy += _later(done[i], since) - since
             end = _later(end, done[i])
-        exposed = _later(end + own[:, -1] if len(ready_s) else end, np.zeros_like(end))
+        exposed = _later(end + coding[:, -1] if len(ready_s) else end, np.zeros_like(end))
         return exposed, busy
 
     def learn(self, plan: int, ready_s: Sequence[float], coding_s: Sequence[float], seconds: float) -> None:
         """Learn from the time in which a step's collectives were under way."""
-        self._covariance += DRIFT**2 * np.eye(len(self._prior))
-        spread = np.sqrt(np.minimum(self._prior / self._covariance.diagonal(), 1))
-        self._covariance *= np.outer(spread, spread)  # nothing gets less known than it was at first
-        step = plan, ready_s, np.array([coding_s]), max(seconds, 1e-9)
-        busy, slope = self._busy(*step[:3], self._logs)
-        off = np.log(step[3] / busy[4])
-        side = int(np.sign(off)) if abs(off) > SURPRISE * np.sqrt(slope @ self._covariance @ slope + self._noise**2) else 0
+        seconds, coding = max(seconds, 1e-9), np.array([coding_s])
+        if not self._seen:  # were the fixed part too small now, it would never be found: a correction moves it by its share
+            self._seen, least = True, np.log(OWN * seconds / sum(self._elements))
+            self._thought[3::3] = np.maximum(self._thought[3::3], least)
+            self._logs = self._thought
+        # The network's bandwidth alone does not return: what it was says more than what was thought at first.
+        self._covariance += FORGETTING * (np.diag(self._prior) - self._covariance)
+        self._logs = self._logs + FORGETTING / 2 * (self._thought - self._logs) * (np.arange(len(self._logs)) > 0)
+        logs = self._logs
+        for attempt in range(6):  # the forecast is not linear: again from where the last attempt has come to
+            busy = self.forecast(ready_s, coding, slice(plan, plan + 1), logs)[1][0]
+            expected_s = max(busy[4], 1e-9)
+            slope, off = busy[:4] @ self._sums[plan] / expected_s, np.log(seconds / expected_s)
+            if attempt == 0 and not self._credible(off, np.sqrt(slope @ self._covariance @ slope + self._noise**2)):
+                return
+            spread = self._covariance @ slope
+            innovation, variance = off - slope @ (self._logs - logs), slope @ spread + self._noise**2
+            change = self._logs + spread / variance * innovation - logs
+            logs = logs + np.clip(change, -1, 1)
+            if np.abs(change).max() < RESOLUTION / 2:
+                break
+        self._logs = logs
+        self._covariance -= np.outer(spread, spread) / variance
+
+    def _credible(self, off: float, deviation: float) -> bool:
+        """Whether to learn from a time whose logarithm is off by so much. After so many surprises that it cannot be accidents
+        the bandwidth is unknown again."""
+        side = int(np.sign(off)) if abs(off) > SURPRISE * deviation else 0
         self._surprises = self._surprises + side if side * self._surprises > 0 else side
         if side and abs(self._surprises) < IN_A_ROW:
-            return
+            return False
         if side:
             self._surprises, self._covariance[0, 0] = 0, self._covariance[0, 0] + UNKNOWN**2
         self._noise += (min(1.25 * abs(off), SURPRISE * self._noise) - self._noise) / WINDOW  # E|x| = 0.8 sigma
-        self._noise = max(self._noise, DRIFT)
-        found = self._explain(*step, self._logs)
-        if side:  # perhaps it was the fixed part all the time, too small so far for the iteration to find it
-            fixed, own = self._logs.copy(), int(self._sums[plan, 3].argmax())
-            fixed[own] += np.log1p(max(step[3] - busy[4], 0.0) / max(busy[3], 1e-12))
-            found = min(found, self._explain(*step, fixed), key=lambda explained: explained[0])
-        _, self._logs, known = found
-        self._covariance -= known
-
-    def _explain(
-        self, plan: int, ready_s: Sequence[float], coding_s: Array, seconds: float, logs: Array
-    ) -> tuple[float, Array, Array]:
-        """The filter's update, looked for from ``logs`` on: (how unlikely it is, the logarithms, what less is unknown)."""
-        for _ in range(6):  # the forecast is not linear: again from where the last attempt has come to
-            busy, slope = self._busy(plan, ready_s, coding_s, logs)
-            spread = self._covariance @ slope
-            variance = slope @ spread + self._noise**2
-            off = np.log(seconds / busy[4]) - slope @ (self._logs - logs)
-            change = self._logs + spread / variance * off - logs
-            logs = logs + np.clip(change, -1, 1)
-            if np.abs(change).max() < 0.01:
-                break
-        return off**2 / variance, logs, np.outer(spread, spread) / variance
-
-    def _busy(self, plan: int, ready_s: Sequence[float], coding_s: Array, logs: Array) -> tuple[Array, Array]:
-        """Seconds in which a collective is under way, as forecast, and the derivatives of their logarithm."""
-        busy = self.forecast(ready_s, coding_s, slice(plan, plan + 1), logs)[1][0]
-        busy[4] = max(busy[4], 1e-9)
-        return busy, busy[:4] @ self._sums[plan] / busy[4]
+        self._noise = max(self._noise, RESOLUTION)
+        return True
 
     def deviations(self, parts: Array, seconds: Array, plan: int) -> Array:
         """Standard deviations of log(seconds of a step with every plan / with this one), shape (plans,).

@@ -33,7 +33,7 @@ def gradient() -> torch.Tensor:
 @dataclass
 class World:
     """rate_bps: of every host's link. delay_s: one way. incast: times as long as a ring that direct exchanges of large pieces
-    take."""
+    take. fixed_s: what a bucket takes whatever is sent."""
 
     shape: Shape
     rate_bps: float
@@ -45,6 +45,7 @@ class World:
     wake_s: float = 2e-4
     jitter: float = 0.02
     coding_s: float = 1.5e-9
+    fixed_s: float = 0.0
     elements: tuple[int, ...] = (500_000, 6_500_000, 4_700_000)
     on_time_s: float = 0.0
     draw: random.Random = field(default_factory=lambda: random.Random(0))
@@ -63,7 +64,7 @@ class World:
             coding_s = 0.0 if isinstance(plan, RingAllReduce) else self.coding_s * elements * noise()
             encode_s += coding_s
             coded = max(coded, ready_s) + coding_s / 2
-            free = max(free, coded) + 8 * cost.host_bytes * factor / (0.937 * self.rate_bps) * noise()
+            free = max(free, coded) + self.fixed_s + 8 * cost.host_bytes * factor / (0.937 * self.rate_bps) * noise()
             if isinstance(plan, Hierarchical):
                 free += 4 * elements / 4e9  # memory of the host
             end = free + cost.latency_terms * hop_s * noise() + coding_s / 2
@@ -162,6 +163,14 @@ def worlds() -> list[World]:
     return found
 
 
+def share_of_best(job: Job, steps: int) -> float:
+    """Progress per second of the job's next steps over the best fixed plan's."""
+    seconds = {plan.name: job.world.seconds(plan, 6) for plan in job.plans}
+    names = [name for name, _ in job.run(steps)]
+    made = sum(map(job.worth, names)) / sum(seconds[name] for name in names)
+    return made / max(job.worth(name) / seconds[name] for name in seconds)
+
+
 def known_after(before_bps: float, after_bps: float, accidents: float, most: int = 60) -> int:
     """Steps until a change of the network's rate is known: the bandwidth right within a quarter for a step."""
     world = World(Shape(4), before_bps, 1e-3, accidents=accidents)
@@ -176,7 +185,10 @@ def known_after(before_bps: float, after_bps: float, accidents: float, most: int
     return most
 
 
-CONSTANTS = {network: ("WINDOW", "DRIFT", "SURPRISE", "IN_A_ROW", "UNKNOWN", "OWN", "FIXED"), controller: ("OPTIMISM",)}
+CONSTANTS = {
+    network: ("WINDOW", "FORGETTING", "RESOLUTION", "SURPRISE", "IN_A_ROW", "UNKNOWN", "OWN", "FIXED"),
+    controller: ("OPTIMISM",),
+}
 RATES = ((5e8, 1e8), (1e8, 2e7), (1e9, 2e7))
 
 
