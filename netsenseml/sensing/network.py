@@ -54,8 +54,8 @@ class NetworkModel:
     The latency of a direct exchange is measured: that of the control channel's report behind every step, which is nearly empty.
     The seconds of a byte are the network's; how much more or less a hop and a byte take with a communicator, and its fixed
     part, are its own. So incast, a host's shared interface and slow start need no formula. All of these come from the time that
-    every step takes, by an iterated extended Kalman filter of their logarithms (Bell and Cathey 1993): what one step cannot tell
-    apart is shared out by how uncertain each is, a small payload hardly moves the bandwidth, and it is known how far off a
+    every step takes, by an iterated extended Kalman filter of their logarithms (Bell and Cathey 1993): what one step cannot
+    tell apart is shared out by how uncertain each is, a small payload hardly moves the bandwidth, and it is known how far off a
     forecast may be.
     """
 
