@@ -74,7 +74,7 @@ def _coded(values: torch.Tensor, form: int, key: int | None) -> tuple[torch.Tens
     half = (scale.view(torch.int32) + up >> 16).clamp_(max=layout.LARGEST_SCALE[form]).to(torch.int16)
     scale = half.view(torch.bfloat16).float()
     if form == layout.SIGN:
-        sent = torch.where(code == 1, -scale, scale)
+        sent = torch.where((code == 1) & (unit > 0), -scale, scale)  # a block of zeros keeps the signs of its zeros
     else:
         level = (x * scale.reciprocal()).clamp_(-layout.LEVELS[form], layout.LEVELS[form])
         if key is not None:

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from netsenseml.compress import codec as codec_module
@@ -168,6 +168,8 @@ def test_large_gradients(name: str, kind: str, n: int) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(codecs, gradients(), st.integers(0, 99), st.sampled_from([1.0, 0.25, 1 / 3]))
+@example(Codec("sign"), torch.tensor([-0.0]), 0, 1.0)
+@example(Codec("sign", 0.5), torch.tensor([-0.0, 1e-45]), 0, 1.0)
 def test_all_devices_agree_to_the_bit(codec: Codec, x: torch.Tensor, seed: int, scale: float) -> None:
     found = []
     for name in BACKENDS:
