@@ -11,7 +11,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
@@ -34,6 +34,7 @@ _ACK_TLVS = 0x200  # NLM_F_ACK_TLVS
 _ACK_CAPPED = 0x100  # NLM_F_CAPPED
 _BUFFER_BYTES = 4 << 20
 _SIOCGSKNS = 0x894C
+_SIOCETHTOOL, _ETHTOOL_GLINK = 0x8946, 0x0A
 """The namespace of a socket, <linux/sockios.h>."""
 BATCH = 64
 """Requests in one write; the answers to more would overflow the socket."""
@@ -157,6 +158,13 @@ class NetlinkSocket:
             self._frames.sendto(_NUDGE, (interface, 0))
         except OSError:
             pass  # a full queue has been looked after all the same; an interface that is down has none
+
+    def settle(self, interface: str) -> None:
+        """Have the kernel pass on what it has seen of an interface's carrier, which it puts off for up to a second."""
+        value = ctypes.create_string_buffer(struct.pack("=II", _ETHTOOL_GLINK, 0))
+        request = struct.pack("16sP", interface.encode(), ctypes.addressof(value)).ljust(40, b"\0")
+        with suppress(OSError):  # one that cannot be asked has nothing to tell
+            fcntl.ioctl(self._socket, _SIOCETHTOOL, request)
 
     def batch(self, requests: Iterable[Request]) -> list[list[bytes]]:
         """Send all requests and wait for all answers; ``pack``, ``post`` and ``collect`` in one."""

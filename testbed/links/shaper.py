@@ -222,6 +222,7 @@ class Shaper:
         """
         port = self._ports[link, "down"]
         wanted = BR_STATE_FORWARDING if connected else BR_STATE_DISABLED
+        port.socket.settle(port.interface)  # the bridge enables a port anew when it hears, late, that it has a carrier
         port.socket.batch([set_port(port.ifindex, link, "IFLA_BRPORT_STATE", wanted)])
         ((answer,),) = port.socket.batch([_interface_request(port)])
         found = decode(answer, ifinfmsg).get_nested("IFLA_LINKINFO", "IFLA_INFO_SLAVE_DATA", "IFLA_BRPORT_STATE")

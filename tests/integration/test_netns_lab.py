@@ -247,13 +247,13 @@ def test_nobody_is_told_of_a_partition(tmp_path):
         tmp_path,
         """
 with lab_of(["w0", "w1"], 50_000_000) as lab:
-    lab.links.apply({"w1": replace(lab.links.states["w1"], connected=False)})
+    cut = lab.links.apply({"w1": replace(lab.links.states["w1"], connected=False)})["w1"].verified
     wait(lab.hosts["w0"].start(["python", "-c", CONNECT, lab.hosts["w1"].address], {}, tmp / "log"))
-    print(json.dumps((tmp / "log").read_text().split()))
+    print(json.dumps([cut, *(tmp / "log").read_text().split()]))
 """,
     )
-    assert seen[0] == "TimeoutError"
-    assert float(seen[1]) > 4.4
+    assert seen[:2] == [True, "TimeoutError"]
+    assert float(seen[2]) > 4.4
 
 
 @pytest.mark.parametrize("rate_mbps", [1, 10, 50, 500])
