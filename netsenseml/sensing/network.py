@@ -78,6 +78,7 @@ class NetworkModel:
         for row, plan in zip(self._sums, plans, strict=True):
             own = 1 + 3 * communicators.index(plan.communicator)
             row[1, own] = row[2, 0] = row[2, own + 1] = row[3, own + 2] = 1
+        self._warm = set[str]()
         self._elements: tuple[int, ...] = ()
         self._counts = np.zeros((len(plans), 0, 4))
 
@@ -125,6 +126,10 @@ class NetworkModel:
 
     def learn(self, plan: int, ready_s: Sequence[float], coding_s: Sequence[float], seconds: float) -> None:
         """Learn from the time in which a step's collectives were under way."""
+        communicator = self._plans[plan].communicator
+        if communicator not in self._warm:  # its connections began slowly, as TCP does
+            self._warm.add(communicator)
+            return
         seconds, coding = max(seconds, 1e-9), np.array([coding_s])
         if not self._seen:  # were the fixed part too small now, it would never be found: a correction moves it by its share
             self._seen, least = True, np.log(OWN * seconds / sum(self._elements))
