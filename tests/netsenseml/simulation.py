@@ -186,7 +186,7 @@ def known_after(before_bps: float, after_bps: float, accidents: float, most: int
 
 
 CONSTANTS = {
-    network: ("WINDOW", "FORGETTING", "RESOLUTION", "SURPRISE", "IN_A_ROW", "UNKNOWN", "OWN", "FIXED"),
+    network: ("WINDOW", "FORGETTING", "RESOLUTION", "SURPRISE", "IN_A_ROW", "UNKNOWN", "OWN"),
     controller: ("OPTIMISM",),
 }
 RATES = ((5e8, 1e8), (1e8, 2e7), (1e9, 2e7))
