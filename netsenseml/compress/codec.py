@@ -137,7 +137,7 @@ def add_decoded(buffer: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> 
     return out
 
 
-def load(device: torch.device) -> None:
+def load_kernels(device: torch.device) -> None:
     """Load the kernels for tensors of a device, where the first coding would: numba and they take a second, and compiling them,
     once on a machine, some more."""
     _backend(device)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public, but not declared so
 from torch.futures import Future
 
-from netsenseml.compress.codec import Codec, load
+from netsenseml.compress.codec import Codec, load_kernels
 from netsenseml.compress.feedback import ErrorFeedback
 from netsenseml.exchange.collective import all_reduce_mean
 from netsenseml.exchange.communicators import BySize, DirectAllReduce, Plan, RandomK, SparseAllGather, WideAllGather
@@ -36,7 +36,7 @@ class Coded(Method):
     ) -> None:
         super().__init__(module, group)
         for device in {parameter.device for parameter in module.parameters()}:
-            load(device)  # or the first step would
+            load_kernels(device)  # or the first step would
         self.plan = plan
         self.memory = ErrorFeedback(module.named_parameters(), momentum=momentum, limit=limit)
         self._feedback = feedback

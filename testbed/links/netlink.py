@@ -34,8 +34,9 @@ _ACK_TLVS = 0x200  # NLM_F_ACK_TLVS
 _ACK_CAPPED = 0x100  # NLM_F_CAPPED
 _BUFFER_BYTES = 4 << 20
 _SIOCGSKNS = 0x894C
-_SIOCETHTOOL, _ETHTOOL_GLINK = 0x8946, 0x0A
 """The namespace of a socket, <linux/sockios.h>."""
+_SIOCETHTOOL, _ETHTOOL_GLINK = 0x8946, 0x0A
+"""Whether an interface has a carrier, <linux/ethtool.h>."""
 BATCH = 64
 """Requests in one write; the answers to more would overflow the socket."""
 
