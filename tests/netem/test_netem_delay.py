@@ -26,12 +26,28 @@ def best(measure, off, tolerance, rounds=6):
     return min(found, key=off)
 
 
+def waking_takes_ms(asleep_ms):
+    """The least time by which a program wakes too late from such a sleep.
+
+    A frame that comes to an idle delay line wakes it, once in either direction. Processors that slept for longer take longer
+    to wake, those of virtual machines up to 0.2 ms, before any program of ours can look at a clock.
+    """
+    late_ns = []
+    for _ in range(10):
+        due_ns = time.monotonic_ns() + asleep_ms * 10**6
+        time.sleep((due_ns - time.monotonic_ns()) / 1e9)
+        late_ns.append(time.monotonic_ns() - due_ns)
+    return min(late_ns) / 1e6
+
+
 @pytest.mark.parametrize("delay_ms", [1, 5, 20, 80])
-def test_the_round_trip_takes_both_delays(pair, figure, delay_ms):
+def test_the_round_trip_takes_both_delays(pair, figure, engine, delay_ms):
     hosts = pair.hosts
     pair.set()
     path_ms = ping(hosts["w0"], hosts["w1"].address, 50).min() * 1e3
     pair.set(delay_s=delay_ms / 1e3)
+    wake_ms = waking_takes_ms(delay_ms) if engine == "userspace" else 0
+    most_ms = 2 * delay_ms + 0.3 + 2 * wake_ms
 
     def measure():
         rtt_ms = ping(hosts["w0"], hosts["w1"].address, max(10, 200 // delay_ms)) * 1e3
@@ -42,11 +58,11 @@ def test_the_round_trip_takes_both_delays(pair, figure, delay_ms):
     rtt_ms = best(measure, lambda rtt_ms: rtt_ms - 2 * delay_ms, 0.3, rounds=20)
     figure(
         f"RTT at 2 × {delay_ms} ms",
-        f"{2 * delay_ms} + 0 to 0.3 ms",
+        f"{2 * delay_ms} to {most_ms:.2f} ms",
         f"median {rtt_ms:.3f} ms, fastest {min(fastest_ms):.3f} ms; {path_ms:.3f} ms without delay",
     )
     # Not the median: on a machine that does much else, most timers are late by more than that.
-    assert 2 * delay_ms <= min(fastest_ms) <= 2 * delay_ms + 0.3
+    assert 2 * delay_ms <= min(fastest_ms) <= most_ms
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
