@@ -42,9 +42,16 @@ class RecordFile:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows of what JSON can hold; a value that is NaN is written as null."""
+        """Append rows of what JSON can hold, all or none; a value that is NaN is written as null. Raises OSError."""
         text = "".join(json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n" for row in rows)
-        os.write(self._fd, text.encode())
+        data, written = text.encode(), 0
+        try:
+            while written < len(data):  # a disk that fills takes a part first
+                written += os.write(self._fd, data[written:])
+        except OSError:
+            if written:  # the next row must not follow half of this one
+                os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+            raise
 
     def close(self) -> None:
         os.close(self._fd)
@@ -57,7 +64,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             if line.endswith("\n"):
                 try:
                     yield json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):  # nobody who wrote rows nests them so deeply
                     continue
 
 

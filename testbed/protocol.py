@@ -9,24 +9,32 @@ A *cell* is one training run: one method, one seed, one set of link conditions. 
     steps-r<R>.jsonl  one line a step, written by rank R (columns: ``netsenseml.records.STEP_COLUMNS``)
     evals.jsonl       one line an evaluation, written by rank 0 (columns: ``EVAL_COLUMNS``)
 
-Messages of a worker (every one carries ``"rank"``):
+The first message of every connection says whose it is, by the token that the environment gave to that program alone:
+
+    {"type": "hello", "token": str}
+
+Messages of a worker:
 
     {"type": "ready", "pid": int, "parameters": str}   model built, group formed; ``parameters`` is their hash
     {"type": "heartbeat", "step": int}                 once a second; ``step`` is the step now in work
     {"type": "holding", "step": int}                   the answer to ``hold``: the step now in work
     {"type": "eval", "step": int, "t_s": float, "accuracy": float, "loss": float}
     {"type": "done", "steps": int, "parameters": str, "accuracy": float | None, "loss": float | None}
-    {"type": "failed", "error": str}
+    {"type": "failed", "error": str, "by_peer": bool}  ``by_peer``: because another rank failed
+    {"type": "where", "at": str}                       the answer to ``where``: what its main thread is doing
+
+A worker is done when it has said so and its process has ended with exit code 0.
 
 Message of a program of competing traffic, which then waits for ``start``:
 
-    {"type": "ready", "flow": str, "end": str}         ``end`` is "send" or "receive"
+    {"type": "ready"}
 
 Messages of the orchestrator:
 
     {"type": "start", "t0": float}    CLOCK_MONOTONIC seconds of t = 0: every worker was ready
     {"type": "hold"}                  begin no further step until ``stop`` says which one is the last
     {"type": "stop", "steps": int}    end after ``steps`` steps in all
+    {"type": "where"}                 the cell stands still; asked before it is given up
     {"type": "heartbeat"}             once a second; silence for ``SILENCE_S`` ends the worker
 
 Stopping at a time needs one decision for all ranks, or the ranks that stop early leave the others hanging in a
@@ -37,15 +45,18 @@ S = max(step now in work) + 1 and tells all of them to end after S steps. No con
 import json
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 ENV_CELL_DIR = "NETSENSE_CELL_DIR"
 """Directory of the cell as the worker sees it; unset outside the testbed."""
 
 ENV_RENDEZVOUS = "NETSENSE_RENDEZVOUS"
 """Where the ranks of the built-in worker meet: init_method of their process group, env:// if unset."""
+
+ENV_TOKEN = "NETSENSE_TOKEN"  # noqa: S105  (its name)
+"""What a program shows on the control socket, so that none can speak for another."""
 
 LISTENER = "testbed.worker.listener:CellListener"
 """What a worker's session tells of its steps; the value of ``netsenseml.listener.ENV_LISTENER`` there."""
@@ -110,8 +121,7 @@ class CellConfig(TypedDict):
 
 def read_cell(directory: Path) -> CellConfig:
     """Read ``cell.json``; raises OSError or ValueError if it is missing or damaged."""
-    config: CellConfig = json.loads((directory / CELL_FILE).read_text())
-    return config
+    return cast(CellConfig, decode_message((directory / CELL_FILE).read_bytes()))
 
 
 def steps_file(directory: Path, rank: int) -> Path:
@@ -150,6 +160,23 @@ def encode_message(message: Mapping[str, Any]) -> bytes:
     return json.dumps(message).encode() + b"\n"
 
 
+def one_line(text: str, length: int = 200) -> str:
+    """What others have written, as one line that cannot do anything to a terminal."""
+    plain = "".join(letter if letter.isprintable() else " " for letter in text[: 4 * length])
+    return " ".join(plain.split())[:length]
+
+
+def decode_message(line: bytes) -> dict[str, Any]:
+    """The message of a line; raises ValueError if it is no JSON object."""
+    try:
+        message = json.loads(line)
+    except RecursionError:
+        raise ValueError("a message is nested too deeply") from None
+    if not isinstance(message, dict):
+        raise ValueError("a message is not a JSON object")
+    return message
+
+
 class MessageBuffer:
     """Splits a byte stream into messages."""
 
@@ -158,12 +185,11 @@ class MessageBuffer:
     def __init__(self) -> None:
         self._pending = b""
 
-    def feed(self, data: bytes) -> list[dict[str, Any]]:
-        """Messages completed by ``data``; raises ValueError on anything that is not a JSON object a line."""
+    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+        """Messages completed by ``data``, to the last; raises ValueError on anything that is not a JSON object a line."""
         *lines, self._pending = (self._pending + data).split(b"\n")
-        if len(self._pending) > self.LIMIT:
+        if max(map(len, [*lines, self._pending])) > self.LIMIT:
             raise ValueError(f"a message is longer than {self.LIMIT} bytes")
-        messages = [json.loads(line) for line in lines if line.strip()]
-        if not all(isinstance(message, dict) for message in messages):
-            raise ValueError("a message is not a JSON object")
-        return messages
+        for line in lines:
+            if line.strip():
+                yield decode_message(line)

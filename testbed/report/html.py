@@ -13,11 +13,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from testbed.dilation import CAVEAT
+from testbed.files import replacing
 from testbed.report import text
 from testbed.report.figures import figures, palette
 from testbed.results.columns import TABLES
 from testbed.results.load import Run
-from testbed.results.records import replacing
 from testbed.results.summary import METRICS, scenario, summarize
 
 CAPTIONS: Mapping[str, tuple[str, str]] = {

@@ -1,6 +1,5 @@
 """A run directory → pandas. Works while the run is going on, after it, and on what a killed run has left."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from testbed.protocol import CELL_FILE
+from testbed.files import read_json, read_text
+from testbed.protocol import CELL_FILE, one_line
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES
 from testbed.results.dilated import reported
 from testbed.results.records import RESULT_FILE, identity, read_table, to_frame
@@ -80,8 +80,8 @@ def load_run(path: str | Path) -> Run:
         path=path,
         name=str(spec.get("name", path.name)),
         spec=spec,
-        environment=_read_json(path / "environment.json") or {},
-        summary=_read_json(path / SUMMARY_FILE),
+        environment=read_json(path / "environment.json") or {},
+        summary=read_json(path / SUMMARY_FILE),
         cells=reported(pd.DataFrame(cells, columns=list(_CELL_DEFAULTS)), factors),
         **{name: reported(_all_cells(cell_dirs, name), factors) for name in TABLES},
     )
@@ -89,10 +89,35 @@ def load_run(path: str | Path) -> Run:
 
 def cell_row(cell_dir: Path) -> dict[str, Any]:
     """One row of ``Run.cells``; what is not recorded (yet) has its default."""
-    config = _read_json(cell_dir / CELL_FILE) or {"problems": [f"{CELL_FILE} is missing or damaged"]}
-    result = _read_json(cell_dir / RESULT_FILE) or {}
+    config = read_json(cell_dir / CELL_FILE) or {"problems": [f"{CELL_FILE} is missing or damaged"]}
+    result = read_json(cell_dir / RESULT_FILE) or {}
     known = {key: value for key, value in {**config, **result}.items() if key in _CELL_DEFAULTS and value is not None}
+    known = {key: value for key, value in known.items() if key not in IDENTITY_COLUMNS}
+    if odd := [key for key, value in known.items() if not _fits(key, value)]:
+        known = {key: value for key, value in known.items() if key not in odd}
+        known["problems"] = [*known.get("problems", []), f"its files are damaged: {', '.join(odd)}"]
     return {**_CELL_DEFAULTS, **known, **identity(cell_dir)}
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a value has the type of its column."""
+    match _CELL_DEFAULTS[key]:
+        case bool():
+            return isinstance(value, bool)
+        case list():
+            return isinstance(value, list) and all(isinstance(line, str) for line in value)
+        case dict():
+            return isinstance(value, dict)
+        case str():
+            return isinstance(value, str)
+    if key.startswith("final_") and isinstance(value, float):
+        return True  # a model that diverges has no finite loss
+    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > _LARGEST:
+        return False
+    return key != "dilation" or value > 0
+
+
+_LARGEST = 2**53
 
 
 _CELL_DEFAULTS: Mapping[str, Any] = {
@@ -129,18 +154,28 @@ def _natural(path: Path) -> list[int | str]:
 
 def _read_spec(path: Path) -> dict[str, Any]:
     try:
-        spec = yaml.safe_load(path.read_text())
+        spec = yaml.safe_load(read_text(path))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-    return spec if isinstance(spec, dict) else {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML: {one_line(str(error))}") from error
+    spec = spec if isinstance(spec, dict) else {}
+    for place, kind in _READ_OF_SPEC.items():
+        value: Any = spec
+        for key in place.split("."):
+            value = value.get(key) if value is not None else None
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ValueError(f"{path}: {place} cannot be {one_line(repr(value), 40)}")
+    return spec
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None if the file is missing or was cut off."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+_READ_OF_SPEC: Mapping[str, Any] = {
+    "name": str,
+    "lab": str,
+    "workload": dict,
+    "workload.target": int | float,
+    "workload.warmup": int,
+    "workload.stop": dict,
+    "workload.stop.accuracy": int | float,
+}
+"""What results and report go by; the rest of a run's spec is only shown."""

@@ -1,34 +1,26 @@
 """Tables of one cell: record files while it runs, Parquet from its end on."""
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from netsenseml.records import read_records
-from testbed.protocol import MethodConfig, read_cell
+from testbed.files import is_regular, replacing
+from testbed.protocol import MethodConfig, one_line, read_cell
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES, Table
 
 RESULT_FILE = "result.json"
 UNKNOWN = "unknown"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes ``path`` at the end of the block, whole and on disk, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+MOST_ROWS = 50_000_000
+"""Of one table; steps of 64 ranks for nine days at a step a second."""
 
 
 def method_label(method: MethodConfig) -> str:
@@ -48,15 +40,56 @@ def identity(cell_dir: Path) -> dict[str, Any]:
 
 def to_frame(rows: Iterable[Mapping[str, Any]], table: Table, identity: Mapping[str, Any]) -> pd.DataFrame:
     """Rows of records → a table with all of its columns in their order and types, the identity first."""
-    frame = pd.DataFrame(list(rows)).reindex(columns=list(table.columns))
+    columns = list(table.columns)
+    frame = pd.DataFrame([{column: row.get(column) for column in columns} for row in rows], columns=columns)
+    for column in columns:
+        if table.dtype(column) == "json":
+            frame[column] = frame[column].map(lambda value: json.dumps(value, sort_keys=True)).astype("str")
+    return _identified(_typed(frame, table), identity)
+
+
+def _typed(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
+    """A frame with the types of a table; what cannot have them, which we never write, is missing, or its row is."""
     for column in table.columns:
         match table.dtype(column):
-            case "json":
-                frame[column] = frame[column].map(lambda value: json.dumps(value, sort_keys=True)).astype("str")
             case "bool":  # what was not said to be true is not
-                frame[column] = frame[column].map(lambda value: value is True).astype("bool")
-            case dtype:
-                frame[column] = frame[column].astype(dtype)
+                frame[column] = (
+                    frame[column].map(lambda value: isinstance(value, bool | np.bool) and bool(value)).astype("bool")
+                )
+            case "json" | "str":
+                frame[column] = _texts(frame[column])
+            case "int64":
+                numbers = _numbers(frame[column])
+                good = numbers.abs() < 2**53
+                frame = frame.assign(**{column: numbers})[good] if not good.all() else frame
+                frame[column] = frame[column].astype("int64")
+            case _:
+                frame[column] = _numbers(frame[column])
+    return frame
+
+
+def _numbers(values: "pd.Series[Any]") -> "pd.Series[float]":
+    try:
+        return values.astype("float64")
+    except (ValueError, TypeError, OverflowError):
+        return values.map(_number).astype("float64")
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def _texts(values: "pd.Series[Any]") -> "pd.Series[str]":
+    try:
+        return values.astype("str")
+    except (ValueError, TypeError, RecursionError):  # half a character
+        return values.map(lambda value: str(value).encode(errors="replace").decode()).astype("str")
+
+
+def _identified(frame: pd.DataFrame, identity: Mapping[str, Any]) -> pd.DataFrame:
     for place, column in enumerate(IDENTITY_COLUMNS):
         dtype = "int64" if column == "seed" else "str"
         frame.insert(place, column, pd.Series(identity[column], index=frame.index, dtype=dtype))
@@ -65,15 +98,24 @@ def to_frame(rows: Iterable[Mapping[str, Any]], table: Table, identity: Mapping[
 
 def record_files(cell_dir: Path, name: str) -> list[Path]:
     """The record files of a table that are still there."""
-    return sorted(cell_dir.glob(TABLES[name].records))
+    return sorted(path for path in cell_dir.glob(TABLES[name].records) if is_regular(path))
 
 
 def read_table(cell_dir: Path, name: str) -> pd.DataFrame:
-    """One table of a cell at any time: from Parquet if it has ended, else what its record files hold so far."""
+    """One table of a cell at any time: from Parquet if it has ended, else what its record files hold so far.
+
+    Raises ValueError, one line, if the Parquet file cannot be read.
+    """
     parquet = cell_dir / f"{name}.parquet"
-    if parquet.exists():
-        # A run of an older version knows nothing of newer columns, which are all measured ones.
-        return pd.read_parquet(parquet).reindex(columns=[*IDENTITY_COLUMNS, *TABLES[name].columns])
+    if is_regular(parquet):
+        try:
+            if (rows := pq.read_metadata(parquet).num_rows) > MOST_ROWS:
+                raise ValueError(f"has {rows} rows, more than {MOST_ROWS}")
+            # A run of an older version knows nothing of newer columns, which are all measured ones.
+            frame = pd.read_parquet(parquet).reindex(columns=list(TABLES[name].columns))
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise ValueError(f"{parquet}: cannot be read: {one_line(str(error))}") from None
+        return _identified(_typed(frame, TABLES[name]), identity(cell_dir))
     rows = chain.from_iterable(map(read_records, record_files(cell_dir, name)))
     return to_frame((row for row in rows if isinstance(row, dict)), TABLES[name], identity(cell_dir))
 

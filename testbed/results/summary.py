@@ -15,6 +15,7 @@ A number that is not known is null. ``METRICS`` gives the meaning and unit of ea
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from testbed.files import replacing
+from testbed.protocol import one_line
 from testbed.results.columns import TABLES
 from testbed.results.dilated import reported
 from testbed.results.load import SUMMARY_FILE, Run
 from testbed.results.phases import oracle, phases
-from testbed.results.records import replacing
 from testbed.results.validity import cell_problems, replicas_identical
 
 BASELINE = "allreduce"
@@ -91,7 +93,56 @@ def _delay_line(run: Run) -> list[str]:
 
 
 def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
-    """Metrics and verdict of one cell. ``cell`` is a row of ``Run.cells``."""
+    """Metrics and verdict of one cell. ``cell`` is a row of ``Run.cells``.
+
+    Records that no cell leaves are the problem of their cell alone, whatever they are.
+    """
+    try:
+        return _finite(_summary_of(cell, run))
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        return _damaged(cell, f"its records are damaged: {one_line(f'{type(error).__name__}: {error}')}")
+
+
+def _finite(value: Any) -> Any:
+    """The same without numbers that JSON has no words for."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _damaged(cell: Mapping[str, Any], problem: str) -> dict[str, Any]:
+    known = {key: cell[key] for key in ("cell", "method", "seed", "workers")}
+    return {
+        **known,
+        "overrides": {},
+        "steps": 0,
+        **dict.fromkeys(_METRICS),
+        "phases": [],
+        "valid": False,
+        "problems": [problem],
+        "earlier_failures": [],
+        "replicas_identical": False,
+        "calibrated": False,
+    }
+
+
+_METRICS = (
+    "throughput_samples_per_s",
+    "step_s_median",
+    "encode_s_median",
+    "lost_energy",
+    "payload_bytes_per_step",
+    "final_loss",
+    "final_accuracy",
+    "best_accuracy",
+    "time_to_target_s",
+    "bytes_to_target",
+)
+
+
+def _summary_of(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
     tables = {name: (table := getattr(run, name))[table["cell"] == cell["cell"]] for name in TABLES}
     steps, evals = tables["steps"], tables["evals"]
     warmup = (run.spec.get("workload") or {}).get("warmup") or 0

@@ -160,19 +160,23 @@ def delay_line(samples: pd.DataFrame) -> list[str]:
 
 
 def missed_pace(steps: pd.DataFrame, compute: Mapping[str, Any] | str) -> list[str]:
-    """Whether a rank took longer to compute than the pace that was to hide this machine's speed; half of its steps may.
+    """Whether a rank took longer to compute than the pace that was to hide this machine's speed, by so much that its steps
+    took ``PACE_EXCESS`` longer; half of them may.
 
     compute: as in cell.json, "real", {"pace_s": seconds, "factors": [of each rank]} or the same with "emulate_s".
     """
     if not isinstance(compute, Mapping):
         return []
     pace_s, factors = compute.get("pace_s") or compute.get("emulate_s"), compute.get("factors") or []
-    compute_s = steps.groupby("rank")["compute_s"].median().dropna()
-    if not pace_s or compute_s.empty:
+    medians = steps.groupby("rank")[["compute_s", "step_s"]].median().dropna()
+    if not pace_s or medians.empty:
         return []
+    compute_s, step_s = medians["compute_s"], medians["step_s"]
     own_s = pace_s * pd.Series({rank: factors[rank] if rank < len(factors) else 1.0 for rank in compute_s.index})
-    rank = (compute_s / own_s).idxmax()
-    if compute_s[rank] <= own_s[rank] * (1 + PACE_EXCESS):
+    excess_s = compute_s - own_s
+    longer = excess_s / (step_s - excess_s)  # where most of a step is exchange, it hardly matters
+    rank = longer.idxmax()
+    if longer[rank] <= PACE_EXCESS:
         return []
     return [
         f"the pace of {1e3 * own_s[rank]:g} ms was not held: half of the steps of rank {rank} computed for"

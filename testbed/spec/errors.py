@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
+from testbed.protocol import one_line
+
 _SHOWN = 5
 
 
@@ -15,7 +17,7 @@ class SpecError(ValueError):
         lines = [": ".join(part for part in (source, *fault) if part) for fault in self.faults[:_SHOWN]]
         if len(self.faults) > _SHOWN:
             lines.append(f"{source}: and {len(self.faults) - _SHOWN} more faults")
-        super().__init__("\n".join(line.replace("\n", " ") for line in lines))
+        super().__init__("\n".join(one_line(line, 1000) for line in lines))
 
     def found_in(self, source: str) -> "SpecError":
         """The same faults, with the name of the file in front."""

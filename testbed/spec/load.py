@@ -49,6 +49,9 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
     if spec.script and not (path.parent / spec.script.file).is_file():
         fault = ("script", f"there is no file {spec.script.file!r} beside the spec")
         raise SpecError([fault], path.name)
+    for index, name in enumerate(spec.script.files if spec.script else ()):
+        if not (path.parent / spec.script.file).with_name(name).exists():  # type: ignore[union-attr]
+            raise SpecError([(f"script.files.{index}", f"there is no {name!r} beside the script")], path.name)
     return spec
 
 
@@ -95,18 +98,27 @@ def read_yaml(path: Path) -> dict[str, Any]:
     # Aliases let a small file stand for billions of nodes; count before anything walks them.
     if sum(1 for _ in itertools.islice(_nodes(data), _MAX_NODES)) >= _MAX_NODES:
         raise SpecError([("", f"has more than {_MAX_NODES} values once its aliases are expanded")], name)
+    _check_numbers(data, name)
     return data
 
 
-def _nodes(data: Any) -> Iterator[Any]:
-    stack = [data]
+def _check_numbers(data: Any, source: str) -> None:
+    """Raise SpecError for whole numbers of a size that nothing in a spec can have, which not every check would bear."""
+    for place, node in _nodes(data):
+        if isinstance(node, int) and abs(node) >= 2**63:
+            raise SpecError([(place_of(place), "is a number that is too large")], source)
+
+
+def _nodes(data: Any) -> Iterator[tuple[list[str | int], Any]]:
+    """Every value in raw data with its place."""
+    stack: list[tuple[list[str | int], Any]] = [([], data)]
     while stack:
-        node = stack.pop()
-        yield node
+        place, node = stack.pop()
+        yield place, node
         if isinstance(node, Mapping):
-            stack.extend(node.values())
+            stack.extend(([*place, str(key)], value) for key, value in node.items())
         elif isinstance(node, list):
-            stack.extend(node)
+            stack.extend(([*place, index], value) for index, value in enumerate(node))
 
 
 def parse_link(raw: Mapping[str, Any], mtu: int | None = None) -> LinkChange:
@@ -196,11 +208,13 @@ def with_text(raw: Mapping[str, Any], text: str) -> dict[str, Any]:
     if not equals or not key.strip():
         raise SpecError([("--set", f"{text!r} is not of the form key=value, for example network.link.rate=20mbit")])
     try:
-        return with_override(raw, key.strip(), yaml.safe_load(value))
-    except yaml.YAMLError:
-        raise SpecError([("--set", f"the value of {key.strip()} is not YAML: {value!r}")]) from None
+        given = yaml.safe_load(value)
+        _check_numbers(given, key.strip())
+        return with_override(raw, key.strip(), given)
     except SpecError as error:
         raise error.found_in("--set") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise SpecError([("--set", f"the value of {key.strip()} is not YAML: {value!r:.60}")]) from None
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

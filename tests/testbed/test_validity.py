@@ -135,9 +135,13 @@ def test_packets_lost_between_links_are_blamed_when_they_matter() -> None:
     assert "dropped 41 packets between links, of 40000" in found[0] and "netdev_max_backlog" in found[0]
 
 
-def step_rows(compute_s: Sequence[float]) -> pd.DataFrame:
-    """Three steps of each rank, which compute for so long."""
-    rows = [{"rank": rank, "step": step, "compute_s": time_s} for rank, time_s in enumerate(compute_s) for step in range(3)]
+def step_rows(compute_s: Sequence[float], exchange_s: float = 0.0) -> pd.DataFrame:
+    """Three steps of each rank, which compute and then wait for the exchange for so long."""
+    rows = [
+        {"rank": rank, "step": step, "compute_s": time_s, "step_s": time_s + exchange_s}
+        for rank, time_s in enumerate(compute_s)
+        for step in range(3)
+    ]
     return pd.DataFrame(rows, columns=list(STEP_COLUMNS))
 
 
@@ -146,6 +150,14 @@ def test_a_pace_that_was_not_held_is_blamed() -> None:
     assert problem.startswith("the pace of 15 ms was not held: half of the steps of rank 0 computed for 20 ms and more")
     assert validity.missed_pace(step_rows([0.02, 0.02]), {"pace_s": 0.02}) == []
     assert validity.missed_pace(step_rows([0.02, 0.02]), "real") == []
+
+
+def test_a_pace_matters_as_much_as_it_makes_steps_longer() -> None:
+    """31 ms too many in a step of 13.9 s change no figure; of a step of 0.3 s they are a tenth."""
+    assert validity.missed_pace(step_rows([0.131, 0.12], exchange_s=13.8), {"pace_s": 0.1}) == []
+    assert validity.missed_pace(step_rows([0.131, 0.12], exchange_s=0.25), {"pace_s": 0.1}) == []
+    [problem] = validity.missed_pace(step_rows([0.131, 0.12], exchange_s=0.15), {"pace_s": 0.1})
+    assert "rank 0 computed for 131 ms" in problem
 
 
 def test_the_pace_is_that_of_every_rank_of_its_own() -> None:
