@@ -103,7 +103,7 @@ class Host(Protocol):
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> Process:
         """Start a program; ``env`` is added to the host's own, output is appended to ``log``.
 
-        ``argv[0]`` of "python" means the Python that has the packages.
+        ``argv[0]`` of "python" means the Python that has the packages. Raises HostFailed.
         """
 
     def seen(self, path: Path) -> str:
@@ -126,6 +126,10 @@ class Lab(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+class HostFailed(Exception):
+    """A host can start no program, though the lab was made. The message is one line."""
 
 
 class LabError(Exception):

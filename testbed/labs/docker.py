@@ -91,9 +91,12 @@ class _Line:
                     break
                 except OSError:
                     data = b""
+                try:
+                    for message in self._incoming.feed(data):
+                        self._codes[int(message["exited"])] = int(message["code"])
+                except (ValueError, LookupError, TypeError):  # no keeper says that
+                    data = b""
                 self._gone = not data
-                for message in self._incoming.feed(data):
-                    self._codes[message["exited"]] = message["code"]
             # With the container everything in it has been killed.
             return self._codes.get(number, -signal.SIGKILL if self._gone else None)
 
@@ -275,9 +278,15 @@ class DockerLab:
             except TimeoutError:
                 continue
             connection.settimeout(10)
-            (greeting,) = protocol.MessageBuffer().feed(connection.recv(4096))
+            try:
+                host = str(protocol.decode_message(connection.recv(4096)).get("host"))
+            except (OSError, ValueError):
+                host = ""
+            if host not in starting or host in self._lines:
+                connection.close()
+                continue
             connection.settimeout(None)
-            self._lines[greeting["host"]] = _Line(connection)
+            self._lines[host] = _Line(connection)
 
     def _expect_alive(self, name: str, container: Container) -> None:
         with contextlib.suppress(NotFound):

@@ -4,10 +4,14 @@ Importing torch takes seconds, a fork of a process that has imported it takes mi
 so that it stays single-threaded, which is what makes forking safe, and so that the orchestrator never imports torch.
 
 Requests go over a Unix socket pair, one JSON object a datagram, with the descriptor of the network namespace beside it:
-{"argv", "env", "log"} → {"pid"} or {"error"}. Ends of children come back unasked as {"exited": pid, "code": int}.
+{"argv", "env", "log"} → {"pid"} or {"error"}; {"end"} → {"ended"}. Ends of children come back unasked, as
+{"exited": pid, "code": int}.
 """
 
+import atexit
 import contextlib
+import ctypes
+import gc
 import importlib
 import json
 import os
@@ -17,15 +21,20 @@ import signal
 import socket
 import sys
 import threading
+import time
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from testbed.labs.base import LabError
+import psutil
+
+from testbed.labs.base import HostFailed
 from testbed.links.netlink import setns
 
 _DATAGRAM = 1 << 17
+_PR_SET_CHILD_SUBREAPER = 36
 _NICE = 10
 """Enough that the delay line is late with less than 1 % of its frames beside workers that fill all processors; 5 was not."""
 
@@ -54,8 +63,8 @@ class ForkedProcess:
 class ForkServer:
     """Client side: starts the server on entering, ends it and every program it started on leaving.
 
-    preload: modules that the server imports before it answers. A program given as ``python -m <preloaded module>``
-    runs inside the fork; anything else is executed.
+    preload: modules that the server imports before it answers. A program given as ``python -m <preloaded module>``, or as
+    ``python <script>.py``, runs inside the fork; anything else is executed.
     """
 
     def __init__(self, preload: Sequence[str] = ()) -> None:
@@ -64,8 +73,14 @@ class ForkServer:
         self._children: dict[int, ForkedProcess] = {}
         self._replies: list[dict[str, Any]] = []
         self._arrived = threading.Condition()
+        self._dead = False
 
     def __enter__(self) -> Self:
+        self._spawn()
+        return self
+
+    def _spawn(self) -> None:
+        self._children, self._replies, self._dead = {}, [], False
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket = ours
         with theirs:
@@ -73,45 +88,61 @@ class ForkServer:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             argv = [sys.executable, "-m", "testbed.labs.forkserver", str(theirs.fileno()), *self._preload]
             self._pid = os.posix_spawn(sys.executable, argv, environment)
-        threading.Thread(target=self._listen, name="forkserver", daemon=True).start()
-        return self
+        threading.Thread(target=self._listen, args=(ours,), name="forkserver", daemon=True).start()
+
+    def revive(self) -> None:
+        """Start the server again if it has died; what it had started has been killed."""
+        if self._dead:
+            os.waitpid(self._pid, 0)
+            self._spawn()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for child in self._children.values():
             child.kill()
-        # shutdown, not close: the listening thread is blocked in recv and holds the socket open.
-        self._socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # it may have died
+            # shutdown, not close: the listening thread is blocked in recv and holds the socket open.
+            self._socket.shutdown(socket.SHUT_RDWR)
         os.waitpid(self._pid, 0)
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path, namespace: int) -> ForkedProcess:
-        """Run a program in a network namespace (descriptor); raises LabError if the server has died."""
-        request = json.dumps({"argv": list(argv), "env": dict(env), "log": str(log)}).encode()
-        try:
-            socket.send_fds(self._socket, [request], [namespace])
-        except OSError as error:
-            raise LabError(f"the process that starts workers has died ({error.strerror})") from None
-        with self._arrived:
-            while not self._replies:
-                self._arrived.wait()
-            reply = self._replies.pop(0)
+        """Run a program in a network namespace (descriptor); raises HostFailed if the server has died."""
+        reply = self._ask({"argv": list(argv), "env": dict(env), "log": str(log)}, [namespace])
         if "pid" not in reply:
-            raise LabError(f"cannot start {argv[0]}: {reply['error']}")
+            raise HostFailed(f"cannot start {argv[0]}: {reply['error']}")
         with self._arrived:
             return self._children.setdefault(reply["pid"], ForkedProcess(reply["pid"]))
 
-    def _listen(self) -> None:
+    def end_all(self) -> None:
+        """Kill all programs and what they have started, and wait until they have ended; a session of its own hides none."""
+        if self._pid and not self._dead:  # what a server that has died had started has been killed
+            with contextlib.suppress(HostFailed):
+                self._ask({"end": True}, [])
+
+    def _ask(self, request: Mapping[str, Any], descriptors: Sequence[int]) -> dict[str, Any]:
+        try:
+            socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
+        except OSError as error:
+            raise HostFailed(f"the process that starts workers has died ({error.strerror})") from None
+        with self._arrived:
+            while not self._replies:
+                self._arrived.wait()
+            return self._replies.pop(0)
+
+    def _listen(self, channel: socket.socket) -> None:
         while True:
             try:
-                data = self._socket.recv(_DATAGRAM)
+                data = channel.recv(_DATAGRAM)
             except OSError:
                 data = b""
             with self._arrived:
                 if not data:
                     self._replies.append({"error": "the process that starts workers has ended; see the terminal"})
                     for child in self._children.values():
+                        child.kill()  # nobody would tell of its end any more
                         child.code = -signal.SIGKILL if child.code is None else child.code
+                    self._dead = True
                     self._arrived.notify_all()
-                    self._socket.close()
+                    channel.close()
                     return
                 message = json.loads(data)
                 if "exited" in message:
@@ -122,9 +153,13 @@ class ForkServer:
                     self._arrived.notify_all()
 
 
-def serve(channel: socket.socket, preload: Sequence[str]) -> None:
-    """Answer requests until the other side closes; never returns in a forked child."""
+def serve(channel: socket.socket, preload: Sequence[str]) -> list[str]:
+    """Answer requests until the other side closes; returns nothing then.
+
+    In a forked child it returns a script with its arguments, to be run with nothing of the server on the stack, or not at all.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the orchestrator's to handle
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # whoever loses its parent is ours, to be ended with the rest
     _give_way()
     for name in preload:
         importlib.import_module(name)
@@ -142,13 +177,17 @@ def serve(channel: socket.socket, preload: Sequence[str]) -> None:
                 continue
             data, fds, _, _ = socket.recv_fds(channel, _DATAGRAM, 1)
             if not data:
-                return
+                return []
             request = json.loads(data)
+            if "end" in request:
+                _end_all()
+                _send(channel, {"ended": True})
+                continue
             pid = os.fork()
             if pid == 0:
                 selector.close()
                 channel.close()
-                _run(request, fds[0], preload)
+                return _become(request, fds[0], preload)
             os.close(fds[0])
             _send(channel, {"pid": pid})
 
@@ -165,6 +204,16 @@ def _give_way() -> None:
         Path("/proc/self/autogroup").write_text(str(_NICE))
     except OSError:
         pass  # a kernel without it
+
+
+def _end_all() -> None:
+    """Kill what descends from this process, until nothing is left; the ends are reported afterwards, as always."""
+    own = psutil.Process()
+    while living := [one for one in own.children(recursive=True) if one.status() != psutil.STATUS_ZOMBIE]:
+        for one in living:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        time.sleep(0.002)
 
 
 def _report_ended(channel: socket.socket) -> None:
@@ -185,8 +234,8 @@ def _send(channel: socket.socket, message: Mapping[str, Any]) -> None:
         sys.exit(0)  # the orchestrator is gone; the kernel ends the children with the PID namespace
 
 
-def _run(request: Mapping[str, Any], namespace: int, preload: Sequence[str]) -> None:
-    """The forked child: becomes the program and never returns."""
+def _become(request: Mapping[str, Any], namespace: int, preload: Sequence[str]) -> list[str]:
+    """The forked child: becomes the program and never returns; but returns a Python script, which runs as Python runs it."""
     code = 1
     try:
         os.setpgid(0, 0)
@@ -199,13 +248,15 @@ def _run(request: Mapping[str, Any], namespace: int, preload: Sequence[str]) -> 
         setns(namespace)
         os.environ.update(request["env"])
         argv: list[str] = request["argv"]
+        sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         if argv[0] == "python" and argv[1] == "-m" and argv[2] in preload:
             sys.argv = [argv[2], *argv[3:]]
-            sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-            sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
             sys.modules.pop(argv[2])  # it is run as __main__ now; runpy would warn of two copies in every log
             runpy.run_module(argv[2], run_name="__main__", alter_sys=False)
             code = 0
+        elif argv[0] == "python" and argv[1].endswith(".py"):
+            return argv[1:]
         else:
             program = sys.executable if argv[0] == "python" else argv[0]
             os.execvp(program, [program, *argv[1:]])
@@ -213,12 +264,51 @@ def _run(request: Mapping[str, Any], namespace: int, preload: Sequence[str]) -> 
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run_script(argv: list[str]) -> None:
+    """As ``python script.py``, but that much is imported already; never returns.
+
+    Its folder is searched first, and it is ``__main__``. At its end threads are waited for, exit functions run, and what its
+    own modules hold is let go; only what was imported before is not taken apart, which takes more than a second.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    path = argv[0]
+    folder = str(Path(path).parent)
+    sys.argv[:], sys.path[0] = argv, folder
+    # Forked processes have the same random numbers ahead of them; Python's own and torch's are as in a fresh one.
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    main = types.ModuleType("__main__")
+    main.__file__ = path
+    sys.modules["__main__"] = main
+    code = 0
+    try:
+        exec(compile(Path(path).read_bytes(), path, "exec"), main.__dict__)  # noqa: S102  (what it is for)
+    except SystemExit as end:
+        if end.code is not None and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException as error:
+        trace = error.__traceback__.tb_next if error.__traceback__ else None  # without this function
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for module in list(sys.modules.values()):
+        if module is main or (getattr(module, "__file__", None) or "").startswith(folder + os.sep):
+            module.__dict__.clear()
+    gc.collect()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code & 0xFF)
 
 
 if __name__ == "__main__":
     with socket.socket(fileno=int(sys.argv[1])) as inherited:
-        serve(inherited, sys.argv[2:])
+        script = serve(inherited, sys.argv[2:])
+    if script:
+        _run_script(script)

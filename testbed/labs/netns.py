@@ -48,8 +48,6 @@ def enclosure() -> list[str]:
     attempts = [rootless]
     if os.geteuid() == 0:  # without a user namespace the delay line may ask for the processor at once (SCHED_FIFO)
         attempts.insert(0, ["unshare", *private])
-    elif shutil.which("sudo"):
-        attempts.append(["sudo", "--non-interactive", "--preserve-env", "unshare", *private])
     reason = ""
     for prefix in attempts:
         done = subprocess.run([*prefix, "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
@@ -60,7 +58,7 @@ def enclosure() -> list[str]:
         f"this machine forbids unprivileged user namespaces ({reason}); either allow them "
         "(sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0 on Ubuntu, "
         "sudo sysctl -w user.max_user_namespaces=10000 elsewhere), "
-        "or refresh sudo with: sudo -v, or use Docker: docker compose up experiment"
+        "or run it as root with sudo, or use Docker: docker compose up experiment"
     )
 
 
@@ -114,6 +112,7 @@ class NetnsLab:
         self.links = make_shaper(plan)
 
     def __enter__(self) -> Self:
+        self._server.revive()
         try:
             with back_to_own_namespace():
                 for name in self._plan.hosts_by_switch:
@@ -227,6 +226,8 @@ class NetnsLab:
         for end in ends:
             end.close()
             end.socket.close()
+        if self.hosts:
+            self._server.end_all()
         self.hosts.clear()
         self._switches.clear()
 
