@@ -19,11 +19,21 @@ _STORE_S = 1.0
 """In which a store that is there has answered."""
 
 
+_OWN = "this rank failed"
+
 T = TypeVar("T")
 
 
 class PeerFailed(RuntimeError):
     """A rank has died, has raised, or has not answered within the time-out of the process group. The session is over."""
+
+
+def blames_peer(error: BaseException) -> bool:
+    """Whether an error says that another rank has failed, and not this one."""
+    said = str(error)
+    if not isinstance(error, RuntimeError) or _OWN in said:
+        return False
+    return isinstance(error, PeerFailed) or PeerFailed.__name__ in said or _of_network(said)
 
 
 def explain(error: BaseException, group: dist.ProcessGroup, peers: Sequence[Peer], rank: int) -> str:
@@ -35,7 +45,7 @@ def explain(error: BaseException, group: dist.ProcessGroup, peers: Sequence[Peer
     store: Any = store_of(group)
     if not isinstance(error, RuntimeError) or not _of_network(what):
         _within(_STORE_S, lambda: _post(store, rank, f"failed: {what}"))
-        return f"this rank failed: {what}"
+        return f"{_OWN}: {what}"
     addresses = set(re.findall(r"\[([0-9A-Fa-f.:]+)\]:\d+", what))
     seen = [other for other, peer in enumerate(peers) if peer.address in addresses and other != rank]
     mine = "late" if re.search(r"timed out|timeout", what, re.IGNORECASE) else "gone"

@@ -358,8 +358,8 @@ class Session:
         while self._pending > 0 and monotonic_s() < given_up_s:
             time.sleep(0.01)
 
-    def fail(self, error: str) -> None:
-        """Tell who listens that this rank cannot go on; one line."""
+    def fail(self, error: BaseException) -> None:
+        """Tell who listens that this rank cannot go on, and why."""
         for listener in self._listeners:
             listener.failed(error)
 

@@ -33,8 +33,8 @@ class Listener(Protocol):
     def evaluated(self, row: Mapping[str, Any]) -> None:
         """An evaluation of the model: step, t_s, accuracy, loss."""
 
-    def failed(self, error: str) -> None:
-        """This rank cannot go on; one line says why."""
+    def failed(self, error: BaseException) -> None:
+        """This rank cannot go on."""
 
     def closed(self, accuracy: float | None, loss: float | None) -> None:
         """The run is over after its last step, with the final evaluation if this rank made one."""
@@ -74,7 +74,7 @@ class Recorder:
     def evaluated(self, row: Mapping[str, Any]) -> None:
         pass
 
-    def failed(self, error: str) -> None:
+    def failed(self, error: BaseException) -> None:
         pass
 
     def closed(self, accuracy: float | None, loss: float | None) -> None:

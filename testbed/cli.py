@@ -14,6 +14,7 @@ from rich.console import Console
 
 from testbed.labs.base import LabError
 from testbed.plan import Plan, describe, make_plan
+from testbed.run.directory import RunIsBusy
 from testbed.spec.errors import SpecError
 from testbed.spec.load import load_spec, parse_link, with_text
 from testbed.spec.models import Spec
@@ -63,6 +64,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Directory in which the run directory is made.  [default: runs]")] = None,
     overrides: Overrides = [],  # noqa: B006
     resume: Annotated[Path | None, typer.Option(help="Go on with this run directory instead of a new run.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="With --resume: run the cells that are not valid again, too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print hosts, timeline and tc commands; do nothing.")] = False,
 ) -> None:
     """Run an experiment and say who won."""
@@ -77,7 +79,9 @@ def run(
         if not (resume / SPEC_FILE).exists():
             _fail(f"{resume}: is no run directory; run directories lie in runs, unless --out said otherwise", EXIT_BAD_INPUT)
         loaded, plan = _plan(resume / SPEC_FILE, [], None)
-        raise typer.Exit(_guarded(lambda: continue_run(plan, resume, console)))
+        raise typer.Exit(_guarded(lambda: continue_run(plan, resume, console, again=again)))
+    if again:
+        _fail("--again goes with --resume; a new run runs every cell", EXIT_BAD_INPUT)
     if spec is None:
         _fail("SPEC is missing; name a YAML file, for example: testbed run experiments/smoke.yaml", EXIT_BAD_INPUT)
     loaded, plan = _plan(spec, overrides, lab)
@@ -272,6 +276,8 @@ def _guarded(call: Callable[[], T]) -> T:
         return call()
     except LabError as error:
         _fail(str(error), EXIT_CANNOT)
+    except RunIsBusy as error:
+        _fail(str(error), EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except OSError as error:

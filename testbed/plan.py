@@ -36,6 +36,7 @@ class Cell:
     lab: the hosts and links to build. program: the user's script with its arguments, or None for
     the built-in worker. workers: their names in order of rank; ``lab`` may have more hosts. flows: what competes with them.
     calibrate: measure the links before t = 0. dilation: all of it is slower by this factor than what the spec says.
+    step_timeout_s: the cell has failed when nothing moved for so long.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Cell:
     flows: tuple[Flow, ...] = ()
     calibrate: bool = True
     dilation: float = 1.0
+    step_timeout_s: float = 600.0
 
     def config(self) -> protocol.CellConfig:
         """What the workers need to know, as it is written to cell.json."""
@@ -180,6 +182,7 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Call
             flows=flows,
             calibrate=spec.calibrate,
             dilation=slow,
+            step_timeout_s=spec.step_timeout * slow,
         )
         for seed in spec.seeds
         for method in spec.methods

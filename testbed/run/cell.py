@@ -12,13 +12,17 @@ from typing import Any
 from netsenseml.listener import ENV_LISTENER
 from netsenseml.records import RecordFile, monotonic_s
 from testbed import protocol
-from testbed.labs.base import Lab, LabPlan, Process
+from testbed.files import read_json, replacing
+from testbed.labs.base import HostFailed, Lab, LabPlan, Process
 from testbed.links.calibration import calibrate, measurable
 from testbed.plan import Cell, notes
-from testbed.run.control import ControlServer
+from testbed.run import messages
+from testbed.run.control import ControlServer, Fault, Lost, Member
+from testbed.run.directory import give_reserve_up, no_room
 from testbed.run.door import LinkDoor
 from testbed.run.driver import LinkDriver
 from testbed.run.host import HostMonitor
+from testbed.spec.units import format_time
 from testbed.traffic.flows import TRAFFIC_PROGRAM
 
 RESULT_FILE = "result.json"
@@ -26,7 +30,11 @@ READY_TIMEOUT_S = 180.0
 SILENT_WORKER_S = 30.0
 _POLL_S = 0.25
 _LAST_WORDS_S = 1.0
-"""How long a worker that ended has for its last message to arrive before it counts as crashed."""
+"""How long others may take to say that they have failed, too; then it is told who was the first."""
+_LAST_STEP_S = 30.0
+"""When the time of a cell is over, the step in work has at least so long to show that it goes on."""
+_MOVED_BYTES = 4096
+"""So much must arrive for gradients to count as moving; TCP asks now and then whether a link that is cut works again."""
 
 OpenLab = Callable[[LabPlan], Lab]
 Tick = Callable[[float, int], None]
@@ -64,11 +72,11 @@ def run_cell(cell: Cell, open_lab: OpenLab, directory: Path, tick: Tick, earlier
     try:
         with (
             open_lab(cell.lab) as lab,
-            ControlServer(directory / protocol.SOCKET_FILE, len(cell.workers)) as control,
+            ControlServer(directory / protocol.SOCKET_FILE, _members(cell)) as control,
         ):
-            _Conductor(cell, lab, control, directory, result, tick).conduct()
+            _CellRunner(cell, lab, control, directory, result, tick).run()
         result.status = "done"
-    except CellFailed as error:
+    except (CellFailed, HostFailed) as error:
         result.status = "failed"
         result.problems.append(str(error))
     finally:
@@ -76,10 +84,22 @@ def run_cell(cell: Cell, open_lab: OpenLab, directory: Path, tick: Tick, earlier
     return result
 
 
+def _members(cell: Cell) -> list[Member]:
+    """Who speaks on the control socket: ranks, and the programs of the traffic."""
+    return [*range(len(cell.workers)), *((flow.name, end) for flow in cell.flows for end in ("receive", "send"))]
+
+
 def prepare_cell(cell: Cell, directory: Path) -> None:
-    """Make the cell's directory afresh, with cell.json; what an unfinished try left there is removed."""
+    """Make the cell's directory afresh, with cell.json; of an earlier try only the logs are kept, in logs/earlier."""
+    logs = directory / "logs"
+    kept = directory.with_name(f".{directory.name}-logs")
+    if logs.is_dir() and any(logs.iterdir()):
+        shutil.rmtree(kept, ignore_errors=True)
+        logs.rename(kept)
     shutil.rmtree(directory, ignore_errors=True)
-    (directory / "logs").mkdir(parents=True)
+    logs.mkdir(parents=True)
+    if kept.is_dir():
+        kept.rename(logs / "earlier")
     links = {name: state.to_json() for name, state in cell.lab.links.items()}
     config = {**cell.config(), "label": cell.method.label, "overrides": dict(cell.overrides), "links": links}
     config["dilation"] = cell.dilation
@@ -92,40 +112,63 @@ def prepare_cell(cell: Cell, directory: Path) -> None:
 
 def write_result(directory: Path, result: CellResult) -> None:
     """Write result.json in one step; its presence says that the cell ended."""
-    scratch = directory / (RESULT_FILE + ".tmp")
-    scratch.write_text(json.dumps(asdict(result), indent=1))
-    scratch.replace(directory / RESULT_FILE)
+    try:
+        _write_result(directory, result)
+    except OSError as error:
+        if not no_room(error):
+            raise
+        give_reserve_up(directory.parents[1])
+        _write_result(directory, result)
 
 
-class _Conductor:
-    """The conversation with the workers of one cell."""
+def _write_result(directory: Path, result: CellResult) -> None:
+    with replacing(directory / RESULT_FILE) as path:
+        path.write_text(json.dumps(asdict(result), indent=1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What ended a program, and when it was noticed (CLOCK_MONOTONIC). by_peer: it says that another rank did."""
+
+    at_s: float
+    text: str
+    by_peer: bool = False
+
+
+class _CellRunner:
+    """The conversation with the programs of one cell: its workers by rank, those of its traffic by flow and end."""
 
     def __init__(self, cell: Cell, lab: Lab, control: ControlServer, directory: Path, result: CellResult, tick: Tick) -> None:
         self._cell, self._lab, self._control = cell, lab, control
         self._directory, self._result, self._tick = directory, result, tick
-        self._processes: dict[int, Process] = {}
-        self._traffic: dict[tuple[str, str], Process] = {}  # by flow and end
-        self._traffic_ready: set[tuple[str, str]] = set()
-        self._seen: dict[str, dict[int, dict[str, Any]]] = {}
-        self._ended_s: dict[int, float] = {}
-        self._heard_s: dict[int, float] = {}
+        self._ranks = range(len(cell.workers))
+        self._processes: dict[Member, Process] = {}
+        self._codes: dict[Member, int] = {}
+        self._failures: dict[Member, _Failure] = {}
+        self._first_noticed_s = 0.0
+        self._ready: dict[Member, messages.Ready] = {}
+        self._done: dict[Member, messages.Done] = {}
+        self._in_work: dict[Member, int] = {}
+        """The step that a rank was in when it was heard last."""
+        self._held: dict[Member, int] = {}
+        self._at: dict[Member, str] = {}
+        self._heard_s: dict[Member, float] = {}
+        self._lost_s: dict[Member, float] = {}
         self._next_poll_s = 0.0
-        self._step = 0
         self._holding = self._stopped = False
 
-    def conduct(self) -> None:
+    def run(self) -> None:
         self._start_workers()
         self._start_traffic()
-        self._wait_for("ready", monotonic_s() + READY_TIMEOUT_S)
-        hashes = {message["parameters"] for message in self._seen["ready"].values()}
-        if len(hashes) > 1:
+        self._wait_until_ready()
+        if len({self._ready[rank].parameters for rank in self._ranks}) > 1:
             raise CellFailed("the workers do not begin with the same parameters; seed the model before it is built")
         if self._cell.calibrate:
             self._calibrate()
         t0_s = monotonic_s()
         self._control.broadcast({"type": "start", "t0": t0_s})
         with (
-            HostMonitor([os.getpid(), *self._lab.pids], t0_s, self._directory),
+            HostMonitor([os.getpid(), *self._lab.pids], t0_s, self._directory) as monitor,
             LinkDoor(self._directory) as door,
             LinkDriver(
                 self._lab.links,
@@ -138,17 +181,18 @@ class _Conductor:
             ) as driver,
         ):
             try:
-                self._watch(t0_s, driver)
+                self._watch(t0_s, driver, monitor)
             finally:
-                self._result.t_end_s = round(monotonic_s() - t0_s, 6)
-        done = self._seen["done"]
-        self._result.parameters = {str(rank): message["parameters"] for rank, message in sorted(done.items())}
-        self._result.steps = max(message["steps"] for message in done.values())
-        for message in done.values():
-            if message.get("accuracy") is not None:
-                self._result.final_accuracy = message["accuracy"]
-            if message.get("loss") is not None:
-                self._result.final_loss = message["loss"]
+                if not self._result.t_end_s:
+                    self._result.t_end_s = round(monotonic_s() - t0_s, 6)
+        done = [self._done[rank] for rank in self._ranks]
+        self._result.parameters = {str(rank): message.parameters for rank, message in enumerate(done)}
+        self._result.steps = max(message.steps for message in done)
+        for message in done:
+            if message.accuracy is not None:
+                self._result.final_accuracy = message.accuracy
+            if message.loss is not None:
+                self._result.final_loss = message.loss
 
     def _start_workers(self) -> None:
         hosts = [self._lab.hosts[name] for name in self._cell.workers]
@@ -164,6 +208,7 @@ class _Conductor:
                 "OMP_NUM_THREADS": "1",
                 protocol.ENV_RENDEZVOUS: f"file://{directory}/rendezvous",
                 protocol.ENV_CELL_DIR: directory,
+                protocol.ENV_TOKEN: self._control.tokens[rank],
                 ENV_LISTENER: protocol.LISTENER,
             }
             if self._cell.program:
@@ -171,6 +216,15 @@ class _Conductor:
             else:
                 argv = ["python", "-m", "testbed.worker.program"]
             self._processes[rank] = host.start(argv, env, self._log(rank))
+
+    def _start_traffic(self) -> None:
+        for flow in self._cell.flows:
+            source, target = self._lab.hosts[flow.source], self._lab.hosts[flow.target]
+            for end, host in (("receive", target), ("send", source)):
+                member = flow.name, end
+                program = ["python", "-m", TRAFFIC_PROGRAM, end, flow.to_json(), target.address, host.seen(self._directory)]
+                env = {protocol.ENV_TOKEN: self._control.tokens[member]}
+                self._processes[member] = host.start(program, env, self._log(member))
 
     def _calibrate(self) -> None:
         # Nothing else is on the links: workers and competing flows wait for the start.
@@ -182,37 +236,65 @@ class _Conductor:
         records.append([measurement.to_json() for measurement in measurements])
         records.close()
 
-    def _start_traffic(self) -> None:
-        for flow in self._cell.flows:
-            source, target = self._lab.hosts[flow.source], self._lab.hosts[flow.target]
-            for end, host in (("receive", target), ("send", source)):
-                program = ["python", "-m", TRAFFIC_PROGRAM, end, flow.to_json(), target.address, host.seen(self._directory)]
-                self._traffic[flow.name, end] = host.start(program, {}, self._traffic_log(flow.name, end))
+    def _name(self, member: Member) -> str:
+        if isinstance(member, int):
+            return self._cell.workers[member]
+        return f"the program that has to {member[1]} the traffic {member[0]}"
 
-    def _traffic_log(self, flow: str, end: str) -> Path:
-        return self._directory / "logs" / f"{flow}-{end}.log"
+    def _log(self, member: Member) -> Path:
+        name = self._cell.workers[member] if isinstance(member, int) else "-".join(member)
+        return self._directory / "logs" / f"{name}.log"
 
-    def _log(self, rank: int) -> Path:
-        return self._directory / "logs" / f"{self._cell.workers[rank]}.log"
-
-    def _wait_for(self, kind: str, deadline_s: float) -> None:
-        while len(self._seen.get(kind, {})) < len(self._processes) or len(self._traffic_ready) < len(self._traffic):
+    def _wait_until_ready(self) -> None:
+        deadline_s = monotonic_s() + READY_TIMEOUT_S
+        while missing := [member for member in self._processes if member not in self._ready]:
             if monotonic_s() > deadline_s:
-                raise CellFailed(f"not all programs became {kind} in {READY_TIMEOUT_S:g} s; see {self._directory / 'logs'}")
+                late = ", ".join(map(self._name, missing))
+                raise CellFailed(f"not ready in {READY_TIMEOUT_S:g} s: {late}; {_last_line(self._log(missing[0]))}")
             self._receive(0.2)
-            self._check_processes(finished="")
+            self._check_programs()
 
-    def _watch(self, t0_s: float, driver: LinkDriver) -> None:
+    def _watch(self, t0_s: float, driver: LinkDriver, monitor: HostMonitor) -> None:
         stop = self._cell.stop
-        while len(self._seen.get("done", {})) < len(self._processes):
-            now = monotonic_s() - t0_s
-            if not self._holding and "seconds" in stop and now >= stop["seconds"]:
+        progress = _Progress(monotonic_s(), self._cell)
+        while not all(self._codes.get(rank) == 0 for rank in self._ranks):
+            now_s = monotonic_s() - t0_s
+            if not self._holding and "seconds" in stop and now_s >= stop["seconds"]:
                 self._hold()
-            self._receive(min(0.1, stop["seconds"] - now) if stop.get("seconds", 0) > now else 0.1)
-            self._check_processes(finished="done")
+            done = len(self._done) == len(self._ranks)
+            if done and not self._result.t_end_s:
+                self._result.t_end_s = round(now_s, 6)
+            poll_s = 0.02 if done else 0.1
+            self._receive(min(poll_s, stop["seconds"] - now_s) if stop.get("seconds", 0) > now_s else poll_s)
+            self._check_programs()
             if driver.failure is not None:
-                raise CellFailed(f"a link could not be changed or read: {driver.failure}")
-            self._tick(now, self._step)
+                what = "records could not be written" if _is_full(driver.failure) else "a link could not be changed or read"
+                raise CellFailed(f"{what}: {driver.failure}")
+            if monitor.failure is not None:
+                raise CellFailed(f"records could not be written: {monitor.failure}")
+            step = max(self._in_work.values(), default=0)
+            progress.update(monotonic_s(), step, driver.arrived_bytes(self._cell.workers))
+            if waited_s := progress.too_long(monotonic_s(), self._holding):
+                raise CellFailed(self._standstill(waited_s))
+            self._tick(now_s, step)
+
+    def _standstill(self, waited_s: float) -> str:
+        """What to say of a cell in which nothing moves; asks the workers what they are doing."""
+        waiting = f"for {format_time(round(waited_s))}"
+        late = [rank for rank in self._ranks if rank not in self._codes]
+        self._control.broadcast({"type": "where"})
+        asked_s = monotonic_s()
+        while monotonic_s() - asked_s < _LAST_WORDS_S and not all(rank in self._at for rank in late):
+            self._receive(0.1)
+        logs = self._directory / "logs"
+        if len(self._done) == len(self._ranks):
+            still = ", ".join(f"{self._name(rank)}{self._at.get(rank, '')}" for rank in late)
+            return f"{still} was done and has not ended {waiting}; see {logs}"
+        doing = [f"{self._name(r)} in step {self._in_work.get(r, 0)}{self._at.get(r, '')}" for r in late if r not in self._done]
+        cut = [link for link, state in self._lab.links.states.items() if not state.connected]
+        why = f", and {', '.join(cut)} is cut off" if cut else ""
+        what = "the last step has not ended" if self._holding else "no step has ended"
+        return f"{what} and no gradient moved {waiting}{why}: {', '.join(doing)}; see {logs}"
 
     def _hold(self) -> None:
         self._holding = True
@@ -220,56 +302,118 @@ class _Conductor:
 
     def _receive(self, timeout_s: float) -> None:
         try:
-            message = self._control.inbox.get(timeout=max(0.001, timeout_s))
+            heard = self._control.inbox.get(timeout=max(0.001, timeout_s))
         except queue.Empty:
             return
-        if "flow" in message:
-            self._traffic_ready.add((message["flow"], message["end"]))
-            return
-        kind, rank = message["type"], message["rank"]
-        self._heard_s[rank] = monotonic_s()
-        self._seen.setdefault(kind, {})[rank] = message
-        if kind == "failed":
-            raise CellFailed(f"{self._cell.workers[rank]}: {message['error']}; see {self._log(rank)}")
-        if kind == "fault":
-            raise CellFailed(f"a worker sent something that is no message: {message['error']}")
-        if kind == "heartbeat":
-            self._step = max(self._step, message["step"])
-        elif kind == "eval":
-            target = self._cell.stop.get("accuracy")
-            if target is not None and message["accuracy"] >= target and not self._holding:
-                self._hold()
-        elif kind in ("holding", "done") and self._holding and not self._stopped:
-            self._agree_on_the_last_step()
+        member = heard.member
+        self._heard_s[member] = heard.at_s
+        match heard.message:
+            case Lost():
+                self._lost_s.setdefault(member, heard.at_s)
+            case Fault(error):
+                self._note(member, _Failure(heard.at_s, f"sent something that is no message: {error}"))
+            case messages.Failed(error=error, by_peer=by_peer):
+                self._note(member, _Failure(heard.at_s, f"failed: {protocol.one_line(error, 500)}", by_peer))
+            case messages.Ready():
+                self._ready[member] = heard.message
+            case messages.Heartbeat(step=step):
+                self._in_work[member] = step
+            case messages.Holding(step=step):
+                self._held[member] = self._in_work[member] = step
+                self._agree_on_the_last_step()
+            case messages.Evaluated(accuracy=accuracy):
+                target = self._cell.stop.get("accuracy")
+                if target is not None and accuracy >= target and not self._holding:
+                    self._hold()
+            case messages.Where(at=at):
+                self._at[member] = f" at {protocol.one_line(at)}"
+            case messages.Done():
+                self._done[member] = heard.message
+                self._agree_on_the_last_step()
 
     def _agree_on_the_last_step(self) -> None:
         # A rank that has ended by itself answers no more; the others are let go, and end by themselves after as many steps.
-        ended = {rank: message["steps"] for rank, message in self._seen.get("done", {}).items()}
-        held = {rank: message["step"] for rank, message in self._seen.get("holding", {}).items()}
-        if len({**held, **ended}) == len(self._processes):
+        ended = {member: message.steps for member, message in self._done.items()}
+        if self._holding and not self._stopped and len({**self._held, **ended}) == len(self._ranks):
             self._stopped = True
-            last = max([*held.values(), *ended.values()]) + 1
+            last = max([*self._held.values(), *ended.values()]) + 1
             self._control.broadcast({"type": "stop", "steps": last})
 
-    def _check_processes(self, finished: str) -> None:
-        now = monotonic_s()
-        if now < self._next_poll_s:
+    def _note(self, member: Member, failure: _Failure) -> None:
+        if not self._failures:
+            self._first_noticed_s = monotonic_s()
+        self._failures.setdefault(member, failure)
+
+    def _check_programs(self) -> None:
+        """Raise CellFailed if one has failed: for whoever failed first, once the others have had time to say that they have."""
+        now_s = monotonic_s()
+        everyone_done = len(self._done) == len(self._ranks)
+        if now_s < self._next_poll_s and not everyone_done:
             return
-        self._next_poll_s = now + _POLL_S
-        for (flow, end), program in self._traffic.items():
-            if (code := program.poll()) is not None:
-                what = f"the program that has to {end} the traffic {flow}"
-                raise CellFailed(f"{what} {_end(code)}; {_last_line(self._traffic_log(flow, end))}")
-        for rank, process in self._processes.items():
-            if now - self._heard_s.get(rank, now) > SILENT_WORKER_S and rank not in self._seen.get("done", {}):
-                raise CellFailed(
-                    f"{self._cell.workers[rank]} has not been heard for {SILENT_WORKER_S:g} s; see {self._log(rank)}"
-                )
-            if rank in self._seen.get(finished, {}) or (code := process.poll()) is None:
-                continue
-            if now - self._ended_s.setdefault(rank, now) > _LAST_WORDS_S:
-                what = f"{self._cell.workers[rank]} {_end(code)} before it was {finished or 'ready'}"
-                raise CellFailed(f"{what}; {_last_line(self._log(rank))}")
+        self._next_poll_s = now_s + _POLL_S
+        for member, process in self._processes.items():
+            if member not in self._codes and (code := process.poll()) is not None:
+                self._codes[member] = code
+                if code != 0 or not isinstance(member, int):
+                    self._note(member, _Failure(self._lost_s.get(member, now_s), _end(code) + self._when(member)))
+        for rank in self._ranks:
+            if rank not in self._codes and rank not in self._done and now_s - self._heard_s.get(rank, now_s) > SILENT_WORKER_S:
+                self._note(rank, _Failure(now_s, f"has not been heard for {SILENT_WORKER_S:g} s"))
+            # Its last words may still be on their way.
+            if self._codes.get(rank) == 0 and rank not in self._done and now_s - self._ended_s(rank) > _LAST_WORDS_S:
+                text = "ended with exit code 0 before it was done"
+                hint = "" if rank not in self._ready or not self._cell.program else ", without session.close()"
+                self._note(rank, _Failure(now_s, text + hint))
+        over = all(rank in self._codes for rank in self._ranks)
+        if self._failures and (over or now_s - self._first_noticed_s > _LAST_WORDS_S):
+            member, failure = min(self._failures.items(), key=lambda found: (found[1].by_peer, found[1].at_s))
+            raise CellFailed(f"{self._name(member)} {failure.text}; {_last_line(self._log(member))}")
+
+    def _ended_s(self, rank: int) -> float:
+        return self._lost_s.setdefault(rank, monotonic_s())
+
+    def _when(self, member: Member) -> str:
+        if member in self._done:
+            return " after its last step"
+        return " before it was " + ("done" if member in self._ready else "ready") if isinstance(member, int) else ""
+
+
+class _Progress:
+    """Tells when a cell stands still: no step ends, and nothing arrives at the workers.
+
+    A step over a thin link may take an hour, but then gradients arrive all the time. Competing flows, which end up at workers
+    too, hide that; then steps alone count.
+    """
+
+    def __init__(self, now_s: float, cell: Cell) -> None:
+        self._timeout_s = cell.step_timeout_s
+        self._counts_arrivals = not cell.flows
+        self._step = 0
+        self._arrived = 0
+        self._moved_s = self._stepped_s = now_s
+        self._longest_s = 0.0
+
+    def update(self, now_s: float, step: int, arrived_bytes: int) -> None:
+        """step: the newest in work. arrived_bytes: of all workers together, so far."""
+        if step > self._step:
+            self._longest_s = max(self._longest_s, (now_s - self._stepped_s) / (step - self._step))
+            self._step, self._stepped_s = step, now_s
+            self._moved_s = now_s
+        if self._counts_arrivals and arrived_bytes - self._arrived > _MOVED_BYTES:
+            self._moved_s = now_s
+            self._arrived = arrived_bytes
+
+    def too_long(self, now_s: float, last_step: bool) -> float:
+        """Seconds without progress, if these are too many; else 0. last_step: the cell waits only for that to end."""
+        waited_s = now_s - self._moved_s
+        limit_s = self._timeout_s
+        if last_step and self._longest_s:
+            limit_s = min(limit_s, max(_LAST_STEP_S, 5 * self._longest_s))
+        return waited_s if waited_s > limit_s else 0.0
+
+
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and no_room(error)
 
 
 def _end(code: int) -> str:
@@ -277,17 +421,19 @@ def _end(code: int) -> str:
 
 
 def _last_line(log: Path) -> str:
+    lines = [line for line in map(protocol.one_line, _tail(log).splitlines()) if line]
+    return f"its log ends with: {lines[-1]} ({log})" if lines else f"its log is empty ({log})"
+
+
+def _tail(log: Path, length: int = 1 << 16) -> str:
     try:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        with open(log, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - length))
+            return file.read(length).decode(errors="replace")
     except OSError:
-        lines = []
-    return f"its log ends with: {lines[-1]:.200} ({log})" if lines else f"its log is empty ({log})"
+        return ""
 
 
 def read_result(directory: Path) -> Mapping[str, Any] | None:
     """Content of result.json, or None if the cell has not ended."""
-    try:
-        content: Mapping[str, Any] = json.loads((directory / RESULT_FILE).read_text())
-    except (OSError, ValueError):
-        return None
-    return content
+    return read_json(directory / RESULT_FILE)

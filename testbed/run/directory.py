@@ -1,5 +1,7 @@
 """The run directory: made before anything starts, owned by the caller at the end."""
 
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -7,20 +9,89 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 import psutil
 
-from testbed.spec.files import data_folders, find_folder, trace_files, with_data_folders, with_trace_files
+from testbed.spec.files import data_folders, find_folder, script_files, trace_files, with_data_folders, with_trace_files
 from testbed.spec.load import dump_spec
-from testbed.spec.models import Spec
+from testbed.spec.models import ScriptSpec, Spec
 
 SPEC_FILE = "spec.yaml"
+LOCK_FILE = ".lock"
+RESERVE_FILE = ".reserve"
+_RESERVE_BYTES = 1 << 18
+"""Enough for the result of a cell, whatever went wrong in it."""
+ENVIRONMENT_FILE = "environment.json"
+SCRIPT = "script"
 TRACES = "traces"
 DATA = "data"
 _PACKAGES = ("netsenseml", "torch", "numpy", "pyroute2", "docker", "pandas", "pydantic")
+
+
+class RunIsBusy(Exception):
+    """Another process runs the cells of the directory. The message is one line."""
+
+
+class NoRoom(Exception):
+    """The disk is full. The message is one line."""
+
+
+@contextmanager
+def owned(directory: Path) -> Iterator[int]:
+    """Only one at a time runs the cells of a directory; raises RunIsBusy if another does. Yields a descriptor.
+
+    The lock ends with the last process that has the descriptor open, in whatever way. A file system without locks has none.
+    """
+    lock = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
+            who = f"process {holder}" if holder.isdigit() else "another process"
+            raise RunIsBusy(f"{directory}: {who} is running it; wait for that to end, or end it") from None
+        except OSError:
+            pass
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def keep_reserve(directory: Path) -> None:
+    """Set room aside, so that a cell's result can be written on a disk that is full; raises OSError if there is none."""
+    reserve = os.open(directory / RESERVE_FILE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        os.posix_fallocate(reserve, 0, _RESERVE_BYTES)
+    finally:
+        os.close(reserve)
+
+
+def give_reserve_up(directory: Path) -> None:
+    """Free what ``keep_reserve`` has set aside."""
+    (directory / RESERVE_FILE).unlink(missing_ok=True)
+
+
+def no_room(error: OSError) -> bool:
+    """Whether a disk was full, or somebody's share of it."""
+    # pyarrow says it in words only.
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
+
+
+def is_full(directory: Path) -> bool:
+    """Whether its disk is so full that a run cannot go on in it."""
+    try:
+        keep_reserve(directory)
+    except OSError as error:
+        if no_room(error):
+            return True
+        raise
+    return False
 
 
 def create(spec: Spec, parent: Path, spec_directory: Path) -> Path:
@@ -39,13 +110,48 @@ def create(spec: Spec, parent: Path, spec_directory: Path) -> Path:
             continue
     (directory / "cells").mkdir()
     if spec.script:
-        copied = shutil.copy(spec_directory / spec.script.file, directory)
-        spec = spec.model_copy(update={"script": spec.script.model_copy(update={"file": Path(copied).name})})
+        file = _copy_script(spec.script, spec_directory, directory)
+        spec = spec.model_copy(update={"script": spec.script.model_copy(update={"file": file})})
     spec = _with_traces_copied(spec, spec_directory, directory)
     spec = _with_data_linked(spec, spec_directory, directory)
     (directory / SPEC_FILE).write_text(dump_spec(spec))
-    (directory / "environment.json").write_text(json.dumps(environment(), indent=1))
+    (directory / ENVIRONMENT_FILE).write_text(json.dumps(environment(), indent=1))
     return directory
+
+
+def note_environment(directory: Path) -> list[str]:
+    """Add what this machine is now to environment.json, if that is another; returns what differs, one line each."""
+    now = environment()
+    file = directory / ENVIRONMENT_FILE
+    try:
+        recorded = json.loads(file.read_text())
+        newest = [recorded, *recorded.get("resumed", [])][-1]
+    except (OSError, ValueError, AttributeError, RecursionError):
+        recorded, newest = {}, {}
+    same = {"load_average", "memory_bytes"}  # the load is never the same, the memory of containers hardly
+    changed = [key for key in now if key not in same and newest.get(key) != now[key]]
+    if changed:
+        recorded["resumed"] = [*recorded.get("resumed", []), now]
+        file.write_text(json.dumps(recorded, indent=1))
+    return [f"{key}: {newest.get(key)} before, {now[key]} now" for key in changed]
+
+
+def _copy_script(script: ScriptSpec, spec_directory: Path, directory: Path) -> str:
+    """Copy a script with what it needs into a folder of its own; returns its path in the run directory."""
+    original = (spec_directory / script.file).resolve()
+    for path in script_files(original, script.files):
+        target = directory / SCRIPT / path.relative_to(original.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            shutil.copytree(path, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", ".git"))
+        else:
+            shutil.copy(path, target)
+    return f"{SCRIPT}/{original.name}"
+
+
+def copied_script(directory: Path) -> list[str]:
+    """What is in the folder of the script: files, and packages as folders."""
+    return sorted(path.name + "/" * path.is_dir() for path in (directory / SCRIPT).glob("*"))
 
 
 def _with_traces_copied(spec: Spec, spec_directory: Path, directory: Path) -> Spec:
@@ -111,11 +217,18 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def give_to_owner_of(parent: Path, directory: Path) -> None:
-    """Hand a tree made as root to the owner of the directory above it; no effect for anyone but root."""
+def give_to_owner_of(parent: Path, directory: Path) -> str:
+    """Hand a tree made as root to the owner of the directory above it; no effect for anyone but root.
+
+    Returns one line if that cannot be done, which takes nothing away from the run.
+    """
     if os.geteuid() != 0:
-        return
+        return ""
     owner = parent.stat()
     for root, _, files in os.walk(directory):
         for path in (Path(root), *(Path(root, name) for name in files)):
-            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+            try:
+                os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+            except OSError as error:  # root has not every right everywhere: in containers, on file systems of others
+                return f"{directory} still belongs to root: {error.strerror}"
+    return ""

@@ -8,7 +8,6 @@ One request a connection, one JSON object each way:
 """
 
 import contextlib
-import json
 import queue
 import socket
 import threading
@@ -92,7 +91,4 @@ def _receive(connection: socket.socket) -> Mapping[str, Any]:
         if not piece or len(data) > protocol.MessageBuffer.LIMIT:
             raise ValueError("no message")
         data += piece
-    message = json.loads(data)
-    if not isinstance(message, dict):
-        raise ValueError("the message is no JSON object")
-    return message
+    return protocol.decode_message(data)

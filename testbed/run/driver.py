@@ -5,7 +5,7 @@ import queue
 import random
 import threading
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -76,6 +76,10 @@ class LinkDriver:
         self._samples.close()
         if self._line is not None:
             self._line.close()
+
+    def arrived_bytes(self, links: Iterable[str]) -> int:
+        """What has come down these links so far, with headers."""
+        return self._carried.arrived_bytes(links)
 
     def _run(self) -> None:
         try:
@@ -232,6 +236,11 @@ class CarriedRates:
     def update(self, t_s: float, counters: Mapping[tuple[str, str], QdiscCounters]) -> None:
         """Take a sample."""
         self._history.append((t_s, counters))
+
+    def arrived_bytes(self, links: Iterable[str]) -> int:
+        """What has come down some links so far; 0 before the first sample."""
+        newest = self._history[-1][1] if self._history else {}
+        return sum(newest[link, "down"].bytes for link in links if (link, "down") in newest)
 
     def of(self, link: str, dilation: float = 1.0) -> dict[str, dict[str, float]]:
         """By direction: carried_bps over the last second, as it would be without dilation, backlog_bytes now, drops so far."""

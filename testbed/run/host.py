@@ -49,6 +49,8 @@ class HostMonitor:
         self._history: deque[_Counters] = deque(maxlen=round(_WINDOW_S / SAMPLE_S) + 1)
         self._ours: Sequence[int] = ()
         self._next_search_s = 0.0
+        self.failure: OSError | None = None
+        """What ended it early, if anything did."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="host", daemon=True)
 
@@ -62,6 +64,12 @@ class HostMonitor:
         self._records.close()
 
     def _run(self) -> None:
+        try:
+            self._sample()
+        except OSError as error:  # the orchestrator ends the cell and reports it
+            self.failure = error
+
+    def _sample(self) -> None:
         begin = self._count()
         self._history.append(begin)
         while not self._stopping.wait(SAMPLE_S):

@@ -16,11 +16,22 @@ from testbed.labs.netns import enclosure, why_it_failed
 from testbed.links.probe import missing_kinds
 from testbed.plan import Plan
 from testbed.run import directory as run_directory
-from testbed.run.sweep import EXIT_CANNOT, EXIT_INTERRUPTED, execute, execute_enclosed, interrupt_main_thread_once
+from testbed.run.cell import RESULT_FILE
+from testbed.run.sweep import (
+    EXIT_CANNOT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    execute,
+    execute_enclosed,
+    full,
+    interrupt_main_thread_once,
+)
 from testbed.spec.models import Spec
 from testbed.traffic.machine import check_congestion, check_traffic
 
-EXIT_DONE, EXIT_FAILED, EXIT_INVALID = 0, 1, 3
+EXIT_DONE, EXIT_INVALID = 0, 3
+_DOCKER_GRACE_S = 14.0
+"""The daemon takes longer to remove containers than the kernel takes for namespaces."""
 
 
 def check_machine(plan: Plan) -> str:
@@ -83,36 +94,60 @@ def start_run(spec: Spec, plan: Plan, out: Path, script_directory: Path, console
     if plan.impaired and len(plan.engines) == 1:  # it is written down, and --resume goes on with the same
         spec = spec.model_copy(update={"network": spec.network.model_copy(update={"engine": engine})})
     directory = run_directory.create(spec, out, script_directory)
-    return _run(plan, directory, console), directory
+    if copied := run_directory.copied_script(directory):
+        console.print(f"copied into the run: {', '.join(copied)}", markup=False, soft_wrap=True)
+    with run_directory.owned(directory) as lock:
+        return _run(plan, directory, lock, console), directory
 
 
-def continue_run(plan: Plan, directory: Path, console: Console) -> int:
-    """Run the cells that are not done, then write summary and report; returns the exit code."""
+def continue_run(plan: Plan, directory: Path, console: Console, *, again: bool = False) -> int:
+    """Run the cells that are not done, then write summary and report; returns the exit code.
+
+    again: and those that are done, but not valid. Raises RunIsBusy if they are being run.
+    """
     check_machine(plan)
-    return _run(plan, directory, console)
+    with run_directory.owned(directory) as lock:
+        for line in run_directory.note_environment(directory):
+            console.print(f"the cells will not all be of one machine: {line}", markup=False, soft_wrap=True)
+        if again:
+            _forget_invalid(directory)
+        return _run(plan, directory, lock, console)
 
 
-def _run(plan: Plan, directory: Path, console: Console) -> int:
+def _forget_invalid(directory: Path) -> None:
+    from testbed.results.load import load_run
+    from testbed.results.summary import summarize
+
+    for cell in summarize(load_run(directory))["cells"]:
+        if not cell["valid"]:
+            (directory / "cells" / cell["cell"] / RESULT_FILE).unlink(missing_ok=True)
+
+
+def _run(plan: Plan, directory: Path, lock: int, console: Console) -> int:
     # The results need pandas and plotly; they load while the cells run.
     threading.Thread(target=_load_results, daemon=True).start()
     try:
-        code = _run_cells(plan, directory, console)
+        code = _run_cells(plan, directory, lock, console)
         verdict = finish(directory, console, interrupted=code == EXIT_INTERRUPTED)
         return code if code == EXIT_CANNOT else verdict or code
     finally:
-        run_directory.give_to_owner_of(directory.parent, directory)
+        if fault := run_directory.give_to_owner_of(directory.parent, directory):
+            console.print(fault, markup=False, soft_wrap=True)
 
 
-def _run_cells(plan: Plan, directory: Path, console: Console) -> int:
+def _run_cells(plan: Plan, directory: Path, lock: int, console: Console) -> int:
     if plan.lab == "netns":
-        code = execute_enclosed(directory)
+        code = execute_enclosed(directory, lock)
         if code < 0:
             console.print(f"testbed: the lab was ended by signal {-code}", style="red")
             return EXIT_FAILED
         return code
-    interrupt_main_thread_once()
+    interrupt_main_thread_once(_DOCKER_GRACE_S)
     try:
         execute(directory, console)
+    except run_directory.NoRoom as error:
+        console.print(f"testbed: {error}", markup=False, soft_wrap=True)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return EXIT_DONE
@@ -131,17 +166,26 @@ def finish(directory: Path, console: Console, *, interrupted: bool = False) -> i
     from testbed.results.records import finish_cell
     from testbed.results.summary import summarize, write_summary
 
-    for cell in sorted((directory / "cells").glob("*")):  # nothing if this is no run, which load_run then says
-        finish_cell(cell)
-    run = load_run(directory)
-    summary: dict[str, Any] = summarize(run)
-    write_summary(summary, directory)
-    console.print(terminal_table(summary))
     shown = Path(os.path.relpath(directory))
-    if interrupted:
-        console.print(f"interrupted; the records so far are in {shown}", markup=False, soft_wrap=True)
-        return EXIT_INTERRUPTED
-    write_report(run, directory / "report.html", summary)
+    summary: dict[str, Any] = {}
+    try:
+        for cell in sorted((directory / "cells").glob("*")):  # nothing if this is no run, which load_run then says
+            finish_cell(cell)
+        run = load_run(directory)
+        summary = summarize(run)
+        write_summary(summary, directory)
+        console.print(terminal_table(summary))
+        if interrupted:
+            console.print(f"interrupted; the records so far are in {shown}", markup=False, soft_wrap=True)
+            return EXIT_INTERRUPTED
+        write_report(run, directory / "report.html", summary)
+    except OSError as error:
+        if not run_directory.no_room(error):
+            raise
+        if not summary:
+            console.print(terminal_table(summarize(load_run(directory))))
+        console.print(f"testbed: {full(directory)}", markup=False, soft_wrap=True)
+        return EXIT_FAILED
     console.print(f"report: {shown / 'report.html'}", markup=False, soft_wrap=True)
     if any(status != "done" for status in run.cells["status"]):
         return EXIT_FAILED

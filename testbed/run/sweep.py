@@ -17,11 +17,12 @@ from testbed.labs.netns import enclosure
 from testbed.links.probe import missing_kinds
 from testbed.plan import Cell, Plan, make_plan
 from testbed.run.cell import prepare_cell, read_result, run_cell
-from testbed.run.directory import SPEC_FILE
+from testbed.run.directory import SPEC_FILE, NoRoom, give_reserve_up, is_full, keep_reserve
 from testbed.run.progress import RunProgress
 from testbed.spec.load import load_spec
 
-EXIT_CANNOT, EXIT_INTERRUPTED = 4, 130
+EXIT_FAILED, EXIT_CANNOT, EXIT_INTERRUPTED = 1, 4, 130
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GRACE_S = 4.0
 """From the first interrupt to the hard end; users were promised five seconds."""
 
@@ -37,6 +38,7 @@ def execute(directory: Path, console: Console) -> None:
     for cell in pending:
         prepare_cell(cell, directory / "cells" / cell.name)
     failed: list[Cell] = []
+    keep_reserve(directory)
     with RunProgress(console, len(plan.cells), len(pending)) as progress, open_labs(plan.lab, directory) as open_lab:
 
         def run(cell: Cell, earlier: Sequence[str] = ()) -> None:
@@ -44,6 +46,8 @@ def execute(directory: Path, console: Console) -> None:
             result = run_cell(cell, open_lab, directory / "cells" / cell.name, progress.tick, earlier)
             text = f"{result.status}, {result.steps} steps in {result.t_end_s:.1f} s"
             progress.end("; ".join([text, *result.problems]))
+            if is_full(directory):
+                raise NoRoom(full(directory))
             if result.status == "failed" and cell not in failed:
                 failed.append(cell)
 
@@ -54,6 +58,13 @@ def execute(directory: Path, console: Console) -> None:
             prepare_cell(cell, directory / "cells" / cell.name)
             progress.retry()
             run(cell, _failures(result))
+    give_reserve_up(directory)
+
+
+def full(directory: Path) -> str:
+    """What to say when there is no room left for a run."""
+    shown = Path(os.path.relpath(directory))
+    return f"no space left on the disk of {shown}; its records so far are kept: make room, then: testbed run --resume {shown}"
 
 
 def _failures(result: Mapping[str, Any]) -> list[str]:
@@ -72,15 +83,16 @@ def in_turn(plan: Plan) -> list[Cell]:
     return cells
 
 
-def execute_enclosed(directory: Path) -> int:
-    """Run ``execute`` inside private namespaces as a child process; returns its exit code.
+def execute_enclosed(directory: Path, lock: int) -> int:
+    """Run ``execute`` inside private namespaces as a child process; returns its exit code. lock: of ``directory.owned``.
 
     The child's standard input is a pipe that only we hold open. When we end, in whatever way, it reads the end of the pipe
     and stops in an orderly way; and when its first process ends, the kernel removes the rest.
     """
-    command = [*enclosure(), sys.executable, "-m", "testbed.run.inside", str(directory)]
+    command = [*enclosure(), sys.executable, "-m", "testbed.run.inside", str(directory), str(lock)]
     read_end, lifeline = os.pipe2(os.O_CLOEXEC)
-    with subprocess.Popen(command, stdin=read_end) as child:
+    # A process group of its own, or a signal to ours would end the child before it can clean up.
+    with subprocess.Popen(command, stdin=read_end, pass_fds=[lock], process_group=0) as child:
         os.close(read_end)
         with _closing_on_signal(lifeline) as close_lifeline:
             try:
@@ -90,13 +102,13 @@ def execute_enclosed(directory: Path) -> int:
 
 
 class _closing_on_signal:  # noqa: N801
-    """While active, SIGINT and SIGTERM close the lifeline instead of ending this process."""
+    """While active, signals that would end this process close the lifeline instead."""
 
     def __init__(self, lifeline: int) -> None:
         self._lifeline = lifeline
 
     def __enter__(self) -> Callable[[], None]:
-        self._before = {number: signal.signal(number, self._interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._interrupted) for number in _ENDING}
         return self._close
 
     def __exit__(self, *_: object) -> None:
@@ -112,8 +124,8 @@ class _closing_on_signal:  # noqa: N801
             self._lifeline = -1
 
 
-def interrupt_main_thread_once() -> Callable[[], None]:
-    """Make SIGINT and SIGTERM raise KeyboardInterrupt once; returns a function that does the same from any thread.
+def interrupt_main_thread_once(grace_s: float = _GRACE_S) -> Callable[[], None]:
+    """Make SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt once; returns a function that does so from any thread.
 
     Whoever cleans up must not be interrupted again, so later signals are ignored; but the process ends after a grace time
     even if the clean-up hangs.
@@ -126,11 +138,11 @@ def interrupt_main_thread_once() -> Callable[[], None]:
         if fired.is_set():
             return
         fired.set()
-        timer = threading.Timer(_GRACE_S, os._exit, (EXIT_INTERRUPTED,))
+        timer = threading.Timer(grace_s, os._exit, (EXIT_INTERRUPTED,))
         timer.daemon = True
         timer.start()
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _ENDING:
         signal.signal(number, handler)
     return lambda: signal.pthread_kill(main, signal.SIGINT)

@@ -1,8 +1,9 @@
 """Files and folders that a spec names, relative to the directory in which it lies itself."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,22 @@ def reader(directory: Path) -> Callable[[str], str]:
 def _choices(path: Path) -> str:
     names = sorted(other.name for other in path.parent.iterdir() if other.is_file()) if path.parent.is_dir() else []
     return did_you_mean(path.name, names) if names else f"there is no file in {path.parent}"
+
+
+def script_files(script: Path, named: Iterable[str] = ()) -> list[Path]:
+    """A script and what it needs of its own folder: the modules that it imports, whole packages, and the files ``named``.
+
+    As far as import statements say; the code is read, not run.
+    """
+    folder = script.parent
+    finder = ModuleFinder(path=[str(folder)])
+    try:
+        finder.run_script(str(script))
+    except (SyntaxError, ValueError, RecursionError, OSError):
+        pass  # the worker will tell
+    found = [Path(file) for module in finder.modules.values() if (file := getattr(module, "__file__", None))]
+    places = {folder / file.relative_to(folder).parts[0] for file in found if file.is_relative_to(folder)}
+    return list(dict.fromkeys([script, *sorted(places), *(folder / name for name in named)]))
 
 
 def trace_files(spec: Spec) -> list[str]:

@@ -3,6 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast
 
@@ -645,9 +646,13 @@ class WorkloadSpec(Model):
 
 
 class ScriptSpec(Model):
-    """A program of the user that every worker runs. stop.seconds and stop.accuracy end it from outside."""
+    """A program of the user that every worker runs. stop.seconds and stop.accuracy end it from outside.
+
+    files: what it opens in its own folder; the modules that it imports from there need not be named.
+    """
 
     file: str
+    files: list[str] = Field(default_factory=list, max_length=1000)
     args: list[str] = Field(default_factory=list)
     stop: StopSpec | None = None
 
@@ -655,6 +660,14 @@ class ScriptSpec(Model):
     @classmethod
     def _short(cls, data: Any) -> Any:
         return {"file": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _beside_it(self) -> Self:
+        for index, name in enumerate(self.files):
+            if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                text = f"{name!r:.60} lies outside the folder of the script; move it there, or give its path by args"
+                raise PydanticCustomError("at_key", text, {"path": ["files", index]})
+        return self
 
     @model_validator(mode="after")
     def _ends_from_outside(self) -> Self:
@@ -691,6 +704,8 @@ class Spec(Model):
     """A whole experiment. calibrate: whether every cell measures its links before it starts, which takes about a second.
 
     dilation: rates, delays, compute and schedule are slowed by this factor, and the times reported divided by it.
+    step_timeout: a cell fails when for so long no step has ended and nothing has come to any worker, or when a worker that is
+        done has not ended. With competing traffic a step may not take longer.
     """
 
     name: str = Field("experiment", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}$")
@@ -706,6 +721,7 @@ class Spec(Model):
     matrix: dict[str, list[Any]] = Field(default_factory=dict)
     calibrate: bool = True
     dilation: float = Field(1.0, ge=1, le=1000)
+    step_timeout: Annotated[Time, Field(ge=1)] = 600.0
 
     @model_validator(mode="after")
     def _all_is_slower(self) -> Self:

@@ -11,6 +11,7 @@ so that it starts fast, and on any host.
 """
 
 import importlib
+import os
 import selectors
 import sys
 from pathlib import Path
@@ -71,9 +72,8 @@ class Receiver(Protocol):
 class Orchestrator:
     """The line to the orchestrator. Silence for ``protocol.SILENCE_S`` is an error: nobody else would ever end the flow."""
 
-    def __init__(self, directory: Path, flow: str, end: str) -> None:
+    def __init__(self, directory: Path) -> None:
         self.closed = False
-        self._greeting = {"type": "ready", "flow": flow, "end": end}
         self._socket = protocol.connect_unix(directory / protocol.SOCKET_FILE)
         self._incoming = protocol.MessageBuffer()
         self._heard_s = monotonic_s()
@@ -84,7 +84,8 @@ class Orchestrator:
     def wait_for_start(self) -> float:
         """Say that this end is ready; returns t0, CLOCK_MONOTONIC seconds of t = 0. Infinite if there will be none."""
         self._socket.settimeout(protocol.SILENCE_S)
-        self._socket.sendall(protocol.encode_message(self._greeting))
+        for message in ({"type": "hello", "token": os.environ.get(protocol.ENV_TOKEN, "")}, {"type": "ready"}):
+            self._socket.sendall(protocol.encode_message(message))
         while not self.closed:
             for message in self.read():
                 if message["type"] == "start":
@@ -96,7 +97,7 @@ class Orchestrator:
         data = self._socket.recv(65536)
         self.closed = not data
         self._heard_s = monotonic_s()
-        return self._incoming.feed(data)
+        return list(self._incoming.feed(data))
 
     def expect_alive(self) -> None:
         if monotonic_s() - self._heard_s > protocol.SILENCE_S:
@@ -108,7 +109,7 @@ def send(flow: Flow, address: str, directory: Path) -> None:
     with Selector() as selector:
         sender: Sender = _engine(flow).Sender(flow, address, selector)
         events = RecordFile(directory / f"events-{flow.name}.jsonl")
-        orchestrator = Orchestrator(directory, flow.name, "send")
+        orchestrator = Orchestrator(directory)
         t0_s = orchestrator.wait_for_start()
         selector.register(orchestrator, selectors.EVENT_READ, orchestrator.read)
 
@@ -145,7 +146,7 @@ def receive(flow: Flow, address: str, directory: Path) -> None:
     with Selector() as selector:
         receiver: Receiver = _engine(flow).Receiver(flow, address, selector)
         records = RecordFile(directory / f"traffic-{flow.name}.jsonl")
-        orchestrator = Orchestrator(directory, flow.name, "receive")
+        orchestrator = Orchestrator(directory)
         t0_s = orchestrator.wait_for_start()
         selector.register(orchestrator, selectors.EVENT_READ, orchestrator.read)
         sample_s = t0_s

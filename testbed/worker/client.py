@@ -1,9 +1,7 @@
 """A worker's end of the control socket."""
 
-import contextlib
 import os
 import select
-import socket
 import sys
 import threading
 import time
@@ -12,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from testbed import protocol
+
+_LONGEST = 200
 
 
 class ControlClient:
@@ -25,7 +25,7 @@ class ControlClient:
     EXIT_ORPHANED = 70
 
     def __init__(self, path: Path, rank: int, silence_s: float = protocol.SILENCE_S) -> None:
-        """Connect to the socket at ``path``; raises OSError if nobody listens there."""
+        """Connect to the socket at ``path``, with the token of the environment; raises OSError if nobody listens there."""
         self._rank = rank
         self._silence_s = silence_s
         self._socket = protocol.connect_unix(path)
@@ -37,6 +37,7 @@ class ControlClient:
         self._last_step: int | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="netsense-control", daemon=True)
+        self.send({"type": "hello", "token": os.environ.get(protocol.ENV_TOKEN, "")})
 
     def ready(self, parameters: str) -> float:
         """Tell that this worker is ready and wait for the start; returns t0, CLOCK_MONOTONIC seconds of t = 0."""
@@ -61,19 +62,18 @@ class ControlClient:
         """Send one message. A socket that is gone is not reported here: the thread ends the process."""
         with self._sending:
             try:
-                self._socket.sendall(protocol.encode_message({**message, "rank": self._rank}))
+                self._socket.sendall(protocol.encode_message(message))
             except OSError:
                 if not self._thread.is_alive():
                     raise
 
+    def failed(self, error: str, *, by_peer: bool = False) -> None:
+        """Tell in one line why this worker cannot go on; by_peer: because another one failed."""
+        self.send({"type": "failed", "error": error, "by_peer": by_peer})
+
     def close(self) -> None:
-        """Leave: from here on, silence is no reason to end."""
+        """From here on, silence is no reason to end. The connection stays until the process ends, to tell of a late failure."""
         self._closed = True
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
-        if self._thread.is_alive():
-            self._thread.join()
-        self._socket.close()
 
     def _serve(self) -> None:
         reason = self._listen()
@@ -119,4 +119,14 @@ class ControlClient:
                     self.send({"type": "holding", "step": self._step})
                 case "stop":
                     self._last_step = int(message["steps"])
+                case "where":
+                    self.send({"type": "where", "at": _main_thread_at()})
             self._state.notify_all()
+
+
+def _main_thread_at() -> str:
+    """File, line and function of the innermost Python frame."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return "no Python code"
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"[:_LONGEST]

@@ -1,17 +1,25 @@
 """What makes a session a worker of a cell: its method, its records, its start and its end come from the testbed."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from netsenseml.failure import blames_peer
 from netsenseml.hook import Session
 from netsenseml.records import RecordFile
 from testbed import protocol
 from testbed.worker.client import ControlClient
+
+LONGEST_LINE = 1000
+"""Characters of an error that are told; its log has all of it."""
 
 
 class CellListener:
@@ -41,6 +49,7 @@ class CellListener:
         if session.rank == 0:
             self._evaluations = RecordFile(self._directory / protocol.EVALS_FILE)
         self._control = ControlClient(self._directory / protocol.SOCKET_FILE, session.rank)
+        sys.excepthook = partial(self._uncaught, sys.excepthook)
         return self._control.ready(parameters_hash(session.module))
 
     def record(self, row: Mapping[str, Any]) -> None:
@@ -56,9 +65,15 @@ class CellListener:
         if self._control is not None:
             self._control.send({"type": "eval", **row})
 
-    def failed(self, error: str) -> None:
+    def failed(self, error: BaseException) -> None:
         if self._control is not None:
-            self._control.send({"type": "failed", "error": error})
+            self._control.failed(one_line(error), by_peer=blames_peer(error))
+
+    def _uncaught(self, hook: Callable[..., Any], kind: type[BaseException], error: BaseException, *rest: Any) -> None:
+        """Whatever ends the script: it is told at once, before others notice that this rank has gone."""
+        with contextlib.suppress(OSError):
+            self.failed(error)
+        hook(kind, error, *rest)
 
     def closed(self, accuracy: float | None, loss: float | None) -> None:
         if self._control is not None and self._session is not None:
@@ -67,7 +82,12 @@ class CellListener:
             self._control.close()
         for file in filter(None, (self._steps, self._evaluations)):
             file.close()
-        self._control = self._steps = self._evaluations = None
+        self._steps = self._evaluations = None
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and text of an error, as a traceback ends; the first line of it."""
+    return "".join(traceback.format_exception_only(error)).strip().splitlines()[0][:LONGEST_LINE]
 
 
 def parameters_hash(module: torch.nn.Module) -> str:

@@ -28,11 +28,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from netsenseml.catalog import check_method
+from netsenseml.failure import blames_peer
 from netsenseml.hook import Session, attach
 from netsenseml.records import monotonic_s
 from testbed import protocol
 from testbed.worker.client import ControlClient
 from testbed.worker.emulate import Emulated, Timing
+from testbed.worker.listener import one_line
 from testbed.worker.zoo import Dataset, make_data, make_emulated, make_model, make_optimizer
 
 
@@ -235,13 +237,13 @@ def _momentum_where_it_belongs(
 
 def _report(error: Exception, session: Session | None) -> None:
     """Tell the orchestrator, if it can still be reached."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     with contextlib.suppress(OSError, ValueError):
         if session is None:
             path = Path(_required(protocol.ENV_CELL_DIR)) / protocol.SOCKET_FILE
-            ControlClient(path, _integer("RANK")).send({"type": "failed", "error": line})
+            line = str(error).strip() if isinstance(error, ValueError) else ""
+            ControlClient(path, _integer("RANK")).failed(line or one_line(error), by_peer=blames_peer(error))
         else:
-            session.fail(line)
+            session.fail(error)
 
 
 def _compute_s(compute: Any, rank: int) -> float:

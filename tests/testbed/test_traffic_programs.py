@@ -15,6 +15,7 @@ import pytest
 from netsenseml.records import monotonic_s, read_records
 from testbed import protocol
 from testbed.run.control import ControlServer
+from testbed.run.messages import Ready
 from testbed.traffic.flows import TRAFFIC_PROGRAM, Duration, Flow, Streams
 
 ROOT = Path(__file__).parents[2]
@@ -26,13 +27,16 @@ def running(directory, flow):
     """Both ends of a flow, ready; yields the server and the two processes by name."""
     programs = {}
     try:
-        with ControlServer(directory / protocol.SOCKET_FILE, 1) as control:
-            for end in ("receive", "send"):
+        ends = ("receive", "send")
+        with ControlServer(directory / protocol.SOCKET_FILE, [(flow.name, end) for end in ends]) as control:
+            for end in ends:
+                env = {**os.environ, "PYTHONPATH": str(ROOT), protocol.ENV_TOKEN: control.tokens[flow.name, end]}
                 command = [sys.executable, "-m", TRAFFIC_PROGRAM, end, flow.to_json(), "127.0.0.1", str(directory)]
                 with open(directory / f"{end}.log", "w") as log:
-                    programs[end] = subprocess.Popen(command, stderr=log, env={**os.environ, "PYTHONPATH": str(ROOT)})
-            for _ in programs:
-                assert control.inbox.get(timeout=20)["flow"] == flow.name
+                    programs[end] = subprocess.Popen(command, stderr=log, env=env)
+            heard = [control.inbox.get(timeout=20) for _ in programs]
+            assert {one.member for one in heard} == set(control.tokens)
+            assert all(isinstance(one.message, Ready) for one in heard)
             yield control, programs
     finally:
         for program in programs.values():

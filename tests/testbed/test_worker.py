@@ -27,10 +27,11 @@ class Orchestrator:
     """The least that a worker needs: start when all are ready, heartbeats, hold and stop."""
 
     def __init__(self, directory: Path, ranks: int) -> None:
-        self.messages: list[dict[str, Any]] = []
+        self.messages: list[tuple[int, dict[str, Any]]] = []
         self._ranks = ranks
         self._server = protocol.listen_unix(directory / protocol.SOCKET_FILE)
         self._buffers: dict[Any, protocol.MessageBuffer] = {}
+        self._speaks: dict[Any, int] = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._server, selectors.EVENT_READ)
 
@@ -41,7 +42,7 @@ class Orchestrator:
 
     def of(self, kind: str) -> dict[int, dict[str, Any]]:
         """The newest message of a kind, by rank."""
-        return {message["rank"]: message for message in self.messages if message["type"] == kind}
+        return {rank: message for rank, message in self.messages if message["type"] == kind}
 
     def tell(self, message: dict[str, Any]) -> None:
         for connection in self._buffers:
@@ -61,7 +62,12 @@ class Orchestrator:
             self._buffers[connection] = protocol.MessageBuffer()
             self._selector.register(connection, selectors.EVENT_READ)
         elif data := connection.recv(65536):
-            self.messages += self._buffers[connection].feed(data)
+            for message in self._buffers[connection].feed(data):
+                if connection not in self._speaks:
+                    assert message["type"] == "hello"
+                    self._speaks[connection] = int(message["token"].removeprefix("rank "))
+                else:
+                    self.messages.append((self._speaks[connection], message))
         else:
             self._selector.unregister(connection)
             del self._buffers[connection]
@@ -115,13 +121,18 @@ def write_cell(directory: Path, ranks: int, method: str = "topk", seed: int = 0,
     (directory / protocol.CELL_FILE).write_text(json.dumps(cell))
 
 
+def work(rank: int) -> int:
+    os.environ[protocol.ENV_TOKEN] = f"rank {rank}"
+    return program.main()
+
+
 def start_workers(directory: Path, ranks: int) -> Ranks:
     env = {
         protocol.ENV_CELL_DIR: str(directory),
         ENV_LISTENER: protocol.LISTENER,
         protocol.ENV_RENDEZVOUS: f"file://{directory}/rendezvous",
     }
-    return Ranks(program.main, [()] * ranks, env, directory / "log")
+    return Ranks(work, [(rank,) for rank in range(ranks)], env, directory / "log")
 
 
 @pytest.mark.parametrize("method", ["allreduce", "netsense"])
@@ -148,7 +159,7 @@ def test_trains_to_the_end(tmp_path: Path, method: str, workload: dict[str, Any]
     assert evaluations[-1]["step"] == steps
     assert evaluations[-1]["accuracy"] == done[0]["accuracy"] > 0.3
     assert evaluations[-1].keys() == protocol.EVAL_COLUMNS.keys()
-    assert orchestrator.of("eval")[0].keys() == {"type", "rank", *protocol.EVAL_COLUMNS}
+    assert orchestrator.of("eval")[0].keys() == {"type", *protocol.EVAL_COLUMNS}
 
 
 def test_all_ranks_stop_after_the_same_step_and_pace_is_kept(tmp_path: Path) -> None:
@@ -236,6 +247,7 @@ print(len([name for name in threads if name != "jemalloc_bg_thd"]))
     assert done.stdout == "1\n", done.stderr
 
 
+RANK_3 = {**os.environ, protocol.ENV_TOKEN: "rank 3"}
 CLIENT = """
 import sys, time
 from pathlib import Path
@@ -255,7 +267,7 @@ assert "torch" not in sys.modules
 def test_a_worker_that_is_left_alone_ends_itself(tmp_path: Path, ending: str, said: str) -> None:
     with orchestrated(tmp_path, 1) as orchestrator:
         argv = [sys.executable, "-c", CLIENT, str(tmp_path / protocol.SOCKET_FILE), "stay", "30"]
-        with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=RANK_3) as process:
             orchestrator.until(lambda: bool(orchestrator.of("ready")))
             orchestrator.tell({"type": "start", "t0": 0.0})
             if ending == "lost":
@@ -268,7 +280,7 @@ def test_a_worker_that_is_left_alone_ends_itself(tmp_path: Path, ending: str, sa
 def test_after_closing_silence_is_no_reason_to_end(tmp_path: Path) -> None:
     with orchestrated(tmp_path, 1) as orchestrator:
         argv = [sys.executable, "-c", CLIENT, str(tmp_path / protocol.SOCKET_FILE), "close", "1"]
-        with subprocess.Popen(argv) as process:
+        with subprocess.Popen(argv, env=RANK_3) as process:
             orchestrator.start()
             assert process.wait(10) == 0
 

@@ -1,0 +1,248 @@
+"""Kill parts of running experiments at random moments, and see what is left, lost and said.
+
+    python tests/chaos/kills.py [--kills 20] [--seed 0] [--lab netns] [--lab docker]
+
+Each round runs a small experiment and sends one signal to one of its processes: the orchestrator, the first process of the
+lab, the process that forks workers, a worker, a program of the traffic, a delay line or a container. Then, after the stated
+clean-up (none; in Docker ``testbed clean`` where the orchestrator was killed), nothing may be left of it, what lay beside it
+must be as it was, all records that were a second old must load, and nobody may have seen a traceback.
+"""
+
+import argparse
+import collections
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import yaml
+
+from testbed import load_run
+
+ROOT = Path(__file__).parents[2]
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+TARGETS = ("orchestrator", "group", "inside", "fork server", "worker", "traffic", "delay line", "container")
+_END_S = 15.0
+SPEC = {
+    "name": "chaos",
+    "workers": 2,
+    "network": {"link": {"rate": "20mbit"}},
+    "schedule": [{"at": "700ms", "set": {"rate": "10mbit"}}, {"at": "1s", "ramp": {"rate": "20mbit"}, "over": "500ms"}],
+    "traffic": [{"from": "bg0", "to": "w1", "at": "500ms", "udp": {"rate": "1mbit"}}],
+    "workload": {"model": {"name": "mlp", "hidden": [64]}, "stop": {"seconds": 2.5}, "compute": {"pace": "20ms"}},
+    "methods": ["allreduce", "topk"],
+}
+
+
+@dataclass
+class Outcome:
+    """One round. phase: in which the signal came. faults: what should not be; empty if all is well."""
+
+    lab: str
+    phase: str = "nothing made"
+    target: str = ""
+    signal: str = ""
+    seconds: float = 0.0
+    code: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+def one_round(lab: str, draw: random.Random, directory: Path) -> Outcome:
+    spec = {**SPEC, "lab": lab}
+    if lab == "netns" and draw.random() < 0.5:
+        spec["network"] = {"link": {"rate": "20mbit", "delay": "5ms"}, "engine": "userspace"}
+    (directory / "chaos.yaml").write_text(yaml.safe_dump(spec))
+    printed = directory / "printed.txt"
+    with open(printed, "w") as log:
+        command = [sys.executable, "-m", "testbed.cli", "run", str(directory / "chaos.yaml"), "--out", str(directory / "runs")]
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=ENV, start_new_session=True)
+    outcome = Outcome(lab)
+    wanted = draw.choice([target for target in TARGETS if (target == "container") <= (lab == "docker")])
+    outcome.signal = draw.choice(SIGNALS).name
+    kill_at_s = time.monotonic() + draw.uniform(0.2, 12.0 if lab == "netns" else 18.0)
+    written: collections.deque[tuple[float, int]] = collections.deque()
+    victims: Sequence[int] = ()
+    while process.poll() is None and not victims:
+        written.append((time.monotonic(), _rows(directory)))
+        if time.monotonic() >= kill_at_s:
+            victims = _victims(process.pid, wanted, draw)
+            outcome.phase = _phase(directory)
+        time.sleep(0.05)
+    killed_s = time.monotonic()
+    outcome.target = wanted if victims else "it had ended"
+    for pid in victims:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.Signals[outcome.signal])
+    must_load = max((rows for at_s, rows in written if at_s < killed_s - 1), default=0)
+    stops_all = wanted in ("orchestrator", "group") and bool(victims)
+    try:
+        process.wait(_END_S if stops_all else 90)
+    except subprocess.TimeoutExpired:
+        outcome.faults.append("did not end")
+        process.kill()
+        process.wait()
+    outcome.code, outcome.seconds = process.returncode, time.monotonic() - killed_s
+    outcome.faults += _faults(outcome, directory, printed.read_text(errors="replace"), must_load)
+    return outcome
+
+
+def _victims(orchestrator: int, wanted: str, draw: random.Random) -> list[int]:
+    with contextlib.suppress(psutil.Error):
+        below = psutil.Process(orchestrator).children(recursive=True)
+        if wanted == "orchestrator":
+            return [orchestrator]
+        if wanted == "group":
+            return [pid for pid in psutil.pids() if _group(pid) == orchestrator]
+        if wanted == "container":
+            return [draw.choice(found)] if (found := _containers()) else []
+        words = {
+            "inside": "testbed.run.inside",
+            "fork server": "testbed.labs.forkserver",
+            "delay line": "testbed.links.delayline",
+        }
+        if wanted in words:
+            return [one.pid for one in below if words[wanted] in one.cmdline() and one.name() != "unshare"][:1]
+        servers = {one.pid for one in below if "testbed.labs.forkserver" in one.cmdline()}
+        forked = [one.pid for one in below if one.ppid() in servers]
+        return [draw.choice(forked)] if forked else []
+    return []
+
+
+def _group(pid: int) -> int:
+    with contextlib.suppress(ProcessLookupError):
+        return os.getpgid(pid)
+    return 0
+
+
+def _containers() -> list[int]:
+    command = ["docker", "ps", "--quiet", "--filter", "label=netsense.testbed"]
+    names = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    ask = ["docker", "inspect", "--format", "{{.State.Pid}}", *names]
+    return (
+        [int(pid) for pid in subprocess.run(ask, capture_output=True, text=True, check=False).stdout.split()] if names else []
+    )
+
+
+def _rows(directory: Path) -> int:
+    files = directory.glob("runs/*/cells/*/steps-r0.jsonl")
+    with contextlib.suppress(OSError):
+        return sum(file.read_bytes().count(b"\n") for file in files)
+    return 0
+
+
+def _phase(directory: Path) -> str:
+    cells = list(directory.glob("runs/*/cells/*"))
+    if not cells:
+        return "start"
+    if list(directory.glob("runs/*/summary.json")):
+        return "report"
+    going = [cell for cell in cells if not (cell / "result.json").exists()]
+    if not going:
+        return "results"
+    if any((cell / "host.jsonl").exists() for cell in going):
+        return "steps"
+    return "calibration" if any((cell / "calibration.jsonl").exists() for cell in going) else "lab and workers"
+
+
+def _faults(outcome: Outcome, directory: Path, printed: str, must_load: int) -> Iterator[str]:
+    if "Traceback" in printed:
+        yield "a traceback: " + printed.strip().splitlines()[-1]
+    end = time.monotonic() + 5
+    while (left := _left(directory)) and time.monotonic() < end:
+        time.sleep(0.1)
+    if left:
+        yield f"left: {', '.join(left)}"
+    if outcome.lab == "docker":
+        subprocess.run([sys.executable, "-m", "testbed.cli", "clean"], env=ENV, capture_output=True, check=False)
+        for kind in ("container", "network"):
+            command = ["docker", kind, "ls", "--quiet", "--filter", "label=netsense.testbed"]
+            if names := subprocess.run(command, capture_output=True, text=True, check=False).stdout.split():
+                yield f"left in Docker: {kind} {', '.join(names)}"
+    for run in directory.glob("runs/*"):
+        if (run / "spec.yaml").exists():
+            steps = load_run(run).steps
+            have = int((steps["rank"] == 0).sum())
+            again = any((cell / "logs" / "earlier").exists() for cell in run.glob("cells/*"))
+            if have < must_load and not again:  # a cell that is tried again begins anew
+                yield f"{must_load - have} of {must_load} records lost"
+    if outcome.target in ("orchestrator", "group") and outcome.signal != "SIGKILL" and outcome.phase != "start":
+        if outcome.code not in (130, 0, 3):
+            yield f"exit code {outcome.code}"
+    elif outcome.target not in ("orchestrator", "group") and outcome.code not in (0, 1, 3):
+        yield f"exit code {outcome.code}"
+
+
+def _left(directory: Path) -> list[str]:
+    """Processes that name the directory, or run a program of the testbed without an orchestrator."""
+    found = []
+    for one in psutil.process_iter(["cmdline", "pid"]):
+        words = " ".join(one.info["cmdline"] or [])
+        if str(directory) in words and one.pid != os.getpid():
+            found.append(f"{one.pid} {words[:60]}")
+    return found
+
+
+@contextlib.contextmanager
+def bystanders(labs: Sequence[str]) -> Iterator[list[str]]:
+    """Things of others beside the experiments; yields a list that has, at the end, what happened to them."""
+    harmed: list[str] = []
+    sleeper = subprocess.Popen(["sleep", "100000"], start_new_session=True)
+    names = "netsense-chaos-bystander"
+    docker = "docker" in labs
+    if docker:
+        subprocess.run(["docker", "network", "create", names], capture_output=True, check=True)
+    try:
+        yield harmed
+        if sleeper.poll() is not None:
+            harmed.append("a process of another")
+        if docker and subprocess.run(["docker", "network", "inspect", names], capture_output=True, check=False).returncode:
+            harmed.append("a network of another")
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+        if docker:
+            subprocess.run(["docker", "network", "rm", names], capture_output=True, check=False)
+
+
+def main() -> int:
+    """Prints every round and a table; exit code 1 if something is not as it should be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lab", action="append", choices=["netns", "docker"])
+    options = parser.parse_args()
+    labs = options.lab or ["netns"]
+    outcomes = []
+    with bystanders(labs) as harmed:
+        for number in range(options.kills):
+            draw = random.Random(f"{options.seed} {number}")
+            scratch = Path(tempfile.mkdtemp(prefix="netsense-chaos-"))
+            try:
+                one = one_round(labs[number % len(labs)], draw, scratch)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+            outcomes.append(one)
+            what = f"{one.signal} to {one.target} in {one.phase}"
+            verdict = "; ".join(one.faults) or "well"
+            print(f"{number:4} {one.lab:6} {what:50} exit code {one.code:4} after {one.seconds:5.1f} s: {verdict}", flush=True)
+    table = collections.Counter((one.lab, one.phase, one.target, one.signal) for one in outcomes)
+    bad = collections.Counter((one.lab, one.phase, one.target, one.signal) for one in outcomes if one.faults)
+    print(f"\n{'lab':7} {'phase':16} {'target':14} {'signal':8} {'rounds':>6} {'faults':>6}")
+    for key, count in sorted(table.items()):
+        print(f"{key[0]:7} {key[1]:16} {key[2]:14} {key[3]:8} {count:6} {bad[key]:6}")
+    print(f"\n{len(outcomes)} rounds, {sum(bad.values())} with faults; harmed beside them: {', '.join(harmed) or 'nothing'}")
+    return int(bool(bad) or bool(harmed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
