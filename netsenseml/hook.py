@@ -337,7 +337,9 @@ class Session:
         self._watching.remove()
         self._closed = True
         if max(self._statistics.ready_s, default=-math.inf) > self._exchanged_s:  # in the middle of a backward
-            self._failed(sys.exc_info()[1] or RuntimeError("the session was closed in the middle of a backward"))
+            error = sys.exc_info()[1] or RuntimeError("the session was closed in the middle of a backward")
+            self._failed(error)
+            self.fail(error)  # now, since leaving may take a while
         elif self._statistics.elements:
             self._close_step(monotonic_s(), None, None)
         listeners, self._listeners = self._listeners, []

@@ -38,8 +38,10 @@ class RecordFile:
     Only the row being written at the moment of a power failure can be torn; ``read_records`` leaves it out.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    def __init__(self, path: Path, *, new: bool = False) -> None:
+        """new: it must not be there yet, lest others have put something, or a link to something, in its place."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | (os.O_EXCL | os.O_NOFOLLOW if new else 0)
+        self._fd = os.open(path, flags, 0o644)
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows of what JSON can hold, all or none; a value that is NaN is written as null. Raises OSError."""

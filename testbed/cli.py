@@ -108,7 +108,7 @@ def report(
 ) -> None:
     """Write summary and report of a run again, for example of one that was killed."""
     from testbed.results.load import NotARun, load_run, require_run
-    from testbed.run.start import finish
+    from testbed.run.start import report_run
 
     def write() -> int:
         write_events = _event_writer() if tensorboard is not None else None
@@ -119,7 +119,7 @@ def report(
                     tensorboard.mkdir(parents=True, exist_ok=True)
                 except OSError as error:
                     _fail(f"--tensorboard: {error.filename or tensorboard}: {error.strerror or error}", EXIT_BAD_INPUT)
-            code = finish(directory, Console())
+            code = report_run(directory, Console())
         except (NotARun, ValueError) as error:
             _fail(str(error), EXIT_BAD_INPUT)
         if write_events is not None and tensorboard is not None:
@@ -280,8 +280,10 @@ def _guarded(call: Callable[[], T]) -> T:
         _fail(str(error), EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    except ValueError as error:  # a run directory that is damaged
+        _fail(str(error), EXIT_FAILED)
     except OSError as error:
-        _fail(f"{error.filename or 'this machine'}: {error.strerror or error}", EXIT_FAILED)
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), EXIT_FAILED)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -1,27 +1,37 @@
 """Files of a run directory. Programs of others write beside them, so what lies there need not be what we left."""
 
+import contextlib
+import errno
 import json
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 LARGEST_BYTES = 64 << 20
+_LEFT_S = 600.0
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to be read; raises OSError for all else, such as a link or a pipe."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no file", str(path))
+    return open(descriptor, "rb")
 
 
 def read_text(path: Path) -> str:
-    """Text of a regular file; raises OSError, or ValueError if it is too large, for all else, such as a link or a pipe."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with open(descriptor, encoding="utf-8", errors="replace") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(0, "is no file", str(path))
-        if found.st_size > LARGEST_BYTES:
-            raise ValueError(f"{path}: is larger than {LARGEST_BYTES >> 20} MiB")
-        return file.read()
+    """Text of a file, if it is one; raises OSError, or ValueError if it is too large."""
+    with open_regular(path) as file:
+        data = file.read(LARGEST_BYTES + 1)
+    if len(data) > LARGEST_BYTES:
+        raise ValueError(f"{path}: is larger than {LARGEST_BYTES >> 20} MiB")
+    return data.decode(errors="replace")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -47,6 +57,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Its name cannot be foreseen, and a link that has the name of either is not followed.
     """
+    for left in path.parent.glob(f".{path.name}-*"):  # of a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.lstat().st_mtime > _LEFT_S:
+                left.unlink()
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     temporary = Path(name)
     try:

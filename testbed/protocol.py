@@ -49,6 +49,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
+from testbed.files import read_text
+
 ENV_CELL_DIR = "NETSENSE_CELL_DIR"
 """Directory of the cell as the worker sees it; unset outside the testbed."""
 
@@ -121,7 +123,7 @@ class CellConfig(TypedDict):
 
 def read_cell(directory: Path) -> CellConfig:
     """Read ``cell.json``; raises OSError or ValueError if it is missing or damaged."""
-    return cast(CellConfig, decode_message((directory / CELL_FILE).read_bytes()))
+    return cast(CellConfig, decode_message(read_text(directory / CELL_FILE).encode()))
 
 
 def steps_file(directory: Path, rank: int) -> Path:

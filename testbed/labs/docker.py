@@ -202,7 +202,8 @@ class DockerLab:
         require_image(client, self._image)
         clean(dry_run=False, client=client)
         os.chown(self._directory, *self.user)
-        _give(self._directory / "cells", *self.user)
+        for written in ("cells", "script"):
+            _give(self._directory / written, *self.user)
         mounts = [Mount(str(_RUN_DIR), _path_for_daemon(client, self._directory), type="bind")]
         mounts += [Mount(str(f), _path_for_daemon(client, f), type="bind", read_only=True) for f in self._plan.folders]
         mounts.append(Mount(_COMPILED, None, type="volume"))
@@ -468,9 +469,11 @@ def _require_capabilities() -> None:
 
 
 def _give(path: Path, uid: int, gid: int) -> None:
+    """Hand a tree over, if it is there; a link that a worker may have put in its place is not followed."""
+    if path.is_symlink():
+        raise LabError(f"{path} is a link; something else has put it there, remove it")
     for directory, _, files in os.walk(path):
-        os.chown(directory, uid, gid)
-        for name in files:
+        for name in (".", *files):
             os.chown(Path(directory, name), uid, gid, follow_symlinks=False)
 
 

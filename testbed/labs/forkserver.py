@@ -35,6 +35,8 @@ from testbed.links.netlink import setns
 
 _DATAGRAM = 1 << 17
 _PR_SET_CHILD_SUBREAPER = 36
+_END_S = 5.0
+"""A process that the kernel cannot end, because it waits for a disk, is waited for no longer."""
 _NICE = 10
 """Enough that the delay line is late with less than 1 % of its frames beside workers that fill all processors; 5 was not."""
 
@@ -91,13 +93,19 @@ class ForkServer:
         threading.Thread(target=self._listen, args=(ours,), name="forkserver", daemon=True).start()
 
     def revive(self) -> None:
-        """Start the server again if it has died; what it had started has been killed."""
-        if self._dead:
-            os.waitpid(self._pid, 0)
-            self._spawn()
+        """Start the server again if it has died, with nothing left of what it had started."""
+        if not self._dead:
+            return
+        os.waitpid(self._pid, 0)
+        if os.getpid() == 1:  # of a PID namespace: all others in it descended from the server
+            for pid in psutil.pids():
+                if pid != 1:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+        self._spawn()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for child in self._children.values():
+        for child in list(self._children.values()):
             child.kill()
         with contextlib.suppress(OSError):  # it may have died
             # shutdown, not close: the listening thread is blocked in recv and holds the socket open.
@@ -109,8 +117,8 @@ class ForkServer:
         reply = self._ask({"argv": list(argv), "env": dict(env), "log": str(log)}, [namespace])
         if "pid" not in reply:
             raise HostFailed(f"cannot start {argv[0]}: {reply['error']}")
-        with self._arrived:
-            return self._children.setdefault(reply["pid"], ForkedProcess(reply["pid"]))
+        child: ForkedProcess = reply["process"]
+        return child
 
     def end_all(self) -> None:
         """Kill all programs and what they have started, and wait until they have ended; a session of its own hides none."""
@@ -146,11 +154,14 @@ class ForkServer:
                     return
                 message = json.loads(data)
                 if "exited" in message:
-                    child = self._children.setdefault(message["exited"], ForkedProcess(message["exited"]))
-                    child.code = message["code"]
-                else:
-                    self._replies.append(message)
-                    self._arrived.notify_all()
+                    # Of what a program started and left behind nothing was said. PIDs come round again.
+                    if ended := self._children.pop(message["exited"], None):
+                        ended.code = message["code"]
+                    continue
+                if "pid" in message:
+                    message["process"] = self._children[message["pid"]] = ForkedProcess(message["pid"])
+                self._replies.append(message)
+                self._arrived.notify_all()
 
 
 def serve(channel: socket.socket, preload: Sequence[str]) -> list[str]:
@@ -209,11 +220,18 @@ def _give_way() -> None:
 def _end_all() -> None:
     """Kill what descends from this process, until nothing is left; the ends are reported afterwards, as always."""
     own = psutil.Process()
-    while living := [one for one in own.children(recursive=True) if one.status() != psutil.STATUS_ZOMBIE]:
+    given_up_s = time.monotonic() + _END_S
+    while (living := list(filter(_lives, own.children(recursive=True)))) and time.monotonic() < given_up_s:
         for one in living:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
         time.sleep(0.002)
+
+
+def _lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def _report_ended(channel: socket.socket) -> None:
@@ -235,7 +253,7 @@ def _send(channel: socket.socket, message: Mapping[str, Any]) -> None:
 
 
 def _become(request: Mapping[str, Any], namespace: int, preload: Sequence[str]) -> list[str]:
-    """The forked child: becomes the program and never returns; but returns a Python script, which runs as Python runs it."""
+    """The forked child: becomes the program. Returns only what is to run as a script, with its arguments."""
     code = 1
     try:
         os.setpgid(0, 0)
@@ -255,7 +273,7 @@ def _become(request: Mapping[str, Any], namespace: int, preload: Sequence[str]) 
             sys.modules.pop(argv[2])  # it is run as __main__ now; runpy would warn of two copies in every log
             runpy.run_module(argv[2], run_name="__main__", alter_sys=False)
             code = 0
-        elif argv[0] == "python" and argv[1].endswith(".py"):
+        elif argv[0] == "python" and argv[1].endswith(".py") and not _shadows(Path(argv[1])):
             return argv[1:]
         else:
             program = sys.executable if argv[0] == "python" else argv[0]
@@ -267,6 +285,12 @@ def _become(request: Mapping[str, Any], namespace: int, preload: Sequence[str]) 
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _shadows(script: Path) -> bool:
+    """Whether a module beside a script has the name of one that is imported already, and should have come first."""
+    beside = {path.stem if path.suffix == ".py" else path.name for path in script.parent.iterdir()} - {script.stem}
+    return not beside.isdisjoint(sys.modules)
 
 
 def _run_script(argv: list[str]) -> None:
@@ -295,15 +319,18 @@ def _run_script(argv: list[str]) -> None:
     except BaseException as error:
         trace = error.__traceback__.tb_next if error.__traceback__ else None  # without this function
         sys.excepthook(type(error), error.with_traceback(trace), trace)
+        del trace
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    for module in list(sys.modules.values()):
-        if module is main or (getattr(module, "__file__", None) or "").startswith(folder + os.sep):
-            module.__dict__.clear()
+    for name, module in list(sys.modules.items()):
+        if module is main or str(getattr(module, "__file__", "")).startswith(folder + os.sep):
+            del sys.modules[name]
+    del main, module
     gc.collect()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        with contextlib.suppress(Exception):  # a script may have closed it, or put something else in its place
+            stream.flush()  # type: ignore[union-attr]
     os._exit(code & 0xFF)
 
 

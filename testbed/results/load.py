@@ -73,8 +73,9 @@ def load_run(path: str | Path) -> Run:
     path = Path(path)
     require_run(path)
     spec = _read_spec(path / "spec.yaml")
-    cell_dirs = sorted((d for d in (path / "cells").glob("*") if d.is_dir()), key=_natural)
+    cell_dirs = sorted((d for d in (path / "cells").glob("*") if d.is_dir() and not d.is_symlink()), key=_natural)
     cells = [cell_row(d) for d in cell_dirs]
+    tables = {name: _all_cells(cell_dirs, name, cells) for name in TABLES}
     factors = {cell["cell"]: cell["dilation"] for cell in cells}
     return Run(
         path=path,
@@ -83,7 +84,7 @@ def load_run(path: str | Path) -> Run:
         environment=read_json(path / "environment.json") or {},
         summary=read_json(path / SUMMARY_FILE),
         cells=reported(pd.DataFrame(cells, columns=list(_CELL_DEFAULTS)), factors),
-        **{name: reported(_all_cells(cell_dirs, name), factors) for name in TABLES},
+        **{name: reported(table, factors) for name, table in tables.items()},
     )
 
 
@@ -142,8 +143,15 @@ _CELL_DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def _all_cells(cell_dirs: list[Path], name: str) -> pd.DataFrame:
-    tables = [table for d in cell_dirs if len(table := read_table(d, name))]
+def _all_cells(cell_dirs: list[Path], name: str, cells: list[dict[str, Any]]) -> pd.DataFrame:
+    """One table of all cells; what cannot be read is a problem of its cell, which is added to its row of ``cells``."""
+    tables = []
+    for directory, cell in zip(cell_dirs, cells, strict=True):
+        try:
+            if len(table := read_table(directory, name)):
+                tables.append(table)
+        except ValueError as error:
+            cell["problems"] = [*cell["problems"], str(error)]
     return pd.concat(tables or [to_frame([], TABLES[name], dict.fromkeys(IDENTITY_COLUMNS))], ignore_index=True)
 
 

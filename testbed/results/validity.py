@@ -171,7 +171,7 @@ def missed_pace(steps: pd.DataFrame, compute: Mapping[str, Any] | str) -> list[s
     medians = steps.groupby("rank")[["compute_s", "step_s"]].median().dropna()
     if not pace_s or medians.empty:
         return []
-    compute_s, step_s = medians["compute_s"], medians["step_s"]
+    compute_s, step_s = medians["compute_s"], medians.max(axis=1)
     own_s = pace_s * pd.Series({rank: factors[rank] if rank < len(factors) else 1.0 for rank in compute_s.index})
     excess_s = compute_s - own_s
     longer = excess_s / (step_s - excess_s)  # where most of a step is exchange, it hardly matters

@@ -1,6 +1,7 @@
 """The orchestrator of one cell: lab up, workers ready, t = 0, stop, teardown; whatever happens, a result is written."""
 
 import json
+import math
 import os
 import queue
 import shutil
@@ -12,13 +13,13 @@ from typing import Any
 from netsenseml.listener import ENV_LISTENER
 from netsenseml.records import RecordFile, monotonic_s
 from testbed import protocol
-from testbed.files import read_json, replacing
+from testbed.files import open_regular, read_json, replacing
 from testbed.labs.base import HostFailed, Lab, LabPlan, Process
 from testbed.links.calibration import calibrate, measurable
 from testbed.plan import Cell, notes
 from testbed.run import messages
-from testbed.run.control import ControlServer, Fault, Lost, Member
-from testbed.run.directory import give_reserve_up, no_room
+from testbed.run.control import ControlServer, Fault, Heard, Lost, Member
+from testbed.run.directory import no_room, release_reserve
 from testbed.run.door import LinkDoor
 from testbed.run.driver import LinkDriver
 from testbed.run.host import HostMonitor
@@ -30,9 +31,9 @@ READY_TIMEOUT_S = 180.0
 SILENT_WORKER_S = 30.0
 _POLL_S = 0.25
 _LAST_WORDS_S = 1.0
-"""How long others may take to say that they have failed, too; then it is told who was the first."""
-_LAST_STEP_S = 30.0
-"""When the time of a cell is over, the step in work has at least so long to show that it goes on."""
+"""So long others are waited for: to say that they have failed, too, or what they are doing, or a last word after their end."""
+_CUT_S = 30.0
+"""When the time of a cell is over and a link is cut, the step in work has so long to show that it goes on."""
 _MOVED_BYTES = 4096
 """So much must arrive for gradients to count as moving; TCP asks now and then whether a link that is cut works again."""
 
@@ -79,6 +80,9 @@ def run_cell(cell: Cell, open_lab: OpenLab, directory: Path, tick: Tick, earlier
     except (CellFailed, HostFailed) as error:
         result.status = "failed"
         result.problems.append(str(error))
+    except OSError as error:
+        result.status = "failed"
+        result.problems.append(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     finally:
         write_result(directory, result)
     return result
@@ -89,8 +93,11 @@ def _members(cell: Cell) -> list[Member]:
     return [*range(len(cell.workers)), *((flow.name, end) for flow in cell.flows for end in ("receive", "send"))]
 
 
-def prepare_cell(cell: Cell, directory: Path) -> None:
-    """Make the cell's directory afresh, with cell.json; of an earlier try only the logs are kept, in logs/earlier."""
+def prepare_cell(cell: Cell, directory: Path, earlier: Sequence[str] = ()) -> None:
+    """Make the cell's directory afresh, with cell.json; of an earlier try only the logs are kept, in logs/earlier.
+
+    earlier: why it failed before.
+    """
     logs = directory / "logs"
     kept = directory.with_name(f".{directory.name}-logs")
     if logs.is_dir() and any(logs.iterdir()):
@@ -103,6 +110,7 @@ def prepare_cell(cell: Cell, directory: Path) -> None:
     links = {name: state.to_json() for name, state in cell.lab.links.items()}
     config = {**cell.config(), "label": cell.method.label, "overrides": dict(cell.overrides), "links": links}
     config["dilation"] = cell.dilation
+    config["earlier"] = list(earlier)
     config["tcp"] = asdict(cell.lab.tcp)
     config["engine"] = cell.lab.engine
     config["notes"] = notes(cell)
@@ -112,12 +120,14 @@ def prepare_cell(cell: Cell, directory: Path) -> None:
 
 def write_result(directory: Path, result: CellResult) -> None:
     """Write result.json in one step; its presence says that the cell ended."""
+    for table in directory.glob("*.parquet"):  # they are made of the records later; a worker may have left others
+        table.unlink()
     try:
         _write_result(directory, result)
     except OSError as error:
         if not no_room(error):
             raise
-        give_reserve_up(directory.parents[1])
+        release_reserve(directory.parents[1])
         _write_result(directory, result)
 
 
@@ -212,7 +222,8 @@ class _CellRunner:
                 ENV_LISTENER: protocol.LISTENER,
             }
             if self._cell.program:
-                argv = ["python", f"{directory}/../../{self._cell.program[0]}", *self._cell.program[1:]]
+                script = host.seen(self._directory.parents[1] / self._cell.program[0])
+                argv = ["python", script, *self._cell.program[1:]]
             else:
                 argv = ["python", "-m", "testbed.worker.program"]
             self._processes[rank] = host.start(argv, env, self._log(rank))
@@ -232,7 +243,7 @@ class _CellRunner:
             measurements = calibrate(self._lab, self._cell.lab, self._directory / "logs")
         except OSError as error:
             raise CellFailed(f"the links could not be calibrated: {error}") from error
-        records = RecordFile(self._directory / "calibration.jsonl")
+        records = RecordFile(self._directory / "calibration.jsonl", new=True)
         records.append([measurement.to_json() for measurement in measurements])
         records.close()
 
@@ -257,7 +268,7 @@ class _CellRunner:
     def _watch(self, t0_s: float, driver: LinkDriver, monitor: HostMonitor) -> None:
         stop = self._cell.stop
         progress = _Progress(monotonic_s(), self._cell)
-        while not all(self._codes.get(rank) == 0 for rank in self._ranks):
+        while not all(self._codes.get(rank) == 0 and rank in self._done for rank in self._ranks):
             now_s = monotonic_s() - t0_s
             if not self._holding and "seconds" in stop and now_s >= stop["seconds"]:
                 self._hold()
@@ -271,10 +282,11 @@ class _CellRunner:
                 what = "records could not be written" if _is_full(driver.failure) else "a link could not be changed or read"
                 raise CellFailed(f"{what}: {driver.failure}")
             if monitor.failure is not None:
-                raise CellFailed(f"records could not be written: {monitor.failure}")
+                raise CellFailed(f"the load of this machine could not be recorded: {monitor.failure}")
             step = max(self._in_work.values(), default=0)
-            progress.update(monotonic_s(), step, driver.arrived_bytes(self._cell.workers))
-            if waited_s := progress.too_long(monotonic_s(), self._holding):
+            progress.update(monotonic_s(), step + done, driver.arrived_bytes(self._cell.workers))
+            cut = self._holding and not self._stopped and bool(self._links_cut_for_good(now_s))
+            if waited_s := progress.too_long(monotonic_s(), cut):
                 raise CellFailed(self._standstill(waited_s))
             self._tick(now_s, step)
 
@@ -291,10 +303,16 @@ class _CellRunner:
             still = ", ".join(f"{self._name(rank)}{self._at.get(rank, '')}" for rank in late)
             return f"{still} was done and has not ended {waiting}; see {logs}"
         doing = [f"{self._name(r)} in step {self._in_work.get(r, 0)}{self._at.get(r, '')}" for r in late if r not in self._done]
-        cut = [link for link, state in self._lab.links.states.items() if not state.connected]
+        cut = self._links_cut_for_good(math.inf)
         why = f", and {', '.join(cut)} is cut off" if cut else ""
         what = "the last step has not ended" if self._holding else "no step has ended"
         return f"{what} and no gradient moved {waiting}{why}: {', '.join(doing)}; see {logs}"
+
+    def _links_cut_for_good(self, now_s: float) -> list[str]:
+        """Links of workers, and trunks, that are cut and that no change after a time connects again."""
+        joined = {change.link for change in self._cell.timeline if change.at_s > now_s and change.state.connected}
+        needed = {*self._cell.workers, *self._cell.lab.trunks} - joined
+        return [link for link, state in self._lab.links.states.items() if link in needed and not state.connected]
 
     def _hold(self) -> None:
         self._holding = True
@@ -302,11 +320,18 @@ class _CellRunner:
 
     def _receive(self, timeout_s: float) -> None:
         try:
-            heard = self._control.inbox.get(timeout=max(0.001, timeout_s))
+            self._take(self._control.inbox.get(timeout=max(0.001, timeout_s)))
+            while True:
+                self._take(self._control.inbox.get_nowait())
         except queue.Empty:
             return
+
+    def _take(self, heard: Heard) -> None:
         member = heard.member
         self._heard_s[member] = heard.at_s
+        if not isinstance(member, int) and not isinstance(heard.message, messages.Ready | Fault | Lost):
+            self._note(member, _Failure(heard.at_s, "said what is for workers to say"))
+            return
         match heard.message:
             case Lost():
                 self._lost_s.setdefault(member, heard.at_s)
@@ -364,8 +389,8 @@ class _CellRunner:
                 text = "ended with exit code 0 before it was done"
                 hint = "" if rank not in self._ready or not self._cell.program else ", without session.close()"
                 self._note(rank, _Failure(now_s, text + hint))
-        over = all(rank in self._codes for rank in self._ranks)
-        if self._failures and (over or now_s - self._first_noticed_s > _LAST_WORDS_S):
+        all_ended = all(rank in self._codes for rank in self._ranks)
+        if self._failures and (all_ended or now_s - self._first_noticed_s > _LAST_WORDS_S):
             member, failure = min(self._failures.items(), key=lambda found: (found[1].by_peer, found[1].at_s))
             raise CellFailed(f"{self._name(member)} {failure.text}; {_last_line(self._log(member))}")
 
@@ -390,25 +415,20 @@ class _Progress:
         self._counts_arrivals = not cell.flows
         self._step = 0
         self._arrived = 0
-        self._moved_s = self._stepped_s = now_s
-        self._longest_s = 0.0
+        self._moved_s = now_s
 
     def update(self, now_s: float, step: int, arrived_bytes: int) -> None:
-        """step: the newest in work. arrived_bytes: of all workers together, so far."""
+        """step: the newest in work; being done is one more. arrived_bytes: of all workers together, so far."""
         if step > self._step:
-            self._longest_s = max(self._longest_s, (now_s - self._stepped_s) / (step - self._step))
-            self._step, self._stepped_s = step, now_s
-            self._moved_s = now_s
+            self._step, self._moved_s = step, now_s
         if self._counts_arrivals and arrived_bytes - self._arrived > _MOVED_BYTES:
             self._moved_s = now_s
             self._arrived = arrived_bytes
 
-    def too_long(self, now_s: float, last_step: bool) -> float:
-        """Seconds without progress, if these are too many; else 0. last_step: the cell waits only for that to end."""
+    def too_long(self, now_s: float, cut: bool) -> float:
+        """Seconds without progress, if these are too many; else 0. cut: time is up, and a link is cut for good."""
         waited_s = now_s - self._moved_s
-        limit_s = self._timeout_s
-        if last_step and self._longest_s:
-            limit_s = min(limit_s, max(_LAST_STEP_S, 5 * self._longest_s))
+        limit_s = min(self._timeout_s, _CUT_S) if cut else self._timeout_s
         return waited_s if waited_s > limit_s else 0.0
 
 
@@ -427,7 +447,7 @@ def _last_line(log: Path) -> str:
 
 def _tail(log: Path, length: int = 1 << 16) -> str:
     try:
-        with open(log, "rb") as file:
+        with open_regular(log) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - length))
             return file.read(length).decode(errors="replace")
     except OSError:

@@ -9,13 +9,15 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 import psutil
 
+from testbed.files import read_json, replacing
+from testbed.protocol import one_line
 from testbed.spec.files import data_folders, find_folder, script_files, trace_files, with_data_folders, with_trace_files
 from testbed.spec.load import dump_spec
 from testbed.spec.models import ScriptSpec, Spec
@@ -41,7 +43,7 @@ class NoRoom(Exception):
 
 
 @contextmanager
-def owned(directory: Path) -> Iterator[int]:
+def run_lock(directory: Path) -> Iterator[int]:
     """Only one at a time runs the cells of a directory; raises RunIsBusy if another does. Yields a descriptor.
 
     The lock ends with the last process that has the descriptor open, in whatever way. A file system without locks has none.
@@ -63,17 +65,17 @@ def owned(directory: Path) -> Iterator[int]:
         os.close(lock)
 
 
-def keep_reserve(directory: Path) -> None:
+def reserve_room(directory: Path) -> None:
     """Set room aside, so that a cell's result can be written on a disk that is full; raises OSError if there is none."""
-    reserve = os.open(directory / RESERVE_FILE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    reserve = os.open(directory / RESERVE_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         os.posix_fallocate(reserve, 0, _RESERVE_BYTES)
     finally:
         os.close(reserve)
 
 
-def give_reserve_up(directory: Path) -> None:
-    """Free what ``keep_reserve`` has set aside."""
+def release_reserve(directory: Path) -> None:
+    """Free what ``reserve_room`` has set aside."""
     (directory / RESERVE_FILE).unlink(missing_ok=True)
 
 
@@ -86,7 +88,7 @@ def no_room(error: OSError) -> bool:
 def is_full(directory: Path) -> bool:
     """Whether its disk is so full that a run cannot go on in it."""
     try:
-        keep_reserve(directory)
+        reserve_room(directory)
     except OSError as error:
         if no_room(error):
             return True
@@ -123,17 +125,15 @@ def note_environment(directory: Path) -> list[str]:
     """Add what this machine is now to environment.json, if that is another; returns what differs, one line each."""
     now = environment()
     file = directory / ENVIRONMENT_FILE
-    try:
-        recorded = json.loads(file.read_text())
-        newest = [recorded, *recorded.get("resumed", [])][-1]
-    except (OSError, ValueError, AttributeError, RecursionError):
-        recorded, newest = {}, {}
+    recorded = read_json(file) or {}
+    later = [entry for entry in recorded.get("resumed") or [] if isinstance(entry, dict)]
+    newest = later[-1] if later else recorded
     same = {"load_average", "memory_bytes"}  # the load is never the same, the memory of containers hardly
     changed = [key for key in now if key not in same and newest.get(key) != now[key]]
     if changed:
-        recorded["resumed"] = [*recorded.get("resumed", []), now]
-        file.write_text(json.dumps(recorded, indent=1))
-    return [f"{key}: {newest.get(key)} before, {now[key]} now" for key in changed]
+        with replacing(file) as path:
+            path.write_text(json.dumps({**recorded, "resumed": [*later, now]}, indent=1))
+    return [one_line(f"{key}: {newest.get(key)} before, {now[key]} now") for key in changed]
 
 
 def _copy_script(script: ScriptSpec, spec_directory: Path, directory: Path) -> str:
@@ -143,10 +143,21 @@ def _copy_script(script: ScriptSpec, spec_directory: Path, directory: Path) -> s
         target = directory / SCRIPT / path.relative_to(original.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
-            shutil.copytree(path, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", ".git"))
+            shutil.copytree(path, target, dirs_exist_ok=True, ignore=_not_copied(directory))
         else:
             shutil.copy(path, target)
     return f"{SCRIPT}/{original.name}"
+
+
+def _not_copied(run: Path) -> Callable[[str, list[str]], set[str]]:
+    """For copytree: caches, and the folders of runs, which may lie in a folder that is copied into one of them."""
+    runs = run.parent.resolve()
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        place = Path(folder).resolve()
+        return {name for name in names if name in ("__pycache__", ".git") or place / name == runs or place == runs}
+
+    return ignored
 
 
 def copied_script(directory: Path) -> list[str]:

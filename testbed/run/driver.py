@@ -59,9 +59,9 @@ class LinkDriver:
         self._links = links
         self._timeline = timeline
         self._t0_s = t0_s
-        self._events = RecordFile(directory / "events.jsonl")
-        self._samples = RecordFile(directory / "links.jsonl")
-        self._line = RecordFile(directory / "delayline.jsonl") if links.line is not None else None
+        self._events = RecordFile(directory / "events.jsonl", new=True)
+        self._samples = RecordFile(directory / "links.jsonl", new=True)
+        self._line = RecordFile(directory / "delayline.jsonl", new=True) if links.line is not None else None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="links", daemon=True)
 

@@ -45,7 +45,7 @@ class HostMonitor:
     def __init__(self, roots: Iterable[int], t0_s: float, directory: Path) -> None:
         self._roots = frozenset(roots)
         self._t0_s = t0_s
-        self._records = RecordFile(directory / "host.jsonl")
+        self._records = RecordFile(directory / "host.jsonl", new=True)
         self._history: deque[_Counters] = deque(maxlen=round(_WINDOW_S / SAMPLE_S) + 1)
         self._ours: Sequence[int] = ()
         self._next_search_s = 0.0

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from testbed.labs.base import LabError
 from testbed.run.directory import NoRoom, no_room
-from testbed.run.sweep import EXIT_CANNOT, EXIT_FAILED, EXIT_INTERRUPTED, execute, full, interrupt_main_thread_once
+from testbed.run.sweep import EXIT_CANNOT, EXIT_FAILED, EXIT_INTERRUPTED, execute, interrupt_main_thread_once, no_room_left
 
 
 def main() -> int:
@@ -26,10 +26,12 @@ def main() -> int:
     except LabError as error:
         print(f"testbed: {error}", file=sys.stderr)
         return EXIT_CANNOT
-    except (NoRoom, OSError) as error:
-        if isinstance(error, OSError) and not no_room(error):
-            raise
-        print(f"testbed: {full(Path(sys.argv[1])) if isinstance(error, OSError) else error}", file=sys.stderr)
+    except NoRoom as error:
+        print(f"testbed: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except OSError as error:  # the run directory has gone, or may not be written to
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"testbed: {no_room_left(Path(sys.argv[1])) if no_room(error) else what}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -1,5 +1,6 @@
 """From a validated spec to a finished run: check the machine, make the directory, run the cells, write the results."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -23,8 +24,8 @@ from testbed.run.sweep import (
     EXIT_INTERRUPTED,
     execute,
     execute_enclosed,
-    full,
     interrupt_main_thread_once,
+    no_room_left,
 )
 from testbed.spec.models import Spec
 from testbed.traffic.machine import check_congestion, check_traffic
@@ -96,7 +97,7 @@ def start_run(spec: Spec, plan: Plan, out: Path, script_directory: Path, console
     directory = run_directory.create(spec, out, script_directory)
     if copied := run_directory.copied_script(directory):
         console.print(f"copied into the run: {', '.join(copied)}", markup=False, soft_wrap=True)
-    with run_directory.owned(directory) as lock:
+    with run_directory.run_lock(directory) as lock:
         return _run(plan, directory, lock, console), directory
 
 
@@ -106,7 +107,7 @@ def continue_run(plan: Plan, directory: Path, console: Console, *, again: bool =
     again: and those that are done, but not valid. Raises RunIsBusy if they are being run.
     """
     check_machine(plan)
-    with run_directory.owned(directory) as lock:
+    with run_directory.run_lock(directory) as lock:
         for line in run_directory.note_environment(directory):
             console.print(f"the cells will not all be of one machine: {line}", markup=False, soft_wrap=True)
         if again:
@@ -158,8 +159,23 @@ def _load_results() -> None:
     import testbed.results.summary  # noqa: F401
 
 
-def finish(directory: Path, console: Console, *, interrupted: bool = False) -> int:
-    """Records → Parquet, summary, table, report; returns the exit code that the results deserve."""
+def report_run(directory: Path, console: Console) -> int:
+    """``finish`` a run that may be going on, whose records are then left to whoever runs it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(run_directory.run_lock(directory))
+        except run_directory.RunIsBusy:
+            return finish(directory, console, going_on=True)
+        except OSError:
+            pass  # nobody runs what cannot be written to
+        return finish(directory, console)
+
+
+def finish(directory: Path, console: Console, *, interrupted: bool = False, going_on: bool = False) -> int:
+    """Records → Parquet, summary, table, report; returns the exit code that the results deserve.
+
+    going_on: the records stay as they are.
+    """
     from testbed.report.html import write_report
     from testbed.report.terminal import terminal_table
     from testbed.results.load import load_run
@@ -170,7 +186,8 @@ def finish(directory: Path, console: Console, *, interrupted: bool = False) -> i
     summary: dict[str, Any] = {}
     try:
         for cell in sorted((directory / "cells").glob("*")):  # nothing if this is no run, which load_run then says
-            finish_cell(cell)
+            if not going_on:
+                finish_cell(cell)
         run = load_run(directory)
         summary = summarize(run)
         write_summary(summary, directory)
@@ -184,7 +201,7 @@ def finish(directory: Path, console: Console, *, interrupted: bool = False) -> i
             raise
         if not summary:
             console.print(terminal_table(summarize(load_run(directory))))
-        console.print(f"testbed: {full(directory)}", markup=False, soft_wrap=True)
+        console.print(f"testbed: {no_room_left(directory)}", markup=False, soft_wrap=True)
         return EXIT_FAILED
     console.print(f"report: {shown / 'report.html'}", markup=False, soft_wrap=True)
     if any(status != "done" for status in run.cells["status"]):

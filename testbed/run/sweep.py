@@ -6,23 +6,33 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from testbed.files import read_json
 from testbed.labs import open_labs
 from testbed.labs.netns import enclosure
 from testbed.links.probe import missing_kinds
 from testbed.plan import Cell, Plan, make_plan
+from testbed.protocol import CELL_FILE
 from testbed.run.cell import prepare_cell, read_result, run_cell
-from testbed.run.directory import SPEC_FILE, NoRoom, give_reserve_up, is_full, keep_reserve
+from testbed.run.directory import SPEC_FILE, NoRoom, is_full, release_reserve, reserve_room
 from testbed.run.progress import RunProgress
 from testbed.spec.load import load_spec
 
 EXIT_FAILED, EXIT_CANNOT, EXIT_INTERRUPTED = 1, 4, 130
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _ending_signals() -> list[signal.Signals]:
+    """Those that end a run in order; not a hang-up if the caller, such as nohup(1), has it ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
+
+
 _GRACE_S = 4.0
 """From the first interrupt to the hard end; users were promised five seconds."""
 
@@ -35,11 +45,15 @@ def execute(directory: Path, console: Console) -> None:
         plan = make_plan(spec, directory, "userspace" if plan.lab == "netns" and missing_kinds(["netem"]) else "netem")
     ended = {cell.name: read_result(directory / "cells" / cell.name) or {} for cell in plan.cells}
     pending = [cell for cell in in_turn(plan) if ended[cell.name].get("status") != "done"]
+    earlier = {cell.name: _failures(ended[cell.name], directory / "cells" / cell.name) for cell in pending}
     for cell in pending:
-        prepare_cell(cell, directory / "cells" / cell.name)
+        prepare_cell(cell, directory / "cells" / cell.name, earlier[cell.name])
     failed: list[Cell] = []
-    keep_reserve(directory)
-    with RunProgress(console, len(plan.cells), len(pending)) as progress, open_labs(plan.lab, directory) as open_lab:
+    with (
+        _room_reserved(directory),
+        RunProgress(console, len(plan.cells), len(pending)) as progress,
+        open_labs(plan.lab, directory) as open_lab,
+    ):
 
         def run(cell: Cell, earlier: Sequence[str] = ()) -> None:
             progress.begin(cell)
@@ -47,29 +61,40 @@ def execute(directory: Path, console: Console) -> None:
             text = f"{result.status}, {result.steps} steps in {result.t_end_s:.1f} s"
             progress.end("; ".join([text, *result.problems]))
             if is_full(directory):
-                raise NoRoom(full(directory))
+                raise NoRoom(no_room_left(directory))
             if result.status == "failed" and cell not in failed:
                 failed.append(cell)
 
         for cell in pending:
-            run(cell, _failures(ended[cell.name]))
+            run(cell, earlier[cell.name])
         for cell in list(failed):  # what went wrong once may have been an accident, but it is not forgotten
-            result = read_result(directory / "cells" / cell.name) or {}
-            prepare_cell(cell, directory / "cells" / cell.name)
+            place = directory / "cells" / cell.name
+            before = _failures(read_result(place) or {}, place)
+            prepare_cell(cell, place, before)
             progress.retry()
-            run(cell, _failures(result))
-    give_reserve_up(directory)
+            run(cell, before)
 
 
-def full(directory: Path) -> str:
+@contextmanager
+def _room_reserved(directory: Path) -> Iterator[None]:
+    reserve_room(directory)
+    try:
+        yield
+    finally:
+        release_reserve(directory)
+
+
+def no_room_left(directory: Path) -> str:
     """What to say when there is no room left for a run."""
     shown = Path(os.path.relpath(directory))
     return f"no space left on the disk of {shown}; its records so far are kept: make room, then: testbed run --resume {shown}"
 
 
-def _failures(result: Mapping[str, Any]) -> list[str]:
-    """Why a cell failed, in all its tries so far."""
-    return [*result.get("earlier", []), *(result["problems"] if result.get("status") == "failed" else [])]
+def _failures(result: Mapping[str, Any], directory: Path) -> list[str]:
+    """Why a cell failed, in all its tries so far; result: of the last one, {} if that was cut short."""
+    known = result or read_json(directory / CELL_FILE) or {}
+    found = [known.get("earlier"), result.get("problems") if result.get("status") == "failed" else None]
+    return [line for lines in found if isinstance(lines, list) for line in lines if isinstance(line, str)]
 
 
 def in_turn(plan: Plan) -> list[Cell]:
@@ -84,7 +109,7 @@ def in_turn(plan: Plan) -> list[Cell]:
 
 
 def execute_enclosed(directory: Path, lock: int) -> int:
-    """Run ``execute`` inside private namespaces as a child process; returns its exit code. lock: of ``directory.owned``.
+    """Run ``execute`` inside private namespaces as a child process; returns its exit code. lock: of ``directory.run_lock``.
 
     The child's standard input is a pipe that only we hold open. When we end, in whatever way, it reads the end of the pipe
     and stops in an orderly way; and when its first process ends, the kernel removes the rest.
@@ -108,7 +133,7 @@ class _closing_on_signal:  # noqa: N801
         self._lifeline = lifeline
 
     def __enter__(self) -> Callable[[], None]:
-        self._before = {number: signal.signal(number, self._interrupted) for number in _ENDING}
+        self._before = {number: signal.signal(number, self._interrupted) for number in _ending_signals()}
         return self._close
 
     def __exit__(self, *_: object) -> None:
@@ -143,6 +168,6 @@ def interrupt_main_thread_once(grace_s: float = _GRACE_S) -> Callable[[], None]:
         timer.start()
         raise KeyboardInterrupt
 
-    for number in _ENDING:
+    for number in _ending_signals():
         signal.signal(number, handler)
     return lambda: signal.pthread_kill(main, signal.SIGINT)

@@ -1,9 +1,9 @@
 """Files and folders that a spec names, relative to the directory in which it lies itself."""
 
+import ast
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
-from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,30 @@ def _choices(path: Path) -> str:
 def script_files(script: Path, named: Iterable[str] = ()) -> list[Path]:
     """A script and what it needs of its own folder: the modules that it imports, whole packages, and the files ``named``.
 
-    As far as import statements say; the code is read, not run.
+    As far as import statements say, anywhere in the code, which is read and not run. A folder is a package if it has modules.
     """
-    folder = script.parent
-    finder = ModuleFinder(path=[str(folder)])
+    folder, found = script.parent, {script: None}
+    pending = [script]
+    while pending:
+        for name in sorted(_imported(pending.pop())):
+            module, package = folder / f"{name}.py", folder / name
+            inside = sorted(package.rglob("*.py")) if package.is_dir() and any(package.glob("*.py")) else []
+            place = package if inside else module
+            if place not in found and (inside or module.is_file()):
+                found[place] = None
+                pending += inside or [module]
+    return list(dict.fromkeys([*found, *(folder / name for name in named)]))
+
+
+def _imported(file: Path) -> set[str]:
+    """First parts of the names of all modules that a file imports."""
     try:
-        finder.run_script(str(script))
-    except (SyntaxError, ValueError, RecursionError, OSError):
-        pass  # the worker will tell
-    found = [Path(file) for module in finder.modules.values() if (file := getattr(module, "__file__", None))]
-    places = {folder / file.relative_to(folder).parts[0] for file in found if file.is_relative_to(folder)}
-    return list(dict.fromkeys([script, *sorted(places), *(folder / name for name in named)]))
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+    except (SyntaxError, ValueError, RecursionError, OSError, MemoryError):
+        return set()  # the worker will tell
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    return {name.partition(".")[0] for name in names}
 
 
 def trace_files(spec: Spec) -> list[str]:

@@ -50,7 +50,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
         fault = ("script", f"there is no file {spec.script.file!r} beside the spec")
         raise SpecError([fault], path.name)
     for index, name in enumerate(spec.script.files if spec.script else ()):
-        if not (path.parent / spec.script.file).with_name(name).exists():  # type: ignore[union-attr]
+        if not ((path.parent / spec.script.file).parent / name).exists():  # type: ignore[union-attr]
             raise SpecError([(f"script.files.{index}", f"there is no {name!r} beside the script")], path.name)
     return spec
 
@@ -98,15 +98,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     # Aliases let a small file stand for billions of nodes; count before anything walks them.
     if sum(1 for _ in itertools.islice(_nodes(data), _MAX_NODES)) >= _MAX_NODES:
         raise SpecError([("", f"has more than {_MAX_NODES} values once its aliases are expanded")], name)
-    _check_numbers(data, name)
+    _check_values(data, name)
     return data
 
 
-def _check_numbers(data: Any, source: str) -> None:
-    """Raise SpecError for whole numbers of a size that nothing in a spec can have, which not every check would bear."""
+def _check_values(data: Any, source: str) -> None:
+    """Raise SpecError for what not every check would bear, and no spec has: huge whole numbers, half characters."""
     for place, node in _nodes(data):
         if isinstance(node, int) and abs(node) >= 2**63:
             raise SpecError([(place_of(place), "is a number that is too large")], source)
+        for text in [node] if isinstance(node, str) else node if isinstance(node, Mapping) else ():
+            if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise SpecError([(place_of(place), f"{text!r:.40} has half a character; write whole ones")], source)
 
 
 def _nodes(data: Any) -> Iterator[tuple[list[str | int], Any]]:
@@ -209,7 +212,7 @@ def with_text(raw: Mapping[str, Any], text: str) -> dict[str, Any]:
         raise SpecError([("--set", f"{text!r} is not of the form key=value, for example network.link.rate=20mbit")])
     try:
         given = yaml.safe_load(value)
-        _check_numbers(given, key.strip())
+        _check_values(given, key.strip())
         return with_override(raw, key.strip(), given)
     except SpecError as error:
         raise error.found_in("--set") from None

@@ -530,6 +530,8 @@ class MethodSpec(Named):
             given = data.get("options") or {}
             _refuse_what_is_gone(data["name"], given)
             check_method(data["name"], given)
+            if not isinstance(data.get("label", ""), str):
+                raise PydanticCustomError("at_key", "must be text", {"path": ["label"]})
             if data.get("label") in METHODS and data["label"] != data["name"]:
                 fault = f"{data['label']!r} is the name of another method; choose another label"
                 raise PydanticCustomError("at_key", fault, {"path": ["label"]})
@@ -664,8 +666,8 @@ class ScriptSpec(Model):
     @model_validator(mode="after")
     def _beside_it(self) -> Self:
         for index, name in enumerate(self.files):
-            if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
-                text = f"{name!r:.60} lies outside the folder of the script; move it there, or give its path by args"
+            if PurePath(name).is_absolute() or ".." in PurePath(name).parts or not PurePath(name).parts:
+                text = f"{name!r:.60} is not in the folder of the script; move it there, or give its path by args"
                 raise PydanticCustomError("at_key", text, {"path": ["files", index]})
         return self
 
@@ -721,7 +723,7 @@ class Spec(Model):
     matrix: dict[str, list[Any]] = Field(default_factory=dict)
     calibrate: bool = True
     dilation: float = Field(1.0, ge=1, le=1000)
-    step_timeout: Annotated[Time, Field(ge=1)] = 600.0
+    step_timeout: Annotated[Time, Field(ge=2)] = 600.0
 
     @model_validator(mode="after")
     def _all_is_slower(self) -> Self:

@@ -31,7 +31,8 @@ class ControlClient:
         self._socket = protocol.connect_unix(path)
         self._sending = threading.Lock()
         self._state = threading.Condition()
-        self._step = 0
+        self.step = 0
+        """Steps done; told with every heartbeat."""
         self._t0: float | None = None
         self._holding = False
         self._last_step: int | None = None
@@ -54,7 +55,7 @@ class ControlClient:
         While the orchestrator asks to hold, this waits until it says which step is the last.
         """
         with self._state:
-            self._step = steps
+            self.step = steps
             self._state.wait_for(lambda: not self._holding or self._last_step is not None)
             return self._last_step is None or steps < self._last_step
 
@@ -87,7 +88,7 @@ class ControlClient:
         heard = sent = time.monotonic()
         while (now := time.monotonic()) - heard < self._silence_s:
             if now - sent >= protocol.HEARTBEAT_S:
-                self.send({"type": "heartbeat", "step": self._step})
+                self.send({"type": "heartbeat", "step": self.step})
                 sent = now
             try:
                 data = self._receive(min(sent + protocol.HEARTBEAT_S, heard + self._silence_s) - now)
@@ -116,7 +117,7 @@ class ControlClient:
                 case "hold":
                     # Under the lock, so that the step named is the one that step_done lets nobody leave.
                     self._holding = True
-                    self.send({"type": "holding", "step": self._step})
+                    self.send({"type": "holding", "step": self.step})
                 case "stop":
                     self._last_step = int(message["steps"])
                 case "where":

@@ -55,6 +55,8 @@ class CellListener:
     def record(self, row: Mapping[str, Any]) -> None:
         if self._steps is not None:
             self._steps.append([row])
+        if self._control is not None:
+            self._control.step = row["step"] + 1
 
     def step(self, steps: int) -> bool:
         return self._control is None or self._control.step_done(steps)
@@ -67,7 +69,7 @@ class CellListener:
 
     def failed(self, error: BaseException) -> None:
         if self._control is not None:
-            self._control.failed(one_line(error), by_peer=blames_peer(error))
+            self._control.failed(describe_error(error), by_peer=blames_peer(error))
 
     def _uncaught(self, hook: Callable[..., Any], kind: type[BaseException], error: BaseException, *rest: Any) -> None:
         """Whatever ends the script: it is told at once, before others notice that this rank has gone."""
@@ -85,7 +87,7 @@ class CellListener:
         self._steps = self._evaluations = None
 
 
-def one_line(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Kind and text of an error, as a traceback ends; the first line of it."""
     return "".join(traceback.format_exception_only(error)).strip().splitlines()[0][:LONGEST_LINE]
 

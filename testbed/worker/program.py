@@ -34,7 +34,7 @@ from netsenseml.records import monotonic_s
 from testbed import protocol
 from testbed.worker.client import ControlClient
 from testbed.worker.emulate import Emulated, Timing
-from testbed.worker.listener import one_line
+from testbed.worker.listener import describe_error
 from testbed.worker.zoo import Dataset, make_data, make_emulated, make_model, make_optimizer
 
 
@@ -241,7 +241,7 @@ def _report(error: Exception, session: Session | None) -> None:
         if session is None:
             path = Path(_required(protocol.ENV_CELL_DIR)) / protocol.SOCKET_FILE
             line = str(error).strip() if isinstance(error, ValueError) else ""
-            ControlClient(path, _integer("RANK")).failed(line or one_line(error), by_peer=blames_peer(error))
+            ControlClient(path, _integer("RANK")).failed(line or describe_error(error), by_peer=blames_peer(error))
         else:
             session.fail(error)
 

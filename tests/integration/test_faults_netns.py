@@ -124,6 +124,8 @@ try:
 finally:
     if label == "raises-closing":
         session.close()
+if label == "no-close":
+    sys.exit(0)
 if label == "good":
     os.system("setsid sleep 4242 &")
 done()
@@ -144,6 +146,7 @@ ENDS = {
     "raises-closing": "w1 failed: KeyError: 'no such column'",
     "killed": "w1 was ended by signal 9 before it was done; its log ends with: ]0;owned [2J gone",
     "hangs": "no step has ended and no gradient moved for ",
+    "no-close": "w0 ended with exit code 0 before it was done, without session.close()",
     "fails-after": "w0 failed: OSError: cannot save the model",
     "never-ends": "w1 at train.py:",
 }
@@ -223,9 +226,14 @@ def test_a_script_finds_what_lies_beside_it(tmp_path):
     (tmp_path / "helpers" / "__init__.py").write_text("")
     (tmp_path / "helpers" / "shapes.py").write_text("width = 64\n")
     (tmp_path / "unrelated.py").write_text("raise RuntimeError\n")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "deep.py").write_text("import os\n")
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "notes.txt").write_text("no package, though it has the name of one\n")
     (tmp_path / "config.yaml").write_text("lr: 1\n")
     body = """
     import nets
+    import plain.deep
     assert nets.width == 64
     assert Path(__file__).with_name("config.yaml").read_text() == "lr: 1\\n"
     train()
@@ -233,7 +241,7 @@ def test_a_script_finds_what_lies_beside_it(tmp_path):
     """
     code, printed = run(tmp_path, script={**script(tmp_path, body), "files": ["config.yaml"]})
     assert code in (0, 3), printed
-    assert "copied into the run: config.yaml, helpers/, nets.py, train.py" in printed
+    assert "copied into the run: config.yaml, helpers/, nets.py, plain/, train.py" in printed
 
 
 def test_a_run_has_one_owner_at_a_time(tmp_path):

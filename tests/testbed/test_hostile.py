@@ -141,9 +141,16 @@ def damaged_parquet(file: Path, draw: random.Random) -> None:
     table.to_parquet(file, index=False)
 
 
+REPLACEMENTS = 7
+
+
 def replaced(file: Path, draw: random.Random) -> None:
+    replace(file, draw.randrange(REPLACEMENTS))
+
+
+def replace(file: Path, kind: int) -> None:
     file.unlink()
-    match draw.randrange(7):
+    match kind:
         case 0:
             file.symlink_to("/dev/zero")
         case 1:
@@ -193,6 +200,19 @@ def test_any_damaged_run_is_read_or_refused_in_one_line(tmp_path_factory: Any, o
     json.dumps(summary, allow_nan=False)
     if draw.random() < 0.3:
         assert "<script>alert(1)</script>" not in render(run, summary)
+
+
+@pytest.mark.parametrize("kind", range(REPLACEMENTS))
+@pytest.mark.parametrize("name", ["spec.yaml", "environment.json", "cell.json", "result.json", "steps", "links"])
+def test_no_file_of_a_run_need_be_one(tmp_path: Path, originals: list[Path], name: str, kind: int) -> None:
+    for original in originals:
+        directory = tmp_path / original.name
+        shutil.copytree(original, directory)
+        for file in [path for path in directory.rglob(f"{name}*") if path.is_file()][:2]:
+            replace(file, kind)
+        with contextlib.suppress(ValueError):
+            summary = summarize(load_run(directory))
+            assert len(summary["cells"]) == 2
 
 
 @pytest.mark.parametrize("name", ["report.html", "summary.json", "summary.csv", "report.html.tmp", "summary.json.tmp"])

@@ -1,0 +1,96 @@
+"""The run directory: one owner, room that is set aside, scripts with what they import."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from netsenseml.records import RecordFile, read_records
+from testbed.run.directory import RESERVE_FILE, RunIsBusy, is_full, note_environment, release_reserve, reserve_room, run_lock
+from testbed.run.sweep import _ending_signals
+from testbed.spec.files import script_files
+
+
+def test_a_directory_has_one_owner_and_is_free_when_that_has_ended(tmp_path: Path) -> None:
+    with run_lock(tmp_path), pytest.raises(RunIsBusy, match=f"process {os.getpid()} is running it"), run_lock(tmp_path):
+        pass
+    with run_lock(tmp_path):
+        pass
+
+
+def test_room_is_reserved_again_and_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        reserve_room(tmp_path)
+        assert not is_full(tmp_path)
+    assert (tmp_path / RESERVE_FILE).stat().st_size >= 1 << 18
+    release_reserve(tmp_path)
+    release_reserve(tmp_path)
+
+
+def test_an_environment_that_is_a_link_is_neither_read_nor_written(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("{}")
+    (tmp_path / "environment.json").symlink_to(tmp_path / "mine")
+    assert note_environment(tmp_path)
+    assert (tmp_path / "mine").read_text() == "{}"
+    assert note_environment(tmp_path) == []
+
+
+def test_who_ignores_a_hang_up_goes_on() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in _ending_signals()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signal.SIGHUP in _ending_signals()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_script_brings_what_it_imports_from_its_folder(tmp_path: Path) -> None:
+    files = {
+        "train.py": "import os, nets\nfrom utils.shapes import x\ndef f():\n    import late\nimport wandb, broken\n",
+        "nets.py": "import pack\n",
+        "late.py": "",
+        "broken.py": "this is no Python (\n",
+        "other.py": "",
+        "pack/__init__.py": "from .inner import y\n",
+        "pack/inner.py": "import deepest\n",
+        "deepest.py": "",
+        "utils/shapes.py": "",
+        "wandb/log.txt": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = script_files(tmp_path / "train.py", ["wandb/log.txt"])
+    names = {str(path.relative_to(tmp_path)) for path in found}
+    assert names == {"train.py", "nets.py", "late.py", "broken.py", "pack", "deepest.py", "utils", "wandb/log.txt"}
+    assert found[0] == tmp_path / "train.py"
+
+
+def test_a_row_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Where a file may not grow beyond a size, the last write takes a part."""
+    code = f"""
+import resource
+from pathlib import Path
+from netsenseml.records import RecordFile
+file = RecordFile(Path({str(tmp_path / "rows.jsonl")!r}))
+file.append([{{"row": 0, "text": "x" * 50}}])
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+try:
+    file.append([{{"row": 1, "text": "x" * 50}}])
+except OSError:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    file.append([{{"row": 2, "text": "x" * 50}}])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert [row["row"] for row in read_records(tmp_path / "rows.jsonl")] == [0, 2]
+
+
+def test_evidence_is_written_to_files_of_our_own(tmp_path: Path) -> None:
+    (tmp_path / "links.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError):
+        RecordFile(tmp_path / "links.jsonl", new=True)
+    assert not (tmp_path / "elsewhere").exists()
