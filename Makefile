@@ -2,6 +2,7 @@
 # make test   set up and run the checks and all tests
 # make test-delayline    the same with the delay line that stands in where the kernel has no netem
 # make test-netem    the tests of delay, jitter and loss, under User-Mode Linux (package user-mode-linux)
+# make test-chaos    kill parts of running experiments at random moments; KILLS=200 LAB=docker for more and others
 # They work on a fresh machine with Python >= 3.11; EXPERIMENT=path.yaml runs another experiment.
 
 PYTHON ?= python3
@@ -9,7 +10,10 @@ VENV ?= .venv
 EXPERIMENT ?= experiments/smoke.yaml
 PYTEST_ARGS ?=
 
-.PHONY: run test test-netem test-delayline check setup clean
+KILLS ?= 20
+LAB ?= netns
+
+.PHONY: run test test-netem test-delayline test-chaos check setup clean
 
 run: setup
 	$(VENV)/bin/testbed run $(EXPERIMENT)
@@ -28,6 +32,9 @@ test-delayline: setup
 	NETSENSE_ENGINE=userspace NETSENSE_REQUIRE=netem \
 		unshare $$([ $$(id -u) = 0 ] || echo --user --map-root-user) --net --mount --pid --fork --kill-child --mount-proc \
 		$(VENV)/bin/python -m pytest tests/netem --ignore tests/netem/test_netem_aqm.py $(PYTEST_ARGS)
+
+test-chaos: setup
+	$(VENV)/bin/python tests/chaos/kills.py --kills $(KILLS) --lab $(LAB)
 
 setup: check $(VENV)/installed
 

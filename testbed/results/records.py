@@ -130,7 +130,7 @@ def finish_cell(cell_dir: Path) -> None:
         return  # still being written to, or killed; its records can be read where they are
     for name in TABLES:
         parquet = cell_dir / f"{name}.parquet"
-        if not parquet.exists():
+        if not is_regular(parquet):
             table = read_table(cell_dir, name)
             with replacing(parquet) as temporary:
                 table.to_parquet(temporary, index=False)

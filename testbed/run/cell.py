@@ -120,8 +120,9 @@ def prepare_cell(cell: Cell, directory: Path, earlier: Sequence[str] = ()) -> No
 
 def write_result(directory: Path, result: CellResult) -> None:
     """Write result.json in one step; its presence says that the cell ended."""
-    for table in directory.glob("*.parquet"):  # they are made of the records later; a worker may have left others
-        table.unlink()
+    # Tables are made of the records later. What is there now was left by a worker, and would stand in the way.
+    for left in [*directory.glob("*.parquet"), directory / RESULT_FILE]:
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(missing_ok=True)
     try:
         _write_result(directory, result)
     except OSError as error:

@@ -272,4 +272,7 @@ def _integer(name: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # taking torch apart takes a second, and threads of Gloo that are still there can abort it
