@@ -89,7 +89,8 @@ class ForkServer:
             os.set_inheritable(theirs.fileno(), True)
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             argv = [sys.executable, "-m", "testbed.labs.forkserver", str(theirs.fileno()), *self._preload]
-            self._pid = os.posix_spawn(sys.executable, argv, environment)
+            # Ctrl-C is the orchestrator's to handle; until the server can ignore it, it waits.
+            self._pid = os.posix_spawn(sys.executable, argv, environment, setsigmask=[signal.SIGINT])
         threading.Thread(target=self._listen, args=(ours,), name="forkserver", daemon=True).start()
 
     def revive(self) -> None:
@@ -169,7 +170,8 @@ def serve(channel: socket.socket, preload: Sequence[str]) -> list[str]:
 
     In a forked child it returns a script with its arguments, to be run with nothing of the server on the stack, or not at all.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the orchestrator's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # whoever loses its parent is ours, to be ended with the rest
     _give_way()
     for name in preload:
