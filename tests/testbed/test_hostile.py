@@ -70,7 +70,7 @@ def changed(raw: Any, path: tuple[Any, ...], value: Any) -> None:
             raw[last] = copy.deepcopy(value)
 
 
-@examples(300)
+@examples(200)
 @given(changes)
 def test_any_spec_is_taken_or_refused_in_lines_that_name_the_place(tmp_path_factory: Any, made: list[tuple[Any, Any]]) -> None:
     raw = copy.deepcopy(WHOLE)
@@ -181,7 +181,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
     yield [base / "going", base / "ended"]
 
 
-@examples(80)
+@examples(30)
 @given(seed=st.integers(0, 2**32))
 def test_any_damaged_run_is_read_or_refused_in_one_line(tmp_path_factory: Any, originals: list[Path], seed: int) -> None:
     draw = random.Random(seed)
@@ -205,14 +205,14 @@ def test_any_damaged_run_is_read_or_refused_in_one_line(tmp_path_factory: Any, o
 @pytest.mark.parametrize("kind", range(REPLACEMENTS))
 @pytest.mark.parametrize("name", ["spec.yaml", "environment.json", "cell.json", "result.json", "steps", "links"])
 def test_no_file_of_a_run_need_be_one(tmp_path: Path, originals: list[Path], name: str, kind: int) -> None:
-    for original in originals:
-        directory = tmp_path / original.name
-        shutil.copytree(original, directory)
-        for file in [path for path in directory.rglob(f"{name}*") if path.is_file()][:2]:
-            replace(file, kind)
-        with contextlib.suppress(ValueError):
-            summary = summarize(load_run(directory))
-            assert len(summary["cells"]) == 2
+    original = originals[kind % 2]  # while it goes on, or after its end
+    directory = tmp_path / original.name
+    shutil.copytree(original, directory)
+    for file in [path for path in directory.rglob(f"{name}*") if path.is_file()][:2]:
+        replace(file, kind)
+    with contextlib.suppress(ValueError):
+        summary = summarize(load_run(directory))
+        assert len(summary["cells"]) == 2
 
 
 @pytest.mark.parametrize("name", ["report.html", "summary.json", "summary.csv", "report.html.tmp", "summary.json.tmp"])
