@@ -19,23 +19,28 @@ from testbed.run.sweep import EXIT_CANNOT, EXIT_FAILED, EXIT_INTERRUPTED, execut
 def main() -> int:
     """Run the cells; exit code 0, 1 (the disk is full), 4 (this machine cannot) or 130 (interrupted)."""
     os.set_inheritable(int(sys.argv[2]), False)  # the lock of the run is held until this process ends, but by no worker
-    stop = interrupt_main_thread_once()
-    threading.Thread(target=_watch_lifeline, args=(stop,), daemon=True).start()
+    stop, interrupted = interrupt_main_thread_once()
     try:
+        # It may say so at once: whoever started us can have ended while this process was loading.
+        threading.Thread(target=_watch_lifeline, args=(stop,), daemon=True).start()
         execute(Path(sys.argv[1]), Console())
-    except LabError as error:
-        print(f"testbed: {error}", file=sys.stderr)
-        return EXIT_CANNOT
-    except NoRoom as error:
-        print(f"testbed: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except OSError as error:  # the run directory has gone, or may not be written to
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"testbed: {no_room_left(Path(sys.argv[1])) if no_room(error) else what}", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupted.is_set():
+            return EXIT_INTERRUPTED
+        if isinstance(error, LabError):
+            print(f"testbed: {error}", file=sys.stderr)
+            return EXIT_CANNOT
+        if isinstance(error, NoRoom | OSError):  # or the run directory has gone, or may not be written to
+            print(f"testbed: {_one_line(error)}", file=sys.stderr)
+            return EXIT_FAILED
+        raise
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and no_room(error):
+        return no_room_left(Path(sys.argv[1]))
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
 
 
 def _watch_lifeline(stop: Callable[[], None]) -> None:

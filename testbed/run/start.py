@@ -143,14 +143,16 @@ def _run_cells(plan: Plan, directory: Path, lock: int, console: Console) -> int:
             console.print(f"testbed: the lab was ended by signal {-code}", style="red")
             return EXIT_FAILED
         return code
-    interrupt_main_thread_once(_DOCKER_GRACE_S)
+    _, interrupted = interrupt_main_thread_once(_DOCKER_GRACE_S)
     try:
         execute(directory, console)
-    except run_directory.NoRoom as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupted.is_set():
+            return EXIT_INTERRUPTED
+        if not isinstance(error, run_directory.NoRoom):
+            raise
         console.print(f"testbed: {error}", markup=False, soft_wrap=True)
         return EXIT_FAILED
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
     return EXIT_DONE
 
 

@@ -149,8 +149,9 @@ class _closing_on_signal:  # noqa: N801
             self._lifeline = -1
 
 
-def interrupt_main_thread_once(grace_s: float = _GRACE_S) -> Callable[[], None]:
-    """Make SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt once; returns a function that does so from any thread.
+def interrupt_main_thread_once(grace_s: float = _GRACE_S) -> tuple[Callable[[], None], threading.Event]:
+    """Make SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt once; returns a function that does so from any thread, and what
+    says that it has been done: libraries may wrap the exception in one of their own.
 
     Whoever cleans up must not be interrupted again, so later signals are ignored; but the process ends after a grace time
     even if the clean-up hangs.
@@ -170,4 +171,4 @@ def interrupt_main_thread_once(grace_s: float = _GRACE_S) -> Callable[[], None]:
 
     for number in _ending_signals():
         signal.signal(number, handler)
-    return lambda: signal.pthread_kill(main, signal.SIGINT)
+    return lambda: signal.pthread_kill(main, signal.SIGINT), fired

@@ -178,6 +178,8 @@ def _faults(outcome: Outcome, directory: Path, printed: str, must_load: int) -> 
     if outcome.target in ("orchestrator", "group") and outcome.signal != "SIGKILL" and outcome.phase != "start":
         if outcome.code not in (130, 0, 3):
             yield f"exit code {outcome.code}"
+    elif outcome.target == "inside" and outcome.signal != "SIGKILL" and outcome.code == 130:
+        pass  # it ends in order, as when the orchestrator is asked to
     elif outcome.target not in ("orchestrator", "group") and outcome.code not in (0, 1, 3):
         yield f"exit code {outcome.code}"
 
