@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 from rich.console import Console
 
+from testbed.files import explained
 from testbed.labs.base import LabError
 from testbed.plan import Plan, describe, make_plan
 from testbed.run.directory import RunIsBusy
@@ -283,7 +284,7 @@ def _guarded(call: Callable[[], T]) -> T:
     except ValueError as error:  # a run directory that is damaged
         _fail(str(error), EXIT_FAILED)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), EXIT_FAILED)
+        _fail(explained(error), EXIT_FAILED)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -16,6 +16,11 @@ LARGEST_BYTES = 64 << 20
 _LEFT_S = 600.0
 
 
+def explained(error: OSError) -> str:
+    """What went wrong with which file, as one line."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a file to be read; raises OSError for all else, such as a link or a pipe."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)

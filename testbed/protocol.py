@@ -64,6 +64,7 @@ LISTENER = "testbed.worker.listener:CellListener"
 """What a worker's session tells of its steps; the value of ``netsenseml.listener.ENV_LISTENER`` there."""
 
 CELL_FILE = "cell.json"
+RESULT_FILE = "result.json"
 SOCKET_FILE = "control.sock"
 EVALS_FILE = "evals.jsonl"
 HEARTBEAT_S = 1.0

@@ -10,10 +10,10 @@ import pandas as pd
 import yaml
 
 from testbed.files import read_json, read_text
-from testbed.protocol import CELL_FILE, one_line
+from testbed.protocol import CELL_FILE, RESULT_FILE, one_line
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES
 from testbed.results.dilated import reported
-from testbed.results.records import RESULT_FILE, identity, read_table, to_frame
+from testbed.results.records import identity, read_table, to_frame
 
 SUMMARY_FILE = "summary.json"
 

@@ -14,10 +14,9 @@ import pyarrow.parquet as pq
 
 from netsenseml.records import read_records
 from testbed.files import is_regular, replacing
-from testbed.protocol import MethodConfig, one_line, read_cell
+from testbed.protocol import RESULT_FILE, MethodConfig, one_line, read_cell
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES, Table
 
-RESULT_FILE = "result.json"
 UNKNOWN = "unknown"
 MOST_ROWS = 50_000_000
 """Of one table; steps of 64 ranks for nine days at a step a second."""

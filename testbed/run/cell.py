@@ -13,7 +13,7 @@ from typing import Any
 from netsenseml.listener import ENV_LISTENER
 from netsenseml.records import RecordFile, monotonic_s
 from testbed import protocol
-from testbed.files import open_regular, read_json, replacing
+from testbed.files import explained, open_regular, read_json, replacing
 from testbed.labs.base import HostFailed, Lab, LabPlan, Process
 from testbed.links.calibration import calibrate, measurable
 from testbed.plan import Cell, notes
@@ -26,7 +26,6 @@ from testbed.run.host import HostMonitor
 from testbed.spec.units import format_time
 from testbed.traffic.flows import TRAFFIC_PROGRAM
 
-RESULT_FILE = "result.json"
 READY_TIMEOUT_S = 180.0
 SILENT_WORKER_S = 30.0
 _POLL_S = 0.25
@@ -82,7 +81,7 @@ def run_cell(cell: Cell, open_lab: OpenLab, directory: Path, tick: Tick, earlier
         result.problems.append(str(error))
     except OSError as error:
         result.status = "failed"
-        result.problems.append(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        result.problems.append(explained(error))
     finally:
         write_result(directory, result)
     return result
@@ -121,7 +120,7 @@ def prepare_cell(cell: Cell, directory: Path, earlier: Sequence[str] = ()) -> No
 def write_result(directory: Path, result: CellResult) -> None:
     """Write result.json in one step; its presence says that the cell ended."""
     # Tables are made of the records later. What is there now was left by a worker, and would stand in the way.
-    for left in [*directory.glob("*.parquet"), directory / RESULT_FILE]:
+    for left in [*directory.glob("*.parquet"), directory / protocol.RESULT_FILE]:
         shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(missing_ok=True)
     try:
         _write_result(directory, result)
@@ -133,7 +132,7 @@ def write_result(directory: Path, result: CellResult) -> None:
 
 
 def _write_result(directory: Path, result: CellResult) -> None:
-    with replacing(directory / RESULT_FILE) as path:
+    with replacing(directory / protocol.RESULT_FILE) as path:
         path.write_text(json.dumps(asdict(result), indent=1))
 
 
@@ -457,4 +456,4 @@ def _tail(log: Path, length: int = 1 << 16) -> str:
 
 def read_result(directory: Path) -> Mapping[str, Any] | None:
     """Content of result.json, or None if the cell has not ended."""
-    return read_json(directory / RESULT_FILE)
+    return read_json(directory / protocol.RESULT_FILE)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from testbed.files import explained
 from testbed.labs.base import LabError
 from testbed.run.directory import NoRoom, no_room
 from testbed.run.sweep import EXIT_CANNOT, EXIT_FAILED, EXIT_INTERRUPTED, execute, interrupt_main_thread_once, no_room_left
@@ -40,7 +41,7 @@ def main() -> int:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and no_room(error):
         return no_room_left(Path(sys.argv[1]))
-    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    return explained(error) if isinstance(error, OSError) else str(error)
 
 
 def _watch_lifeline(stop: Callable[[], None]) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
+from testbed import protocol
 from testbed.doctor import System
 from testbed.labs.base import LabError
 from testbed.labs.netns import enclosure, why_it_failed
 from testbed.links.probe import missing_kinds
 from testbed.plan import Plan
 from testbed.run import directory as run_directory
-from testbed.run.cell import RESULT_FILE
 from testbed.run.sweep import (
     EXIT_CANNOT,
     EXIT_FAILED,
@@ -121,7 +121,7 @@ def _forget_invalid(directory: Path) -> None:
 
     for cell in summarize(load_run(directory))["cells"]:
         if not cell["valid"]:
-            (directory / "cells" / cell["cell"] / RESULT_FILE).unlink(missing_ok=True)
+            (directory / "cells" / cell["cell"] / protocol.RESULT_FILE).unlink(missing_ok=True)
 
 
 def _run(plan: Plan, directory: Path, lock: int, console: Console) -> int:

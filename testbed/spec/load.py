@@ -212,7 +212,7 @@ def with_text(raw: Mapping[str, Any], text: str) -> dict[str, Any]:
         raise SpecError([("--set", f"{text!r} is not of the form key=value, for example network.link.rate=20mbit")])
     try:
         given = yaml.safe_load(value)
-        _check_values(given, key.strip())
+        _check_values({key.strip(): given}, "--set")
         return with_override(raw, key.strip(), given)
     except SpecError as error:
         raise error.found_in("--set") from None

@@ -374,6 +374,10 @@ def test_the_line_for_an_empty_value_has_its_place_and_an_example(tmp_path, repl
     assert refused(write(tmp_path, None, **replaced)).startswith(f"bad.yaml: {line}")
 
 
+def test_a_value_of_the_command_line_that_nothing_can_be_is_named_with_its_key():
+    assert refused(SMOKE, "--set", f"workers={10**30}") == "--set: workers: is a number that is too large"
+
+
 @pytest.mark.parametrize("value", ["", "null", "~"])
 def test_nothing_on_the_command_line_is_no_value_either(value):
     line = refused(SMOKE, "--set", f"network.link.rate={value}")
