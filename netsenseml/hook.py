@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -18,6 +18,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from netsenseml.clock import Clock, Mark, record_event
 from netsenseml.exchange.mesh import abort, agree
 from netsenseml.failure import PeerFailed, explain
 from netsenseml.listener import Listener, Recorder, from_environment
@@ -122,7 +123,7 @@ class Session:
         self._peers = agree(self._group, {"netsenseml": _version(), "method": method, **options})
         self.method: Method = make_method(method, ddp.module, self._group, options)
         self.last: Mapping[str, Any] | None = None
-        """The newest row of the records."""
+        """The newest row of the records. With an accelerator, that of a step comes when the next backward begins."""
         self.steps = 0
         """Steps that are done."""
         self.blocked_s = 0.0
@@ -136,6 +137,11 @@ class Session:
         self._sample: TcpSample | None = None
         self._sample_due_s = 0.0
         self._lock = threading.Lock()
+        self._clock = Clock(next((p.device for p in ddp.module.parameters() if p.requires_grad), torch.device("cpu")))
+        self._unsettled: tuple[StepStatistics, Mark] | None = None
+        self._unrecorded: list[Callable[[], dict[str, Any]]] = []
+        self._paused_s = 0.0
+        self._in_backward = False
         self._failure: str | None = None
         self._exchanges: list[Future[torch.Tensor]] = []
         self._closed_by_step = self._closed = False
@@ -154,8 +160,8 @@ class Session:
 
     def _start(self, t0: float) -> None:
         self._t0 = t0
-        self._statistics = StepStatistics(self._group.size())
-        self._ready_s = self._exchanged_s = self._statistics.began_s
+        self._statistics = StepStatistics(self._group.size(), self._clock)
+        self._exchanged_s = self._statistics.began_s
         self._pending, self._all_launched = 0, False
 
     @property
@@ -181,25 +187,24 @@ class Session:
                 "sparse gradients cannot be exchanged by a communication hook; make their layers dense: sparse=False"
             )
         if bucket.index() == 0:
+            self._settle()
             if not self._closed_by_step and self._statistics.elements:
                 self._close_step(arrived_s, None, None)
+            self._record()
             with self._lock:
                 self._pending, self._all_launched = 0, False  # whatever an earlier backward that raised has left behind
+            self._in_backward = True
+            self._exchanged_s, self._paused_s = self._exchanged_s + self._paused_s, 0.0
             self._statistics.begin_backward()
             self._follow_learning_rate()
             self._exchanges = []
             with self._noticing():
                 self.method.begin()
-        statistics, elements, last = self._statistics, bucket.buffer().numel(), bucket.is_last()
+        statistics, last = self._statistics, bucket.is_last()
+        statistics.arrive(bucket.buffer().numel())
         with self._lock:
-            statistics.elements += elements
-            statistics.bucket_elements.append(elements)
-            statistics.ready_s.append(arrived_s)
             self._pending += 1
-            if last:
-                self._all_launched = True
-                self._ready_s = arrived_s
-                statistics.compute_s += arrived_s - self._exchanged_s
+            self._all_launched = last
         with self._noticing(buckets=1):
             done = self.method.exchange(bucket, statistics).then(partial(self._exchanged, self._exchanges))
         self._exchanges.append(done)
@@ -207,7 +212,7 @@ class Session:
             torch.autograd.Variable._execution_engine.queue_callback(self._await)
         blocked_s = monotonic_s() - arrived_s
         self.blocked_s += blocked_s
-        if not last:
+        if not last and (self._clock.immediate or self.method.waits):  # else the device computes meanwhile
             statistics.exposed_s += blocked_s
         return done
 
@@ -248,11 +253,24 @@ class Session:
             if self._pending or not self._all_launched:
                 return result
             self._all_launched = False
-        self._exchanged_s = monotonic_s()
-        self._statistics.exposed_s += self._exchanged_s - self._ready_s
         self._statistics.tcp = self._sensed()
-        self.method.finish(self._statistics)
+        self._unsettled, self._in_backward = (self._statistics, self._clock.mark()), False
+        if self._clock.immediate:
+            self._settle()
         return result
+
+    def _settle(self) -> None:
+        """Take the last backward into account: at once, or where a device is behind, when the next one begins."""
+        ended, self._unsettled = self._unsettled, None
+        if ended is None:
+            return
+        statistics, exchanged = ended
+        statistics.settle()
+        before_s, self._exchanged_s, ready_s = self._exchanged_s, self._clock.seconds(exchanged), statistics.ready_s[-1]
+        statistics.compute_s += ready_s - before_s
+        statistics.exposed_s += self._exchanged_s - ready_s
+        self._clock.anchor()
+        self.method.finish(statistics)
 
     def _failed(self, error: BaseException) -> str:
         with self._lock:
@@ -311,7 +329,7 @@ class Session:
                 self.method.rescale(scale / self._scale, gradients=True)
             self._scale = scale
         self._stepped = False
-        self._close_step(monotonic_s(), _number(loss), None if samples is None else int(samples))
+        self._close_step(monotonic_s(), loss, None if samples is None else int(samples))
         with self.pause():
             return min([listener.step(self.steps) for listener in self._listeners], default=True)
 
@@ -324,7 +342,7 @@ class Session:
         finally:
             paused_s = monotonic_s() - began_s
             self._statistics.began_s += paused_s
-            self._exchanged_s += paused_s
+            self._paused_s += paused_s
 
     def evaluated(self, accuracy: float, loss: float) -> None:
         """Record an evaluation after the steps done so far; accuracy from 0 to 1. Call it on rank 0."""
@@ -336,12 +354,15 @@ class Session:
         """End the run after its last step, with the final evaluation if this rank made one. Call it on every rank."""
         self._watching.remove()
         self._closed = True
-        if max(self._statistics.ready_s, default=-math.inf) > self._exchanged_s:  # in the middle of a backward
+        if self._in_backward and self._statistics.elements:
             error = sys.exc_info()[1] or RuntimeError("the session was closed in the middle of a backward")
             self._failed(error)
             self.fail(error)  # now, since leaving may take a while
-        elif self._statistics.elements:
-            self._close_step(monotonic_s(), None, None)
+        else:
+            self._settle()
+            if self._statistics.elements:
+                self._close_step(monotonic_s(), None, None)
+        self._record()
         listeners, self._listeners = self._listeners, []
         if self._failure is not None:
             self._outlast_callbacks()
@@ -370,6 +391,7 @@ class Session:
 
         Call it between two steps, on the thread that trains, and on all ranks after the same step.
         """
+        self._settle()
         return {"ranks": self._group.size(), "lr": self._lr, "scale": self._scale, **self.method.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -377,6 +399,7 @@ class Session:
 
         Raises ValueError, one line, if it does not fit, or if the ranks' checkpoints are not of the same step.
         """
+        self._settle()
         if state["ranks"] != (ranks := self._group.size()):
             raise ValueError(
                 f"the checkpoint is of {state['ranks']} ranks, not {ranks}: what each has kept belongs to its rank, and counts "
@@ -386,15 +409,33 @@ class Session:
         self.method.load_state_dict(state)
         self._lr, self._scale = state.get("lr", 0.0), state.get("scale")
 
-    def _close_step(self, ended_s: float, loss: float | None, samples: int | None) -> None:
-        done, tcp = self._statistics, self._statistics.tcp
+    def _close_step(self, ended_s: float, loss: torch.Tensor | float | None, samples: int | None) -> None:
+        self._unrecorded.append(partial(self._row, self.steps, self._statistics, ended_s, _number(loss), samples))
+        self.steps += 1
+        self.method.end_step()
+        self._statistics = StepStatistics(self._group.size(), self._clock)
+        if self._clock.immediate:
+            self._record()
+
+    def _record(self) -> None:
+        """Tell of the steps that are closed."""
+        closed, self._unrecorded = self._unrecorded, []
+        for row in closed:
+            self.last = row()
+            for listener in self._listeners:
+                listener.record(self.last)
+
+    def _row(
+        self, step: int, done: StepStatistics, ended_s: float, loss: Callable[[], float | None], samples: int | None
+    ) -> dict[str, Any]:
+        tcp = done.tcp
         sensed = tcp if self.method.senses else None
         step_s = ended_s - done.began_s
-        self.last = {
+        return {
             "rank": self.rank,
-            "step": self.steps,
+            "step": step,
             "t_s": ended_s - self._t0,
-            "loss": loss,
+            "loss": loss(),
             "samples": samples,
             "step_s": step_s,
             "compute_s": step_s - done.exposed_s,
@@ -411,15 +452,24 @@ class Session:
             "min_rtt_s": sensed and sensed.min_rtt_s,
             "retransmits": tcp and tcp.retransmits,
         }
-        self.steps += 1
-        self.method.end_step()
-        self._statistics = StepStatistics(self._group.size())
-        for listener in self._listeners:
-            listener.record(self.last)
 
 
-def _number(value: torch.Tensor | float | None) -> float | None:
-    return value.item() if isinstance(value, torch.Tensor) else None if value is None else float(value)
+def _number(value: torch.Tensor | float | None) -> Callable[[], float | None]:
+    """Tells a number; of a device, only once that has come so far."""
+    if not isinstance(value, torch.Tensor):
+        return lambda: None if value is None else float(value)
+    if value.device.type == "cpu":
+        number = value.item()  # now, as it may be changed
+        return lambda: number
+    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    copy.copy_(value.detach(), non_blocking=True)
+    copied = record_event(value.device)
+
+    def read() -> float:
+        copied.synchronize()
+        return copy.item()
+
+    return read
 
 
 def _version() -> str:

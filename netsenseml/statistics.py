@@ -3,11 +3,13 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch.futures import Future
 
+from netsenseml.clock import Clock, Mark
 from netsenseml.exchange.collectives import all_reduce_bytes
 from netsenseml.records import monotonic_s
 from netsenseml.sensing.tcp import TcpSample
@@ -30,10 +32,14 @@ class StepStatistics:
 
     A method calls ``coding`` around its encoding and sends every collective by ``launch``; the session does the rest.
     Callbacks of collectives run on threads of the process group, hence the lock.
+
+    Of an accelerator, times are known by ``settle`` only, once it has done what it was told.
     """
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, clock: Clock | None = None) -> None:
+        """clock: of the device that the gradients are on."""
         self.ranks = ranks
+        self._clock = clock or Clock(torch.device("cpu"))
         self.began_s = monotonic_s()
         """When the step began, CLOCK_MONOTONIC seconds."""
         self.scheme = ""
@@ -58,8 +64,9 @@ class StepStatistics:
         """What the kernel saw of the connections since it was asked before."""
         self._energy = self._lost = 0.0
         self._lock = threading.Lock()
-        self._in_flight = 0
-        self._in_flight_since = 0.0
+        self._ready: list[Mark] = []
+        self._coded: list[tuple[Mark, Mark]] = []
+        self._under_way: list[tuple[Mark, Mark]] = []
         self._before = self._costs()
 
     def begin_backward(self) -> None:
@@ -84,15 +91,35 @@ class StepStatistics:
         times = self.exposed_s, self.compute_s, self.encode_s, self.communication_s
         return BackwardCosts(*times, self.payload_bytes, self.ready_s.copy(), self.bucket_elements.copy())
 
+    def arrive(self, elements: int) -> None:
+        """The gradients of a bucket were computed, or will be, where the current stream is now."""
+        with self._lock:
+            self.elements += elements
+            self.bucket_elements.append(elements)
+            self._ready.append(self._clock.mark())
+
+    def settle(self) -> None:
+        """Take into account what ended since the last call; waits until it has."""
+        seconds = self._clock.seconds
+        with self._lock:
+            ready, coded, under_way = self._ready, self._coded, self._under_way
+            self._ready, self._coded, self._under_way = [], [], []
+        self.ready_s += map(seconds, ready)
+        self.encode_s += sum(seconds(end) - seconds(begin) for begin, end in coded)
+        end_s = 0.0
+        for began_s, landed_s in sorted((seconds(begin), seconds(end)) for begin, end in under_way):
+            self.communication_s += max(0.0, landed_s - max(began_s, end_s))
+            end_s = max(end_s, landed_s)
+
     @contextmanager
     def coding(self) -> Iterator[None]:
         """Count the time spent inside as encoding or decoding."""
-        began_s = monotonic_s()
+        began = self._clock.mark()
         try:
             yield
         finally:
             with self._lock:
-                self.encode_s += monotonic_s() - began_s
+                self._coded.append((began, self._clock.mark()))
 
     def launch(
         self, collective: Callable[[], Future[torch.Tensor]], payload_bytes: float, *, elements: int = 0
@@ -105,18 +132,15 @@ class StepStatistics:
         with self._lock:
             self.payload_bytes += round(payload_bytes)
             self.elements_sent += elements
-            if not self._in_flight:
-                self._in_flight_since = monotonic_s()
-            self._in_flight += 1
+        landed = partial(self._landed, self._clock.mark())
         # Another future, as nothing else makes sure that this comes before what others do with the result.
-        return collective().then(self._landed)
+        return collective().then(landed)
 
-    def _landed(self, done: Future[torch.Tensor]) -> torch.Tensor:
+    def _landed(self, began: Mark, done: Future[torch.Tensor]) -> torch.Tensor:
+        value = done.value()
         with self._lock:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self.communication_s += monotonic_s() - self._in_flight_since
-        return done.value()
+            self._under_way.append((began, monotonic_s() if value.device.type == "cpu" else self._clock.mark()))
+        return value
 
     def lose(self, share: float, energy: float, residual_ratio: float = 0.0) -> None:
         """Note what share of a bucket's energy, the sum of squares of what was to be sent, was not sent.

@@ -122,7 +122,7 @@ def add_decoded(buffer: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> 
     """Add ``scale`` times a decoded buffer to ``out``, shape (n,), contiguous float32; returns ``out``.
 
     Two roundings an element, the product's and the sum's, and so the same bits everywhere. Raises MalformedBuffer, one
-    line, and leaves ``out`` as it is, if the buffer is not one that a codec writes for n elements.
+    line, and leaves ``out`` as it is, if the buffer is not one that a codec writes for n elements. It may be on another device.
     """
     if out.dtype != torch.float32 or out.dim() != 1 or not out.is_contiguous():
         raise ValueError(f"only to contiguous float32 of shape (n,) can be added, not to {out.dtype} {tuple(out.shape)}")
@@ -131,6 +131,7 @@ def add_decoded(buffer: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> 
     plan = parse(buffer[:HEADER_BYTES].cpu().numpy().tobytes(), buffer.numel())
     if plan.n != out.numel():
         raise MalformedBuffer(f"a buffer for {plan.n} elements, not {out.numel()}")
+    buffer = buffer.to(out.device, non_blocking=True)
     if not buffer.is_contiguous() or buffer.data_ptr() % 8:
         buffer = buffer.clone(memory_format=torch.contiguous_format)
     _backend(out.device).add_decoded(buffer, plan, out.detach(), scale)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from netsenseml.clock import use_here
+
 _SAMPLE = 1 << 16
 _RELEASE = 0.5
 """Times the norm of a gradient: so much of a residual goes with it at most where all is sent. All at once is a step that
@@ -130,6 +132,7 @@ class ErrorFeedback:
         """What is kept is to be ``factor`` times as large. velocity: that, too, as the gradients themselves have another
         unit."""
         for rows in self._kept.values():
+            use_here(rows)
             (rows if velocity else rows[:1]).mul_(factor)
 
     def drop_copies(self) -> None:
@@ -145,6 +148,7 @@ class ErrorFeedback:
     def _tensor(self, parts: tuple[Key, ...], like: torch.Tensor) -> torch.Tensor:
         if parts not in self._flat:
             self._arrange(parts, like)
+        use_here(self._flat[parts])
         return self._flat[parts]
 
     def _arrange(self, parts: tuple[Key, ...], like: torch.Tensor) -> None:

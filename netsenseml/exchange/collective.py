@@ -1,8 +1,10 @@
 """The compressed collective: the mean of a tensor over all ranks, as a plan has it."""
 
 import torch
+import torch.distributed as dist
 from torch.futures import Future
 
+from netsenseml.clock import use_here
 from netsenseml.compress.codec import Sent
 from netsenseml.compress.feedback import Key, energy_lost, norm, sample
 from netsenseml.exchange.collectives import all_reduce_bytes
@@ -27,24 +29,27 @@ def all_reduce_mean(
         work = all_reduce_mean(gradient, "fc1", DirectAllReduce(Codec("int4")), mesh)
         work.wait()
 
-    tensor: shape (n,), contiguous, floating point; not to be touched before the work is done. Call it on all ranks in the same
-        order, with the same plan and as many elements. The result is the same bit by bit on all of them.
+    tensor: shape (n,), contiguous, floating point, on any device; not to be touched before the work is done. Call it on all
+        ranks in the same order, with the same plan and as many elements. The result is the same bit by bit on all of them.
     key: finds the residual, which is what earlier plans did not send of earlier tensors of this key: sent + new residual =
         tensor + old residual. Without ``feedback`` nothing is kept, and what is not sent is lost.
-    statistics: is told bytes, times and the energy that was not sent.
+    statistics: is told bytes, times (by its ``settle``) and the energy that was not sent.
 
     When not to use it: where nothing is to be saved, ``torch.distributed.all_reduce`` does the same with nothing around it.
-    The future raises what a collective raised; after that the mesh is of no use.
+    The future raises what a collective raised; after that the mesh is of no use. Of an accelerator, ``wait`` makes its current
+    stream wait for the result.
     """
     mesh.sequence += 1
     statistics = statistics or StepStatistics(mesh.ranks)
     if isinstance(plan, RingAllReduce):
         return _as_it_is(tensor, key, mesh, statistics, feedback)
-    return mesh.scheduler.submit(_exchange(tensor, key, plan, mesh, statistics, mesh.sequence, feedback))
+    exchange = _exchange(tensor, key, plan, mesh, statistics, mesh.sequence, feedback)
+    return mesh.scheduler.submit(exchange, tensor.device)
 
 
 def _as_it_is(tensor: torch.Tensor, key: Key, mesh: Mesh, statistics: StepStatistics, feedback: bool) -> Future[torch.Tensor]:
-    """Ring all-reduce in the group of DDP, launched on the caller's thread, where nothing of the caller's can be overtaken.
+    """Ring all-reduce in the group of DDP, launched on the caller's thread, where nothing of the caller's can be overtaken, or
+    beside it, where Gloo must wait for a device.
 
     What earlier plans have left behind is spread over the next steps, and its memory is freed when all is sent.
     """
@@ -58,14 +63,25 @@ def _as_it_is(tensor: torch.Tensor, key: Key, mesh: Mesh, statistics: StepStatis
             if not compensated.held and not mesh.memory.momentum:
                 mesh.memory.forget(key)
             statistics.lose(0.0, norm(before) ** 2, ratio)
-    sent = all_reduce_bytes(tensor.nbytes, mesh.ranks)
-    return statistics.launch(lambda: ring_mean(tensor, mesh.group), sent, elements=tensor.numel())
+    if mesh.by_stream(tensor.device):
+        return _launch(tensor, mesh.group, statistics)
+    return mesh.scheduler.submit(_ring(tensor, mesh, statistics), tensor.device)
+
+
+def _launch(tensor: torch.Tensor, group: dist.ProcessGroup, statistics: StepStatistics) -> Future[torch.Tensor]:
+    sent = all_reduce_bytes(tensor.nbytes, group.size())
+    return statistics.launch(lambda: ring_mean(tensor, group), sent, elements=tensor.numel())
+
+
+def _ring(tensor: torch.Tensor, mesh: Mesh, statistics: StepStatistics) -> Exchange:
+    return tensor.copy_((yield _launch(tensor, mesh.stage(0), statistics)), non_blocking=True)
 
 
 def _exchange(
     tensor: torch.Tensor, key: Key, plan: Plan, mesh: Mesh, statistics: StepStatistics, number: int, feedback: bool
 ) -> Exchange:
     with statistics.coding():
+        use_here(tensor)
         if feedback:
             compensated = mesh.memory.compensate(key, tensor, dense=plan.dense)
             source = compensated.tensor

@@ -4,6 +4,9 @@ Every function is called by all ranks of the group in the same order and returns
 formulas are what one rank sends, without TCP/IP headers; n is the number of ranks.
 
 They are launched on the group itself, as those of ``exchange.mesh`` are not known to torch.distributed.
+
+What is on an accelerator crosses in pinned memory of the host if the group is one of those, and there the result arrives, too:
+whoever takes it brings it back.
 """
 
 from collections.abc import Sequence
@@ -14,8 +17,10 @@ from torch.futures import Future
 
 
 def all_reduce_mean(tensor: torch.Tensor, group: dist.ProcessGroup) -> Future[torch.Tensor]:
-    """Mean over the ranks, in place, round a ring. Divides before summing, so that a low-precision sum cannot overflow."""
-    return _result(group.allreduce([tensor.div_(group.size())]), tensor)
+    """Mean over the ranks, in place where that is possible, round a ring. Divides before summing, so that a low-precision sum
+    cannot overflow."""
+    mean = _on_host(tensor.div_(group.size()), group)
+    return _result(group.allreduce([mean]), mean)
 
 
 def all_reduce_bytes(payload_bytes: int, ranks: int) -> float:
@@ -32,8 +37,8 @@ def all_gather(slot: torch.Tensor, group: dist.ProcessGroup, *, ring: bool) -> F
     Directly every rank sends to all others at once; on the ring every link carries one flow at a time, and every hop costs a
     delay and a thread that has to wake up.
     """
-    ranks = group.size()
-    slots = slot.new_empty(ranks * slot.numel())
+    ranks, slot = group.size(), _on_host(slot, group)
+    slots = _received(slot, ranks * slot.numel())
     work = group._allgather_base(slots, slot) if ring else group.alltoall_base(slots, slot.repeat(ranks), [], [])
     return _result(work, slots.view(ranks, -1))
 
@@ -45,14 +50,30 @@ def all_gather_bytes(slot_bytes: int, ranks: int) -> float:
 
 def all_to_all_chunks(chunks: Sequence[torch.Tensor], sizes: Sequence[int], group: dist.ProcessGroup) -> Future[torch.Tensor]:
     """Send chunk i, shape (s_i,), to rank i; returns what arrived, shape (sum of sizes,): of rank i, sizes[i] elements."""
-    received = chunks[0].new_empty(sum(sizes))
+    sending = _on_host(torch.cat(list(chunks)), group)
+    received = _received(sending, sum(sizes))
     sent = [chunk.numel() for chunk in chunks]
-    return _result(group.alltoall_base(received, torch.cat(list(chunks)), list(sizes), sent), received)
+    return _result(group.alltoall_base(received, sending, list(sizes), sent), received)
 
 
 def broadcast(tensor: torch.Tensor, group: dist.ProcessGroup) -> Future[torch.Tensor]:
-    """The tensor of the group's first rank, in place on all others."""
+    """The tensor of the group's first rank, in place on all others where that is possible."""
+    tensor = _on_host(tensor, group)
     return _result(group.broadcast(tensor, 0), tensor)
+
+
+def _on_host(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The tensor where the collectives of a group can take it; waits for the stream that makes it if it must be copied."""
+    if tensor.device.type == "cpu" or not isinstance(group, dist.ProcessGroupGloo):
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    torch.get_device_module(tensor.device).current_stream(tensor.device).synchronize()
+    return host
+
+
+def _received(sent: torch.Tensor, elements: int) -> torch.Tensor:
+    return torch.empty(elements, dtype=sent.dtype, device=sent.device, pin_memory=sent.is_pinned())
 
 
 def _result(work: dist.Work, tensor: torch.Tensor) -> Future[torch.Tensor]:

@@ -119,7 +119,7 @@ class RingAllReduce:
         compensated.zero_()
         sent = all_reduce_bytes(mean.nbytes, context.ranks)
         send = partial(all_reduce_mean, mean, context.stages[0])
-        return (yield context.statistics.launch(send, sent, elements=len(mean)))
+        return mean.copy_((yield context.statistics.launch(send, sent, elements=len(mean))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +270,7 @@ class Hierarchical:
         end = mesh.host_stage(2 if isinstance(self.inner, DirectAllReduce) else 1)
         of_leaders = context.of_leaders() if mesh.rank in mesh.leaders else None
         mean = yield statistics.launch(partial(all_reduce_mean, compensated.clone(), mesh.host_stage(0)), 0)
+        mean = mean.to(compensated.device)
         compensated.zero_()
         result = context.out
         context.sent.residual_scale = mesh.shape.ranks_per_host if of_leaders is not None else 0
@@ -277,7 +278,7 @@ class Hierarchical:
             result = yield from self.inner.exchange(mean, of_leaders)
             # As it counts for one of the host's ranks in the next mean.
             torch.mul(mean, mesh.shape.ranks_per_host, out=compensated)
-        return (yield statistics.launch(partial(broadcast, result, end), 0))
+        return result.copy_((yield statistics.launch(partial(broadcast, result, end), 0)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,15 +316,15 @@ class WideAllGather:
             with statistics.coding():
                 mean.copy_(piece)
                 Codec("fp32", self.density).encode(piece, 0, sent=sent)
-                positions = sent.positions.long() if sent.positions is not None else torch.arange(k)
+                positions = sent.positions.long() if sent.positions is not None else torch.arange(k, device=piece.device)
                 slot = torch.cat([mean[positions].view(torch.uint8), positions.view(torch.uint8)])
                 mean.zero_()
             send = partial(all_gather, slot, context.stages[0], ring=len(slot) * (ranks - 1) > _DIRECT_BYTES)
             rows = yield statistics.launch(send, all_gather_bytes(len(slot), ranks), elements=k)
             with statistics.coding():
-                for row in rows:
-                    kept, places = row.split([4 * k, 8 * k])
-                    mean.index_add_(0, places.clone().view(torch.int64), kept.clone().view(torch.float32), alpha=1 / ranks)
+                for row in rows.to(piece.device):
+                    kept, places = (part.clone() for part in row.split([4 * k, 8 * k]))
+                    mean.index_add_(0, places.view(torch.int64), kept.view(torch.float32) * (1 / ranks))
         return context.out
 
 
@@ -401,7 +402,7 @@ class RandomK:
         send = partial(all_reduce_mean, values, context.stages[0])
         mean = yield context.statistics.launch(send, sent, elements=len(chosen))
         with context.statistics.coding():
-            return context.out.zero_().index_copy_(0, chosen, mean)
+            return context.out.zero_().index_copy_(0, chosen, mean.to(chosen.device))
 
 
 def parse(name: str) -> Plan:

@@ -123,6 +123,10 @@ class Mesh:
         """The lowest rank of every host."""
         return [self.hosts.index(host) for host in dict.fromkeys(self.hosts)]
 
+    def by_stream(self, device: torch.device) -> bool:
+        """Whether collectives of ``group`` itself work in the order of a device's streams, so that nobody waits for these."""
+        return device.type == "cpu" or self.group._get_backend(device).name() != dist.Backend.GLOO
+
     def stage(self, number: int) -> dist.ProcessGroup:
         """The process group of all ranks for a stage of an exchange; made at its first use, on all ranks."""
         return self._made(f"stage{number}", range(self.ranks))

@@ -51,13 +51,9 @@ def _check_gradients(name: str, method: Any, module: nn.Module) -> None:
             raise ValueError(
                 f"{path or 'the model'} has sparse gradients, which no communication hook gets right; set sparse=False"
             )
-    devices, takes_complex = getattr(method, "devices", ()), getattr(method, "takes_complex", True)
+    takes_complex = getattr(method, "takes_complex", True)
     for path, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        if devices and parameter.device.type not in devices:
-            raise ValueError(
-                f"'{name}' cannot code gradients on {parameter.device} ({path}) yet; choose allreduce, bf16 or fp16"
-            )
         if parameter.is_complex() and not takes_complex:
             raise ValueError(f"'{name}' cannot exchange complex gradients ({path}); choose allreduce")

@@ -17,8 +17,8 @@ class Method:
 
     The session calls, on every rank in the same order: ``begin`` before the first bucket of a backward that
     synchronises, ``exchange`` for every bucket, ``finish`` when all buckets have been exchanged (on a thread of the
-    process group or of the method: never wait there). Replicas stay equal only if every rank computes the same result bit by
-    bit.
+    process group or of the method: never wait there), with gradients on an accelerator just before the next ``begin``.
+    Replicas stay equal only if every rank computes the same result bit by bit.
     """
 
     bandwidth_bps: float | None = None
@@ -36,8 +36,8 @@ class Method:
     keeps_copy = False
     """Set where steps may be undone."""
 
-    devices: tuple[str, ...] = ()
-    """Types of the devices on which gradients may be; empty for all."""
+    waits = False
+    """Whether ``exchange`` waits for other ranks."""
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup) -> None:
         """module: the model, for the names of its parameters; further options come as keywords."""

@@ -22,7 +22,6 @@ class Coded(Method):
     """Exchange by a plan, beside backward, mostly with error feedback."""
 
     takes_complex = False
-    devices = ("cpu",)
 
     def __init__(
         self,
@@ -108,6 +107,8 @@ class TopK(Coded):
 
 class WideTopK(Coded):
     """The largest share ``ratio`` of every bucket in the form of the paper: 12 bytes a value, and backward waits meanwhile."""
+
+    waits = True
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, ratio: float) -> None:
         super().__init__(module, group, WideAllGather(ratio))

@@ -96,7 +96,7 @@ class NetSense(Coded):
             lost([_heavy_tailed()], self._candidates),
             latency_s=latency_s,
             byte_s=max(took_s - latency_s, took_s / 10) / crossing_bytes,
-            scarce=len(os.sched_getaffinity(0)) < 2 * len(mesh.machine_ranks),
+            scarce=gradients[0].device.type == "cpu" and len(os.sched_getaffinity(0)) < 2 * len(mesh.machine_ranks),
         )
         controller.begin([sum(gradient.numel() for gradient in gradients)], _FIRST_COMPUTE_S)
         names = [plan.name for plan in self._candidates]

@@ -32,7 +32,6 @@ class PowerSgd(Method):
     """
 
     takes_complex = False
-    devices = ("cpu",)
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, rank: int) -> None:
         super().__init__(module, group)
@@ -48,7 +47,7 @@ class PowerSgd(Method):
 
     def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
         statistics.scheme = f"powersgd-{self._approximation_rank}"
-        return self._mesh.scheduler.submit(self._exchange(bucket, statistics))
+        return self._mesh.scheduler.submit(self._exchange(bucket, statistics), bucket.buffer().device)
 
     def _exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Exchange:
         before = self._sampled(bucket)
@@ -75,7 +74,7 @@ class PowerSgd(Method):
         start = self._state.q_memory_dict.get(index)
         if start is not None and bool((zeros := start == 0).any()):
             draw = torch.Generator().manual_seed(0)
-            start[zeros] = _TINY * torch.randn(start.shape, generator=draw)[zeros].to(start.dtype)
+            start[zeros] = _TINY * torch.randn(start.shape, generator=draw).to(start)[zeros]
 
     def _hold(self, bucket: GradBucket) -> list[tuple[int, torch.Tensor]]:
         """Take what is kept for unused parameters out of the residual: (where, what)."""

@@ -222,6 +222,7 @@ def bytes_by_plan(rank: int) -> list[tuple[int, float]]:
     for elements, plan in itertools.product(SENT, PLANS):
         statistics = StepStatistics(mesh.ranks)
         all_reduce_mean(torch.randn(elements), plan.name, plan, mesh, statistics).wait()
+        statistics.settle()
         found.append((statistics.payload_bytes, statistics.communication_s))
         mesh.memory.forget(plan.name)
     mesh.close()
@@ -298,12 +299,14 @@ def test_random_elements_are_distinct_and_the_same_on_all_ranks(density: float, 
 
 
 def test_time_under_way_counts_once_in_whatever_order_collectives_complete(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 1.0, 3.0, 6.0])  # the step begins, the first is launched, the last completes
-    monkeypatch.setattr(netsenseml.statistics, "monotonic_s", lambda: next(clock))
+    clock = iter([0.0, 1.0, 2.0, 4.0, 6.0])  # the step begins, one is launched, another, which completes first
+    for module in (netsenseml.clock, netsenseml.statistics):
+        monkeypatch.setattr(module, "monotonic_s", lambda: next(clock))
     statistics, completing = StepStatistics(2), [Future(), Future()]
     for future in completing:
         statistics.launch(lambda future=future: future, payload_bytes=10, elements=5)
     for future in reversed(completing):
         future.set_result(torch.ones(()))
-    assert statistics.communication_s == 2.0
+    statistics.settle()
+    assert statistics.communication_s == 5.0
     assert (statistics.payload_bytes, statistics.elements_sent) == (20, 10)
