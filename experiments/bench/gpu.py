@@ -24,16 +24,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from netsenseml import attach
 from netsenseml.compress.codec import VALUES, Codec, add_decoded
 
 RESNET18 = 11_689_512
 DENSITIES = (1.0, 0.1, 0.01, 0.001)
-METHODS: dict[str, dict[str, Any]] = {
-    "allreduce": {},
-    "bf16": {},
-    "topk": {"ratio": 0.01},
-    "quantized": {"values": "int8"},
-    "netsense": {},
+METHODS: dict[str, tuple[str, dict[str, Any]] | None] = {
+    "plain": None,
+    "allreduce": ("allreduce", {}),
+    "netsense": ("netsense", {}),
+    "topk": ("topk", {"ratio": 0.01}),
+    "quantized": ("quantized", {"values": "int8"}),
+    "plain again": None,
+    "netsense again": ("netsense", {}),
 }
 
 
@@ -84,11 +87,11 @@ def codecs(elements: int, repetitions: int) -> dict[str, dict[str, float]]:
 
 
 class Transformer(nn.Module):
-    """A decoder of so many layers: some 80 million parameters."""
+    """An embedding and so many layers above it."""
 
-    def __init__(self, width: int = 768, layers: int = 8, heads: int = 12) -> None:
+    def __init__(self, width: int, layers: int, heads: int = 8) -> None:
         super().__init__()
-        self.embed = nn.Embedding(32_000, width)
+        self.embed = nn.Embedding(8192, width)
         layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
@@ -96,63 +99,60 @@ class Transformer(nn.Module):
         return self.blocks(self.embed(tokens)) @ self.embed.weight.T
 
 
-def train(rank: int, ranks: int, backend: str, directory: str, batch: int, steps: int, results: Any) -> None:
+def train(rank: int, ranks: int, backend: str, directory: str, steps: int, results: Any) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.backends.cuda.matmul.allow_tf32 = True
     dist.init_process_group(backend, init_method=f"file://{directory}/rendezvous", rank=rank, world_size=ranks)
-    from netsenseml import attach
-
-    found: dict[str, float] = {}
-    for method in ("plain", *METHODS, "plain again"):
+    width, layers, batch = (1024, 8, 24) if backend == "nccl" else (256, 4, 64)
+    found: dict[str, dict[str, float | str]] = {}
+    for name, method in METHODS.items():
         torch.manual_seed(0)
-        ddp = DistributedDataParallel(Transformer().cuda(), gradient_as_bucket_view=True)
+        ddp = DistributedDataParallel(Transformer(width, layers).cuda(), gradient_as_bucket_view=True)
         optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3)
         began_s = time.perf_counter()
-        session = attach(ddp, method, **METHODS[method]) if method in METHODS else None
+        session = attach(ddp, method[0], **method[1]) if method is not None else None
         attached_s = time.perf_counter() - began_s
-        tokens = torch.randint(0, 32_000, (batch, 256), device="cuda")
-        took = []
+        tokens = torch.randint(0, 8192, (batch, 256), device="cuda")
+        took, blocked_s = [], 0.0
         for step in range(steps):
+            if step == steps // 4:
+                blocked_s = session.blocked_s if session is not None else 0.0
             began_s = time.perf_counter()
             optimizer.zero_grad()
-            logits = ddp(tokens)
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+            loss = nn.functional.cross_entropy(ddp(tokens).flatten(0, 1), tokens.flatten())
             loss.backward()
             optimizer.step()
             if session is not None:
                 session.step(loss, samples=batch)
-            if step >= 5:
+            if step >= steps // 4:
                 took.append(time.perf_counter() - began_s)
         torch.cuda.current_stream().synchronize()
-        found[method] = 1e3 * statistics.median(took)
+        found[name] = {"step_ms": 1e3 * statistics.median(took), "attach_ms": 1e3 * attached_s}
         if session is not None:
+            found[name]["in_hook_ms"] = 1e3 * (session.blocked_s - blocked_s) / len(took)
             session.close()
             last = session.last or {}
-            found[f"{method}: attach"] = 1e3 * attached_s
-            for column in ("comm_s", "encode_s", "compute_s"):
-                found[f"{method}: {column}"] = 1e3 * last[column]
-            print(f"rank {rank} of {ranks}, {method}: {last['scheme']}", flush=True)
+            found[name] |= {f"{column}_ms": 1e3 * last[f"{column}_s"] for column in ("comm", "encode", "compute")}
+            found[name]["scheme"] = last["scheme"]
         del ddp, session, optimizer
     dist.destroy_process_group()
     if rank == 0:
         results.put(found)
 
 
-def steps(backend: str, ranks: int, batch: int, count: int) -> dict[str, float]:
+def steps(backend: str, ranks: int, count: int) -> dict[str, dict[str, float | str]]:
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as directory:
-        processes = [
-            context.Process(target=train, args=(rank, ranks, backend, directory, batch, count, results))
-            for rank in range(ranks)
-        ]
+        given = (ranks, backend, directory, count, results)
+        processes = [context.Process(target=train, args=(rank, *given)) for rank in range(ranks)]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
         if any(process.exitcode for process in processes):
             return {}
-        found: dict[str, float] = results.get()
+        found: dict[str, dict[str, float | str]] = results.get()
         return found
 
 
@@ -172,18 +172,19 @@ def main() -> None:
         print(f"{codec:24}{row['encode_ms']:12.3f}{decode}{total / of_codecs['copy']['encode_ms']:9.1f}", flush=True)
     of_steps = {}
     for backend, ranks in (("nccl", 1), ("gloo", 2)):
-        of_steps[f"{backend}, {ranks}"] = found = steps(backend, ranks, 8, 25)
-        for what, ms in found.items():
-            print(f"{backend}, {ranks} ranks: {what:28}{ms:10.2f} ms", flush=True)
+        of_steps[f"{backend}, {ranks}"] = found = steps(backend, ranks, 40)
+        for method, figures in found.items():
+            texts = (f"{what} {value:.2f}" if isinstance(value, float) else value for what, value in figures.items())
+            print(f"{backend}, ranks: {ranks}, {method:15}", *texts, flush=True)
     if given.out is not None:
-        figures = {
+        whole = {
             "device": name,
             "torch": torch.__version__,
             "elements": given.elements,
             "codecs": of_codecs,
             "steps": of_steps,
         }
-        (given.out / "gpu.json").write_text(json.dumps(figures, indent=1))
+        (given.out / "gpu.json").write_text(json.dumps(whole, indent=1))
 
 
 if __name__ == "__main__":

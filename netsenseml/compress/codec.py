@@ -1,9 +1,10 @@
 """Gradients as bytes: which elements are sent, and how their values and positions are written."""
 
 import hashlib
-import importlib
+import importlib.util
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ class Codec:
         buffer[-8:] = 0  # the padding behind the codes
         buffer[:HEADER_BYTES] = torch.frombuffer(bytearray(plan.header()), dtype=torch.uint8)
         key = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")
-        positions = _backend(x.device).encode(x.detach(), plan, key if self.stochastic else None, buffer)
+        positions = _backend(x.device.type).encode(x.detach(), plan, key if self.stochastic else None, buffer)
         if sent is not None:
             sent.positions = positions
         return buffer
@@ -134,15 +135,20 @@ def add_decoded(buffer: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> 
     buffer = buffer.to(out.device, non_blocking=True)
     if not buffer.is_contiguous() or buffer.data_ptr() % 8:
         buffer = buffer.clone(memory_format=torch.contiguous_format)
-    _backend(out.device).add_decoded(buffer, plan, out.detach(), scale)
+    _backend(out.device.type).add_decoded(buffer, plan, out.detach(), scale)
     return out
 
 
 def load_kernels(device: torch.device) -> None:
     """Load the kernels for tensors of a device, where the first coding would: numba and they take a second, and compiling them,
     once on a machine, some more."""
-    _backend(device)
+    _backend(device.type)
 
 
-def _backend(device: torch.device) -> Any:
-    return importlib.import_module(f"netsenseml.compress.{'arrays' if device.type == 'cpu' else 'tensors'}")
+@cache
+def _backend(device: str) -> Any:
+    """Triton's kernels for CUDA devices, numba's for the CPU, operations of torch for what is left."""
+    name = "arrays" if device == "cpu" else "tensors"
+    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+        name = "device_kernels"
+    return importlib.import_module(f"netsenseml.compress.{name}")

@@ -33,28 +33,17 @@ def largest(values: torch.Tensor, k: int) -> torch.Tensor:
     values: shape (n,), floating point; 1 <= k <= n. NaN is larger than infinity, so that it is sent (as an all-reduce
     would send it) and does not stay behind. Among equal magnitudes the lower index wins.
 
-    A threshold that slightly more than k elements reach is guessed from a strided sample; exactly k of so few are found
-    at little cost. If fewer than k reach it, the exact threshold comes from all elements.
+    A threshold that slightly more than k elements reach is guessed from a strided sample; the largest of so few are found
+    at little cost. If fewer than k reach it, they are looked for among all elements.
     """
     n = values.numel()
     if not 1 <= k <= n:
         raise ValueError(f"k must be from 1 to {n}, not {k}")
     magnitude = values.float().view(torch.int32) & _MAGNITUDE  # as integers they have the stated order
     stride, rank = sampling(n, k)
-    candidates = (magnitude >= _kth_largest(magnitude[::stride], rank)).nonzero().squeeze(1)
-    if candidates.numel() >= k:
-        return candidates[_exactly(magnitude[candidates], k)]
-    return _exactly(magnitude, k)
-
-
-def _kth_largest(magnitude: torch.Tensor, k: int) -> torch.Tensor:
-    return magnitude.kthvalue(magnitude.numel() - k + 1).values
-
-
-def _exactly(magnitude: torch.Tensor, k: int) -> torch.Tensor:
-    """Indices of the k largest, ascending, by exact threshold and then by position among its equals."""
-    threshold = _kth_largest(magnitude, k)
-    keep = magnitude > threshold
-    equal = (magnitude == threshold).nonzero().squeeze(1)
-    keep[equal[: k - int(keep.sum())]] = True
-    return keep.nonzero().squeeze(1)
+    sample = magnitude[::stride]
+    candidates = (magnitude >= sample.kthvalue(sample.numel() - rank + 1).values).nonzero().squeeze(1)
+    if candidates.numel() < k:
+        candidates = torch.arange(n, device=values.device)
+    order = magnitude[candidates].sort(descending=True, stable=True).indices[:k]
+    return candidates[order].sort().values

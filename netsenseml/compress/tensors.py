@@ -70,7 +70,10 @@ def _coded(values: torch.Tensor, form: int, key: int | None) -> tuple[torch.Tens
         counts = (k - layout.BLOCK[form] * torch.arange(len(x), device=x.device)[:, None]).clamp(1, layout.BLOCK[form])
         scale, up = unit * (parts / (layout.SIGN_UNIT * counts.float())), 0x8000
     else:
-        scale, up = (unit / layout.LEVELS[form]).clamp_(min=layout.SMALLEST_SCALE), 0xFFFF
+        levels = torch.tensor(
+            layout.LEVELS[form], dtype=torch.float32, device=x.device
+        )  # by a number, CUDA would multiply by its inverse
+        scale, up = (unit / levels).clamp_(min=layout.SMALLEST_SCALE), 0xFFFF
     half = (scale.view(torch.int32) + up >> 16).clamp_(max=layout.LARGEST_SCALE[form]).to(torch.int16)
     scale = half.view(torch.bfloat16).float()
     if form == layout.SIGN:

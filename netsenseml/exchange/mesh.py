@@ -30,10 +30,11 @@ and others may wait beside it."""
 @dataclass(frozen=True, slots=True)
 class Peer:
     """What a rank tells the others of itself. host: equal for ranks that share a network interface. address: IP, None if
-    unknown."""
+    unknown. device: type of the device that its tensors are on."""
 
     host: str
     address: str | None
+    device: str = "cpu"
 
 
 class Shape(NamedTuple):
@@ -73,10 +74,12 @@ class Mesh:
         memory: ErrorFeedback | None = None,
         config: Mapping[str, Any] | None = None,
         hosts: Sequence[int] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """Called on all ranks of ``group``.
 
-        config: what must be the same on all ranks. hosts: in place of what is found out.
+        config: what must be the same on all ranks. hosts: in place of what is found out. device: that the tensors are on, if
+            it is not the same on all ranks.
         Raises ValueError, one line, where a rank's config differs; RuntimeError where a rank does not come in time.
         """
         self.group = group
@@ -86,7 +89,7 @@ class Mesh:
         self.scheduler = self.new_scheduler()
         self.sequence = 0
         """Exchanges so far, from which all randomness is drawn."""
-        self._number, self.peers = _meet(group, config or {})
+        self._number, self.peers = _meet(group, config or {}, device)
         names = list(dict.fromkeys(peer.host for peer in self.peers))
         self.hosts = tuple(hosts) if hosts is not None else tuple(names.index(peer.host) for peer in self.peers)
         self._groups: dict[str, dist.ProcessGroup] = {}
@@ -125,6 +128,8 @@ class Mesh:
 
     def by_stream(self, device: torch.device) -> bool:
         """Whether collectives of ``group`` itself work in the order of a device's streams, so that nobody waits for these."""
+        if any(peer.device != self.peers[self.rank].device for peer in self.peers):
+            return False
         return device.type == "cpu" or self.group._get_backend(device).name() != dist.Backend.GLOO
 
     def stage(self, number: int) -> dist.ProcessGroup:
@@ -250,14 +255,19 @@ def agree(group: dist.ProcessGroup, config: Mapping[str, Any]) -> list[Peer]:
     Raises ValueError, one line, on every rank whose ``config`` differs from that of rank 0, as JSON has it; RuntimeError,
     which names the ranks that are missing, after the time-out of the group.
     """
-    return _meet(group, config)[1]
+    return _meet(group, config, None)[1]
 
 
-def _meet(group: dist.ProcessGroup, config: Mapping[str, Any]) -> tuple[int, list[Peer]]:
+def _meet(group: dist.ProcessGroup, config: Mapping[str, Any], device: torch.device | None) -> tuple[int, list[Peer]]:
     """(number of the meeting, the same on all ranks; as ``agree``)."""
     store, rank = store_of(group), group.rank()
     meeting = store.add(f"netsenseml/meeting/{rank}", 1)
-    mine = {"config": dict(config), "host": _host(), "address": local_address(os.environ.get("GLOO_SOCKET_IFNAME"))}
+    mine = {
+        "config": dict(config),
+        "host": _host(),
+        "address": local_address(os.environ.get("GLOO_SOCKET_IFNAME")),
+        "device": device.type if device is not None else "cpu",
+    }
     store.set(f"netsenseml/meeting/{meeting}/{rank}", json.dumps(mine, default=lambda value: type(value).__name__))
     keys = [f"netsenseml/meeting/{meeting}/{other}" for other in range(group.size())]
     try:
@@ -272,7 +282,7 @@ def _meet(group: dist.ProcessGroup, config: Mapping[str, Any]) -> tuple[int, lis
             name = next(name for name in names if told[0]["config"].get(name) != theirs["config"].get(name))
             first, differs = told[0]["config"].get(name), theirs["config"].get(name)
             raise ValueError(f"rank {other} has {name} = {differs!r}, rank 0 has {first!r}; all ranks must have the same")
-    return meeting, [Peer(theirs["host"], theirs["address"]) for theirs in told]
+    return meeting, [Peer(theirs["host"], theirs["address"], theirs["device"]) for theirs in told]
 
 
 def store_of(group: dist.ProcessGroup) -> Any:

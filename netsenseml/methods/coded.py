@@ -39,7 +39,8 @@ class Coded(Method):
         self.plan = plan
         self.memory = ErrorFeedback(module.named_parameters(), momentum=momentum, limit=limit)
         self._feedback = feedback
-        self.mesh = Mesh(group, memory=self.memory)
+        of_gradients = next((parameter.device for parameter in module.parameters() if parameter.requires_grad), None)
+        self.mesh = Mesh(group, memory=self.memory, device=of_gradients)
         self.steps = 0
         """Backwards so far."""
 

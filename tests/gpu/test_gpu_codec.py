@@ -1,10 +1,17 @@
-"""The codec on a CUDA device: the same bytes as on the CPU, and the same bits back."""
+"""The codec on a CUDA device: the same bytes as on the CPU, and the same bits back.
+
+With TRITON_INTERPRET=1 Triton's kernels are run without a device, slowly, wherever Triton is installed.
+"""
+
+import importlib
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from netsenseml.compress import codec as codec_module
 from netsenseml.compress.codec import VALUES, Codec, MalformedBuffer, Sent, add_decoded
 from netsenseml.compress.layout import HEADER_BYTES
 
@@ -12,31 +19,45 @@ codecs = st.builds(Codec, st.sampled_from(list(VALUES)), st.sampled_from([1.0, 0
 any_float = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXAMPLES = 300 if DEVICE == "cuda" else 40
+
+
 def bits(x: torch.Tensor) -> torch.Tensor:
     return x.nan_to_num().view(torch.int32).cpu()
 
 
-def check(codec: Codec, x: torch.Tensor, seed: int, scale: float) -> None:
-    found = []
-    for device in ("cpu", "cuda"):
+def coded(backend: str, device: str, codec: Codec, x: torch.Tensor, seed: int, scale: float) -> list[torch.Tensor]:
+    module = importlib.import_module(f"netsenseml.compress.{backend}")
+    with mock.patch.object(codec_module, "_backend", lambda _: module):
         residual, sent = x.to(device, copy=True), Sent()
         buffer = codec.encode(residual, seed, sent=sent)
         out = add_decoded(buffer, torch.ones(len(x), device=device), scale)
         positions = torch.empty(0) if sent.positions is None else sent.positions.cpu()
-        found.append((buffer.cpu(), bits(residual), bits(out), positions))
-    for of_cpu, of_device in zip(*found, strict=True):
-        assert torch.equal(of_cpu, of_device), codec
+        return [buffer.cpu(), bits(residual), bits(out), positions]
 
 
-@settings(max_examples=400, deadline=None)
+def check(codec: Codec, x: torch.Tensor, seed: int, scale: float) -> None:
+    expected = coded("arrays", "cpu", codec, x, seed, scale)
+    for backend in ("device_kernels", "tensors"):
+        for what, ours, theirs in zip(
+            ("bytes", "residual", "sum", "positions"), coded(backend, DEVICE, codec, x, seed, scale), expected, strict=True
+        ):
+            assert torch.equal(ours, theirs), f"{backend}, {codec}: {what}"
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(codecs, st.lists(any_float, max_size=40), st.integers(0, 99), st.sampled_from([1.0, 0.25, 1 / 3]))
 def test_any_numbers_are_coded_as_on_the_cpu(codec: Codec, x: list[float], seed: int, scale: float) -> None:
     check(codec, torch.tensor(x, dtype=torch.float32), seed, scale)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=EXAMPLES // 2, deadline=None)
 @given(
-    codecs, st.integers(0, 100_000), st.integers(0, 99), st.sampled_from(["normal", "heavy", "few distinct", "mostly zeros"])
+    codecs,
+    st.integers(0, 100_000 if DEVICE == "cuda" else 3000),
+    st.integers(0, 99),
+    st.sampled_from(["normal", "heavy", "few distinct", "mostly zeros"]),
 )
 def test_gradients_of_any_size_are_coded_as_on_the_cpu(codec: Codec, n: int, seed: int, kind: str) -> None:
     x = torch.randn(n, generator=torch.Generator().manual_seed(seed))
@@ -52,16 +73,26 @@ def test_gradients_of_any_size_are_coded_as_on_the_cpu(codec: Codec, n: int, see
 @pytest.mark.parametrize("density", [1.0, 0.1, 0.01, 0.001])
 @pytest.mark.parametrize("values", list(VALUES))
 def test_five_million_are_coded_as_on_the_cpu(values: str, density: float) -> None:
-    check(Codec(values, density), torch.randn(5_000_003, generator=torch.Generator().manual_seed(1)) ** 3, 1, 0.25)
+    elements = 5_000_003 if DEVICE == "cuda" else 20_003
+    check(Codec(values, density), torch.randn(elements, generator=torch.Generator().manual_seed(1)) ** 3, 1, 0.25)
+
+
+@pytest.mark.parametrize("zeros", [0.9, 0.995, 1.0])
+def test_zeros_are_sent_only_where_nothing_else_is_left(zeros: float) -> None:
+    x = torch.randn(200_000 if DEVICE == "cuda" else 20_000, generator=torch.Generator().manual_seed(2))
+    x[: round(zeros * len(x))] = 0
+    check(Codec("int8", 0.01), x, 1, 0.25)
 
 
 def test_a_buffer_of_the_host_is_added_on_the_device_and_a_damaged_one_is_not() -> None:
-    codec, x = Codec("int8", 0.01), torch.randn(100_000)
+    codec, x, kernels = Codec("int8", 0.01), torch.randn(100_000), importlib.import_module("netsenseml.compress.device_kernels")
     buffer = codec.encode(x, 0)
     expected = add_decoded(buffer, torch.zeros(100_000))
-    assert torch.equal(add_decoded(buffer, torch.zeros(100_000, device="cuda")).cpu(), expected)
-    damaged, out = buffer.clone(), torch.zeros(100_000, device="cuda")
-    damaged[HEADER_BYTES : HEADER_BYTES + 64] = 255
-    with pytest.raises(MalformedBuffer, match="positions"):
-        add_decoded(damaged, out)
-    assert not out.any()
+    with mock.patch.object(codec_module, "_backend", lambda _: kernels):
+        assert torch.equal(add_decoded(buffer, torch.zeros(100_000, device=DEVICE)).cpu(), expected)
+        for first, damage in ((HEADER_BYTES, 255), (HEADER_BYTES, 0), (HEADER_BYTES + 800, 255)):
+            damaged, out = buffer.clone(), torch.zeros(100_000, device=DEVICE)
+            damaged[first : first + 64] = damage
+            with pytest.raises(MalformedBuffer, match="positions"):
+                add_decoded(damaged, out)
+            assert not out.any()

@@ -64,7 +64,7 @@ def parameters(module: nn.Module) -> torch.Tensor:
 
 
 def exchange_all(rank: int, devices: list[str]) -> list[list[float]]:
-    mesh, found = Mesh(dist.group.WORLD, hosts=[0, 0, 1, 1]), []
+    mesh, found = Mesh(dist.group.WORLD, hosts=[0, 0, 1, 1], device=torch.device(devices[rank])), []
     for plan, elements in itertools.product(PLANS, [1, 700, 100_000]):
         for step in range(2):  # the second one has a residual
             tensor = torch.randn(elements, generator=torch.Generator().manual_seed(10 * step + rank)).to(devices[rank])
