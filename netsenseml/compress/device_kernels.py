@@ -3,8 +3,6 @@
 Triton comes with torch. Products and sums must not be fused, or they would be rounded once instead of twice.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -51,7 +49,7 @@ def encode(compensated: torch.Tensor, plan: Layout, key: int | None, buffer: tor
         codes,
         scales,
         plan.k,
-        key or 0,
+        (key or 0) - (1 << 32) * ((key or 0) >> 31),  # as a signed number
         positions is not None,
         key is not None,
         plan.values == layout.SIGN,
@@ -153,14 +151,14 @@ def _positions(buffer: torch.Tensor, plan: Layout) -> torch.Tensor:
 
 
 @triton.jit
-def _count(bits: Any, threshold: Any, counts: Any, n: Any, lanes: tl.constexpr) -> None:
+def _count(bits, threshold, counts, n, lanes: tl.constexpr):
     at = tl.program_id(0) * lanes + tl.arange(0, lanes)
     magnitude = tl.load(bits + at, mask=at < n, other=0) & 0x7FFFFFFF
     tl.store(counts + tl.program_id(0), tl.sum((magnitude >= tl.load(threshold)).to(tl.int32), axis=0))
 
 
 @triton.jit
-def _collect(bits: Any, threshold: Any, begins: Any, positions: Any, magnitudes: Any, n: Any, lanes: tl.constexpr) -> None:
+def _collect(bits, threshold, begins, positions, magnitudes, n, lanes: tl.constexpr):
     at = tl.program_id(0) * lanes + tl.arange(0, lanes)
     magnitude = tl.load(bits + at, mask=at < n, other=0) & 0x7FFFFFFF
     chosen = magnitude >= tl.load(threshold)
@@ -170,7 +168,7 @@ def _collect(bits: Any, threshold: Any, begins: Any, positions: Any, magnitudes:
 
 
 @triton.jit
-def _encode_positions(positions: Any, high: Any, low: Any, k: Any, low_bits: Any, step: Any, lanes: tl.constexpr) -> None:
+def _encode_positions(positions, high, low, k, low_bits, step, lanes: tl.constexpr):
     j = tl.program_id(0) * lanes + tl.arange(0, lanes)
     inside = j < k
     position = tl.load(positions + j, mask=inside, other=0)
@@ -186,7 +184,7 @@ def _encode_positions(positions: Any, high: Any, low: Any, k: Any, low_bits: Any
 
 
 @triton.jit
-def _count_bits(high: Any, counts: Any, size: Any, words: tl.constexpr) -> None:
+def _count_bits(high, counts, size, words: tl.constexpr):
     at = tl.program_id(0) * words + tl.arange(0, words)
     word = tl.load(high + at, mask=at < size, other=0)
     bits = (word[:, None] >> tl.arange(0, 32)[None, :]) & 1
@@ -195,18 +193,18 @@ def _count_bits(high: Any, counts: Any, size: Any, words: tl.constexpr) -> None:
 
 @triton.jit
 def _decode_positions(
-    high: Any,
-    low: Any,
-    ends: Any,
-    counts: Any,
-    positions: Any,
-    k: Any,
-    low_bits: Any,
-    step: Any,
-    size: Any,
-    low_size: Any,
+    high,
+    low,
+    ends,
+    counts,
+    positions,
+    k,
+    low_bits,
+    step,
+    size,
+    low_size,
     words: tl.constexpr,
-) -> None:
+):
     at = tl.program_id(0) * words + tl.arange(0, words)
     word = tl.load(high + at, mask=at < size, other=0)
     bits = (word[:, None] >> tl.arange(0, 32)[None, :]) & 1
@@ -226,7 +224,7 @@ def _decode_positions(
 
 
 @triton.jit
-def _check_positions(positions: Any, wrong: Any, k: Any, n: Any, lanes: tl.constexpr) -> None:
+def _check_positions(positions, wrong, k, n, lanes: tl.constexpr):
     j = tl.program_id(0) * lanes + tl.arange(0, lanes)
     position = tl.load(positions + j, mask=j < k, other=0)
     before = tl.load(positions + j - 1, mask=(j > 0) & (j < k), other=-1)
@@ -237,9 +235,7 @@ def _check_positions(positions: Any, wrong: Any, k: Any, n: Any, lanes: tl.const
 
 
 @triton.jit
-def _encode_floats(
-    x: Any, positions: Any, codes: Any, k: Any, sparse: tl.constexpr, half: tl.constexpr, lanes: tl.constexpr
-) -> None:
+def _encode_floats(x, positions, codes, k, sparse: tl.constexpr, half: tl.constexpr, lanes: tl.constexpr):
     j = tl.program_id(0) * lanes + tl.arange(0, lanes)
     inside = j < k
     at = tl.load(positions + j, mask=inside, other=0) if sparse else j
@@ -257,14 +253,14 @@ def _encode_floats(
         tl.store(x + at, tl.zeros((lanes,), tl.float32), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key"])
 def _encode_blocks(
-    x: Any,
-    positions: Any,
-    codes: Any,
-    scales: Any,
-    k: Any,
-    key: Any,
+    x,
+    positions,
+    codes,
+    scales,
+    k,
+    key,
     sparse: tl.constexpr,
     stochastic: tl.constexpr,
     sign: tl.constexpr,
@@ -277,7 +273,7 @@ def _encode_blocks(
     blocks: tl.constexpr,
     shares: tl.constexpr,
     words: tl.constexpr,
-) -> None:
+):
     """Whole rows of 256 values: ``blocks`` in a row have a scale each, and of each, ``shares`` values are in one of the row's
     ``words``."""
     block = tl.program_id(0) * rows * blocks + tl.arange(0, rows * blocks)
@@ -332,19 +328,19 @@ def _encode_blocks(
 
 @triton.jit
 def _add_decoded(
-    out: Any,
-    positions: Any,
-    codes: Any,
-    scales: Any,
-    k: Any,
-    factor: Any,
+    out,
+    positions,
+    codes,
+    scales,
+    k,
+    factor,
     sparse: tl.constexpr,
     form: tl.constexpr,
     bits: tl.constexpr,
     block: tl.constexpr,
     words: tl.constexpr,
     lanes: tl.constexpr,
-) -> None:
+):
     j = tl.program_id(0) * lanes + tl.arange(0, lanes)
     inside = j < k
     if form == 0:
