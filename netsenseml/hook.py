@@ -52,6 +52,8 @@ def attach(
             session.step(loss, samples=len(x))
         session.close()
 
+    The gradients may be on the CPU or on a GPU.
+
     When not to use it: between GPUs of one machine, or where a step waits for no gradients anyway (``comm_s`` of its records
     with "allreduce"); DDP's own exchange is as good there.
 

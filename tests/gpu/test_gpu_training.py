@@ -185,7 +185,7 @@ def with_times(rank: int, path: str, method: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("method", ["allreduce", "topk", "netsense"])
 def test_time_of_the_device_is_computation_and_not_communication(method: str, tmp_path: Path) -> None:
-    for *rows, _ in run_group(with_times, 2, str(tmp_path), method):
+    for *rows, _ in run_group(with_times, 1, str(tmp_path), method):
         assert [row["step"] for row in rows] == list(range(12))
         for row in rows[4:]:
             assert row["compute_s"] > 0.008, row  # 20 million cycles take 10 ms at 2 GHz
