@@ -22,7 +22,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from testbed.labs.base import LabError, LabPlan, Process, make_shaper
 from testbed.labs.forkserver import ForkServer
-from testbed.links.delayline import DelayLine
+from testbed.links.delayline import DelayLine, DelayLineDied
 from testbed.links.neighbours import forwarding, mac_of, neighbour
 from testbed.links.netlink import NetlinkSocket, Request, back_to_own_namespace, encode, setns, unshare_network
 from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
@@ -131,7 +131,7 @@ class NetnsLab:
             self.links.apply(self._plan.links)
         except BaseException as error:
             self._close()
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and not isinstance(error, DelayLineDied):  # which may live the next time
                 raise LabError(f"the lab cannot be made: {error}") from error
             raise
         return self
