@@ -3,6 +3,8 @@ touched; 3 done, but not valid; 4 this machine cannot do it; 130 interrupted."""
 
 import importlib.util
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
@@ -176,7 +178,7 @@ def link(
 ) -> None:
     """Show the links of a live run, or change one by hand; the change enters the event log as manual."""
     from testbed.report.terminal import links_table
-    from testbed.run.door import ask, live_cell
+    from testbed.run.door import ask
 
     wanted: dict[str, Any] = {}
     try:
@@ -185,10 +187,7 @@ def link(
         parse_link(wanted)
     except SpecError as error:
         _fail(str(error), EXIT_BAD_INPUT)
-    runs = [run] if run else sorted(Path("runs").glob("*/"), key=lambda path: path.stat().st_mtime, reverse=True)
-    cell = next((cell for path in runs if (cell := live_cell(path))), None)
-    if cell is None:
-        _fail(f"no cell is running in {run or 'runs'}; start one with: testbed run SPEC", EXIT_BAD_INPUT)
+    cell = _live_cell(run)
     answer = _guarded(lambda: ask(cell, {"links": links or [], "set": wanted}))
     if "error" in answer:
         _fail(str(answer["error"]), EXIT_BAD_INPUT)
@@ -196,6 +195,61 @@ def link(
         typer.echo(json.dumps(answer["links"]))
     else:
         Console().print(links_table(answer["links"]))
+
+
+_Run = Annotated[Path | None, typer.Option(help="The run directory; the newest live run in ./runs if left out.")]
+
+
+@app.command(name="exec")
+def execute(
+    host: Annotated[str, typer.Argument(help="A host of a live run, such as w0.")],
+    argv: Annotated[list[str], typer.Argument(metavar="-- PROGRAM [ARG]...", help="Names of hosts become addresses.")],
+    run: _Run = None,
+) -> None:
+    """Run a program on a host of a live run, such as: testbed exec w0 -- ping -c 3 w1. Returns its exit code."""
+    from testbed.enter import on_host
+
+    cell = _live_cell(run)
+    _become(lambda: on_host(cell, host, argv))
+
+
+@app.command()
+def capture(
+    host: Annotated[str, typer.Argument(help="A host of a live run, such as w0.")],
+    expression: Annotated[list[str] | None, typer.Argument(help="Which packets, e.g. tcp and host w1 (pcap-filter).")] = None,
+    run: _Run = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write, HOST.pcap if left out.")] = None,
+) -> None:
+    """Capture what passes a host's interface in a live run by tcpdump, until Ctrl-C or the end of the cell."""
+    from testbed.enter import capture as command
+
+    cell = _live_cell(run)
+    _become(lambda: command(cell, host, out or Path(f"{host}.pcap"), expression or []))
+
+
+def _live_cell(run: Path | None) -> Path:
+    from testbed.run.door import live_cell
+
+    runs = [run] if run else sorted(Path("runs").glob("*/"), key=lambda path: path.stat().st_mtime, reverse=True)
+    cell = next((cell for path in runs if (cell := live_cell(path))), None)
+    if cell is None:
+        _fail(f"no cell is running in {run or 'runs'}; start one with: testbed run SPEC", EXIT_BAD_INPUT)
+    return cell
+
+
+def _become(command: Callable[[], list[str]]) -> NoReturn:
+    """Let a command take the place of this process; what it needs may be missing, and the host may not exist."""
+    try:
+        argv = command()
+    except ValueError as error:
+        _fail(str(error), EXIT_BAD_INPUT)
+    except LabError as error:
+        _fail(str(error), EXIT_CANNOT)
+    except OSError as error:
+        _fail(explained(error), EXIT_FAILED)
+    if shutil.which(argv[0]) is None:
+        _fail(f"the program {argv[0]} is missing", EXIT_CANNOT)
+    os.execvp(argv[0], argv)
 
 
 @app.command()

@@ -100,6 +100,11 @@ class Host(Protocol):
     address: str
     interface: str
 
+    @property
+    def way_in(self) -> Mapping[str, int | str]:
+        """How a program gets there that is not started by us: ``namespace``, a descriptor of this process for its network, or
+        ``container``, a name."""
+
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> Process:
         """Start a program; ``env`` is added to the host's own, output is appended to ``log``.
 

@@ -130,8 +130,11 @@ class DockerHost:
 
     interface = INTERFACE
 
-    def __init__(self, name: str, address: str, mac: str, directory: Path, line: _Line, sock: NetlinkSocket) -> None:
+    def __init__(
+        self, name: str, address: str, mac: str, container: str, directory: Path, line: _Line, sock: NetlinkSocket
+    ) -> None:
         self.name = name
+        self.way_in: Mapping[str, int | str] = {"container": container}
         self.address = address
         self.mac = mac
         self.index = 0
@@ -306,7 +309,9 @@ class DockerLab:
             self.pids.append(containers[name].attrs["State"]["Pid"])
             inner = _enter(self.pids[-1])
             address, mac = attached["IPAddress"], attached["MacAddress"]
-            host = self.hosts[name] = DockerHost(name, address, mac, self._directory, self._lines[name], inner)
+            host = self.hosts[name] = DockerHost(
+                name, address, mac, str(containers[name].name), self._directory, self._lines[name], inner
+            )
             # The daemon's word is checked: a PID means another process if we do not share its PID namespace, and an index
             # another interface if we do not share its network namespace.
             mine = next((x for x in _interfaces(inner) if x.get_attr("IFLA_IFNAME") == INTERFACE), None)

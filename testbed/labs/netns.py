@@ -81,6 +81,10 @@ class NetnsHost:
         self._server = server
         self._processes: list[Process] = []
 
+    @property
+    def way_in(self) -> Mapping[str, int | str]:
+        return {"namespace": self.namespace}
+
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> Process:
         process = self._server.start(argv, env, log, self.namespace)
         self._processes.append(process)

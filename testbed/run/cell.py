@@ -188,6 +188,7 @@ class _CellRunner:
                 door,
                 trunks=self._cell.lab.trunks,
                 dilation=self._cell.dilation,
+                hosts=self._lab.hosts,
             ) as driver,
         ):
             try:

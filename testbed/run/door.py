@@ -1,15 +1,18 @@
-"""The door to the links of a running cell: ``testbed link`` asks here, over a Unix socket in the cell's directory.
+"""The door to the links and hosts of a running cell: ``testbed link``, ``exec`` and ``capture`` ask here, over a Unix socket in
+the cell's directory.
 
 One request a connection, one JSON object each way:
 
     {"links": ["w0"], "set": {"rate": "5mbit"}}  →  {"links": {...}} with the states after the change
     {"links": []}                                →  {"links": {name: {"state": …, "up": {…}, "down": {…}}}} of all
+    {"host": "w0"}                       →  {"host": {"interface": …, "addresses": {…}, "namespace": 17 or "container": …}}
     anything that is wrong                       →  {"error": "one line"}
 """
 
 import contextlib
 import queue
 import socket
+import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -74,6 +77,13 @@ def ask(directory: Path, request: Mapping[str, Any]) -> Mapping[str, Any]:
         connection.settimeout(2 * _TIMEOUT_S)
         connection.sendall(protocol.encode_message(request))
         return _receive(connection)
+
+
+def listening_pid(directory: Path) -> int:
+    """The process that answers, as this PID namespace counts them (SO_PEERCRED, socket(7)); raises OSError if none does."""
+    with protocol.connect_unix(directory / SOCKET_FILE) as connection:
+        pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(pid)
 
 
 def live_cell(run: Path) -> Path | None:

@@ -8,11 +8,12 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from netsenseml.records import RecordFile, monotonic_s
 from testbed.dilation import slowed_link
+from testbed.labs.base import Host
 from testbed.links.qdiscs import QdiscCounters, bucket_of, queue_of
 from testbed.links.shaper import Applied, Prepared, Shaper
 from testbed.links.state import DIRECTIONS, LinkState
@@ -38,7 +39,7 @@ class LinkDriver:
 
     One thread does both, and answers the visitors of the door, so the netlink sockets need no lock. ``failure`` has the error
     that ended it early, if any. trunks: names of the links on which all properties hold in both directions.
-    dilation: visitors name and see rates and delays as they would be without it.
+    dilation: visitors name and see rates and delays as they would be without it. hosts: that visitors may ask the way to.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class LinkDriver:
         door: LinkDoor | None = None,
         trunks: Collection[str] = (),
         dilation: float = 1.0,
+        hosts: Mapping[str, Host] = MappingProxyType({}),
     ) -> None:
+        self._hosts = hosts
         self.failure: Exception | None = None
         self._door = door
         self._trunks = trunks
@@ -130,9 +133,20 @@ class LinkDriver:
             except queue.Empty:
                 return
             try:
-                visit.answer.put({"links": self._visited(visit.request)})
+                asked_host = visit.request.get("host")
+                if asked_host is not None:
+                    visit.answer.put({"host": self._way_to(str(asked_host))})
+                else:
+                    visit.answer.put({"links": self._visited(visit.request)})
             except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
                 visit.answer.put({"error": str(error)})
+
+    def _way_to(self, name: str) -> Mapping[str, Any]:
+        if name not in self._hosts:
+            raise ValueError(f"there is no host {name!r}; {did_you_mean(name, self._hosts)}")
+        host = self._hosts[name]
+        addresses = {other: self._hosts[other].address for other in self._hosts}
+        return {"interface": host.interface, "addresses": addresses, **host.way_in}
 
     def _visited(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         states = self._links.states

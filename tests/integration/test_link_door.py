@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -33,6 +36,13 @@ def link(run, *arguments):
     return subprocess.run(command("link", "--run", run, *arguments), capture_output=True, text=True, env=env, check=False)
 
 
+def on_host(run, host, *argv):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command("exec", "--run", run, host, "--", *argv), capture_output=True, text=True, env=env, check=False
+    )
+
+
 def test_show_and_change_a_link_of_a_live_run(tmp_path):
     path = tmp_path / "door.yaml"
     path.write_text(yaml.safe_dump(SPEC))
@@ -56,6 +66,13 @@ def test_show_and_change_a_link_of_a_live_run(tmp_path):
     assert changed.returncode == 0, changed.stderr
     assert "4 Mbit/s" in changed.stdout.replace("\xa0", " ")
 
+    told = on_host(run, "w1", "sh", "-c", "cat /proc/net/fib_trie; pwd; echo $0 $1; exit 7", "w0", "w9")
+    assert told.returncode == 7, told.stderr
+    assert "10.77.0.2" in told.stdout and "10.77.0.1\n" not in told.stdout, "in w1's network"
+    assert told.stdout.splitlines()[-2:] == [str(Path.cwd()), "10.77.0.1 w9"]
+    wrong = on_host(run, "w7", "true")
+    assert wrong.returncode == 2 and "there is no host 'w7'; did you mean" in wrong.stderr
+
     for arguments, words in (
         (("w9",), "did you mean"),
         (("w0", "--set", "rate=fast"), "'fast' is not a rate"),
@@ -68,6 +85,13 @@ def test_show_and_change_a_link_of_a_live_run(tmp_path):
         assert refused.returncode == 2, refused.stdout
         assert words in refused.stderr
         assert len(refused.stderr.strip().splitlines()) == 1
+
+    if shutil.which("tcpdump"):
+        seen = command("capture", "--run", run, "w0", "--out", tmp_path / "w0.pcap", "tcp", "and", "host", "w1")
+        told = subprocess.run(["timeout", "-s", "INT", "1.5", *seen], capture_output=True, text=True, env=env, check=False)
+        assert int(re.search(r"(\d+) packets captured", told.stderr)[1]) > 20, told.stderr
+        data = (tmp_path / "w0.pcap").read_bytes()
+        assert struct.unpack_from("<I", data)[0] == 0xA1B2C3D4 and len(data) > 2000
 
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 3, out  # what was changed by hand is no evidence for the spec

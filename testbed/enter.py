@@ -1,0 +1,62 @@
+"""Programs of this machine on the hosts of a live run: ``testbed exec`` and ``testbed capture``."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from testbed.labs.base import LabError
+from testbed.run import door
+
+
+def on_host(cell: Path, host: str, argv: Sequence[str]) -> list[str]:
+    """The command that runs ``argv`` on a host of the cell that runs in ``cell``, as its own user.
+
+    A word that is the name of a host becomes its address. In the netns lab the program is this machine's, and ends with the
+    lab; in the Docker lab it is the container's. Raises ValueError, one line, if there is no such host.
+    """
+    found = _ask(cell, host)
+    argv = [found["addresses"].get(word, word) for word in argv]
+    if "container" in found:
+        terminal = ["--interactive", *(["--tty"] if os.isatty(0) and os.isatty(1) else [])]
+        return ["docker", "exec", *terminal, found["container"], *argv]
+    # A new root directory makes / the working directory.
+    return [*_into(cell, found), "env", f"--chdir={Path.cwd()}", *argv]
+
+
+def capture(cell: Path, host: str, out: Path, expression: Sequence[str]) -> list[str]:
+    """The command that writes what passes a host's interface to ``out`` (pcap), until it is interrupted.
+
+    expression: which packets, in the language of pcap-filter(7); all if empty. Raises ValueError, and LabError without tcpdump.
+    """
+    if shutil.which("tcpdump") is None:
+        raise LabError("tcpdump is missing; install it with: sudo apt-get install tcpdump (or: sudo dnf install tcpdump)")
+    found = _ask(cell, host)
+    # It would become another user, whom there is none of in a rootless lab, and who may not write here.
+    command = ["tcpdump", "-Z", "root", "-U", "-i", found["interface"], "-w", str(out.resolve())]
+    return [*_into(cell, found), *command, *(found["addresses"].get(word, word) for word in expression)]
+
+
+def _ask(cell: Path, host: str) -> Mapping[str, Any]:
+    answer = door.ask(cell, {"host": host})
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    found: Mapping[str, Any] = answer["host"]
+    return found
+
+
+def _into(cell: Path, found: Mapping[str, Any]) -> list[str]:
+    """The command prefix that enters a host's network, and the namespaces of the lab if it has any."""
+    if "container" in found:
+        asked = ["docker", "inspect", "--format", "{{.State.Pid}}", found["container"]]
+        pid = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+        if not pid or os.geteuid() != 0:
+            raise LabError("entering a container's network needs root, and a Docker daemon on this machine; use sudo")
+        return ["nsenter", f"--net=/proc/{pid}/ns/net", "--"]
+    pid = str(door.listening_pid(cell))
+    ours, theirs = (Path(f"/proc/{process}/ns/user").readlink() for process in ("self", pid))
+    private = ["--user", "--preserve-credentials"] if ours != theirs else []
+    network = f"--net=/proc/{pid}/fd/{found['namespace']}"
+    return ["nsenter", f"--target={pid}", *private, "--mount", "--pid", network, "--"]
