@@ -13,6 +13,10 @@ PYTEST_ARGS ?=
 KILLS ?= 20
 LAB ?= netns
 
+# Tests of labs, and others that are about time, need the machine to themselves. Of the rest two run at once; those whose ranks
+# are processes are one group, in which they take turns.
+ALONE = docker or netns or alone
+
 .PHONY: run test test-netem test-delayline test-chaos check setup clean
 
 run: setup
@@ -21,7 +25,9 @@ run: setup
 test: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest -m "not netem" $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "not netem and not ($(ALONE))" $(PYTEST_ARGS); others=$$?; \
+	$(VENV)/bin/python -m pytest -m "not netem and ($(ALONE))" $(PYTEST_ARGS); alone=$$?; \
+	case $$others,$$alone in 0,0 | 0,5 | 5,0) ;; *) exit 1 ;; esac  # 5: PYTEST_ARGS selects none of these
 
 # Delay, jitter, loss and the like need netem, which not every kernel has; a User-Mode Linux kernel brings it along.
 test-netem: setup
