@@ -1,5 +1,6 @@
 # make run    set up and run experiments/smoke.yaml in rootless network namespaces
 # make test   set up and run the checks and all tests
+# make lint   the checks alone
 # make test-delayline    the same with the delay line that stands in where the kernel has no netem
 # make test-netem    the tests of delay, jitter and loss, under User-Mode Linux (package user-mode-linux)
 # make test-chaos    kill parts of running experiments at random moments; KILLS=200 LAB=docker for more and others
@@ -13,15 +14,23 @@ PYTEST_ARGS ?=
 KILLS ?= 20
 LAB ?= netns
 
-.PHONY: run test test-netem test-delayline test-chaos check setup clean
+# Tests of labs, and others that are about time, need the machine to themselves. Of the rest two run at once; those whose ranks
+# are processes are one group, in which they take turns.
+ALONE = docker or netns or alone
+
+.PHONY: run test lint test-netem test-delayline test-chaos check setup clean
 
 run: setup
 	$(VENV)/bin/testbed run $(EXPERIMENT)
 
-test: setup
+lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest -m "not netem" $(PYTEST_ARGS)
+
+test: lint
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "not netem and not ($(ALONE))" $(PYTEST_ARGS); others=$$?; \
+	$(VENV)/bin/python -m pytest -m "not netem and ($(ALONE))" $(PYTEST_ARGS); alone=$$?; \
+	case $$others,$$alone in 0,0 | 0,5 | 5,0) ;; *) exit 1 ;; esac  # 5: PYTEST_ARGS selects none of these
 
 # Delay, jitter, loss and the like need netem, which not every kernel has; a User-Mode Linux kernel brings it along.
 test-netem: setup

@@ -1,6 +1,10 @@
-"""experiments/smoke.yaml as users run it, in the netns lab and with Compose: what the README promises of it."""
+"""experiments/smoke.yaml as users run it, in the netns lab and with Compose: what the README promises of it.
+
+NETSENSE_SMOKE names the directory of a run in the netns lab that has just been made here; without it one is made.
+"""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +20,8 @@ DROP_S, RISE_S = 8.0, 16.0
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
+    if given := os.environ.get("NETSENSE_SMOKE"):
+        return testbed.load_run(given)
     out = tmp_path_factory.mktemp("smoke")
     done = subprocess.run(
         [sys.executable, "-m", "testbed.cli", "run", "experiments/smoke.yaml", "--out", str(out)],

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.alone
 TIMEOUT_S = 2.0
 METHODS = ("allreduce", "topk", "powersgd")  # in the group of DDP, in groups of our own, and by torch's hook
 

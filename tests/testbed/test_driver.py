@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from netsenseml.records import monotonic_s, read_records
 from testbed.links.qdiscs import QdiscCounters, compile_tree
 from testbed.links.shaper import Applied, Prepared
@@ -13,6 +15,7 @@ from testbed.links.state import LinkState, Shape
 from testbed.run.driver import LinkDriver
 from testbed.timeline import Change
 
+pytestmark = pytest.mark.alone
 READING_S = 0.04
 
 

@@ -19,6 +19,7 @@ from testbed.run.messages import Ready
 from testbed.traffic.flows import TRAFFIC_PROGRAM, Duration, Flow, Streams
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.alone
 FLOW = Flow("bg0-w1", "bg0", "w1", "tcp", port=5871)
 
 

@@ -22,6 +22,8 @@ from testbed.worker import program, zoo
 from testbed.worker.client import ControlClient
 from tests.netsenseml.groups import Ranks
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 
 class Orchestrator:
     """The least that a worker needs: start when all are ready, heartbeats, hold and stop."""
@@ -162,6 +164,7 @@ def test_trains_to_the_end(tmp_path: Path, method: str, workload: dict[str, Any]
     assert orchestrator.of("eval")[0].keys() == {"type", *protocol.EVAL_COLUMNS}
 
 
+@pytest.mark.alone
 def test_all_ranks_stop_after_the_same_step_and_pace_is_kept(tmp_path: Path) -> None:
     write_cell(tmp_path, 2, "allreduce", stop={"seconds": 1.5}, compute={"pace_s": 0.05})
     with orchestrated(tmp_path, 2) as orchestrator:
@@ -261,6 +264,7 @@ assert "torch" not in sys.modules
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("ending", "said"), [("silence", "no word from the orchestrator for 0.6 s"), ("lost", "closed the control socket")]
 )
@@ -277,6 +281,7 @@ def test_a_worker_that_is_left_alone_ends_itself(tmp_path: Path, ending: str, sa
     assert errors == f"testbed: rank 3 ends: {errors.partition('ends: ')[2]}" and said in errors
 
 
+@pytest.mark.alone
 def test_after_closing_silence_is_no_reason_to_end(tmp_path: Path) -> None:
     with orchestrated(tmp_path, 1) as orchestrator:
         argv = [sys.executable, "-c", CLIENT, str(tmp_path / protocol.SOCKET_FILE), "close", "1"]
