@@ -15,6 +15,7 @@ import yaml
 
 import testbed
 
+REQUIRED = os.environ.get("NETSENSE_REQUIRE", "").split(",")
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.netns
 SPEC = {
@@ -86,7 +87,7 @@ def test_show_and_change_a_link_of_a_live_run(tmp_path):
         assert words in refused.stderr
         assert len(refused.stderr.strip().splitlines()) == 1
 
-    if shutil.which("tcpdump"):
+    if "tcpdump" in REQUIRED or shutil.which("tcpdump"):
         seen = command("capture", "--run", run, "w0", "--out", tmp_path / "w0.pcap", "tcp", "and", "host", "w1")
         told = subprocess.run(["timeout", "-s", "INT", "1.5", *seen], capture_output=True, text=True, env=env, check=False)
         assert int(re.search(r"(\d+) packets captured", told.stderr)[1]) > 20, told.stderr
