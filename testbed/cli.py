@@ -216,15 +216,14 @@ def execute(
 @app.command()
 def capture(
     host: Annotated[str, typer.Argument(help="A host of a live run, such as w0.")],
-    expression: Annotated[list[str] | None, typer.Argument(help="Which packets, e.g. tcp and host w1 (pcap-filter).")] = None,
     run: _Run = None,
     out: Annotated[Path | None, typer.Option(help="The file to write, HOST.pcap if left out.")] = None,
 ) -> None:
-    """Capture what passes a host's interface in a live run by tcpdump, until Ctrl-C or the end of the cell."""
+    """Write what passes a host's interface in a live run to a file for tcpdump or Wireshark, until Ctrl-C or the cell's end."""
     from testbed.enter import capture as command
 
     cell = _live_cell(run)
-    _become(lambda: command(cell, host, out or Path(f"{host}.pcap"), expression or []))
+    _become(lambda: command(cell, host, out or Path(f"{host}.pcap")))
 
 
 def _live_cell(run: Path | None) -> Path:

@@ -1,8 +1,8 @@
 """Programs of this machine on the hosts of a live run: ``testbed exec`` and ``testbed capture``."""
 
 import os
-import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,13 @@ def on_host(cell: Path, host: str, argv: Sequence[str]) -> list[str]:
     return [*_into(cell, found), "env", f"--chdir={Path.cwd()}", *argv]
 
 
-def capture(cell: Path, host: str, out: Path, expression: Sequence[str]) -> list[str]:
-    """The command that writes what passes a host's interface to ``out`` (pcap), until it is interrupted.
+def capture(cell: Path, host: str, out: Path) -> list[str]:
+    """The command that writes what passes a host's interface to ``out``, in the format of pcap, until it is interrupted.
 
-    expression: which packets, in the language of pcap-filter(7); all if empty. Raises ValueError, and LabError without tcpdump.
+    Raises ValueError, one line, if there is no such host; LabError where it may not be done.
     """
-    if shutil.which("tcpdump") is None:
-        raise LabError("tcpdump is missing; install it with: sudo apt-get install tcpdump (or: sudo dnf install tcpdump)")
     found = _ask(cell, host)
-    # It would become another user, whom there is none of in a rootless lab, and who may not write here.
-    command = ["tcpdump", "-Z", "root", "-U", "-i", found["interface"], "-w", str(out.resolve())]
-    return [*_into(cell, found), *command, *(found["addresses"].get(word, word) for word in expression)]
+    return [*_into(cell, found), sys.executable, "-m", "testbed.links.capture", found["interface"], str(out.resolve())]
 
 
 def _ask(cell: Path, host: str) -> Mapping[str, Any]:
