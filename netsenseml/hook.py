@@ -18,7 +18,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from netsenseml.clock import Clock, Mark, record_event
+from netsenseml.clock import Clock, Mark
 from netsenseml.exchange.mesh import abort, agree
 from netsenseml.failure import PeerFailed, explain
 from netsenseml.listener import Listener, Recorder, from_environment
@@ -26,6 +26,7 @@ from netsenseml.methods import Method, make_method
 from netsenseml.records import monotonic_s
 from netsenseml.sensing.tcp import TcpMonitor, TcpSample
 from netsenseml.statistics import StepStatistics
+from netsenseml.streams import record_event, start_to_host
 
 _FIRST_S, _LAST_S = 5.0, 15.0
 """After which the first and the last rank leave a group that has failed, if they would wait for each other."""
@@ -103,7 +104,8 @@ class Session:
     group, which is 30 minutes unless ``init_process_group`` was told otherwise; seconds more go into asking the others.
     Session and process group are of no use then: close the session and leave, best by ``try: ... finally: session.close()``. So
     must a rank whose own code raises in the middle of a backward; the others then learn why. One that goes on is waited for in
-    vain. No rank is left out and nothing is tried again: go on from a checkpoint.
+    vain. No rank is left out and nothing is tried again: go on from a checkpoint. With NCCL, all-reduce as it is ends by NCCL's
+    watchdog.
     Gradients that are not finite are no failure: they reach all ranks once, as with DDP, and nothing of them is kept.
     """
 
@@ -179,7 +181,7 @@ class Session:
 
     def exchange(self, bucket: GradBucket) -> Future[torch.Tensor]:
         """Exchange one bucket; DDP calls this through ``comm_hook``."""
-        arrived_s = monotonic_s()
+        arrived_s, ready = monotonic_s(), self._clock.mark()
         if self._failure is not None:
             raise PeerFailed(self._failure)
         if self._closed:
@@ -200,10 +202,13 @@ class Session:
             self._statistics.begin_backward()
             self._follow_learning_rate()
             self._exchanges = []
+            began_s = monotonic_s()
             with self._noticing():
                 self.method.begin()
+            if not self._clock.immediate:  # it may have waited for others
+                self._statistics.exposed_s += monotonic_s() - began_s
         statistics, last = self._statistics, bucket.is_last()
-        statistics.arrive(bucket.buffer().numel())
+        statistics.arrive(bucket.buffer().numel(), ready)
         with self._lock:
             self._pending += 1
             self._all_launched = last
@@ -255,8 +260,8 @@ class Session:
             if self._pending or not self._all_launched:
                 return result
             self._all_launched = False
-        self._statistics.tcp = self._sensed()
         self._unsettled, self._in_backward = (self._statistics, self._clock.mark()), False
+        self._statistics.tcp = self._sensed()
         if self._clock.immediate:
             self._settle()
         return result
@@ -271,7 +276,6 @@ class Session:
         before_s, self._exchanged_s, ready_s = self._exchanged_s, self._clock.seconds(exchanged), statistics.ready_s[-1]
         statistics.compute_s += ready_s - before_s
         statistics.exposed_s += self._exchanged_s - ready_s
-        self._clock.anchor()
         self.method.finish(statistics)
 
     def _failed(self, error: BaseException) -> str:
@@ -360,11 +364,23 @@ class Session:
             error = sys.exc_info()[1] or RuntimeError("the session was closed in the middle of a backward")
             self._failed(error)
             self.fail(error)  # now, since leaving may take a while
-        else:
-            self._settle()
-            if self._statistics.elements:
-                self._close_step(monotonic_s(), None, None)
+        try:
+            if not self._in_backward:
+                self._settle_last()
+        finally:
+            self._leave(accuracy, loss)
+
+    def _settle_last(self) -> None:
+        if self._unsettled is not None and not self._clock.reached(
+            self._unsettled[1], _LAST_S
+        ):  # with NCCL, a peer that is gone
+            self._unsettled, self._unrecorded = None, []
+        self._settle()
+        if self._statistics.elements:
+            self._close_step(monotonic_s(), None, None)
         self._record()
+
+    def _leave(self, accuracy: float | None, loss: float | None) -> None:
         listeners, self._listeners = self._listeners, []
         if self._failure is not None:
             self._outlast_callbacks()
@@ -440,7 +456,7 @@ class Session:
             "loss": loss(),
             "samples": samples,
             "step_s": step_s,
-            "compute_s": step_s - done.exposed_s,
+            "compute_s": max(0.0, step_s - done.exposed_s),  # with an accelerator, one is the CPU's time and one the device's
             "comm_s": done.exposed_s,
             "encode_s": done.encode_s,
             "payload_bytes": done.payload_bytes,
@@ -463,8 +479,7 @@ def _number(value: torch.Tensor | float | None) -> Callable[[], float | None]:
     if value.device.type == "cpu":
         number = value.item()  # now, as it may be changed
         return lambda: number
-    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-    copy.copy_(value.detach(), non_blocking=True)
+    copy = start_to_host(value.detach().reshape(()))
     copied = record_event(value.device)
 
     def read() -> float:

@@ -14,7 +14,7 @@ STEP_COLUMNS: Mapping[str, str] = {
     "loss": "training loss of this rank's batch; null if the script does not report it",
     "samples": "samples of this rank's batch; null if the script does not report them",
     "step_s": "wall time of the step",
-    "compute_s": "step_s less comm_s",
+    "compute_s": "step_s less comm_s; with gradients on an accelerator, the latter is the device's time",
     "comm_s": "exposed communication: from the last gradient being ready to the last bucket being exchanged, and before that"
     " the time that backward waited in the hook",
     "encode_s": "time spent in encoding and decoding",

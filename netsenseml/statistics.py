@@ -71,6 +71,7 @@ class StepStatistics:
 
     def begin_backward(self) -> None:
         """From here on ``of_backward`` counts; a step may have several backwards that synchronise."""
+        self.settle()  # what one that broke off has left
         self._before = self._costs()
 
     def of_backward(self) -> BackwardCosts:
@@ -91,12 +92,12 @@ class StepStatistics:
         times = self.exposed_s, self.compute_s, self.encode_s, self.communication_s
         return BackwardCosts(*times, self.payload_bytes, self.ready_s.copy(), self.bucket_elements.copy())
 
-    def arrive(self, elements: int) -> None:
-        """The gradients of a bucket were computed, or will be, where the current stream is now."""
+    def arrive(self, elements: int, ready: Mark) -> None:
+        """A bucket has come; ready: when its gradients were computed, or will be."""
         with self._lock:
             self.elements += elements
             self.bucket_elements.append(elements)
-            self._ready.append(self._clock.mark())
+            self._ready.append(ready)
 
     def settle(self) -> None:
         """Take into account what ended since the last call; waits until it has."""

@@ -141,7 +141,7 @@ def add_decoded(buffer: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> 
 
 def load_kernels(device: torch.device) -> None:
     """Load the kernels for tensors of a device, where the first coding would: numba and they take a second, and compiling them,
-    once on a machine, some more."""
+    once on a machine, some more. Triton's are compiled when a format is used first, likewise once."""
     _backend(device.type)
 
 
@@ -149,6 +149,6 @@ def load_kernels(device: torch.device) -> None:
 def _backend(device: str) -> Any:
     """Triton's kernels for CUDA devices, numba's for the CPU, operations of torch for what is left."""
     name = "arrays" if device == "cpu" else "tensors"
-    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device == "cuda" and importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (7, 0):
         name = "device_kernels"
     return importlib.import_module(f"netsenseml.compress.{name}")

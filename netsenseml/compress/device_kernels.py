@@ -29,6 +29,17 @@ _WORD_TYPE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 def encode(compensated: torch.Tensor, plan: Layout, key: int | None, buffer: torch.Tensor) -> torch.Tensor | None:
     """Fill the sections of ``buffer``; returns the positions sent, or None for all. key: of stochastic rounding, or None."""
+    with torch.cuda.device(compensated.device):  # where Triton launches
+        return _encode(compensated, plan, key, buffer)
+
+
+def add_decoded(buffer: torch.Tensor, plan: Layout, out: torch.Tensor, scale: float) -> None:
+    """Add ``scale`` times the decoded buffer; raises MalformedBuffer for positions that cannot be."""
+    with torch.cuda.device(out.device):
+        _add(buffer, plan, out, scale)
+
+
+def _encode(compensated: torch.Tensor, plan: Layout, key: int | None, buffer: torch.Tensor) -> torch.Tensor | None:
     positions = None
     if not plan.dense:
         positions = _largest(compensated, plan.k)
@@ -67,8 +78,7 @@ def encode(compensated: torch.Tensor, plan: Layout, key: int | None, buffer: tor
     return positions
 
 
-def add_decoded(buffer: torch.Tensor, plan: Layout, out: torch.Tensor, scale: float) -> None:
-    """Add ``scale`` times the decoded buffer; raises MalformedBuffer for positions that cannot be."""
+def _add(buffer: torch.Tensor, plan: Layout, out: torch.Tensor, scale: float) -> None:
     positions = None if plan.dense else _positions(buffer, plan)
     codes, scales = _sections(buffer, plan)
     blocked = plan.values in BLOCK
@@ -110,7 +120,7 @@ def _largest(x: torch.Tensor, k: int) -> torch.Tensor:
     bits = x.view(torch.int32)
     stride, rank = sampling(len(x), k)
     magnitudes = bits[::stride] & _MAGNITUDE
-    guess = magnitudes.kthvalue(len(magnitudes) - rank + 1).values
+    guess = magnitudes.topk(rank).values[-1]  # kthvalue may be refused as not deterministic
     for threshold in (guess.clamp_(min=1), torch.ones_like(guess)):
         counts = torch.empty(triton.cdiv(len(x), _LANES), dtype=torch.int32, device=x.device)
         _count[(len(counts),)](bits, threshold, counts, len(x), _LANES)

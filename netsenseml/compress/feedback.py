@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from netsenseml.clock import use_here
+from netsenseml.streams import use_here
 
 _SAMPLE = 1 << 16
 _RELEASE = 0.5

@@ -41,8 +41,7 @@ def largest(values: torch.Tensor, k: int) -> torch.Tensor:
         raise ValueError(f"k must be from 1 to {n}, not {k}")
     magnitude = values.float().view(torch.int32) & _MAGNITUDE  # as integers they have the stated order
     stride, rank = sampling(n, k)
-    sample = magnitude[::stride]
-    candidates = (magnitude >= sample.kthvalue(sample.numel() - rank + 1).values).nonzero().squeeze(1)
+    candidates = (magnitude >= magnitude[::stride].topk(rank).values[-1]).nonzero().squeeze(1)
     if candidates.numel() < k:
         candidates = torch.arange(n, device=values.device)
     order = magnitude[candidates].sort(descending=True, stable=True).indices[:k]

@@ -18,7 +18,8 @@ def coding_costs(plans: Sequence[Plan], shape: Shape, device: torch.device) -> d
     """Seconds per element that a rank spends on encoding and decoding, by name of the plan.
 
     Measured on normal numbers, for sparse codecs only at the ends: in between the cost is a line over the density, as one
-    part is paid for every element and one for every element that is kept. Takes some tens of milliseconds.
+    part is paid for every element and one for every element that is kept. Takes some tens of milliseconds, once kernels are
+    compiled.
     """
     inner = {plan.name: plan.inner if isinstance(plan, Hierarchical) else plan for plan in plans}
     codecs = {plan.codec for plan in inner.values() if isinstance(plan, DirectAllReduce | SparseAllGather)}

@@ -4,7 +4,6 @@ import torch
 import torch.distributed as dist
 from torch.futures import Future
 
-from netsenseml.clock import use_here
 from netsenseml.compress.codec import Sent
 from netsenseml.compress.feedback import Key, energy_lost, norm, sample
 from netsenseml.exchange.collectives import all_reduce_bytes
@@ -13,6 +12,7 @@ from netsenseml.exchange.communicators import Context, Plan, RingAllReduce
 from netsenseml.exchange.mesh import Mesh
 from netsenseml.exchange.scheduler import Exchange
 from netsenseml.statistics import StepStatistics
+from netsenseml.streams import use_here
 
 
 def all_reduce_mean(
@@ -74,6 +74,7 @@ def _launch(tensor: torch.Tensor, group: dist.ProcessGroup, statistics: StepStat
 
 
 def _ring(tensor: torch.Tensor, mesh: Mesh, statistics: StepStatistics) -> Exchange:
+    use_here(tensor)
     return tensor.copy_((yield _launch(tensor, mesh.stage(0), statistics)), non_blocking=True)
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.futures import Future
 
+from netsenseml.streams import start_to_host
+
 
 def all_reduce_mean(tensor: torch.Tensor, group: dist.ProcessGroup) -> Future[torch.Tensor]:
     """Mean over the ranks, in place where that is possible, round a ring. Divides before summing, so that a low-precision sum
@@ -66,8 +68,7 @@ def _on_host(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The tensor where the collectives of a group can take it; waits for the stream that makes it if it must be copied."""
     if tensor.device.type == "cpu" or not isinstance(group, dist.ProcessGroupGloo):
         return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
+    host = start_to_host(tensor)
     torch.get_device_module(tensor.device).current_stream(tensor.device).synchronize()
     return host
 

@@ -78,8 +78,8 @@ class Mesh:
     ) -> None:
         """Called on all ranks of ``group``.
 
-        config: what must be the same on all ranks. hosts: in place of what is found out. device: that the tensors are on, if
-            it is not the same on all ranks.
+        config: what must be the same on all ranks. hosts: in place of what is found out. device: that the tensors of
+            this rank are on; for all ranks to say where it is not the same for all.
         Raises ValueError, one line, where a rank's config differs; RuntimeError where a rank does not come in time.
         """
         self.group = group

@@ -1,4 +1,4 @@
-"""One thread that encodes, launches and decodes, while backward goes on."""
+"""A thread that encodes, launches and decodes, while backward goes on."""
 
 import contextlib
 import queue
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.futures import Future
 
-from netsenseml.clock import record_event
+from netsenseml.streams import record_event
 
 Exchange = Generator[Future[torch.Tensor], torch.Tensor, torch.Tensor]
 """The exchange of one tensor: yields the collectives that it launched, one after another, and returns the result."""
@@ -37,7 +37,8 @@ class Scheduler:
     def __init__(self) -> None:
         self._events: queue.SimpleQueue[_InFlight | None] = queue.SimpleQueue()
         self._stages: list[deque[_InFlight]] = []
-        self._in_flight = 0
+        self._in_flight = 0  # submitted, and neither done nor failed
+        self._lock = threading.Lock()
         self._failure: str | None = None
         self._thread: threading.Thread | None = None
         self._streams: dict[torch.device, Any] = {}
@@ -49,6 +50,7 @@ class Scheduler:
         if self._thread is None:
             self._thread = _start(self._run, "exchange")
         tensor = _InFlight(exchange, device)
+        self._count(1)
         if device.type != "cpu":
             tensor.ready = record_event(device)
             if self._waiter is None:
@@ -70,7 +72,11 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """True while something is under way."""
-        return self._in_flight > 0 or not self._events.empty() or not self._unready.empty()
+        return self._in_flight > 0
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._in_flight += change
 
     def _wait(self) -> None:
         while (tensor := self._unready.get()) is not None:
@@ -89,7 +95,6 @@ class Scheduler:
             if tensor is None:
                 closing = True
             elif tensor.stage < 0:
-                self._in_flight += 1
                 self._advance(tensor)
             else:
                 waiting = self._stages[tensor.stage]
@@ -105,7 +110,7 @@ class Scheduler:
                 value = tensor.collective.value() if tensor.collective is not None else None
                 tensor.collective = collective = tensor.exchange.send(value)  # type: ignore[arg-type]  # None begins a generator
             except StopIteration as end:
-                self._in_flight -= 1
+                self._count(-1)
                 tensor.done.set_result(end.value)
                 return
             except BaseException as error:  # backward raises it
@@ -123,6 +128,7 @@ class Scheduler:
             return contextlib.nullcontext()
         accelerator = torch.get_device_module(device)
         if device not in self._streams:
+            accelerator.set_device(device)  # or going back to another device's stream would take memory there
             self._streams[device] = accelerator.Stream(device, priority=-1)  # a little work that others wait for
         return accelerator.stream(self._streams[device])
 
@@ -130,7 +136,7 @@ class Scheduler:
         """Neither this nor any other goes on: collectives that follow would not match those of other ranks."""
         self._failure = str(error)
         failed = [tensor, *chain.from_iterable(self._stages)]
-        self._in_flight = 0
+        self._count(-len(failed))
         for waiting in self._stages:
             waiting.clear()
         for other in failed:

@@ -24,11 +24,13 @@ from netsenseml.exchange.communicators import Plan, RingAllReduce, parse
 from netsenseml.exchange.control import ControlChannel
 from netsenseml.methods.coded import Coded
 from netsenseml.statistics import StepStatistics
+from netsenseml.streams import start_to_host
 
 _ANSWER = struct.Struct("<64sHd")
 """Name of a plan, steps until the next report, bandwidth estimate in bits/s or 0."""
 _LAG = 2
-"""Steps until a decision is in force, so that over long paths nobody waits for it."""
+"""Steps until a decision is in force, so that over long paths nobody waits for it; one more where ranks have accelerators,
+which report a step when the next one is under way."""
 _LOOK_EVERY = 8
 """Steps between two looks at what plans would lose: it changes slowly."""
 _REPORT_S, _MOST_STEPS = 0.05, 4
@@ -72,6 +74,7 @@ class NetSense(Coded):
         self._looks: list[torch.Tensor] = []
         self._next_report, self._next_look, self._every = 0, 0, 1
         self._step_s = 0.0
+        self._lag = _LAG + any(peer.device != "cpu" for peer in self.mesh.peers)
         if not isinstance(self._policy, FixedPolicy):
             self.plan = _plan(self._policy.plan)
 
@@ -118,7 +121,7 @@ class NetSense(Coded):
 
     def begin(self) -> None:
         super().begin()
-        while self._answers and self._answers[0][0] <= self.steps - _LAG:
+        while self._answers and self._answers[0][0] <= self.steps - self._lag:
             name, self._every, bandwidth_bps = _ANSWER.unpack(self._answers.popleft()[1].wait().numpy().tobytes())
             self.plan = _plan(name.rstrip(b"\0").decode())
             self.bandwidth_bps = bandwidth_bps or None
@@ -131,7 +134,7 @@ class NetSense(Coded):
 
     def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
         if self._looking:
-            self._looks.append(look(bucket.buffer()))
+            self._looks.append(start_to_host(look(bucket.buffer())))
         return super().exchange(bucket, statistics)
 
     def finish(self, statistics: StepStatistics) -> None:

@@ -19,6 +19,7 @@ from netsenseml.exchange.scheduler import Exchange
 from netsenseml.methods.base import Method
 from netsenseml.records import monotonic_s
 from netsenseml.statistics import StepStatistics
+from netsenseml.streams import in_default_stream
 
 _PLAIN_STEPS = 2
 """Steps of plain all-reduce at the beginning; with warm start and error feedback the hook insists on as many."""
@@ -28,7 +29,8 @@ class PowerSgd(Method):
     """Low-rank approximation with error feedback and warm start (Vogels et al., NeurIPS 2019), by ``powerSGD_hook``.
 
     The hook launches collectives, and waits for some, from callbacks of others. With Gloo, two buckets at a time could then
-    be launched in different orders on different ranks; so each bucket waits for the one before, beside backward.
+    be launched in different orders on different ranks; so each bucket waits for the one before, beside backward. On an
+    accelerator its callbacks work in the default stream, and it waits for the whole device.
     """
 
     takes_complex = False
@@ -50,13 +52,18 @@ class PowerSgd(Method):
         return self._mesh.scheduler.submit(self._exchange(bucket, statistics), bucket.buffer().device)
 
     def _exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Exchange:
+        yield from ()  # all collectives are the hook's
+        with in_default_stream(bucket.buffer().device):
+            self._exchange_by_hook(bucket, statistics)
+        return bucket.buffer()
+
+    def _exchange_by_hook(self, bucket: GradBucket, statistics: StepStatistics) -> None:
         before = self._sampled(bucket)
         gradient_norm = norm(bucket.buffer())
         values = bucket.buffer().numel() if self._state.iter < _PLAIN_STEPS else self._values(bucket)
         sent = all_reduce_bytes(bucket.buffer().element_size() * values, self.group.size())
         held = self._hold(bucket)
         statistics.launch(lambda: powerSGD_hook(self._state, bucket), sent, elements=values).wait()
-        yield from ()  # all its collectives are the hook's
         self._revive(bucket.index())
         residual = self._state.error_dict.get(bucket.index())
         if residual is not None and not residual.sum().isfinite():  # an overflow; it must not come back for ever
@@ -67,7 +74,6 @@ class PowerSgd(Method):
                 residual[begin : begin + len(kept)] += kept
             ratio = norm(residual) / gradient_norm if gradient_norm > 0 else 0.0
             statistics.lose(energy_lost(before, residual), norm(before) ** 2, ratio)
-        return bucket.buffer()
 
     def _revive(self, index: int) -> None:
         """Of a gradient that is zero, as those of unused parameters, the warm start would be zero, and stay so."""

@@ -3,7 +3,6 @@
 import itertools
 import os
 import tempfile
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -175,17 +174,15 @@ def with_times(rank: int, path: str, method: str) -> list[dict[str, Any]]:
         ddp.zero_grad()
         loss = nn.functional.cross_entropy(ddp(batch(rank, step)[0]), batch(rank, step)[1])
         torch.cuda._sleep(20_000_000)
-        began_s = time.monotonic()
         loss.backward()
         session.step(loss, samples=8)
-    slept_s = time.monotonic() - began_s
     session.close()
-    return [*read_records(Path(path) / str(rank)), {"slept_s": slept_s}]
+    return list(read_records(Path(path) / str(rank)))
 
 
 @pytest.mark.parametrize("method", ["allreduce", "topk", "netsense"])
 def test_time_of_the_device_is_computation_and_not_communication(method: str, tmp_path: Path) -> None:
-    for *rows, _ in run_group(with_times, 1, str(tmp_path), method):
+    for rows in run_group(with_times, 1, str(tmp_path), method):
         assert [row["step"] for row in rows] == list(range(12))
         for row in rows[4:]:
             assert row["compute_s"] > 0.008, row  # 20 million cycles take 10 ms at 2 GHz

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import random
 import threading
+import time
 from collections.abc import Generator
 
 import pytest
@@ -298,6 +299,20 @@ def test_random_elements_are_distinct_and_the_same_on_all_ranks(density: float, 
     chosen = [RandomK(density).chosen(elements, seed) for _ in range(2)]
     assert torch.equal(*chosen)
     assert bool((chosen[0].diff() > 0).all()) and int(chosen[0][0]) >= 0 and int(chosen[0][-1]) < elements
+
+
+def test_a_backward_that_broke_off_is_not_part_of_the_next() -> None:
+    statistics = StepStatistics(2)
+    for backward in ([10, 20], [10, 20, 5]):
+        statistics.begin_backward()
+        for elements in backward:
+            statistics.arrive(elements, 1.0)
+            with statistics.coding():
+                time.sleep(0.01)
+    statistics.settle()
+    spent = statistics.of_backward()
+    assert (spent.bucket_elements, len(spent.ready_s)) == ([10, 20, 5], 3)
+    assert 0.03 <= spent.encode_s < 0.05
 
 
 def test_time_under_way_counts_once_in_whatever_order_collectives_complete(monkeypatch: pytest.MonkeyPatch) -> None:
