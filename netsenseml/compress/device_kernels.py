@@ -29,13 +29,13 @@ _WORD_TYPE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 def encode(compensated: torch.Tensor, plan: Layout, key: int | None, buffer: torch.Tensor) -> torch.Tensor | None:
     """Fill the sections of ``buffer``; returns the positions sent, or None for all. key: of stochastic rounding, or None."""
-    with torch.cuda.device(compensated.device):  # where Triton launches
+    with torch.cuda.device_of(compensated):  # where Triton launches
         return _encode(compensated, plan, key, buffer)
 
 
 def add_decoded(buffer: torch.Tensor, plan: Layout, out: torch.Tensor, scale: float) -> None:
     """Add ``scale`` times the decoded buffer; raises MalformedBuffer for positions that cannot be."""
-    with torch.cuda.device(out.device):
+    with torch.cuda.device_of(out):
         _add(buffer, plan, out, scale)
 
 
