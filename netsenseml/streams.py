@@ -9,10 +9,12 @@ import torch
 
 def record_event(device: torch.device, stream: Any = None) -> Any:
     """An event in a stream of a device, the current one if none is given; whoever waits for it sleeps, if that is possible."""
-    accelerator, event = torch.get_device_module(device), torch.Event(device, enable_timing=True)
+    event: Any
     if device.type == "cuda":
         event = torch.cuda.Event(enable_timing=True, blocking=True)
-    event.record(accelerator.current_stream(device) if stream is None else stream)
+    else:
+        event = torch.Event(device, enable_timing=True)
+    event.record(torch.get_device_module(device).current_stream(device) if stream is None else stream)
     return event
 
 

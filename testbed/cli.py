@@ -16,10 +16,10 @@ from rich.console import Console
 
 from testbed.files import explained
 from testbed.labs.base import LabError
-from testbed.plan import Plan, describe, make_plan
+from testbed.plan import Plan, describe, load_plan
 from testbed.run.directory import RunIsBusy
 from testbed.spec.errors import SpecError
-from testbed.spec.load import load_spec, parse_link, with_text
+from testbed.spec.load import parse_link, with_text
 from testbed.spec.models import Spec
 from testbed.spec.units import parse_rate, parse_share, parse_time
 
@@ -316,11 +316,7 @@ def clean(
 
 def _plan(path: Path, overrides: list[str], lab: LabKind | None) -> tuple[Spec, Plan]:
     try:
-        spec = load_spec(path, [*overrides, *([f"lab={lab.value}"] if lab else [])])
-        try:
-            return spec, make_plan(spec, path.parent)
-        except SpecError as error:
-            raise error.found_in(path.name) from None
+        return load_plan(path, [*overrides, *([f"lab={lab.value}"] if lab else [])])
     except SpecError as error:
         _fail(str(error), EXIT_BAD_INPUT)
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import psutil
 
+from testbed import gpus
 from testbed.labs.base import LabError
 from testbed.labs.capabilities import CAPABILITIES, lacking_capabilities
 from testbed.labs.netns import enclosure, why_it_failed
@@ -145,7 +146,7 @@ def examine() -> dict[str, Any]:
 
 
 def machine(system: System) -> list[Finding]:
-    """The system, its cores and its memory."""
+    """The system, its cores, its memory, and its GPUs if it has any."""
     place = f" in a {system.container} container" if system.container else ", under WSL2" if system.wsl else ""
     cores = len(os.sched_getaffinity(0))
     memory = psutil.virtual_memory()
@@ -158,6 +159,7 @@ def machine(system: System) -> list[Finding]:
         Finding("memory", "ok", gib)
         if memory.available > 2 * 2**30
         else Finding("memory", "limited", gib, "end other programs, or use fewer workers: each takes 100 to 300 MiB"),
+        *([Finding("GPUs", "ok", ", ".join(names))] if (names := gpus.found()) else []),
     ]
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from testbed.links.state import DIRECTIONS, LinkState, Shape
 from testbed.network import packet_bytes, plan_network
 from testbed.spec.errors import SpecError, place_of
 from testbed.spec.files import data_folder, reader
-from testbed.spec.load import apply_overrides, combinations, validate
+from testbed.spec.load import apply_overrides, combinations, load_spec, validate
 from testbed.spec.models import ComputeSpec, MethodSpec, Spec, WorkloadSpec
 from testbed.spec.units import MIN_RATE_BPS, format_rate, format_size, format_time
 from testbed.timeline import Change, expand
@@ -74,6 +74,7 @@ class Cell:
             "stop": self.stop,
             "optimizer": {"name": workload.optimizer.name, **workload.optimizer.options},
             "compute": self._compute(workload.compute),
+            "device": workload.device,
             "evaluate_every_s": workload.evaluate_every * self.dilation,
         }
 
@@ -113,6 +114,15 @@ class Plan:
         return {"tbf", *aqms, *(cell.lab.shaper for cell in self.cells)}
 
 
+def load_plan(path: Path, overrides: Sequence[str] = ()) -> tuple[Spec, Plan]:
+    """Read a spec and plan it; ``overrides`` as in ``load_spec``. Raises SpecError."""
+    spec = load_spec(path, overrides)
+    try:
+        return spec, make_plan(spec, path.parent)
+    except SpecError as error:
+        raise error.found_in(path.name) from None
+
+
 def make_plan(spec: Spec, directory: Path = Path(), auto: str = "auto") -> Plan:
     """Cells of a spec: every combination of matrix, seed and method. Raises SpecError with the place in the spec.
 
@@ -122,6 +132,8 @@ def make_plan(spec: Spec, directory: Path = Path(), auto: str = "auto") -> Plan:
     if spec.lab == "docker" and spec.network.topology != "star":
         fault = f"{spec.network.topology} is built in the netns lab only; use lab: netns, or topology: star"
         raise SpecError([("network.topology", fault)])
+    if spec.lab == "docker" and spec.workload and spec.workload.device == "cuda":
+        raise SpecError([("workload.device", "cuda is for the netns lab only; use lab: netns, or device: cpu")])
     if spec.lab == "docker" and spec.network.ip == 6:
         raise SpecError([("network.ip", "6 is built in the netns lab only; use lab: netns, or ip: 4")])
     cells: list[Cell] = []

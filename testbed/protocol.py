@@ -98,7 +98,7 @@ class WorkloadConfig(TypedDict):
     """What a built-in worker trains.
 
     ``compute`` is "real", ``{"pace_s": seconds, "factors": …}`` or ``{"emulate_s": seconds, "jitter": share, "factors": …}``;
-    factors: by how much longer each rank computes, a list in order of rank.
+    factors: by how much longer each rank computes, a list in order of rank. ``device`` is "cpu" or "cuda".
     """
 
     model: str
@@ -109,6 +109,7 @@ class WorkloadConfig(TypedDict):
     stop: StopConfig
     optimizer: dict[str, Any]
     compute: Any
+    device: str
     evaluate_every_s: float
 
 

@@ -53,6 +53,8 @@ _RUN_DIR = PurePosixPath("/run/netsense")
 _COMPILED = "/opt/numba-cache"
 """Where the image keeps compiled kernels; a volume, made and removed with its container, lets a worker use them."""
 _NOBODY = 65534
+_PIDS = 4096
+"""Processes and threads of a container: far more than training takes, and no fork bomb."""
 _READY_S = 60.0
 _START_THREADS = 8
 _COMPOSE = "docker compose up experiment"
@@ -257,6 +259,7 @@ class DockerLab:
             dns_opt=["attempts:0"],
             user="{}:{}".format(*self.user),
             cap_drop=["ALL"],
+            pids_limit=_PIDS,
             read_only=True,
             security_opt=["no-new-privileges:true"],
             tmpfs={"/tmp": "rw,nosuid,nodev"},

@@ -18,7 +18,8 @@ IDENTITY_COLUMNS: Mapping[str, str] = {
 """The first columns of every table."""
 
 LINK_COLUMNS: Mapping[str, str] = {
-    "t_s": "time of the sample, seconds after t = 0",
+    "t_s": "time of the sample, seconds after t = 0: the middle of reading it",
+    "reading_s": "how long it took to read it; null = an old run",
     "link": "name of the link",
     "direction": "'up' (egress of the worker) or 'down' (egress of the switch port that faces it)",
     "rate_bps": "limit in force, bits/s with Ethernet headers; null = not limited",

@@ -430,8 +430,9 @@ def _numbers(state: str, key: str) -> list[float]:
 class Direction:
     """One direction of a link at its samples; amounts in bits.
 
-    carried, allowed: since the first sample, the latter by the limits in force. bucket: what may pass at once. waiting: in the
-    queue, which has room for ``room`` (NaN if that is not known). drops: packets so far.
+    carried, allowed: since the first sample, the latter by the limits in force. blur: what may have passed between the moment
+    of a sample and that in which it was read. bucket: what may pass at once. waiting: in the queue, which has room for ``room``
+    (NaN if that is not known). drops: packets so far.
     """
 
     name: str
@@ -439,6 +440,7 @@ class Direction:
     t_s: np.ndarray
     carried: np.ndarray
     allowed: np.ndarray
+    blur: np.ndarray
     bucket: np.ndarray
     waiting: np.ndarray
     room: np.ndarray
@@ -451,12 +453,14 @@ class Direction:
         limits = limits or Limits.by_samples(t_s, rate_bps)
         burst = samples["burst_bytes"].to_numpy(dtype=float)
         allowed = limits.integral(t_s)
+        half_s = np.nan_to_num(samples["reading_s"].to_numpy(dtype=float)) / 2
         return cls(
             name=name,
             limits=limits,
             t_s=t_s,
             carried=8 * (sent - sent[0]),
             allowed=allowed - allowed[0],
+            blur=np.nan_to_num(half_s * limits.fastest(t_s - half_s, t_s + half_s), posinf=0.0),
             # What the bucket holds, and a packet more, no larger, for which htb goes into debt.
             bucket=8 * np.nan_to_num(np.where(np.isnan(burst), _old_burst_bytes(rate_bps), 2 * burst)),
             waiting=8 * samples["backlog_bytes"].to_numpy(dtype=float),
@@ -527,12 +531,14 @@ def worst_excess(one: Direction) -> Window | None:
     """The window that breaks the limit most; None if none does.
 
     carried <= integral of the limit + one bucket + what changes may have let pass before they were acknowledged + ``EXCESS``
+        + what may have passed while either end was read
     """
     worst, found = 0.0, None
     for first, last in one.windows():
         allowed = one.allowed[last] - one.allowed[first]
         unsure = one.limits.unsure(one.t_s[first], one.t_s[last])
         over = one.carried[last] - one.carried[first] - allowed * (1 + EXCESS) - unsure.more - _most(one.bucket, first, last)
+        over -= one.blur[first] + one.blur[last]
         share = np.where(unsure.unlimited, 0.0, (over - 1.0) / np.maximum(allowed, 1.0))  # a bit: sums are not exact
         most = int(np.argmax(share))
         if share[most] > worst:
@@ -579,6 +585,7 @@ def worst_shortfall(one: Direction) -> Window | None:
         unsure, fastest_bps = one.limits.unsure(from_s, to_s), np.maximum(one.limits.fastest(from_s, to_s), 1.0)
         allowed = one.allowed[last] - one.allowed[first]
         enough = one.carried[last] - one.carried[first] + _most(one.bucket, first, last) + unsure.less
+        enough += one.blur[first] + one.blur[last]
         proven = enough < (1 - SHORTFALL) * (left[last] - left[first]) - 1.0  # a bit, as above
         least_s = _least(waiting, first, last) / fastest_bps
         widest_s = np.maximum(_most(gap_s, first, last - 1) - least_s, 1e-3)

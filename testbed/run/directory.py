@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from testbed import gpus
 from testbed.files import read_json, replacing
 from testbed.protocol import one_line
 from testbed.spec.files import data_folders, find_folder, script_files, trace_files, with_data_folders, with_trace_files
@@ -204,6 +205,7 @@ def environment() -> dict[str, object]:
         "system": platform.platform(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
+        "gpus": gpus.found(),
         "memory_bytes": psutil.virtual_memory().total,
         "load_average": os.getloadavg(),
         "congestion_control": _congestion_control(),

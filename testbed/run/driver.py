@@ -201,12 +201,14 @@ class LinkDriver:
         begin_s = monotonic_s()
         counters = self._links.counters()
         # On a busy machine reading takes a while; the middle is at most half of that wrong.
-        t_s = round((begin_s + monotonic_s()) / 2 - self._t0_s, 6)
+        end_s = monotonic_s()
+        t_s, reading_s = round((begin_s + end_s) / 2 - self._t0_s, 6), round(end_s - begin_s, 6)
         self._carried.update(t_s, counters)
         self._samples.append(
             [
                 {
                     "t_s": t_s,
+                    "reading_s": reading_s,
                     "link": link,
                     "direction": direction,
                     "rate_bps": getattr(states[link], direction).rate_bps,

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from testbed import protocol
+from testbed import gpus, protocol
 from testbed.doctor import System
 from testbed.labs.base import LabError
 from testbed.labs.netns import enclosure, why_it_failed
@@ -37,6 +37,9 @@ _DOCKER_GRACE_S = 14.0
 
 def check_machine(plan: Plan) -> str:
     """Raise LabError, before anything is made, if this machine cannot run the plan; returns the engine that impairs links."""
+    wanted_devices = {cell.workload.device for cell in plan.cells if cell.workload}
+    if "cuda" in wanted_devices and not gpus.found():
+        raise LabError("workload.device: cuda needs a GPU with its driver, and this machine has none; use device: cpu")
     engine = "auto"
     for wanted in sorted(plan.engines or {"auto"}):
         chosen = choose_engine(plan.lab, wanted, plan.impaired, plan.qdiscs)

@@ -612,7 +612,8 @@ class ComputeSpec(Model):
 class WorkloadSpec(Model):
     """What the workers train. batch is per worker. target: an accuracy whose time is reported, without an end of the run.
 
-    warmup: so many steps at the beginning do not count for throughput.
+    warmup: so many steps at the beginning do not count for throughput. device: where model and gradients are; with ``cuda`` the
+    workers share the GPUs of the machine in turn, with ``auto`` if it has any.
     """
 
     model: ModelSpec = ModelSpec(name="mlp")
@@ -621,6 +622,7 @@ class WorkloadSpec(Model):
     stop: StopSpec
     optimizer: OptimizerSpec = OptimizerSpec(name="sgd", options={"lr": 0.1, "momentum": 0.9})
     compute: ComputeSpec = ComputeSpec()
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
     evaluate_every: Time = 1.0
     target: Share | None = None
     warmup: int = Field(0, ge=0, le=1_000_000)

@@ -60,6 +60,10 @@ class Emulated(nn.Module):
         self.taken_s: Callable[[], float] = lambda: 0.0
         """Time in s that the hook has taken away from backward so far."""
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._gradients.apply(fn)  # to(device) is for them, too
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
     def begin(self) -> None:
         """A step begins."""
         self._step_s = self._timing.compute_s * max(0.1, self._draw.gauss(1, self._timing.jitter))
@@ -109,6 +113,10 @@ class _Gradients:
         values = draw.standard_t(3, _TABLE).reshape(-1, _BLOCK) * np.exp(draw.standard_normal((_TABLE // _BLOCK, 1)))
         self._table = torch.from_numpy(values.reshape(-1).astype(np.float32))
         self._draw = random.Random(seed)
+
+    def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Put the table elsewhere."""
+        self._table = fn(self._table)
 
     def draw(self, shape: torch.Size) -> torch.Tensor:
         """A tensor of this shape, another one each time; rows of one larger than the table overlap."""

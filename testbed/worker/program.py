@@ -73,6 +73,7 @@ class Run:
     optimizer: torch.optim.Optimizer | None
     adaptive: bool
     method_options: dict[str, Any]
+    device: torch.device
     session: Session | None = None
 
     @classmethod
@@ -99,6 +100,8 @@ class Run:
                     f"{ranks} workers with batches of {workload['batch']} need more than {len(data[0])} training samples"
                 )
             model = make_model(name, model_options, cell["seed"])
+        device = _device(workload["device"], rank)
+        model.to(device)  # made on the CPU, and so the same on all devices
         return cls(
             rank=rank,
             ranks=ranks,
@@ -112,6 +115,7 @@ class Run:
             adaptive=optimizer["name"].startswith("adam"),
             optimizer=None if isinstance(model, Emulated) else make_optimizer(model.parameters(), optimizer),
             method_options=options,
+            device=device,
         )
 
     def train(self) -> None:
@@ -137,7 +141,7 @@ class Run:
     def _emulate(self, model: Emulated, ddp: DistributedDataParallel, session: Session) -> None:
         model.taken_s = lambda: session.blocked_s
         session.method.optimizer(adaptive=self.adaptive)  # of which nothing else is emulated
-        x = torch.zeros(1, requires_grad=True)
+        x = torch.zeros(1, requires_grad=True, device=self.device)
         go_on = True
         while go_on:
             model.begin()
@@ -152,7 +156,7 @@ class Run:
         next_evaluation_s = monotonic_s() + self.evaluate_every_s
         for x, y in self._batches(data):
             pace.begin()
-            loss = nn.functional.cross_entropy(ddp(x), y)
+            loss = nn.functional.cross_entropy(ddp(x.to(self.device)), y.to(self.device))
             pace.wait()
             optimizer.zero_grad()
             loss.backward()
@@ -182,7 +186,8 @@ class Run:
         right = lost = 0.0
         self.model.eval()
         with torch.no_grad():
-            for x, y in zip(test_x.split(_TEST_BATCH), test_y.split(_TEST_BATCH), strict=True):
+            for batch in zip(test_x.split(_TEST_BATCH), test_y.split(_TEST_BATCH), strict=True):
+                x, y = (part.to(self.device) for part in batch)
                 logits = self.model(x)
                 right += (logits.argmax(dim=1) == y).sum().item()
                 lost += nn.functional.cross_entropy(logits, y, reduction="sum").item()
@@ -220,6 +225,17 @@ class Pace:
         """Forward is done."""
         time.sleep(max(0.0, self._began_s + self._pace_s - self._rest_s - monotonic_s()))
         self._waited_s = monotonic_s()
+
+
+def _device(wanted: str, rank: int) -> torch.device:
+    """Ranks share the GPUs of the machine in turn; raises ValueError, one line, if torch sees none where one is wanted."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(f"workload.device: cuda needs a torch that sees a GPU, and torch {torch.__version__} sees none")
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def _momentum_where_it_belongs(

@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,7 +138,19 @@ def test_programs_run_without_any_privilege_and_write_to_the_run_directory_only(
         assert (target.stat().st_uid, target.stat().st_gid) == (uid, gid)
         refused = "import errno\ntry: open('/opt/x', 'w')\nexcept OSError as e: print(errno.errorcode[e.errno])"
         assert run(host, directory, refused) == "EROFS\n"
+        with closing(connect()) as client:  # as a daemon sees it
+            granted = client.containers.get(host.way_in["container"]).attrs["HostConfig"]
+            assert granted["CapDrop"] == ["ALL"] and not granted["CapAdd"] and not granted["Privileged"]
+            assert granted["ReadonlyRootfs"] and 0 < granted["PidsLimit"] <= 4096 and granted["PidMode"] == ""
+            assert not any("docker.sock" in mount["Source"] for mount in granted["Mounts"])
     assert not left(f"{LABEL}={lab._token}")
+
+
+def test_a_program_of_ours_gets_into_a_host_of_a_live_run(directory: Path) -> None:
+    with DockerLab(plan(2), directory) as lab, closing(connect()) as client:
+        for host in lab.hosts.values():
+            container = client.containers.get(host.way_in["container"])
+            assert host.address in container.exec_run(["cat", "/proc/net/fib_trie"]).output.decode()
 
 
 def test_process_reports_its_end_and_can_be_killed(directory: Path) -> None:

@@ -48,6 +48,17 @@ def run(tmp_path, **changes):
     return process.returncode, out, err
 
 
+def test_an_experiment_from_python(tmp_path, capsys):
+    spec = {**SPEC, "schedule": [], "methods": ["allreduce"]}
+    with pytest.raises(ValueError, match=r"spec.yaml: workload.batch: .*greater than or equal to 1"):
+        testbed.run_experiment(spec, overrides=["workload.batch=0"], out=tmp_path)
+    assert not list(tmp_path.iterdir()), "nothing was touched"
+    found = testbed.run_experiment(spec, overrides=["workload.stop={steps: 10}"], out=tmp_path)
+    assert found.path.parent == tmp_path and set(found.cells["status"]) == {"done"}
+    assert len(found.steps) == 20 and found.summary["cells"][0]["replicas_identical"]
+    assert "report:" in capsys.readouterr().out
+
+
 def only_run(tmp_path):
     (directory,) = (tmp_path / "runs").iterdir()
     return directory

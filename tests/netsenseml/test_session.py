@@ -7,6 +7,7 @@ import time
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 import netsenseml.exchange.mesh as mesh_module
 import netsenseml.hook
 from netsenseml import Session, attach, comm_hook
+from netsenseml.clock import Clock
 from netsenseml.methods import METHODS, AllReduce
-from netsenseml.records import read_records
+from netsenseml.records import monotonic_s, read_records
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -730,3 +732,56 @@ def train_after_closing(rank: int) -> str:
 
 def test_a_closed_session_says_so() -> None:
     assert all("this session is closed" in text for text in run_group(train_after_closing, 2))
+
+
+# --- gradients on a device that is behind
+
+
+class LateClock(Clock):
+    """Marks are read later, as with a device; the real ones need one (tests/gpu)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.immediate = device, False
+
+    def mark(self) -> float:
+        return monotonic_s()
+
+
+def train_on_a_late_device(rank: int, method: str, directory: str, stepping: bool) -> tuple[str, list[int]]:
+    with mock.patch.object(netsenseml.hook, "Clock", LateClock):
+        ddp = make_ddp()
+        session = attach(ddp, method, record=f"{directory}/{method}-{rank}")
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    seen = []
+    for number, batch in enumerate(batches(rank, 40)):
+        loss = backward(ddp, batch)
+        optimizer.step()
+        if stepping:
+            with session.pause():
+                time.sleep(0.002)
+            session.step(loss, samples=8)
+        seen.append(-1 if session.last is None else session.last["step"])
+        if number == 20:
+            session.load_state_dict(session.state_dict())
+    session.close()
+    assert session.last is not None
+    return parameters_hash(ddp.module), [*seen, session.last["step"]]
+
+
+def train_all_on_a_late_device(rank: int, directory: str, stepping: bool) -> list[tuple[str, list[int]]]:
+    return [train_on_a_late_device(rank, method, directory, stepping) for method in ("allreduce", "topk12", "netsense")]
+
+
+@pytest.mark.parametrize("stepping", [True, False])
+def test_of_a_late_device_records_are_complete_and_replicas_equal(stepping: bool, tmp_path: Path) -> None:
+    first, *others = run_group(train_all_on_a_late_device, 3, str(tmp_path), stepping)
+    for number, method in enumerate(("allreduce", "topk12", "netsense")):
+        assert all(other[number] == first[number] for other in others), method
+        assert first[number][1] == [*range(-1, 39), 39], "a row comes when the next backward begins, the last one at the end"
+        for rank in range(3):
+            rows = list(read_records(tmp_path / f"{method}-{rank}"))
+            assert [row["step"] for row in rows] == list(range(40))
+            assert all(row["comm_s"] > 0 and row["compute_s"] > 0 and row["payload_bytes"] > 0 for row in rows)
+            assert all((row["loss"] is not None) == stepping for row in rows)
+            if stepping:  # pauses belong to no step
+                assert sum(row["step_s"] for row in rows) < rows[-1]["t_s"] - 39 * 0.002

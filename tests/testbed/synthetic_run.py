@@ -176,7 +176,15 @@ def link_rows(steps: list[dict[str, Any]], workers: int, t_end_s: float) -> Iter
         queue = {"backlog_bytes": 0, "qlen": 0}
         for rank in range(workers):
             for direction in ("up", "down"):
-                yield {"t_s": t_s, "link": f"w{rank}", "direction": direction, **shaper, **counters, **queue}
+                yield {
+                    "t_s": t_s,
+                    "reading_s": 0.001,
+                    "link": f"w{rank}",
+                    "direction": direction,
+                    **shaper,
+                    **counters,
+                    **queue,
+                }
 
 
 def event_rows(workers: int, t_end_s: float, late_s: float) -> Iterator[dict[str, Any]]:

@@ -127,7 +127,7 @@ def test_a_run_of_an_older_version_loads_with_newer_columns_unknown(tmp_path: Pa
     cell = path / "cells" / "allreduce-s0"
     finish_cell(cell)
     (cell / "delayline.parquet").unlink()
-    newer = ["burst_bytes", "queue_bytes", "lost"]
+    newer = ["burst_bytes", "queue_bytes", "lost", "reading_s"]
     pd.read_parquet(cell / "links.parquet").drop(columns=newer).to_parquet(cell / "links.parquet", index=False)
     run = load_run(path)
     assert run.links[newer].isna().all(axis=None) and (run.links[newer].dtypes == "float64").all()

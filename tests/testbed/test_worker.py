@@ -111,6 +111,7 @@ def write_cell(directory: Path, ranks: int, method: str = "topk", seed: int = 0,
         "stop": {"steps": 12},
         "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
         "compute": "real",
+        "device": "cpu",
         "evaluate_every_s": 0.2,
     }
     cell = {
@@ -192,6 +193,11 @@ def test_all_ranks_stop_after_the_same_step_and_pace_is_kept(tmp_path: Path) -> 
         ({"optimizer": {"name": "sdg"}}, "unknown optimizer 'sdg'; choose from sgd"),
         ({"batch": 5000}, "1 workers with batches of 5000 need more than 1347 training samples"),
         ({"compute": "imaginary"}, 'compute must be "real"'),
+        pytest.param(
+            {"device": "cuda"},
+            "workload.device: cuda needs a torch that sees a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
     ],
 )
 def test_bad_names_are_said_in_one_line(tmp_path: Path, workload: dict[str, Any], said: str) -> None:
