@@ -321,3 +321,26 @@ def test_the_program_leaves_with_its_parent(tmp_path, end):
         )
         is False
     )
+
+
+def test_one_that_dies_while_a_lab_is_made_is_no_fault_of_the_machine(tmp_path):
+    """Only this try has failed; a LabError would end the whole sweep."""
+    seen = inside(
+        tmp_path,
+        """
+        from testbed.labs.base import LabPlan
+        from testbed.labs.forkserver import ForkServer
+        from testbed.labs.netns import NetnsLab
+        from testbed.links.state import LinkState, Shape
+        late = LinkState(Shape(rate_bps=10_000_000, delay_s=0.01), Shape(rate_bps=10_000_000, delay_s=0.01))
+        impaired = frozenset((name, direction) for name in ("w0", "w1") for direction in ("up", "down"))
+        plan = LabPlan({"w0": late, "w1": late}, impaired=impaired, engine="userspace")
+        with ForkServer() as server:
+            python, sys.executable = sys.executable, "/bin/false"
+            try: NetnsLab(plan, server).__enter__()
+            except DelayLineDied as died: words = str(died)
+            sys.executable = python
+            with NetnsLab(plan, server) as lab: print(json.dumps([words, len(lab.hosts)]))
+        """,
+    )
+    assert seen == ["the delay line ended with exit code 1", 2]

@@ -546,22 +546,3 @@ with NetnsLab(LabPlan({name: both(10_000_000) for name in ("w0", "w1")}, shaper=
 """,
     )
     assert seen == [True, [], True]
-
-
-def test_a_delay_line_that_dies_while_the_lab_is_made_is_no_fault_of_the_machine(tmp_path):
-    """Only this try has failed; a LabError would end the whole sweep."""
-    seen = in_lab(
-        tmp_path,
-        """
-from testbed.links.delayline import DelayLineDied
-links = {name: both(10_000_000, delay_s=0.01) for name in ("w0", "w1")}
-impaired = frozenset((name, direction) for name in links for direction in ("up", "down"))
-plan = LabPlan(links, impaired=impaired, engine="userspace")
-python, sys.executable = sys.executable, "/bin/false"
-try: NetnsLab(plan, server).__enter__()
-except DelayLineDied as died: words = str(died)
-sys.executable = python
-with NetnsLab(plan, server) as lab: print(json.dumps([words, len(lab.hosts)]))
-""",
-    )
-    assert seen == ["the delay line ended with exit code 1", 2]
