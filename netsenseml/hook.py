@@ -371,9 +371,8 @@ class Session:
             self._leave(accuracy, loss)
 
     def _settle_last(self) -> None:
-        if self._unsettled is not None and not self._clock.reached(
-            self._unsettled[1], _LAST_S
-        ):  # with NCCL, a peer that is gone
+        ended = self._unsettled
+        if ended is not None and not self._clock.reached(ended[1], _LAST_S):  # with NCCL, a peer that is gone
             self._unsettled, self._unrecorded = None, []
         self._settle()
         if self._statistics.elements:

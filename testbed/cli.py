@@ -57,6 +57,7 @@ SpecPath = Annotated[Path, typer.Argument(help="The experiment, a YAML file such
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the spec, e.g. workers=8. Repeatable.")
 ]
+LiveRun = Annotated[Path | None, typer.Option(help="The run directory; the newest live run in ./runs if left out.")]
 LabOption = Annotated[LabKind | None, typer.Option("--lab", help="Where the workers run; overrides the spec.")]
 
 
@@ -169,7 +170,7 @@ def compare(
 @app.command()
 def link(
     links: Annotated[list[str] | None, typer.Argument(help="Links to show or change, such as w0; all if none.")] = None,
-    run: Annotated[Path | None, typer.Option(help="The run directory; the newest live run in ./runs if left out.")] = None,
+    run: LiveRun = None,
     changes: Annotated[
         list[str],
         typer.Option("--set", metavar="KEY=VALUE", help="Change a property, e.g. rate=5mbit, up.rate=1mbit, up=false."),
@@ -197,14 +198,11 @@ def link(
         Console().print(links_table(answer["links"]))
 
 
-_Run = Annotated[Path | None, typer.Option(help="The run directory; the newest live run in ./runs if left out.")]
-
-
 @app.command(name="exec")
 def execute(
     host: Annotated[str, typer.Argument(help="A host of a live run, such as w0.")],
     argv: Annotated[list[str], typer.Argument(metavar="-- PROGRAM [ARG]...", help="Names of hosts become addresses.")],
-    run: _Run = None,
+    run: LiveRun = None,
 ) -> None:
     """Run a program on a host of a live run, such as: testbed exec w0 -- ping -c 3 w1. Returns its exit code."""
     from testbed.enter import on_host
@@ -216,7 +214,7 @@ def execute(
 @app.command()
 def capture(
     host: Annotated[str, typer.Argument(help="A host of a live run, such as w0.")],
-    run: _Run = None,
+    run: LiveRun = None,
     out: Annotated[Path | None, typer.Option(help="The file to write, HOST.pcap if left out.")] = None,
 ) -> None:
     """Write what passes a host's interface in a live run to a file for tcpdump or Wireshark, until Ctrl-C or the cell's end."""
@@ -238,14 +236,14 @@ def _live_cell(run: Path | None) -> Path:
 
 def _become(command: Callable[[], list[str]]) -> NoReturn:
     """Let a command take the place of this process; what it needs may be missing, and the host may not exist."""
-    try:
-        argv = command()
-    except ValueError as error:
-        _fail(str(error), EXIT_BAD_INPUT)
-    except LabError as error:
-        _fail(str(error), EXIT_CANNOT)
-    except OSError as error:
-        _fail(explained(error), EXIT_FAILED)
+
+    def checked() -> list[str]:
+        try:
+            return command()
+        except ValueError as error:
+            _fail(str(error), EXIT_BAD_INPUT)
+
+    argv = _guarded(checked)
     if shutil.which(argv[0]) is None:
         _fail(f"the program {argv[0]} is missing", EXIT_CANNOT)
     os.execvp(argv[0], argv)

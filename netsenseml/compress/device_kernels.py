@@ -53,8 +53,8 @@ def _encode(compensated: torch.Tensor, plan: Layout, key: int | None, buffer: to
             compensated, at, codes, plan.k, positions is not None, plan.values == layout.BF16, _LANES, enable_fp_fusion=False
         )
         return positions
-    block, words = BLOCK[plan.values], 8 * WORD[plan.values] // BITS[plan.values]
-    _encode_blocks[(triton.cdiv(plan.k, _LANES),)](
+    block, words = BLOCK[plan.values], _words_of_a_row(plan.values)
+    _encode_blocks[_grid(plan.k)](
         compensated,
         at,
         codes,
@@ -71,8 +71,8 @@ def _encode(compensated: torch.Tensor, plan: Layout, key: int | None, buffer: to
         BITS[plan.values],
         _LANES // ROW,
         ROW // block,
-        block * words // ROW,
-        ROW // words,
+        block // words,
+        words,
         enable_fp_fusion=False,
     )
     return positions
@@ -81,9 +81,6 @@ def _encode(compensated: torch.Tensor, plan: Layout, key: int | None, buffer: to
 def _add(buffer: torch.Tensor, plan: Layout, out: torch.Tensor, scale: float) -> None:
     positions = None if plan.dense else _positions(buffer, plan)
     codes, scales = _sections(buffer, plan)
-    blocked = plan.values in BLOCK
-    block = BLOCK.get(plan.values, 1)
-    words = ROW * BITS[plan.values] // (8 * WORD[plan.values]) if blocked else 1
     _add_decoded[_grid(plan.k)](
         out,
         out if positions is None else positions,
@@ -94,8 +91,8 @@ def _add(buffer: torch.Tensor, plan: Layout, out: torch.Tensor, scale: float) ->
         positions is not None,
         plan.values,
         BITS[plan.values],
-        block,
-        words,
+        BLOCK.get(plan.values, 1),
+        _words_of_a_row(plan.values) if plan.values in BLOCK else 1,
         _LANES,
         enable_fp_fusion=False,
     )
@@ -103,6 +100,10 @@ def _add(buffer: torch.Tensor, plan: Layout, out: torch.Tensor, scale: float) ->
 
 def _grid(elements: int) -> tuple[int]:
     return (triton.cdiv(elements, _LANES),)
+
+
+def _words_of_a_row(values: int) -> int:
+    return ROW * BITS[values] // (8 * WORD[values])
 
 
 def _sections(buffer: torch.Tensor, plan: Layout) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 
+from testbed.files import explained
+
 _ETH_P_ALL = 3
 _SO_TIMESTAMPNS = 35
 _SOL_PACKET, _PACKET_STATISTICS = 263, 6
@@ -39,10 +41,13 @@ def frames(interface: str) -> Iterator[tuple[int, int, bytes]]:
 
 def main(interface: str, path: str) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with open(path, "wb") as out:
-        out.write(struct.pack("=IHHiIII", _NANOSECONDS, 2, 4, 0, 0, _PACKET_BYTES, _ETHERNET))
-        for seconds, nanoseconds, frame in frames(interface):
-            out.write(struct.pack("=IIII", seconds, nanoseconds, len(frame), len(frame)) + frame)
+    try:
+        with open(path, "wb") as out:
+            out.write(struct.pack("=IHHiIII", _NANOSECONDS, 2, 4, 0, 0, _PACKET_BYTES, _ETHERNET))
+            for seconds, nanoseconds, frame in frames(interface):
+                out.write(struct.pack("=IIII", seconds, nanoseconds, len(frame), len(frame)) + frame)
+    except OSError as error:
+        sys.exit(f"testbed: {explained(error)}")
 
 
 if __name__ == "__main__":

@@ -81,6 +81,15 @@ def test_show_and_change_a_link_of_a_live_run(tmp_path):
     assert told.returncode == 7, told.stderr
     assert "10.77.0.2" in told.stdout and "10.77.0.1\n" not in told.stdout, "in w1's network"
     assert told.stdout.splitlines()[-2:] == [str(Path.cwd()), "10.77.0.1 w9"]
+    nowhere = subprocess.run(
+        command("capture", "--run", run, "w0", "--out", tmp_path / "none" / "w0.pcap"),
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+    )
+    assert nowhere.returncode == 1 and nowhere.stderr.endswith("No such file or directory\n"), nowhere.stderr
+    assert nowhere.stderr.count("\n") == 1
     wrong = on_host(run, "w7", "true")
     assert wrong.returncode == 2 and "there is no host 'w7'; did you mean" in wrong.stderr
 
