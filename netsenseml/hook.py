@@ -205,7 +205,9 @@ class Session:
             began_s = monotonic_s()
             with self._noticing():
                 self.method.begin()
-            if not self._clock.immediate:  # it may have waited for others
+            if (
+                not self._clock.immediate and not self.method.waits
+            ):  # it may have waited for others; of one that waits all counts
                 self._statistics.exposed_s += monotonic_s() - began_s
         statistics, last = self._statistics, bucket.is_last()
         statistics.arrive(bucket.buffer().numel(), ready)
@@ -217,10 +219,10 @@ class Session:
         self._exchanges.append(done)
         if last and torch._C._current_graph_task_id() >= 0:  # ahead of DDP, whose reducer would make a RuntimeError of it
             torch.autograd.Variable._execution_engine.queue_callback(self._await)
-        blocked_s = monotonic_s() - arrived_s
-        self.blocked_s += blocked_s
+        now_s = monotonic_s()
+        self.blocked_s += now_s - arrived_s
         if not last and (self._clock.immediate or self.method.waits):  # else the device computes meanwhile
-            statistics.exposed_s += blocked_s
+            statistics.exposed_s += now_s - max(arrived_s, statistics.began_s)  # what came before is of the step before
         return done
 
     @contextlib.contextmanager
