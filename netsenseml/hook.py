@@ -190,6 +190,7 @@ class Session:
             raise ValueError(
                 "sparse gradients cannot be exchanged by a communication hook; make their layers dense: sparse=False"
             )
+        began_for_s = 0.0
         if bucket.index() == 0:
             self._settle()
             if not self._closed_by_step and self._statistics.elements:
@@ -205,10 +206,7 @@ class Session:
             began_s = monotonic_s()
             with self._noticing():
                 self.method.begin()
-            if (
-                not self._clock.immediate and not self.method.waits
-            ):  # it may have waited for others; of one that waits all counts
-                self._statistics.exposed_s += monotonic_s() - began_s
+            began_for_s = monotonic_s() - began_s
         statistics, last = self._statistics, bucket.is_last()
         statistics.arrive(bucket.buffer().numel(), ready)
         with self._lock:
@@ -221,8 +219,12 @@ class Session:
             torch.autograd.Variable._execution_engine.queue_callback(self._await)
         now_s = monotonic_s()
         self.blocked_s += now_s - arrived_s
-        if not last and (self._clock.immediate or self.method.waits):  # else the device computes meanwhile
+        if last:  # what follows is exposed from when it was ready
+            pass
+        elif self._clock.immediate or self.method.waits:
             statistics.exposed_s += now_s - max(arrived_s, statistics.began_s)  # what came before is of the step before
+        else:  # the device computes meanwhile, but may run out of work while ``begin`` waits for others
+            statistics.exposed_s += began_for_s
         return done
 
     @contextlib.contextmanager
