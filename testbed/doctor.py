@@ -213,7 +213,7 @@ def user_namespaces_mend(system: System, settings: Mapping[str, str], unshare: b
 
 
 def delay_line(system: System) -> Finding:
-    """Whether a program can stand in for netem in the netns lab."""
+    """Whether a program can stand in for netem."""
     name = "delay line"
     try:
         prefix = enclosure()
@@ -222,7 +222,7 @@ def delay_line(system: System) -> Finding:
     command = [*prefix, sys.executable, "-m", "testbed.links.tap"]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode == 0:
-        return Finding(name, "ok", "makes delay, jitter and loss in the netns lab where the kernel has no netem")
+        return Finding(name, "ok", "makes delay, jitter and loss where the kernel has no netem")
     reason, _, mend = why_it_failed(done).partition("; ")
     if system.container:
         mend = "start the container with: docker run --device /dev/net/tun …"
@@ -270,13 +270,11 @@ def qdiscs(system: System, missing: Sequence[str] | None, line: Finding) -> list
         if name not in missing:
             findings.append(Finding(name, "ok", purpose))
             continue
-        mend = system.load_module(module)
         if name == "netem" and line.verdict == "ok":
-            found = f"this kernel has none; it {purpose}, which the delay line does instead in the netns lab"
-            findings.append(Finding(name, "limited", found, f"for the Docker lab: {mend}"))
+            findings.append(Finding(name, "ok", f"this kernel has none; it {purpose}, which the delay line does instead"))
             continue
         verdict: Verdict = "missing" if name in NEEDED | {"netem"} else "limited"
-        findings.append(Finding(name, verdict, f"this kernel has none; it {purpose}", mend))
+        findings.append(Finding(name, verdict, f"this kernel has none; it {purpose}", system.load_module(module)))
     return findings
 
 

@@ -141,8 +141,6 @@ def make_plan(spec: Spec, directory: Path = Path(), auto: str = "auto") -> Plan:
     read = reader(directory)
     for overrides in combinations(spec):
         varied = validate(apply_overrides(raw, overrides)) if overrides else spec
-        if varied.network.engine == "userspace" and spec.lab == "docker":
-            raise SpecError([("network.engine", "userspace is for the netns lab only; use lab: netns, or engine: netem")])
         if varied.network.engine == "auto":
             varied = varied.model_copy(update={"network": varied.network.model_copy(update={"engine": auto})})
         cells += _cells(varied, overrides, directory, read)

@@ -4,6 +4,9 @@ Workers have no privileges at all. The orchestrator enters a worker's network na
 and finds the other end of its cable among the daemon's interfaces to shape the way back (down). That needs root in the
 daemon's own PID and network namespaces, which is what ``docker compose up experiment`` gives it.
 
+Where the kernel has no netem, a worker's cable to the bridge is put out of use, and a pair of TAP devices with the delay
+line between them takes its place: one in the container, with the address of the cable's end, one at the bridge.
+
 Everything made carries labels. ``LABEL`` names the lab, ``OWNER`` the process that made it, so that ``clean`` never
 touches a lab whose orchestrator lives. Containers end with their orchestrator by themselves (``labs.keeper``).
 """
@@ -18,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -29,23 +33,30 @@ from docker.errors import APIError, ContainerError, DockerException, ImageNotFou
 from docker.models.containers import Container
 from docker.models.networks import Network
 from docker.types import Mount
-from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_NEWLINK
+from pyroute2.netlink import NLM_F_CREATE
+from pyroute2.netlink.rtnl import RTM_DELADDR, RTM_GETLINK, RTM_NEWADDR, RTM_NEWLINK
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from testbed import protocol
 from testbed.labs.base import LabError, LabPlan, make_shaper
 from testbed.labs.capabilities import lacking_capabilities
+from testbed.links.delayline import DelayLine, DelayLineDied
 from testbed.links.neighbours import forwarding, neighbour
-from testbed.links.netlink import NetlinkSocket, Request, decode, encode
+from testbed.links.netlink import NetlinkSocket, Request, back_to_own_namespace, decode, encode, setns
 from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
 from testbed.links.routes import tcp_route
 from testbed.links.shaper import Port
+from testbed.links.tap import open_tap
 
 LABEL = "netsense.testbed"
 OWNER = "netsense.testbed.owner"
 DEFAULT_IMAGE = "netsense-testbed:local"
 ENV_IMAGE = "TESTBED_IMAGE"
 INTERFACE = "eth0"
+"""The cable's end in a container; Docker's own name, and it looks for it when the container ends."""
+LINED_INTERFACE = "eth1"
+"""The delay line's end in a container."""
 
 _NOT_COMPOSE = {"com.docker.compose.project": "", "com.docker.compose.service": ""}
 """Compose marks the images that it builds, containers inherit that, and Compose would take a worker for one of its own."""
@@ -55,6 +66,9 @@ _COMPILED = "/opt/numba-cache"
 _NOBODY = 65534
 _PIDS = 4096
 """Processes and threads of a container: far more than training takes, and no fork bomb."""
+_IFF_UP = 1
+_NO_IPV6_ADDRESS = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", 1)]})]}
+"""An interface that makes up no address (IN6_ADDR_GEN_MODE_NONE), and so says nothing on its link of its own accord."""
 _READY_S = 60.0
 _START_THREADS = 8
 _COMPOSE = "docker compose up experiment"
@@ -128,9 +142,7 @@ class DockerProcess:
 
 
 class DockerHost:
-    """A container with one interface (``labs.base.Host``)."""
-
-    interface = INTERFACE
+    """A container with one interface that is in use (``labs.base.Host``)."""
 
     def __init__(
         self, name: str, address: str, mac: str, container: str, directory: Path, line: _Line, sock: NetlinkSocket
@@ -139,6 +151,7 @@ class DockerHost:
         self.way_in: Mapping[str, int | str] = {"container": container}
         self.address = address
         self.mac = mac
+        self.interface = INTERFACE
         self.index = 0
         """Of its interface, once that is known."""
         self.socket = sock
@@ -171,6 +184,8 @@ class DockerLab:
         self._client: docker.DockerClient | None = None
         self._lines: dict[str, _Line] = {}
         self._switch: NetlinkSocket | None = None
+        self._taps: list[int] = []
+        self._line = ExitStack()
         self.hosts: dict[str, DockerHost] = {}
         self.pids: list[int] = []
         self.links = make_shaper(plan)
@@ -185,8 +200,6 @@ class DockerLab:
         return _NOBODY, _NOBODY
 
     def __enter__(self) -> Self:
-        if self._plan.lined:
-            raise LabError("the Docker lab has no delay line; use a kernel with netem, or --lab netns")
         if self._plan.trunks:
             raise LabError("the Docker lab has a single switch; a topology with trunks runs with --lab netns")
         _require_capabilities()
@@ -195,8 +208,10 @@ class DockerLab:
             with _docker_errors():
                 self._build(self._client)
             self.links.apply(self._plan.links)
-        except BaseException:
+        except BaseException as error:
             self._close()
+            if isinstance(error, OSError) and not isinstance(error, DelayLineDied):  # which may live the next time
+                raise LabError(f"the lab cannot be made: {error}") from error
             raise
         return self
 
@@ -307,6 +322,7 @@ class DockerLab:
     def _wire(self, network: Network, containers: Mapping[str, Container]) -> None:
         self._switch = NetlinkSocket()
         outside = {link["index"]: link for link in _interfaces(self._switch)}
+        cables: dict[str, tuple[int, int]] = {}
         for name in self._plan.hosts:
             attached = containers[name].attrs["NetworkSettings"]["Networks"][network.name]
             self.pids.append(containers[name].attrs["State"]["Pid"])
@@ -315,38 +331,70 @@ class DockerLab:
             host = self.hosts[name] = DockerHost(
                 name, address, mac, str(containers[name].name), self._directory, self._lines[name], inner
             )
-            # The daemon's word is checked: a PID means another process if we do not share its PID namespace, and an index
-            # another interface if we do not share its network namespace.
-            mine = next((x for x in _interfaces(inner) if x.get_attr("IFLA_IFNAME") == INTERFACE), None)
-            if mine is None or mine.get_attr("IFLA_ADDRESS") != mac:
-                raise LabError(f"cannot see the container of {name}: {_OTHER_NAMESPACE}")
-            peer = outside.get(mine.get_attr("IFLA_LINK"))
-            if peer is None or peer.get_attr("IFLA_LINK") != mine["index"] or not peer.get_attr("IFLA_MASTER"):
-                raise LabError(f"cannot see the cable of {name}: {_OTHER_NAMESPACE}")
-            # A new cable has no queue. What has one is being shaped by some other tool, which matches containers by itself.
-            if {mine.get_attr("IFLA_QDISC"), peer.get_attr("IFLA_QDISC")} != {"noqueue"}:
-                raise LabError(f"something else shapes the link of {name}; end that first")
-            host.index = mine["index"]
-            largest = self._plan.packet_bytes.get(name, UNCUT_PACKET_BYTES)
+            mine, peer = _cable(host, outside)
+            up = Port(inner, mine["index"], INTERFACE)
+            down = Port(self._switch, peer["index"], peer.get_attr("IFLA_IFNAME"))
+            if name in self._plan.lined:
+                master = peer.get_attr("IFLA_MASTER")
+                up, down, cables[name] = self._replace_cable(host, attached["IPPrefixLen"], up, down, master)
+            host.interface, host.index = up.interface, up.ifindex
+            gso_bytes, gso_segments = gso_limits(self._plan.packet_bytes.get(name, UNCUT_PACKET_BYTES), self._plan.mtu)
             inner.batch(
                 [
-                    _limit_packets(mine["index"], largest, self._plan.mtu),
-                    tcp_route(mine["index"], address, attached["IPPrefixLen"], self._plan.tcp),
+                    _change(up, "largest packet", ("IFLA_GSO_MAX_SIZE", gso_bytes), ("IFLA_GSO_MAX_SEGS", gso_segments)),
+                    tcp_route(up.ifindex, address, attached["IPPrefixLen"], self._plan.tcp),
                 ]
             )
-            self._switch.batch([forwarding(peer["index"], mac)])
-            self.links.add(
-                name,
-                up=Port(inner, mine["index"], INTERFACE),
-                down=Port(self._switch, peer["index"], peer.get_attr("IFLA_IFNAME")),
-            )
+            self._switch.batch([forwarding(down.ifindex, mac)])
+            self.links.add(name, up=up, down=down)
 
         for host in self.hosts.values():
             others = [other for other in self.hosts.values() if other is not host]
             host.socket.batch(neighbour(host.index, other.address, other.mac) for other in others)
+        if cables:
+            self.links.line = self._line.enter_context(DelayLine(cables))
+            self._taps.clear()  # they are the line's now
+
+    def _replace_cable(
+        self, host: DockerHost, prefix_bits: int, inner: Port, outer: Port, bridge: int
+    ) -> tuple[Port, Port, tuple[int, int]]:
+        """Put TAP devices in the place of a cable's ends; returns their ports, and their descriptors."""
+        mtu, silent = ("IFLA_MTU", self._plan.mtu), ("IFLA_AF_SPEC", _NO_IPV6_ADDRESS)
+        first, up = self._tap(LINED_INTERFACE, inner.socket, self.pids[-1])
+        second, down = self._tap(f"tap{self._token}{len(self.hosts) - 1}", outer.socket)
+        inner.socket.batch(
+            [
+                _change(inner, "cable", up=False),
+                _address(RTM_DELADDR, inner, host.address, prefix_bits),
+                _change(up, "TAP device", ("IFLA_ADDRESS", host.mac), mtu, silent),
+                _change(up, "TAP device", up=True),
+                _address(RTM_NEWADDR, up, host.address, prefix_bits),
+            ]
+        )
+        outer.socket.batch(
+            [
+                _change(outer, "cable", up=False),
+                _change(down, "TAP device", ("IFLA_MASTER", bridge), mtu, silent),
+                _change(down, "TAP device", up=True),
+            ]
+        )
+        return up, down, (first, second)
+
+    def _tap(self, name: str, sock: NetlinkSocket, pid: int | None = None) -> tuple[int, Port]:
+        """Make a TAP device, here or in the network namespace of a process."""
+        with back_to_own_namespace():
+            if pid is not None:
+                with open(f"/proc/{pid}/ns/net") as namespace:
+                    setns(namespace.fileno())
+            self._taps.append(open_tap(name))
+            return self._taps[-1], Port(sock, socket.if_nametoindex(name), name)
 
     def _close(self) -> None:
         with _undisturbed():
+            self._line.close()
+            for tap in self._taps:
+                os.close(tap)
+            self._taps.clear()
             for line in self._lines.values():
                 line.close()
             for host in self.hosts.values():
@@ -463,12 +511,36 @@ def _interfaces(sock: NetlinkSocket) -> list[ifinfmsg]:
     return [decode(answer, ifinfmsg) for answer in sock.dump(encode(ifinfmsg(), RTM_GETLINK, 0, "list interfaces"))]
 
 
-def _limit_packets(index: int, packet_bytes: int, mtu: int) -> Request:
-    size, segments = gso_limits(packet_bytes, mtu)
+def _cable(host: DockerHost, outside: Mapping[int, ifinfmsg]) -> tuple[ifinfmsg, ifinfmsg]:
+    """The ends of a new container's cable: in the container, and at the bridge. outside: all interfaces there, by index."""
+    # The daemon's word is checked: a PID means another process if we do not share its PID namespace, and an index
+    # another interface if we do not share its network namespace.
+    mine = next((x for x in _interfaces(host.socket) if x.get_attr("IFLA_IFNAME") == INTERFACE), None)
+    if mine is None or mine.get_attr("IFLA_ADDRESS") != host.mac:
+        raise LabError(f"cannot see the container of {host.name}: {_OTHER_NAMESPACE}")
+    peer = outside.get(mine.get_attr("IFLA_LINK"))
+    if peer is None or peer.get_attr("IFLA_LINK") != mine["index"] or not peer.get_attr("IFLA_MASTER"):
+        raise LabError(f"cannot see the cable of {host.name}: {_OTHER_NAMESPACE}")
+    # A new cable has no queue. What has one is being shaped by some other tool, which matches containers by itself.
+    if {mine.get_attr("IFLA_QDISC"), peer.get_attr("IFLA_QDISC")} != {"noqueue"}:
+        raise LabError(f"something else shapes the link of {host.name}; end that first")
+    return mine, peer
+
+
+def _change(port: Port, what: str, *attributes: tuple[str, object], up: bool | None = None) -> Request:
     message = ifinfmsg()
-    message["index"] = index
-    message["attrs"] = [("IFLA_GSO_MAX_SIZE", size), ("IFLA_GSO_MAX_SEGS", segments)]
-    return encode(message, RTM_NEWLINK, 0, f"largest packet of {INTERFACE}")
+    message["index"] = port.ifindex
+    if up is not None:
+        message["flags"], message["change"] = _IFF_UP * up, _IFF_UP
+    message["attrs"] = list(attributes)
+    return encode(message, RTM_NEWLINK, 0, f"{what} {port.interface}")
+
+
+def _address(kind: int, port: Port, address: str, prefix_bits: int) -> Request:
+    message = ifaddrmsg()
+    message["family"], message["prefixlen"], message["index"] = socket.AF_INET, prefix_bits, port.ifindex
+    message["attrs"] = [("IFA_ADDRESS", address), ("IFA_LOCAL", address)]
+    return encode(message, kind, NLM_F_CREATE if kind == RTM_NEWADDR else 0, f"address {address} of {port.interface}")
 
 
 def _require_capabilities() -> None:

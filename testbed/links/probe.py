@@ -4,6 +4,7 @@ Runs in a scratch network namespace that ends with the process, so it needs the 
 """
 
 import errno
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from testbed.links import qdiscs
 from testbed.links.netlink import NetlinkError, NetlinkSocket, Request, back_to_own_namespace, encode, unshare_network
 from testbed.links.state import AQMS, Shape
+from testbed.links.tap import open_tap
 
 _LOOPBACK_INDEX = 1
 _LIMITED = Shape(rate_bps=10**7)
@@ -47,6 +49,13 @@ def missing_kinds(kinds: Iterable[str]) -> list[str]:
             finally:
                 socket.close()
     return found
+
+
+def require_taps() -> None:
+    """Raise OSError, whose ``str()`` has the mend, if this machine gives out no TAP devices, or without the rights to ask."""
+    with back_to_own_namespace():
+        unshare_network()
+        os.close(open_tap("probe-tap"))
 
 
 def _requests(kind: str) -> list[Request]:

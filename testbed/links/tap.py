@@ -45,10 +45,11 @@ class NoTapError(OSError):
         return str(self.args[1])
 
 
-def open_tap(name: str, index: int) -> int:
+def open_tap(name: str, index: int | None = None) -> int:
     """Make a TAP device in the network namespace of the calling thread; it lives as long as the descriptor returned.
 
-    index: its interface index (ifindex). The descriptor does not block, is closed on exec, and works from any namespace.
+    index: its interface index (ifindex); None: the kernel's choice. The descriptor does not block, is closed on exec, and works
+    from any namespace.
     Raises NoTapError if the machine gives out none, FileExistsError or PermissionError if this namespace does not.
     """
     try:
@@ -57,12 +58,14 @@ def open_tap(name: str, index: int) -> int:
         reason = f"/dev/net/tun cannot be opened ({error.strerror}); "
         raise NoTapError(error.errno, reason + _MENDS.get(error.errno or 0, _OTHER_MEND)) from error
     try:
-        fcntl.ioctl(fd, _TUNSETIFINDEX, struct.pack("=i", index))
+        if index is not None:
+            fcntl.ioctl(fd, _TUNSETIFINDEX, struct.pack("=i", index))
         fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(name.encode(), _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR))
-        _set_queue(index, _WAITING_FRAMES)
+        _set_queue(socket.if_nametoindex(name), _WAITING_FRAMES)
     except OSError as error:
         os.close(fd)
-        raise OSError(error.errno, f"TAP device {name} with index {index}: {error.strerror}") from error
+        place = "" if index is None else f" with index {index}"
+        raise OSError(error.errno, f"TAP device {name}{place}: {error.strerror}") from error
     return fd
 
 

@@ -15,7 +15,7 @@ from testbed import gpus, protocol
 from testbed.doctor import System
 from testbed.labs.base import LabError
 from testbed.labs.netns import enclosure, why_it_failed
-from testbed.links.probe import missing_kinds
+from testbed.links.probe import missing_kinds, require_taps
 from testbed.plan import Plan
 from testbed.run import directory as run_directory
 from testbed.run.sweep import (
@@ -57,15 +57,14 @@ def choose_engine(lab: str, wanted: str, impaired: bool, qdiscs: Iterable[str]) 
     missing = _missing_kinds(lab, [*qdiscs, *(["netem"] if impaired and wanted != "userspace" else [])])
     engine = wanted
     if wanted == "auto":
-        engine = "userspace" if "netem" in missing and lab == "netns" else "netem"
+        engine = "userspace" if "netem" in missing else "netem"
     if engine == "netem" and "netem" in missing:
-        instead = "network.engine: auto" if lab == "netns" else "--lab netns, whose delay line needs none"
         raise LabError(
             "delay, jitter, loss and the like need the kernel's netem, which is missing; use "
-            f"{instead}, do without them, or {System.of_this_machine().load_module('sch_netem')}"
+            f"network.engine: auto, do without them, or {System.of_this_machine().load_module('sch_netem')}"
         )
-    if engine == "userspace" and impaired and lab == "netns":
-        _run_enclosed("testbed.links.tap")
+    if engine == "userspace" and impaired:
+        _check_taps(lab)
     if others := [kind for kind in missing if kind != "netem"]:
         raise LabError(f"this kernel has no {others[0]}; {System.of_this_machine().load_module(f'sch_{others[0]}')}")
     return engine
@@ -81,6 +80,16 @@ def _missing_kinds(lab: str, needed: Sequence[str]) -> list[str]:
             f"shaping containers needs rights that this process lacks ({error.strerror}); "
             "use: docker compose up experiment, or run testbed with sudo"
         ) from None
+
+
+def _check_taps(lab: str) -> None:
+    if lab == "netns":
+        _run_enclosed("testbed.links.tap")
+        return
+    try:
+        require_taps()
+    except OSError as error:
+        raise LabError(f"cannot make a delay line: {error}") from None
 
 
 def _run_enclosed(module: str, *arguments: str) -> str:

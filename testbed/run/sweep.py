@@ -42,7 +42,7 @@ def execute(directory: Path, console: Console) -> None:
     spec = load_spec(directory / SPEC_FILE)
     plan = make_plan(spec, directory)
     if "auto" in plan.engines:  # of a matrix over networks; the others are written down
-        plan = make_plan(spec, directory, "userspace" if plan.lab == "netns" and missing_kinds(["netem"]) else "netem")
+        plan = make_plan(spec, directory, "userspace" if missing_kinds(["netem"]) else "netem")
     ended = {cell.name: read_result(directory / "cells" / cell.name) or {} for cell in plan.cells}
     pending = [cell for cell in in_turn(plan) if ended[cell.name].get("status") != "done"]
     earlier = {cell.name: _failures(ended[cell.name], directory / "cells" / cell.name) for cell in pending}

@@ -4,6 +4,7 @@ import functools
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from docker.models.networks import NetworkCollection
 from testbed.labs import docker as lab_module
 from testbed.labs.base import LabError, LabPlan, Process
 from testbed.labs.docker import LABEL, OWNER, DockerHost, DockerLab, clean, connect
+from testbed.links.delayline import DelayLineDied
 from testbed.links.routes import Tcp
 from testbed.links.state import LinkState, Shape
 
@@ -196,6 +198,65 @@ def test_links_carry_their_rate_and_not_more(directory: Path) -> None:
         counters = lab.links.counters()
         assert counters["w1", "up"].bytes > 8_000_000
         assert counters["w1", "down"].bytes < 1_000_000
+
+
+ECHO = """
+import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('', 5001))
+while True:
+    data, sender = s.recvfrom(100); s.sendto(data, sender)
+"""
+ROUND_TRIPS = """
+import socket, sys, time
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(1)
+taken = []
+while len(taken) < 20:
+    begin = time.monotonic(); s.sendto(b'x', (sys.argv[1], 5001))
+    try: s.recv(100); taken.append(time.monotonic() - begin)
+    except TimeoutError: pass
+print(min(taken), sorted(taken)[10])
+"""
+
+
+def test_a_delay_line_takes_the_place_of_the_cable_and_leaves_with_the_lab(directory: Path) -> None:
+    state = LinkState(Shape(rate_bps=50_000_000), Shape(rate_bps=20_000_000, delay_s=0.02))
+    impaired = frozenset({("w0", "down"), ("w1", "down")})
+    lined = LabPlan({"w0": state, "w1": state, "w2": LINK}, impaired=impaired, engine="userspace")
+    with DockerLab(lined, directory) as lab:
+        log = directory / "cells" / "trips"
+        assert [lab.hosts[name].interface for name in lined.hosts] == ["eth1", "eth1", "eth0"]
+        echo = lab.hosts["w1"].start(["python", "-c", ECHO], {}, directory / "cells" / "echo")
+        for source, least_s in (("w0", 0.04), ("w2", 0.02)):  # w2 has no delay of its own
+            log.unlink(missing_ok=True)
+            trips = lab.hosts[source].start(["python", "-c", ROUND_TRIPS, lab.hosts["w1"].address], {}, log)
+            assert finish(trips) == 0, log.read_text()
+            fastest_s, median_s = map(float, log.read_text().split())
+            assert least_s <= fastest_s < least_s + 0.003 and median_s < least_s + 0.005
+        echo.kill()
+        lab.links.apply({"w1": replace(state, down=replace(state.down, delay_s=0.05))})
+        before, target = lab.links.counters()["w1", "down"].packets, (lab.hosts["w1"].address, 9)
+        send = f"for _ in range(100): s.sendto(bytes(1000), {target})"
+        run(lab.hosts["w0"], directory, f"import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n{send}")
+        assert wait_for(lambda: lab.links.counters()["w1", "down"].packets - before == 100)
+        assert lab.links.line is not None
+        assert lab.links.line.counters().directions["w1", "down"].held > 0
+        assert wait_for(lambda: lab.links.line and lab.links.line.counters().directions["w1", "down"].held == 0)
+        taps = [name for _, name in socket.if_nameindex() if lab._token in name]
+        assert len(taps) == 2
+    assert wait_for(lambda: not [name for _, name in socket.if_nameindex() if lab._token in name])
+    assert not left(f"{LABEL}={lab._token}")
+
+
+def test_a_killed_delay_line_ends_with_its_devices(directory: Path) -> None:
+    state = LinkState(Shape(rate_bps=50_000_000), Shape(rate_bps=20_000_000, delay_s=0.02))
+    lined = LabPlan({"w0": state}, impaired=frozenset({("w0", "down")}), engine="userspace")
+    with DockerLab(lined, directory) as lab:
+        assert lab.links.line is not None
+        os.kill(lab.links.line.pid, signal.SIGKILL)
+        with pytest.raises(DelayLineDied, match="signal 9"):
+            lab.links.line.counters()
+        assert wait_for(lambda: not [name for _, name in socket.if_nameindex() if lab._token in name])
+    assert not left(f"{LABEL}={lab._token}")
 
 
 def test_time_outs_of_tcp_are_slowed_down(directory: Path) -> None:
