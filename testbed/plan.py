@@ -149,7 +149,7 @@ def make_plan(spec: Spec, directory: Path = Path(), auto: str = "auto") -> Plan:
 
 def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Callable[[str], str]) -> list[Cell]:
     stop = spec.stop.limits() if spec.stop else protocol.StopConfig()
-    workers = tuple(f"w{rank}" for rank in range(spec.workers))
+    workers = tuple(map(protocol.worker_name, range(spec.workers)))
     network = plan_network(spec.network, workers, background_hosts(spec.traffic, workers))
     flows = plan_flows(spec.traffic, stop.get("seconds"))
     timeline = expand(spec.schedule, network.links, workers, trunks=network.trunks, end_s=stop.get("seconds"), read=read)

@@ -4,10 +4,14 @@ This module imports no torch, so that the orchestrator stays light.
 
 A *cell* is one training run: one method, one seed, one set of link conditions. Its directory holds
 
-    cell.json         what to run (``CellConfig``), written before any worker starts
-    control.sock      Unix stream socket of the orchestrator, one JSON object a line in both directions
-    steps-r<R>.jsonl  one line a step, written by rank R (columns: ``netsenseml.records.STEP_COLUMNS``)
-    evals.jsonl       one line an evaluation, written by rank 0 (columns: ``EVAL_COLUMNS``)
+    cell.json           what to run (``CellConfig``), written before any worker starts
+    control.sock        Unix stream socket of the orchestrator, one JSON object a line in both directions
+    shared/             where all workers may write: they find each other there
+    hosts/<host>/       where the programs of one host may write, and nobody else:
+        steps.jsonl     one line a step of the worker (columns: ``netsenseml.records.STEP_COLUMNS``)
+        evals.jsonl     one line an evaluation, written by rank 0 (columns: ``EVAL_COLUMNS``)
+
+The rest of the directory, which is the orchestrator's, they do not see.
 
 The first message of every connection says whose it is, by the token that the environment gave to that program alone:
 
@@ -54,6 +58,9 @@ from testbed.files import read_text
 ENV_CELL_DIR = "NETSENSE_CELL_DIR"
 """Directory of the cell as the worker sees it; unset outside the testbed."""
 
+ENV_OUTPUT_DIR = "NETSENSE_OUTPUT_DIR"
+"""Directory of the host as its programs see it: the only one, but for temporary files, in which they may write."""
+
 ENV_RENDEZVOUS = "NETSENSE_RENDEZVOUS"
 """Where the ranks of the built-in worker meet: init_method of their process group, env:// if unset."""
 
@@ -66,7 +73,9 @@ LISTENER = "testbed.worker.listener:CellListener"
 CELL_FILE = "cell.json"
 RESULT_FILE = "result.json"
 SOCKET_FILE = "control.sock"
+STEPS_FILE = "steps.jsonl"
 EVALS_FILE = "evals.jsonl"
+SHARED = "shared"
 HEARTBEAT_S = 1.0
 SILENCE_S = 10.0
 
@@ -128,9 +137,14 @@ def read_cell(directory: Path) -> CellConfig:
     return cast(CellConfig, decode_message(read_text(directory / CELL_FILE).encode()))
 
 
-def steps_file(directory: Path, rank: int) -> Path:
-    """Path of the step records of one rank."""
-    return directory / f"steps-r{rank}.jsonl"
+def worker_name(rank: int) -> str:
+    """The host of a rank."""
+    return f"w{rank}"
+
+
+def host_directory(cell: Path, host: str) -> Path:
+    """Where the programs of a host may write."""
+    return cell / "hosts" / host
 
 
 def listen_unix(path: Path, backlog: int = 128) -> socket.socket:

@@ -251,7 +251,7 @@ def load(kind: str, rate_bps: str) -> None:
     rank, directory = int(os.environ["RANK"]), Path(os.environ[protocol.ENV_CELL_DIR])
     target = str(ipaddress.ip_address(os.environ["MASTER_ADDR"]) + 1)
     control = ControlClient(directory / protocol.SOCKET_FILE, rank)
-    records = RecordFile(protocol.steps_file(directory, rank))
+    records = RecordFile(Path(os.environ[protocol.ENV_OUTPUT_DIR]) / protocol.STEPS_FILE)
     t0_s = control.ready("none")
     segments = 1 if float(rate_bps) < 50e6 else 40
     programs: Mapping[tuple[str, int], tuple[Callable[..., Any], Sequence[Any]]] = {

@@ -19,6 +19,20 @@ ENGINES = ("auto", "netem", "userspace")
 
 
 @dataclass(frozen=True, slots=True)
+class View:
+    """What the programs on the hosts see of a directory, and where they may write.
+
+    root: the directory, of which they see nothing but this: reads, files and directories; shared, in which all write; own,
+    by host, in which the programs of that host write.
+    """
+
+    root: Path
+    reads: tuple[Path, ...]
+    shared: Path
+    own: Mapping[str, Path]
+
+
+@dataclass(frozen=True, slots=True)
 class LabPlan:
     """What a lab has to build: hosts at switches, and links in their first state.
 
@@ -31,6 +45,7 @@ class LabPlan:
     shaper: what limits rates, "htb" or "tbf". mtu: of all interfaces, in bytes.
     packet_bytes: by host, the wire size that no packet it sends may exceed; those left out may send whole GSO packets.
     folders: what programs on the hosts read besides the run directory, absolute; they see it under the same path.
+    view: None: the programs see all of the run directory, and may write there.
     seed: of random impairments.
     tcp: how connections between the hosts behave. ip: the version of their addresses.
     """
@@ -44,6 +59,7 @@ class LabPlan:
     mtu: int = 1500
     packet_bytes: Mapping[str, int] = field(default_factory=dict)
     folders: tuple[Path, ...] = ()
+    view: View | None = None
     seed: int = 0
     tcp: Tcp = field(default_factory=Tcp)
     ip: int = 4

@@ -88,10 +88,11 @@ class _Line:
         self._gone = False
         self._lock = threading.Lock()
 
-    def start(self, argv: Sequence[str], env: Mapping[str, str], log: str) -> int:
+    def start(self, argv: Sequence[str], env: Mapping[str, str], log: int) -> int:
+        """log: descriptor that output goes to."""
         with self._lock:
             self._started += 1
-            self._send({"start": self._started, "argv": list(argv), "env": dict(env), "log": log})
+            self._send({"start": self._started, "argv": list(argv), "env": dict(env)}, [log])
             return self._started
 
     def kill(self, number: int) -> None:
@@ -119,9 +120,11 @@ class _Line:
     def close(self) -> None:
         self._connection.close()
 
-    def _send(self, message: Mapping[str, Any]) -> None:
+    def _send(self, message: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
+        line = protocol.encode_message(message)
         try:
-            self._connection.sendall(protocol.encode_message(message))
+            sent = socket.send_fds(self._connection, [line], descriptors)
+            self._connection.sendall(line[sent:])
         except OSError:
             self._gone = True
 
@@ -159,7 +162,12 @@ class DockerHost:
         self._line = line
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> DockerProcess:
-        return DockerProcess(self._line, self._line.start(argv, env, self.seen(log)))
+        # The file is ours; a program there has no more of it than where its output goes.
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            return DockerProcess(self._line, self._line.start(argv, env, output))
+        finally:
+            os.close(output)
 
     def seen(self, path: Path) -> str:
         return str(_RUN_DIR / path.resolve().relative_to(self._directory))
@@ -171,8 +179,8 @@ class DockerHost:
 class DockerLab:
     """Hosts and links made by a Docker daemon (``labs.base.Lab``).
 
-    directory: the run directory. The workers see it as /run/netsense and run as its owner, or, if that is root, as the
-    owner of the directory above it or as nobody, to whom it and its ``cells`` are then given.
+    directory: the run directory. The workers see it as /run/netsense, all of it or what the plan's view has, and run as its
+    owner, or, if that is root, as the owner of the directory above it or as nobody, to whom what they may write is then given.
     """
 
     def __init__(self, plan: LabPlan, directory: Path, image: str | None = None) -> None:
@@ -221,13 +229,10 @@ class DockerLab:
     def _build(self, client: docker.DockerClient) -> None:
         require_image(client, self._image)
         clean(dry_run=False, client=client)
-        os.chown(self._directory, *self.user)
-        for written in ("cells", "script"):
-            _give(self._directory / written, *self.user)
-        mounts = [Mount(str(_RUN_DIR), _path_for_daemon(client, self._directory), type="bind")]
-        mounts += [Mount(str(f), _path_for_daemon(client, f), type="bind", read_only=True) for f in self._plan.folders]
-        mounts.append(Mount(_COMPILED, None, type="volume"))
         rendezvous = self._directory / f".hosts-{self._token}.sock"
+        user = self.user
+        for written in self._written():
+            _give(written, *user)
         # Whatever the daemon makes is asked for on other threads: Ctrl-C, which comes to this one, must not cut off a request,
         # because the daemon would fulfil it after we have looked for what there is to remove.
         pool = ThreadPoolExecutor(_START_THREADS, thread_name_prefix="docker")
@@ -241,9 +246,11 @@ class DockerLab:
                 options={"com.docker.network.driver.mtu": str(self._plan.mtu)},
             ).result()
             with protocol.listen_unix(rendezvous, backlog=len(self._plan.hosts) + 8) as listener:
-                os.chown(rendezvous, *self.user)
+                os.chown(rendezvous, *user)
                 starting = {
-                    name: pool.submit(self._start_container, client, network, name, mounts, rendezvous.name)
+                    name: pool.submit(
+                        self._start_container, client, network, name, self._mounts(client, name, rendezvous), user
+                    )
                     for name in self._plan.hosts
                 }
                 self._answer(listener, starting)
@@ -256,13 +263,34 @@ class DockerLab:
             rendezvous.unlink(missing_ok=True)
         self._wire(network, containers)
 
+    def _written(self) -> list[Path]:
+        if view := self._plan.view:
+            return [view.shared, *view.own.values()]
+        return [self._directory, self._directory / "cells", self._directory / "script"]
+
+    def _mounts(self, client: docker.DockerClient, host: str, rendezvous: Path) -> list[Mount]:
+        """What a container sees of the run directory, and of folders elsewhere, which it sees under their own paths."""
+        seen = {str(folder): (folder, True) for folder in self._plan.folders}
+        if view := self._plan.view:
+            reads, writes = (*view.reads, rendezvous), (view.shared, view.own[host])
+            for path in (*reads, *writes):
+                seen[str(_RUN_DIR / path.resolve().relative_to(self._directory))] = (path.resolve(), path in reads)
+        else:
+            seen[str(_RUN_DIR)] = (self._directory, False)
+        mounts = [
+            Mount(target, _path_for_daemon(client, path), type="bind", read_only=read_only)
+            for target, (path, read_only) in seen.items()
+        ]
+        return [*mounts, Mount(_COMPILED, None, type="volume")]
+
     def _start_container(
-        self, client: docker.DockerClient, network: Network, name: str, mounts: list[Mount], rendezvous: str
+        self, client: docker.DockerClient, network: Network, name: str, mounts: list[Mount], user: tuple[int, int]
     ) -> Container:
         keeper = Path(__file__).with_name("keeper.py").read_text()
+        rendezvous = str(_RUN_DIR / f".hosts-{self._token}.sock")
         container = client.containers.run(
             self._image,
-            entrypoint=["python", "-I", "-S", "-c", keeper, str(_RUN_DIR / rendezvous), name],
+            entrypoint=["python", "-I", "-S", "-c", keeper, rendezvous, name],
             command=[],
             name=f"netsense-{self._token}-{name}",
             hostname=name,
@@ -272,7 +300,7 @@ class DockerLab:
             network=network.name,
             # Without this, reverse look-ups (torch does some) wait 10 s for a server that an internal network cannot reach.
             dns_opt=["attempts:0"],
-            user="{}:{}".format(*self.user),
+            user="{}:{}".format(*user),
             cap_drop=["ALL"],
             pids_limit=_PIDS,
             read_only=True,

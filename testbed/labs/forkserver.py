@@ -4,8 +4,8 @@ Importing torch takes seconds, a fork of a process that has imported it takes mi
 so that it stays single-threaded, which is what makes forking safe, and so that the orchestrator never imports torch.
 
 Requests go over a Unix socket pair, one JSON object a datagram, with the descriptor of the network namespace beside it:
-{"argv", "env", "log"} → {"pid"} or {"error"}; {"end"} → {"ended"}. Ends of children come back unasked, as
-{"exited": pid, "code": int}.
+{"argv", "env", "log", "confined"} → {"pid"} or {"error"}; {"end"} → {"ended"}. Ends of children come back unasked, as
+{"exited": pid, "code": int}. A program that is confined has a PID namespace of its own, whose first process is the child.
 """
 
 import atexit
@@ -20,10 +20,12 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import types
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,6 +33,13 @@ from typing import Any, Self
 import psutil
 
 from testbed.labs.base import HostFailed
+from testbed.labs.confine import (
+    Confinement,
+    confine,
+    next_child_in_new_pid_namespace,
+    next_child_in_own_pid_namespace,
+    stay_as_init,
+)
 from testbed.links.netlink import setns
 
 _DATAGRAM = 1 << 17
@@ -113,9 +122,12 @@ class ForkServer:
             self._socket.shutdown(socket.SHUT_RDWR)
         os.waitpid(self._pid, 0)
 
-    def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path, namespace: int) -> ForkedProcess:
+    def start(
+        self, argv: Sequence[str], env: Mapping[str, str], log: Path, namespace: int, confined: Confinement | None = None
+    ) -> ForkedProcess:
         """Run a program in a network namespace (descriptor); raises HostFailed if the server has died."""
-        reply = self._ask({"argv": list(argv), "env": dict(env), "log": str(log)}, [namespace])
+        request = {"argv": list(argv), "env": dict(env), "log": str(log), "confined": confined and asdict(confined)}
+        reply = self._ask(request, [namespace])
         if "pid" not in reply:
             raise HostFailed(f"cannot start {argv[0]}: {reply['error']}")
         child: ForkedProcess = reply["process"]
@@ -182,11 +194,13 @@ def serve(channel: socket.socket, preload: Sequence[str]) -> list[str]:
     selector = selectors.DefaultSelector()
     selector.register(channel, selectors.EVENT_READ)
     selector.register(wake_read, selectors.EVENT_READ)
+    own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    statuses: dict[int, int] = {}
     while True:
         for key, _ in selector.select():
             if key.fd == wake_read:
                 os.read(wake_read, 4096)
-                _report_ended(channel)
+                _report_ended(channel, statuses)
                 continue
             data, fds, _, _ = socket.recv_fds(channel, _DATAGRAM, 1)
             if not data:
@@ -196,12 +210,16 @@ def serve(channel: socket.socket, preload: Sequence[str]) -> list[str]:
                 _end_all()
                 _send(channel, {"ended": True})
                 continue
+            told, status = os.pipe2(os.O_CLOEXEC)
+            (next_child_in_new_pid_namespace if request["confined"] else next_child_in_own_pid_namespace)(own_pids)
             pid = os.fork()
             if pid == 0:
                 selector.close()
                 channel.close()
-                return _become(request, fds[0], preload)
+                return _become(request, fds[0], preload, status)
             os.close(fds[0])
+            os.close(status)
+            statuses[pid] = told
             _send(channel, {"pid": pid})
 
 
@@ -236,7 +254,8 @@ def _lives(process: psutil.Process) -> bool:
     return False
 
 
-def _report_ended(channel: socket.socket) -> None:
+def _report_ended(channel: socket.socket, statuses: dict[int, int]) -> None:
+    """statuses: by child, where the first process of a PID namespace says how the program itself has ended."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -244,6 +263,9 @@ def _report_ended(channel: socket.socket) -> None:
             return
         if pid == 0:
             return
+        if told := statuses.pop(pid, None):
+            status = int.from_bytes(os.read(told, 4) or status.to_bytes(4, "little"), "little")
+            os.close(told)
         _send(channel, {"exited": pid, "code": os.waitstatus_to_exitcode(status)})
 
 
@@ -254,8 +276,11 @@ def _send(channel: socket.socket, message: Mapping[str, Any]) -> None:
         sys.exit(0)  # the orchestrator is gone; the kernel ends the children with the PID namespace
 
 
-def _become(request: Mapping[str, Any], namespace: int, preload: Sequence[str]) -> list[str]:
-    """The forked child: becomes the program. Returns only what is to run as a script, with its arguments."""
+def _become(request: Mapping[str, Any], namespace: int, preload: Sequence[str], status: int) -> list[str]:
+    """The forked child: becomes the program. Returns only what is to run as a script, with its arguments.
+
+    status: where its wait status goes if it is confined, and so has a first process of its PID namespace above it.
+    """
     code = 1
     try:
         os.setpgid(0, 0)
@@ -266,7 +291,11 @@ def _become(request: Mapping[str, Any], namespace: int, preload: Sequence[str]) 
         os.dup2(log, 1)
         os.dup2(log, 2)
         setns(namespace)
+        if request["confined"]:
+            confine(Confinement(**request["confined"]))
+            stay_as_init(status)
         os.environ.update(request["env"])
+        tempfile.tempdir = None  # what was imported may have looked for it already, by another environment
         argv: list[str] = request["argv"]
         sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115

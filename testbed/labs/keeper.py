@@ -3,8 +3,10 @@
 The orchestrator sends this file's text with the container (``python -c``), so it imports nothing but the standard library.
 Both ends speak JSON, one object a line, over a Unix socket in the run directory:
 
-    orchestrator: {"start": id, "argv": [..], "env": {..}, "log": path}     {"kill": id}
+    orchestrator: {"start": id, "argv": [..], "env": {..}}     {"kill": id}
     keeper:       {"host": name}, once     {"exited": id, "code": int}      code as in subprocess: -9 for SIGKILL
+
+With each start comes the descriptor of the log.
 
 The connection is also the lease. When the orchestrator dies, in whatever way, the kernel closes it; the keeper then ends,
 and as it is the first process of the container's PID namespace, everything else in the container ends too.
@@ -38,22 +40,23 @@ def main(path: str, host: str) -> None:
     selector.register(channel, selectors.EVENT_READ)
     selector.register(wake_read, selectors.EVENT_READ)
     programs: dict[int, int] = {}  # pid → id
-    pending = b""
+    pending, logs = b"", list[int]()
     while True:
         for key, _ in selector.select():
             if key.fd == wake_read:
                 os.read(wake_read, 4096)
                 _report_ended(channel, programs)
                 continue
-            data = channel.recv(1 << 16)
+            data, descriptors, _, _ = socket.recv_fds(channel, 1 << 16, 16)
             if not data:
                 os._exit(0)
+            logs += descriptors
             *lines, pending = (pending + data).split(b"\n")
             for line in lines:
-                _serve(channel, programs, json.loads(line))
+                _serve(channel, programs, json.loads(line), logs)
 
 
-def _serve(channel: socket.socket, programs: dict[int, int], request: dict[str, Any]) -> None:
+def _serve(channel: socket.socket, programs: dict[int, int], request: dict[str, Any], logs: list[int]) -> None:
     if "kill" in request:
         for pid, number in programs.items():
             if number == request["kill"]:
@@ -62,14 +65,14 @@ def _serve(channel: socket.socket, programs: dict[int, int], request: dict[str, 
         return
     number = request["start"]
     try:
-        programs[_spawn(request["argv"], request["env"], request["log"])] = number
+        programs[_spawn(request["argv"], request["env"], logs.pop(0))] = number
     except OSError as error:
         print(f"cannot start {request['argv'][0]}: {error}", file=sys.stderr)
         _send(channel, {"exited": number, "code": _DEATH_CODE})
 
 
-def _spawn(argv: list[str], env: dict[str, str], log: str) -> int:
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+def _spawn(argv: list[str], env: dict[str, str], output: int) -> int:
+    os.set_inheritable(output, False)  # but as what it is dup2'ed to
     try:
         return os.posix_spawnp(
             argv[0],

@@ -20,7 +20,8 @@ from pyroute2.netlink.rtnl import RTM_NEWADDR, RTM_NEWLINK
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
-from testbed.labs.base import LabError, LabPlan, Process, make_shaper
+from testbed.labs.base import LabError, LabPlan, Process, View, make_shaper
+from testbed.labs.confine import TEMPORARY, Confinement
 from testbed.labs.forkserver import ForkServer
 from testbed.links.delayline import DelayLine, DelayLineDied
 from testbed.links.neighbours import forwarding, mac_of, neighbour
@@ -72,8 +73,18 @@ class NetnsHost:
 
     interface = INTERFACE
 
-    def __init__(self, name: str, address: str, mac: str, namespace: int, socket: NetlinkSocket, server: ForkServer) -> None:
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        mac: str,
+        namespace: int,
+        socket: NetlinkSocket,
+        server: ForkServer,
+        view: View | None,
+    ) -> None:
         self.name = name
+        self._view = view
         self.address = address
         self.mac = mac
         self.namespace = namespace
@@ -86,7 +97,12 @@ class NetnsHost:
         return {"namespace": self.namespace}
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> Process:
-        process = self._server.start(argv, env, log, self.namespace)
+        confined = None
+        if view := self._view:
+            writes = [str(path.resolve()) for path in (view.shared, view.own[self.name])]
+            confined = Confinement(str(view.root.resolve()), [str(path.resolve()) for path in view.reads], writes)
+            env = {"TMPDIR": str(view.root.resolve() / TEMPORARY), **env}
+        process = self._server.start(argv, env, log, self.namespace, confined)
         self._processes.append(process)
         return process
 
@@ -124,7 +140,9 @@ class NetnsLab:
                 addresses = _NETWORKS[self._plan.ip].hosts()
                 for number, (name, address) in enumerate(zip(self._plan.hosts, addresses, strict=False), 1):
                     namespace, socket = _new_namespace(ipv6=self._plan.ip == 6)
-                    self.hosts[name] = NetnsHost(name, str(address), mac_of(number), namespace, socket, self._server)
+                    self.hosts[name] = NetnsHost(
+                        name, str(address), mac_of(number), namespace, socket, self._server, self._plan.view
+                    )
             for switch, hosts in self._plan.hosts_by_switch.items():
                 self._wire_hosts(self._switches[switch], [self.hosts[name] for name in hosts])
             self._wire_trunks()

@@ -101,12 +101,12 @@ DELAYLINE_COLUMNS: Mapping[str, str] = {
 class Table:
     """One table of a cell.
 
-    records: glob of its record files in the cell's directory.
+    records: globs of its record files in the cell's directory; those of the hosts are written there (``protocol``).
     columns: name → meaning and unit.
     dtypes: pandas type of each column that is not float64; "json" is text that holds any JSON value.
     """
 
-    records: str
+    records: tuple[str, ...]
     columns: Mapping[str, str]
     dtypes: Mapping[str, str] = field(default_factory=dict)
 
@@ -116,15 +116,19 @@ class Table:
 
 
 TABLES: Mapping[str, Table] = {
-    "steps": Table("steps-r*.jsonl", STEP_COLUMNS, {"rank": "int64", "step": "int64", "scheme": "str"}),
-    "evals": Table("evals.jsonl", EVAL_COLUMNS, {"step": "int64"}),
-    "links": Table("links.jsonl", LINK_COLUMNS, {"link": "str", "direction": "str"}),
-    "events": Table("events*.jsonl", EVENT_COLUMNS, {"link": "str", "state": "json", "kind": "str", "verified": "bool"}),
-    "traffic": Table("traffic-*.jsonl", TRAFFIC_COLUMNS, {"flow": "str", "from": "str", "to": "str", "kind": "str"}),
-    "host": Table("host.jsonl", HOST_COLUMNS),
-    "delayline": Table("delayline.jsonl", DELAYLINE_COLUMNS),
+    "steps": Table(("hosts/*/steps.jsonl",), STEP_COLUMNS, {"rank": "int64", "step": "int64", "scheme": "str"}),
+    "evals": Table(("hosts/w0/evals.jsonl",), EVAL_COLUMNS, {"step": "int64"}),
+    "links": Table(("links.jsonl",), LINK_COLUMNS, {"link": "str", "direction": "str"}),
+    "events": Table(
+        ("events.jsonl", "hosts/*/events-*.jsonl"),
+        EVENT_COLUMNS,
+        {"link": "str", "state": "json", "kind": "str", "verified": "bool"},
+    ),
+    "traffic": Table(("hosts/*/traffic-*.jsonl",), TRAFFIC_COLUMNS, {"flow": "str", "from": "str", "to": "str", "kind": "str"}),
+    "host": Table(("host.jsonl",), HOST_COLUMNS),
+    "delayline": Table(("delayline.jsonl",), DELAYLINE_COLUMNS),
     "calibration": Table(
-        "calibration.jsonl",
+        ("calibration.jsonl",),
         CALIBRATION_COLUMNS,
         {"attempt": "int64", "within": "bool", **dict.fromkeys(("quantity", "link", "direction", "source", "target"), "str")},
     ),

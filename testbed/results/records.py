@@ -1,9 +1,10 @@
 """Tables of one cell: record files while it runs, Parquet from its end on."""
 
+import contextlib
 import json
 import math
-from collections.abc import Iterable, Mapping
-from itertools import chain
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 
 from netsenseml.records import read_records
 from testbed.files import is_regular, replacing
-from testbed.protocol import RESULT_FILE, MethodConfig, one_line, read_cell
+from testbed.protocol import RESULT_FILE, SHARED, MethodConfig, one_line, read_cell, worker_name
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES, Table
 
 UNKNOWN = "unknown"
@@ -97,7 +98,28 @@ def _identified(frame: pd.DataFrame, identity: Mapping[str, Any]) -> pd.DataFram
 
 def record_files(cell_dir: Path, name: str) -> list[Path]:
     """The record files of a table that are still there."""
-    return sorted(path for path in cell_dir.glob(TABLES[name].records) if is_regular(path))
+    return sorted(path for glob in TABLES[name].records for path in cell_dir.glob(glob) if is_regular(path))
+
+
+def _recorded(cell_dir: Path, name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table's record files; of those that a host wrote only what is its own to say."""
+    for path in record_files(cell_dir, name):
+        host = None if path.parent == cell_dir else path.parent.name
+        for row in read_records(path):
+            if isinstance(row, dict) and (host is None or _speaks_for_itself(name, host, row)):
+                yield row
+
+
+def _speaks_for_itself(name: str, host: str, row: Mapping[str, Any]) -> bool:
+    match name:
+        case "steps":
+            rank = row.get("rank")
+            return isinstance(rank, int) and worker_name(rank) == host
+        case "traffic":
+            return row.get("to") == host
+        case "events":
+            return row.get("kind") == "traffic"
+    return True
 
 
 def read_table(cell_dir: Path, name: str) -> pd.DataFrame:
@@ -115,8 +137,7 @@ def read_table(cell_dir: Path, name: str) -> pd.DataFrame:
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ValueError(f"{parquet}: cannot be read: {one_line(str(error))}") from None
         return _identified(_typed(frame, TABLES[name]), identity(cell_dir))
-    rows = chain.from_iterable(map(read_records, record_files(cell_dir, name)))
-    return to_frame((row for row in rows if isinstance(row, dict)), TABLES[name], identity(cell_dir))
+    return to_frame(_recorded(cell_dir, name), TABLES[name], identity(cell_dir))
 
 
 def finish_cell(cell_dir: Path) -> None:
@@ -135,3 +156,7 @@ def finish_cell(cell_dir: Path) -> None:
                 table.to_parquet(temporary, index=False)
         for records in record_files(cell_dir, name):
             records.unlink()
+    shutil.rmtree(cell_dir / SHARED, ignore_errors=True)
+    for directory in (*cell_dir.glob("hosts/*"), cell_dir / "hosts"):
+        with contextlib.suppress(OSError):  # what programs of the user's have left there stays
+            directory.rmdir()

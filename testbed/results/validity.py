@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import pandas as pd
 
+from testbed.protocol import worker_name
+
 LATE_S = 0.05
 """A change of a link may be applied this much after its time."""
 GAP_S = 1.0
@@ -197,7 +199,7 @@ def misstated_payloads(cell: Mapping[str, Any], steps: pd.DataFrame, links: pd.D
     less: dict[str, tuple[float, float]] = {}
     ups = links[links["direction"] == "up"].sort_values("t_s").groupby("link")
     for rank, rows in steps.groupby("rank"):
-        host = f"w{rank}"
+        host = worker_name(rank)
         if host not in ups.groups:
             continue
         up = ups.get_group(host)

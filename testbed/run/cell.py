@@ -6,7 +6,7 @@ import os
 import queue
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from netsenseml.listener import ENV_LISTENER
 from netsenseml.records import RecordFile, monotonic_s
 from testbed import protocol
 from testbed.files import explained, open_regular, read_json, replacing
-from testbed.labs.base import HostFailed, Lab, LabPlan, Process
+from testbed.labs.base import Host, HostFailed, Lab, LabPlan, Process, View
 from testbed.links.calibration import calibrate, measurable
 from testbed.plan import Cell, notes
 from testbed.run import messages
 from testbed.run.control import ControlServer, Fault, Heard, Lost, Member
-from testbed.run.directory import no_room, release_reserve
+from testbed.run.directory import DATA, SCRIPT, no_room, release_reserve
 from testbed.run.door import LinkDoor
 from testbed.run.driver import LinkDriver
 from testbed.run.host import HostMonitor
@@ -71,8 +71,8 @@ def run_cell(cell: Cell, open_lab: OpenLab, directory: Path, tick: Tick, earlier
     result = CellResult(earlier=list(earlier))
     try:
         with (
-            open_lab(cell.lab) as lab,
-            ControlServer(directory / protocol.SOCKET_FILE, _members(cell)) as control,
+            ControlServer(directory / protocol.SOCKET_FILE, _members(cell)) as control,  # it is what hosts are shown
+            open_lab(replace(cell.lab, view=_view(cell, directory))) as lab,
         ):
             _CellRunner(cell, lab, control, directory, result, tick).run()
         result.status = "done"
@@ -104,6 +104,8 @@ def prepare_cell(cell: Cell, directory: Path, earlier: Sequence[str] = ()) -> No
         logs.rename(kept)
     shutil.rmtree(directory, ignore_errors=True)
     logs.mkdir(parents=True)
+    for made in (directory / protocol.SHARED, *(protocol.host_directory(directory, host) for host in cell.lab.hosts)):
+        made.mkdir(parents=True)
     if kept.is_dir():
         kept.rename(logs / "earlier")
     links = {name: state.to_json() for name, state in cell.lab.links.items()}
@@ -117,11 +119,17 @@ def prepare_cell(cell: Cell, directory: Path, earlier: Sequence[str] = ()) -> No
     (directory / protocol.CELL_FILE).write_text(json.dumps(config, indent=1))
 
 
+def _view(cell: Cell, directory: Path) -> View:
+    """What the programs of a cell see of the run directory."""
+    run = directory.parents[1]
+    copied = [run / name for name in (SCRIPT, DATA) if (run / name).exists()]
+    reads = (directory / protocol.CELL_FILE, directory / protocol.SOCKET_FILE, *copied)
+    own = {host: protocol.host_directory(directory, host) for host in cell.lab.hosts}
+    return View(run, reads, directory / protocol.SHARED, own)
+
+
 def write_result(directory: Path, result: CellResult) -> None:
     """Write result.json in one step; its presence says that the cell ended."""
-    # Tables are made of the records later. What is there now was left by a worker, and would stand in the way.
-    for left in [*directory.glob("*.parquet"), directory / protocol.RESULT_FILE]:
-        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(missing_ok=True)
     try:
         _write_result(directory, result)
     except OSError as error:
@@ -217,9 +225,8 @@ class _CellRunner:
                 "MASTER_PORT": "29500",
                 "GLOO_SOCKET_IFNAME": host.interface,
                 "OMP_NUM_THREADS": "1",
-                protocol.ENV_RENDEZVOUS: f"file://{directory}/rendezvous",
-                protocol.ENV_CELL_DIR: directory,
-                protocol.ENV_TOKEN: self._control.tokens[rank],
+                protocol.ENV_RENDEZVOUS: f"file://{directory}/{protocol.SHARED}/rendezvous",
+                **self._environment(rank, host),
                 ENV_LISTENER: protocol.LISTENER,
             }
             if self._cell.program:
@@ -234,9 +241,16 @@ class _CellRunner:
             source, target = self._lab.hosts[flow.source], self._lab.hosts[flow.target]
             for end, host in (("receive", target), ("send", source)):
                 member = flow.name, end
-                program = ["python", "-m", TRAFFIC_PROGRAM, end, flow.to_json(), target.address, host.seen(self._directory)]
-                env = {protocol.ENV_TOKEN: self._control.tokens[member]}
-                self._processes[member] = host.start(program, env, self._log(member))
+                program = ["python", "-m", TRAFFIC_PROGRAM, end, flow.to_json(), target.address]
+                self._processes[member] = host.start(program, self._environment(member, host), self._log(member))
+
+    def _environment(self, member: Member, host: Host) -> dict[str, str]:
+        """What every program finds the control socket by, and the place for what it writes."""
+        return {
+            protocol.ENV_CELL_DIR: host.seen(self._directory),
+            protocol.ENV_OUTPUT_DIR: host.seen(protocol.host_directory(self._directory, host.name)),
+            protocol.ENV_TOKEN: self._control.tokens[member],
+        }
 
     def _calibrate(self) -> None:
         # Nothing else is on the links: workers and competing flows wait for the start.

@@ -1,6 +1,7 @@
-"""One end of a competing flow: ``python -m testbed.traffic.program send|receive FLOW ADDRESS DIRECTORY``.
+"""One end of a competing flow: ``python -m testbed.traffic.program send|receive FLOW ADDRESS``.
 
-FLOW: ``Flow.to_json``. ADDRESS: IPv4 address of the receiving host. DIRECTORY: the cell's, as this host sees it.
+FLOW: ``Flow.to_json``. ADDRESS: IPv4 address of the receiving host. The environment names the directories of cell and host
+(``protocol``).
 
 Both ends get ready, say so over the control socket, wait there for t = 0, and end when the orchestrator hangs up. The receiving
 end counts the payload that arrives (traffic-<flow>.jsonl, ten rows a second); the sending end notes when the flow really
@@ -72,9 +73,9 @@ class Receiver(Protocol):
 class Orchestrator:
     """The line to the orchestrator. Silence for ``protocol.SILENCE_S`` is an error: nobody else would ever end the flow."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self) -> None:
         self.closed = False
-        self._socket = protocol.connect_unix(directory / protocol.SOCKET_FILE)
+        self._socket = protocol.connect_unix(Path(os.environ[protocol.ENV_CELL_DIR]) / protocol.SOCKET_FILE)
         self._incoming = protocol.MessageBuffer()
         self._heard_s = monotonic_s()
 
@@ -104,12 +105,12 @@ class Orchestrator:
             raise TimeoutError(f"no word from the orchestrator for {protocol.SILENCE_S:g} s")
 
 
-def send(flow: Flow, address: str, directory: Path) -> None:
+def send(flow: Flow, address: str, output: Path) -> None:
     """Be the sending end of a flow until the orchestrator hangs up."""
     with Selector() as selector:
         sender: Sender = _engine(flow).Sender(flow, address, selector)
-        events = RecordFile(directory / f"events-{flow.name}.jsonl")
-        orchestrator = Orchestrator(directory)
+        events = RecordFile(output / f"events-{flow.name}.jsonl")
+        orchestrator = Orchestrator()
         t0_s = orchestrator.wait_for_start()
         selector.register(orchestrator, selectors.EVENT_READ, orchestrator.read)
 
@@ -141,12 +142,12 @@ def _run(selector: Selector, orchestrator: Orchestrator, until_s: float, sender:
         orchestrator.expect_alive()
 
 
-def receive(flow: Flow, address: str, directory: Path) -> None:
+def receive(flow: Flow, address: str, output: Path) -> None:
     """Be the receiving end of a flow until the orchestrator hangs up."""
     with Selector() as selector:
         receiver: Receiver = _engine(flow).Receiver(flow, address, selector)
-        records = RecordFile(directory / f"traffic-{flow.name}.jsonl")
-        orchestrator = Orchestrator(directory)
+        records = RecordFile(output / f"traffic-{flow.name}.jsonl")
+        orchestrator = Orchestrator()
         t0_s = orchestrator.wait_for_start()
         selector.register(orchestrator, selectors.EVENT_READ, orchestrator.read)
         sample_s = t0_s
@@ -174,9 +175,9 @@ def _engine(flow: Flow) -> Any:
 
 def main(arguments: list[str]) -> int:
     """Run one end; returns the exit status: 0, or 1 after a failure that the last line of stderr explains."""
-    end, flow, address, directory = arguments
+    end, flow, address = arguments
     try:
-        {"send": send, "receive": receive}[end](Flow.from_json(flow), address, Path(directory))
+        {"send": send, "receive": receive}[end](Flow.from_json(flow), address, Path(os.environ[protocol.ENV_OUTPUT_DIR]))
     except OSError as error:
         print(f"testbed: {error}", file=sys.stderr)
         return 1

@@ -29,7 +29,8 @@ class CellListener:
     """
 
     def __init__(self) -> None:
-        self._directory = Path(os.environ[protocol.ENV_CELL_DIR])
+        self._cell = Path(os.environ[protocol.ENV_CELL_DIR])
+        self._output = Path(os.environ[protocol.ENV_OUTPUT_DIR])
         self._steps: RecordFile | None = None
         self._evaluations: RecordFile | None = None
         self._control: ControlClient | None = None
@@ -37,18 +38,18 @@ class CellListener:
 
     def method(self) -> tuple[str, dict[str, Any]]:
         """Raises ValueError, one line, if this process has a session in the cell already."""
-        if protocol.steps_file(self._directory, int(os.environ["RANK"])).exists():
+        if (self._output / protocol.STEPS_FILE).exists():
             raise ValueError("this process has joined its cell already; only one model of a worker can be measured")
-        configured = protocol.read_cell(self._directory)["method"]
+        configured = protocol.read_cell(self._cell)["method"]
         return configured["name"], configured["options"]
 
     def attached(self, session: Session) -> float:
         """Report to the orchestrator, and wait for its start."""
         self._session = session
-        self._steps = RecordFile(protocol.steps_file(self._directory, session.rank))
+        self._steps = RecordFile(self._output / protocol.STEPS_FILE)
         if session.rank == 0:
-            self._evaluations = RecordFile(self._directory / protocol.EVALS_FILE)
-        self._control = ControlClient(self._directory / protocol.SOCKET_FILE, session.rank)
+            self._evaluations = RecordFile(self._output / protocol.EVALS_FILE)
+        self._control = ControlClient(self._cell / protocol.SOCKET_FILE, session.rank)
         sys.excepthook = partial(self._uncaught, sys.excepthook)
         return self._control.ready(parameters_hash(session.module))
 

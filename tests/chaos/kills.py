@@ -134,7 +134,7 @@ def _containers() -> list[int]:
 
 
 def _rows(directory: Path) -> int:
-    files = directory.glob("runs/*/cells/*/steps-r0.jsonl")
+    files = directory.glob("runs/*/cells/*/hosts/w0/steps.jsonl")
     with contextlib.suppress(OSError):
         return sum(file.read_bytes().count(b"\n") for file in files)
     return 0

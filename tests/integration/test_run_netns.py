@@ -87,7 +87,7 @@ def make_cifar10(folder, samples=20):
 
 
 def rows_written(tmp_path, cell):
-    return sum(path.read_bytes().count(b"\n") for path in tmp_path.glob(f"runs/*/cells/{cell}/steps-r0.jsonl"))
+    return sum(path.read_bytes().count(b"\n") for path in tmp_path.glob(f"runs/*/cells/{cell}/hosts/w0/steps.jsonl"))
 
 
 def wait_until(condition, seconds):

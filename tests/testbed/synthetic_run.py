@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 from netsenseml.records import RecordFile
-from testbed.protocol import EVALS_FILE, steps_file
+from testbed.protocol import EVALS_FILE, STEPS_FILE, host_directory, worker_name
 
 FAST_BPS, SLOW_BPS = 50_000_000, 10_000_000
 SHARES = {"allreduce": (1.0, 1.0), "netsense": (0.4, 0.1), "topk": (0.3, 0.3)}
@@ -78,7 +78,7 @@ def write_cell(
     for rank in range(workers):
         append(steps_file(path, rank), [{"rank": rank, **row, "scheme": method} for row in steps])
     if evaluated:
-        append(path / EVALS_FILE, eval_rows(steps))
+        append(host_directory(path, "w0") / EVALS_FILE, eval_rows(steps))
     append(path / "host.jsonl", host_rows(t_end_s))
     append(path / "links.jsonl", link_rows(steps, workers, t_end_s))
     append(path / "events.jsonl", event_rows(workers, t_end_s, late_s))
@@ -96,8 +96,14 @@ def write_cell(
     return path
 
 
+def steps_file(cell: Path, rank: int) -> Path:
+    """Where a rank records its steps."""
+    return host_directory(cell, worker_name(rank)) / STEPS_FILE
+
+
 def append(path: Path, rows: Any) -> None:
     """Append rows as the programs do."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     file = RecordFile(path)
     file.append(list(rows))
     file.close()

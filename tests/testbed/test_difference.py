@@ -17,7 +17,7 @@ from tests.testbed.synthetic_run import write_run
 def slowed(run: Path, target: Path, method: str, factor: float) -> Path:
     """A copy of a run in which every step of a method takes longer."""
     shutil.copytree(run, target)
-    for file in target.glob(f"cells/{method}-s*/steps-r*.jsonl"):
+    for file in target.glob(f"cells/{method}-s*/hosts/*/steps.jsonl"):
         rows: list[dict[str, Any]] = [json.loads(line) for line in file.read_text().splitlines()]
         for row in rows:
             row["step_s"] *= factor

@@ -31,7 +31,7 @@ from testbed.results.load import Run, load_run
 from testbed.results.summary import summarize, write_summary
 from testbed.run.progress import RunProgress
 from testbed.spec.load import load_spec
-from tests.testbed.synthetic_run import append, write_cell, write_run
+from tests.testbed.synthetic_run import append, steps_file, write_cell, write_run
 
 ALL_FIGURES = [
     "throughput",
@@ -191,9 +191,9 @@ def killed_at_once(path: Path) -> None:
 def without_anything_optional(path: Path) -> None:
     write_run(path, methods=())
     cell = write_cell(path / "cells" / "c", "mine", evaluated=False, t_end_s=1.0)
-    for file in (*cell.glob("steps-*"), cell / "links.jsonl", cell / "events.jsonl"):
+    for file in (*cell.glob("hosts/*/steps.jsonl"), cell / "links.jsonl", cell / "events.jsonl"):
         file.unlink()
-    append(cell / "steps-r0.jsonl", [{"rank": 0, "step": 0, "t_s": 1.0, "step_s": 1.0}])
+    append(steps_file(cell, 0), [{"rank": 0, "step": 0, "t_s": 1.0, "step_s": 1.0}])
 
 
 @pytest.mark.parametrize(

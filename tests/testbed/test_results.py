@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.protocol import steps_file
+from testbed.protocol import host_directory
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES
 from testbed.results.load import NotARun, Run, load_run
 from testbed.results.phases import phases
 from testbed.results.records import finish_cell, method_label, read_table
 from testbed.results.summary import bootstrap_ci95, compare, geometric_mean, lost_energy, regrets, summarize, write_summary
-from tests.testbed.synthetic_run import append, write_cell, write_run
+from tests.testbed.synthetic_run import append, steps_file, write_cell, write_run
 
 
 def cell_of(run: Run, name: str) -> dict[str, Any]:
@@ -182,13 +182,13 @@ def step(rank: int, number: int, t_s: float, **columns: Any) -> dict[str, Any]:
 def test_metrics_by_hand(tmp_path: Path) -> None:
     cell = write_cell(tmp_path / "cells" / "c", overrides={"network.link.rate": "1mbit"}, evaluated=False)
     (tmp_path / "spec.yaml").write_text("name: hand\nworkload: {stop: {accuracy: 0.8}}\n")
-    for records_file in cell.glob("steps-*"):
+    for records_file in cell.glob("hosts/*/steps.jsonl"):
         records_file.unlink()
     # Two ranks, two steps, 10 samples each, the last one ends at 4 s: 40 samples in 4 s.
     append(steps_file(cell, 0), [step(0, 0, 1.0), step(0, 1, 3.0, step_s=2.0, payload_bytes=300)])
     append(steps_file(cell, 1), [step(1, 0, 1.0), step(1, 1, 4.0, step_s=3.0, payload_bytes=300)])
     evals = [(1.0, 0.5), (2.0, 0.8), (3.0, 0.96), (4.0, 0.95)]
-    append(cell / "evals.jsonl", [{"step": 1, "t_s": t, "accuracy": a, "loss": 1 - a} for t, a in evals])
+    append(host_directory(cell, "w0") / "evals.jsonl", [{"step": 1, "t_s": t, "accuracy": a, "loss": 1 - a} for t, a in evals])
     found = cell_of(load_run(tmp_path), "c")
     assert found["throughput_samples_per_s"] == 10.0
     assert found["step_s_median"] == 1.5
@@ -202,7 +202,7 @@ def test_metrics_by_hand(tmp_path: Path) -> None:
 def test_what_was_not_measured_is_null(tmp_path: Path) -> None:
     cell = write_cell(tmp_path / "cells" / "c", evaluated=False, result={"final_accuracy": None, "final_loss": None})
     append(steps_file(cell, 0), [])
-    for records_file in cell.glob("steps-*"):
+    for records_file in cell.glob("hosts/*/steps.jsonl"):
         records_file.unlink()
     append(steps_file(cell, 0), [step(0, 0, 1.0, samples=None)])
     found = cell_of(load_run(tmp_path), "c")
@@ -368,7 +368,7 @@ def test_the_warm_up_does_not_count(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", methods=())
     (path / "spec.yaml").write_text("name: drop\nworkload: {warmup: 2}\n")
     cell = write_cell(path / "cells" / "c", workers=1)
-    for file in cell.glob("steps-*"):
+    for file in cell.glob("hosts/*/steps.jsonl"):
         file.unlink()
     times = [(0, 10.0), (1, 20.0), (2, 21.0), (3, 22.0)]
     append(steps_file(cell, 0), [step(0, n, t_s, step_s=t_s, samples=8, payload_bytes=100 - n) for n, t_s in times])

@@ -32,7 +32,8 @@ def running(directory, flow):
         with ControlServer(directory / protocol.SOCKET_FILE, [(flow.name, end) for end in ends]) as control:
             for end in ends:
                 env = {**os.environ, "PYTHONPATH": str(ROOT), protocol.ENV_TOKEN: control.tokens[flow.name, end]}
-                command = [sys.executable, "-m", TRAFFIC_PROGRAM, end, flow.to_json(), "127.0.0.1", str(directory)]
+                env |= dict.fromkeys((protocol.ENV_CELL_DIR, protocol.ENV_OUTPUT_DIR), str(directory))
+                command = [sys.executable, "-m", TRAFFIC_PROGRAM, end, flow.to_json(), "127.0.0.1"]
                 with open(directory / f"{end}.log", "w") as log:
                     programs[end] = subprocess.Popen(command, stderr=log, env=env)
             heard = [control.inbox.get(timeout=20) for _ in programs]
@@ -93,8 +94,9 @@ def test_udp_keeps_its_rate_and_counts_every_datagram(tmp_path):
 
 
 def test_a_congestion_control_that_does_not_exist_ends_the_program_before_the_start(tmp_path):
-    command = [sys.executable, "-m", TRAFFIC_PROGRAM, "send", replace(FLOW, congestion="nope").to_json(), "127.0.0.1", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    command = [sys.executable, "-m", TRAFFIC_PROGRAM, "send", replace(FLOW, congestion="nope").to_json(), "127.0.0.1"]
+    env = {**os.environ, protocol.ENV_OUTPUT_DIR: str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "no congestion control 'nope'; valid: " in line

@@ -12,12 +12,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.protocol import steps_file
 from testbed.results import validity
 from testbed.results.columns import DELAYLINE_COLUMNS, EVENT_COLUMNS, HOST_COLUMNS, LINK_COLUMNS, STEP_COLUMNS, TRAFFIC_COLUMNS
 from testbed.results.load import load_run
 from testbed.results.summary import summarize
-from tests.testbed.synthetic_run import append, host_rows, write_cell, write_run
+from tests.testbed.synthetic_run import append, host_rows, steps_file, write_cell, write_run
 
 
 def problems_of(path: Path, **options: Any) -> list[str]:

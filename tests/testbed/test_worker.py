@@ -21,6 +21,7 @@ from testbed import protocol
 from testbed.worker import program, zoo
 from testbed.worker.client import ControlClient
 from tests.netsenseml.groups import Ranks
+from tests.testbed.synthetic_run import steps_file
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -126,6 +127,9 @@ def write_cell(directory: Path, ranks: int, method: str = "topk", seed: int = 0,
 
 def work(rank: int) -> int:
     os.environ[protocol.ENV_TOKEN] = f"rank {rank}"
+    output = protocol.host_directory(Path(os.environ[protocol.ENV_CELL_DIR]), protocol.worker_name(rank))
+    output.mkdir(parents=True)
+    os.environ[protocol.ENV_OUTPUT_DIR] = str(output)
     return program.main()
 
 
@@ -155,10 +159,10 @@ def test_trains_to_the_end(tmp_path: Path, method: str, workload: dict[str, Any]
     assert {message["steps"] for message in done.values()} == {steps}
     assert done[1]["accuracy"] is None
     for rank in range(2):
-        rows = list(read_records(protocol.steps_file(tmp_path, rank)))
+        rows = list(read_records(steps_file(tmp_path, rank)))
         assert [row["step"] for row in rows] == list(range(steps))
         assert all(row["samples"] == 32 and row["rank"] == rank for row in rows)
-    evaluations = list(read_records(tmp_path / protocol.EVALS_FILE))
+    evaluations = list(read_records(protocol.host_directory(tmp_path, "w0") / protocol.EVALS_FILE))
     assert evaluations[-1]["step"] == steps
     assert evaluations[-1]["accuracy"] == done[0]["accuracy"] > 0.3
     assert evaluations[-1].keys() == protocol.EVAL_COLUMNS.keys()
@@ -177,7 +181,7 @@ def test_all_ranks_stop_after_the_same_step_and_pace_is_kept(tmp_path: Path) -> 
         assert workers.results() == [0, 0]
     assert {message["steps"] for message in orchestrator.of("done").values()} == {last}
     assert orchestrator.of("heartbeat").keys() == {0, 1}
-    rows = list(read_records(protocol.steps_file(tmp_path, 0)))
+    rows = list(read_records(steps_file(tmp_path, 0)))
     assert len(rows) == last
     paced = sorted(row["compute_s"] for row in rows[3:])
     assert 0.045 <= paced[len(paced) // 2] <= 0.1
@@ -231,7 +235,7 @@ def test_sigterm_ends_a_worker_at_once(tmp_path: Path) -> None:
     with orchestrated(tmp_path, 1) as orchestrator:
         workers = start_workers(tmp_path, 1)
         orchestrator.start()
-        rows = protocol.steps_file(tmp_path, 0)
+        rows = steps_file(tmp_path, 0)
         orchestrator.until(lambda: rows.exists() and rows.stat().st_size > 0)
         (process,) = workers.processes
         process.terminate()

@@ -1,0 +1,138 @@
+"""What a worker that means harm gets done, in either lab: nothing beyond its own directory."""
+
+import json
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from test_faults_netns import only_run, run, script
+
+import testbed
+
+RUNS = Path(__file__).parents[2] / "runs"
+
+ATTACKS = """
+import ctypes, glob, signal, socket, subprocess
+from pyroute2 import IPRoute
+
+run, output = cell.parents[1], Path(os.environ["NETSENSE_OUTPUT_DIR"])
+said = {}
+
+def attempt(name, act):
+    try:
+        said[name] = act()
+    except Exception as error:
+        said[name] = type(error).__name__
+
+def write(path):
+    Path(path).write_text("x")
+    return "done"
+
+def set_rate():
+    with IPRoute() as route:
+        index = next(link["index"] for link in route.get_links() if link.get_attr("IFLA_IFNAME") != "lo")
+        route.tc("del", "htb", index, 0x10000)
+    return "done"
+
+def above():  # a user namespace has all capabilities in it, and so might undo what is read-only
+    libc = ctypes.CDLL(None, use_errno=True)
+    if os.fork() == 0:
+        libc.unshare(0x10000000 | 0x00020000)
+        libc.mount(None, b"/", None, ctypes.c_ulong(32 | 4096), None)
+        libc.umount2(str(run).encode(), 2)
+        try:
+            (run / "cells" / "planted").write_text("x")
+            (run / "planted").write_text("x")
+        except OSError:
+            os._exit(3)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.wait()[1])
+
+def others():
+    own = os.environ["NETSENSE_TOKEN"].encode()
+    seen = []
+    for environ in glob.glob("/proc/[0-9]*/environ"):
+        try:
+            words = dict(word.split(b"=", 1) for word in Path(environ).read_bytes().split(b"\\0") if b"=" in word)
+        except OSError:
+            continue
+        seen += [1] if words.get(b"NETSENSE_TOKEN", own) != own else []
+    return len(seen)
+
+def outlive():
+    subprocess.Popen(["sleep", "61.25"], start_new_session=True)
+    return "done"
+
+if rank == 1:
+    attempt("own link", set_rate)
+    attempt("sockets", lambda: [path.name for path in run.rglob("*.sock")])
+    attempt("files", lambda: sorted(str(path.relative_to(run)) for path in run.rglob("*") if "tmp" not in path.parts))
+    for path in (cell / "x", run / "x", cell / "hosts/w0/steps.jsonl", cell / "links.jsonl", "x", "/x", "SPEC_DIRECTORY/x",
+                 netsenseml.__file__):
+        attempt(f"write {path}", lambda path=path: write(path))
+    attempt("above", above)
+    attempt("others", others)
+    attempt("processes", lambda: len([name for name in os.listdir("/proc") if name.isdigit()]))
+    attempt("outlive", outlive)
+    attempt("temporary", lambda: write(__import__("tempfile").mkstemp()[1]))
+    attempt("shared memory", lambda: write("/dev/shm/x"))
+    attempt("capabilities", lambda: [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines()
+                                     if line.startswith(("CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs"))])
+    # What it may write: its own directory. Rows that are not its own to say count for nothing.
+    evaluation = {"step": 1, "t_s": 1.0, "accuracy": 1.0, "loss": 0.0}
+    event = {"planned_s": 0, "applied_s": 0, "link": "w0", "state": {}, "kind": "schedule", "verified": True}
+    (output / "evals.jsonl").write_text(json.dumps(evaluation) + "\\n")
+    (output / "events-x.jsonl").write_text(json.dumps(event) + "\\n")
+    (output / "steps.parquet").write_text("x")
+    (output / "said.json").write_text(json.dumps(said))
+
+def plant(step):
+    if rank == 1 and step == 5:
+        with open(output / "steps.jsonl", "a") as file:
+            file.write(json.dumps({"rank": 0, "step": 5000, "t_s": 9.0, "step_s": 1e-9}) + "\\n")
+
+train(before=plant)
+torch.save(model.state_dict(), output / "model.pt")
+done()
+"""
+
+
+@pytest.fixture(params=[pytest.param("netns", marks=pytest.mark.netns), pytest.param("docker", marks=pytest.mark.docker)])
+def place(request, tmp_path):
+    """A lab, and a directory that its hosts can be shown."""
+    if request.param == "netns":
+        yield request.param, tmp_path
+        return
+    directory = Path(tempfile.mkdtemp(prefix="test-", dir=RUNS))
+    yield request.param, directory
+    shutil.rmtree(directory)
+
+
+def test_a_worker_has_its_own_directory_and_nothing_else(place):
+    lab, directory = place
+    _, out = run(directory, lab=lab, script=script(directory, ATTACKS.replace("SPEC_DIRECTORY", str(directory))))
+    assert "done, 20 steps" in out
+    cell = next((only_run(directory) / "cells").iterdir())
+    said = json.loads((cell / "hosts" / "w1" / "said.json").read_text())
+    refused = {"OSError", "PermissionError", "FileNotFoundError", "NetlinkError"}
+    assert said.pop("own link") in refused
+    assert {name: what for name, what in said.items() if name.startswith("write ") and what not in refused} == {}
+    assert said["above"] == 3
+    assert said["others"] == 0 and said["processes"] <= 5
+    assert [name for name in said["sockets"] if not name.startswith(".hosts-")] == ["control.sock"]  # where nobody listens
+    name = f"cells/{cell.name}"
+    seen = {"cells", name, "script", "script/train.py"}
+    seen |= {f"{name}/{what}" for what in ("cell.json", "control.sock", "shared", "hosts", "hosts/w1", "hosts/w1/steps.jsonl")}
+    assert {name for name in said["files"] if not name.startswith((".hosts-", "script/__pycache__"))} <= seen
+    assert said["outlive"] == said["temporary"] == said["shared memory"] == "done"
+    assert said["capabilities"] == [*["0000000000000000"] * 4, "1"]
+    for rank in (0, 1):
+        assert (cell / "hosts" / f"w{rank}" / "model.pt").stat().st_size > 1000
+    assert "sleep 61.25" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    # What it says of others counts for nothing.
+    loaded = testbed.load_run(only_run(directory))
+    assert loaded.steps["step"].max() == 19 and set(loaded.steps["rank"]) == {0, 1}
+    assert loaded.evals.empty
+    assert set(loaded.events["kind"]) == {"initial"}
