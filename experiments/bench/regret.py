@@ -5,7 +5,8 @@
 RUN: a run directory of regret.yaml or regret-wan.yaml. SPEC: which of the two is run first (about 15 minutes); regret.yaml if
 nothing is named. Prints the median step time of every method at every rate or delay, over the second half of its steps, the
 share of the gradients' energy that it did not send, and the regret of netsense: its step time against that of the best method
-that loses no more energy than netsense did.
+that loses no more energy than netsense did. Of cells that all train for the same time also the accuracy at their end, which
+says who made most progress, without a model of what lost energy costs.
 
 Plain all-reduce loses none; what bfloat16 loses by rounding is not recorded, and taken for its bound, 2**-16.
 """
@@ -29,7 +30,7 @@ def run_it(spec: Path, parent: Path) -> Path:
 
 
 def measured(run: testbed.Run) -> pd.DataFrame:
-    """One row a cell: condition (the value of the matrix), method, step_s, lost, scheme, valid."""
+    """Means over all seeds, by condition (the value of the matrix) and method: step_s, lost, scheme, valid, accuracy."""
     valid = {cell["cell"]: cell["valid"] for cell in run.summary["cells"]}
     rows = []
     for cell in run.cells.to_dict("records"):
@@ -44,15 +45,18 @@ def measured(run: testbed.Run) -> pd.DataFrame:
                 "lost": lost_energy(steps),
                 "scheme": steps["scheme"].mode().get(0, ""),
                 "valid": valid[cell["cell"]],
+                "accuracy": cell["final_accuracy"],
             }
         )
-    return pd.DataFrame(rows)
+    means = {"step_s": "mean", "lost": "mean", "scheme": lambda names: names.mode()[0], "valid": "all", "accuracy": "mean"}
+    return pd.DataFrame(rows).groupby(["condition", "method"], sort=False, as_index=False).agg(means)
 
 
 def main() -> None:
     given = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_suffix(".yaml")
     directory = given if given.is_dir() else run_it(given, Path("runs"))
-    cells = measured(testbed.load_run(directory))
+    run = testbed.load_run(directory)
+    cells = measured(run)
     rates = list(dict.fromkeys(cells["condition"]))
     table = Table("ms a step (energy lost)", *map(str, rates))
     for method, mine in cells.groupby("method", sort=False):
@@ -80,6 +84,12 @@ def main() -> None:
     table.add_row("netsense chose", *choices)
     table.add_row("regret (best other)", *regrets)
     Console(width=200).print(table)
+    if set(run.spec["workload"]["stop"]) == {"seconds"}:
+        means = cells.pivot(index="method", columns="condition", values="accuracy")
+        table = Table(f"accuracy after {run.spec['workload']['stop']['seconds']}", *map(str, rates))
+        for method, row in means.iterrows():
+            table.add_row(str(method), *(f"{row[rate]:.1%}" for rate in rates))
+        Console(width=200).print(table)
     print(f"worst regret {worst:.3f}")
 
 
