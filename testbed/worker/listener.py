@@ -1,6 +1,7 @@
 """What makes a session a worker of a cell: its method, its records, its start and its end come from the testbed."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import sys
@@ -89,8 +90,10 @@ class CellListener:
 
 
 def describe_error(error: BaseException) -> str:
-    """Kind and text of an error, as a traceback ends; the first line of it."""
-    return "".join(traceback.format_exception_only(error)).strip().splitlines()[0][:LONGEST_LINE]
+    """Kind and text of an error, as a traceback ends; the first line of it, with the mend for what confinement forbids."""
+    line = "".join(traceback.format_exception_only(error)).strip().splitlines()[0][:LONGEST_LINE]
+    read_only = isinstance(error, OSError) and error.errno == errno.EROFS
+    return line + f"; {protocol.ENV_OUTPUT_DIR} names the directory in which it may write" * read_only
 
 
 def parameters_hash(module: torch.nn.Module) -> str:

@@ -125,6 +125,8 @@ def odd(step):
             say({"type": "hello", "token": "?"}, b'{"type": "failed", "error": "a stranger"}\\n')
         case "raises" | "raises-closing":
             raise KeyError("no such column")
+        case "writes":
+            Path("model.pt").write_text("x")
         case "killed":
             print("\\x1b]0;owned\\x07 \\x1b[2J gone", flush=True)
             os.kill(os.getpid(), 9)
@@ -145,7 +147,7 @@ done()
 match label:
     case "good":
         time.sleep(1)
-        Path(sys.argv[0]).with_name(f"saved-{rank}").write_text("all of it")
+        Path(os.environ["NETSENSE_OUTPUT_DIR"], f"saved-{rank}").write_text("all of it")
     case "fails-after" if rank == 0:
         time.sleep(0.3)
         raise OSError("cannot save the model")
@@ -157,6 +159,7 @@ ENDS = {
     "nonsense": "w1 sent something that is no message: type None: ",
     "raises": "w1 failed: KeyError: 'no such column'",
     "raises-closing": "w1 failed: KeyError: 'no such column'",
+    "writes": "w1 failed: OSError: [Errno 30] Read-only file system: 'model.pt'; NETSENSE_OUTPUT_DIR names the directory",
     "killed": "w1 was ended by signal 9 before it was done; its log ends with: ]0;owned [2J gone",
     "hangs": "no step has ended and no gradient moved for ",
     "no-close": "w0 ended with exit code 0 before it was done, without session.close()",

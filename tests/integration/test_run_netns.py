@@ -250,7 +250,7 @@ import netsenseml
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = DistributedDataParallel(torch.nn.Linear(8, 8))
-session = netsenseml.attach(model, record=f"{sys.argv[0]}-{dist.get_rank()}.jsonl")
+session = netsenseml.attach(model, record=os.environ["NETSENSE_OUTPUT_DIR"] + f"/own.py-{dist.get_rank()}.jsonl")
 last, slow_from, pause_s = map(int, sys.argv[1:])
 for step in range(last):
     model(torch.randn(2, 8)).sum().backward()
