@@ -16,6 +16,8 @@ from testbed.links.shaper import Place, Shaper
 from testbed.links.state import LinkState
 
 ENGINES = ("auto", "netem", "userspace")
+OOM_SCORE_ADJ = 500
+"""Of programs on hosts: where memory runs out, the kernel ends one of them before it ends anything else (proc(5))."""
 
 
 @dataclass(frozen=True, slots=True)

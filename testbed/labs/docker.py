@@ -39,7 +39,7 @@ from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from testbed import protocol
-from testbed.labs.base import LabError, LabPlan, make_shaper
+from testbed.labs.base import OOM_SCORE_ADJ, LabError, LabPlan, make_shaper
 from testbed.labs.capabilities import lacking_capabilities
 from testbed.links.delayline import DelayLine, DelayLineDied
 from testbed.links.neighbours import forwarding, neighbour
@@ -303,6 +303,7 @@ class DockerLab:
             user="{}:{}".format(*user),
             cap_drop=["ALL"],
             pids_limit=_PIDS,
+            oom_score_adj=OOM_SCORE_ADJ,
             read_only=True,
             security_opt=["no-new-privileges:true"],
             tmpfs={"/tmp": "rw,nosuid,nodev"},

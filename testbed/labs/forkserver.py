@@ -32,7 +32,7 @@ from typing import Any, Self
 
 import psutil
 
-from testbed.labs.base import HostFailed
+from testbed.labs.base import OOM_SCORE_ADJ, HostFailed
 from testbed.labs.confine import (
     Confinement,
     confine,
@@ -290,6 +290,7 @@ def _become(request: Mapping[str, Any], namespace: int, preload: Sequence[str], 
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
         setns(namespace)
         if request["confined"]:
             confine(Confinement(**request["confined"]))

@@ -5,6 +5,7 @@ import math
 import os
 import queue
 import shutil
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -173,6 +174,7 @@ class _CellRunner:
         self._heard_s: dict[Member, float] = {}
         self._lost_s: dict[Member, float] = {}
         self._next_poll_s = 0.0
+        self._oom_kills = _oom_kills()
         self._holding = self._stopped = False
 
     def run(self) -> None:
@@ -395,7 +397,8 @@ class _CellRunner:
             if member not in self._codes and (code := process.poll()) is not None:
                 self._codes[member] = code
                 if code != 0 or not isinstance(member, int):
-                    self._note(member, _Failure(self._lost_s.get(member, now_s), _end(code) + self._when(member)))
+                    why = ", as memory ran out," if code == -signal.SIGKILL and _oom_kills() > self._oom_kills else ""
+                    self._note(member, _Failure(self._lost_s.get(member, now_s), _end(code) + why + self._when(member)))
         for rank in self._ranks:
             if rank not in self._codes and rank not in self._done and now_s - self._heard_s.get(rank, now_s) > SILENT_WORKER_S:
                 self._note(rank, _Failure(now_s, f"has not been heard for {SILENT_WORKER_S:g} s"))
@@ -453,6 +456,12 @@ def _is_full(error: Exception) -> bool:
 
 def _end(code: int) -> str:
     return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+
+def _oom_kills() -> int:
+    """How many processes the kernel has ended so far for want of memory, in any control group (/proc/vmstat, Linux 4.13)."""
+    counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(counters.get("oom_kill", 0))
 
 
 def _last_line(log: Path) -> str:

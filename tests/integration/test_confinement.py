@@ -3,13 +3,16 @@
 import json
 import shutil
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 import pytest
-from test_faults_netns import only_run, run, script
+from test_faults_netns import finished, launch, only_run, run, script
+from test_run_netns import wait_until
 
 import testbed
+from testbed.labs.docker import LABEL, connect
 
 RUNS = Path(__file__).parents[2] / "runs"
 
@@ -73,6 +76,7 @@ if rank == 1:
                  netsenseml.__file__):
         attempt(f"write {path}", lambda path=path: write(path))
     attempt("above", above)
+    attempt("memory", lambda: Path("/proc/self/oom_score_adj").read_text().strip())
     attempt("others", others)
     attempt("processes", lambda: len([name for name in os.listdir("/proc") if name.isdigit()]))
     attempt("outlive", outlive)
@@ -101,6 +105,18 @@ done()
 """
 
 
+GREEDY = """
+output = Path(os.environ["NETSENSE_OUTPUT_DIR"])
+train(steps=3)
+if rank == 1:
+    (output / "hostname").write_text(os.uname().nodename)
+    while not (output / "limited").exists():
+        time.sleep(0.05)
+    held = [bytearray(os.urandom(1 << 20)) for _ in range(2000)]
+time.sleep(8)
+"""
+
+
 @pytest.fixture(params=[pytest.param("netns", marks=pytest.mark.netns), pytest.param("docker", marks=pytest.mark.docker)])
 def place(request, tmp_path):
     """A lab, and a directory that its hosts can be shown."""
@@ -122,6 +138,7 @@ def test_a_worker_has_its_own_directory_and_nothing_else(place):
     assert said.pop("own link") in refused
     assert {name: what for name, what in said.items() if name.startswith("write ") and what not in refused} == {}
     assert said["above"] == 3
+    assert said["memory"] == "500"  # it is the first to go
     assert said["others"] == 0 and said["processes"] <= 5
     assert [name for name in said["sockets"] if not name.startswith(".hosts-")] == ["control.sock"]  # where nobody listens
     name = f"cells/{cell.name}"
@@ -138,3 +155,23 @@ def test_a_worker_has_its_own_directory_and_nothing_else(place):
     assert loaded.steps["step"].max() == 19 and set(loaded.steps["rank"]) == {0, 1}
     assert loaded.evals.empty
     assert set(loaded.events["kind"]) == {"initial"}
+
+
+@pytest.mark.docker
+def test_a_worker_for_which_memory_ran_out_is_named_with_that_reason():
+    directory = Path(tempfile.mkdtemp(prefix="test-", dir=RUNS))
+    try:
+        process = launch(directory, lab="docker", script=script(directory, GREEDY))
+        wait_until(lambda: list(directory.glob("runs/*/cells/*/hosts/w1/hostname")), 60)
+        (said,) = directory.glob("runs/*/cells/*/hosts/w1/hostname")
+        with closing(connect()) as client:
+            (container,) = (one for one in client.containers.list(filters={"label": LABEL}) if one.name.endswith("-w1"))
+            container.update(mem_limit="900m", memswap_limit="900m")
+        said.with_name("limited").touch()
+        code, out = finished(process)
+        assert code == 1
+        assert "w1 was ended by signal 9, as memory ran out, before it was done" in " ".join(out.split())
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(directory)
