@@ -4,7 +4,9 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import stat
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -54,6 +56,24 @@ def is_regular(path: Path) -> bool:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
         return False
+
+
+def everything_in(path: Path) -> Iterator[Path]:
+    """A file, or a directory and all that is in it; without following links, and however deeply others have nested it."""
+    pending = [path]
+    while pending:
+        yield (found := pending.pop())
+        if found.is_dir() and not found.is_symlink():
+            with contextlib.suppress(OSError):
+                pending += found.iterdir()
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory with all that is in it, as far as that can be had."""
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    except RecursionError:
+        subprocess.run(["rm", "-rf", "--", path], capture_output=True, check=False)
 
 
 @contextmanager

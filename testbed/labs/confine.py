@@ -1,18 +1,20 @@
 """How a program on a host of the netns lab is kept from all that is not its own.
 
-It has PID, mount and IPC namespaces of its own, in which it sees no other program; the file system is read-only, but for what
-its ``View`` lets it write, a /dev/shm and a directory for temporary files; of the run directory it sees no more than the view
-has; and it has no capability, nor a way to one (capabilities(7), PR_SET_NO_NEW_PRIVS in prctl(2)). So it can neither change
-its link, nor speak for another program, nor touch another one's records.
+It has PID, mount and IPC namespaces of its own, in which it sees no other program. The file system is read-only, but for the
+directories in which it may write; /dev has a handful of devices, /run, /tmp and /dev/shm are empty and its own; of the run
+directory it sees what it is shown. And it has no capability, nor a way to one (capabilities(7), PR_SET_NO_NEW_PRIVS in
+prctl(2)). So it can neither change its link, nor speak for another program, nor touch another one's records.
 
 The standard library only: this runs in the fork of a process that must stay single-threaded.
 """
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,48 +29,52 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC, _
     16384,
     1 << 18,
 )
-_KEPT_FLAGS = {
-    os.ST_NOSUID: 2,
-    os.ST_NODEV: 4,
-    os.ST_NOEXEC: 8,
-    os.ST_NOATIME: 1024,
-    os.ST_NODIRATIME: 2048,
-    os.ST_RELATIME: 1 << 21,
-}
-"""statvfs(3) to mount(2): what a remount has to repeat, as a user namespace may not take it back."""
-_PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 38, 47, 4
+_FLAGS = {b"nosuid": _MS_NOSUID, b"nodev": _MS_NODEV, b"noexec": _MS_NOEXEC}
+"""What a remount has to repeat, as a user namespace may not take it back; how times are kept stays by itself (mount(2))."""
+_PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 4, 24, 38, 47, 4
 _CAPABILITY_VERSION_3 = 0x20080522
-_SHARED_MEMORY = "/dev/shm"
-TEMPORARY = "tmp"
-"""Below the run directory, as a program there sees it."""
+_TEMPORARY, _SHARED_MEMORY = "/tmp", "/dev/shm"
+_EMPTIED = (_TEMPORARY, "/run", "/dev")
+"""Where programs of the machine keep sockets, pipes and devices, which a read-only mount does not guard."""
+_DEVICES = ("null", "zero", "full", "random", "urandom")
+_LINKS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
+
+ENVIRONMENT = {"TMPDIR": _TEMPORARY, "TRITON_CACHE_DIR": f"{_TEMPORARY}/triton"}
+"""For what would write elsewhere by itself."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Confinement:
-    """Paths of a program's view: it sees nothing of ``root`` but ``reads`` and ``writes``, and may change ``writes``."""
+    """hidden: a directory of which the program sees nothing but what follows. reads, writes: paths anywhere, which it may read,
+    or also write. user: user and group that it becomes; None: it stays who it is.
+    """
 
-    root: str
+    hidden: str
     reads: Sequence[str]
     writes: Sequence[str]
+    user: Sequence[int] | None = None
 
 
-def next_child_in_new_pid_namespace(own_namespace: int) -> None:
+def new_pid_namespace_for_children(own_namespace: int) -> None:
     """The next fork of this process is the first process of a PID namespace. own_namespace: descriptor of this process's."""
-    _check(_libc.setns(own_namespace, _CLONE_NEWPID), "setns")  # or the one of the fork before would be its parent
+    reset_pid_namespace_for_children(own_namespace)  # or that of the fork before would be its parent
     _check(_libc.unshare(_CLONE_NEWPID), "unshare")
 
 
-def next_child_in_own_pid_namespace(own_namespace: int) -> None:
+def reset_pid_namespace_for_children(own_namespace: int) -> None:
+    """The next fork of this process is in its own PID namespace."""
     _check(_libc.setns(own_namespace, _CLONE_NEWPID), "setns")
 
 
-def stay_as_init(status: int) -> None:
+def fork_below_init(status: int) -> None:
     """Fork; returns in the child only. The parent, first process of its PID namespace, waits for the child, writes its wait
     status to a descriptor and ends; with it the kernel ends all that is left in the namespace."""
+    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody looks into the first process, or takes its descriptors
     pid = os.fork()
     if pid == 0:
+        _libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
         os.close(status)
         return
     while True:
@@ -78,59 +84,101 @@ def stay_as_init(status: int) -> None:
             os._exit(0)
 
 
+def close_all_but(kept: Sequence[int]) -> None:
+    """Close what was inherited, but for standard input, output and error, and some."""
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        if int(name) > 2 and int(name) not in kept:
+            with contextlib.suppress(OSError):  # the one that listed them
+                os.close(int(name))
+
+
 def confine(to: Confinement) -> None:
     """Confine this process, which is alone in its PID namespace. Raises OSError where the kernel refuses."""
-    where = Path.cwd()
+    where = str(Path.cwd())
     _check(_libc.unshare(_CLONE_NEWNS | _CLONE_NEWIPC), "unshare")
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     _mount("proc", "/proc", "proc", _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
-    shown = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in (*to.reads, *to.writes)}  # before they are hidden
-    for mounted in _mount_points():
-        _remount(mounted, read_only=True)
-    _mount("tmpfs", _SHARED_MEMORY, "tmpfs", _MS_NOSUID | _MS_NODEV)
-    _mount("tmpfs", to.root, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=755")
+    shown = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in dict.fromkeys([*to.reads, *to.writes])}
+    kept = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in _needed(to.hidden, where) if path not in shown}
+    devices = {str(path): os.open(path, os.O_PATH | os.O_CLOEXEC) for path in _devices()}
+    for mounted, flags in _mounts():
+        _remount(mounted, flags | _MS_RDONLY)
+    for emptied in filter(os.path.isdir, _EMPTIED):
+        _mount("tmpfs", emptied, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=755" if emptied == "/dev" else "mode=1777")
+    Path(_SHARED_MEMORY).mkdir(parents=True)
+    _mount("tmpfs", _SHARED_MEMORY, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=1777")
+    for name, target in _LINKS.items():
+        Path("/dev", name).symlink_to(target)
+    for path, opened in devices.items():
+        _show(path, opened, _MS_NOSUID)
+    for path, opened in kept.items():
+        _show(path, opened, _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
+    Path(to.hidden).mkdir(parents=True, exist_ok=True)
+    _mount("tmpfs", to.hidden, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=755")
     for path, opened in shown.items():
-        source, place = Path(f"/proc/self/fd/{opened}"), Path(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.mkdir() if source.is_dir() else place.touch()
-        _mount(str(source), path, None, _MS_BIND)
-        _remount(path, read_only=path not in to.writes)
-        os.close(opened)
-    temporary = Path(to.root, TEMPORARY)
-    temporary.mkdir()
-    _mount("tmpfs", str(temporary), "tmpfs", _MS_NOSUID | _MS_NODEV)
-    _remount(to.root, read_only=True)
+        _show(path, opened, _MS_NOSUID | _MS_NODEV | _MS_RDONLY * (path not in to.writes))
+    for read_only in (to.hidden, "/dev"):
+        _remount(read_only, _MS_NOSUID | _MS_NODEV | _MS_RDONLY)
     try:
         os.chdir(where)  # anew, or it would still lead to what is hidden
     except OSError:
         os.chdir("/")
-    _give_up_capabilities()
+    _give_up_capabilities(to.user)
 
 
-def _mount_points() -> list[str]:
-    """All of this mount namespace but /proc, which has just been made, and what is below it."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    points = dict.fromkeys(_unescaped(line.split()[4]) for line in lines)
-    return [point for point in points if point != "/proc" and not point.startswith("/proc/")]
+def _needed(hidden: str, where: str) -> Iterator[str]:
+    """What lies in a directory that is emptied, but programs cannot do without: Python, packages, where they are called."""
+    for path in dict.fromkeys([sys.prefix, sys.base_prefix, *sys.path, where]):
+        inside = any(path.startswith(emptied + "/") for emptied in _EMPTIED)
+        if inside and os.path.isdir(path) and not Path(path).is_relative_to(hidden):  # noqa: PTH112
+            yield path
 
 
-def _unescaped(path: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), path)
+def _devices() -> Iterator[Path]:
+    yield from (path for path in (Path("/dev", name) for name in _DEVICES) if path.exists())
+    yield from (path for path in Path("/dev").glob("nvidia*") if not path.is_dir())
 
 
-def _remount(path: str, *, read_only: bool) -> None:
+def _show(path: str, opened: int, flags: int) -> None:
+    """Bind what a descriptor refers to, and close that."""
+    source, place = Path(f"/proc/self/fd/{opened}"), Path(path)
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir() if source.is_dir() else place.touch()
+    _mount(str(source), path, None, _MS_BIND)
+    _remount(path, flags)
+    os.close(opened)
+
+
+def _mounts() -> Iterator[tuple[str, int]]:
+    """Mount points of this mount namespace with their flags, but /proc, which has just been made, and what is below it."""
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        words = line.split(b" ")
+        point = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), words[4])
+        if point != b"/proc" and not point.startswith(b"/proc/"):
+            flags = sum(_FLAGS.get(word, 0) for word in words[5].split(b","))
+            yield os.fsdecode(point), flags | (0 if point == b"/dev" or point.startswith(b"/dev/") else _MS_NODEV)
+
+
+def _remount(path: str, flags: int) -> None:
     try:
-        found = os.statvfs(path).f_flag
-    except OSError:
-        return  # nobody without rights gets there either
-    flags = sum(flag for kept, flag in _KEPT_FLAGS.items() if found & kept)
-    _mount(None, path, None, _MS_REMOUNT | _MS_BIND | flags | _MS_RDONLY * read_only)
+        _mount(None, path, None, _MS_REMOUNT | _MS_BIND | flags)
+    except OSError as error:
+        # Hidden below a later mount, or behind a directory that is closed to us: there no program gets, either.
+        if error.errno not in (errno.EINVAL, errno.ENOENT, errno.EACCES, errno.ENOTDIR):
+            raise
 
 
-def _give_up_capabilities() -> None:
+def _give_up_capabilities(user: Sequence[int] | None) -> None:
     number = 0
-    while _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0) == 0:
+    while _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0) == 0:  # where this is not allowed, what follows is enough
         number += 1
+    if user is not None:
+        with contextlib.suppress(PermissionError):  # in a container that may not
+            os.setgroups([])
+            os.setresgid(user[1], user[1], user[1])
+            os.setresuid(user[0], user[0], user[0])
+            _check(_libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0), "prctl")
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
     with contextlib.suppress(OSError):  # a kernel before 4.3 has none
         _check(_libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0), "prctl")

@@ -39,6 +39,7 @@ from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from testbed import protocol
+from testbed.files import everything_in
 from testbed.labs.base import OOM_SCORE_ADJ, LabError, LabPlan, make_shaper
 from testbed.labs.capabilities import lacking_capabilities
 from testbed.links.delayline import DelayLine, DelayLineDied
@@ -230,7 +231,7 @@ class DockerLab:
         require_image(client, self._image)
         clean(dry_run=False, client=client)
         rendezvous = self._directory / f".hosts-{self._token}.sock"
-        user = self.user
+        user, paths = self.user, _DaemonPaths(client)
         for written in self._written():
             _give(written, *user)
         # Whatever the daemon makes is asked for on other threads: Ctrl-C, which comes to this one, must not cut off a request,
@@ -248,9 +249,7 @@ class DockerLab:
             with protocol.listen_unix(rendezvous, backlog=len(self._plan.hosts) + 8) as listener:
                 os.chown(rendezvous, *user)
                 starting = {
-                    name: pool.submit(
-                        self._start_container, client, network, name, self._mounts(client, name, rendezvous), user
-                    )
+                    name: pool.submit(self._start_container, client, network, name, self._mounts(paths, name, rendezvous), user)
                     for name in self._plan.hosts
                 }
                 self._answer(listener, starting)
@@ -268,7 +267,7 @@ class DockerLab:
             return [view.shared, *view.own.values()]
         return [self._directory, self._directory / "cells", self._directory / "script"]
 
-    def _mounts(self, client: docker.DockerClient, host: str, rendezvous: Path) -> list[Mount]:
+    def _mounts(self, paths: "_DaemonPaths", host: str, rendezvous: Path) -> list[Mount]:
         """What a container sees of the run directory, and of folders elsewhere, which it sees under their own paths."""
         seen = {str(folder): (folder, True) for folder in self._plan.folders}
         if view := self._plan.view:
@@ -277,10 +276,7 @@ class DockerLab:
                 seen[str(_RUN_DIR / path.resolve().relative_to(self._directory))] = (path.resolve(), path in reads)
         else:
             seen[str(_RUN_DIR)] = (self._directory, False)
-        mounts = [
-            Mount(target, _path_for_daemon(client, path), type="bind", read_only=read_only)
-            for target, (path, read_only) in seen.items()
-        ]
+        mounts = [Mount(target, paths[path], type="bind", read_only=read_only) for target, (path, read_only) in seen.items()]
         return [*mounts, Mount(_COMPILED, None, type="volume")]
 
     def _start_container(
@@ -381,8 +377,8 @@ class DockerLab:
             others = [other for other in self.hosts.values() if other is not host]
             host.socket.batch(neighbour(host.index, other.address, other.mac) for other in others)
         if cables:
-            self.links.line = self._line.enter_context(DelayLine(cables))
             self._taps.clear()  # they are the line's now
+            self.links.line = self._line.enter_context(DelayLine(cables))
 
     def _replace_cable(
         self, host: DockerHost, prefix_bits: int, inner: Port, outer: Port, bridge: int
@@ -581,25 +577,28 @@ def _give(path: Path, uid: int, gid: int) -> None:
     """Hand a tree over, if it is there; a link that a worker may have put in its place is not followed."""
     if path.is_symlink():
         raise LabError(f"{path} is a link; something else has put it there, remove it")
-    for directory, _, files in os.walk(path):
-        for name in (".", *files):
-            os.chown(Path(directory, name), uid, gid, follow_symlinks=False)
+    for found in everything_in(path) if path.exists() else ():
+        os.chown(found, uid, gid, follow_symlinks=False)
 
 
-def _path_for_daemon(client: docker.DockerClient, path: Path) -> str:
-    """The path under which the daemon's machine has a directory; another one if we run in a container ourselves."""
-    own = _OWN_MOUNT.search(Path("/proc/self/mountinfo").read_text())
-    if own is None:
-        return str(path)
-    try:
-        mounts = client.containers.get(own[1]).attrs["Mounts"]
-    except NotFound:
-        return str(path)  # a container of some other daemon
-    inside = [mount for mount in mounts if path.is_relative_to(mount["Destination"])]
-    if not inside:
-        raise LabError(f"the workers cannot see {path}; it must be in a directory that is mounted, such as runs")
-    nearest = max(inside, key=lambda mount: len(mount["Destination"]))
-    return str(PurePosixPath(nearest["Source"]) / path.relative_to(nearest["Destination"]))
+class _DaemonPaths:
+    """The paths under which the daemon's machine has ours; others than ours if we run in a container ourselves."""
+
+    def __init__(self, client: docker.DockerClient) -> None:
+        own = _OWN_MOUNT.search(Path("/proc/self/mountinfo").read_text())
+        self._mounts: Sequence[Mapping[str, Any]] | None = None
+        if own is not None:
+            with contextlib.suppress(NotFound):  # a container of some other daemon
+                self._mounts = client.containers.get(own[1]).attrs["Mounts"]
+
+    def __getitem__(self, path: Path) -> str:
+        if self._mounts is None:
+            return str(path)
+        inside = [mount for mount in self._mounts if path.is_relative_to(mount["Destination"])]
+        if not inside:
+            raise LabError(f"the workers cannot see {path}; it must be in a directory that is mounted, such as runs")
+        nearest = max(inside, key=lambda mount: len(mount["Destination"]))
+        return str(PurePosixPath(nearest["Source"]) / path.relative_to(nearest["Destination"]))
 
 
 def _owner_mark() -> str:

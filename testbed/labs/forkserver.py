@@ -4,7 +4,8 @@ Importing torch takes seconds, a fork of a process that has imported it takes mi
 so that it stays single-threaded, which is what makes forking safe, and so that the orchestrator never imports torch.
 
 Requests go over a Unix socket pair, one JSON object a datagram, with the descriptor of the network namespace beside it:
-{"argv", "env", "log", "confined"} → {"pid"} or {"error"}; {"end"} → {"ended"}. Ends of children come back unasked, as
+{"argv", "log", "confined"} → {"pid"} or {"error"}; {"end"} → {"ended"}. The program's environment comes in a file of which the
+descriptor is the second: it has the program's token, and what the server reads all forks have. Ends come back unasked, as
 {"exited": pid, "code": int}. A program that is confined has a PID namespace of its own, whose first process is the child.
 """
 
@@ -35,10 +36,11 @@ import psutil
 from testbed.labs.base import OOM_SCORE_ADJ, HostFailed
 from testbed.labs.confine import (
     Confinement,
+    close_all_but,
     confine,
-    next_child_in_new_pid_namespace,
-    next_child_in_own_pid_namespace,
-    stay_as_init,
+    fork_below_init,
+    new_pid_namespace_for_children,
+    reset_pid_namespace_for_children,
 )
 from testbed.links.netlink import setns
 
@@ -99,7 +101,9 @@ class ForkServer:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             argv = [sys.executable, "-m", "testbed.labs.forkserver", str(theirs.fileno()), *self._preload]
             # Ctrl-C is the orchestrator's to handle; until the server can ignore it, it waits.
-            self._pid = os.posix_spawn(sys.executable, argv, environment, setsigmask=[signal.SIGINT])
+            # Its input would be the pipe that tells our own process of its parent's end.
+            no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+            self._pid = os.posix_spawn(sys.executable, argv, environment, file_actions=[no_input], setsigmask=[signal.SIGINT])
         threading.Thread(target=self._listen, args=(ours,), name="forkserver", daemon=True).start()
 
     def revive(self) -> None:
@@ -126,8 +130,13 @@ class ForkServer:
         self, argv: Sequence[str], env: Mapping[str, str], log: Path, namespace: int, confined: Confinement | None = None
     ) -> ForkedProcess:
         """Run a program in a network namespace (descriptor); raises HostFailed if the server has died."""
-        request = {"argv": list(argv), "env": dict(env), "log": str(log), "confined": confined and asdict(confined)}
-        reply = self._ask(request, [namespace])
+        request = {"argv": list(argv), "log": str(log), "confined": confined and asdict(confined)}
+        environment = os.memfd_create("environment")
+        try:
+            os.write(environment, json.dumps(dict(env)).encode())
+            reply = self._ask(request, [namespace, environment])
+        finally:
+            os.close(environment)
         if "pid" not in reply:
             raise HostFailed(f"cannot start {argv[0]}: {reply['error']}")
         child: ForkedProcess = reply["process"]
@@ -202,7 +211,7 @@ def serve(channel: socket.socket, preload: Sequence[str]) -> list[str]:
                 os.read(wake_read, 4096)
                 _report_ended(channel, statuses)
                 continue
-            data, fds, _, _ = socket.recv_fds(channel, _DATAGRAM, 1)
+            data, fds, _, _ = socket.recv_fds(channel, _DATAGRAM, 2)
             if not data:
                 return []
             request = json.loads(data)
@@ -210,17 +219,22 @@ def serve(channel: socket.socket, preload: Sequence[str]) -> list[str]:
                 _end_all()
                 _send(channel, {"ended": True})
                 continue
-            told, status = os.pipe2(os.O_CLOEXEC)
-            (next_child_in_new_pid_namespace if request["confined"] else next_child_in_own_pid_namespace)(own_pids)
-            pid = os.fork()
-            if pid == 0:
-                selector.close()
-                channel.close()
-                return _become(request, fds[0], preload, status)
-            os.close(fds[0])
-            os.close(status)
-            statuses[pid] = told
-            _send(channel, {"pid": pid})
+            status_read, status_write = os.pipe2(os.O_CLOEXEC)
+            try:
+                (new_pid_namespace_for_children if request["confined"] else reset_pid_namespace_for_children)(own_pids)
+                pid = os.fork()
+            except OSError as error:
+                os.close(status_read)
+                _send(channel, {"error": error.strerror})
+            else:
+                if pid == 0:
+                    selector.close()
+                    channel.close()
+                    return _become(request, fds[0], fds[1], preload, status_write)
+                statuses[pid] = status_read
+                _send(channel, {"pid": pid})
+            for fd in (*fds, status_write):
+                os.close(fd)
 
 
 def _give_way() -> None:
@@ -263,9 +277,9 @@ def _report_ended(channel: socket.socket, statuses: dict[int, int]) -> None:
             return
         if pid == 0:
             return
-        if told := statuses.pop(pid, None):
-            status = int.from_bytes(os.read(told, 4) or status.to_bytes(4, "little"), "little")
-            os.close(told)
+        if said := statuses.pop(pid, None):
+            status = int.from_bytes(os.read(said, 4) or status.to_bytes(4, "little"), "little")
+            os.close(said)
         _send(channel, {"exited": pid, "code": os.waitstatus_to_exitcode(status)})
 
 
@@ -276,10 +290,11 @@ def _send(channel: socket.socket, message: Mapping[str, Any]) -> None:
         sys.exit(0)  # the orchestrator is gone; the kernel ends the children with the PID namespace
 
 
-def _become(request: Mapping[str, Any], namespace: int, preload: Sequence[str], status: int) -> list[str]:
+def _become(request: Mapping[str, Any], namespace: int, environment: int, preload: Sequence[str], status: int) -> list[str]:
     """The forked child: becomes the program. Returns only what is to run as a script, with its arguments.
 
-    status: where its wait status goes if it is confined, and so has a first process of its PID namespace above it.
+    environment: descriptor of what is added to it, as JSON. status: where the wait status of the program goes if it is
+    confined, and so has a first process of its PID namespace above it.
     """
     code = 1
     try:
@@ -292,10 +307,11 @@ def _become(request: Mapping[str, Any], namespace: int, preload: Sequence[str], 
         os.dup2(log, 2)
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
         setns(namespace)
+        os.environ.update(json.loads(os.pread(environment, os.fstat(environment).st_size, 0)))
+        close_all_but([status] if request["confined"] else [])
         if request["confined"]:
             confine(Confinement(**request["confined"]))
-            stay_as_init(status)
-        os.environ.update(request["env"])
+            fork_below_init(status)
         tempfile.tempdir = None  # what was imported may have looked for it already, by another environment
         argv: list[str] = request["argv"]
         sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115

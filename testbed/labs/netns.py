@@ -7,6 +7,7 @@ nothing on the machine, and whatever way its first process dies the kernel remov
 import ipaddress
 import os
 import shutil
+import stat
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from testbed.labs.base import LabError, LabPlan, Process, View, make_shaper
-from testbed.labs.confine import TEMPORARY, Confinement
+from testbed.labs.confine import ENVIRONMENT, Confinement
 from testbed.labs.forkserver import ForkServer
 from testbed.links.delayline import DelayLine, DelayLineDied
 from testbed.links.neighbours import forwarding, mac_of, neighbour
@@ -35,6 +36,7 @@ INTERFACE = "eth0"
 _NETWORKS = {4: ipaddress.ip_network("10.77.0.0/16"), 6: ipaddress.ip_network("fd77::/64")}
 _LOOPBACK_INDEX, _ETH0_INDEX, _BRIDGE_INDEX = 1, 2, 2
 _IFF_UP, _IFA_F_NODAD = 1, 2
+_NOBODY = 65534
 _NEW = NLM_F_CREATE | NLM_F_EXCL
 
 
@@ -68,6 +70,21 @@ def why_it_failed(done: "subprocess.CompletedProcess[str]") -> str:
     return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
+def _user_of(view: View) -> tuple[int, int] | None:
+    """As root: in whose closed home, or other directory, the run lies. Without capabilities root may not enter it, either.
+
+    None: who the caller is. In a user namespace all owners but the caller are nobody (user_namespaces(7)).
+    """
+    if os.geteuid() != 0:
+        return None
+    closed = (one for one in map(Path.stat, view.root.resolve().parents) if not one.st_mode & stat.S_IXOTH)
+    return next(((one.st_uid, one.st_gid) for one in closed if one.st_uid not in (0, _NOBODY)), None)
+
+
+def _resolved(paths: Sequence[Path]) -> list[str]:
+    return [str(path.resolve()) for path in paths]
+
+
 class NetnsHost:
     """A network namespace with loopback and one interface (``labs.base.Host``)."""
 
@@ -81,10 +98,10 @@ class NetnsHost:
         namespace: int,
         socket: NetlinkSocket,
         server: ForkServer,
-        view: View | None,
+        plan: LabPlan,
     ) -> None:
         self.name = name
-        self._view = view
+        self._view, self._folders = plan.view, plan.folders
         self.address = address
         self.mac = mac
         self.namespace = namespace
@@ -99,9 +116,13 @@ class NetnsHost:
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> Process:
         confined = None
         if view := self._view:
-            writes = [str(path.resolve()) for path in (view.shared, view.own[self.name])]
-            confined = Confinement(str(view.root.resolve()), [str(path.resolve()) for path in view.reads], writes)
-            env = {"TMPDIR": str(view.root.resolve() / TEMPORARY), **env}
+            reads, writes = (*view.reads, *self._folders), (view.shared, view.own[self.name])
+            user = _user_of(view)
+            if user:
+                for path in writes:
+                    os.chown(path, *user)
+            confined = Confinement(str(view.root.resolve()), _resolved(reads), _resolved(writes), user)
+            env = {**ENVIRONMENT, **env}
         process = self._server.start(argv, env, log, self.namespace, confined)
         self._processes.append(process)
         return process
@@ -141,15 +162,15 @@ class NetnsLab:
                 for number, (name, address) in enumerate(zip(self._plan.hosts, addresses, strict=False), 1):
                     namespace, socket = _new_namespace(ipv6=self._plan.ip == 6)
                     self.hosts[name] = NetnsHost(
-                        name, str(address), mac_of(number), namespace, socket, self._server, self._plan.view
+                        name, str(address), mac_of(number), namespace, socket, self._server, self._plan
                     )
             for switch, hosts in self._plan.hosts_by_switch.items():
                 self._wire_hosts(self._switches[switch], [self.hosts[name] for name in hosts])
             self._wire_trunks()
             self._introduce()
             if self._cables:
-                self.links.line = self._line.enter_context(DelayLine(self._cables))
                 self._taps.clear()  # they are the line's now
+                self.links.line = self._line.enter_context(DelayLine(self._cables))
             self.links.apply(self._plan.links)
         except BaseException as error:
             self._close()

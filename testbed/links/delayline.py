@@ -100,8 +100,8 @@ class DelayLine:
     """Starts the program on entering, ends it on leaving.
 
     cables: for each link, the descriptor of the TAP at the host, or first switch, and of that at the switch, or second switch.
-    "up" is what is read from the first and written to the second. Once the program has them this process closes its copies,
-    so that the devices vanish with the program. Directions without conditions pass their frames at once.
+    "up" is what is read from the first and written to the second. Entering closes them here, whatever comes of it, so that the
+    devices vanish with the program. Directions without conditions pass their frames at once.
 
     Enter it in a thread that lives as long as the line: the kernel ends the program when that thread ends (prctl(2)).
     """
@@ -112,8 +112,16 @@ class DelayLine:
         self.pid = 0
 
     def __enter__(self) -> Self:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         taps = [fd for pair in self._cables.values() for fd in pair]
+        try:
+            self._start(taps)
+        finally:
+            for fd in taps:
+                os.close(fd)
+        return self
+
+    def _start(self, taps: Sequence[int]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket = ours
         ours.settimeout(_ANSWER_S)
         with theirs:
@@ -131,9 +139,6 @@ class DelayLine:
         except BaseException:
             self._close()
             raise
-        for fd in taps:
-            os.close(fd)
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._close()

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from netsenseml.records import read_records
-from testbed.files import is_regular, replacing
-from testbed.protocol import RESULT_FILE, SHARED, MethodConfig, one_line, read_cell, worker_name
+from testbed.files import is_regular, read_json, remove_tree, replacing
+from testbed.protocol import CELL_FILE, RESULT_FILE, SHARED, MethodConfig, one_line, read_cell, worker_name
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES, Table
 
 UNKNOWN = "unknown"
@@ -103,23 +102,26 @@ def record_files(cell_dir: Path, name: str) -> list[Path]:
 
 def _recorded(cell_dir: Path, name: str) -> Iterator[dict[str, Any]]:
     """The rows of a table's record files; of those that a host wrote only what is its own to say."""
+    flows = (read_json(cell_dir / CELL_FILE) or {}).get("flows")
+    ends = {name: tuple(two) for name, two in flows.items() if isinstance(two, list)} if isinstance(flows, dict) else {}
     for path in record_files(cell_dir, name):
         host = None if path.parent == cell_dir else path.parent.name
-        for row in read_records(path):
-            if isinstance(row, dict) and (host is None or _speaks_for_itself(name, host, row)):
-                yield row
+        with contextlib.suppress(OSError):  # whoever wrote it may have forbidden to read it
+            for row in read_records(path):
+                if isinstance(row, dict) and (host is None or _is_of_host(host, name, row, ends)):
+                    yield row
 
 
-def _speaks_for_itself(name: str, host: str, row: Mapping[str, Any]) -> bool:
-    match name:
-        case "steps":
-            rank = row.get("rank")
-            return isinstance(rank, int) and worker_name(rank) == host
-        case "traffic":
-            return row.get("to") == host
-        case "events":
-            return row.get("kind") == "traffic"
-    return True
+def _is_of_host(host: str, table: str, row: Mapping[str, Any], flows: Mapping[str, tuple[str, ...]]) -> bool:
+    """Whether a row of a table is for a host to write. flows: from where to where."""
+    match table, row:
+        case "steps", {"rank": int(rank)}:
+            return worker_name(rank) == host
+        case "traffic", {"flow": str(flow), "from": source, "to": target}:
+            return flows.get(flow) == (source, target) and target == host
+        case "events", {"kind": "traffic", "link": str(flow)}:
+            return flows.get(flow, ("",))[0] == host
+    return table == "evals"
 
 
 def read_table(cell_dir: Path, name: str) -> pd.DataFrame:
@@ -156,7 +158,7 @@ def finish_cell(cell_dir: Path) -> None:
                 table.to_parquet(temporary, index=False)
         for records in record_files(cell_dir, name):
             records.unlink()
-    shutil.rmtree(cell_dir / SHARED, ignore_errors=True)
+    remove_tree(cell_dir / SHARED)
     for directory in (*cell_dir.glob("hosts/*"), cell_dir / "hosts"):
         with contextlib.suppress(OSError):  # what programs of the user's have left there stays
             directory.rmdir()

@@ -1,10 +1,10 @@
 """The orchestrator of one cell: lab up, workers ready, t = 0, stop, teardown; whatever happens, a result is written."""
 
+import itertools
 import json
 import math
 import os
 import queue
-import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +14,7 @@ from typing import Any
 from netsenseml.listener import ENV_LISTENER
 from netsenseml.records import RecordFile, monotonic_s
 from testbed import protocol
-from testbed.files import explained, open_regular, read_json, replacing
+from testbed.files import everything_in, explained, open_regular, read_json, remove_tree, replacing
 from testbed.labs.base import Host, HostFailed, Lab, LabPlan, Process, View
 from testbed.links.calibration import calibrate, measurable
 from testbed.plan import Cell, notes
@@ -101,9 +101,9 @@ def prepare_cell(cell: Cell, directory: Path, earlier: Sequence[str] = ()) -> No
     logs = directory / "logs"
     kept = directory.with_name(f".{directory.name}-logs")
     if logs.is_dir() and any(logs.iterdir()):
-        shutil.rmtree(kept, ignore_errors=True)
+        remove_tree(kept)
         logs.rename(kept)
-    shutil.rmtree(directory, ignore_errors=True)
+    remove_tree(directory)
     logs.mkdir(parents=True)
     for made in (directory / protocol.SHARED, *(protocol.host_directory(directory, host) for host in cell.lab.hosts)):
         made.mkdir(parents=True)
@@ -113,6 +113,7 @@ def prepare_cell(cell: Cell, directory: Path, earlier: Sequence[str] = ()) -> No
     config = {**cell.config(), "label": cell.method.label, "overrides": dict(cell.overrides), "links": links}
     config["dilation"] = cell.dilation
     config["earlier"] = list(earlier)
+    config["flows"] = {flow.name: [flow.source, flow.target] for flow in cell.flows}
     config["tcp"] = asdict(cell.lab.tcp)
     config["engine"] = cell.lab.engine
     config["notes"] = notes(cell)
@@ -124,6 +125,9 @@ def _view(cell: Cell, directory: Path) -> View:
     """What the programs of a cell see of the run directory."""
     run = directory.parents[1]
     copied = [run / name for name in (SCRIPT, DATA) if (run / name).exists()]
+    for path in itertools.chain.from_iterable(map(everything_in, (directory / protocol.CELL_FILE, *copied))):
+        if not path.is_symlink():  # whatever umask and the originals have: the programs may be another user's
+            path.chmod(path.stat().st_mode | (0o555 if path.is_dir() else 0o444))
     reads = (directory / protocol.CELL_FILE, directory / protocol.SOCKET_FILE, *copied)
     own = {host: protocol.host_directory(directory, host) for host in cell.lab.hosts}
     return View(run, reads, directory / protocol.SHARED, own)

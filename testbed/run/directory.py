@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from testbed import gpus
-from testbed.files import read_json, replacing
+from testbed.files import everything_in, read_json, replacing
 from testbed.protocol import one_line
 from testbed.spec.files import data_folders, find_folder, script_files, trace_files, with_data_folders, with_trace_files
 from testbed.spec.load import dump_spec
@@ -238,10 +238,9 @@ def give_to_owner_of(parent: Path, directory: Path) -> str:
     if os.geteuid() != 0:
         return ""
     owner = parent.stat()
-    for root, _, files in os.walk(directory):
-        for path in (Path(root), *(Path(root, name) for name in files)):
-            try:
-                os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
-            except OSError as error:  # root has not every right everywhere: in containers, on file systems of others
-                return f"{directory} still belongs to root: {error.strerror}"
+    for path in everything_in(directory):
+        try:
+            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+        except OSError as error:  # root has not every right everywhere: in containers, on file systems of others
+            return f"{directory} still belongs to root: {error.strerror}"
     return ""

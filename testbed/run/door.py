@@ -23,6 +23,7 @@ from typing import Any, Self
 from testbed import protocol
 
 SOCKET_FILE = "links.sock"
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred
 _TIMEOUT_S = 5.0
 
 
@@ -65,10 +66,25 @@ class LinkDoor:
             except OSError:
                 return
             with connection, contextlib.suppress(OSError, ValueError, queue.Empty):
+                if _is_confined(connection):
+                    continue
                 connection.settimeout(_TIMEOUT_S)
                 visit = Visit(_receive(connection))
                 self.visits.put(visit)
                 connection.sendall(protocol.encode_message(visit.answer.get(timeout=_TIMEOUT_S)))
+
+
+def _pid_of_peer(connection: socket.socket) -> int:
+    """0 if it is outside of this process's PID namespace."""
+    pid, _, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return int(pid)
+
+
+def _is_confined(connection: socket.socket) -> bool:
+    """Whether the other end is a program on a host, which has a PID namespace of its own below ours: links are not for it."""
+    pid = _pid_of_peer(connection)
+    own, theirs = (Path(f"/proc/{one}/ns/pid") for one in ("self", pid))
+    return pid > 0 and own.stat().st_ino != theirs.stat().st_ino  # 0: outside of ours, as the caller is
 
 
 def ask(directory: Path, request: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -82,8 +98,7 @@ def ask(directory: Path, request: Mapping[str, Any]) -> Mapping[str, Any]:
 def listening_pid(directory: Path) -> int:
     """The process that answers, as this PID namespace counts them (SO_PEERCRED, socket(7)); raises OSError if none does."""
     with protocol.connect_unix(directory / SOCKET_FILE) as connection:
-        pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-    return int(pid)
+        return _pid_of_peer(connection)
 
 
 def live_cell(run: Path) -> Path | None:

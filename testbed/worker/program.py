@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import netsenseml.compress.kernels  # noqa: F401  compiled or loaded here: a confined worker may not write numba's cache
 from netsenseml.catalog import check_method
 from netsenseml.failure import blames_peer
 from netsenseml.hook import Session, attach

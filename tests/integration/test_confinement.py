@@ -17,7 +17,7 @@ from testbed.labs.docker import LABEL, connect
 RUNS = Path(__file__).parents[2] / "runs"
 
 ATTACKS = """
-import ctypes, glob, signal, socket, subprocess
+import contextlib, ctypes, glob, itertools, re, signal, socket, stat, subprocess
 from pyroute2 import IPRoute
 
 run, output = cell.parents[1], Path(os.environ["NETSENSE_OUTPUT_DIR"])
@@ -42,16 +42,50 @@ def set_rate():
 def above():  # a user namespace has all capabilities in it, and so might undo what is read-only
     libc = ctypes.CDLL(None, use_errno=True)
     if os.fork() == 0:
-        libc.unshare(0x10000000 | 0x00020000)
-        libc.mount(None, b"/", None, ctypes.c_ulong(32 | 4096), None)
-        libc.umount2(str(run).encode(), 2)
-        try:
-            (run / "cells" / "planted").write_text("x")
-            (run / "planted").write_text("x")
-        except OSError:
-            os._exit(3)
-        os._exit(0)
+        made = libc.unshare(0x10000000 | 0x00020000)
+        undone = 0
+        for place in (b"/", str(run).encode(), str(cell).encode()):
+            undone += libc.mount(None, place, None, ctypes.c_ulong(32 | 4096), None) == 0
+            undone += libc.umount2(place, 2) == 0
+        for path in (cell / "planted", run / "planted", Path("/planted")):
+            try:
+                path.write_text("x")
+                undone += 1
+            except OSError:
+                pass
+        os._exit(10 * (made != 0) + undone)
     return os.waitstatus_to_exitcode(os.wait()[1])
+
+def everywhere(act):  # what is not refused of sockets, pipes and devices of the machine
+    found = []
+    for top, folders, names in itertools.chain(os.walk("/dev"), os.walk("/run"), os.walk("SPEC_DIRECTORY")):
+        folders[:] = [folder for folder in folders if folder != "shm"]
+        for path in (Path(top, name) for name in names):
+            if not path.is_symlink() and path != cell / "control.sock" and act(path):
+                found.append(str(path))
+    return found
+
+def reached(path):
+    with contextlib.suppress(OSError):
+        mode = path.stat().st_mode
+        if stat.S_ISSOCK(mode):
+            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).connect(str(path))
+            return True
+        return (stat.S_ISBLK(mode) or stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)) and path.name not in (
+            "null", "zero", "full", "random", "urandom")
+    return False
+
+def tokens_in_memory():  # of others: 32 hexadecimal digits after the name of the variable
+    found = set()
+    with open("/proc/self/mem", "rb") as memory:
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            words = line.split()
+            if words[1].startswith("rw") and (len(words) < 6 or words[5] in ("[heap]", "[stack]")):
+                begin, end = (int(word, 16) for word in words[0].split("-"))
+                memory.seek(begin)
+                with contextlib.suppress(OSError):
+                    found |= set(re.findall(rb"NETSENSE_TOKEN(?:=|.{1,6})([0-9a-f]{32})", memory.read(end - begin)))
+    return len(found - {os.environ["NETSENSE_TOKEN"].encode()})
 
 def others():
     own = os.environ["NETSENSE_TOKEN"].encode()
@@ -76,6 +110,10 @@ if rank == 1:
                  netsenseml.__file__):
         attempt(f"write {path}", lambda path=path: write(path))
     attempt("above", above)
+    attempt("machine", lambda: everywhere(reached))
+    attempt("tokens", tokens_in_memory)
+    attempt("inherited", lambda: [os.readlink(f"/proc/self/fd/{fd}") for fd in range(3)])
+    attempt("init", lambda: [os.open(f"/proc/1/fd/{fd}", os.O_WRONLY) for fd in os.listdir("/proc/1/fd")])
     attempt("memory", lambda: Path("/proc/self/oom_score_adj").read_text().strip())
     attempt("others", others)
     attempt("processes", lambda: len([name for name in os.listdir("/proc") if name.isdigit()]))
@@ -137,7 +175,12 @@ def test_a_worker_has_its_own_directory_and_nothing_else(place):
     refused = {"OSError", "PermissionError", "FileNotFoundError", "NetlinkError"}
     assert said.pop("own link") in refused
     assert {name: what for name, what in said.items() if name.startswith("write ") and what not in refused} == {}
-    assert said["above"] == 3
+    assert said["above"] in (0, 10)  # 10: there is no such thing to be had
+    assert [
+        path for path in said["machine"] if lab == "netns" or not path.startswith("/dev/")
+    ] == []  # Docker makes its own /dev
+    assert said["tokens"] == 0
+    assert lab == "docker" or (said["inherited"][0] == "/dev/null" and said["init"] == "PermissionError")
     assert said["memory"] == "500"  # it is the first to go
     assert said["others"] == 0 and said["processes"] <= 5
     assert [name for name in said["sockets"] if not name.startswith(".hosts-")] == ["control.sock"]  # where nobody listens
