@@ -49,6 +49,10 @@ _NETEM, _HTB, _CUT, _FIFO, _TBF, _AQM, _PLAIN = (MAJOR | number for number in ra
 _SMALLEST_FRAME_BYTES = 60
 _UNLIMITED_PACKETS = 10_000
 _TABLE_ENTRIES = 1024
+_WHOLE_BPS, _WHOLE_S = 100_000_000, 0.004
+"""From that rate on a packet passes whole that the link needs no longer for, though its bucket is smaller. When a fast link has
+become slower, its hosts' packets are as large as before, and as frames they would keep the processors busy: eight links that
+fell from 500 to 375 Mbit/s carried but 82 % of that, by 93 % of two processors; before by 35 %."""
 _CUT_BPS = 8 * 10**15
 """So fast that a packet takes less than 1 ns, which is 0 to the kernel: no bucket is ever empty, or too small for a packet that
 was queued when the bucket was larger."""
@@ -326,8 +330,9 @@ def _limiter(shape: Shape, shaper: str, frame: int, packet_bytes: int) -> tuple[
         burst = max(burst, min(packet_bytes, UNCUT_PACKET_BYTES))
         limit = max(limit, burst + frame)
         return (Tbf(shape.rate_bps, burst, limit),), waiting
+    whole = math.ceil(shape.rate_bps / 8 * _WHOLE_S) if shape.rate_bps >= _WHOLE_BPS else 0
     # What is larger than the queue could never enter it.
-    cut = Cut(max(frame, min(burst, limit)), limit)
+    cut = Cut(max(frame, min(max(burst, min(whole, UNCUT_PACKET_BYTES)), limit)), limit)
     return (Htb(), HtbClass(shape.rate_bps, burst), cut, _queue(shape, shape.rate_bps, limit, frame)), waiting
 
 

@@ -89,6 +89,12 @@ began = time.monotonic()
 try: socket.create_connection((sys.argv[1], 5001), timeout=4.5)
 except OSError as error: print(type(error).__name__, time.monotonic() - began)
 '''
+SIZES = '''import socket, statistics
+with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800)) as tap:
+    tap.bind(("eth0", 0x0800))
+    found = [len(tap.recv(1 << 17)) for _ in range(400)]
+print(statistics.mean(sorted(found)[-200:]))
+'''
 TIMEOUT = '''import socket, struct, sys, time
 while True:
     try: s = socket.create_connection((sys.argv[1], 5001)); break
@@ -546,3 +552,25 @@ with NetnsLab(LabPlan({name: both(10_000_000) for name in ("w0", "w1")}, shaper=
 """,
     )
     assert seen == [True, [], True]
+
+
+def test_packets_of_a_fast_link_that_became_slower_stay_whole(tmp_path):
+    """As frames they would keep the processors so busy that no link carries its rate; a thin link gets frames all the same."""
+    sizes = in_lab(
+        tmp_path,
+        """
+with lab_of(["w0", "w1"], 500_000_000) as lab:
+    lab.hosts["w1"].start(["python", "-c", SINK], {}, tmp / "sink.log")
+    lab.hosts["w0"].start(["python", "-c", SOURCE, lab.hosts["w1"].address, "30"], {}, tmp / "source.log")
+    time.sleep(1)
+    sizes = []
+    for rate_bps in (375_000_000, 5_000_000):
+        lab.links.apply({n: both(rate_bps) for n in ("w0", "w1")})
+        time.sleep(1)
+        log = tmp / f"{rate_bps}.log"
+        wait(lab.hosts["w1"].start(["python", "-c", SIZES], {}, log))
+        sizes.append(float(log.read_text()))
+    print(json.dumps(sizes))
+""",
+    )
+    assert sizes[0] > 20_000 and sizes[1] <= 1514
