@@ -77,7 +77,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "cells": cells,
         "comparisons": compare(cells),
         "regrets": regrets(cells),
-        "notes": [*dict.fromkeys(note for cell in run.cells["notes"] for note in cell), *_delay_line(run)],
+        "notes": [*dict.fromkeys(note for cell in run.cells["notes"] for note in cell), *_delay_line(run), *_processors(run)],
     }
 
 
@@ -90,6 +90,21 @@ def _delay_line(run: Run) -> list[str]:
     core = ((end["cpu_s"] - begin["cpu_s"]) / (end["t_s"] - begin["t_s"])).max()
     late = ((end["late"] - begin["late"]) / (end["frames"] - begin["frames"]).clip(lower=1)).max()
     return [f"the delay line used at most {core:.0%} of a processor; at most {late:.2%} of its frames left late"]
+
+
+def _processors(run: Run) -> list[str]:
+    """Cells whose compute is paced or emulated, so that the processors should not matter, but that kept them busy."""
+    paced = [cell["cell"] for cell in run.cells.to_dict("records") if isinstance(cell["workload"].get("compute"), dict)]
+    shares = (run.host["cpu_busy_share"] > _BUSY_SHARE).groupby(run.host["cell"]).mean()
+    busy = shares[shares.index.isin(paced) & (shares > _BUSY_TIME)]
+    if busy.empty:
+        return []
+    more = f", and in {len(busy) - 1} other cells for more than {_BUSY_TIME:.0%}" if len(busy) > 1 else ""
+    where = f"{busy.max():.0%} of the time in {busy.idxmax()}{more}"
+    return [f"hardly a processor was idle for {where}: there this machine decided, too; a larger dilation takes that away"]
+
+
+_BUSY_SHARE, _BUSY_TIME = 0.9, 0.2
 
 
 def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from testbed.results.load import NotARun, Run, load_run
 from testbed.results.phases import phases
 from testbed.results.records import finish_cell, method_label, read_table
 from testbed.results.summary import bootstrap_ci95, compare, geometric_mean, lost_energy, regrets, summarize, write_summary
-from tests.testbed.synthetic_run import append, steps_file, write_cell, write_run
+from tests.testbed.synthetic_run import append, host_rows, steps_file, write_cell, write_run
 
 
 def cell_of(run: Run, name: str) -> dict[str, Any]:
@@ -381,3 +381,16 @@ def test_the_warm_up_does_not_count(tmp_path: Path) -> None:
 def test_steps_of_plain_all_reduce_lose_nothing_and_count() -> None:
     steps = pd.DataFrame({"scheme": ["sparse-int4@1%", *["allreduce"] * 9], "lost_energy": [0.5, *[None] * 9]})
     assert lost_energy(steps) == pytest.approx(0.05)
+
+
+def test_a_cell_of_paced_compute_that_kept_the_processors_busy_is_noted(tmp_path: Path) -> None:
+    for name, compute in (("paced", {"pace_s": 0.1}), ("real", "real")):
+        cell = write_cell(tmp_path / "cells" / name, t_end_s=10.0)
+        config = json.loads((cell / "cell.json").read_text())
+        (cell / "cell.json").write_text(json.dumps({**config, "workload": {"compute": compute}}))
+        busy = [
+            {"t_s": 10 + n / 10, "cpu_some_share": 0.9, "cpu_busy_share": 0.99, "cpu_foreign_share": 0.0} for n in range(100)
+        ]
+        append(cell / "host.jsonl", busy)
+    (note,) = summarize(load_run(tmp_path))["notes"]
+    assert "in paced:" in note and "real" not in note
