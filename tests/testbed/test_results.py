@@ -388,9 +388,6 @@ def test_a_cell_of_paced_compute_that_kept_the_processors_busy_is_noted(tmp_path
         cell = write_cell(tmp_path / "cells" / name, t_end_s=10.0)
         config = json.loads((cell / "cell.json").read_text())
         (cell / "cell.json").write_text(json.dumps({**config, "workload": {"compute": compute}}))
-        busy = [
-            {"t_s": 10 + n / 10, "cpu_some_share": 0.9, "cpu_busy_share": 0.99, "cpu_foreign_share": 0.0} for n in range(100)
-        ]
-        append(cell / "host.jsonl", busy)
+        append(cell / "host.jsonl", host_rows(10.0, busy=0.99))
     (note,) = summarize(load_run(tmp_path))["notes"]
     assert "in paced:" in note and "real" not in note
