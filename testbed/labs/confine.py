@@ -140,12 +140,12 @@ def _devices() -> Iterator[Path]:
 
 
 def _show(path: str, opened: int, flags: int) -> None:
-    """Bind what a descriptor refers to, and close that."""
+    """Bind what a descriptor refers to, with what is mounted below it, and close that."""
     source, place = Path(f"/proc/self/fd/{opened}"), Path(path)
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
         place.mkdir() if source.is_dir() else place.touch()
-    _mount(str(source), path, None, _MS_BIND)
+    _mount(str(source), path, None, _MS_BIND | _MS_REC)
     _remount(path, flags)
     os.close(opened)
 
