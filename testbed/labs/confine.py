@@ -127,7 +127,7 @@ def confine(to: Confinement) -> None:
 
 
 def _needed(hidden: str, where: str) -> Iterator[str]:
-    """What lies in a directory that is emptied, but programs cannot do without: Python, packages, PATH, where they are called."""
+    """What lies in a directory that is emptied, but programs cannot do without: Python, packages, PATH, and where they run."""
     for path in dict.fromkeys([sys.prefix, sys.base_prefix, *sys.path, *os.get_exec_path(), where]):
         inside = any(path.startswith(emptied + "/") for emptied in _EMPTIED)
         if inside and os.path.isdir(path) and not Path(path).is_relative_to(hidden):  # noqa: PTH112
