@@ -45,6 +45,7 @@ from testbed.results.load import load_run
 from testbed.results.summary import summarize
 from testbed.run import door
 from testbed.run.cell import prepare_cell, run_cell
+from testbed.run.directory import SCRIPT
 from testbed.spec.load import validate
 from testbed.worker.client import ControlClient
 
@@ -129,7 +130,7 @@ def spec_of(trial: Trial, source: random.Random, directory: Path) -> dict[str, A
             schedule = [{**entry, "trace": "trace.csv", "repeat": True}]
     stop = {"seconds": SECONDS}
     arguments = ["load", trial.load, str(trial.rate_bps)]
-    program: dict[str, Any] = {"script": {"file": Path(__file__).name, "args": arguments, "stop": stop}}
+    program: dict[str, Any] = {"script": {"file": f"{SCRIPT}/{Path(__file__).name}", "args": arguments, "stop": stop}}
     if trial.load == "training":
         compute = {"pace": source.choice(("20ms", "60ms"))}
         program = {"workload": {"model": {"name": "mlp", "hidden": [64]}, "data": "digits", "compute": compute, "stop": stop}}
@@ -231,7 +232,8 @@ class Saboteur:
 def verdict(trial: Trial, seed: int, open_lab: Callable[[LabPlan], Any], directory: Path) -> list[str]:
     """What a trial's cell is blamed for."""
     directory.mkdir()
-    (directory / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
+    (directory / SCRIPT).mkdir()
+    (directory / SCRIPT / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
     raw = spec_of(trial, random.Random(f"{seed} {trial.number}"), directory)
     (directory / "spec.yaml").write_text(yaml.safe_dump(raw))
     (cell,) = make_plan(validate(raw), directory).cells
