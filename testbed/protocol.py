@@ -59,7 +59,7 @@ ENV_CELL_DIR = "NETSENSE_CELL_DIR"
 """Directory of the cell as the worker sees it; unset outside the testbed."""
 
 ENV_OUTPUT_DIR = "NETSENSE_OUTPUT_DIR"
-"""Directory of the host as its programs see it: the only one, but for temporary files, in which they may write."""
+"""Directory of the host as its programs see it: where they write. Beside it there are but ``SHARED`` and temporary files."""
 
 ENV_RENDEZVOUS = "NETSENSE_RENDEZVOUS"
 """Where the ranks of the built-in worker meet: init_method of their process group, env:// if unset."""
