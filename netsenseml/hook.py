@@ -413,7 +413,8 @@ class Session:
         Call it between two steps, on the thread that trains, and on all ranks after the same step.
         """
         self._settle()
-        return {"ranks": self._group.size(), "lr": self._lr, "scale": self._scale, **self.method.state_dict()}
+        own = {"ranks": self._group.size(), "step": self.steps, "lr": self._lr, "scale": self._scale}
+        return {**own, **self.method.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a checkpoint made with the same method, by as many ranks. Call it on all ranks; it waits for them.
@@ -426,8 +427,9 @@ class Session:
                 f"the checkpoint is of {state['ranks']} ranks, not {ranks}: what each has kept belongs to its rank, and counts "
                 f"for 1/{state['ranks']} of a mean; go on without the state of the hook"
             )
-        agree(self._group, {"step of the checkpoint": state.get("steps")})
+        agree(self._group, {"step of the checkpoint": state.get("step", state.get("steps"))})
         self.method.load_state_dict(state)
+        self.steps = state.get("step", self.steps)
         self._lr, self._scale = state.get("lr", 0.0), state.get("scale")
 
     def _close_step(self, ended_s: float, loss: torch.Tensor | float | None, samples: int | None) -> None:

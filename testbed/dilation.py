@@ -12,6 +12,7 @@ from testbed.links.routes import Tcp
 from testbed.links.state import LinkState, Shape
 from testbed.protocol import StopConfig
 from testbed.timeline import Change
+from testbed.timeline.workers import Kills, Slowdown
 from testbed.traffic.flows import Duration, Flow
 
 CAVEAT = (
@@ -50,6 +51,17 @@ def slowed_link(state: LinkState, factor: float) -> LinkState:
 def slowed_change(change: Change, factor: float) -> Change:
     """A change of a link, later and slower."""
     return Change(round(change.at_s * factor, 6), change.link, slowed_link(change.state, factor))
+
+
+def slowed_kills(kills: Kills, factor: float) -> Kills:
+    """Kills of workers, later."""
+    return replace(kills, at_s=kills.at_s * factor)
+
+
+def slowed_slowdown(slowdown: Slowdown, factor: float) -> Slowdown:
+    """A time of slow compute, later and longer."""
+    to_s = None if slowdown.to_s is None else slowdown.to_s * factor
+    return replace(slowdown, from_s=slowdown.from_s * factor, to_s=to_s)
 
 
 def slowed_flow(flow: Flow, factor: float) -> Flow:

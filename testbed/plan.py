@@ -25,6 +25,7 @@ from testbed.spec.load import apply_overrides, combinations, load_spec, validate
 from testbed.spec.models import ComputeSpec, MethodSpec, Spec, WorkloadSpec
 from testbed.spec.units import MIN_RATE_BPS, format_rate, format_size, format_time
 from testbed.timeline import Change, expand
+from testbed.timeline.workers import Kills, Slowdown, kills, slowdowns
 from testbed.traffic.flows import Flow
 from testbed.traffic.plan import background_hosts, describe_flow, plan_flows
 
@@ -36,7 +37,8 @@ class Cell:
     lab: the hosts and links to build. program: the user's script with its arguments, or None for
     the built-in worker. workers: their names in order of rank; ``lab`` may have more hosts. flows: what competes with them.
     calibrate: measure the links before t = 0. dilation: all of it is slower by this factor than what the spec says.
-    step_timeout_s: the cell has failed when nothing moved for so long.
+    step_timeout_s: the cell has failed when nothing moved for so long. kills, slowdowns: what happens to workers.
+    restarts: whether all workers are started again when one has died.
     """
 
     name: str
@@ -53,6 +55,9 @@ class Cell:
     calibrate: bool = True
     dilation: float = 1.0
     step_timeout_s: float = 600.0
+    kills: tuple[Kills, ...] = ()
+    slowdowns: tuple[Slowdown, ...] = ()
+    restarts: bool = False
 
     def config(self) -> protocol.CellConfig:
         """What the workers need to know, as it is written to cell.json."""
@@ -76,16 +81,23 @@ class Cell:
             "compute": self._compute(workload.compute),
             "device": workload.device,
             "evaluate_every_s": workload.evaluate_every * self.dilation,
+            "checkpoint_every": workload.checkpoint_every if self.may_restart else None,
         }
+
+    @property
+    def may_restart(self) -> bool:
+        """Whether workers are started again in some case."""
+        return self.restarts or any(kill.restart for kill in self.kills)
 
     def _compute(self, compute: ComputeSpec) -> Any:
         if compute.pace is None and compute.emulate is None:
             return "real"
-        factors = [compute.stragglers.get(worker, 1.0) for worker in self.workers]
+        slow = [[self.workers.index(one.worker), one.from_s, one.to_s, one.factor] for one in self.slowdowns]
+        factors = {"factors": [compute.stragglers.get(worker, 1.0) for worker in self.workers], "slow": slow}
         if compute.pace is not None:
-            return {"pace_s": compute.pace * self.dilation, "factors": factors}
+            return {"pace_s": compute.pace * self.dilation, **factors}
         assert compute.emulate is not None
-        return {"emulate_s": compute.emulate * self.dilation, "jitter": compute.jitter, "factors": factors}
+        return {"emulate_s": compute.emulate * self.dilation, "jitter": compute.jitter, **factors}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +164,11 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Call
     workers = tuple(map(protocol.worker_name, range(spec.workers)))
     network = plan_network(spec.network, workers, background_hosts(spec.traffic, workers))
     flows = plan_flows(spec.traffic, stop.get("seconds"))
-    timeline = expand(spec.schedule, network.links, workers, trunks=network.trunks, end_s=stop.get("seconds"), read=read)
+    end_s = stop.get("seconds")
+    timeline = expand(spec.schedule, network.links, workers, trunks=network.trunks, end_s=end_s, read=read)
+    paced = spec.workload is not None and bool(spec.workload.compute.pace or spec.workload.compute.emulate)
+    killed = [dilation.slowed_kills(kill, spec.dilation) for kill in kills(spec.schedule, end_s)]
+    slowed = [dilation.slowed_slowdown(one, spec.dilation) for one in slowdowns(spec.schedule, end_s, paced)]
     states = [*network.links.items(), *((change.link, change.state) for change in timeline)]
     shapes = [(link, side, getattr(state, side)) for link, state in states for side in DIRECTIONS]
     slow = spec.dilation
@@ -193,6 +209,9 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Call
             calibrate=spec.calibrate,
             dilation=slow,
             step_timeout_s=spec.step_timeout * slow,
+            kills=tuple(killed),
+            slowdowns=tuple(slowed),
+            restarts=spec.on_failure == "continue",
         )
         for seed in spec.seeds
         for method in spec.methods
@@ -221,7 +240,7 @@ def describe(plan: Plan) -> list[str]:
     shown: set[tuple[Any, ...]] = set()
     for cell in plan.cells:
         lines.append(f"cell {cell.name}: method {cell.method.label}, seed {cell.seed}, {len(cell.workers)} workers")
-        network = (repr(replace(cell.lab, seed=0)), cell.timeline, cell.flows)
+        network = (repr(replace(cell.lab, seed=0)), cell.timeline, cell.flows, cell.kills, cell.slowdowns)
         if network in shown:
             lines.append("  (network as above)")
             continue
@@ -231,9 +250,19 @@ def describe(plan: Plan) -> list[str]:
             lines += ["  t=0 " + command for command in _commands(cell, link, state, trees)]
         for change in cell.timeline:
             lines += [f"  t={change.at_s:g}s " + command for command in _commands(cell, change.link, change.state, trees)]
+        lines += list(_workers_lines(cell))
         lines += ["  note: " + note for note in notes(cell)]
         lines += ["  " + line for flow in cell.flows for line in describe_flow(flow, cell.stop.get("seconds"))]
     return lines
+
+
+def _workers_lines(cell: Cell) -> Iterator[str]:
+    for kill in cell.kills:
+        then = ", then all are started again" if kill.restart or cell.restarts else ""
+        yield f"  t={kill.at_s:g}s kill {', '.join(kill.workers)}{then}"
+    for slow in cell.slowdowns:
+        until = "the end" if slow.to_s is None else f"{slow.to_s:g}s"
+        yield f"  t={slow.from_s:g}s to {until}: {slow.worker} computes {slow.factor:g} times as long"
 
 
 def notes(cell: Cell) -> list[str]:

@@ -10,6 +10,7 @@ A *cell* is one training run: one method, one seed, one set of link conditions. 
     hosts/<host>/       where the programs of one host may write, and nobody else:
         steps.jsonl     one line a step of the worker (columns: ``netsenseml.records.STEP_COLUMNS``)
         evals.jsonl     one line an evaluation, written by rank 0 (columns: ``EVAL_COLUMNS``)
+        checkpoint-*.pt of the built-in worker, where workers may be started again
 
 The rest of the directory, which is the orchestrator's, they do not see.
 
@@ -41,6 +42,10 @@ Messages of the orchestrator:
     {"type": "where"}                 the cell stands still; asked before it is given up
     {"type": "heartbeat"}             once a second; silence for ``SILENCE_S`` ends the worker
 
+Where workers may be started again after one has died, as the spec's ``on_failure`` and ``restart`` say, all are: with
+``TORCHELASTIC_RESTART_COUNT`` one higher and tokens of their own. They write steps-1.jsonl, evals-1.jsonl and so on, go on
+from what they have left in their directory, and are told the ``t0`` of before.
+
 Stopping at a time needs one decision for all ranks, or the ranks that stop early leave the others hanging in a
 collective. Synchronous ranks are at most one step apart, so the orchestrator asks every rank to hold, takes
 S = max(step now in work) + 1 and tells all of them to end after S steps. No control byte crosses a shaped link.
@@ -67,6 +72,9 @@ ENV_RENDEZVOUS = "NETSENSE_RENDEZVOUS"
 ENV_TOKEN = "NETSENSE_TOKEN"  # noqa: S105  (its name)
 """What a program shows on the control socket, so that none can speak for another."""
 
+ENV_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+"""How often the workers have been started again; the name that torchrun gives it, for scripts that know that."""
+
 LISTENER = "testbed.worker.listener:CellListener"
 """What a worker's session tells of its steps; the value of ``netsenseml.listener.ENV_LISTENER`` there."""
 
@@ -75,6 +83,7 @@ RESULT_FILE = "result.json"
 SOCKET_FILE = "control.sock"
 STEPS_FILE = "steps.jsonl"
 EVALS_FILE = "evals.jsonl"
+CHECKPOINTS = "checkpoint-*.pt"
 SHARED = "shared"
 HEARTBEAT_S = 1.0
 SILENCE_S = 10.0
@@ -107,7 +116,8 @@ class WorkloadConfig(TypedDict):
     """What a built-in worker trains.
 
     ``compute`` is "real", ``{"pace_s": seconds, "factors": …}`` or ``{"emulate_s": seconds, "jitter": share, "factors": …}``;
-    factors: by how much longer each rank computes, a list in order of rank. ``device`` is "cpu" or "cuda".
+    factors: by how much longer each rank computes, a list in order of rank. slow: [rank, from_s, to_s or null, factor] for the
+    times after t = 0 in which one takes longer still. ``device`` is "cpu" or "cuda". checkpoint_every: steps; null for none.
     """
 
     model: str
@@ -120,6 +130,7 @@ class WorkloadConfig(TypedDict):
     compute: Any
     device: str
     evaluate_every_s: float
+    checkpoint_every: int | None
 
 
 class CellConfig(TypedDict):
@@ -140,6 +151,12 @@ def read_cell(directory: Path) -> CellConfig:
 def worker_name(rank: int) -> str:
     """The host of a rank."""
     return f"w{rank}"
+
+
+def numbered(file: str, restarts: int) -> str:
+    """Name of a record file of workers that have been started again so often: steps.jsonl, steps-1.jsonl, …"""
+    stem, _, suffix = file.partition(".")
+    return f"{stem}-{restarts}.{suffix}" if restarts else file
 
 
 def host_directory(cell: Path, host: str) -> Path:

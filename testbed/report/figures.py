@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 
 from testbed.report import series
 from testbed.results.load import Run
-from testbed.results.summary import BASELINE, method_order, scenario, summarize, target_accuracy
+from testbed.results.summary import BASELINE, method_order, outages, scenario, summarize, target_accuracy
 
 BASELINE_COLOUR = "#4d4d4d"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4fbf")
@@ -90,9 +90,10 @@ def _short(name: str) -> str:
 
 
 def _of_scenario(run: Run, cells: set[str], styles: Palette) -> dict[str, go.Figure]:
-    steps, links, evals = (table[table["cell"].isin(cells)] for table in (run.steps, run.links, run.evals))
+    tables = (run.steps, run.links, run.evals, run.failures)
+    steps, links, evals, failures = (table[table["cell"].isin(cells)] for table in tables)
     drawn: dict[str, go.Figure | None] = {
-        "throughput": throughput(steps, links, styles),
+        "throughput": throughput(steps, links, failures, styles),
         "compression": compression(steps, styles),
         "loss_over_time": loss(steps, styles, over="t_s"),
         "loss_over_bytes": loss(steps, styles, over="sent_bytes"),
@@ -105,8 +106,8 @@ def _of_scenario(run: Run, cells: set[str], styles: Palette) -> dict[str, go.Fig
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def throughput(steps: pd.DataFrame, links: pd.DataFrame, styles: Palette) -> go.Figure | None:
-    """Samples/s over time; behind it the tightest limit of any link."""
+def throughput(steps: pd.DataFrame, links: pd.DataFrame, failures: pd.DataFrame, styles: Palette) -> go.Figure | None:
+    """Samples/s over time; behind it the tightest limit of any link, and the times in which failed workers were replaced."""
     figure = go.Figure()
     longest = links.loc[links["cell"] == links.loc[links["t_s"].idxmax(), "cell"]] if len(links) else links
     schedule = series.limits(longest)
@@ -123,6 +124,10 @@ def throughput(steps: pd.DataFrame, links: pd.DataFrame, styles: Palette) -> go.
         )
     if not _lines(figure, steps, styles, series.throughput, "samples_per_s", "%{y:.4~s} samples/s", yaxis="y2"):
         return None
+    for failure, to_s in outages(failures):
+        colour = styles[failure["method"]]["color"]
+        line = {"width": 1, "color": colour, "dash": "dot"}
+        figure.add_vrect(failure["t_s"], to_s, fillcolor=colour, opacity=0.15, line=line)
     # The first axis lies behind the second: the schedule has to be the one on y.
     return _finish(figure, 380).update_layout(
         xaxis=_time_axis(),

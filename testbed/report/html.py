@@ -24,7 +24,8 @@ CAPTIONS: Mapping[str, tuple[str, str]] = {
     "throughput": (
         "Throughput",
         "Samples trained per second by all ranks together, every step spread evenly over its duration. The grey area"
-        " is the tightest limit of any link at that time (right axis). A line ends where its run ended.",
+        " is the tightest limit of any link at that time (right axis). A line ends where its run ended. In a coloured strip a"
+        " worker had failed, and all were being started again.",
     ),
     "compression": (
         "What was sent",
@@ -113,7 +114,7 @@ def render(run: Run, summary: Mapping[str, Any] | None = None) -> str:
         captions=CAPTIONS,
         wide=WIDE,
         metrics=METRICS,
-        tables={name: TABLES[name].columns for name in ("steps", "links", "events", "traffic")},
+        tables={name: TABLES[name].columns for name in ("steps", "links", "events", "traffic", "failures")},
         environment=dict(flat(run.environment)),
         spec=yaml.safe_dump(dict(run.spec), sort_keys=False, allow_unicode=True),
         facts=facts(run),

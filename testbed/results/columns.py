@@ -85,6 +85,16 @@ HOST_COLUMNS: Mapping[str, str] = {
 """Columns of one row of host: one sample of the machine's load, ten a second."""
 
 
+FAILURE_COLUMNS: Mapping[str, str] = {
+    "planned_s": "when the schedule wanted it, seconds after t = 0; null = it did not",
+    "t_s": "when it happened or was noticed, seconds after t = 0",
+    "worker": "name of the worker",
+    "kind": "'kill' (by the schedule), 'failure' (after which all are to be started again), or 'restart' (all train again)",
+    "text": "what was found; empty for a kill",
+}
+"""Columns of one row of failures: what happened to workers in a cell that went on."""
+
+
 DELAYLINE_COLUMNS: Mapping[str, str] = {
     "t_s": "time of the sample, seconds after t = 0",
     "cpu_s": "processor time that the delay line has used so far, s",
@@ -116,8 +126,8 @@ class Table:
 
 
 TABLES: Mapping[str, Table] = {
-    "steps": Table(("hosts/*/steps.jsonl",), STEP_COLUMNS, {"rank": "int64", "step": "int64", "scheme": "str"}),
-    "evals": Table(("hosts/w0/evals.jsonl",), EVAL_COLUMNS, {"step": "int64"}),
+    "steps": Table(("hosts/*/steps*.jsonl",), STEP_COLUMNS, {"rank": "int64", "step": "int64", "scheme": "str"}),
+    "evals": Table(("hosts/w0/evals*.jsonl",), EVAL_COLUMNS, {"step": "int64"}),
     "links": Table(("links.jsonl",), LINK_COLUMNS, {"link": "str", "direction": "str"}),
     "events": Table(
         ("events.jsonl", "hosts/*/events-*.jsonl"),
@@ -125,6 +135,7 @@ TABLES: Mapping[str, Table] = {
         {"link": "str", "state": "json", "kind": "str", "verified": "bool"},
     ),
     "traffic": Table(("hosts/*/traffic-*.jsonl",), TRAFFIC_COLUMNS, {"flow": "str", "from": "str", "to": "str", "kind": "str"}),
+    "failures": Table(("failures.jsonl",), FAILURE_COLUMNS, {"worker": "str", "kind": "str", "text": "str"}),
     "host": Table(("host.jsonl",), HOST_COLUMNS),
     "delayline": Table(("delayline.jsonl",), DELAYLINE_COLUMNS),
     "calibration": Table(

@@ -38,7 +38,8 @@ class Run:
         of a script), tcp (likewise), notes ([text], what its links have otherwise than the spec says), calibrate (if its links
         were to be measured before t = 0), dilation (by which all times are divided and rates multiplied here, but those of
         workload, calibration and events.state, which are as the kernel had them).
-    steps, links, events, evals, traffic, calibration, host, delayline: columns and units in ``testbed.results.columns``.
+    steps, links, events, evals, traffic, failures, calibration, host, delayline: columns and units in
+        ``testbed.results.columns``.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Run:
     events: pd.DataFrame
     evals: pd.DataFrame
     traffic: pd.DataFrame
+    failures: pd.DataFrame
     calibration: pd.DataFrame
     host: pd.DataFrame
     delayline: pd.DataFrame

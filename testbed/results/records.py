@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from netsenseml.records import read_records
 from testbed.files import is_regular, read_json, remove_tree, replacing
-from testbed.protocol import CELL_FILE, RESULT_FILE, SHARED, MethodConfig, one_line, read_cell, worker_name
+from testbed.protocol import CELL_FILE, CHECKPOINTS, RESULT_FILE, SHARED, MethodConfig, one_line, read_cell, worker_name
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES, Table
 
 UNKNOWN = "unknown"
@@ -159,6 +159,8 @@ def finish_cell(cell_dir: Path) -> None:
         for records in record_files(cell_dir, name):
             records.unlink()
     remove_tree(cell_dir / SHARED)
+    for checkpoint in filter(is_regular, cell_dir.glob(f"hosts/*/{CHECKPOINTS}")):
+        checkpoint.unlink()
     for directory in (*cell_dir.glob("hosts/*"), cell_dir / "hosts"):
         with contextlib.suppress(OSError):  # what programs of the user's have left there stays
             directory.rmdir()

@@ -3,8 +3,8 @@
     {"name", "valid", "problems": ["<cell>: <problem>"],
      "cells": [{"cell", "method", "seed", "overrides", "workers", "steps", "throughput_samples_per_s", "step_s_median",
                 "encode_s_median", "payload_bytes_per_step", "lost_energy", "phases", "final_loss", "final_accuracy",
-                "best_accuracy", "time_to_target_s", "bytes_to_target", "valid", "problems", "earlier_failures",
-                "replicas_identical", "calibrated"}],
+                "best_accuracy", "time_to_target_s", "bytes_to_target", "restarts", "lost_steps", "valid", "problems",
+                "earlier_failures", "replicas_identical", "calibrated"}],
      "comparisons": [{"baseline", "method", "overrides", "throughput_ratio", "ci95": [lo, hi], "time_to_target_ratio",
                       "seeds", "valid"}],
      "regrets": [{"method", "overrides", "best", "regret", "oracle", "valid"}],
@@ -16,7 +16,7 @@ A number that is not known is null. ``METRICS`` gives the meaning and unit of ea
 import csv
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,9 @@ METRICS: Mapping[str, str] = {
     "best_accuracy": "the best accuracy of any evaluation",
     "time_to_target_s": "time of the first evaluation that reached the spec's target accuracy",
     "bytes_to_target": "bytes that all ranks together had sent by then",
+    "restarts": "how often all workers were started again because one had died",
+    "lost_steps": "steps that were done twice, since the checkpoint that the workers went on from was older; their first"
+    " try does not count for throughput",
     "earlier_failures": "why a try of the cell before this one failed; its numbers are those of the second",
     "replicas_identical": "whether all ranks ended with bit-identical parameters",
     "calibrated": "whether the links were measured before t = 0; not if the spec says calibrate: false, or limits nothing",
@@ -69,6 +72,7 @@ METRICS: Mapping[str, str] = {
 def summarize(run: Run) -> dict[str, Any]:
     """Summary of a run at any time; a cell that has not ended is counted as it stands, and is not valid."""
     cells = [summarize_cell(cell, run) for cell in run.cells.to_dict("records")]
+    planned = dict.fromkeys(note for cell in run.cells["notes"] for note in cell)
     problems = [f"{cell['cell']}: {problem}" for cell in cells for problem in cell["problems"]]
     return {
         "name": run.name,
@@ -77,8 +81,30 @@ def summarize(run: Run) -> dict[str, Any]:
         "cells": cells,
         "comparisons": compare(cells),
         "regrets": regrets(cells),
-        "notes": [*dict.fromkeys(note for cell in run.cells["notes"] for note in cell), *_delay_line(run), *_processors(run)],
+        "notes": [*planned, *_restarts(run), *_delay_line(run), *_processors(run)],
     }
+
+
+def _restarts(run: Run) -> list[str]:
+    """When all workers of a cell were started again, why, and how long nothing was trained."""
+    notes = []
+    for failure, to_s in outages(run.failures):
+        what = f"{failure['worker']} {failure['text'].partition(';')[0]}".strip()
+        again = f"all were started again, which took {to_s - failure['t_s']:.1f} s"
+        notes.append(f"{failure['cell']}: at {failure['t_s']:.1f} s {what}; {again}")
+    return notes
+
+
+def outages(failures: pd.DataFrame) -> Iterator[tuple[dict[str, Any], float]]:
+    """The first failure, as a row, of every time in which the workers of a cell were not all there, and when that ended."""
+    for _, rows in failures.groupby("cell"):
+        first: dict[str, Any] | None = None
+        for row in rows.sort_values("t_s").to_dict("records"):
+            if row["kind"] == "failure" and first is None:
+                first = row
+            elif row["kind"] == "restart" and first is not None:
+                yield first, row["t_s"]
+                first = None
 
 
 def _delay_line(run: Run) -> list[str]:
@@ -135,6 +161,8 @@ def _damaged(cell: Mapping[str, Any], problem: str) -> dict[str, Any]:
         "steps": 0,
         **dict.fromkeys(_METRICS),
         "phases": [],
+        "restarts": 0,
+        "lost_steps": 0,
         "valid": False,
         "problems": [problem],
         "earlier_failures": [],
@@ -159,7 +187,8 @@ _METRICS = (
 
 def _summary_of(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
     tables = {name: (table := getattr(run, name))[table["cell"] == cell["cell"]] for name in TABLES}
-    steps, evals = tables["steps"], tables["evals"]
+    all_steps, evals = tables["steps"], tables["evals"]
+    steps = all_steps[~lost_work(all_steps, tables["failures"])]
     warmup = (run.spec.get("workload") or {}).get("warmup") or 0
     warm = steps[steps["step"] >= warmup]
     warm_from_s = steps.loc[steps["step"] < warmup, "t_s"].max() if warmup else 0.0
@@ -185,7 +214,9 @@ def _summary_of(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
         "final_accuracy": final_accuracy,
         "best_accuracy": _number(pd.Series([*evals["accuracy"], final_accuracy], dtype="float64").max()),
         "time_to_target_s": time_to_target(evals, target_accuracy(run.spec)),
-        "bytes_to_target": bytes_to_target(evals, steps, target_accuracy(run.spec)),
+        "bytes_to_target": bytes_to_target(evals, all_steps, target_accuracy(run.spec)),
+        "restarts": int((tables["failures"]["kind"] == "restart").sum()),
+        "lost_steps": int(all_steps.loc[~all_steps.index.isin(steps.index), ["t_s", "step"]].drop_duplicates("step").shape[0]),
         "valid": not problems,
         "problems": problems,
         "earlier_failures": list(cell["earlier"]),
@@ -221,6 +252,15 @@ def bytes_to_target(evals: pd.DataFrame, steps: pd.DataFrame, target: float | No
     """Bytes that all ranks together had sent at the first evaluation that reached the target accuracy; None if none did."""
     reached_s = time_to_target(evals, target)
     return None if reached_s is None else _number(steps.loc[steps["t_s"] <= reached_s, "payload_bytes"].sum())
+
+
+def lost_work(steps: pd.DataFrame, failures: pd.DataFrame) -> "pd.Series[bool]":
+    """Which rows of steps of a cell were done in vain: the workers were started again, and went on from an earlier step."""
+    lost = pd.Series(False, index=steps.index)
+    for restart_s in failures.loc[failures["kind"] == "restart", "t_s"]:
+        later = steps["t_s"] > restart_s
+        lost |= ~later & (steps["step"] >= steps.loc[later, "step"].min())
+    return lost
 
 
 def lost_energy(steps: pd.DataFrame) -> float | None:

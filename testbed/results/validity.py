@@ -55,6 +55,7 @@ def cell_problems(cell: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], w
         *(uncalibrated_links(tables["calibration"]) if cell["calibrate"] else []),
         *manual_changes(events),
         *late_changes(events),
+        *late_kills(tables["failures"]),
         *unverified_changes(events),
         *telemetry_gaps(links, float(t_end_s)),
         *excesses(sides),
@@ -64,7 +65,8 @@ def cell_problems(cell: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], w
         *lost_between_links(tables["host"], links, events),
         *delay_line(tables["delayline"]),
         *missed_pace(steps[steps["step"] >= warmup], (cell["workload"].get("compute") or {})),
-        *misstated_payloads(cell, steps, links, tables["traffic"]),
+        # What was sent in a step that a failure cut short, nobody has recorded.
+        *(misstated_payloads(cell, steps, links, tables["traffic"]) if tables["failures"].empty else []),
     ]
 
 
@@ -165,17 +167,23 @@ def missed_pace(steps: pd.DataFrame, compute: Mapping[str, Any] | str) -> list[s
     """Whether a rank took longer to compute than the pace that was to hide this machine's speed, by so much that its steps
     took ``PACE_EXCESS`` longer; half of them may.
 
-    compute: as in cell.json, "real", {"pace_s": seconds, "factors": [of each rank]} or the same with "emulate_s".
+    compute: as in cell.json: "real", or {"pace_s": seconds, "factors": [of each rank], "slow": [[rank, from_s, to_s, factor]]},
+    or the same with "emulate_s".
     """
     if not isinstance(compute, Mapping):
         return []
     pace_s, factors = compute.get("pace_s") or compute.get("emulate_s"), compute.get("factors") or []
-    medians = steps.groupby("rank")[["compute_s", "step_s"]].median().dropna()
+    own_s = pace_s * steps["rank"].map(dict(enumerate(factors))).fillna(1.0).astype(float) if pace_s else steps["compute_s"]
+    began_s = steps["t_s"] - steps["step_s"]
+    for rank, from_s, to_s, factor in compute.get("slow") or []:
+        slow = (steps["rank"] == rank) & (began_s >= from_s) & (began_s < (math.inf if to_s is None else to_s))
+        own_s = own_s.where(~slow, factor * own_s)
+    rows = steps[["rank", "compute_s", "step_s"]].assign(own_s=own_s, excess_s=steps["compute_s"] - own_s)
+    medians = rows.groupby("rank").median().dropna()
     if not pace_s or medians.empty:
         return []
-    compute_s, step_s = medians["compute_s"], medians.max(axis=1)
-    own_s = pace_s * pd.Series({rank: factors[rank] if rank < len(factors) else 1.0 for rank in compute_s.index})
-    excess_s = compute_s - own_s
+    compute_s, own_s, excess_s = medians["compute_s"], medians["own_s"], medians["excess_s"]
+    step_s = medians[["compute_s", "step_s"]].max(axis=1)
     longer = excess_s / (step_s - excess_s)  # where most of a step is exchange, it hardly matters
     rank = longer.idxmax()
     if longer[rank] <= PACE_EXCESS:
@@ -310,6 +318,15 @@ def late_changes(events: pd.DataFrame) -> list[str]:
     ]
 
 
+def late_kills(failures: pd.DataFrame) -> list[str]:
+    """Workers that the schedule killed more than ``LATE_S`` after their time."""
+    late_s = (failures["t_s"] - failures["planned_s"]).dropna()
+    if late_s.empty or late_s.max() <= LATE_S:
+        return []
+    worst = failures.loc[late_s.idxmax()]
+    return [f"{worst['worker']} was killed {late_s.max() * 1e3:.0f} ms after its time, {worst['planned_s']:.4g} s"]
+
+
 def unverified_changes(events: pd.DataFrame) -> list[str]:
     """Changes after which the kernel did not report the state that was asked for."""
     unverified = events[~events["verified"]]
@@ -387,8 +404,9 @@ class Limits:
         return Unsure(more, less, np.isnan(self.rate_bps[self._number(from_s)]) | (never > 0))
 
     def fastest(self, from_s: np.ndarray, to_s: np.ndarray) -> np.ndarray:
-        """The highest limit in force in windows, in bits/s."""
-        return _most(self.rate_bps, self._number(from_s), self._number(to_s))
+        """The highest limit that may have been in force in windows, in bits/s."""
+        last = np.searchsorted(self.since_s, to_s, side="right") - 1
+        return _most(self.rate_bps, self._number(from_s), np.maximum(last, self._number(to_s)))
 
     def _number(self, t_s: np.ndarray) -> np.ndarray:
         """Of the change in force."""
@@ -428,6 +446,10 @@ def _numbers(state: str, key: str) -> list[float]:
     return [float("nan" if word == "null" else word) for word in words]
 
 
+_ANYTHING = 1e15
+"""Bits that no link carries in an instant: where it may have had no limit."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Direction:
     """One direction of a link at its samples; amounts in bits.
@@ -462,7 +484,7 @@ class Direction:
             t_s=t_s,
             carried=8 * (sent - sent[0]),
             allowed=allowed - allowed[0],
-            blur=np.nan_to_num(half_s * limits.fastest(t_s - half_s, t_s + half_s), posinf=0.0),
+            blur=np.nan_to_num(half_s * limits.fastest(t_s - half_s, t_s + half_s), nan=_ANYTHING, posinf=0.0),
             # What the bucket holds, and a packet more, no larger, for which htb goes into debt.
             bucket=8 * np.nan_to_num(np.where(np.isnan(burst), _old_burst_bytes(rate_bps), 2 * burst)),
             waiting=8 * samples["backlog_bytes"].to_numpy(dtype=float),

@@ -6,6 +6,8 @@ import math
 import os
 import queue
 import signal
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from testbed.run.door import LinkDoor
 from testbed.run.driver import LinkDriver
 from testbed.run.host import HostMonitor
 from testbed.spec.units import format_time
+from testbed.timeline.workers import Kills
 from testbed.traffic.flows import TRAFFIC_PROGRAM
 
 READY_TIMEOUT_S = 180.0
@@ -34,6 +37,11 @@ _LAST_WORDS_S = 1.0
 """So long others are waited for: to say that they have failed, too, or what they are doing, or a last word after their end."""
 _CUT_S = 30.0
 """When the time of a cell is over and a link is cut, the step in work has so long to show that it goes on."""
+_FUTILE_RESTARTS = 3
+"""So often in a row workers are started again that come no further; what they fail of then is no accident."""
+_KILLED_S = 10.0
+"""A killed process has ended after so long, or never will."""
+_PORT = 29500
 _MOVED_BYTES = 4096
 """So much must arrive for gradients to count as moving; TCP asks now and then whether a link that is cut works again."""
 
@@ -44,6 +52,14 @@ Tick = Callable[[float, int], None]
 
 class CellFailed(Exception):
     """A cell could not be run to its end; the message is one line."""
+
+
+class WorkersFailed(CellFailed):
+    """Workers failed at a time (CLOCK_MONOTONIC), and may be started again. worker: the first, "" if there is none."""
+
+    def __init__(self, worker: str, text: str, at_s: float) -> None:
+        super().__init__(f"{worker} {text}".strip())
+        self.worker, self.text, self.at_s = worker, text, at_s
 
 
 @dataclass
@@ -180,6 +196,13 @@ class _CellRunner:
         self._next_poll_s = 0.0
         self._oom_kills = _oom_kills()
         self._holding = self._stopped = False
+        self._kills = deque(cell.kills)
+        self._killed: set[Member] = set()
+        """Those that the schedule has killed, since the last start."""
+        self._wanted = False
+        """So that all are started again."""
+        self._restarts = self._futile = self._furthest = 0
+        self._records = RecordFile(directory / "failures.jsonl", new=True) if cell.may_restart else None
 
     def run(self) -> None:
         self._start_workers()
@@ -208,6 +231,8 @@ class _CellRunner:
             try:
                 self._watch(t0_s, driver, monitor)
             finally:
+                if self._records is not None:
+                    self._records.close()
                 if not self._result.t_end_s:
                     self._result.t_end_s = round(monotonic_s() - t0_s, 6)
         done = [self._done[rank] for rank in self._ranks]
@@ -228,10 +253,11 @@ class _CellRunner:
                 "LOCAL_RANK": "0",
                 "WORLD_SIZE": str(len(hosts)),
                 "MASTER_ADDR": hosts[0].address,
-                "MASTER_PORT": "29500",
+                "MASTER_PORT": str(_PORT + self._restarts),
                 "GLOO_SOCKET_IFNAME": host.interface,
                 "OMP_NUM_THREADS": "1",
-                protocol.ENV_RENDEZVOUS: f"file://{directory}/{protocol.SHARED}/rendezvous",
+                protocol.ENV_RENDEZVOUS: f"file://{directory}/{protocol.SHARED}/rendezvous-{self._restarts}",
+                **({protocol.ENV_RESTARTS: str(self._restarts)} if self._restarts else {}),
                 **self._environment(rank, host),
                 ENV_LISTENER: protocol.LISTENER,
             }
@@ -282,7 +308,8 @@ class _CellRunner:
         while missing := [member for member in self._processes if member not in self._ready]:
             if monotonic_s() > deadline_s:
                 late = ", ".join(map(self._name, missing))
-                raise CellFailed(f"not ready in {READY_TIMEOUT_S:g} s: {late}; {_last_line(self._log(missing[0]))}")
+                text = f"not ready in {READY_TIMEOUT_S:g} s: {late}; {_last_line(self._log(missing[0]))}"
+                raise CellFailed(text)
             self._receive(0.2)
             self._check_programs()
 
@@ -297,19 +324,86 @@ class _CellRunner:
             if done and not self._result.t_end_s:
                 self._result.t_end_s = round(now_s, 6)
             poll_s = 0.02 if done else 0.1
-            self._receive(min(poll_s, stop["seconds"] - now_s) if stop.get("seconds", 0) > now_s else poll_s)
-            self._check_programs()
+            due_s = [at_s for at_s in (stop.get("seconds", 0.0), *(kill.at_s for kill in self._kills)) if at_s > now_s]
+            self._receive(min(poll_s, *(at_s - now_s for at_s in due_s)) if due_s else poll_s)
+            while self._kills and self._kills[0].at_s <= monotonic_s() - t0_s:
+                self._kill(self._kills.popleft(), t0_s)
             if driver.failure is not None:
                 what = "records could not be written" if _is_full(driver.failure) else "a link could not be changed or read"
                 raise CellFailed(f"{what}: {driver.failure}")
             if monitor.failure is not None:
                 raise CellFailed(f"the load of this machine could not be recorded: {monitor.failure}")
-            step = max(self._in_work.values(), default=0)
-            progress.update(monotonic_s(), step + done, driver.arrived_bytes(self._cell.workers))
-            cut = self._holding and not self._stopped and bool(self._links_cut_for_good(now_s))
-            if waited_s := progress.too_long(monotonic_s(), cut):
-                raise CellFailed(self._standstill(waited_s))
+            try:
+                self._check_programs()
+                step = max(self._in_work.values(), default=0)
+                progress.update(monotonic_s(), step + done, driver.arrived_bytes(self._cell.workers))
+                cut = self._holding and not self._stopped and bool(self._links_cut_for_good(now_s))
+                if waited_s := progress.too_long(monotonic_s(), cut):
+                    raise WorkersFailed("", self._standstill(waited_s), monotonic_s())
+            except WorkersFailed as failure:
+                self._restart(failure, t0_s)
+                progress = _Progress(monotonic_s(), self._cell)
+                continue
             self._tick(now_s, step)
+
+    def _kill(self, kill: Kills, t0_s: float) -> None:
+        for worker in kill.workers:
+            rank = self._cell.workers.index(worker)
+            if rank not in self._codes and rank not in self._done:
+                self._processes[rank].kill()
+                self._record(monotonic_s() - t0_s, worker, "kill", planned_s=kill.at_s)
+                self._killed.add(rank)
+                self._wanted = self._wanted or kill.restart
+
+    def _record(self, t_s: float, worker: str, kind: str, text: str = "", planned_s: float | None = None) -> None:
+        if self._records is not None:
+            row = {"planned_s": planned_s, "t_s": round(t_s, 6), "worker": worker, "kind": kind, "text": text}
+            self._records.append([row])
+
+    def _restart(self, failure: WorkersFailed, t0_s: float) -> None:
+        """Start all workers again, at t = 0 of before; raises the failure if that is not wanted, or has helped no more."""
+        while True:
+            if not self._cell.restarts and not self._wanted:
+                raise failure
+            self._record(failure.at_s - t0_s, failure.worker, "failure", failure.text)
+            reached = max(self._in_work.values(), default=0)
+            self._futile = 0 if reached > self._furthest or self._wanted else self._futile + 1
+            self._furthest = max(self._furthest, reached)
+            if self._futile >= _FUTILE_RESTARTS:
+                raise CellFailed(f"{failure}; {self._futile} new starts in a row came no further than step {self._furthest}")
+            self._end_workers()
+            self._restarts += 1
+            try:
+                self._start_workers()
+                self._wait_until_ready()
+            except WorkersFailed as another:
+                failure = another
+                continue
+            self._control.broadcast({"type": "start", "t0": t0_s})
+            if self._holding:
+                self._hold()
+            self._record(monotonic_s() - t0_s, "", "restart")
+            return
+
+    def _end_workers(self) -> None:
+        """Kill them all, and forget what they have said."""
+        for rank in self._ranks:
+            self._processes[rank].kill()
+        given_up_s = monotonic_s() + _KILLED_S
+        while any(self._processes[rank].poll() is None for rank in self._ranks) and monotonic_s() < given_up_s:
+            time.sleep(0.01)
+        self._control.renew(self._ranks)
+        said: tuple[dict[Member, Any], ...] = (
+            *(self._codes, self._failures, self._ready, self._done, self._in_work, self._held, self._at),
+            *(self._heard_s, self._lost_s),
+        )
+        for by_member in said:
+            for rank in self._ranks:
+                by_member.pop(rank, None)
+        self._stopped = False
+        self._killed.clear()
+        self._wanted = False
+        self._oom_kills = _oom_kills()
 
     def _standstill(self, waited_s: float) -> str:
         """What to say of a cell in which nothing moves; asks the workers what they are doing."""
@@ -349,6 +443,8 @@ class _CellRunner:
 
     def _take(self, heard: Heard) -> None:
         member = heard.member
+        if heard.token != self._control.tokens[member]:
+            return  # a last word of one that has been started again since
         self._heard_s[member] = heard.at_s
         if not isinstance(member, int) and not isinstance(heard.message, messages.Ready | Fault | Lost):
             self._note(member, _Failure(heard.at_s, "said what is for workers to say"))
@@ -401,7 +497,11 @@ class _CellRunner:
             if member not in self._codes and (code := process.poll()) is not None:
                 self._codes[member] = code
                 if code != 0 or not isinstance(member, int):
-                    why = ", as memory ran out," if code == -signal.SIGKILL and _oom_kills() > self._oom_kills else ""
+                    why = ""
+                    if member in self._killed:
+                        why = ", as the schedule has it,"
+                    elif code == -signal.SIGKILL and _oom_kills() > self._oom_kills:
+                        why = ", as memory ran out,"
                     self._note(member, _Failure(self._lost_s.get(member, now_s), _end(code) + why + self._when(member)))
         for rank in self._ranks:
             if rank not in self._codes and rank not in self._done and now_s - self._heard_s.get(rank, now_s) > SILENT_WORKER_S:
@@ -414,7 +514,10 @@ class _CellRunner:
         all_ended = all(rank in self._codes for rank in self._ranks)
         if self._failures and (all_ended or now_s - self._first_noticed_s > _LAST_WORDS_S):
             member, failure = min(self._failures.items(), key=lambda found: (found[1].by_peer, found[1].at_s))
-            raise CellFailed(f"{self._name(member)} {failure.text}; {_last_line(self._log(member))}")
+            text = f"{failure.text}; {_last_line(self._log(member))}"
+            if isinstance(member, int):
+                raise WorkersFailed(self._name(member), text, failure.at_s)
+            raise CellFailed(f"{self._name(member)} {text}")
 
     def _ended_s(self, rank: int) -> float:
         return self._lost_s.setdefault(rank, monotonic_s())

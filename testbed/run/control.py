@@ -39,17 +39,19 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What came from a member, and when (CLOCK_MONOTONIC)."""
+    """What came from a member, and when (CLOCK_MONOTONIC). token: by which it had shown who it is."""
 
     member: Member
     message: Message | Fault | Lost
     at_s: float
+    token: str = ""
 
 
 @dataclass(eq=False)
 class _Connection:
     socket: socket.socket
     member: Member | None = None
+    token: str = ""
     buffer: protocol.MessageBuffer = field(default_factory=protocol.MessageBuffer)
     times_s: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_MESSAGES_PER_S))
 
@@ -101,6 +103,14 @@ class ControlServer:
                     with contextlib.suppress(OSError):
                         connection.socket.shutdown(socket.SHUT_RDWR)
 
+    def renew(self, members: Iterable[Member]) -> None:
+        """Give other tokens to members that are to be started again, so that last words of the old ones are told apart."""
+        with self._lock:
+            for member in members:
+                self._members.pop(self.tokens[member], None)
+                self.tokens[member] = secrets.token_hex(16)
+                self._members[self.tokens[member]] = member
+
     def _serve(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._server, selectors.EVENT_READ)
@@ -147,26 +157,27 @@ class ControlServer:
                 self._take(connection, parse_message(content), now_s)
         except ValueError as error:
             if connection.member is not None:
-                self.inbox.put(Heard(connection.member, Fault(str(error)), now_s))
+                self.inbox.put(Heard(connection.member, Fault(str(error)), now_s, connection.token))
             data = b""
         if not data:
             self._close(selector, connection)
             if connection.member is not None:
-                self.inbox.put(Heard(connection.member, Lost(), now_s))
+                self.inbox.put(Heard(connection.member, Lost(), now_s, connection.token))
 
     def _take(self, connection: _Connection, message: Message, now_s: float) -> None:
         if connection.member is None:
             member = self._members.get(message.token) if isinstance(message, Hello) else None
             if member is None:
                 raise ValueError("no hello with a token of this cell")
+            assert isinstance(message, Hello)
             with self._lock:
-                connection.member = member
+                connection.member, connection.token = member, message.token
             return
         times_s = connection.times_s
         if len(times_s) == times_s.maxlen and now_s - times_s[0] < 1:
             raise ValueError(f"more than {MOST_MESSAGES_PER_S} messages a second")
         times_s.append(now_s)
-        self.inbox.put(Heard(connection.member, message, now_s))
+        self.inbox.put(Heard(connection.member, message, now_s, connection.token))
 
     def _close(self, selector: selectors.BaseSelector, connection: _Connection) -> None:
         selector.unregister(connection.socket)

@@ -62,7 +62,7 @@ def execute(directory: Path, console: Console) -> None:
             progress.end("; ".join([text, *result.problems]))
             if is_full(directory):
                 raise NoRoom(no_room_left(directory))
-            if result.status == "failed" and cell not in failed:
+            if result.status == "failed" and cell not in failed and not cell.restarts:
                 failed.append(cell)
 
         for cell in pending:

@@ -334,21 +334,35 @@ def _links(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-class ScheduleEntry(Model, ABC):
-    """One line of the script: from a time on, some links follow a shape. The shapes are in ``testbed.timeline.shapes``.
-
-    links: names of links, or all: those of all workers. LENGTH: the key that says how long it takes.
-    """
+class Entry(Model):
+    """One line of the script: something begins at a time. LENGTH: the key that says how long it takes."""
 
     LENGTH: ClassVar[str] = "at"
 
     at: Time = Field(examples=["5s"])
-    links: Annotated[list[str], BeforeValidator(_links)] = Field(default_factory=lambda: ["all"], min_length=1)
 
     @property
     def length_s(self) -> float:
         """Seconds from its start to its last possible change, as far as the spec says; else 0."""
         return 0.0
+
+
+class WorkerEntry(Entry):
+    """What happens to workers: killed, started again, slowed down (``testbed.timeline.workers``)."""
+
+    @property
+    @abstractmethod
+    def workers(self) -> Iterable[str]:
+        """Their names."""
+
+
+class ScheduleEntry(Entry, ABC):
+    """From a time on, some links follow a shape. The shapes are in ``testbed.timeline.shapes``.
+
+    links: names of links, or all: those of all workers.
+    """
+
+    links: Annotated[list[str], BeforeValidator(_links)] = Field(default_factory=lambda: ["all"], min_length=1)
 
     @abstractmethod
     def moves(self, start: "Start") -> "Iterator[Move]":
@@ -362,7 +376,7 @@ def _shaped(entry: object) -> object:
     return parse_entry(entry)
 
 
-AnyEntry = Annotated[SerializeAsAny[ScheduleEntry], BeforeValidator(_shaped)]
+AnyEntry = Annotated[SerializeAsAny[Entry], BeforeValidator(_shaped)]
 
 
 _SHORTEST_PHASE_S = 0.1
@@ -613,7 +627,8 @@ class WorkloadSpec(Model):
     """What the workers train. batch is per worker. target: an accuracy whose time is reported, without an end of the run.
 
     warmup: so many steps at the beginning do not count for throughput. device: where model and gradients are; with ``cuda`` the
-    workers share the GPUs of the machine in turn, with ``auto`` if it has any.
+    workers share the GPUs of the machine in turn, with ``auto`` if it has any. checkpoint_every: steps between two checkpoints,
+    which are made only where workers may be started again.
     """
 
     model: ModelSpec = ModelSpec(name="mlp")
@@ -626,6 +641,7 @@ class WorkloadSpec(Model):
     evaluate_every: Time = 1.0
     target: Share | None = None
     warmup: int = Field(0, ge=0, le=1_000_000)
+    checkpoint_every: int = Field(20, ge=1, le=1_000_000)
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -710,6 +726,7 @@ class Spec(Model):
     dilation: rates, delays, compute and schedule are slowed by this factor, and the times reported divided by it.
     step_timeout: a cell fails when for so long no step has ended and nothing has come to any worker, or when a worker that is
         done has not ended. With competing traffic a step may not take longer.
+    on_failure: whether a worker that dies ends its cell, or all are started again, from their last checkpoint.
     """
 
     name: str = Field("experiment", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}$")
@@ -726,6 +743,7 @@ class Spec(Model):
     calibrate: bool = True
     dilation: float = Field(1.0, ge=1, le=1000)
     step_timeout: Annotated[Time, Field(ge=2)] = 600.0
+    on_failure: Literal["stop", "continue"] = "stop"
 
     @model_validator(mode="after")
     def _all_is_slower(self) -> Self:
@@ -736,12 +754,16 @@ class Spec(Model):
         return self
 
     @model_validator(mode="after")
-    def _stragglers_exist(self) -> Self:
-        named = self.workload.compute.stragglers if self.workload else {}
-        for name in named:
+    def _workers_exist(self) -> Self:
+        stragglers = self.workload.compute.stragglers if self.workload else {}
+        named: list[tuple[list[str | int], str]] = [(["workload", "compute", "stragglers", name], name) for name in stragglers]
+        for index, entry in enumerate(self.schedule):
+            if isinstance(entry, WorkerEntry):
+                named += [(["schedule", index], name) for name in entry.workers]
+        for place, name in named:
             if name not in {f"w{rank}" for rank in range(self.workers)}:
                 text = f"there is no worker {name!r}; there are w0 to w{self.workers - 1}"
-                raise PydanticCustomError("at_key", text, {"path": ["workload", "compute", "stragglers", name]})
+                raise PydanticCustomError("at_key", text, {"path": place})
         return self
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 - ``shapes``: what an entry of a schedule can be: set, ramp, sawtooth, square, walk, trace; one file each
 - ``moves``: what a shape sees of a link, and what it yields
 - ``recording``: trace files
+- ``workers``: entries about workers: kill, restart, slow
 - ``changes``: schedule → changes: who takes over from whom, the end of the run, limits
 """
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from testbed.links.state import DIRECTIONS, LinkState
 from testbed.spec.errors import SpecError, did_you_mean, place_of
-from testbed.spec.models import ScheduleEntry
+from testbed.spec.models import Entry, ScheduleEntry
 from testbed.spec.units import format_time
 from testbed.timeline.moves import Key, Start, with_values
 from testbed.timeline.possible import impossible
@@ -33,7 +33,7 @@ def _no_files(name: str) -> str:
 
 
 def expand(
-    schedule: Sequence[ScheduleEntry],
+    schedule: Sequence[Entry],
     initial: Mapping[str, LinkState],
     workers: Sequence[str] | None = None,
     *,
@@ -41,7 +41,7 @@ def expand(
     end_s: float | None = None,
     read: Callable[[str], str] = _no_files,
 ) -> tuple[Change, ...]:
-    """All changes of a schedule in order of time, one for each moment and link.
+    """All changes of links in a schedule in order of time, one for each moment and link.
 
     Entries act in order of their time, then of their place in the file; a later one takes the properties that it moves over
     from whatever moved them. Nothing happens at or after ``end_s``, the end of the run in seconds if that is known.
@@ -53,8 +53,10 @@ def expand(
     tracks: dict[str, _Tracks] = {link: {} for link in initial}
     left = MAX_CHANGES
     for index, entry in sorted(enumerate(schedule), key=lambda pair: pair[1].at):
-        with _placed(index):
-            _check_end(entry, end_s)
+        if not isinstance(entry, ScheduleEntry):
+            continue
+        with placed(index):
+            check_end(entry, end_s)
             for link in _named_links(entry, initial, workers):
                 start = Start(
                     link=link,
@@ -147,7 +149,8 @@ def _named_links(entry: ScheduleEntry, links: Mapping[str, LinkState], workers: 
     return entry.links
 
 
-def _check_end(entry: ScheduleEntry, end_s: float | None) -> None:
+def check_end(entry: Entry, end_s: float | None) -> None:
+    """Raise SpecError if an entry begins or ends after the run, which ends at ``end_s``."""
     if end_s is None:
         return
     last_s = entry.at + entry.length_s
@@ -161,7 +164,7 @@ def _check_end(entry: ScheduleEntry, end_s: float | None) -> None:
 
 
 @contextmanager
-def _placed(index: int) -> Iterator[None]:
+def placed(index: int) -> Iterator[None]:
     """Errors in the body name a place within the entry; put the entry's own place in front."""
     try:
         yield

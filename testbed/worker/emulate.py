@@ -64,9 +64,9 @@ class Emulated(nn.Module):
         self._gradients.apply(fn)  # to(device) is for them, too
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-    def begin(self) -> None:
-        """A step begins."""
-        self._step_s = self._timing.compute_s * max(0.1, self._draw.gauss(1, self._timing.jitter))
+    def begin(self, factor: float = 1.0) -> None:
+        """A step begins. factor: by how much longer it takes than others."""
+        self._step_s = self._timing.compute_s * factor * max(0.1, self._draw.gauss(1, self._timing.jitter))
         self._due_s = monotonic_s()
         self._taken_s = self.taken_s()
 

@@ -32,6 +32,7 @@ class CellListener:
     def __init__(self) -> None:
         self._cell = Path(os.environ[protocol.ENV_CELL_DIR])
         self._output = Path(os.environ[protocol.ENV_OUTPUT_DIR])
+        self._restarts = int(os.environ.get(protocol.ENV_RESTARTS, "0"))
         self._steps: RecordFile | None = None
         self._evaluations: RecordFile | None = None
         self._control: ControlClient | None = None
@@ -39,17 +40,20 @@ class CellListener:
 
     def method(self) -> tuple[str, dict[str, Any]]:
         """Raises ValueError, one line, if this process has a session in the cell already."""
-        if (self._output / protocol.STEPS_FILE).exists():
+        if self._records(protocol.STEPS_FILE).exists():
             raise ValueError("this process has joined its cell already; only one model of a worker can be measured")
         configured = protocol.read_cell(self._cell)["method"]
         return configured["name"], configured["options"]
 
+    def _records(self, file: str) -> Path:
+        return self._output / protocol.numbered(file, self._restarts)
+
     def attached(self, session: Session) -> float:
         """Report to the orchestrator, and wait for its start."""
         self._session = session
-        self._steps = RecordFile(self._output / protocol.STEPS_FILE)
+        self._steps = RecordFile(self._records(protocol.STEPS_FILE))
         if session.rank == 0:
-            self._evaluations = RecordFile(self._output / protocol.EVALS_FILE)
+            self._evaluations = RecordFile(self._records(protocol.EVALS_FILE))
         self._control = ControlClient(self._cell / protocol.SOCKET_FILE, session.rank)
         sys.excepthook = partial(self._uncaught, sys.excepthook)
         return self._control.ready(parameters_hash(session.module))

@@ -33,6 +33,7 @@ from netsenseml.failure import blames_peer
 from netsenseml.hook import Session, attach
 from netsenseml.records import monotonic_s
 from testbed import protocol
+from testbed.worker.checkpoint import Checkpoints, from_environment
 from testbed.worker.client import ControlClient
 from testbed.worker.emulate import Emulated, Timing
 from testbed.worker.listener import describe_error
@@ -68,7 +69,8 @@ class Run:
     batch: int
     last_step: float
     evaluate_every_s: float
-    pace_s: float
+    compute: "Compute"
+    checkpoints: Checkpoints
     model: nn.Module
     data: Dataset | None
     optimizer: torch.optim.Optimizer | None
@@ -91,7 +93,7 @@ class Run:
         name, model_options = workload["model"], workload["model_options"]
         model: nn.Module
         if isinstance(compute, dict) and "emulate_s" in compute:
-            timing = Timing(_compute_s(compute, rank), compute["jitter"], seed=cell["seed"] * ranks + rank)
+            timing = Timing(Compute.of(compute, rank).seconds, compute["jitter"], seed=cell["seed"] * ranks + rank)
             model, data, epoch_steps = make_emulated(name, model_options, timing), None, math.inf
         else:
             data = make_data(workload["data"], workload["data_options"])
@@ -110,7 +112,8 @@ class Run:
             batch=workload["batch"],
             last_step=min(stop.get("steps", math.inf), stop.get("epochs", math.inf) * epoch_steps),
             evaluate_every_s=workload["evaluate_every_s"] or math.inf,
-            pace_s=_compute_s(compute, rank),
+            compute=Compute.of(compute, rank),
+            checkpoints=from_environment(workload["checkpoint_every"]),
             model=model,
             data=data,
             adaptive=optimizer["name"].startswith("adam"),
@@ -124,6 +127,7 @@ class Run:
         dist.init_process_group(
             "gloo", init_method=os.environ.get(protocol.ENV_RENDEZVOUS, "env://"), rank=self.rank, world_size=self.ranks
         )
+        begun = self._go_on() if os.environ.get(protocol.ENV_RESTARTS) else None
         # Every rank built the same replica from the seed: nothing has to cross the links before the start.
         ddp = DistributedDataParallel(
             self.model,
@@ -132,6 +136,9 @@ class Run:
         )
         torch.manual_seed(self.seed * self.ranks + self.rank)  # from here on dropout differs between ranks
         self.session = session = attach(ddp, **self.method_options)
+        if begun is not None:
+            session.load_state_dict(begun["session"])
+            torch.set_rng_state(begun["random"])
         if isinstance(self.model, Emulated):
             self._emulate(self.model, ddp, session)
         else:
@@ -139,23 +146,45 @@ class Run:
             self._train(ddp, session, self.data, self.optimizer)
         dist.destroy_process_group()
 
+    def _go_on(self) -> dict[str, Any] | None:
+        """Take model and optimizer from the newest checkpoint that all ranks have; returns the rest of it."""
+        found = self.checkpoints.newest_of_all()
+        if found is None:
+            print("testbed: no checkpoint to go on from; training begins anew", file=sys.stderr)
+            return None
+        steps, state = found
+        print(f"testbed: going on after step {steps}", file=sys.stderr)
+        self.model.load_state_dict(state["model"])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        return state
+
+    def _checkpoint(self, session: Session) -> None:
+        if not self.checkpoints.due(session.steps):
+            return
+        with session.pause():
+            state = {"model": self.model.state_dict(), "session": session.state_dict(), "random": torch.get_rng_state()}
+            optimizer = {} if self.optimizer is None else {"optimizer": self.optimizer.state_dict()}
+            self.checkpoints.save(session.steps, {**state, **optimizer})
+
     def _emulate(self, model: Emulated, ddp: DistributedDataParallel, session: Session) -> None:
         model.taken_s = lambda: session.blocked_s
         session.method.optimizer(adaptive=self.adaptive)  # of which nothing else is emulated
         x = torch.zeros(1, requires_grad=True, device=self.device)
         go_on = True
         while go_on:
-            model.begin()
+            model.begin(self.compute.factor(session.elapsed_s))
             ddp.zero_grad(set_to_none=False)  # in place, so that no layer takes new memory
             ddp(x).backward()
             model.end()
             go_on = session.step(samples=self.batch) and session.steps < self.last_step
+            self._checkpoint(session)
         session.close()
 
     def _train(self, ddp: DistributedDataParallel, session: Session, data: Dataset, optimizer: torch.optim.Optimizer) -> None:
-        pace = Pace(self.pace_s, session)
+        pace = Pace(self.compute, session)
         next_evaluation_s = monotonic_s() + self.evaluate_every_s
-        for x, y in self._batches(data):
+        for x, y in self._batches(data, session.steps):
             pace.begin()
             loss = nn.functional.cross_entropy(ddp(x.to(self.device)), y.to(self.device))
             pace.wait()
@@ -164,20 +193,26 @@ class Run:
             optimizer.step()
             if not session.step(loss.detach(), samples=len(x)) or session.steps >= self.last_step:
                 break
+            self._checkpoint(session)
             if self.rank == 0 and monotonic_s() >= next_evaluation_s:
                 with session.pause():
                     self._evaluate(session, data)
                 next_evaluation_s = monotonic_s() + self.evaluate_every_s
         session.close(*(self._evaluate(session, data) if self.rank == 0 else ()))
 
-    def _batches(self, data: Dataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's share of every global batch, epoch after epoch, without end; an incomplete batch is dropped."""
+    def _batches(self, data: Dataset, first: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's share of every global batch from a step on, epoch after epoch, without end.
+
+        An incomplete batch is dropped.
+        """
         train_x, train_y, *_ = data
         size = self.batch * self.ranks
-        for epoch in itertools.count():
+        epoch_steps = len(train_x) // size
+        for epoch in itertools.count(first // epoch_steps):
             generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
             order = torch.randperm(len(train_x), generator=generator)
-            for begin in range(0, len(order) - size + 1, size):
+            for step in range(max(0, first - epoch * epoch_steps), epoch_steps):
+                begin = step * size
                 chosen = order[begin + self.rank : begin + size : self.ranks]
                 yield train_x[chosen], train_y[chosen]
 
@@ -202,14 +237,38 @@ _TEST_BATCH = 512
 """Test samples in one forward, so that a large model needs no more memory than in training."""
 
 
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """How long a step of a rank is to compute. seconds: 0: as long as it takes. slow: (from_s, to_s, factor) after t = 0."""
+
+    seconds: float
+    slow: tuple[tuple[float, float, float], ...] = ()
+
+    @classmethod
+    def of(cls, compute: Any, rank: int) -> "Compute":
+        """From cell.json (``protocol.WorkloadConfig``)."""
+        match compute:
+            case "real":
+                return cls(0.0)
+            case {"pace_s": float() | int() as seconds} | {"emulate_s": float() | int() as seconds}:
+                factors = compute.get("factors")
+                mine = [(from_s, math.inf if to_s is None else to_s, f) for r, from_s, to_s, f in compute["slow"] if r == rank]
+                return cls(float(seconds) * (factors[rank] if factors else 1.0), tuple(mine))
+        raise ValueError(f'compute must be "real", {{"pace_s": seconds}} or {{"emulate_s": seconds}}, not {compute!r}')
+
+    def factor(self, t_s: float) -> float:
+        """By how much longer a step takes that begins at this time."""
+        return math.prod(factor for from_s, to_s, factor in self.slow if from_s <= t_s < to_s)
+
+
 class Pace:
-    """Stretches a step's compute to ``pace_s`` by waiting between forward and backward.
+    """Stretches a step's compute to its pace by waiting between forward and backward.
 
     What follows the wait (backward up to the last gradient, optimizer) is taken to last as long as it did lately.
     """
 
-    def __init__(self, pace_s: float, session: Session) -> None:
-        self._pace_s = pace_s
+    def __init__(self, compute: Compute, session: Session) -> None:
+        self._compute = compute
         self._session = session
         self._began_s = self._waited_s = monotonic_s()
         self._rest_s = 0.0
@@ -224,7 +283,8 @@ class Pace:
 
     def wait(self) -> None:
         """Forward is done."""
-        time.sleep(max(0.0, self._began_s + self._pace_s - self._rest_s - monotonic_s()))
+        pace_s = self._compute.seconds * self._compute.factor(self._session.elapsed_s)
+        time.sleep(max(0.0, self._began_s + pace_s - self._rest_s - monotonic_s()))
         self._waited_s = monotonic_s()
 
 
@@ -261,17 +321,6 @@ def _report(error: Exception, session: Session | None) -> None:
             ControlClient(path, _integer("RANK")).failed(line or describe_error(error), by_peer=blames_peer(error))
         else:
             session.fail(error)
-
-
-def _compute_s(compute: Any, rank: int) -> float:
-    """What a step of this rank is to compute for; 0: as long as it takes."""
-    match compute:
-        case "real":
-            return 0.0
-        case {"pace_s": float() | int() as seconds} | {"emulate_s": float() | int() as seconds}:
-            factors = compute.get("factors")
-            return float(seconds) * (factors[rank] if factors else 1.0)
-    raise ValueError(f'compute must be "real", {{"pace_s": seconds}} or {{"emulate_s": seconds}}, not {compute!r}')
 
 
 def _required(name: str) -> str:

@@ -397,6 +397,15 @@ def test_a_sample_that_took_long_to_read_blames_nobody(timeline: Timeline, seed:
     assert excesses(links, timeline.events()) == shortfalls(links, timeline.events()) == []
 
 
+def test_a_reading_at_a_rise_that_was_acknowledged_late_blames_nobody() -> None:
+    """The rise came as it was due, in the middle of a reading that ended before the kernel's answer."""
+    timeline = Timeline([2.02], [1e3, 5e7], late_s=[0.05], share=0.0)
+    t_s = np.append(np.arange(0.0, 2.0, 0.1), [2.0, 2.5, 3.0])
+    reading_s = np.where(t_s == 2.0, 0.06, 0.0)
+    links = timeline.links(t_s, timeline.allowed(t_s + reading_s / 2), waiting_bytes=1e12, reading_s=reading_s)
+    assert excesses(links, timeline.events()) == shortfalls(links, timeline.events()) == []
+
+
 def test_a_single_late_reading_would_blame_a_link_that_kept_its_limit() -> None:
     """Seen in a run: 25 ms late at 250 Mbit/s, and 255.6 Mbit/s over the 1.1 s that began then."""
     t_s, timeline = np.arange(40) / 10, Timeline([], [250e6])
