@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Shared machines stall at will; a slow example is no fault of the code.
-settings.register_profile("shared", deadline=None)
+# Shared machines stall at will; a slow example is no fault of the code. NETSENSE_FUZZ: how many examples, instead of a hundred.
+settings.register_profile("shared", deadline=None, max_examples=int(os.environ.get("NETSENSE_FUZZ", "100")))
 settings.load_profile("shared")
 
 REQUIRED = frozenset(filter(None, os.environ.get("NETSENSE_REQUIRE", "").split(",")))

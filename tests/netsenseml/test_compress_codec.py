@@ -331,7 +331,7 @@ def decode_between_guards(buffer: torch.Tensor, n: int) -> str:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=int(os.environ.get("NETSENSE_FUZZ", "150")), deadline=None)
 @given(codec=codecs, n=st.integers(0, 600), data=st.data())
 def test_damaged_buffers_do_no_harm(name: str, codec: Codec, n: int, data: st.DataObject) -> None:
     buffer = codec.encode(numbers("normal", n), 1)

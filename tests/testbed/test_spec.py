@@ -315,6 +315,9 @@ schedule:
   - {at: 3s, links: w3, square: {down: {rate: [1mbit, 2mbit]}}, period: 1s, duty: 50%, for: 2s}
   - {at: 6s, links: w2, walk: {rate: [1mbit, 2mbit]}, every: 1s, step: 20%, seed: 1}
   - {at: 6s, links: w3, trace: a.csv, repeat: true, scale: {rate: 2}, offset: 1s, direction: up, for: 3s}
+  - {at: 7s, kill: w1}
+  - {at: 8s, restart: [w0, w2]}
+  - {at: 9s, slow: {w3: 2}, for: 1s}
 traffic:
   - {from: w0, to: w1, at: 1s, for: 2s, tcp: {streams: 2, congestion: reno}, on: 1s, off: 1s, seed: 0, engine: builtin}
   - {from: w0, to: w1, udp: {rate: 1mbit, packet: 100B}}
@@ -328,11 +331,13 @@ workload:
   evaluate_every: 1s
   target: 90%
   warmup: 0
+  checkpoint_every: 5
 methods: [allreduce, {name: topk, label: k, ratio: 0.1}, {name: "own:Method", options: {a: 1}}]
 seeds: [0, 1]
 matrix: {network.link.rate: [5mbit, 6mbit]}
 calibrate: true
 dilation: 1
+on_failure: continue
 """
 
 
