@@ -383,19 +383,24 @@ _SHORTEST_PHASE_S = 0.1
 
 
 def parse_streams(value: object) -> Streams:
-    """Parallel streams from 4 or ``{random: [1, 50]}``."""
-    bounds = value.get("random") if isinstance(value, dict) and len(value) == 1 else value
-    if not isinstance(bounds, list | tuple):
-        bounds = [bounds, bounds]
-    if len(bounds) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) for n in bounds):
-        raise ValueError(f"{value!r:.40} is not a number of streams; write one like 4, or {{random: [1, 50]}}")
-    if not 1 <= bounds[0] <= bounds[1] <= MAX_STREAMS:
+    """Parallel streams from 4, ``{random: [1, 50]}`` or ``{ramp: [1, 50]}``."""
+    if isinstance(value, Streams):
+        return value
+    kind, bounds = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else ("random", [value, value])
+    numbers = isinstance(bounds, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in bounds)
+    if kind not in ("random", "ramp") or not numbers or len(bounds) != 2:
+        text = f"{value!r:.40} is not a number of streams; write one like 4, {{random: [1, 50]}} or {{ramp: [1, 50]}}"
+        raise ValueError(text)
+    fewest, most = bounds
+    if not 1 <= fewest <= most <= MAX_STREAMS:
         raise ValueError(f"{value!r:.40} is out of range; a flow has 1 to {MAX_STREAMS} streams, the smaller number first")
-    return Streams(*bounds)
+    return Streams(fewest, most, ramp=kind == "ramp")
 
 
 def _format_streams(streams: Streams) -> int | dict[str, list[int]]:
-    return streams.most if streams.fewest == streams.most else {"random": list(streams)}
+    if streams.fewest == streams.most:
+        return streams.most
+    return {"ramp" if streams.ramp else "random": [streams.fewest, streams.most]}
 
 
 def parse_duration(value: object) -> Duration:

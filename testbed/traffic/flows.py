@@ -3,6 +3,7 @@
 The programs on the hosts work from the same data as the plan. So that they start fast, this imports the standard library only.
 """
 
+import itertools
 import json
 import math
 import socket
@@ -36,10 +37,19 @@ class Duration(NamedTuple):
 
 
 class Streams(NamedTuple):
-    """How many parallel streams a flow has: drawn anew for each phase, evenly between two numbers that may be the same."""
+    """How many parallel streams a flow has: drawn anew for each phase, evenly between two numbers that may be the same.
+
+    ramp: or one more in each phase, from the fewest to the most, and then again.
+    """
 
     fewest: int
     most: int
+    ramp: bool = False
+
+    def of_phase(self, number: int, source: Random) -> int:
+        """Streams of a phase; the first one is number 0."""
+        drawn = source.randint(self.fewest, self.most)
+        return self.fewest + number % (self.most - self.fewest + 1) if self.ramp else drawn
 
 
 ONE_STREAM = Streams(1, 1)
@@ -102,9 +112,11 @@ def phases(flow: Flow) -> Iterator[Phase]:
     """
     source = Random(f"{flow.seed} {flow.name}")
     at_s = flow.at_s
-    while at_s < flow.end_s:
+    for number in itertools.count():
+        if at_s >= flow.end_s:
+            return
         end_s = flow.end_s if flow.on is None else min(flow.end_s, round(at_s + flow.on.draw(source), 6))
-        yield Phase(at_s, end_s, source.randint(*flow.streams))
+        yield Phase(at_s, end_s, flow.streams.of_phase(number, source))
         if flow.off is None:
             return
         at_s = round(end_s + flow.off.draw(source), 6)

@@ -29,7 +29,9 @@ TCP = {"from": "bg0", "to": "w1", "tcp": {}}
 
 durations = st.builds(Duration, st.floats(0.1, 1e3), st.booleans())
 pauses = st.one_of(st.just((None, None)), st.tuples(durations, durations))
-streams = st.tuples(st.integers(1, 128), st.integers(1, 128)).map(lambda pair: Streams(*sorted(pair)))
+streams = st.builds(
+    lambda pair, ramp: Streams(*sorted(pair), ramp=ramp), st.tuples(st.integers(1, 128), st.integers(1, 128)), st.booleans()
+)
 
 
 @st.composite
@@ -95,6 +97,15 @@ def test_the_pattern_of_the_paper_is_one_line(tmp_path):
     assert len({phase.streams for phase in found}) > 4
     path.write_text(dump_spec(spec))
     assert validate(read_yaml(path)) == spec
+
+
+def test_streams_may_become_one_more_with_every_phase(tmp_path):
+    """As in the script of the paper's authors: 1, 2, … and in the end from the beginning."""
+    flow = {**TCP, "tcp": {"streams": {"ramp": [2, 4]}}, "on": "2s", "off": "1s"}
+    assert [phase.streams for phase in islice(phases(cell_of(flow).flows[0]), 5)] == [2, 3, 4, 2, 3]
+    path = tmp_path / "ramp.yaml"
+    path.write_text(dump_spec(validate({**BASE, "traffic": [flow]})))
+    assert make_plan(validate(read_yaml(path))).cells[0].flows == cell_of(flow).flows
 
 
 def test_the_shipped_example_is_good_and_has_that_pattern():
