@@ -386,6 +386,7 @@ def parse_streams(value: object) -> Streams:
     """Parallel streams from 4, ``{random: [1, 50]}`` or ``{ramp: [1, 50]}``."""
     if isinstance(value, Streams):
         return value
+    bounds: Any
     kind, bounds = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else ("random", [value, value])
     numbers = isinstance(bounds, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in bounds)
     if kind not in ("random", "ramp") or not numbers or len(bounds) != 2:
