@@ -4,6 +4,7 @@ touched; 3 done, but not valid; 4 this machine cannot do it; 130 interrupted."""
 import importlib.util
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -70,10 +71,20 @@ def run(
     resume: Annotated[Path | None, typer.Option(help="Go on with this run directory instead of a new run.")] = None,
     again: Annotated[bool, typer.Option("--again", help="With --resume: run the cells that are not valid again, too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print hosts, timeline and tc commands; do nothing.")] = False,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="ADDRESS", help="Run the cells on a Dask cluster: tcp://host:8786 or local:N.")
+    ] = None,
+    spread: Annotated[bool, typer.Option("--spread", help="With --on: methods need not be compared on one machine.")] = False,
 ) -> None:
     """Run an experiment and say who won."""
     from testbed.run.directory import SPEC_FILE
-    from testbed.run.start import continue_run, start_run
+    from testbed.run.start import Cluster, continue_run, start_run
+
+    if on is not None and not re.fullmatch(r"local:[1-9][0-9]?|(tcp|tls|ucx|ws|wss)://\S+", on):
+        _fail(f"--on: {on!r} is no address of a Dask scheduler; write one like tcp://host:8786, or local:3", EXIT_BAD_INPUT)
+    if spread and on is None:
+        _fail("--spread goes with --on; one machine runs every cell by itself", EXIT_BAD_INPUT)
+    cluster = None if on is None else Cluster(on, spread)
 
     console = Console()
     if resume is not None:
@@ -83,7 +94,7 @@ def run(
         if not (resume / SPEC_FILE).exists():
             _fail(f"{resume}: is no run directory; run directories lie in runs, unless --out said otherwise", EXIT_BAD_INPUT)
         loaded, plan = _plan(resume / SPEC_FILE, [], None)
-        raise typer.Exit(_guarded(lambda: continue_run(plan, resume, console, again=again)))
+        raise typer.Exit(_guarded(lambda: continue_run(plan, resume, console, again=again, on=cluster)))
     if again:
         _fail("--again goes with --resume; a new run runs every cell", EXIT_BAD_INPUT)
     if spec is None:
@@ -92,7 +103,7 @@ def run(
     if dry_run:
         console.print("\n".join(describe(plan)), markup=False, highlight=False, soft_wrap=True)
         return
-    raise typer.Exit(_guarded(lambda: start_run(loaded, plan, out or Path("runs"), spec.parent.resolve(), console)[0]))
+    raise typer.Exit(_guarded(lambda: start_run(loaded, plan, out or Path("runs"), spec.parent.resolve(), console, cluster)[0]))
 
 
 @app.command()

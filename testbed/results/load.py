@@ -35,9 +35,10 @@ class Run:
     cells: one row a cell: cell, method, seed, workers, overrides ({dotted key: value}), status ("done", "failed",
         "interrupted", or "unfinished" if it is running or was killed), problems ([text]), earlier ([text], of a failed try
         before this one), steps, t_end_s, final_accuracy, final_loss, parameters ({rank: hash}), workload (as in cell.json; {}
-        of a script), tcp (likewise), notes ([text], what its links have otherwise than the spec says), calibrate (if its links
-        were to be measured before t = 0), dilation (by which all times are divided and rates multiplied here, but those of
-        workload, calibration and events.state, which are as the kernel had them).
+        of a script), machine (where it ran: machine, kernel, processor, cores), tcp (as in cell.json), notes ([text], what its
+        links have otherwise than the spec says), calibrate (if its links were to be measured before t = 0), dilation (by which
+        all times are divided and rates multiplied here, but those of workload, calibration and events.state, which are as the
+        kernel had them).
     steps, links, events, evals, traffic, failures, calibration, host, delayline: columns and units in
         ``testbed.results.columns``.
     """
@@ -132,6 +133,7 @@ _CELL_DEFAULTS: Mapping[str, Any] = {
     "workload": {},
     "calibrate": False,
     "dilation": 1.0,
+    "machine": {},
     "tcp": {},
     "notes": [],
     "status": "unfinished",

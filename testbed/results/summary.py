@@ -81,8 +81,22 @@ def summarize(run: Run) -> dict[str, Any]:
         "cells": cells,
         "comparisons": compare(cells),
         "regrets": regrets(cells),
-        "notes": [*planned, *_restarts(run), *_delay_line(run), *_processors(run)],
+        "notes": [*planned, *_machines(run), *_restarts(run), *_delay_line(run), *_processors(run)],
     }
+
+
+def _machines(run: Run) -> list[str]:
+    """Conditions under which methods are compared that ran on machines of different kinds."""
+    kinds: dict[str, dict[str, str]] = {}
+    for cell in run.cells.to_dict("records"):
+        if cell["machine"]:
+            kind = ", ".join(f"{cell['machine'].get(key)}" for key in ("processor", "cores", "kernel"))
+            kinds.setdefault(scenario(cell["overrides"]), {})[kind] = str(cell["machine"].get("machine"))
+    return [
+        f"{f'with {name} ' if name else ''}methods ran on different machines: {'; '.join(map(one_line, machines.values()))}"
+        for name, machines in kinds.items()
+        if len(machines) > 1
+    ]
 
 
 def _restarts(run: Run) -> list[str]:

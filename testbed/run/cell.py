@@ -22,7 +22,7 @@ from testbed.links.calibration import calibrate, measurable
 from testbed.plan import Cell, notes
 from testbed.run import messages
 from testbed.run.control import ControlServer, Fault, Heard, Lost, Member
-from testbed.run.directory import DATA, SCRIPT, no_room, release_reserve
+from testbed.run.directory import DATA, SCRIPT, machine, no_room, release_reserve
 from testbed.run.door import LinkDoor
 from testbed.run.driver import LinkDriver
 from testbed.run.host import HostMonitor
@@ -66,7 +66,7 @@ class WorkersFailed(CellFailed):
 class CellResult:
     """How a cell ended, written to result.json. status: done, failed or interrupted. parameters: hash by rank.
 
-    earlier: problems of a try before this one, which failed.
+    earlier: problems of a try before this one, which failed. machine: where it ran (``directory.machine``).
     """
 
     status: str = "interrupted"
@@ -77,6 +77,7 @@ class CellResult:
     final_accuracy: float | None = None
     final_loss: float | None = None
     t_end_s: float = 0.0
+    machine: Mapping[str, Any] = field(default_factory=machine)
 
 
 def run_cell(cell: Cell, open_lab: OpenLab, directory: Path, tick: Tick, earlier: Sequence[str] = ()) -> CellResult:

@@ -201,10 +201,8 @@ def environment() -> dict[str, object]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "kernel": platform.release(),
+        **machine(),
         "system": platform.platform(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
         "gpus": gpus.found(),
         "memory_bytes": psutil.virtual_memory().total,
         "load_average": os.getloadavg(),
@@ -212,6 +210,12 @@ def environment() -> dict[str, object]:
         "python": sys.version.split()[0],
         "packages": versions,
     }
+
+
+def machine() -> dict[str, object]:
+    """Which machine this is, and what decides how fast it is."""
+    cores = len(os.sched_getaffinity(0))
+    return {"machine": platform.node(), "kernel": platform.release(), "processor": _processor(), "cores": cores}
 
 
 def _congestion_control() -> str | None:

@@ -1,4 +1,4 @@
-"""The first process of a netns lab: ``python -m testbed.run.inside RUN_DIRECTORY LOCK``.
+"""The first process of a netns lab: ``python -m testbed.run.inside RUN_DIRECTORY LOCK [CELL …]``.
 
 Not for people: ``testbed run`` starts it inside private namespaces, with a pipe as standard input whose end means stop.
 """
@@ -24,7 +24,7 @@ def main() -> int:
     try:
         # It may say so at once: whoever started us can have ended while this process was loading.
         threading.Thread(target=_watch_lifeline, args=(stop,), daemon=True).start()
-        execute(Path(sys.argv[1]), Console())
+        execute(Path(sys.argv[1]), Console(), sys.argv[3:])
     except (Exception, KeyboardInterrupt) as error:
         if interrupted.is_set():
             return EXIT_INTERRUPTED

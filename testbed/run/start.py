@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from testbed.plan import Plan
 from testbed.run import directory as run_directory
 from testbed.run.sweep import (
     EXIT_CANNOT,
+    EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     execute,
@@ -30,9 +32,30 @@ from testbed.run.sweep import (
 from testbed.spec.models import Spec
 from testbed.traffic.machine import check_congestion, check_traffic
 
-EXIT_DONE, EXIT_INVALID = 0, 3
+EXIT_INVALID = 3
 _DOCKER_GRACE_S = 14.0
 """The daemon takes longer to remove containers than the kernel takes for namespaces."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Machines to run the cells on (``run.cluster.execute_on``)."""
+
+    address: str
+    spread: bool = False
+
+    def check(self) -> None:
+        """Raise LabError, before anything is made, if no machine there would run a cell."""
+        from testbed.run.cluster import connected
+
+        with connected(self.address):
+            pass
+
+    def run(self, plan: Plan, directory: Path, console: Console) -> int:
+        """Returns the exit code, whatever the verdict of the cells."""
+        from testbed.run.cluster import execute_on
+
+        return execute_on(self.address, plan, directory, console, spread=self.spread)
 
 
 def check_machine(plan: Plan) -> str:
@@ -101,30 +124,37 @@ def _run_enclosed(module: str, *arguments: str) -> str:
     return done.stdout
 
 
-def start_run(spec: Spec, plan: Plan, out: Path, script_directory: Path, console: Console) -> tuple[int, Path]:
-    """Run a new experiment; returns the exit code and the run directory."""
-    engine = check_machine(plan)
-    if plan.impaired and len(plan.engines) == 1:  # it is written down, and --resume goes on with the same
+def start_run(
+    spec: Spec, plan: Plan, out: Path, script_directory: Path, console: Console, on: Cluster | None = None
+) -> tuple[int, Path]:
+    """Run a new experiment; returns the exit code and the run directory. on: the cluster that runs it, or else this machine."""
+    engine = "auto"
+    if on:
+        on.check()
+    else:
+        engine = check_machine(plan)
+    if engine != "auto" and plan.impaired and len(plan.engines) == 1:  # it is written down, and --resume goes on with the same
         spec = spec.model_copy(update={"network": spec.network.model_copy(update={"engine": engine})})
     directory = run_directory.create(spec, out, script_directory)
     if copied := run_directory.copied_script(directory):
         console.print(f"copied into the run: {', '.join(copied)}", markup=False, soft_wrap=True)
     with run_directory.run_lock(directory) as lock:
-        return _run(plan, directory, lock, console), directory
+        return _run(plan, directory, lock, console, on), directory
 
 
-def continue_run(plan: Plan, directory: Path, console: Console, *, again: bool = False) -> int:
+def continue_run(plan: Plan, directory: Path, console: Console, *, again: bool = False, on: Cluster | None = None) -> int:
     """Run the cells that are not done, then write summary and report; returns the exit code.
 
-    again: and those that are done, but not valid. Raises RunIsBusy if they are being run.
+    again: and those that are done, but not valid. on: as for ``start_run``. Raises RunIsBusy if they are being run.
     """
-    check_machine(plan)
+    if on is None:
+        check_machine(plan)
     with run_directory.run_lock(directory) as lock:
-        for line in run_directory.note_environment(directory):
+        for line in run_directory.note_environment(directory) if on is None else ():
             console.print(f"the cells will not all be of one machine: {line}", markup=False, soft_wrap=True)
         if again:
             _forget_invalid(directory)
-        return _run(plan, directory, lock, console)
+        return _run(plan, directory, lock, console, on)
 
 
 def _forget_invalid(directory: Path) -> None:
@@ -136,11 +166,11 @@ def _forget_invalid(directory: Path) -> None:
             (directory / "cells" / cell["cell"] / protocol.RESULT_FILE).unlink(missing_ok=True)
 
 
-def _run(plan: Plan, directory: Path, lock: int, console: Console) -> int:
+def _run(plan: Plan, directory: Path, lock: int, console: Console, on: Cluster | None) -> int:
     # The results need pandas and plotly; they load while the cells run.
     threading.Thread(target=_load_results, daemon=True).start()
     try:
-        code = _run_cells(plan, directory, lock, console)
+        code = on.run(plan, directory, console) if on else run_cells(plan, directory, lock, console)
         verdict = finish(directory, console, interrupted=code == EXIT_INTERRUPTED)
         return code if code == EXIT_CANNOT else verdict or code
     finally:
@@ -148,16 +178,17 @@ def _run(plan: Plan, directory: Path, lock: int, console: Console) -> int:
             console.print(fault, markup=False, soft_wrap=True)
 
 
-def _run_cells(plan: Plan, directory: Path, lock: int, console: Console) -> int:
+def run_cells(plan: Plan, directory: Path, lock: int, console: Console, only: Collection[str] = ()) -> int:
+    """Run the cells that are not done, or ``only`` those, on this machine; returns the exit code, whatever their verdict."""
     if plan.lab == "netns":
-        code = execute_enclosed(directory, lock)
+        code = execute_enclosed(directory, lock, only)
         if code < 0:
             console.print(f"testbed: the lab was ended by signal {-code}", style="red")
             return EXIT_FAILED
         return code
     _, interrupted = interrupt_main_thread_once(_DOCKER_GRACE_S)
     try:
-        execute(directory, console)
+        execute(directory, console, only)
     except (Exception, KeyboardInterrupt) as error:
         if interrupted.is_set():
             return EXIT_INTERRUPTED

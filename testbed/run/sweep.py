@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from testbed.run.directory import SPEC_FILE, NoRoom, is_full, release_reserve, r
 from testbed.run.progress import RunProgress
 from testbed.spec.load import load_spec
 
-EXIT_FAILED, EXIT_CANNOT, EXIT_INTERRUPTED = 1, 4, 130
+EXIT_DONE, EXIT_FAILED, EXIT_CANNOT, EXIT_INTERRUPTED = 0, 1, 4, 130
 
 
 def _ending_signals() -> list[signal.Signals]:
@@ -37,21 +37,25 @@ _GRACE_S = 4.0
 """From the first interrupt to the hard end; users were promised five seconds."""
 
 
-def execute(directory: Path, console: Console) -> None:
-    """Run every cell of a run directory that is not done yet; for netns the caller is inside the enclosure."""
+def execute(directory: Path, console: Console, only: Collection[str] = ()) -> None:
+    """Run every cell of a run directory that is not done yet; for netns the caller is inside the enclosure.
+
+    only: of these, if there are any.
+    """
     spec = load_spec(directory / SPEC_FILE)
     plan = make_plan(spec, directory)
     if "auto" in plan.engines:  # of a matrix over networks; the others are written down
         plan = make_plan(spec, directory, "userspace" if missing_kinds(["netem"]) else "netem")
     ended = {cell.name: read_result(directory / "cells" / cell.name) or {} for cell in plan.cells}
-    pending = [cell for cell in in_turn(plan) if ended[cell.name].get("status") != "done"]
+    wanted = [cell for cell in in_turn(plan) if not only or cell.name in only]
+    pending = [cell for cell in wanted if ended[cell.name].get("status") != "done"]
     earlier = {cell.name: _failures(ended[cell.name], directory / "cells" / cell.name) for cell in pending}
     for cell in pending:
         prepare_cell(cell, directory / "cells" / cell.name, earlier[cell.name])
     failed: list[Cell] = []
     with (
         _room_reserved(directory),
-        RunProgress(console, len(plan.cells), len(pending)) as progress,
+        RunProgress(console, len(wanted), len(pending)) as progress,
         open_labs(plan.lab, directory) as open_lab,
     ):
 
@@ -108,13 +112,13 @@ def in_turn(plan: Plan) -> list[Cell]:
     return cells
 
 
-def execute_enclosed(directory: Path, lock: int) -> int:
+def execute_enclosed(directory: Path, lock: int, only: Collection[str] = ()) -> int:
     """Run ``execute`` inside private namespaces as a child process; returns its exit code. lock: of ``directory.run_lock``.
 
     The child's standard input is a pipe that only we hold open. When we end, in whatever way, it reads the end of the pipe
     and stops in an orderly way; and when its first process ends, the kernel removes the rest.
     """
-    command = [*enclosure(), sys.executable, "-m", "testbed.run.inside", str(directory), str(lock)]
+    command = [*enclosure(), sys.executable, "-m", "testbed.run.inside", str(directory), str(lock), *only]
     read_end, lifeline = os.pipe2(os.O_CLOEXEC)
     # A process group of its own, or a signal to ours would end the child before it can clean up.
     with subprocess.Popen(command, stdin=read_end, pass_fds=[lock], process_group=0) as child:

@@ -1,0 +1,43 @@
+"""Some cells of a run: ``python -m testbed.run.part RUN_DIRECTORY CELL …``.
+
+Not for people: ``testbed.run.cluster`` starts it on another machine, with a pipe as standard input whose end means stop.
+"""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from rich.console import Console
+
+from testbed.labs.base import LabError
+from testbed.plan import make_plan
+from testbed.run import directory as run_directory
+from testbed.run.start import check_machine, run_cells
+from testbed.run.sweep import EXIT_CANNOT
+from testbed.spec.load import load_spec
+
+
+def main() -> int:
+    """Run the cells; the exit codes of ``testbed run``, less those of the results."""
+    directory, cells = Path(sys.argv[1]), sys.argv[2:]
+    threading.Thread(target=_watch_lifeline, daemon=True).start()
+    plan = make_plan(load_spec(directory / run_directory.SPEC_FILE), directory)
+    try:
+        check_machine(plan)
+        with run_directory.run_lock(directory) as lock:
+            return run_cells(plan, directory, lock, Console(), cells)
+    except LabError as error:
+        print(f"testbed: {error}")
+        return EXIT_CANNOT
+
+
+def _watch_lifeline() -> None:
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
