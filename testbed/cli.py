@@ -106,6 +106,15 @@ def validate(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 @app.command()
+def schema() -> None:
+    """Print the JSON Schema of a spec, from which editors complete and check."""
+    from netsenseml.catalog import registered_methods
+    from testbed.spec.schema import schema_text
+
+    typer.echo(schema_text(registered_methods()), nl=False)
+
+
+@app.command()
 def report(
     directory: Annotated[Path, typer.Argument(help="A run directory.")],
     tensorboard: Annotated[Path | None, typer.Option(help="Also write TensorBoard event files, a directory a cell.")] = None,

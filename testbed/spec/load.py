@@ -183,6 +183,11 @@ def _fault(detail: Any) -> tuple[str, str]:
     return place_of(path), text
 
 
+NOT_VARIED = ("matrix", "methods", "seeds", "name", "lab")
+NOT_COMPARED = ("workload", "workload.target", "workload.warmup")
+"""Keys that no matrix may vary, nor what lies in the first ones."""
+
+
 def combinations(spec: Spec) -> list[dict[str, Any]]:
     """Every combination of the matrix as {dotted key: value}; one empty one if there is no matrix."""
     keys = list(spec.matrix)
@@ -193,9 +198,9 @@ def combinations(spec: Spec) -> list[dict[str, Any]]:
             raise SpecError([(place_of(["matrix", key]), "has no values; give at least one")])
         if twice := [value for index, value in enumerate(values) if value in values[:index]]:
             raise SpecError([(place_of(["matrix", key]), f"{twice[0]!r} stands there twice; remove one")])
-        if key.split(".")[0] in ("matrix", "methods", "seeds", "name", "lab"):
+        if key.split(".")[0] in NOT_VARIED:
             raise SpecError([(place_of(["matrix", key]), "cannot vary by matrix; methods and seeds are lists of their own")])
-        if key in ("workload", "workload.target", "workload.warmup"):
+        if key in NOT_COMPARED:
             text = "cannot vary by matrix, or its cells could not be compared; run two experiments"
             raise SpecError([(place_of(["matrix", key]), text)])
     if (many := math.prod(map(len, spec.matrix.values()))) > _MAX_COMBINATIONS:
