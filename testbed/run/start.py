@@ -101,22 +101,24 @@ def _run_enclosed(module: str, *arguments: str) -> str:
     return done.stdout
 
 
-def start_run(spec: Spec, plan: Plan, out: Path, script_directory: Path, console: Console) -> tuple[int, Path]:
-    """Run a new experiment; returns the exit code and the run directory."""
+def start_run(
+    spec: Spec, plan: Plan, out: Path, script_directory: Path, console: Console, *, quiet: bool = False
+) -> tuple[int, Path]:
+    """Run a new experiment; returns the exit code and the run directory. quiet: without progress, only with the result."""
     engine = check_machine(plan)
     if plan.impaired and len(plan.engines) == 1:  # it is written down, and --resume goes on with the same
         spec = spec.model_copy(update={"network": spec.network.model_copy(update={"engine": engine})})
     directory = run_directory.create(spec, out, script_directory)
-    if copied := run_directory.copied_script(directory):
+    if (copied := run_directory.copied_script(directory)) and not quiet:
         console.print(f"copied into the run: {', '.join(copied)}", markup=False, soft_wrap=True)
     with run_directory.run_lock(directory) as lock:
-        return _run(plan, directory, lock, console), directory
+        return _run(plan, directory, lock, console, quiet), directory
 
 
-def continue_run(plan: Plan, directory: Path, console: Console, *, again: bool = False) -> int:
+def continue_run(plan: Plan, directory: Path, console: Console, *, again: bool = False, quiet: bool = False) -> int:
     """Run the cells that are not done, then write summary and report; returns the exit code.
 
-    again: and those that are done, but not valid. Raises RunIsBusy if they are being run.
+    again: and those that are done, but not valid. quiet: as in ``start_run``. Raises RunIsBusy if they are being run.
     """
     check_machine(plan)
     with run_directory.run_lock(directory) as lock:
@@ -124,7 +126,7 @@ def continue_run(plan: Plan, directory: Path, console: Console, *, again: bool =
             console.print(f"the cells will not all be of one machine: {line}", markup=False, soft_wrap=True)
         if again:
             _forget_invalid(directory)
-        return _run(plan, directory, lock, console)
+        return _run(plan, directory, lock, console, quiet)
 
 
 def _forget_invalid(directory: Path) -> None:
@@ -136,11 +138,11 @@ def _forget_invalid(directory: Path) -> None:
             (directory / "cells" / cell["cell"] / protocol.RESULT_FILE).unlink(missing_ok=True)
 
 
-def _run(plan: Plan, directory: Path, lock: int, console: Console) -> int:
+def _run(plan: Plan, directory: Path, lock: int, console: Console, quiet: bool) -> int:
     # The results need pandas and plotly; they load while the cells run.
     threading.Thread(target=_load_results, daemon=True).start()
     try:
-        code = _run_cells(plan, directory, lock, console)
+        code = _run_cells(plan, directory, lock, console, quiet)
         verdict = finish(directory, console, interrupted=code == EXIT_INTERRUPTED)
         return code if code == EXIT_CANNOT else verdict or code
     finally:
@@ -148,16 +150,16 @@ def _run(plan: Plan, directory: Path, lock: int, console: Console) -> int:
             console.print(fault, markup=False, soft_wrap=True)
 
 
-def _run_cells(plan: Plan, directory: Path, lock: int, console: Console) -> int:
+def _run_cells(plan: Plan, directory: Path, lock: int, console: Console, quiet: bool) -> int:
     if plan.lab == "netns":
-        code = execute_enclosed(directory, lock)
+        code = execute_enclosed(directory, lock, subprocess.DEVNULL if quiet else 2 if console.stderr else None)
         if code < 0:
             console.print(f"testbed: the lab was ended by signal {-code}", style="red")
             return EXIT_FAILED
         return code
     _, interrupted = interrupt_main_thread_once(_DOCKER_GRACE_S)
     try:
-        execute(directory, console)
+        execute(directory, Console(quiet=True) if quiet else console)
     except (Exception, KeyboardInterrupt) as error:
         if interrupted.is_set():
             return EXIT_INTERRUPTED

@@ -79,7 +79,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise SpecError([("", "there is no such file; try experiments/smoke.yaml")], str(path)) from None
+        raise SpecError([("", "there is no such file; testbed init writes one to begin with")], str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise SpecError([("", f"cannot be read: {reason}")], str(path)) from None
@@ -92,7 +92,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise SpecError([("", f"not valid YAML: {str(error) or type(error).__name__}")], name) from None
     if data is None:
-        raise SpecError([("", "is empty; start from experiments/smoke.yaml")], name)
+        raise SpecError([("", "is empty; testbed init writes one to begin with")], name)
     if not isinstance(data, dict):
         raise SpecError([("", f"must be a mapping of keys to values, not a {type(data).__name__}")], name)
     # Aliases let a small file stand for billions of nodes; count before anything walks them.

@@ -455,7 +455,7 @@ class TcpSpec(Model):
         ONE_STREAM
     )
     """Parallel streams: a number, or ``{random: [1, 50]}``, drawn anew each time it goes on."""
-    congestion: CongestionControl | None = Field(None, examples=["cubic"])
+    congestion: CongestionControl | None = Field(default=None, examples=["cubic"])
     """Congestion control; left out: the host's own."""
 
 
@@ -645,7 +645,7 @@ class ComputeSpec(Model):
     """Real compute that waits so that it takes at least so long a step; it stands for a faster or slower accelerator."""
     emulate: Annotated[Time, written_as("positive_time"), Field(gt=0)] | None = Field(default=None, examples=["120ms"])
     """No arithmetic; every layer waits for its share of this time. It measures throughput, never accuracy."""
-    jitter: Share = Field(0.0, examples=["5%"])
+    jitter: Share = Field(default=0.0, examples=["5%"])
     """From step to step, as a standard deviation; needs emulate."""
     stragglers: dict[str, Annotated[StrictFloat, Field(ge=0.1, le=1000)]] = Field(default_factory=dict, examples=["{w3: 2}"])
     """Workers that take so many times as long; needs pace or emulate."""
