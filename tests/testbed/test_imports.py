@@ -6,6 +6,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).parents[2]
 LIGHT = {"netsenseml.catalog", "netsenseml.records", "netsenseml.listener"}
 

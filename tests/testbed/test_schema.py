@@ -26,6 +26,8 @@ from testbed.spec.load import dump_spec, read_yaml, validate
 from testbed.spec.models import parse_queue
 from testbed.spec.schema import SCHEMA_FILE, json_schema, schema_text
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).parents[2]
 SPECS = sorted((ROOT / "experiments").rglob("*.yaml"))
 SCHEMA = json.loads(SCHEMA_FILE.read_text())

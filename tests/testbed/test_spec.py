@@ -16,6 +16,8 @@ from testbed.plan import make_plan
 from testbed.spec.errors import SpecError
 from testbed.spec.load import apply_overrides, combinations, dump_spec, load_spec, parse_link, validate
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "experiments" / "smoke.yaml"
 

@@ -18,6 +18,8 @@ from testbed.timeline.recording import Recording
 from testbed.timeline.shapes import SHAPES, parse_entry
 from testbed.timeline.span import values_at
 
+pytestmark = pytest.mark.fast
+
 LINKS = {name: LinkState(Shape(rate_bps=50_000_000), Shape(rate_bps=50_000_000)) for name in ("w0", "w1", "w2")}
 ONE = {"w0": LINKS["w0"]}
 

@@ -18,6 +18,8 @@ from testbed.traffic.flows import Duration, Flow, Streams, phases
 from testbed.traffic.iperf3 import Transcript
 from testbed.traffic.machine import check_traffic
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).parents[2]
 BASE = {
     "workers": 2,
