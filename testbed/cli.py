@@ -211,7 +211,8 @@ def examples(
             _print_json([{"name": key, "about": about} for key, about in found.items()])
         else:
             width = max(map(len, found), default=0)
-            lines = (f"{key:<{width}}  {textwrap.shorten(about, 98, placeholder=' …')}" for key, about in found.items())
+            short = {key: textwrap.shorten(about, 118 - width, placeholder=" …") for key, about in found.items()}
+            lines = (f"{key:<{width}}  {about}" for key, about in short.items())
             typer.echo("\n".join(lines))
         return
     specs = _written(lambda: copy_examples(name, destination))
