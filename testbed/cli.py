@@ -144,7 +144,7 @@ def run(
         path = _spec_or_default(spec, "run")
         loaded, plan = _plan(path, overrides, lab)
         if dry_run:
-            console.print("\n".join(describe(plan)), markup=False, highlight=False, soft_wrap=True)
+            typer.echo("\n".join(describe(plan)))
             return
         code, directory = _guarded(lambda: start_run(loaded, plan, out or RUNS, path.parent.resolve(), console, quiet=quiet))
     if as_json:

@@ -69,7 +69,7 @@ def _verdict(path: Path) -> tuple[str, str]:
         if is_being_run(path):
             return "running", f"{done} {'cell' if done == 1 else 'cells'} done"
         if not (path / SUMMARY_FILE).exists():
-            return "unfinished", f"{done} of {cells} cells that began are done; go on with: testbed run --resume {path}"
+            return "unfinished", f"{done} of {cells} cells are done; go on with: testbed run --resume {path}"
     except OSError as error:
         return "damaged", f"cannot be read: {error.strerror}"
     try:
@@ -80,6 +80,6 @@ def _verdict(path: Path) -> tuple[str, str]:
 
 
 def _count(path: Path) -> tuple[int, int]:
-    """(cells with a result, cells that began)."""
+    """(cells with a result, all cells)."""
     cells = [cell for cell in (path / "cells").iterdir() if cell.is_dir()]
     return sum(is_regular(cell / RESULT_FILE) for cell in cells), len(cells)

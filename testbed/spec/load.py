@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if isinstance(key, Hashable):
                 seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 takes 1e-3 for a text, as it wants a point in each float; 1.2, by which editors go, does not.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
@@ -216,7 +223,7 @@ def with_text(raw: Mapping[str, Any], text: str) -> dict[str, Any]:
     if not equals or not key.strip():
         raise SpecError([("--set", f"{text!r} is not of the form key=value, for example network.link.rate=20mbit")])
     try:
-        given = yaml.safe_load(value)
+        given = yaml.load(value, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
         _check_values({key.strip(): given}, "--set")
         return with_override(raw, key.strip(), given)
     except SpecError as error:

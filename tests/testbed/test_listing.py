@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
-from synthetic_run import write_run
+from synthetic_run import write_cell, write_run
 from typer.testing import CliRunner
 
 from testbed.cli import app
@@ -13,6 +15,7 @@ from testbed.results.load import load_run
 from testbed.results.summary import summarize, write_summary
 from testbed.run.directory import run_lock
 
+SMOKE = Path(__file__).parents[2] / "experiments" / "smoke.yaml"
 NAMES = {
     "ended": "drop-20260105T000000Z",
     "later": "drop-20260105T000000Z-2",
@@ -71,7 +74,7 @@ def test_runs_are_listed_newest_first_with_verdict_and_headline(folder, original
     assert "netsense trained" in found[f"runs/{NAMES['ended']}"]["headline"]
     killed = found[f"runs/{NAMES['killed']}"]
     assert killed["began"] == "2026-01-03T00:00:00+00:00"
-    assert killed["headline"] == f"1 of 2 cells that began are done; go on with: testbed run --resume runs/{NAMES['killed']}"
+    assert killed["headline"] == f"1 of 2 cells are done; go on with: testbed run --resume runs/{NAMES['killed']}"
     assert listed()[f"runs/{NAMES['going']}"]["verdict"] == "unfinished", "the lock is gone"
     table = cli("runs")
     assert table.index("2026-01-05 00:00") < table.index("2026-01-04 12:00") < table.index("damaged")
@@ -137,3 +140,30 @@ def test_a_comparison_is_there_for_programs_too(folder):
     paths = [str(folder / NAMES[name]) for name in ("ended", "later")]
     found = json.loads(cli("compare", *paths, "--json"))
     assert {one["method"]: one["verdict"] for one in found}.keys() == {"allreduce", "netsense"}
+
+
+@pytest.mark.parametrize("option", ["", "--quiet", "--json"])
+def test_a_run_is_told_with_progress_without_it_or_as_json(monkeypatch, tmp_path, capfd, option):
+    """The lab is left out here: in its place, records are written as a lab's workers would have."""
+
+    def enclosed(directory, lock, progress=None):
+        subprocess.run(["echo", "a line of progress"], stdout=progress, check=True)
+        for method in ("allreduce", "topk", "netsense"):
+            write_cell(directory / "cells" / f"{method}-s0", method, t_end_s=2.0)
+        return 0
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("testbed.run.start.check_machine", lambda plan: "netem")
+    monkeypatch.setattr("testbed.run.start.execute_enclosed", enclosed)
+    monkeypatch.setattr("testbed.report.html.write_report", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        app(["run", str(SMOKE), *filter(None, [option])], prog_name="testbed")
+    assert ended.value.code in (0, 3)
+    out, err = capfd.readouterr()
+    assert ("a line of progress" in out, "a line of progress" in err) == (option == "", option == "--json")
+    if option == "--json":
+        summary = json.loads(out)
+        assert len(summary["cells"]) == 3 and (tmp_path / summary["directory"] / "summary.json").exists()
+        assert "report: " in err
+    else:
+        assert "report: " in out and err == ""

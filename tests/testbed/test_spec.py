@@ -383,6 +383,13 @@ def test_a_value_of_the_command_line_that_nothing_can_be_is_named_with_its_key()
     assert refused(SMOKE, "--set", f"workers={10**30}") == "--set: workers: is a number that is too large"
 
 
+def test_numbers_are_those_of_editors(tmp_path):
+    text = SMOKE.read_text().replace("lr: 0.05", "lr: 5e-2")
+    assert load_spec(write(tmp_path, text)).workload.optimizer.options["lr"] == 0.05
+    assert load_spec(SMOKE, ["workload.optimizer.lr=1E-3"]).workload.optimizer.options["lr"] == 0.001
+    assert "must be a whole number, not '4'" in refused(write(tmp_path, None, workers="4"))
+
+
 @pytest.mark.parametrize("value", ["", "null", "~"])
 def test_nothing_on_the_command_line_is_no_value_either(value):
     line = refused(SMOKE, "--set", f"network.link.rate={value}")
