@@ -1,6 +1,8 @@
 # make run    set up and run experiments/smoke.yaml in rootless network namespaces
 # make test   set up and run the checks and all tests
 # make lint   the checks alone
+# make fast   the checks, and the tests that need nothing and take moments; under a minute
+# make dist   the wheel and the source archive, in dist/
 # make test-delayline    the same with the delay line that stands in where the kernel has no netem
 # make test-netem    the tests of delay, jitter and loss, under User-Mode Linux (package user-mode-linux)
 # make test-chaos    kill parts of running experiments at random moments; KILLS=200 LAB=docker for more and others
@@ -18,7 +20,7 @@ LAB ?= netns
 # are processes are one group, in which they take turns.
 ALONE = docker or netns or alone
 
-.PHONY: run test lint test-netem test-delayline test-chaos check setup clean
+.PHONY: run test lint fast dist test-netem test-delayline test-chaos check setup clean
 
 run: setup
 	$(VENV)/bin/testbed run $(EXPERIMENT)
@@ -26,6 +28,10 @@ run: setup
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+# A file of tests belongs to these with the line: pytestmark = pytest.mark.fast
+fast: lint
+	$(VENV)/bin/python -m pytest -q -n 2 -m fast $$(grep -lr --include 'test_*.py' 'mark\.fast' tests) $(PYTEST_ARGS)
 
 test: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "not netem and not ($(ALONE))" $(PYTEST_ARGS); others=$$?; \
@@ -44,6 +50,12 @@ test-delayline: setup
 
 test-chaos: setup
 	$(VENV)/bin/python tests/chaos/kills.py --kills $(KILLS) --lab $(LAB)
+
+dist: setup
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check build twine
+	rm -rf dist
+	$(VENV)/bin/python -m build --no-isolation --outdir dist .
+	$(VENV)/bin/twine check --strict dist/*
 
 setup: check $(VENV)/installed
 

@@ -51,6 +51,18 @@ class Option:
             raise ValueError(self.expected)
         return value
 
+    def json_schema(self) -> dict[str, Any]:
+        """What ``check`` takes, as JSON Schema."""
+        out: dict[str, Any] = {"description": self.help, "default": self.default}
+        if self.kind is list:
+            of = {"type": "integer", "minimum": 1} if self._of_numbers else {"type": "string"}
+            return {**out, "type": "array", "items": of}
+        if self.choices:
+            return {**out, "enum": list(self.choices)}
+        out["type"] = {bool: "boolean", int: "integer", float: "number", str: "string"}[self.kind]
+        bounds = {"minimum": self.low, "maximum": self.high, "exclusiveMinimum": self.above}
+        return {**out, **{key: bound for key, bound in bounds.items() if math.isfinite(bound)}}
+
     @property
     def _of_numbers(self) -> bool:
         return bool(self.default) and _is_int(self.default[0])
@@ -138,9 +150,8 @@ def check_method(name: str, options: Mapping[str, Any] | None = None) -> dict[st
 
 def check_scheme(name: str) -> None:
     """Raise ValueError, one line, unless ``name`` is a scheme that netsense can use."""
-    kind = name.removeprefix("host-").removesuffix("-ring")
-    found = _SPARSE.fullmatch(kind)
-    if name != "allreduce" and kind not in _DENSE and not (found and 0 < float(found[1]) < 100):
+    found = re.fullmatch(SCHEME, name)
+    if not found or (found[1] is not None and not 0 < float(found[1]) < 100):
         raise ValueError(
             f"unknown scheme '{name}'; there are allreduce, {', '.join(_DENSE)}, and such as sparse-int8@1%; all but the first "
             "also with -ring behind them, to gather round a ring, or host- before them, where hosts have several ranks"
@@ -148,7 +159,8 @@ def check_scheme(name: str) -> None:
 
 
 _DENSE = ("fp32", "bf16", "int8", "int4", "sign")
-_SPARSE = re.compile(rf"sparse-(?:{'|'.join(_DENSE)})@([0-9]*\.?[0-9]+)%")
+SCHEME = rf"(?:allreduce|(?:host-)?(?:{'|'.join(_DENSE)}|sparse-(?:{'|'.join(_DENSE)})@([0-9]*\.?[0-9]+)%)(?:-ring)?)"
+"""Names of schemes; the group is the share of a sparse one in %, which lies between 0 and 100."""
 
 
 def registered_methods() -> dict[str, EntryPoint]:

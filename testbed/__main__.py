@@ -5,7 +5,6 @@ So nothing else of the testbed is imported here before it is certain that a pack
 
 import re
 import sys
-from importlib import metadata
 
 _OTHER_NAMES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
 """Modules that are called otherwise than the package that brings them."""
@@ -14,6 +13,8 @@ _EXIT_CANNOT = 4
 
 def modules_of_the_extra() -> frozenset[str]:
     """Modules that ``pip install 'netsenseml[testbed]'`` brings; none where the distribution is not installed."""
+    from importlib import metadata  # takes a while, which completion in a shell does not have
+
     try:
         requirements = metadata.requires("netsenseml") or []
     except metadata.PackageNotFoundError:

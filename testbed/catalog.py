@@ -109,7 +109,7 @@ def check_pair(model: str, model_options: Mapping[str, Any], data: str, data_opt
     """Raise ValueError, one line, if a model cannot learn from a data set; what is the user's own is not known."""
     if is_import_path(model) or is_import_path(data):
         return
-    fits = _FITTING[model]
+    fits = FITTING[model]
     if data not in fits:
         raise ValueError(f"'{data}' is no data for the model '{model}'; it learns from {', '.join(fits)}")
     wanted, given = check_model(model, model_options), check_data(data, data_options)
@@ -123,7 +123,7 @@ def check_pair(model: str, model_options: Mapping[str, Any], data: str, data_opt
 
 
 _IMAGES = ("images", "cifar10", "cifar100")
-_FITTING: Mapping[str, tuple[str, ...]] = {
+FITTING: Mapping[str, tuple[str, ...]] = {
     "mlp": ("digits",),
     "cnn": ("digits",),
     "resnet18": _IMAGES,

@@ -1,31 +1,27 @@
 """The command ``testbed``: parse, call, print. Exit codes: 0 done and valid; 1 a run failed; 2 bad input, nothing was
-touched; 3 done, but not valid; 4 this machine cannot do it; 130 interrupted."""
+touched; 3 done, but not valid; 4 this machine cannot do it; 130 interrupted.
+
+What a command needs is imported in it: shells call this at each press of the tab key."""
 
 import importlib.util
 import json
 import os
 import re
 import shutil
+import textwrap
 from collections.abc import Callable
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
-from rich.console import Console
-
-from testbed.files import explained
-from testbed.labs.base import LabError
-from testbed.plan import Plan, describe, load_plan
-from testbed.run.directory import RunIsBusy
-from testbed.spec.errors import SpecError
-from testbed.spec.load import parse_link, with_text
-from testbed.spec.models import Spec
-from testbed.spec.units import parse_rate, parse_share, parse_time
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from testbed.plan import Plan
     from testbed.results.load import Run
+    from testbed.spec.models import Spec
 
 T = TypeVar("T")
 
@@ -34,7 +30,6 @@ EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INVALID, EXIT_CANNOT, EXIT_INTERRUPTED = 1, 2,
 app = typer.Typer(
     help="Distributed training over links that the kernel shapes: run it, measure it, see who wins.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -54,29 +49,87 @@ class Engine(StrEnum):
     USERSPACE = "userspace"
 
 
-SpecPath = Annotated[Path, typer.Argument(help="The experiment, a YAML file such as experiments/smoke.yaml.")]
+def _paths(incomplete: str, keep: Callable[[Path], bool]) -> list[str]:
+    """Paths that begin like this, directories with their slash; hidden ones only if asked for."""
+    given, start = os.path.split(incomplete)
+    try:
+        found = sorted(Path(given or ".").iterdir())
+    except OSError:
+        return []
+    shown = [path for path in found if path.name.startswith(start) and (start or not path.name.startswith("."))]
+    names = [os.path.join(given, path.name) + "/" * path.is_dir() for path in shown if path.is_dir() or keep(path)]  # noqa: PTH118
+    # Shells put a space behind the only choice, which nobody wants behind a directory that goes on.
+    return (_paths(names[0], keep) or names) if len(names) == 1 and names[0].endswith("/") else names
+
+
+def _specs(incomplete: str) -> list[str]:
+    return _paths(incomplete, lambda path: path.suffix in (".yaml", ".yml"))
+
+
+def _directories(incomplete: str) -> list[str]:
+    return _paths(incomplete, lambda _: False)
+
+
+def _run_directories(incomplete: str) -> list[str]:
+    """Those of ./runs without that folder having been typed; otherwise any directory."""
+    return _directories(incomplete if incomplete else "runs/") or _directories(incomplete)
+
+
+def _examples(incomplete: str) -> list[str]:
+    """Like ``testbed.examples.examples``, from the names of the files alone."""
+    package = Path(__file__).parent
+    folder = next((one for one in (package / "experiments", package.parent / "experiments") if one.is_dir()), package)
+    names = [str(path.relative_to(folder).with_suffix("")) for path in sorted(folder.rglob("*.yaml"))]
+    return [name for name in [*names, "all"] if name.startswith(incomplete) and not name.startswith(("bench/", "data/"))]
+
+
+DEFAULT_SPEC = Path("experiment.yaml")
+RUNS = Path("runs")
+SpecPath = Annotated[
+    Path | None,
+    typer.Argument(
+        help="The experiment, a YAML file such as experiments/smoke.yaml.  [default: experiment.yaml]", autocompletion=_specs
+    ),
+]
+RunPath = Annotated[Path, typer.Argument(help="A run directory.", autocompletion=_run_directories)]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the spec, e.g. workers=8. Repeatable.")
 ]
-LiveRun = Annotated[Path | None, typer.Option(help="The run directory; the newest live run in ./runs if left out.")]
+LiveRun = Annotated[
+    Path | None,
+    typer.Option(help="The run directory; the newest live run in ./runs if left out.", autocompletion=_run_directories),
+]
 LabOption = Annotated[LabKind | None, typer.Option("--lab", help="Where the workers run; overrides the spec.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 
 
 @app.command()
 def run(
-    spec: Annotated[Path | None, typer.Argument(help="The experiment, a YAML file such as experiments/smoke.yaml.")] = None,
+    spec: SpecPath = None,
     lab: LabOption = None,
-    out: Annotated[Path | None, typer.Option(help="Directory in which the run directory is made.  [default: runs]")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory in which the run directory is made.  [default: runs]", autocompletion=_directories),
+    ] = None,
     overrides: Overrides = [],  # noqa: B006
-    resume: Annotated[Path | None, typer.Option(help="Go on with this run directory instead of a new run.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with this run directory instead of a new run.", autocompletion=_run_directories)
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="With --resume: run the cells that are not valid again, too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print hosts, timeline and tc commands; do nothing.")] = False,
     on: Annotated[
         str | None, typer.Option("--on", metavar="ADDRESS", help="Run the cells on a Dask cluster: tcp://host:8786 or local:N.")
     ] = None,
     spread: Annotated[bool, typer.Option("--spread", help="With --on: methods need not be compared on one machine.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only, without progress.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as JSON; all else goes to standard error.")
+    ] = False,
 ) -> None:
     """Run an experiment and say who won."""
+    from rich.console import Console
+
+    from testbed.plan import describe
     from testbed.run.directory import SPEC_FILE
     from testbed.run.start import Cluster, continue_run, start_run
 
@@ -86,42 +139,196 @@ def run(
         _fail("--spread goes with --on; one machine runs every cell by itself", EXIT_BAD_INPUT)
     cluster = None if on is None else Cluster(on, spread)
 
-    console = Console()
+    console = Console(stderr=as_json)
     if resume is not None:
         if spec is not None or overrides or lab is not None or dry_run or out is not None:
             what = "SPEC nor --set, --lab, --out, --dry-run"
             _fail(f"--resume takes the spec of the run directory and goes on in it; give neither {what}", EXIT_BAD_INPUT)
         if not (resume / SPEC_FILE).exists():
             _fail(f"{resume}: is no run directory; run directories lie in runs, unless --out said otherwise", EXIT_BAD_INPUT)
+        directory = resume
         loaded, plan = _plan(resume / SPEC_FILE, [], None)
-        raise typer.Exit(_guarded(lambda: continue_run(plan, resume, console, again=again, on=cluster)))
-    if again:
-        _fail("--again goes with --resume; a new run runs every cell", EXIT_BAD_INPUT)
-    if spec is None:
-        _fail("SPEC is missing; name a YAML file, for example: testbed run experiments/smoke.yaml", EXIT_BAD_INPUT)
-    loaded, plan = _plan(spec, overrides, lab)
-    if dry_run:
-        console.print("\n".join(describe(plan)), markup=False, highlight=False, soft_wrap=True)
-        return
-    raise typer.Exit(_guarded(lambda: start_run(loaded, plan, out or Path("runs"), spec.parent.resolve(), console, cluster)[0]))
+        code = _guarded(lambda: continue_run(plan, resume, console, again=again, quiet=quiet, on=cluster))
+    else:
+        if again:
+            _fail("--again goes with --resume; a new run runs every cell", EXIT_BAD_INPUT)
+        path = _spec_or_default(spec, "run")
+        loaded, plan = _plan(path, overrides, lab)
+        if dry_run:
+            typer.echo("\n".join(describe(plan)))
+            return
+        folder = path.parent.resolve()
+        code, directory = _guarded(lambda: start_run(loaded, plan, out or RUNS, folder, console, quiet=quiet, on=cluster))
+    if as_json:
+        _print_summary(directory)
+    raise typer.Exit(code)
+
+
+def _spec_or_default(spec: Path | None, command: str) -> Path:
+    if spec is None and not DEFAULT_SPEC.exists():
+        example = f"testbed {command} experiments/smoke.yaml"
+        _fail(f"SPEC is missing; name a YAML file, for example: {example}, or make one with: testbed init", EXIT_BAD_INPUT)
+    return spec or DEFAULT_SPEC
+
+
+def _print_summary(directory: Path) -> None:
+    from testbed.files import read_json
+    from testbed.results.load import SUMMARY_FILE
+
+    summary = read_json(directory / SUMMARY_FILE)
+    if summary is not None:
+        _print_json({"directory": str(directory), **summary})
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _print(what: "RenderableType") -> None:
+    from rich.console import Console
+
+    Console().print(what)
 
 
 @app.command()
-def validate(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
+def init(
+    name: Annotated[str, typer.Argument(help="The name of the experiment; the file is called NAME.yaml.")] = DEFAULT_SPEC.stem,
+) -> None:
+    """Write a commented spec to begin with, and beside it the schema by which editors complete and check it."""
+    from testbed.examples import SCHEMA_NAME, write_starter
+
+    path = _written(lambda: write_starter(name))
+    spec = "" if path == DEFAULT_SPEC else f" {path}"
+    typer.echo(f"{path}: a spec that runs as it is; {path.with_name(SCHEMA_NAME)}: what your editor checks it by")
+    typer.echo(f"next: testbed run{spec}")
+
+
+@app.command()
+def examples(
+    name: Annotated[
+        str | None, typer.Argument(help="The one to copy, or all; they are listed if left out.", autocompletion=_examples)
+    ] = None,
+    destination: Annotated[Path, typer.Argument(help="The directory to copy to.", autocompletion=_directories)] = Path(
+        "experiments"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """List the experiments that are shipped, or copy one with the files it needs."""
+    from testbed.examples import command, copy_examples
+    from testbed.examples import examples as shipped
+
+    if name is None:
+        found = shipped()
+        if as_json:
+            _print_json([{"name": key, "about": about} for key, about in found.items()])
+        else:
+            width = max(map(len, found), default=0)
+            short = {key: textwrap.shorten(about, 118 - width, placeholder=" …") for key, about in found.items()}
+            lines = (f"{key:<{width}}  {about}" for key, about in short.items())
+            typer.echo("\n".join(lines))
+        return
+    specs = _written(lambda: copy_examples(name, destination))
+    if as_json:
+        _print_json([str(path) for path in specs])
+    else:
+        typer.echo("\n".join([*map(str, specs), f"next: {command(specs[0])}"]))
+
+
+def _written(write: Callable[[], T]) -> T:
+    """What writes files of the user's: refused where others lie, or one line where they cannot be written."""
+    from testbed.examples import Refused
+
+    def checked() -> T:
+        try:
+            return write()
+        except Refused as error:
+            _fail(str(error), EXIT_BAD_INPUT)
+
+    return _guarded(checked)
+
+
+@app.command()
+def validate(spec: SpecPath = None, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Check a spec without running anything."""
-    _, plan = _plan(spec, overrides, None)
-    cells = len(plan.cells)
-    typer.echo(
-        f"{spec}: good; {cells} {'cell' if cells == 1 else 'cells'}, {len(plan.cells[0].workers)} workers, lab {plan.lab}"
-    )
+    path = _spec_or_default(spec, "validate")
+    loaded, plan = _plan(path, overrides, None, as_json=as_json)
+    workers = len(plan.cells[0].workers)
+    if as_json:
+        cells = [cell.name for cell in plan.cells]
+        _print_json({"spec": str(path), "name": loaded.name, "lab": plan.lab, "workers": workers, "cells": cells, "faults": []})
+        return
+    cells_ = f"{len(plan.cells)} {'cell' if len(plan.cells) == 1 else 'cells'}"
+    typer.echo(f"{path}: good; {cells_}, {workers} workers, lab {plan.lab}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a spec, from which editors complete and check."""
+    from netsenseml.catalog import registered_methods
+    from testbed.spec.schema import schema_text
+
+    typer.echo(schema_text(registered_methods()), nl=False)
+
+
+@app.command()
+def runs(
+    folder: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="Where run directories lie.", autocompletion=_directories)
+    ] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """List run directories, the newest first: when, verdict, headline."""
+    from dataclasses import asdict
+
+    from testbed.report.terminal import runs_table
+    from testbed.results.load import NotARun
+    from testbed.run.directory import SPEC_FILE
+    from testbed.run.listing import list_runs
+
+    if (folder / SPEC_FILE).is_file():
+        _fail(f"{folder}: is one run directory; show it with: testbed show {folder}", EXIT_BAD_INPUT)
+    try:
+        found = list_runs(folder) if folder.exists() or folder != RUNS else []
+    except NotARun as error:
+        _fail(f"{error}; run directories lie in runs, unless --out said otherwise", EXIT_BAD_INPUT)
+    if as_json:
+        _print_json([{**asdict(run), "began": run.began.isoformat()} for run in found])
+    elif found:
+        _print(runs_table(found))
+    else:
+        typer.echo(f"{folder}: there is no run in it; start one with: testbed run SPEC", err=True)
+
+
+@app.command()
+def show(directory: RunPath, as_json: AsJson = False) -> None:
+    """Print the summary of a run, also of one that goes on or was killed; writes nothing."""
+    from testbed.report.terminal import terminal_table
+    from testbed.results.load import NotARun, load_run
+    from testbed.results.summary import summarize
+
+    def read() -> dict[str, Any]:
+        try:
+            return summarize(load_run(directory))
+        except (NotARun, ValueError) as error:
+            _fail(str(error), EXIT_BAD_INPUT)
+
+    summary = _guarded(read)
+    if as_json:
+        _print_json({"directory": str(directory), **summary})
+    else:
+        _print(terminal_table(summary))
 
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="A run directory.")],
-    tensorboard: Annotated[Path | None, typer.Option(help="Also write TensorBoard event files, a directory a cell.")] = None,
+    directory: RunPath,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Also write TensorBoard event files, a directory a cell.", autocompletion=_directories)
+    ] = None,
 ) -> None:
     """Write summary and report of a run again, for example of one that was killed."""
+    from rich.console import Console
+
     from testbed.results.load import NotARun, load_run, require_run
     from testbed.run.start import report_run
 
@@ -154,14 +361,20 @@ def _event_writer() -> "Callable[[Run, Path], None]":
 
 @app.command()
 def compare(
-    before: Annotated[Path, typer.Argument(help="A run directory, for example of the main branch.")],
-    after: Annotated[Path, typer.Argument(help="Another run of the same spec.")],
+    before: Annotated[
+        Path, typer.Argument(help="A run directory, for example of the main branch.", autocompletion=_run_directories)
+    ],
+    after: Annotated[Path, typer.Argument(help="Another run of the same spec.", autocompletion=_run_directories)],
     tolerance: Annotated[str, typer.Option(help="By so much a step may take longer.")] = "5%",
+    as_json: AsJson = False,
 ) -> None:
     """Say what became slower or faster from one run to another; exit code 1 if something became slower or is missing."""
+    from dataclasses import asdict
+
     from testbed.report.terminal import differences_table
     from testbed.results.difference import differences, unlike
     from testbed.results.load import NotARun, load_run
+    from testbed.spec.units import parse_share
 
     try:
         runs = load_run(before), load_run(after)
@@ -170,7 +383,10 @@ def compare(
         _fail(str(error), EXIT_BAD_INPUT)
     if not found:
         _fail(f"{before}: has no cell that could be compared", EXIT_BAD_INPUT)
-    Console().print(differences_table(found))
+    if as_json:
+        _print_json([asdict(difference) for difference in found])
+    else:
+        _print(differences_table(found))
     if keys := unlike(*runs):
         typer.echo(f"The specs differ in {', '.join(keys)}: this compares two experiments.", err=True)
     if any(difference.verdict in ("slower", "missing") for difference in found):
@@ -186,11 +402,13 @@ def link(
         list[str],
         typer.Option("--set", metavar="KEY=VALUE", help="Change a property, e.g. rate=5mbit, up.rate=1mbit, up=false."),
     ] = [],  # noqa: B006
-    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the links of a live run, or change one by hand; the change enters the event log as manual."""
     from testbed.report.terminal import links_table
     from testbed.run.door import ask
+    from testbed.spec.errors import SpecError
+    from testbed.spec.load import parse_link, with_text
 
     wanted: dict[str, Any] = {}
     try:
@@ -206,7 +424,7 @@ def link(
     if as_json:
         typer.echo(json.dumps(answer["links"]))
     else:
-        Console().print(links_table(answer["links"]))
+        _print(links_table(answer["links"]))
 
 
 @app.command(name="exec")
@@ -263,6 +481,8 @@ def _become(command: Callable[[], list[str]]) -> NoReturn:
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
     """Say what this machine can do, and what mends what it cannot."""
+    from rich.console import Console
+
     from testbed.doctor import examine
     from testbed.report.terminal import doctor_table
 
@@ -286,10 +506,15 @@ def calibrate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure on a scratch lab whether links do what they are set to: goodput, RTT, jitter, loss."""
+    from dataclasses import replace
+
+    from rich.console import Console
+
     from testbed.calibrate import Conditions
     from testbed.calibrate import calibrate as measure
     from testbed.report.terminal import calibration_table
     from testbed.run.start import choose_engine
+    from testbed.spec.units import parse_rate, parse_share, parse_time
 
     try:
         conditions = Conditions(tuple(map(parse_rate, rates)), parse_time(delay), parse_time(jitter), parse_share(loss), burst)
@@ -323,14 +548,23 @@ def clean(
     typer.echo("\n".join(f"{verb} {name}" for name in removed) or "nothing to remove")
 
 
-def _plan(path: Path, overrides: list[str], lab: LabKind | None) -> tuple[Spec, Plan]:
+def _plan(path: Path, overrides: list[str], lab: LabKind | None, *, as_json: bool = False) -> "tuple[Spec, Plan]":
+    from testbed.plan import load_plan
+    from testbed.spec.errors import SpecError
+
     try:
         return load_plan(path, [*overrides, *([f"lab={lab.value}"] if lab else [])])
     except SpecError as error:
+        if as_json:
+            _print_json({"spec": str(path), "faults": [{"place": place, "text": text} for place, text in error.faults]})
         _fail(str(error), EXIT_BAD_INPUT)
 
 
 def _guarded(call: Callable[[], T]) -> T:
+    from testbed.files import explained
+    from testbed.labs.base import LabError
+    from testbed.run.directory import RunIsBusy
+
     try:
         return call()
     except LabError as error:
@@ -352,7 +586,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    app(prog_name="testbed")  # also where it is started as a module: completion goes by the name
 
 
 if __name__ == "__main__":

@@ -66,6 +66,23 @@ def run_lock(directory: Path) -> Iterator[int]:
         os.close(lock)
 
 
+def is_being_run(directory: Path) -> bool:
+    """Whether a process holds the lock of a run directory now."""
+    try:
+        lock = os.open(directory / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for no longer than it takes to ask
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        pass
+    finally:
+        os.close(lock)
+    return False
+
+
 def reserve_room(directory: Path) -> None:
     """Set room aside, so that a cell's result can be written on a disk that is full; raises OSError if there is none."""
     reserve = os.open(directory / RESERVE_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)

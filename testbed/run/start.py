@@ -125,9 +125,19 @@ def _run_enclosed(module: str, *arguments: str) -> str:
 
 
 def start_run(
-    spec: Spec, plan: Plan, out: Path, script_directory: Path, console: Console, on: Cluster | None = None
+    spec: Spec,
+    plan: Plan,
+    out: Path,
+    script_directory: Path,
+    console: Console,
+    *,
+    quiet: bool = False,
+    on: Cluster | None = None,
 ) -> tuple[int, Path]:
-    """Run a new experiment; returns the exit code and the run directory. on: the cluster that runs it, or else this machine."""
+    """Run a new experiment; returns the exit code and the run directory.
+
+    quiet: without progress, only with the result. on: the cluster that runs it, or else this machine.
+    """
     engine = "auto"
     if on:
         on.check()
@@ -136,16 +146,18 @@ def start_run(
     if engine != "auto" and plan.impaired and len(plan.engines) == 1:  # it is written down, and --resume goes on with the same
         spec = spec.model_copy(update={"network": spec.network.model_copy(update={"engine": engine})})
     directory = run_directory.create(spec, out, script_directory)
-    if copied := run_directory.copied_script(directory):
+    if (copied := run_directory.copied_script(directory)) and not quiet:
         console.print(f"copied into the run: {', '.join(copied)}", markup=False, soft_wrap=True)
     with run_directory.run_lock(directory) as lock:
-        return _run(plan, directory, lock, console, on), directory
+        return _run(plan, directory, lock, console, quiet, on), directory
 
 
-def continue_run(plan: Plan, directory: Path, console: Console, *, again: bool = False, on: Cluster | None = None) -> int:
+def continue_run(
+    plan: Plan, directory: Path, console: Console, *, again: bool = False, quiet: bool = False, on: Cluster | None = None
+) -> int:
     """Run the cells that are not done, then write summary and report; returns the exit code.
 
-    again: and those that are done, but not valid. on: as for ``start_run``. Raises RunIsBusy if they are being run.
+    again: and those that are done, but not valid. quiet, on: as in ``start_run``. Raises RunIsBusy if they are being run.
     """
     if on is None:
         check_machine(plan)
@@ -154,7 +166,7 @@ def continue_run(plan: Plan, directory: Path, console: Console, *, again: bool =
             console.print(f"the cells will not all be of one machine: {line}", markup=False, soft_wrap=True)
         if again:
             _forget_invalid(directory)
-        return _run(plan, directory, lock, console, on)
+        return _run(plan, directory, lock, console, quiet, on)
 
 
 def _forget_invalid(directory: Path) -> None:
@@ -166,11 +178,12 @@ def _forget_invalid(directory: Path) -> None:
             (directory / "cells" / cell["cell"] / protocol.RESULT_FILE).unlink(missing_ok=True)
 
 
-def _run(plan: Plan, directory: Path, lock: int, console: Console, on: Cluster | None) -> int:
+def _run(plan: Plan, directory: Path, lock: int, console: Console, quiet: bool, on: Cluster | None) -> int:
     # The results need pandas and plotly; they load while the cells run.
     threading.Thread(target=_load_results, daemon=True).start()
     try:
-        code = on.run(plan, directory, console) if on else run_cells(plan, directory, lock, console)
+        progress = Console(quiet=True) if quiet else console
+        code = on.run(plan, directory, progress) if on else run_cells(plan, directory, lock, console, quiet=quiet)
         verdict = finish(directory, console, interrupted=code == EXIT_INTERRUPTED)
         return code if code == EXIT_CANNOT else verdict or code
     finally:
@@ -178,17 +191,19 @@ def _run(plan: Plan, directory: Path, lock: int, console: Console, on: Cluster |
             console.print(fault, markup=False, soft_wrap=True)
 
 
-def run_cells(plan: Plan, directory: Path, lock: int, console: Console, only: Collection[str] = ()) -> int:
+def run_cells(
+    plan: Plan, directory: Path, lock: int, console: Console, only: Collection[str] = (), quiet: bool = False
+) -> int:
     """Run the cells that are not done, or ``only`` those, on this machine; returns the exit code, whatever their verdict."""
     if plan.lab == "netns":
-        code = execute_enclosed(directory, lock, only)
+        code = execute_enclosed(directory, lock, only, subprocess.DEVNULL if quiet else 2 if console.stderr else None)
         if code < 0:
             console.print(f"testbed: the lab was ended by signal {-code}", style="red")
             return EXIT_FAILED
         return code
     _, interrupted = interrupt_main_thread_once(_DOCKER_GRACE_S)
     try:
-        execute(directory, console, only)
+        execute(directory, Console(quiet=True) if quiet else console, only)
     except (Exception, KeyboardInterrupt) as error:
         if interrupted.is_set():
             return EXIT_INTERRUPTED

@@ -112,8 +112,10 @@ def in_turn(plan: Plan) -> list[Cell]:
     return cells
 
 
-def execute_enclosed(directory: Path, lock: int, only: Collection[str] = ()) -> int:
+def execute_enclosed(directory: Path, lock: int, only: Collection[str] = (), progress: int | None = None) -> int:
     """Run ``execute`` inside private namespaces as a child process; returns its exit code. lock: of ``directory.run_lock``.
+
+    progress: where the child writes it, as in ``subprocess``; None: to our standard output.
 
     The child's standard input is a pipe that only we hold open. When we end, in whatever way, it reads the end of the pipe
     and stops in an orderly way; and when its first process ends, the kernel removes the rest.
@@ -121,7 +123,7 @@ def execute_enclosed(directory: Path, lock: int, only: Collection[str] = ()) -> 
     command = [*enclosure(), sys.executable, "-m", "testbed.run.inside", str(directory), str(lock), *only]
     read_end, lifeline = os.pipe2(os.O_CLOEXEC)
     # A process group of its own, or a signal to ours would end the child before it can clean up.
-    with subprocess.Popen(command, stdin=read_end, pass_fds=[lock], process_group=0) as child:
+    with subprocess.Popen(command, stdin=read_end, stdout=progress, pass_fds=[lock], process_group=0) as child:
         os.close(read_end)
         with _closing_on_signal(lifeline) as close_lifeline:
             try:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if isinstance(key, Hashable):
                 seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 takes 1e-3 for a text, as it wants a point in each float; 1.2, by which editors go, does not.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
@@ -79,7 +86,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise SpecError([("", "there is no such file; try experiments/smoke.yaml")], str(path)) from None
+        raise SpecError([("", "there is no such file; testbed init writes one to begin with")], str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise SpecError([("", f"cannot be read: {reason}")], str(path)) from None
@@ -92,7 +99,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise SpecError([("", f"not valid YAML: {str(error) or type(error).__name__}")], name) from None
     if data is None:
-        raise SpecError([("", "is empty; start from experiments/smoke.yaml")], name)
+        raise SpecError([("", "is empty; testbed init writes one to begin with")], name)
     if not isinstance(data, dict):
         raise SpecError([("", f"must be a mapping of keys to values, not a {type(data).__name__}")], name)
     # Aliases let a small file stand for billions of nodes; count before anything walks them.
@@ -183,6 +190,11 @@ def _fault(detail: Any) -> tuple[str, str]:
     return place_of(path), text
 
 
+NOT_VARIED = ("matrix", "methods", "seeds", "name", "lab")
+NOT_COMPARED = ("workload", "workload.target", "workload.warmup")
+"""Keys that no matrix may vary, nor what lies in the first ones."""
+
+
 def combinations(spec: Spec) -> list[dict[str, Any]]:
     """Every combination of the matrix as {dotted key: value}; one empty one if there is no matrix."""
     keys = list(spec.matrix)
@@ -193,9 +205,9 @@ def combinations(spec: Spec) -> list[dict[str, Any]]:
             raise SpecError([(place_of(["matrix", key]), "has no values; give at least one")])
         if twice := [value for index, value in enumerate(values) if value in values[:index]]:
             raise SpecError([(place_of(["matrix", key]), f"{twice[0]!r} stands there twice; remove one")])
-        if key.split(".")[0] in ("matrix", "methods", "seeds", "name", "lab"):
+        if key.split(".")[0] in NOT_VARIED:
             raise SpecError([(place_of(["matrix", key]), "cannot vary by matrix; methods and seeds are lists of their own")])
-        if key in ("workload", "workload.target", "workload.warmup"):
+        if key in NOT_COMPARED:
             text = "cannot vary by matrix, or its cells could not be compared; run two experiments"
             raise SpecError([(place_of(["matrix", key]), text)])
     if (many := math.prod(map(len, spec.matrix.values()))) > _MAX_COMBINATIONS:
@@ -211,7 +223,7 @@ def with_text(raw: Mapping[str, Any], text: str) -> dict[str, Any]:
     if not equals or not key.strip():
         raise SpecError([("--set", f"{text!r} is not of the form key=value, for example network.link.rate=20mbit")])
     try:
-        given = yaml.safe_load(value)
+        given = yaml.load(value, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
         _check_values({key.strip(): given}, "--set")
         return with_override(raw, key.strip(), given)
     except SpecError as error:

@@ -7,7 +7,19 @@ from pathlib import PurePath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, SerializeAsAny, StrictBool, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializeAsAny,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -54,18 +66,29 @@ def _format_queue(queue: Queue) -> str:
     return units.format_size(queue.bytes) if queue.bytes is not None else units.format_time(queue.seconds or 0.0)
 
 
-Rate = Annotated[int, BeforeValidator(units.parse_rate), PlainSerializer(units.format_rate, return_type=str)]
-Time = Annotated[float, BeforeValidator(units.parse_time), PlainSerializer(units.format_time, return_type=str)]
+def written_as(name: str) -> WithJsonSchema:
+    """Names the definition in the JSON Schema that says what people write for a value (``spec.schema``)."""
+    return WithJsonSchema({"$comment": name})
+
+
+Rate = Annotated[
+    int, BeforeValidator(units.parse_rate), PlainSerializer(units.format_rate, return_type=str), written_as("rate")
+]
+Time = Annotated[
+    float, BeforeValidator(units.parse_time), PlainSerializer(units.format_time, return_type=str), written_as("time")
+]
 Delay = Annotated[Time, Field(le=units.MAX_DELAY_S)]
-Share = Annotated[float, BeforeValidator(units.parse_share)]
-Size = Annotated[int, BeforeValidator(units.parse_size), PlainSerializer(units.format_size, return_type=str)]
-QueueText = Annotated[Queue, BeforeValidator(parse_queue), PlainSerializer(_format_queue, return_type=str)]
+Share = Annotated[float, BeforeValidator(units.parse_share), written_as("share")]
+Size = Annotated[
+    int, BeforeValidator(units.parse_size), PlainSerializer(units.format_size, return_type=str), written_as("size")
+]
+QueueText = Annotated[Queue, BeforeValidator(parse_queue), PlainSerializer(_format_queue, return_type=str), written_as("queue")]
 
 
 class Model(BaseModel):
     """Base of all parts of a spec: frozen, and an unknown key is an error that names the nearest valid one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -98,15 +121,19 @@ def empty(example: str | None = None) -> str:
 class LossSpec(Model):
     """Loss of packets, written as ``1%`` or as a mapping.
 
-    share with correlation: random loss. share with burst (mean length in packets): a Gilbert model; with bad and good, the
-    loss in its two states: Gilbert-Elliott.
+    share with correlation: random loss. share with burst: a Gilbert model; with bad and good, too: Gilbert-Elliott.
     """
 
-    share: Share
+    share: Share = Field(examples=["1%"])
+    """Of all packets."""
     correlation: Share = 0.0
-    burst: float | None = Field(None, ge=1, le=1e6)
+    """Of random loss: ties each packet to the one before."""
+    burst: StrictFloat | None = Field(None, ge=1, le=1e6)
+    """Packets are lost in bursts of this mean length, in packets."""
     bad: Share = 1.0
+    """Loss within a burst."""
     good: Share = 0.0
+    """Loss between bursts."""
 
     @model_validator(mode="before")
     @classmethod
@@ -142,27 +169,33 @@ NO_ECN = "needs a queue that marks packets, and fifo only drops them"
 
 
 class ShapeSpec(Model):
-    """Properties of one direction of a link; what is left out stays as it is.
-
-    queue: how much may wait, as a time at the rate or in bytes; one frame always may, and bytes that hold none are refused.
-    distribution: of the delay around its mean, with jitter as standard deviation, of which a delay has at least two.
-    in_order: jitter lets no packet overtake another, as on most real paths; otherwise it reorders packets, as in netem.
-    aqm: what manages the queue. fifo: drops what does not fit; codel: also drops what has waited for too long; fq_codel: that,
-        and a queue for each flow. ecn: the queue marks packets of flows that understand it, where it would drop them.
-    """
+    """Properties of one direction of a link; what is left out stays as it is."""
 
     rate: Rate | None = Field(default=None, examples=["50mbit"])
+    """Of Ethernet frames; no limit if left out at the beginning."""
     queue: QueueText | None = Field(default=None, examples=["50ms"])
+    """How much may wait, as a time at the rate or in bytes; one frame always may, and bytes that hold none are refused."""
     delay: Delay | None = Field(default=None, examples=["10ms"])
+    """One way, at most 1000s."""
     jitter: Delay | None = Field(default=None, examples=["2ms"])
+    """Standard deviation of the delay, which is at least twice as long."""
     distribution: Literal[*DISTRIBUTIONS] | None = Field(default=None, examples=["normal"])  # type: ignore[valid-type]
+    """Of the delay around its mean, with jitter as standard deviation."""
     loss: LossSpec | None = Field(default=None, examples=["1%"])
+    """Share of the packets that are lost, or how they are."""
     duplicate: Share | None = Field(default=None, examples=["1%"])
+    """Share of the packets that arrive twice."""
     corrupt: Share | None = Field(default=None, examples=["1%"])
+    """Share of the packets in which a bit is wrong."""
     reorder: Share | None = Field(default=None, examples=["1%"])
+    """Share of the packets that are not delayed, and so overtake others."""
     in_order: StrictBool | None = Field(default=None, examples=["true"])
+    """Jitter lets no packet overtake another, as on most real paths; otherwise it reorders packets, as in netem."""
     aqm: Literal[*AQMS] | None = Field(default=None, examples=["fq_codel"])  # type: ignore[valid-type]
+    """What manages the queue. fifo: drops what does not fit; codel: also drops what has waited for too long; fq_codel: that,
+    and a queue for each flow."""
     ecn: StrictBool | None = Field(default=None, examples=["true"])
+    """The queue marks packets of flows that understand it, where it would drop them."""
 
     @model_validator(mode="after")
     def _marks_or_drops(self) -> Self:
@@ -214,7 +247,9 @@ class LinkSpec(ShapeSpec):
     """
 
     up: Annotated[ShapeSpec | bool | None, BeforeValidator(_up)] = None
+    """What differs from the worker to the switch; false cuts the link off, of which nobody is told, and true joins it again."""
     down: ShapeSpec | None = None
+    """What differs from the switch to the worker."""
 
     def changes_by_direction(self, trunk: bool = False) -> dict[str, dict[str, Any]]:
         """{"up": …, "down": …} under the names of ``Shape``; on a trunk everything holds in both directions."""
@@ -238,14 +273,14 @@ class LinkChange(LinkSpec):
     @model_validator(mode="after")
     def _keeps_its_queue(self) -> Self:
         for path, part in (((), self), (("up",), self.up), (("down",), self.down)):
-            for key, reason in _KEPT.items():
+            for key, reason in KEPT.items():
                 if isinstance(part, ShapeSpec) and getattr(part, key) is not None:
                     text = f"cannot change while a link is in use, as {reason}; give it under network"
                     raise PydanticCustomError("at_key", text, {"path": [*path, key]})
         return self
 
 
-_KEPT = {
+KEPT = {
     "aqm": "what waits in its queue would be lost",
     "ecn": "both ends of a connection agree on it when they open it",
 }
@@ -258,7 +293,7 @@ def parse_congestion(value: object) -> str:
     return value
 
 
-CongestionControl = Annotated[str, BeforeValidator(parse_congestion)]
+CongestionControl = Annotated[str, BeforeValidator(parse_congestion), written_as("congestion")]
 
 
 MIN_IPV6_MTU = 1280
@@ -266,33 +301,37 @@ MIN_IPV6_MTU = 1280
 
 
 class NetworkSpec(Model):
-    """How hosts are joined.
-
-    topology: star: one switch. dumbbell: two switches with workers at the ``left`` and all others at the right, and the shared
-        ``trunk`` between them. regions: one switch for each of the ``regions``, and a trunk ``between`` any two of them.
-    link: every access link. links: what differs, by worker (w0, w1, …) or trunk. A trunk has delay and all other impairments
-        in both directions; a delay between two regions is the one-way delay.
-    between: properties by pair ("eu-us"), or "all" for what every pair has.
-    congestion: TCP's congestion control on all hosts, such as reno; left out: the kernel's own, under dilation reno.
-    engine: what makes delay, jitter and loss. netem: the kernel. userspace: a delay line of our own, for kernels without netem.
-        auto: netem where the kernel has it, else userspace.
-    shaper: what makes a rate. htb: keeps its tokens when the rate changes. tbf: refills its bucket with every change, which is
-        a free burst.
-    mtu: of all interfaces, in bytes of IP; a frame has 14 more. ip: the version that the workers talk to each other with.
-    """
+    """How hosts are joined."""
 
     topology: Literal["star", "dumbbell", "regions"] = "star"
+    """star: one switch. dumbbell: two switches with workers at the ``left`` and all others at the right, and the shared
+    ``trunk`` between them. regions: one switch for each of the ``regions``, and a trunk ``between`` any two of them."""
     link: LinkSpec = LinkSpec()
-    links: dict[str, LinkSpec] = Field(default_factory=dict)
+    """Every worker's access link."""
+    links: dict[str, LinkSpec] = Field(default_factory=dict, examples=["{w3: {rate: 20mbit}}"])
+    """What differs, by worker (w0, w1, …) or trunk."""
     trunk: LinkSpec | None = Field(default=None, examples=["{rate: 20mbit}"])
+    """Of a dumbbell. A trunk has delay and all other impairments in both directions."""
     left: list[str] | None = Field(default=None, examples=["[w0, w1]"])
-    regions: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*$")], list[str]] | None = None
+    """Workers at the left of a dumbbell; the first half of them if left out."""
+    regions: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*$")], list[str]] | None = Field(
+        default=None, examples=["{eu: [w0, w1], us: [w2, w3]}"]
+    )
+    """Workers by region; each is in one of them."""
     between: dict[str, LinkSpec] | None = Field(default=None, examples=["{all: {rate: 100mbit}}"])
+    """Trunks by pair of regions (``eu-us``), or ``all`` for what every pair has. The delay is that of one way."""
     congestion: CongestionControl | None = Field(default=None, examples=["cubic"])
+    """TCP's congestion control on all hosts; left out: the kernel's own, under dilation reno."""
     engine: Literal["auto", "netem", "userspace"] = "auto"
+    """What makes delay, jitter and loss. netem: the kernel. userspace: a delay line of our own, for kernels without netem.
+    auto: netem where the kernel has it, else userspace."""
     shaper: Literal["htb", "tbf"] = "htb"
-    mtu: int = Field(default=1500, ge=576, le=9000)
+    """What makes a rate. htb: keeps its tokens when the rate changes. tbf: refills its bucket with every change, which is a
+    free burst."""
+    mtu: StrictInt = Field(default=1500, ge=576, le=9000)
+    """Of all interfaces, in bytes of IP; a frame has 14 more."""
     ip: Literal[4, 6] = 4
+    """The version that the workers talk to each other with; 6 needs an mtu of at least 1280."""
 
     @model_validator(mode="after")
     def _packets_may_be_so_small(self) -> Self:
@@ -340,6 +379,7 @@ class Entry(Model):
     LENGTH: ClassVar[str] = "at"
 
     at: Time = Field(examples=["5s"])
+    """When it begins; 0s is the moment at which every worker was ready."""
 
     @property
     def length_s(self) -> float:
@@ -357,12 +397,12 @@ class WorkerEntry(Entry):
 
 
 class ScheduleEntry(Entry, ABC):
-    """From a time on, some links follow a shape. The shapes are in ``testbed.timeline.shapes``.
+    """From a time on, some links follow a shape. The shapes are in ``testbed.timeline.shapes``."""
 
-    links: names of links, or all: those of all workers.
-    """
-
-    links: Annotated[list[str], BeforeValidator(_links)] = Field(default_factory=lambda: ["all"], min_length=1)
+    links: Annotated[list[str], BeforeValidator(_links), written_as("links")] = Field(
+        default_factory=lambda: ["all"], min_length=1, examples=["[w1, w2]"]
+    )
+    """Names of links, or all: those of all workers."""
 
     @abstractmethod
     def moves(self, start: "Start") -> "Iterator[Move]":
@@ -387,8 +427,9 @@ def parse_streams(value: object) -> Streams:
     if isinstance(value, Streams):
         return value
     bounds: Any
-    kind, bounds = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else ("random", [value, value])
-    numbers = isinstance(bounds, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in bounds)
+    kind, bounds = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else ("random", value)
+    bounds = bounds if isinstance(bounds, list) else [bounds, bounds]
+    numbers = all(isinstance(n, int) and not isinstance(n, bool) for n in bounds)
     if kind not in ("random", "ramp") or not numbers or len(bounds) != 2:
         text = f"{value!r:.40} is not a number of streams; write one like 4, {{random: [1, 50]}} or {{ramp: [1, 50]}}"
         raise ValueError(text)
@@ -422,40 +463,52 @@ def _format_duration(duration: Duration) -> str | dict[str, str]:
     return {"mean": text} if duration.exponential else text
 
 
-class TcpSpec(Model):
-    """TCP as fast as it goes. congestion: a congestion control such as cubic; left out: the host's own."""
+Phase = Annotated[Duration, BeforeValidator(parse_duration), PlainSerializer(_format_duration), written_as("duration")]
 
-    streams: Annotated[Streams, BeforeValidator(parse_streams), PlainSerializer(_format_streams)] = ONE_STREAM
-    congestion: CongestionControl | None = None
+
+class TcpSpec(Model):
+    """TCP as fast as it goes."""
+
+    streams: Annotated[Streams, BeforeValidator(parse_streams), PlainSerializer(_format_streams), written_as("streams")] = (
+        ONE_STREAM
+    )
+    """Parallel streams: a number, or ``{random: [1, 50]}``, drawn anew each time it goes on."""
+    congestion: CongestionControl | None = Field(default=None, examples=["cubic"])
+    """Congestion control; left out: the host's own."""
 
 
 class UdpSpec(Model):
-    """Datagrams at an even rate. rate: of their payload. packet: payload of each, in one frame."""
+    """Datagrams at an even rate."""
 
     rate: Rate
+    """Of their payload."""
     packet: Annotated[Size, Field(ge=16, le=1472)] = 1200
+    """Payload of each, 16B to 1472B, in one frame."""
 
 
 class TrafficSpec(Model):
-    """A flow that competes with the training: from one host to another, TCP or UDP.
+    """A flow that competes with the training: from one host to another, TCP or UDP."""
 
-    from, to: workers, or hosts that exist for traffic alone: bg0, bg1, …
-    at, for: when it begins, and how long it goes on; to the end of the cell if left out.
-    on, off: it flows for the one and pauses for the other, in turn, beginning with on.
-    seed: of what is drawn at random; the same in every cell, so that all methods meet the same traffic.
-    engine: builtin needs nothing; iperf3 where the hosts have it.
-    """
-
-    source: str = Field(alias="from")
-    target: str = Field(alias="to")
+    source: str = Field(alias="from", examples=["bg0"])
+    """A worker, or a host that exists for traffic alone: bg0, bg1, …"""
+    target: str = Field(alias="to", examples=["w1"])
+    """Another one."""
     at: Time = 0.0
-    duration: Time | None = Field(None, alias="for", examples=["5s"])
+    """When it begins."""
+    duration: Annotated[Time, written_as("positive_time")] | None = Field(None, alias="for", examples=["5s"])
+    """How long it goes on, at least 100ms; to the end of the cell if left out."""
     tcp: TcpSpec | None = Field(None, examples=["{streams: 4}"])
+    """TCP as fast as it goes."""
     udp: UdpSpec | None = Field(None, examples=["{rate: 5mbit}"])
-    on: Annotated[Duration, BeforeValidator(parse_duration), PlainSerializer(_format_duration)] | None = None
-    off: Annotated[Duration, BeforeValidator(parse_duration), PlainSerializer(_format_duration)] | None = None
-    seed: int = Field(0, ge=0, lt=2**31)
+    """Datagrams at an even rate."""
+    on: Phase | None = Field(None, examples=["60s"])
+    """It flows for so long and pauses for ``off``, in turn; ``{mean: 60s}`` is drawn from an exponential distribution."""
+    off: Phase | None = Field(None, examples=["10s"])
+    """How long it pauses, like ``on``."""
+    seed: StrictInt = Field(0, ge=0, lt=2**31)
+    """Of what is drawn at random; the same in every cell, so that all methods meet the same traffic."""
     engine: Literal["builtin", "iperf3"] = "builtin"
+    """builtin needs nothing; iperf3 where the hosts have it."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -473,12 +526,16 @@ class TrafficSpec(Model):
 
 
 class StopSpec(Model):
-    """When a cell ends: whichever of the given limits comes first. accuracy needs one of the others as a cap."""
+    """When a cell ends: whichever of the given limits comes first."""
 
-    steps: int | None = Field(None, ge=1, le=10_000_000)
-    epochs: float | None = Field(None, gt=0, le=100_000)
-    seconds: Time | None = Field(None, examples=["30"])
-    accuracy: Share | None = None
+    steps: StrictInt | None = Field(None, ge=1, le=10_000_000, examples=["60"])
+    """After so many steps of every worker."""
+    epochs: StrictFloat | None = Field(None, gt=0, le=100_000, examples=["2"])
+    """After so many passes over the training data."""
+    seconds: Annotated[Time, written_as("seconds")] | None = Field(None, examples=["30"])
+    """After so long, in seconds or with a unit."""
+    accuracy: Share | None = Field(None, examples=["95%"])
+    """Once the test accuracy is reached; needs one of the others as a cap."""
 
     @model_validator(mode="before")
     @classmethod
@@ -506,8 +563,11 @@ class Named(Model):
     """A name from a catalogue with its options, written as ``topk`` or ``{name: topk, ratio: 0.1}``."""
 
     name: str
+    """Of the catalogue, or package.module:attribute."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """Options may stand here, too, instead of beside the name."""
     label: str = ""
+    """The name in tables and directories."""
 
     @staticmethod
     def spread(data: Any) -> Any:
@@ -540,7 +600,7 @@ def _refuse_what_is_gone(method: str, options: Mapping[str, Any]) -> None:
 
 
 class MethodSpec(Named):
-    """A method of exchange. label: its name in tables and directories."""
+    """A method of exchange, or package.module:Class."""
 
     @model_validator(mode="before")
     @classmethod
@@ -597,16 +657,16 @@ class OptimizerSpec(Named):
 
 
 class ComputeSpec(Model):
-    """real: takes the time it takes. pace: real, and waits so that a step's compute takes at least that long.
-
-    emulate: no arithmetic; every layer waits for its share of that time. jitter: from step to step, as a standard deviation.
-    stragglers: workers that take so many times as long, {w3: 2}.
-    """
+    """What a step's compute takes. ``real``: the time it takes."""
 
     pace: Time | None = Field(default=None, examples=["120ms"])
-    emulate: Annotated[Time, Field(gt=0)] | None = Field(default=None, examples=["120ms"])
-    jitter: Share = 0.0
-    stragglers: dict[str, Annotated[float, Field(ge=0.1, le=1000)]] = Field(default_factory=dict)
+    """Real compute that waits so that it takes at least so long a step; it stands for a faster or slower accelerator."""
+    emulate: Annotated[Time, written_as("positive_time"), Field(gt=0)] | None = Field(default=None, examples=["120ms"])
+    """No arithmetic; every layer waits for its share of this time. It measures throughput, never accuracy."""
+    jitter: Share = Field(default=0.0, examples=["5%"])
+    """From step to step, as a standard deviation; needs emulate."""
+    stragglers: dict[str, Annotated[StrictFloat, Field(ge=0.1, le=1000)]] = Field(default_factory=dict, examples=["{w3: 2}"])
+    """Workers that take so many times as long; needs pace or emulate."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -630,24 +690,30 @@ class ComputeSpec(Model):
 
 
 class WorkloadSpec(Model):
-    """What the workers train. batch is per worker. target: an accuracy whose time is reported, without an end of the run.
-
-    warmup: so many steps at the beginning do not count for throughput. device: where model and gradients are; with ``cuda`` the
-    workers share the GPUs of the machine in turn, with ``auto`` if it has any. checkpoint_every: steps between two checkpoints,
-    which are made only where workers may be started again.
-    """
+    """What the workers train."""
 
     model: ModelSpec = ModelSpec(name="mlp")
+    """A model of the zoo, or package.module:callable."""
     data: DataSpec = DataSpec(name="digits")
-    batch: int = Field(64, ge=1, le=1_000_000)
+    """A data set that the model can learn from, or package.module:callable."""
+    batch: StrictInt = Field(64, ge=1, le=1_000_000)
+    """Samples a step of each worker."""
     stop: StopSpec
+    """When a cell ends."""
     optimizer: OptimizerSpec = OptimizerSpec(name="sgd", options={"lr": 0.1, "momentum": 0.9})
+    """With its options."""
     compute: ComputeSpec = ComputeSpec()
+    """real, or how long a step's compute is to take."""
     device: Literal["cpu", "cuda", "auto"] = "cpu"
+    """Where model and gradients are; with cuda the workers share the GPUs of the machine in turn, with auto if it has any."""
     evaluate_every: Time = 1.0
-    target: Share | None = None
-    warmup: int = Field(0, ge=0, le=1_000_000)
-    checkpoint_every: int = Field(20, ge=1, le=1_000_000)
+    """Between two evaluations of the test set, for which all wait."""
+    target: Share | None = Field(None, examples=["95%"])
+    """An accuracy whose time is reported, without an end of the run."""
+    warmup: StrictInt = Field(0, ge=0, le=1_000_000)
+    """So many steps at the beginning do not count for throughput."""
+    checkpoint_every: StrictInt = Field(20, ge=1, le=1_000_000)
+    """Steps between two checkpoints, which are made only where workers may be started again."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -672,15 +738,16 @@ class WorkloadSpec(Model):
 
 
 class ScriptSpec(Model):
-    """A program of the user that every worker runs. stop.seconds and stop.accuracy end it from outside.
+    """A program of the user that every worker runs."""
 
-    files: what it opens in its own folder; the modules that it imports from there need not be named.
-    """
-
-    file: str
-    files: list[str] = Field(default_factory=list, max_length=1000)
+    file: str = Field(examples=["train.py"])
+    """Beside the spec."""
+    files: list[str] = Field(default_factory=list, max_length=1000, examples=["[config.yaml]"])
+    """What it opens in its own folder; the modules that it imports from there need not be named."""
     args: list[str] = Field(default_factory=list)
+    """Its arguments."""
     stop: StopSpec | None = None
+    """Seconds or accuracy that end it from outside."""
 
     @model_validator(mode="before")
     @classmethod
@@ -727,29 +794,41 @@ def small_queues(part: Any, mtu: int) -> Iterator[tuple[list[str | int], str]]:
 
 
 class Spec(Model):
-    """A whole experiment. calibrate: whether every cell measures its links before it starts, which takes about a second.
-
-    dilation: rates, delays, compute and schedule are slowed by this factor, and the times reported divided by it.
-    step_timeout: a cell fails when for so long no step has ended and nothing has come to any worker, or when a worker that is
-        done has not ended. With competing traffic a step may not take longer.
-    on_failure: whether a worker that dies ends its cell, or all are started again, from their last checkpoint.
-    """
+    """A whole experiment: every method trains once with every seed under every combination of the matrix."""
 
     name: str = Field("experiment", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}$")
+    """Of the experiment; run directories begin with it."""
     lab: Literal["netns", "docker"] = "netns"
-    workers: int = Field(4, ge=1, le=64)
+    """Where the workers run: in rootless network namespaces, or in Docker containers."""
+    workers: StrictInt = Field(4, ge=1, le=64)
+    """How many; they are called w0, w1, …"""
     network: NetworkSpec = NetworkSpec()
+    """How they are joined, and what their links are like at the beginning."""
     schedule: list[AnyEntry] = Field(default_factory=list, max_length=10_000)
+    """What happens to the links, and when."""
     traffic: list[TrafficSpec] = Field(default_factory=list, max_length=100)
+    """Flows that compete with the training."""
     workload: WorkloadSpec | None = None
-    script: ScriptSpec | None = None
-    methods: list[MethodSpec] = Field(min_length=1, max_length=100)
-    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(default_factory=lambda: [0], min_length=1, max_length=1000)
-    matrix: dict[str, list[Any]] = Field(default_factory=dict)
-    calibrate: bool = True
-    dilation: float = Field(1.0, ge=1, le=1000)
+    """What the workers train; or give a script."""
+    script: ScriptSpec | None = Field(None, examples=["train.py"])
+    """A program of your own in place of the workload."""
+    methods: list[MethodSpec] = Field(min_length=1, max_length=100, examples=["[allreduce, netsense]"])
+    """What is compared; the baseline is allreduce, or else the label that comes first in the alphabet."""
+    seeds: list[Annotated[StrictInt, Field(ge=0, lt=2**31)]] = Field(
+        default_factory=lambda: [0], min_length=1, max_length=1000, examples=["[0, 1, 2]"]
+    )
+    """Of the initial parameters and the order of the data; several give an interval."""
+    matrix: dict[str, list[Any]] = Field(default_factory=dict, examples=["{network.link.rate: [20mbit, 200mbit]}"])
+    """Values by dotted key of this spec: one cell for every combination."""
+    calibrate: StrictBool = True
+    """Whether every cell measures its links before it starts, which takes about a second."""
+    dilation: StrictFloat = Field(1.0, ge=1, le=1000)
+    """Rates, delays, compute and schedule are slowed by this factor, and the times reported divided by it."""
     step_timeout: Annotated[Time, Field(ge=2)] = 600.0
+    """A cell fails when for so long no step has ended and nothing has come to any worker, or when a worker that is done has not
+    ended. With competing traffic a step may not take longer."""
     on_failure: Literal["stop", "continue"] = "stop"
+    """Whether a worker that dies ends its cell, or all are started again, from their last checkpoint."""
 
     @model_validator(mode="after")
     def _all_is_slower(self) -> Self:

@@ -2,13 +2,19 @@
 
 import math
 import re
+import string
 from collections.abc import Mapping
 
-_NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-zA-Zµ%/]*)\s*", re.IGNORECASE)
+_DIGITS = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+_NUMBER = re.compile(rf"\s*([+-]?{_DIGITS})\s*([a-zA-Zµ%/]*)\s*", re.IGNORECASE)
 
 RATES: Mapping[str, int] = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
 TIMES: Mapping[str, float] = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
+_SHARES: Mapping[str, float] = {"%": 0.01, "": 1.0}
+_ALSO_TIMES: Mapping[str, float] = {"µs": 1e-6}
 SIZES: Mapping[str, int] = {"b": 1, "kb": 10**3, "mb": 10**6, "kib": 2**10, "mib": 2**20}
+
+_A_SECOND = "/s"
 
 MIN_RATE_BPS = 8_000
 """Shapers count in bytes/s; below 1 kB/s one frame takes longer than any sensible step."""
@@ -19,7 +25,7 @@ MAX_DELAY_S = 1000
 
 def parse_rate(text: object) -> int:
     """A rate in bits/s from "50mbit", "1.5gbit" or "200mbit/s". Raises ValueError with the valid units."""
-    value = _quantity(text, RATES, "a rate", "50mbit", drop="/s")
+    value = _quantity(text, RATES, "a rate", "50mbit", drop=_A_SECOND)
     if not MIN_RATE_BPS <= value <= MAX_RATE_BPS:
         raise ValueError(f"{_shown(text)} is out of range; a rate lies between 8kbit and 100gbit")
     return round(value)
@@ -29,7 +35,7 @@ def parse_time(text: object) -> float:
     """A time in seconds from "10ms", "1.5s", "2min" or plain 0. Raises ValueError with the valid units."""
     if text == 0 and not isinstance(text, bool):
         return 0.0
-    value = _quantity(text, TIMES, "a time", "10ms", also={"µs": 1e-6})
+    value = _quantity(text, TIMES, "a time", "10ms", also=_ALSO_TIMES)
     if value < 0 or value > 1e7:
         raise ValueError(f"{_shown(text)} is out of range; a time lies between 0s and 10000000s")
     return round(value, 12)  # 9 * 1e-3 is not 0.009, which is what its shortest text would be read as
@@ -50,10 +56,28 @@ def parse_share(text: object) -> float:
     if isinstance(text, (int, float)) and not isinstance(text, bool):
         value = float(text)
     else:
-        value = _quantity(text, {"%": 0.01, "": 1.0}, "a share", "1%")
+        value = _quantity(text, _SHARES, "a share", "1%")
     if not 0 <= value <= 1:
         raise ValueError(f"{_shown(text)} is out of range; a share lies between 0% and 100%")
     return value
+
+
+def _pattern(*names: str, then: str = "", positive: bool = False) -> str:
+    # ECMA 262, which has no flag for letters of both cases within a pattern.
+    units = "|".join(
+        "".join(f"[{one}{one.upper()}]" if one in string.ascii_lowercase else one for one in name) for name in names
+    )
+    sign = r"(?=[^eE]*[1-9])\s*\+?" if positive else r"(?!\s*-[^eE]*[1-9])\s*[+-]?"
+    return rf"^{sign}{_DIGITS}\s*(?:{units}){then}\s*$"
+
+
+RATE_PATTERN = _pattern(*RATES, then="(?:/[sS])?", positive=True)
+TIME_PATTERN = _pattern(*TIMES, *_ALSO_TIMES)
+POSITIVE_TIME_PATTERN = _pattern(*TIMES, *_ALSO_TIMES, positive=True)
+SIZE_PATTERN = _pattern(*SIZES, positive=True)
+QUEUE_PATTERN = _pattern(*TIMES, *_ALSO_TIMES, *SIZES)
+SHARE_PATTERN = _pattern(*_SHARES)
+"""What a parser takes as text, but for its range: regular expressions of ECMA 262 and of Python, for ``re.search``."""
 
 
 def format_rate(rate_bps: float) -> str:

@@ -6,12 +6,12 @@ from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
 from testbed.links.state import DIRECTIONS
-from testbed.spec.models import LinkSpec, ShapeSpec, Time
+from testbed.spec.models import LinkSpec, ShapeSpec, Time, written_as
 from testbed.timeline.moves import values_of
 
 SHORTEST_S = 0.001
 """Between two changes of a link: no driver is on time more often."""
-_CONTINUOUS = frozenset({"rate", "delay", "jitter", "loss", "duplicate", "corrupt", "reorder"})
+CONTINUOUS = frozenset({"rate", "delay", "jitter", "loss", "duplicate", "corrupt", "reorder"})
 
 
 def _positive(time_s: float) -> float:
@@ -26,8 +26,8 @@ def _not_too_often(time_s: float) -> float:
     return time_s
 
 
-PositiveTime = Annotated[Time, AfterValidator(_positive)]
-Interval = Annotated[Time, AfterValidator(_not_too_often)]
+PositiveTime = Annotated[Time, AfterValidator(_positive), written_as("positive_time")]
+Interval = Annotated[Time, AfterValidator(_not_too_often), written_as("positive_time")]
 
 
 def check_changes(spec: LinkSpec, key: str) -> None:
@@ -41,7 +41,7 @@ def check_continuous(spec: LinkSpec, *, at: tuple[str, ...] = (), instead: str) 
     for path, part in (((), spec), (("up",), spec.up), (("down",), spec.down)):
         if isinstance(part, ShapeSpec):
             given = {name for name in part.model_fields_set if getattr(part, name) is not None}
-            bad = [(*path, name) for name in sorted(given - _CONTINUOUS - {*DIRECTIONS})]
+            bad = [(*path, name) for name in sorted(given - CONTINUOUS - {*DIRECTIONS})]
         else:
             bad = [] if part is None else [path]
         if bad:

@@ -14,14 +14,12 @@ from testbed.timeline.moves import Move, Start
 
 
 class LastingEntry(ScheduleEntry):
-    """A shape that goes on until the end of the run, or for a time.
-
-    for: how long. After it the link stays as it is at that moment.
-    """
+    """A shape that goes on until the end of the run, or for a time."""
 
     LENGTH: ClassVar[str] = "for"
 
-    duration: PositiveTime | None = Field(None, alias="for")
+    duration: PositiveTime | None = Field(None, alias="for", examples=["60s"])
+    """How long it goes on. After it the link stays as it is at that moment."""
 
     @property
     def length_s(self) -> float:

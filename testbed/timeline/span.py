@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, PlainSerializer
 from pydantic_core import PydanticCustomError
 
 from testbed.links.state import DIRECTIONS
-from testbed.spec.models import LinkChange, empty
+from testbed.spec.models import LinkChange, empty, written_as
 from testbed.timeline.keys import check_continuous
 from testbed.timeline.moves import Key, between, values_of
 
@@ -70,7 +70,6 @@ def _paired(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return {key: _paired(value, second[key]) if key in nested else [value, second[key]] for key, value in first.items()}
 
 
-AnySpan = Annotated[Span, BeforeValidator(parse_span), PlainSerializer(_format_span, return_type=dict[str, Any])]
-ContinuousSpan = Annotated[
-    Span, BeforeValidator(parse_continuous_span), PlainSerializer(_format_span, return_type=dict[str, Any])
-]
+_AS_PAIRS = PlainSerializer(_format_span, return_type=dict[str, Any])
+AnySpan = Annotated[Span, BeforeValidator(parse_span), _AS_PAIRS, written_as("LinkPairs")]
+ContinuousSpan = Annotated[Span, BeforeValidator(parse_continuous_span), _AS_PAIRS, written_as("GradualLinkPairs")]

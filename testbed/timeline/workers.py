@@ -4,14 +4,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, StrictFloat
 
 from testbed.spec.errors import SpecError
-from testbed.spec.models import Entry, Time, WorkerEntry
+from testbed.spec.models import Entry, Time, WorkerEntry, written_as
 from testbed.timeline.changes import check_end, placed
 
 Workers = Annotated[
-    list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Field(min_length=1, max_length=64)
+    list[str],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    Field(min_length=1, max_length=64),
+    written_as("workers"),
 ]
 """Names of workers, written as ``w1`` or ``[w1, w2]``."""
 
@@ -19,7 +22,8 @@ Workers = Annotated[
 class Kill(WorkerEntry):
     """SIGKILL, as an accident: what comes of it is for ``on_failure`` to say."""
 
-    kill: Workers
+    kill: Workers = Field(examples=["w1"])
+    """Names of workers."""
 
     @property
     def workers(self) -> Iterable[str]:
@@ -29,7 +33,8 @@ class Kill(WorkerEntry):
 class Restart(WorkerEntry):
     """SIGKILL, and all workers are started again, as where a machine is lent for a time."""
 
-    restart: Workers
+    restart: Workers = Field(examples=["w1"])
+    """Names of workers."""
 
     @property
     def workers(self) -> Iterable[str]:
@@ -41,8 +46,10 @@ class Slow(WorkerEntry):
 
     LENGTH = "for"
 
-    slow: dict[str, Annotated[float, Field(ge=0.1, le=1000)]] = Field(min_length=1)
-    duration: Annotated[Time, Field(gt=0)] | None = Field(None, alias="for", examples=["5s"])
+    slow: dict[str, Annotated[StrictFloat, Field(ge=0.1, le=1000)]] = Field(min_length=1, examples=["{w1: 3}"])
+    """By worker: how many times as long it computes."""
+    duration: Annotated[Time, written_as("positive_time"), Field(gt=0)] | None = Field(None, alias="for", examples=["5s"])
+    """For how long; to the end if left out."""
 
     @property
     def workers(self) -> Iterable[str]:

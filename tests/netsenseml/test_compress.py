@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from netsenseml.compress.sparsify import kept_elements, largest, sampling
 
+pytestmark = pytest.mark.fast
+
 torch.set_num_threads(1)
 
 ANY_FLOAT = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)

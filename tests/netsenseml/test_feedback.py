@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from netsenseml.compress.codec import Codec, Sent
 from netsenseml.compress.feedback import ErrorFeedback, energy_lost, norm, sample
 
+pytestmark = pytest.mark.fast
+
 torch.set_num_threads(1)
 
 

@@ -13,6 +13,8 @@ import pytest
 from netsenseml.sensing import tcp
 from netsenseml.sensing.tcp import TcpInfo, TcpMonitor
 
+pytestmark = pytest.mark.fast
+
 PEER = "10.0.0.2"
 PACKED = socket.inet_aton(PEER)
 

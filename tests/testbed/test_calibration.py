@@ -19,6 +19,8 @@ from testbed.links.calibration import (
 )
 from testbed.links.state import LinkState, Loss, Shape
 
+pytestmark = pytest.mark.fast
+
 
 def both(rate_mbps: float | None, **more: float) -> LinkState:
     rate = None if rate_mbps is None else round(rate_mbps * 1e6)

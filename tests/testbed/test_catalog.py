@@ -7,6 +7,8 @@ import pytest
 from netsenseml import catalog
 from testbed import catalog as workloads
 
+pytestmark = pytest.mark.fast
+
 
 def test_defaults_are_filled_in() -> None:
     assert catalog.check_method("topk") == {"ratio": 0.1, "values": "bf16"}

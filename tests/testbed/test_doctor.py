@@ -4,6 +4,8 @@ import pytest
 
 from testbed.doctor import Finding, System, qdiscs, user_namespaces_mend
 
+pytestmark = pytest.mark.fast
+
 NO_LINE = Finding("delay line", "limited", "/dev/net/tun may not be opened", "sudo chmod 666 /dev/net/tun")
 DEBIAN = 'PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\nNAME="Debian GNU/Linux"\nID=debian\n'
 UBUNTU = 'PRETTY_NAME="Ubuntu 24.04.1 LTS"\nID=ubuntu\nID_LIKE=debian\n'

@@ -1,10 +1,15 @@
 """The rule of the house: the testbed takes only what is light from netsenseml, and torch only into its workers."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.fast
 
 ROOT = Path(__file__).parents[2]
 LIGHT = {"netsenseml.catalog", "netsenseml.records", "netsenseml.listener"}
@@ -50,3 +55,10 @@ def test_importing_all_of_the_testbed_but_its_workers_leaves_torch_out() -> None
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_documents_name_files_that_exist() -> None:
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    links = [(path, link) for path in documents for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", path.read_text())]
+    assert len(links) > 40
+    assert [(path.name, link) for path, link in links if not (path.parent / link).exists()] == []

@@ -1,7 +1,11 @@
 """What a plan makes of links: how large packets may be, what is said of queues, what --dry-run shows of the delay line."""
 
+import pytest
+
 from testbed.plan import describe, make_plan, notes
 from testbed.spec.load import validate
+
+pytestmark = pytest.mark.fast
 
 FRAME, WHOLE = 1514, 46 * 1514
 WORKLOAD = {"model": "mlp", "data": "digits", "batch": 8, "stop": {"seconds": 5}}

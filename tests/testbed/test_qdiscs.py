@@ -32,6 +32,8 @@ from testbed.links.qdiscs import (
 )
 from testbed.links.state import AQMS, DISTRIBUTIONS, Loss, Shape
 
+pytestmark = pytest.mark.fast
+
 rates = st.integers(8_000, 100 * 10**9)
 shapes = st.builds(
     Shape,

@@ -13,6 +13,8 @@ from testbed.run.directory import RESERVE_FILE, RunIsBusy, is_full, note_environ
 from testbed.run.sweep import _ending_signals
 from testbed.spec.files import script_files
 
+pytestmark = pytest.mark.fast
+
 
 def test_a_directory_has_one_owner_and_is_free_when_that_has_ended(tmp_path: Path) -> None:
     with run_lock(tmp_path), pytest.raises(RunIsBusy, match=f"process {os.getpid()} is running it"), run_lock(tmp_path):

@@ -19,6 +19,8 @@ from testbed.timeline import expand
 from testbed.timeline.recording import PACKET_BITS, parse_recording
 from testbed.timeline.shapes import parse_entry
 
+pytestmark = pytest.mark.fast
+
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 ONE = {"w0": LinkState(Shape(rate_bps=50_000_000), Shape(rate_bps=50_000_000))}
 EXAMPLE = "t_s,rate_mbps\n0,10\n1,0\n1.5,0\n2,30\n3,40\n"

@@ -16,6 +16,8 @@ from testbed.spec.units import (
     parse_time,
 )
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize(
     ("parse", "text", "value"),

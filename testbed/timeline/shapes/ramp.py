@@ -2,27 +2,27 @@
 
 import math
 from collections.abc import Iterator
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from testbed.spec.errors import SpecError
-from testbed.spec.models import LinkChange, ScheduleEntry
+from testbed.spec.models import LinkChange, ScheduleEntry, written_as
 from testbed.timeline.keys import Interval, PositiveTime, check_changes, check_continuous
 from testbed.timeline.moves import Move, Start, between, value_in, values_of
 
 
 class Ramp(ScheduleEntry):
-    """From the values in force to new ones, which are met exactly at the end.
-
-    over: how long it takes. every: the time between its steps.
-    """
+    """From the values in force to new ones, which are met exactly at the end."""
 
     LENGTH: ClassVar[str] = "over"
 
-    ramp: LinkChange
+    ramp: Annotated[LinkChange, written_as("GradualLinkChange")] = Field(examples=["{rate: 50mbit}"])
+    """The new values."""
     over: PositiveTime = Field(examples=["4s"])
+    """How long it takes."""
     every: Interval = 0.1
+    """The time between its steps."""
 
     @model_validator(mode="after")
     def _has_values_in_between(self) -> Self:

@@ -14,14 +14,14 @@ from testbed.timeline.span import ContinuousSpan, values_at
 
 
 class Sawtooth(LastingEntry):
-    """Equal steps of equal length: the first has the first value, the last the second one, so their mean is the middle.
+    """Equal steps of equal length: the first has the first value, the last the second one, so their mean is the middle."""
 
-    period: from jump to jump. every: the time between two steps, or a little longer so that they fill the period.
-    """
-
-    sawtooth: ContinuousSpan
+    sawtooth: ContinuousSpan = Field(examples=["{rate: [10mbit, 50mbit]}"])
+    """From the first value of a property straight to the second, then back at once."""
     period: PositiveTime = Field(examples=["4s"])
+    """From jump to jump."""
     every: Interval = 0.1
+    """The time between two steps, or a little longer so that they fill the period."""
 
     @model_validator(mode="after")
     def _has_steps(self) -> Self:

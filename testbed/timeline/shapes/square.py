@@ -15,14 +15,14 @@ from testbed.timeline.span import AnySpan
 
 
 class Square(LastingEntry):
-    """The first value, then the second, again and again; ``square: {up: [true, false]}`` is a link that flaps.
+    """The first value, then the second, again and again; ``square: {up: [true, false]}`` is a link that flaps."""
 
-    period: length of both together. duty: share of it that the first one has.
-    """
-
-    square: AnySpan
+    square: AnySpan = Field(examples=["{rate: [50mbit, 10mbit]}"])
+    """To and fro between two values of a property."""
     period: PositiveTime = Field(examples=["10s"])
-    duty: Share = Field(0.5, gt=0, lt=1)
+    """Length of both together."""
+    duty: Share = Field(0.5, gt=0, lt=1, examples=["50%"])
+    """Share of the period that the first one has."""
 
     @model_validator(mode="after")
     def _not_too_often(self) -> Self:

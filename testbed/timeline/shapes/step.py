@@ -1,11 +1,11 @@
 """``set: {rate: 10mbit}``: at once."""
 
 from collections.abc import Iterator
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from testbed.spec.models import LinkChange, ScheduleEntry
+from testbed.spec.models import LinkChange, ScheduleEntry, written_as
 from testbed.timeline.keys import check_changes
 from testbed.timeline.moves import Move, Start, values_of
 
@@ -13,7 +13,8 @@ from testbed.timeline.moves import Move, Start, values_of
 class Step(ScheduleEntry):
     """New values from now on."""
 
-    set: LinkChange
+    set: Annotated[LinkChange, written_as("LinkChange")] = Field(examples=["{rate: 10mbit}"])
+    """The new values."""
 
     @model_validator(mode="after")
     def _changes_something(self) -> Self:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StrictBool, StrictFloat, model_validator
 
 from testbed.links.state import DIRECTIONS, Loss
 from testbed.spec.errors import SpecError
@@ -15,19 +15,23 @@ from testbed.timeline.lasting import LastingEntry
 from testbed.timeline.moves import Key, Move, Start
 from testbed.timeline.recording import DEFAULT_WINDOW_S, Recording, parse_recording
 
-Factor = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+Factor = Annotated[StrictFloat, Field(gt=0, le=1e6, allow_inf_nan=False)]
 _BOTH_DIRECTIONS = ("rate_bps",)
 _SCALED = {"rate": {"rate_bps"}, "delay": {"delay_s", "jitter_s"}, "loss": {"loss"}}
 """Columns by the factor of ``Scale`` that acts on them."""
 
 
 class Scale(Model):
-    """Factors, written as one number for the rate or as a mapping. delay: of the jitter, too. time: 2 takes twice as long."""
+    """Factors, written as one number for the rate or as a mapping."""
 
     rate: Factor = 1.0
+    """Of the rate."""
     delay: Factor = 1.0
+    """Of the delay, and of the jitter, too."""
     loss: Factor = 1.0
+    """Of the loss."""
     time: Factor = 1.0
+    """2 takes twice as long."""
 
     @model_validator(mode="before")
     @classmethod
@@ -38,20 +42,22 @@ class Scale(Model):
 class Trace(LastingEntry):
     """Replay of a file (``timeline.recording`` has the formats), which is named relative to the spec.
 
-    repeat: begin again at its end. scale: factors. offset: where in the recording to begin, in its own time.
-    every: width of the windows in which a packet-delivery file is counted.
-    direction: replay it in this direction only. Otherwise the rate holds in both, all else on down (on a trunk in both).
-
     A rate of 0 is an outage: nothing passes, and what comes waits in the queue. Any other rate below 8kbit becomes 8kbit, the
     least of a link.
     """
 
-    trace: str = Field(min_length=1, max_length=4096)
-    repeat: bool = False
-    scale: Scale = Scale()
+    trace: str = Field(min_length=1, max_length=4096, examples=["traces/cellular.csv"])
+    """A CSV file, or one of Mahimahi's packet-delivery files, relative to the spec."""
+    repeat: StrictBool = False
+    """Begin again at its end."""
+    scale: Scale = Field(Scale(), examples=["{rate: 0.5, time: 2}"])
+    """Factors on what was recorded."""
     offset: Time = 0.0
-    every: Interval | None = None
+    """Where in the recording to begin, in its own time."""
+    every: Interval | None = Field(None, examples=["100ms"])
+    """Width of the windows in which a packet-delivery file is counted."""
     direction: Literal[*DIRECTIONS] | None = None  # type: ignore[valid-type]
+    """Replay it in this direction only. Otherwise the rate holds in both, all else on down (on a trunk in both)."""
 
     def endless(self, start: Start) -> bool:
         """True if it begins again and again; a recording of a constant, such as Mahimahi's of 12 Mbit/s, has no need to."""

@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator
 from itertools import count
 
-from pydantic import Field
+from pydantic import Field, StrictInt
 
 from testbed.spec.models import Share
 from testbed.timeline.keys import Interval
@@ -16,14 +16,17 @@ from testbed.timeline.span import ContinuousSpan, values_at
 class Walk(LastingEntry):
     """Steps of a random size up or down, reflected at the bounds; each value between them is equally likely at any time.
 
-    step: the largest step, as a share of the range; sizes are uniform. seed: the same one gives the same walk on every machine.
     Each link walks on its own; all properties of a link, and both its directions, walk together.
     """
 
-    walk: ContinuousSpan
+    walk: ContinuousSpan = Field(examples=["{rate: [5mbit, 50mbit]}"])
+    """Bounds of the properties that walk."""
     every: Interval = 0.5
-    step: Share = Field(0.2, gt=0)
-    seed: int = Field(0, ge=0, lt=2**31)
+    """The time between two steps."""
+    step: Share = Field(0.2, gt=0, examples=["20%"])
+    """The largest step, as a share of the range; sizes are uniform."""
+    seed: StrictInt = Field(0, ge=0, lt=2**31)
+    """The same one gives the same walk on every machine."""
 
     def pattern(self, start: Start) -> Iterator[Move]:
         # Only a text as seed and random() itself are promised to be the same in all versions and on all platforms.
