@@ -6,6 +6,7 @@ What a command needs is imported in it: shells call this at each press of the ta
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import textwrap
 from collections.abc import Callable
@@ -186,7 +187,7 @@ def init(
     from testbed.examples import SCHEMA_NAME, write_starter
 
     path = _written(lambda: write_starter(name))
-    spec = "" if path == DEFAULT_SPEC else f" {path}"
+    spec = "" if path == DEFAULT_SPEC else f" {shlex.quote(str(path))}"
     typer.echo(f"{path}: a spec that runs as it is; {path.with_name(SCHEMA_NAME)}: what your editor checks it by")
     typer.echo(f"next: testbed run{spec}")
 
@@ -270,13 +271,12 @@ def runs(
 
     from testbed.report.terminal import runs_table
     from testbed.results.load import NotARun
-    from testbed.run.directory import SPEC_FILE
-    from testbed.run.listing import list_runs
+    from testbed.run.listing import is_run, list_runs
 
-    if (folder / SPEC_FILE).is_file():
+    if is_run(folder):
         _fail(f"{folder}: is one run directory; show it with: testbed show {folder}", EXIT_BAD_INPUT)
     try:
-        found = list_runs(folder) if folder.exists() or folder != RUNS else []
+        found = list_runs(folder) if folder != RUNS or folder.exists() else []
     except NotARun as error:
         _fail(f"{error}; run directories lie in runs, unless --out said otherwise", EXIT_BAD_INPUT)
     if as_json:
