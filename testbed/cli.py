@@ -88,7 +88,7 @@ RUNS = Path("runs")
 SpecPath = Annotated[
     Path | None,
     typer.Argument(
-        help="The experiment, a YAML file such as experiments/smoke.yaml.  [default: experiment.yaml]", autocompletion=_specs
+        help="The experiment, a YAML file; experiment.yaml if left out, which testbed init writes.", autocompletion=_specs
     ),
 ]
 RunPath = Annotated[Path, typer.Argument(help="A run directory.", autocompletion=_run_directories)]
@@ -109,7 +109,7 @@ def run(
     lab: LabOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Directory in which the run directory is made.  [default: runs]", autocompletion=_directories),
+        typer.Option(help="Directory in which the run directory is made; runs if left out.", autocompletion=_directories),
     ] = None,
     overrides: Overrides = [],  # noqa: B006
     resume: Annotated[

@@ -1,6 +1,7 @@
 """What one begins with: ``testbed init`` and ``testbed examples``, in a folder where there is nothing."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -136,6 +137,7 @@ def test_a_copy_writes_nothing_over_and_an_unknown_name_has_its_nearest():
 
 def test_without_a_spec_there_is_one_line_that_says_how_to_have_one():
     for command in ("run", "validate"):
+        assert "experiment.yaml if left out" in " ".join(re.findall(r"[\w.,;]+", cli(command, "--help")))
         line = cli(command, code=2)
         assert line.startswith("SPEC is missing") and "testbed init" in line and line.count("\n") == 1
 
