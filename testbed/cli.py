@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import textwrap
 from collections.abc import Callable
@@ -88,7 +89,7 @@ RUNS = Path("runs")
 SpecPath = Annotated[
     Path | None,
     typer.Argument(
-        help="The experiment, a YAML file such as experiments/smoke.yaml.  [default: experiment.yaml]", autocompletion=_specs
+        help="The experiment, a YAML file; experiment.yaml if left out, which testbed init writes.", autocompletion=_specs
     ),
 ]
 RunPath = Annotated[Path, typer.Argument(help="A run directory.", autocompletion=_run_directories)]
@@ -109,7 +110,7 @@ def run(
     lab: LabOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Directory in which the run directory is made.  [default: runs]", autocompletion=_directories),
+        typer.Option(help="Directory in which the run directory is made; runs if left out.", autocompletion=_directories),
     ] = None,
     overrides: Overrides = [],  # noqa: B006
     resume: Annotated[
@@ -198,7 +199,7 @@ def init(
     from testbed.examples import SCHEMA_NAME, write_starter
 
     path = _written(lambda: write_starter(name))
-    spec = "" if path == DEFAULT_SPEC else f" {path}"
+    spec = "" if path == DEFAULT_SPEC else f" {shlex.quote(str(path))}"
     typer.echo(f"{path}: a spec that runs as it is; {path.with_name(SCHEMA_NAME)}: what your editor checks it by")
     typer.echo(f"next: testbed run{spec}")
 
@@ -282,13 +283,12 @@ def runs(
 
     from testbed.report.terminal import runs_table
     from testbed.results.load import NotARun
-    from testbed.run.directory import SPEC_FILE
-    from testbed.run.listing import list_runs
+    from testbed.run.listing import is_run, list_runs
 
-    if (folder / SPEC_FILE).is_file():
+    if is_run(folder):
         _fail(f"{folder}: is one run directory; show it with: testbed show {folder}", EXIT_BAD_INPUT)
     try:
-        found = list_runs(folder) if folder.exists() or folder != RUNS else []
+        found = list_runs(folder) if folder != RUNS or folder.exists() else []
     except NotARun as error:
         _fail(f"{error}; run directories lie in runs, unless --out said otherwise", EXIT_BAD_INPUT)
     if as_json:

@@ -1,10 +1,14 @@
 """What is shipped to begin with: a starter spec, the experiments of the repository, and the schema beside them for editors."""
 
 import itertools
+import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
+
+import yaml
 
 from netsenseml.catalog import is_import_path, registered_methods
 from testbed.spec.errors import did_you_mean
@@ -29,14 +33,18 @@ class Refused(ValueError):
 def write_starter(name: str) -> Path:
     """Write a commented spec to ``name``.yaml, and the schema beside it; raises Refused, and writes nothing over."""
     path = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
-    if not _NAME.search(path.stem):
+    if not _NAME.fullmatch(path.stem):
         raise Refused(f"{path.stem!r:.80} cannot be the name of an experiment, which has letters, digits, '_', '-' and '.'")
-    text = (_PACKAGE / "starter.yaml").read_text().replace(f"name: {STARTER} ", f"name: {path.stem} ", 1)
+    # What YAML would take for a number, a date or a truth value stands in quotes.
+    plain = path.stem[0].isalpha() and yaml.safe_load(path.stem) == path.stem
+    text = (_PACKAGE / "starter.yaml").read_text()
+    text = text.replace(f"name: {STARTER} ", f"name: {path.stem if plain else json.dumps(path.stem)} ", 1)
     if path != Path(f"{STARTER}.yaml"):
-        text = text.replace("testbed validate", f"testbed validate {path}").replace("testbed run", f"testbed run {path}")
+        shown = shlex.quote(str(path))
+        text = text.replace("testbed validate", f"testbed validate {shown}").replace("testbed run", f"testbed run {shown}")
     text = text.replace(f"runs/{STARTER}-", f"runs/{path.stem}-")
     mend = f"name another one: testbed init {path.stem}-2"
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise Refused(f"{path} exists already, and is left as it is; {mend}")
     _write({path: _pointing(text, path, path.parent)}, path.parent, mend)
     return path
@@ -80,7 +88,8 @@ def copy_examples(name: str, destination: Path) -> list[Path]:
 def command(spec: Path) -> str:
     """What runs a spec, with the modules beside it that have its methods."""
     beside = any(path.suffix == ".py" for path in _files(spec)) and load_spec(spec).script is None
-    return f"{f'PYTHONPATH={spec.parent} ' if beside else ''}testbed run {spec}"
+    path = f"PYTHONPATH={shlex.quote(str(spec.parent))} " if beside else ""
+    return f"{path}testbed run {shlex.quote(str(spec))}"
 
 
 def _name(path: Path) -> str:
@@ -89,8 +98,8 @@ def _name(path: Path) -> str:
 
 def _about(path: Path) -> str:
     """The first sentence of the comment at the head of a spec."""
-    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines()[1:])
-    comment = " ".join(line.removeprefix("#").strip() for line in lines)
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    comment = " ".join(line.removeprefix("#").strip() for line in lines if not line.startswith(_MODELINE))
     return re.split(r"(?<=[.?!]) ", comment, maxsplit=1)[0]
 
 
@@ -110,18 +119,17 @@ def _files(path: Path) -> Iterator[Path]:
 
 def _pointing(text: str, spec: Path, folder: Path) -> str:
     """The text of a spec whose first line names the schema in a folder."""
-    line, rest = text.split("\n", 1)
-    assert line.startswith(_MODELINE)
+    rest = text.partition("\n")[2] if text.startswith(_MODELINE) else text
     return f"{_MODELINE}{os.path.relpath(folder / SCHEMA_NAME, spec.parent)}\n{rest}"
 
 
 def _write(texts: dict[Path, str], folder: Path, mend: str) -> None:
     """Write files that are not there yet, and the schema into their folder, where an older one of ours may lie."""
     for path, text in texts.items():
-        if path.exists() and (not path.is_file() or path.read_text(errors="replace") != text):
+        if path.is_symlink() or (path.exists() and (not path.is_file() or path.read_text(errors="replace") != text)):
             raise Refused(f"{path} exists already, and is left as it is; {mend}")
     schema = folder / SCHEMA_NAME
-    if schema.exists() and (not schema.is_file() or MARK not in schema.read_text(errors="replace")):
+    if schema.is_symlink() or (schema.exists() and (not schema.is_file() or MARK not in schema.read_text(errors="replace"))):
         raise Refused(f"{schema} exists already, and is not the schema that editors check specs by; move it away")
     for path, text in {**texts, schema: schema_text(registered_methods())}.items():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,11 +34,12 @@ def list_runs(folder: Path) -> list[Listed]:
         paths = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
     except OSError as error:
         raise NotARun(f"{folder}: {error.strerror}") from None
-    found = [_listed(path) for path in paths if _is_run(path)]
+    found = [_listed(path) for path in paths if is_run(path)]
     return sorted(found, key=lambda run: (run.began, run.directory), reverse=True)
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Whether a directory has what every run has from its beginning."""
     try:
         return is_regular(path / SPEC_FILE) and (path / "cells").is_dir()
     except OSError:

@@ -88,6 +88,7 @@ def json_schema(registered: Iterable[str] = ()) -> Json:
     definitions["MethodSpec"] = {**_notes(definitions["MethodSpec"]), **_choice(METHODS, registered, foreign_labels=METHODS)}
     head = {"$schema": "http://json-schema.org/draft-07/schema#", "$comment": MARK}
     spec = definitions.pop("Spec") | {"title": "Experiment of netsense-testbed"}
+    del definitions["Duration"]  # what is behind ``duration``, which is written otherwise
     whole: Json = _tidied({**head, **spec, "definitions": dict(sorted(definitions.items()))})
     return whole
 

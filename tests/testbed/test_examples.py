@@ -1,6 +1,8 @@
 """What one begins with: ``testbed init`` and ``testbed examples``, in a folder where there is nothing."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import jsonschema
@@ -67,7 +69,11 @@ def test_another_name_is_the_name_of_file_and_experiment():
     assert load_spec(path).name == "drop"
     assert is_checked_by_the_schema_that_it_names(path)
     assert "testbed run below/drop.yaml --dry-run" in path.read_text()
-    for name in ("a b", "below/.hidden", ""):
+    for name in ("123", "on", "2026-11-27", "1e3", "null", "a folder/x"):
+        next_line = cli("init", name).splitlines()[-1]
+        assert load_spec(Path(f"{name}.yaml")).name == Path(name).name
+        assert shlex.split(next_line)[-1] == f"{name}.yaml"
+    for name in ("a b", "a\n", "below/.hidden", ""):
         assert "cannot be the name of an experiment" in cli("init", name, code=2)
 
 
@@ -76,6 +82,8 @@ def test_init_writes_nothing_over():
     line = cli("init", code=2)
     assert line == "experiment.yaml exists already, and is left as it is; name another one: testbed init experiment-2\n"
     assert Path("experiment.yaml").read_text() == "mine"
+    Path("link.yaml").symlink_to("elsewhere.yaml")
+    assert "exists already" in cli("init", "link", code=2) and not Path("elsewhere.yaml").exists()
     Path(SCHEMA_NAME).write_text("{}")
     assert "is not the schema" in cli("init", "other", code=2)
     assert not Path("other.yaml").exists() and Path(SCHEMA_NAME).read_text() == "{}"
@@ -129,6 +137,7 @@ def test_a_copy_writes_nothing_over_and_an_unknown_name_has_its_nearest():
 
 def test_without_a_spec_there_is_one_line_that_says_how_to_have_one():
     for command in ("run", "validate"):
+        assert "experiment.yaml if left out" in " ".join(re.findall(r"[\w.,;]+", cli(command, "--help")))
         line = cli(command, code=2)
         assert line.startswith("SPEC is missing") and "testbed init" in line and line.count("\n") == 1
 

@@ -46,6 +46,8 @@ def faults(raw):
 def test_what_is_shipped_is_what_the_models_give_and_the_command_prints():
     assert schema_text() == SCHEMA_FILE.read_text(), "mend it with: testbed schema > testbed/spec/schema.json"
     jsonschema.Draft7Validator.check_schema(SCHEMA)
+    text = SCHEMA_FILE.read_text()
+    assert [name for name in SCHEMA["definitions"] if f'"#/definitions/{name}"' not in text] == [], "nothing refers to these"
     result = CliRunner().invoke(app, ["schema"])
     assert (result.exit_code, json.loads(result.stdout)) == (0, SCHEMA)
 
