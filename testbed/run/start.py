@@ -17,6 +17,7 @@ from testbed.doctor import System
 from testbed.labs.base import LabError
 from testbed.labs.netns import enclosure, why_it_failed
 from testbed.links.probe import missing_kinds, require_taps
+from testbed.live.beside import live_page
 from testbed.plan import Plan
 from testbed.run import directory as run_directory
 from testbed.run.sweep import (
@@ -125,9 +126,12 @@ def _run_enclosed(module: str, *arguments: str) -> str:
 
 
 def start_run(
-    spec: Spec, plan: Plan, out: Path, script_directory: Path, console: Console, on: Cluster | None = None
+    spec: Spec, plan: Plan, out: Path, script_directory: Path, console: Console, on: Cluster | None = None, *, live: bool = False
 ) -> tuple[int, Path]:
-    """Run a new experiment; returns the exit code and the run directory. on: the cluster that runs it, or else this machine."""
+    """Run a new experiment; returns the exit code and the run directory.
+
+    on: the cluster that runs it, or else this machine. live: with a page that shows it meanwhile.
+    """
     engine = "auto"
     if on:
         on.check()
@@ -139,13 +143,15 @@ def start_run(
     if copied := run_directory.copied_script(directory):
         console.print(f"copied into the run: {', '.join(copied)}", markup=False, soft_wrap=True)
     with run_directory.run_lock(directory) as lock:
-        return _run(plan, directory, lock, console, on), directory
+        return _run(plan, directory, lock, console, on, live), directory
 
 
-def continue_run(plan: Plan, directory: Path, console: Console, *, again: bool = False, on: Cluster | None = None) -> int:
+def continue_run(
+    plan: Plan, directory: Path, console: Console, *, again: bool = False, on: Cluster | None = None, live: bool = False
+) -> int:
     """Run the cells that are not done, then write summary and report; returns the exit code.
 
-    again: and those that are done, but not valid. on: as for ``start_run``. Raises RunIsBusy if they are being run.
+    again: and those that are done, but not valid. on, live: as for ``start_run``. Raises RunIsBusy if they are being run.
     """
     if on is None:
         check_machine(plan)
@@ -154,7 +160,7 @@ def continue_run(plan: Plan, directory: Path, console: Console, *, again: bool =
             console.print(f"the cells will not all be of one machine: {line}", markup=False, soft_wrap=True)
         if again:
             _forget_invalid(directory)
-        return _run(plan, directory, lock, console, on)
+        return _run(plan, directory, lock, console, on, live)
 
 
 def _forget_invalid(directory: Path) -> None:
@@ -166,12 +172,15 @@ def _forget_invalid(directory: Path) -> None:
             (directory / "cells" / cell["cell"] / protocol.RESULT_FILE).unlink(missing_ok=True)
 
 
-def _run(plan: Plan, directory: Path, lock: int, console: Console, on: Cluster | None) -> int:
+def _run(plan: Plan, directory: Path, lock: int, console: Console, on: Cluster | None, live: bool) -> int:
     # The results need pandas and plotly; they load while the cells run.
     threading.Thread(target=_load_results, daemon=True).start()
     try:
-        code = on.run(plan, directory, console) if on else run_cells(plan, directory, lock, console)
-        verdict = finish(directory, console, interrupted=code == EXIT_INTERRUPTED)
+        with live_page(directory, console) if live else contextlib.nullcontext() as say_ended:
+            code = on.run(plan, directory, console) if on else run_cells(plan, directory, lock, console)
+            verdict = finish(directory, console, interrupted=code == EXIT_INTERRUPTED)
+            if say_ended is not None and code != EXIT_INTERRUPTED:
+                say_ended()
         return code if code == EXIT_CANNOT else verdict or code
     finally:
         if fault := run_directory.give_to_owner_of(directory.parent, directory):
