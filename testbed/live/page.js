@@ -220,7 +220,7 @@ const throughput = series => {
 };
 const PAYLOAD = 1448 / 1514 * 0.98;  // as in the report: TCP payload of a full frame, less the acknowledgements
 const FIGURES = [
-  {title: "Throughput", unit: value => si(value, "") + " samples/s", tick: value => si(value, ""), of: throughput,
+  {title: "Throughput", unit: value => `${number(value)}${SPACE}samples/s`, tick: number, of: throughput,
     caption: "Samples trained per second by all ranks together; the grey area is the tightest limit of any link (right axis).", right: true},
   {title: "Links of the cell that runs", unit: value => si(value, "bit/s"), band: true,
     caption: "What the kernel counted: the mean over all links and directions, and from the idlest to the busiest. Dotted: the tightest limit."},

@@ -64,7 +64,7 @@ _PAGE_POLICY = (
     " form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
 _REPORT_POLICY = (
-    "sandbox allow-scripts allow-downloads allow-modals; default-src 'none'; script-src 'unsafe-inline';"
+    "sandbox allow-scripts allow-downloads; default-src 'none'; script-src 'unsafe-inline';"
     " style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """A report has scripts in it, and a run directory may be a stranger's: in an origin of its own it can move no link."""
@@ -92,7 +92,8 @@ class LivePage:
         self._lock = threading.Lock()
         self._pages: set[queue.Queue[str | None]] = set()
         self._reports = 0
-        self.door = threading.Lock()
+        self._door = threading.Lock()
+        self._rendering = threading.Lock()
         self.loopback = True
         try:
             host = ipaddress.ip_address("127.0.0.1" if address == "localhost" else address)
@@ -105,7 +106,7 @@ class LivePage:
             raise CannotServe(f"cannot serve at {address}, port {port}: {getattr(error, 'strerror', error)}{hint}") from None
 
     def __enter__(self) -> "LivePage":
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 1.0}, daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True)
         self._thread.start()
         return self
 
@@ -182,7 +183,8 @@ class LivePage:
         from testbed.results.load import NotARun, load_run
 
         try:
-            return render(load_run(self.directory)).encode()
+            with self._rendering:
+                return render(load_run(self.directory)).encode()
         except (NotARun, OSError) as error:
             raise ValueError(str(error)) from None
 
@@ -202,7 +204,7 @@ class LivePage:
         if not isinstance(wanted, dict) or not wanted or not all(_is_settable(*one) for one in wanted.items()):
             raise _Refused(HTTPStatus.BAD_REQUEST, f"set must have some of {', '.join(_SETTABLE)}")
         try:
-            with self.door:  # one at a time: the thread that answers is the one that keeps the links on time
+            with self._door:  # one at a time: the thread that answers is the one that keeps the links on time
                 return ask(cell.directory, {"links": links, "set": wanted})
         except (OSError, ValueError):
             raise _Refused(HTTPStatus.CONFLICT, f"{cell.name} does not run any more, or not yet") from None
@@ -241,7 +243,11 @@ class _Server(ThreadingHTTPServer):
         if not self._free.acquire(blocking=False):
             self.shutdown_request(request)
             return
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._free.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:

@@ -25,13 +25,15 @@ MOST_CELLS = 2000
 _MOST_WORKERS = 4096
 _ALL_POINTS = 6000
 """Of one line in all cells together: a sweep of many has coarser ones."""
-_LINKS_EVERY_S = 0.3
-"""Of the ten samples of links a second the others are not even parsed."""
+_LINKS_EVERY_S = 0.45
+"""A bin is no shorter than half a second; samples of links in between are not even parsed."""
 _CARRIED_OVER_S = 1.0
 _BUSY_SAMPLES = 50
 _MOST_EVENTS = 60
 _NAMED_LINKS = 4
 _TIME_FIRST = b'{"t_s": '
+_ROWS = 10_000
+_MOST_LINES = 20
 
 
 class CellView:
@@ -43,14 +45,14 @@ class CellView:
         self.bins = Bins(points)
         self.stamp = _stamp(directory / CELL_FILE)
         config = read_json(directory / CELL_FILE) or {}
-        self._dilation = _positive(config.get("dilation"))
+        self._dilation = _dilation(config.get("dilation"))
         self.method = _text(config.get("label") or _mapping(config.get("method")).get("name") or "unknown")
         self._seed = number(config.get("seed"))
-        overrides = config.get("overrides")
-        self.scenario = _text(scenario(overrides), 300) if isinstance(overrides, dict) else ""
+        self.scenario = _text(scenario({_text(k): _text(v) for k, v in _mapping(config.get("overrides")).items()}), 300)
         self._stop = _mapping(_mapping(config.get("workload")).get("stop"))
-        self._earlier = [_text(line, 500) for line in _list(config.get("earlier"))]
-        self.impaired = frozenset(map(str, _list(config.get("impaired"))))
+        self._earlier = _lines(config.get("earlier"))
+        impaired = config.get("impaired")
+        self.impaired = frozenset(_text(link) for link in impaired) if isinstance(impaired, list) else frozenset()
         """Links that can have a delay."""
         self._result: Mapping[str, Any] = {}
         self._result_stamp: tuple[int, int] | None = None
@@ -84,7 +86,7 @@ class CellView:
             *((Tail(place / STEPS_FILE), _of_rank(rank, self._take_step)) for rank, place in enumerate(host)),
             *((Tail(place / EVALS_FILE), self._take_evaluation) for place in host[:1]),
         ]
-        self._from_parquet = False
+        self._whole = False
 
     # State
 
@@ -109,18 +111,18 @@ class CellView:
     def share(self) -> float | None:
         """How much of it is done, 0 to 1; None if its end is not known."""
         shares = [now / limit for now, limit in self._towards_end() if limit]
-        return min(1.0, max(shares)) if shares else None
+        return _short(min(1.0, max(0.0, *shares))) if shares else None
 
     @property
     def told_s(self) -> float:
         """Up to this time all workers have told of their steps."""
-        return _short(min(self._ranks_end_s.values(), default=0.0))
+        return _short(min(self._ranks_end_s.values(), default=0.0)) or 0.0
 
     @property
     def planned_s(self) -> float | None:
         """How long it takes, if its end is a time."""
         seconds = number(self._stop.get("seconds"))
-        return seconds / self._dilation if seconds else None
+        return seconds / self._dilation if seconds and 0 < seconds < LONGEST_S else None
 
     def _towards_end(self) -> Iterator[tuple[float, float | None]]:
         yield self.t_s, self.planned_s
@@ -128,7 +130,7 @@ class CellView:
 
     def problems(self) -> list[str]:
         """What speaks against the cell so far; the verdict at its end knows more."""
-        found = [_text(line, 500) for line in _list(self._result.get("problems"))]
+        found = _lines(self._result.get("problems"))
         if self._result_stamp is not None and not self._result:
             found.append(f"{RESULT_FILE} is damaged")
         if self._manual:
@@ -182,32 +184,42 @@ class CellView:
 
     def read(self, deadline_s: float) -> None:
         """Take in what was recorded since the last time, as far as that can be done by a time of ``time.monotonic``."""
-        if self.ended_at_s and not self._from_parquet and _exists(self.directory / "steps.parquet"):
-            self._from_parquet = True
+        ended = self.ended_at_s > 0  # nothing more is recorded then
+        if self._whole or not (ended or _exists(self.directory / "events.jsonl")):
+            return
+        if ended and not self._sample and _exists(self.directory / "steps.parquet"):
             self._read_tables()
+            self._end_sample()
+            self._whole = True
             return
         for tail, take in self._sources:
             for row in tail.rows(deadline_s):
                 take(row)
             if time.monotonic() > deadline_s:
                 return
+        if ended:
+            self._end_sample()
+            self._whole = True
 
     def _read_tables(self) -> None:
         """Of a cell that ended before this page was opened, in a run that goes on with others."""
         from testbed.results.records import read_table
 
-        takes = {"events": self._take_event, "links": self._take_due_link, "host": self._take_load}
+        takes = {"events": self._take_event, "links": self._take_link, "host": self._take_load}
         takes |= {"steps": self._take_step, "evals": self._take_evaluation}
-        if self.steps:
-            return  # it has been read, from the records
         for name, take in takes.items():
             try:
                 frame = read_table(self.directory, name)
             except ValueError as error:
                 self._earlier.append(_text(error, 500))
                 continue
-            for row in frame.to_dict("records"):
-                take({str(key): value for key, value in row.items()})
+            if name == "links":
+                frame = frame.dropna(subset=["t_s"])
+                slot = frame["t_s"] // (_LINKS_EVERY_S * self._dilation)
+                frame = frame[frame["t_s"] == frame.groupby(slot)["t_s"].transform("min")]
+            for first in range(0, len(frame), _ROWS):  # as dicts they take many times as much memory
+                for row in frame.iloc[first : first + _ROWS].to_dict("records"):
+                    take({str(key): value for key, value in row.items()})
 
     def _time(self, value: object) -> float | None:
         t_s = number(value)
@@ -247,23 +259,16 @@ class CellView:
             t_s = float(line[len(_TIME_FIRST) : line.index(b",")]) if line.startswith(_TIME_FIRST) else math.inf
         except ValueError:
             return True  # parsing it will tell
-        return self._is_due_at(t_s)
-
-    def _is_due_at(self, t_s: float) -> bool:
         return t_s == self._sample_s or t_s >= self._sample_s + _LINKS_EVERY_S * self._dilation
 
-    def _take_due_link(self, row: Mapping[str, Any]) -> None:
-        if self._is_due_at(number(row.get("t_s")) or 0.0):
-            self._take_link(row)
-
     def _take_link(self, row: Mapping[str, Any]) -> None:
-        t_s = number(row.get("t_s"))
-        if t_s is None or self._time(t_s) is None:
+        t_s, link, direction = number(row.get("t_s")), row.get("link"), row.get("direction")
+        if t_s is None or self._time(t_s) is None or not isinstance(link, str) or not isinstance(direction, str):
             return
         if t_s != self._sample_s:
             self._end_sample()
             self._sample_s, self._sample = t_s, {}
-        self._sample[_text(row.get("link")), _text(row.get("direction"))] = row
+        self._sample[link, direction] = row
 
     def _end_sample(self) -> None:
         """A sample of all links is whole: what they carried since the one before, and what they may."""
@@ -461,11 +466,14 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 def _text(value: object, length: int = 80) -> str:
     """What anybody may have written, as a line."""
-    return one_line(str(value).encode(errors="replace").decode(), length)
+    try:
+        return one_line(str(value).encode(errors="replace").decode(), length)
+    except RecursionError:
+        return ""
 
 
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
+def _lines(value: object) -> list[str]:
+    return [_text(line, 500) for line in value[:_MOST_LINES]] if isinstance(value, list) else []
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
@@ -479,13 +487,14 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _positive(value: object) -> float:
+def _dilation(value: object) -> float:
     found = number(value)
-    return found if found and found > 0 else 1.0
+    return found if found and 1e-3 <= found <= 1e6 else 1.0
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.5g}")
+def _short(value: float) -> float | None:
+    """Five digits; None for what is beyond all bounds."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def _exists(path: Path) -> bool:

@@ -23,6 +23,7 @@ INK, FAINT, GRID, SCHEDULE = "#1f2933", "#616e7c", "rgba(31, 41, 51, 0.09)", "#e
 PAYLOAD_SHARE = 1448 / 1514 * 0.98
 """TCP payload of a full Ethernet frame, less what the acknowledgements of the opposite direction take."""
 
+
 def figures(run: Run, summary: Mapping[str, Any] | None = None) -> dict[str, dict[str, go.Figure]]:
     """All figures of a run: {text of the overrides ("" for none): {name of the figure: figure}}.
 
