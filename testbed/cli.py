@@ -75,6 +75,7 @@ def run(
         str | None, typer.Option("--on", metavar="ADDRESS", help="Run the cells on a Dask cluster: tcp://host:8786 or local:N.")
     ] = None,
     spread: Annotated[bool, typer.Option("--spread", help="With --on: methods need not be compared on one machine.")] = False,
+    live: Annotated[bool, typer.Option("--live", help="Show it as a web page meanwhile, on this machine only.")] = False,
 ) -> None:
     """Run an experiment and say who won."""
     from testbed.run.directory import SPEC_FILE
@@ -94,7 +95,7 @@ def run(
         if not (resume / SPEC_FILE).exists():
             _fail(f"{resume}: is no run directory; run directories lie in runs, unless --out said otherwise", EXIT_BAD_INPUT)
         loaded, plan = _plan(resume / SPEC_FILE, [], None)
-        raise typer.Exit(_guarded(lambda: continue_run(plan, resume, console, again=again, on=cluster)))
+        raise typer.Exit(_guarded(lambda: continue_run(plan, resume, console, again=again, on=cluster, live=live)))
     if again:
         _fail("--again goes with --resume; a new run runs every cell", EXIT_BAD_INPUT)
     if spec is None:
@@ -103,7 +104,8 @@ def run(
     if dry_run:
         console.print("\n".join(describe(plan)), markup=False, highlight=False, soft_wrap=True)
         return
-    raise typer.Exit(_guarded(lambda: start_run(loaded, plan, out or Path("runs"), spec.parent.resolve(), console, cluster)[0]))
+    where = out or Path("runs"), spec.parent.resolve()
+    raise typer.Exit(_guarded(lambda: start_run(loaded, plan, *where, console, cluster, live=live)[0]))
 
 
 @app.command()
@@ -207,6 +209,24 @@ def link(
         typer.echo(json.dumps(answer["links"]))
     else:
         Console().print(links_table(answer["links"]))
+
+
+@app.command()
+def watch(
+    directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    address: Annotated[str, typer.Option(help="The IP address of this machine to serve it at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free.", min=0, max=65535)] = 0,
+) -> None:
+    """Show a run under way as a web page that can move its links, or the report of one that has ended, until Ctrl-C."""
+    from testbed.live.server import CannotServe
+    from testbed.live.watch import watch as serve
+
+    try:
+        serve(directory, address, port, typer.echo)
+    except (CannotServe, ValueError) as error:
+        _fail(str(error), EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
 
 
 @app.command(name="exec")
