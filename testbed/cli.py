@@ -126,19 +126,20 @@ def run(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the summary as JSON; all else goes to standard error.")
     ] = False,
+    live: Annotated[bool, typer.Option("--live", help="Show it as a web page meanwhile, on this machine only.")] = False,
 ) -> None:
     """Run an experiment and say who won."""
     from rich.console import Console
 
     from testbed.plan import describe
     from testbed.run.directory import SPEC_FILE
-    from testbed.run.start import Cluster, continue_run, start_run
+    from testbed.run.start import Cluster, RunOptions, continue_run, start_run
 
     if on is not None and not re.fullmatch(r"local:[1-9][0-9]?|(tcp|tls|ucx|ws|wss)://\S+", on):
         _fail(f"--on: {on!r} is no address of a Dask scheduler; write one like tcp://host:8786, or local:3", EXIT_BAD_INPUT)
     if spread and on is None:
         _fail("--spread goes with --on; one machine runs every cell by itself", EXIT_BAD_INPUT)
-    cluster = None if on is None else Cluster(on, spread)
+    options = RunOptions(quiet=quiet, live=live, on=None if on is None else Cluster(on, spread))
 
     console = Console(stderr=as_json)
     if resume is not None:
@@ -149,7 +150,7 @@ def run(
             _fail(f"{resume}: is no run directory; run directories lie in runs, unless --out said otherwise", EXIT_BAD_INPUT)
         directory = resume
         loaded, plan = _plan(resume / SPEC_FILE, [], None)
-        code = _guarded(lambda: continue_run(plan, resume, console, again=again, quiet=quiet, on=cluster))
+        code = _guarded(lambda: continue_run(plan, resume, console, options, again=again))
     else:
         if again:
             _fail("--again goes with --resume; a new run runs every cell", EXIT_BAD_INPUT)
@@ -159,7 +160,7 @@ def run(
             typer.echo("\n".join(describe(plan)))
             return
         folder = path.parent.resolve()
-        code, directory = _guarded(lambda: start_run(loaded, plan, out or RUNS, folder, console, quiet=quiet, on=cluster))
+        code, directory = _guarded(lambda: start_run(loaded, plan, out or RUNS, folder, console, options))
     if as_json:
         _print_summary(directory)
     raise typer.Exit(code)
@@ -425,6 +426,24 @@ def link(
         typer.echo(json.dumps(answer["links"]))
     else:
         _print(links_table(answer["links"]))
+
+
+@app.command()
+def watch(
+    directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    address: Annotated[str, typer.Option(help="The IP address of this machine to serve it at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free.", min=0, max=65535)] = 0,
+) -> None:
+    """Show a run under way as a web page that can move its links, or the report of one that has ended, until Ctrl-C."""
+    from testbed.live.server import CannotServe
+    from testbed.live.watch import watch as serve
+
+    try:
+        serve(directory, address, port, typer.echo)
+    except (CannotServe, ValueError) as error:
+        _fail(str(error), EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
 
 
 @app.command(name="exec")

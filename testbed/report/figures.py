@@ -4,7 +4,7 @@ A method has one colour in all figures (``palette``). Seeds of a method are line
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from typing import Any
 
@@ -13,26 +13,15 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from testbed.report import series
+from testbed.report.palette import Palette, palette
 from testbed.results.load import Run
-from testbed.results.summary import BASELINE, method_order, outages, scenario, summarize, target_accuracy
+from testbed.results.names import method_order, scenario
+from testbed.results.summary import outages, summarize, target_accuracy
 
-BASELINE_COLOUR = "#4d4d4d"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4fbf")
-"""Okabe and Ito's palette, which the colour-blind can tell apart, less its yellow, which paper swallows."""
-DASHES = ("solid", "dash", "dot", "dashdot")
 INK, FAINT, GRID, SCHEDULE = "#1f2933", "#616e7c", "rgba(31, 41, 51, 0.09)", "#e4eaf1"
 
 PAYLOAD_SHARE = 1448 / 1514 * 0.98
 """TCP payload of a full Ethernet frame, less what the acknowledgements of the opposite direction take."""
-
-Palette = Mapping[str, Mapping[str, str]]
-
-
-def palette(methods: Sequence[str]) -> Palette:
-    """Line style of each method: {"color", "dash"}; past the last colour the dashes tell methods apart."""
-    others = [method for method in method_order(methods) if method != BASELINE]
-    styles = {m: {"color": COLOURS[i % len(COLOURS)], "dash": DASHES[i // len(COLOURS) % 4]} for i, m in enumerate(others)}
-    return {BASELINE: {"color": BASELINE_COLOUR, "dash": "solid"}, **styles}
 
 
 def figures(run: Run, summary: Mapping[str, Any] | None = None) -> dict[str, dict[str, go.Figure]]:

@@ -15,10 +15,12 @@ from plotly.offline import get_plotlyjs
 from testbed.dilation import CAVEAT
 from testbed.files import replacing
 from testbed.report import text
-from testbed.report.figures import figures, palette
+from testbed.report.figures import figures
+from testbed.report.palette import palette
 from testbed.results.columns import TABLES
 from testbed.results.load import Run
-from testbed.results.summary import METRICS, scenario, summarize
+from testbed.results.names import scenario
+from testbed.results.summary import METRICS, summarize
 
 CAPTIONS: Mapping[str, tuple[str, str]] = {
     "throughput": (

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from testbed.results.summary import geometric_mean, method_order, scenario
+from testbed.results.names import method_order, scenario
+from testbed.results.summary import geometric_mean
 
 NONE = "–"
 SPACE = "\u00a0"

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from testbed.results.load import Run
-from testbed.results.summary import RESAMPLES, bootstrap_ci95, geometric_mean, scenario, summarize
+from testbed.results.names import scenario
+from testbed.results.summary import RESAMPLES, bootstrap_ci95, geometric_mean, summarize
 
 WINDOWS = 20
 """Into so many a run is cut. The links of both runs did the same in the same window, so the windows are compared in pairs."""

@@ -28,10 +28,10 @@ from testbed.protocol import one_line
 from testbed.results.columns import TABLES
 from testbed.results.dilated import reported
 from testbed.results.load import SUMMARY_FILE, Run
+from testbed.results.names import method_order, scenario
 from testbed.results.phases import oracle, phases
 from testbed.results.validity import cell_problems, replicas_identical
 
-BASELINE = "allreduce"
 ADAPTIVE = "netsense"
 """How the labels of methods begin that choose for themselves."""
 ROUNDING: Mapping[str, float] = {"allreduce": 0.0, "float16": 2.0**-22, "bfloat16": 2.0**-16}
@@ -332,16 +332,6 @@ def _oracle(cells: Sequence[Mapping[str, Any]], rivals: Sequence[Sequence[Mappin
 def _mean_of(cells: Sequence[Mapping[str, Any]], metric: str) -> float | None:
     known = [cell[metric] for cell in cells if cell[metric] is not None]
     return float(np.mean(known)) if known else None
-
-
-def scenario(overrides: Mapping[str, Any]) -> str:
-    """Text that is equal for equal overrides, "network.link.rate=200mbit"; "" for none."""
-    return ", ".join(f"{key}={overrides[key]}" for key in sorted(overrides))
-
-
-def method_order(methods: Iterable[str]) -> list[str]:
-    """Each method once, the baseline first, the others by name: the one order of all tables and figures."""
-    return sorted(set(methods), key=lambda method: (method != BASELINE, method))
 
 
 def compare(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

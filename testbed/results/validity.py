@@ -14,17 +14,12 @@ import numpy as np
 import pandas as pd
 
 from testbed.protocol import worker_name
+from testbed.results.tolerances import BUSY_SHARE, FOREIGN_SHARE, LATE_S
 
-LATE_S = 0.05
-"""A change of a link may be applied this much after its time."""
 GAP_S = 1.0
 """The longest time without a sample of a link; samples are due every 0.1 s, so a gap means a starved host."""
 WINDOW_S = 1.0
 """What a link carries is judged over every window of this length, and over longer ones."""
-FOREIGN_SHARE = 0.25
-"""Of all processors' time. It then takes up to 1 / (1 - 0.25) times as long to compute."""
-BUSY_SHARE = 0.95
-"""From this share on no processor counts as idle."""
 PACE_EXCESS = 0.1
 LOST_SHARE = 1e-3
 """Of the packets that links carried, so many may have been lost between them; TCP slows down for every one."""

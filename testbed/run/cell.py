@@ -133,6 +133,7 @@ def prepare_cell(cell: Cell, directory: Path, earlier: Sequence[str] = ()) -> No
     config["flows"] = {flow.name: [flow.source, flow.target] for flow in cell.flows}
     config["tcp"] = asdict(cell.lab.tcp)
     config["engine"] = cell.lab.engine
+    config["impaired"] = sorted({link for link, _ in cell.lab.impaired})
     config["notes"] = notes(cell)
     config["calibrate"] = cell.calibrate and measurable(cell.lab)
     (directory / protocol.CELL_FILE).write_text(json.dumps(config, indent=1))

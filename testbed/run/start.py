@@ -17,6 +17,7 @@ from testbed.doctor import System
 from testbed.labs.base import LabError
 from testbed.labs.netns import enclosure, why_it_failed
 from testbed.links.probe import missing_kinds, require_taps
+from testbed.live.beside import live_page
 from testbed.plan import Plan
 from testbed.run import directory as run_directory
 from testbed.run.sweep import (
@@ -56,6 +57,18 @@ class Cluster:
         from testbed.run.cluster import execute_on
 
         return execute_on(self.address, plan, directory, console, spread=self.spread)
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How to run: ``quiet``, without progress; ``live``, with a page that shows it; ``on`` a cluster, or else this machine."""
+
+    quiet: bool = False
+    live: bool = False
+    on: Cluster | None = None
+
+
+_PLAIN = RunOptions()
 
 
 def check_machine(plan: Plan) -> str:
@@ -125,48 +138,36 @@ def _run_enclosed(module: str, *arguments: str) -> str:
 
 
 def start_run(
-    spec: Spec,
-    plan: Plan,
-    out: Path,
-    script_directory: Path,
-    console: Console,
-    *,
-    quiet: bool = False,
-    on: Cluster | None = None,
+    spec: Spec, plan: Plan, out: Path, script_directory: Path, console: Console, options: RunOptions = _PLAIN
 ) -> tuple[int, Path]:
-    """Run a new experiment; returns the exit code and the run directory.
-
-    quiet: without progress, only with the result. on: the cluster that runs it, or else this machine.
-    """
+    """Run a new experiment; returns the exit code and the run directory."""
     engine = "auto"
-    if on:
-        on.check()
+    if options.on:
+        options.on.check()
     else:
         engine = check_machine(plan)
     if engine != "auto" and plan.impaired and len(plan.engines) == 1:  # it is written down, and --resume goes on with the same
         spec = spec.model_copy(update={"network": spec.network.model_copy(update={"engine": engine})})
     directory = run_directory.create(spec, out, script_directory)
-    if (copied := run_directory.copied_script(directory)) and not quiet:
+    if (copied := run_directory.copied_script(directory)) and not options.quiet:
         console.print(f"copied into the run: {', '.join(copied)}", markup=False, soft_wrap=True)
     with run_directory.run_lock(directory) as lock:
-        return _run(plan, directory, lock, console, quiet, on), directory
+        return _run(plan, directory, lock, console, options), directory
 
 
-def continue_run(
-    plan: Plan, directory: Path, console: Console, *, again: bool = False, quiet: bool = False, on: Cluster | None = None
-) -> int:
+def continue_run(plan: Plan, directory: Path, console: Console, options: RunOptions = _PLAIN, *, again: bool = False) -> int:
     """Run the cells that are not done, then write summary and report; returns the exit code.
 
-    again: and those that are done, but not valid. quiet, on: as in ``start_run``. Raises RunIsBusy if they are being run.
+    again: and those that are done, but not valid. Raises RunIsBusy if they are being run.
     """
-    if on is None:
+    if options.on is None:
         check_machine(plan)
     with run_directory.run_lock(directory) as lock:
-        for line in run_directory.note_environment(directory) if on is None else ():
+        for line in run_directory.note_environment(directory) if options.on is None else ():
             console.print(f"the cells will not all be of one machine: {line}", markup=False, soft_wrap=True)
         if again:
             _forget_invalid(directory)
-        return _run(plan, directory, lock, console, quiet, on)
+        return _run(plan, directory, lock, console, options)
 
 
 def _forget_invalid(directory: Path) -> None:
@@ -178,13 +179,18 @@ def _forget_invalid(directory: Path) -> None:
             (directory / "cells" / cell["cell"] / protocol.RESULT_FILE).unlink(missing_ok=True)
 
 
-def _run(plan: Plan, directory: Path, lock: int, console: Console, quiet: bool, on: Cluster | None) -> int:
+def _run(plan: Plan, directory: Path, lock: int, console: Console, options: RunOptions) -> int:
     # The results need pandas and plotly; they load while the cells run.
     threading.Thread(target=_load_results, daemon=True).start()
     try:
-        progress = Console(quiet=True) if quiet else console
-        code = on.run(plan, directory, progress) if on else run_cells(plan, directory, lock, console, quiet=quiet)
-        verdict = finish(directory, console, interrupted=code == EXIT_INTERRUPTED)
+        with live_page(directory, console) if options.live else contextlib.nullcontext() as say_ended:
+            if options.on:
+                code = options.on.run(plan, directory, Console(quiet=True) if options.quiet else console)
+            else:
+                code = run_cells(plan, directory, lock, console, quiet=options.quiet)
+            verdict = finish(directory, console, interrupted=code == EXIT_INTERRUPTED)
+            if say_ended is not None and code != EXIT_INTERRUPTED:
+                say_ended()
         return code if code == EXIT_CANNOT else verdict or code
     finally:
         if fault := run_directory.give_to_owner_of(directory.parent, directory):

@@ -24,8 +24,9 @@ from typer.testing import CliRunner
 from testbed.cli import app
 from testbed.plan import make_plan
 from testbed.report import series, text
-from testbed.report.figures import figures, palette
+from testbed.report.figures import figures
 from testbed.report.html import render, write_report
+from testbed.report.palette import palette
 from testbed.report.terminal import terminal_table
 from testbed.results.load import Run, load_run
 from testbed.results.summary import summarize, write_summary
