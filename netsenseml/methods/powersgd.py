@@ -34,6 +34,7 @@ class PowerSgd(Method):
     """
 
     takes_complex = False
+    takes_shards = False
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, rank: int) -> None:
         super().__init__(module, group)
