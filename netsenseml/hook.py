@@ -349,7 +349,11 @@ class Session:
         self._stepped = True
         if not self._optimizers:
             self.method.optimizer(adaptive=not isinstance(optimizer, torch.optim.SGD | torch.optim.ASGD))
-        self._optimizers.add(optimizer)
+        if optimizer not in self._optimizers:
+            own = _parameters_of(optimizer)
+            for other in [other for other in self._optimizers if not own.isdisjoint(_parameters_of(other))]:
+                self._optimizers.discard(other)  # it works inside of this one, which ZeroRedundancyOptimizer may be
+            self._optimizers.add(optimizer)
 
     def _options_of(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Any] | None:
         """The first of its groups with a parameter of this model."""
@@ -518,6 +522,10 @@ class Session:
             "min_rtt_s": sensed and sensed.min_rtt_s,
             "retransmits": tcp and tcp.retransmits,
         }
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _number(value: torch.Tensor | float | None) -> Callable[[], float | None]:
