@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import socket
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from compatibility import table_lines
-from groups import run_group
+from groups import run_group, wait_for_others
 from small_models import batches
 from torch import nn
 from torch.distributed.algorithms.join import Join
@@ -454,35 +455,66 @@ LINES = [
 ]
 
 
-def run_line(rank: int, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Parameters before and after, of plain DDP and of every case."""
-    line = LINES[number]
-    assert line.run is not None
+States = list[tuple[np.ndarray, ...]]
+"""Parameters before and after, of plain DDP and of every case; nothing of a rank that takes no part."""
+
+
+def run_lines(rank: int, names: Sequence[str]) -> dict[str, States | str]:
+    """By line its states, or the traceback of the first one that fails: after that, ranks need not be together."""
 
     def attach(case: Case) -> Attach:
         return lambda model, **options: netsenseml.attach(model, case.method, **case.options, **options)
 
-    found = []
-    for make in (lambda *_, **__: Nothing(), *map(attach, line.cases)):
-        found.append(tuple(state.numpy() for state in line.run(rank, make)))
+    found: dict[str, States | str] = {}
+    for line in LINES:
+        if line.name not in names:
+            continue
+        assert line.run is not None
+        try:
+            made = [lambda *_, **__: Nothing(), *map(attach, line.cases)]
+            found[line.name] = [tuple(state.numpy() for state in line.run(rank, one)) for one in made]
+        except Exception:
+            found[line.name] = traceback.format_exc()
+            break
+    wait_for_others("lines")
     return found
 
 
-@pytest.mark.parametrize("name", [line.name for line in LINES if line.run is not None])
-def test_as_without_a_hook(name: str) -> None:
-    (number,) = (i for i, line in enumerate(LINES) if line.name == name)
-    line = LINES[number]
+@pytest.fixture(scope="module")
+def lines(request: pytest.FixtureRequest) -> dict[str, list[States | str]]:
+    """Of every rank, of all lines that are to be tested: in as few groups as possible, as ranks take longer to start."""
+    asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    chosen = [line for line in LINES if line.run is not None and line.name in asked and skipped(line) is None]
+    found = {}
+    for size in sorted({line.ranks for line in chosen}):
+        names = [line.name for line in chosen if line.ranks == size]
+        ranks = run_group(run_lines, size, names, timeout_s=60)
+        found |= {name: [rank[name] for rank in ranks] for name in names if all(name in rank for rank in ranks)}
+    return found
+
+
+def skipped(line: Line) -> str | None:
     if line.run is synchronised_batch_norm and not torch.cuda.is_available():
-        pytest.skip("PyTorch's SyncBatchNorm takes no tensors of a CPU")
+        return "PyTorch's own takes no tensors of a CPU"
     if line.run is huge_parameters and "NETSENSE_HUGE" not in os.environ:
-        pytest.skip("takes 8 GB; NETSENSE_HUGE=1 runs it")
-    ranks = [states for states in run_group(run_line, line.ranks, number) if states[0]]
+        return "takes 8 GB; NETSENSE_HUGE=1 runs it"
+    return None
+
+
+@pytest.mark.parametrize("name", [line.name for line in LINES if line.run is not None])
+def test_as_without_a_hook(name: str, lines: dict[str, list[States | str]]) -> None:
+    (line,) = (line for line in LINES if line.name == name)
+    if (why := skipped(line)) is not None:
+        pytest.skip(why)
+    assert name in lines, "not run, as one before it failed"
+    assert not (failed := [states for states in lines[name] if isinstance(states, str)]), "\n".join(failed)
+    ranks = [states for states in lines[name] if states[0]]
     plain, *_ = ranks
     moved = np.linalg.norm(plain[0][1] - plain[0][0])
     assert moved > 0
     for i, case in enumerate([Case("plain", {}, 0.0), *line.cases]):
-        assert all(np.array_equal(states[i][1], ranks[0][i][1]) for states in ranks), f"{case.method}: replicas differ"
-        off = np.linalg.norm(ranks[0][i][1] - plain[0][1]) / moved
+        assert all(np.array_equal(states[i][1], plain[i][1]) for states in ranks), f"{case.method}: replicas differ"
+        off = np.linalg.norm(plain[i][1] - plain[0][1]) / moved
         assert off <= case.off, f"{case.method} is off by {off:.3g} of what training moved"
 
 
