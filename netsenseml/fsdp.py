@@ -1,10 +1,10 @@
 """Models that ``fully_shard`` (FSDP2) has sharded within groups of ranks and replicated between them.
 
-Within a group nothing changes: gradients are reduced and scattered, so that every rank has the mean of its shard. The all-reduce of
-that shard between the replicas is what a method takes over, through FSDP's own hook for it. Error feedback is by shard.
+Within a group nothing changes: gradients are reduced and scattered, so that every rank has the mean of its shard. The
+all-reduce of that shard between the replicas is what a method takes over, by the hook FSDP has for it. Error feedback is by shard.
 
-FSDP calls this hook after its own all-reduce, unless it knows of no replicas. So while a session is there, the parameter groups of
-FSDP are told of the shards' dimension of their mesh alone; the parameters remain distributed on both, as do checkpoints.
+FSDP calls this hook after its own all-reduce, unless it knows of no replicas. So while a session is there, the parameter groups
+of FSDP are told of the shards' dimension of their mesh alone; the parameters remain distributed on both, as do checkpoints.
 """
 
 import io
@@ -46,7 +46,8 @@ class ShardedSession(Session):
         scaler: torch.amp.GradScaler | None = None,
         **options: Any,
     ) -> None:
-        """Raises ValueError, one line, where there are no replicas, or torch or the method cannot do it."""
+        """Raises ValueError, one line, where there are no replicas, or torch or the method cannot do it; RuntimeError where
+        there is a session already."""
         self._units = _units(model)
         (group, *others) = {unit.replicas for unit in self._units}
         if others:
@@ -73,7 +74,8 @@ class ShardedSession(Session):
                 unit.unhook()
 
     def reduce(self, unit: "_Unit", gradient: torch.Tensor) -> None:
-        """Replace the gradients of a unit's shards, shape (n,), by their mean over the replicas; FSDP calls this as its hook."""
+        """Replace the gradients of a unit's shards, shape (n,), by their mean over the replicas. FSDP calls this."""
+        bucket: Any = _Bucket(gradient, unit.trained(gradient.numel()))
         task = torch._C._current_graph_task_id()
         first = task != self._task
         if first:
@@ -82,7 +84,6 @@ class ShardedSession(Session):
         elif self._clock.immediate:
             self._statistics.exposed_s += self._waited_s
             self._exchanged_s += self._waited_s
-        bucket: Any = _Bucket(gradient, unit.trained(gradient.numel()))
         done = self._exchange(bucket, first=first, last=False)
         launched_s = monotonic_s()
         try:
@@ -110,7 +111,7 @@ class ShardedSession(Session):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         name = f"rank {self.rank}"
         if name not in state:
-            raise ValueError(f"the checkpoint has no state of {name}, but of {', '.join(state)}; go on without that of the hook")
+            raise ValueError(f"the checkpoint has no state of {name}, but of {', '.join(state)}; go on without it")
         super().load_state_dict(torch.load(io.BytesIO(state[name])))
 
 
@@ -135,15 +136,12 @@ class _Unit:
         trained = [shard for parameter, shard in self.shards.items() if parameter.requires_grad]
         if sum(shard.numel() for shard in trained) != elements:
             raise ValueError(
-                f"some parameters of {self.name or 'the model'} took no part in this step; so that all replicas exchange the same, "
-                "call set_reduce_scatter_unused_params(True) of the model"
+                f"some parameters of {self.name or 'the model'} have no gradient; so that all replicas exchange the same, call "
+                "set_reduce_scatter_unused_params(True) of the model"
             )
         return trained
 
     def hook(self, session: ShardedSession) -> None:
-        if self._group._all_reduce_hook is not None:
-            raise RuntimeError(f"{self.name or 'the model'} has an all-reduce hook already; close its session first")
-
         def reduce(gradient: torch.Tensor) -> None:
             if not self._group.all_reduce_grads:  # set_requires_all_reduce(False): the next ones go with it
                 self._partial = gradient.clone() if self._partial is None else self._partial.add_(gradient)
@@ -219,6 +217,8 @@ def _units(model: nn.Module) -> list[_Unit]:
         if len(groups) > 1:
             raise ValueError(f"the parameters of {name or 'the model'} are on several meshes; give all of them the same")
         for group in groups:
+            if group._all_reduce_hook is not None:
+                raise RuntimeError(f"{name or 'the model'} has an all-reduce hook already; close its session first")
             if not isinstance(group.mesh_info, HSDPMeshInfo):
                 raise ValueError(
                     f"{name or 'the model'} has no replicas to exchange gradients between; call fully_shard with a mesh of two "
@@ -233,7 +233,7 @@ def _units(model: nn.Module) -> list[_Unit]:
 
 
 def _stand_in(parameter: Any, reduced_in: torch.dtype | None) -> nn.Parameter:
-    """Of a FSDPParam: as many elements as its shard has, with the padding, in the type of its reduced gradient, and no memory."""
+    """Of an FSDPParam: as many elements as its shard has with padding, in the type of its reduced gradient, without memory."""
     elements, own = parameter.padded_sharded_param_size.numel(), parameter.sharded_param
     one = torch.empty((), dtype=reduced_in or own.dtype, device=own.device)
     return nn.Parameter(one.expand(elements), requires_grad=own.requires_grad)

@@ -60,8 +60,8 @@ def attach(
     When not to use it: between GPUs of one machine, or where a step waits for no gradients anyway (``comm_s`` of its records
     with "allreduce"); DDP's own exchange is as good there.
 
-    model: a DistributedDataParallel, or one that ``fully_shard`` has made on a mesh of replicas and shards (``netsenseml.fsdp``);
-        either may be compiled.
+    model: a DistributedDataParallel, or one that ``fully_shard`` has made on a mesh of replicas and shards
+        (``netsenseml.fsdp``); either may be compiled.
     method: a name of ``catalog.METHODS``, one registered as an entry point of the group ``netsenseml.methods``, or
         ``package.module:Class``; ``options`` are its options. A listener may name it instead, as the testbed's does.
     record: file that receives one JSON line a step (``records.STEP_COLUMNS``).
@@ -103,8 +103,8 @@ def _kind_of_session(model: nn.Module) -> Any:
     if is_sharded(model):
         return ShardedSession
     raise TypeError(
-        f"attach takes a DistributedDataParallel or a model that fully_shard has made, not {type(model).__name__}; wrap it first "
-        "(Accelerate and Lightning do only where there is more than one process)"
+        f"attach takes a DistributedDataParallel or a model that fully_shard has made, not {type(model).__name__}; wrap it "
+        "first (Accelerate and Lightning do only where there is more than one process)"
     )
 
 

@@ -392,7 +392,11 @@ LINES = [
         elsewhere=["test_session.py::test_sparse_and_complex_gradients_are_refused_where_they_cannot_be_exchanged"],
         passed="refused in one line; `sparse=False` works",
     ),
-    Line("gradient accumulation with `no_sync`", accumulated_without_exchange, elsewhere=["test_methods.py::test_nothing_is_lost"]),
+    Line(
+        "gradient accumulation with `no_sync`",
+        accumulated_without_exchange,
+        elsewhere=["test_methods.py::test_nothing_is_lost"],
+    ),
     Line("gradient accumulation without it", accumulated_with_exchange),
     Line(
         "autocast with GradScaler, also in steps that overflow",
@@ -423,7 +427,7 @@ LINES = [
     ),
     Line("activation checkpoints", activation_checkpoints),
     Line("activation checkpoints, `use_reentrant=True`", reentrant_checkpoints),
-    Line("parameters of 0 elements", empty_parameters),
+    Line("parameters of 0 elements", empty_parameters, [*CASES, Case("powersgd", {"rank": 2}, 0.5)]),
     Line("parameters of 1 element", scalar_parameters),
     Line("parameters of 10^8 elements", huge_parameters, [ALL_SENT]),
     Line(
