@@ -13,6 +13,8 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public, but not declared so
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
@@ -35,18 +37,18 @@ _SAMPLE_S = 0.05
 
 
 def attach(
-    ddp: DistributedDataParallel,
+    model: nn.Module,
     method: str | None = None,
     *,
     record: str | os.PathLike[str] | None = None,
     scaler: torch.amp.GradScaler | None = None,
     **options: Any,
 ) -> "Session":
-    """Let ``ddp`` exchange its gradients by ``method``, on every rank with the same arguments.
+    """Let ``model`` exchange its gradients by ``method``, on every rank with the same arguments.
 
-        session = attach(ddp, "netsense")
+        session = attach(model, "netsense")
         for x, y in batches:
-            loss = criterion(ddp(x), y)
+            loss = criterion(model(x), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -58,15 +60,20 @@ def attach(
     When not to use it: between GPUs of one machine, or where a step waits for no gradients anyway (``comm_s`` of its records
     with "allreduce"); DDP's own exchange is as good there.
 
+    model: a DistributedDataParallel, which ``torch.compile`` may have compiled, or one that ``fully_shard`` has made on a mesh
+        of replicas and shards (``netsenseml.fsdp``).
     method: a name of ``catalog.METHODS``, one registered as an entry point of the group ``netsenseml.methods``, or
         ``package.module:Class``; ``options`` are its options. A listener may name it instead, as the testbed's does.
     record: file that receives one JSON line a step (``records.STEP_COLUMNS``).
     scaler: the GradScaler in use, so that what error feedback keeps follows its scale and survives steps that it leaves out.
 
     Where the environment names a listener (``netsenseml.listener``), that is told, and may wait for others.
-    Raises ValueError, one line, if no method is known, a name or option does not exist, the method cannot exchange these
-    gradients, or the ranks differ; RuntimeError if a rank does not come within the time-out of the process group.
+    Raises TypeError, one line, for any other model; ValueError, one line, if no method is known, a name or option does not
+    exist, the method cannot exchange these gradients, or the ranks differ; RuntimeError if a rank does not come within the
+    time-out of the process group.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    session_of = _kind_of_session(model)
     listener = from_environment()
     wanted = listener.method() if listener is not None else None
     if wanted is not None:
@@ -76,16 +83,29 @@ def attach(
             )
         method, options = wanted[0], {**wanted[1], **options}
     if method is None:
-        raise ValueError("no method: call attach(ddp, method=...), or run in the testbed, whose spec names it")
-    session = Session(ddp, method, record=record, scaler=scaler, **options)
+        raise ValueError("no method: call attach(model, method=...), or run in the testbed, whose spec names it")
+    session = session_of(model, method, record=record, scaler=scaler, **options)
     try:
-        ddp.register_comm_hook(session, comm_hook)
+        session.register(model)
         if listener is not None:
             session.listen(listener)
     except BaseException:
         session.close()
         raise
     return session
+
+
+def _kind_of_session(model: nn.Module) -> Any:
+    if isinstance(model, DistributedDataParallel):
+        return Session
+    from netsenseml.fsdp import ShardedSession, is_sharded  # which is about sessions
+
+    if is_sharded(model):
+        return ShardedSession
+    raise TypeError(
+        f"attach takes a DistributedDataParallel or a model that fully_shard has made, not {type(model).__name__}; wrap it "
+        "first (Accelerate and Lightning do only where they know of several processes)"
+    )
 
 
 def comm_hook(session: "Session", bucket: GradBucket) -> Future[torch.Tensor]:
@@ -119,13 +139,27 @@ class Session:
         **options: Any,
     ) -> None:
         """As ``attach``, without registering the hook and without the testbed."""
-        self.module: torch.nn.Module = ddp.module
-        self.rank = ddp.process_group.rank()
-        """Of this process in the model's process group."""
-        self._group = ddp.process_group
         self._refuse_compiled_autograd()
+        self._open(ddp.module, ddp.module, ddp.process_group, method, record, scaler, options)
+        self.method.holds_unused = ddp.find_unused_parameters
+
+    def _open(
+        self,
+        module: nn.Module,
+        exchanged: nn.Module,
+        group: dist.ProcessGroup,
+        method: str,
+        record: str | os.PathLike[str] | None,
+        scaler: torch.amp.GradScaler | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        """exchanged: has what the method exchanges as its parameters."""
+        self.module = module
+        self.rank = group.rank()
+        """Of this process in the model's process group."""
+        self._group = group
         self._peers = agree(self._group, {"netsenseml": _version(), "method": method, **options})
-        self.method: Method = make_method(method, ddp.module, self._group, options)
+        self.method: Method = make_method(method, exchanged, self._group, options)
         self.last: Mapping[str, Any] | None = None
         """The newest row of the records. With an accelerator, that of a step comes when the next backward begins."""
         self.steps = 0
@@ -135,13 +169,13 @@ class Session:
         self._listeners: list[Listener] = [Recorder(record)] if record is not None else []
         self._scaler = scaler
         self._scale: float | None = None
-        self.method.holds_unused, self.method.keeps_copy = ddp.find_unused_parameters, scaler is not None
-        addresses = {peer.address for peer in self._peers} - {self._peers[self.rank].address, None}
+        self.method.keeps_copy = scaler is not None
+        addresses = {peer.address for peer in self._peers} - {self._peers[group.rank()].address, None}
         self._tcp = TcpMonitor({address for address in addresses if address})
         self._sample: TcpSample | None = None
         self._sample_due_s = 0.0
         self._lock = threading.Lock()
-        self._clock = Clock(next((p.device for p in ddp.module.parameters() if p.requires_grad), torch.device("cpu")))
+        self._clock = Clock(next((p.device for p in exchanged.parameters() if p.requires_grad), torch.device("cpu")))
         self._unsettled: tuple[StepStatistics, Mark] | None = None
         self._unrecorded: list[Callable[[], dict[str, Any]]] = []
         self._paused_s = 0.0
@@ -149,12 +183,16 @@ class Session:
         self._failure: str | None = None
         self._exchanges: list[Future[torch.Tensor]] = []
         self._closed_by_step = self._closed = False
-        self._parameters = {id(parameter) for parameter in ddp.module.parameters()}
+        self._parameters = {id(parameter) for parameter in module.parameters()}
         self._optimizers: WeakSet[torch.optim.Optimizer] = WeakSet()
         self._lr = 0.0
         self._stepped = True
         self._watching = register_optimizer_step_post_hook(self._after_optimizer)
         self._start(monotonic_s())
+
+    def register(self, ddp: Any) -> None:
+        """Take over the exchange of the model that this session was made for; it is not kept, as it keeps the session."""
+        ddp.register_comm_hook(self, comm_hook)
 
     def _refuse_compiled_autograd(self) -> None:
         import torch._dynamo.config  # a second of import, which DDP has done when it was made
@@ -173,6 +211,11 @@ class Session:
         """Since t = 0 of the records."""
         return monotonic_s() - self._t0
 
+    @property
+    def failure(self) -> str | None:
+        """What has ended the exchange, in one line; None while all is well."""
+        return self._failure
+
     def listen(self, listener: Listener) -> None:
         """Tell ``listener`` of all that follows. It may wait, and decide when t = 0."""
         self._listeners.append(listener)
@@ -181,6 +224,10 @@ class Session:
 
     def exchange(self, bucket: GradBucket) -> Future[torch.Tensor]:
         """Exchange one bucket; DDP calls this through ``comm_hook``."""
+        return self._exchange(bucket, first=bucket.index() == 0, last=bucket.is_last())
+
+    def _exchange(self, bucket: GradBucket, *, first: bool, last: bool) -> Future[torch.Tensor]:
+        """first, last: of this backward."""
         arrived_s, ready = monotonic_s(), self._clock.mark()
         if self._failure is not None:
             raise PeerFailed(self._failure)
@@ -191,7 +238,7 @@ class Session:
                 "sparse gradients cannot be exchanged by a communication hook; make their layers dense: sparse=False"
             )
         began_for_s = 0.0
-        if bucket.index() == 0:
+        if first:
             self._settle()
             if not self._closed_by_step and self._statistics.elements:
                 self._close_step(arrived_s, None, None)
@@ -207,7 +254,7 @@ class Session:
             with self._noticing():
                 self.method.begin()
             began_for_s = monotonic_s() - began_s
-        statistics, last = self._statistics, bucket.is_last()
+        statistics = self._statistics
         statistics.arrive(bucket.buffer().numel(), ready)
         with self._lock:
             self._pending += 1
@@ -264,11 +311,14 @@ class Session:
             if self._pending or not self._all_launched:
                 return result
             self._all_launched = False
+        self._end_backward()
+        return result
+
+    def _end_backward(self) -> None:
         self._unsettled, self._in_backward = (self._statistics, self._clock.mark()), False
         self._statistics.tcp = self._sensed()
         if self._clock.immediate:
             self._settle()
-        return result
 
     def _settle(self) -> None:
         """Take the last backward into account: at once, or where a device is behind, when the next one begins."""
@@ -286,7 +336,7 @@ class Session:
         with self._lock:
             if self._failure is None:
                 abort(self._group)  # so that the other ranks notice
-                self._failure = explain(error, self._group, self._peers, self.rank)
+                self._failure = explain(error, self._group, self._peers, self._group.rank())
             return self._failure
 
     def _sensed(self) -> TcpSample | None:
@@ -304,7 +354,11 @@ class Session:
         self._stepped = True
         if not self._optimizers:
             self.method.optimizer(adaptive=not isinstance(optimizer, torch.optim.SGD | torch.optim.ASGD))
-        self._optimizers.add(optimizer)
+        if optimizer not in self._optimizers:
+            own = _parameters_of(optimizer)
+            for other in [other for other in self._optimizers if not own.isdisjoint(_parameters_of(other))]:
+                self._optimizers.discard(other)  # it works inside of this one, which ZeroRedundancyOptimizer may be
+            self._optimizers.add(optimizer)
 
     def _options_of(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Any] | None:
         """The first of its groups with a parameter of this model."""
@@ -398,7 +452,7 @@ class Session:
 
         They may wait for a rank that waits here, too, as nothing but a time-out ends them: so one rank after another leaves.
         """
-        given_up_s = monotonic_s() + min(_FIRST_S + 2.0 * self.rank, _LAST_S)
+        given_up_s = monotonic_s() + min(_FIRST_S + 2.0 * self._group.rank(), _LAST_S)
         while self._pending > 0 and monotonic_s() < given_up_s:
             time.sleep(0.01)
 
@@ -475,6 +529,10 @@ class Session:
             "min_rtt_s": sensed and sensed.min_rtt_s,
             "retransmits": tcp and tcp.retransmits,
         }
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _number(value: torch.Tensor | float | None) -> Callable[[], float | None]:

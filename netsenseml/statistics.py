@@ -99,6 +99,11 @@ class StepStatistics:
             self.bucket_elements.append(elements)
             self._ready.append(ready)
 
+    def nothing_overlapped(self) -> None:
+        """Backward has waited for every bucket, as it would at its end if all had been ready by then, and not before."""
+        with self._lock:
+            self._ready = self._ready[-1:] * len(self._ready)
+
     def settle(self) -> None:
         """Take into account what ended since the last call; waits until it has."""
         seconds = self._clock.seconds

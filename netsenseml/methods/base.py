@@ -30,6 +30,9 @@ class Method:
     takes_complex = True
     """Whether gradients may be complex numbers."""
 
+    takes_shards = True
+    """Whether ``exchange`` does without knowing a bucket's number, and whether it is the last one."""
+
     holds_unused = False
     """Set where DDP looks for parameters that a step leaves out: what is kept for these must not be sent then."""
 

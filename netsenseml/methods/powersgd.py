@@ -34,6 +34,7 @@ class PowerSgd(Method):
     """
 
     takes_complex = False
+    takes_shards = False
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, rank: int) -> None:
         super().__init__(module, group)
@@ -63,7 +64,8 @@ class PowerSgd(Method):
         values = bucket.buffer().numel() if self._state.iter < _PLAIN_STEPS else self._values(bucket)
         sent = all_reduce_bytes(bucket.buffer().element_size() * values, self.group.size())
         held = self._hold(bucket)
-        statistics.launch(lambda: powerSGD_hook(self._state, bucket), sent, elements=values).wait()
+        filled: Any = _WithoutEmpty(bucket)
+        statistics.launch(lambda: powerSGD_hook(self._state, filled), sent, elements=values).wait()
         self._revive(bucket.index())
         residual = self._state.error_dict.get(bucket.index())
         if residual is not None and not residual.sum().isfinite():  # an overflow; it must not come back for ever
@@ -144,6 +146,17 @@ class PowerSgd(Method):
         self._state.iter = state["steps"]
         for name in _KEPT:
             setattr(self._state, name, {i: t.clone() for i, t in state[name].items()})
+
+
+class _WithoutEmpty:
+    """A bucket less its gradients of no elements, which the hook cannot shape as matrices."""
+
+    def __init__(self, bucket: GradBucket) -> None:
+        self.buffer, self.index, self.is_last = bucket.buffer, bucket.index, bucket.is_last
+        self._gradients = [gradient for gradient in bucket.gradients() if gradient.numel()]
+
+    def gradients(self) -> list[torch.Tensor]:
+        return self._gradients
 
 
 _EPSILON = 1e-30

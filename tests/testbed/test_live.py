@@ -613,7 +613,7 @@ def test_a_run_has_its_page_while_its_cells_run_if_that_is_asked_for(tmp_path: P
     said = Console(width=300, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     reached: list[bool] = []
 
-    def run_cells(*_: Any) -> int:
+    def run_cells(*_: Any, **__: Any) -> int:
         words = said.export_text(clear=False).split()
         reached.append("live" in words and reachable(words[-1]))
         return start.EXIT_DONE
@@ -623,7 +623,8 @@ def test_a_run_has_its_page_while_its_cells_run_if_that_is_asked_for(tmp_path: P
     monkeypatch.setattr(start, "finish", lambda *_, **__: start.EXIT_INVALID)
     spec = ROOT / "experiments" / "smoke.yaml"
     for live in (True, False):
-        assert start.start_run(*load_plan(spec), tmp_path, spec.parent, said, start.RunOptions(live=live))[0] == start.EXIT_INVALID
+        options = start.RunOptions(live=live)
+        assert start.start_run(*load_plan(spec), tmp_path, spec.parent, said, options)[0] == start.EXIT_INVALID
         assert not reachable(said.export_text().split()[-1]) if live else said.export_text() == ""
     assert reached == [True, False]
     asked: list[Any] = []
