@@ -136,6 +136,7 @@ class Session:
         self._scaler = scaler
         self._scale: float | None = None
         self.method.holds_unused, self.method.keeps_copy = ddp.find_unused_parameters, scaler is not None
+        ddp.broadcast_buffers = ddp.broadcast_buffers and self.method.shares_buffers
         addresses = {peer.address for peer in self._peers} - {self._peers[self.rank].address, None}
         self._tcp = TcpMonitor({address for address in addresses if address})
         self._sample: TcpSample | None = None
@@ -328,7 +329,8 @@ class Session:
         """End a step; returns False when the run should end.
 
         loss, samples: training loss and size of this rank's batch, for the records.
-        A listener may wait here, so that all ranks end after the same step.
+        With a method that updates locally, the ranks exchange their parameters here. A listener may wait here, so that all ranks
+        end after the same step.
         """
         self._closed_by_step = True
         if self._scaler is not None:
@@ -339,6 +341,8 @@ class Session:
                 self.method.rescale(scale / self._scale, gradients=True)
             self._scale = scale
         self._stepped = False
+        with self._noticing():
+            self.method.after_step(self._statistics)
         self._close_step(monotonic_s(), loss, None if samples is None else int(samples))
         with self.pause():
             return min([listener.step(self.steps) for listener in self._listeners], default=True)
@@ -354,6 +358,24 @@ class Session:
             self._statistics.began_s += paused_s
             self._paused_s += paused_s
 
+    def synchronize(self) -> None:
+        """Make the parameters of all ranks equal, where a method that updates locally lets them differ: an exchange before its
+        time. Call it on every rank, between two steps. ``close`` does so, too; call it where something comes before that, such
+        as a last evaluation.
+        """
+        with self._noticing():
+            self.method.synchronize(self._statistics)
+
+    @contextlib.contextmanager
+    def synchronized(self) -> Iterator[None]:
+        """Evaluate the model or save it in here, between two steps, on any rank: nobody waits, and nothing is exchanged.
+
+        With a method that updates locally, the model has the parameters that all ranks had in common last, and afterwards its
+        own ones again. With all others nothing changes.
+        """
+        with self.method.synchronized():
+            yield
+
     def evaluated(self, accuracy: float, loss: float) -> None:
         """Record an evaluation after the steps done so far; accuracy from 0 to 1. Call it on rank 0."""
         row = {"step": self.steps, "t_s": self.elapsed_s, "accuracy": float(accuracy), "loss": float(loss)}
@@ -361,7 +383,10 @@ class Session:
             listener.evaluated(row)
 
     def close(self, accuracy: float | None = None, loss: float | None = None) -> None:
-        """End the run after its last step, with the final evaluation if this rank made one. Call it on every rank."""
+        """End the run after its last step, with the final evaluation if this rank made one. Call it on every rank.
+
+        Parameters that differ between ranks are synchronised first, unless this rank leaves by an exception.
+        """
         self._watching.remove()
         self._closed = True
         if self._in_backward and self._statistics.elements:
@@ -370,6 +395,8 @@ class Session:
             self.fail(error)  # now, since leaving may take a while
         try:
             if not self._in_backward:
+                if self._failure is None and sys.exc_info()[1] is None:
+                    self.synchronize()
                 self._settle_last()
         finally:
             self._leave(accuracy, loss)
@@ -381,6 +408,10 @@ class Session:
         self._settle()
         if self._statistics.elements:
             self._close_step(monotonic_s(), None, None)
+        elif self._statistics.payload_bytes:  # after the last step: a row, but no step
+            self._statistics.settle()
+            ended_s = self._statistics.began_s + self._statistics.exposed_s
+            self._unrecorded.append(partial(self._row, self.steps, self._statistics, ended_s, _number(None), None))
         self._record()
 
     def _leave(self, accuracy: float | None, loss: float | None) -> None:
@@ -449,6 +480,7 @@ class Session:
     def _row(
         self, step: int, done: StepStatistics, ended_s: float, loss: Callable[[], float | None], samples: int | None
     ) -> dict[str, Any]:
+        done.settle()
         tcp = done.tcp
         sensed = tcp if self.method.senses else None
         step_s = ended_s - done.began_s

@@ -165,9 +165,10 @@ class Run:
             if not session.step(loss.detach(), samples=len(x)) or session.steps >= self.last_step:
                 break
             if self.rank == 0 and monotonic_s() >= next_evaluation_s:
-                with session.pause():
+                with session.pause(), session.synchronized():
                     self._evaluate(session, data)
                 next_evaluation_s = monotonic_s() + self.evaluate_every_s
+        session.synchronize()
         session.close(*(self._evaluate(session, data) if self.rank == 0 else ()))
 
     def _batches(self, data: Dataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
