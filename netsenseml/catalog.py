@@ -159,10 +159,9 @@ def check_method(name: str, options: Mapping[str, Any] | None = None) -> dict[st
         raise ValueError(f"method '{name}': policy 'fixed' needs schemes, for example [int8]")
     if resolved.get("policy") != "fixed" and resolved.get("schemes"):
         raise ValueError(f"method '{name}': schemes need policy: fixed")
-    for option in {"fragments", "overlap"} & resolved.keys():
-        if resolved[option] > resolved["inner_steps"]:
-            most = resolved["inner_steps"]
-            raise ValueError(f"method '{name}': {option} must be at most inner_steps, {most}, not {resolved[option]}")
+    if resolved.get("overlap", 0) >= resolved.get("inner_steps", 1):
+        steps = resolved["inner_steps"]
+        raise ValueError(f"method '{name}': overlap must be below inner_steps, {steps}, not {resolved['overlap']}")
     for scheme in resolved.get("schemes", ()):
         check_scheme(scheme)
     return resolved

@@ -329,8 +329,8 @@ class Session:
         """End a step; returns False when the run should end.
 
         loss, samples: training loss and size of this rank's batch, for the records.
-        With a method that updates locally, the ranks exchange their parameters here. A listener may wait here, so that all ranks
-        end after the same step.
+        With a method that updates locally, the ranks exchange their parameters here. A listener may wait here, so that all
+        ranks end after the same step.
         """
         self._closed_by_step = True
         if self._scaler is not None:

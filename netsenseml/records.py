@@ -20,11 +20,11 @@ STEP_COLUMNS: Mapping[str, str] = {
     "encode_s": "time spent in encoding and decoding",
     "payload_bytes": "bytes this rank sent for the exchange by the collective's cost formula, without TCP/IP headers",
     "dense_bytes": "bytes a ring all-reduce of the same float32 gradients would have sent from this rank",
-    "scheme": "how the gradients were encoded, for example 'allreduce', 'int8', 'sparse-bf16@1%'; with local updates 'local' where"
-    " no exchange ended, else such as 'diloco/bf16', or 'diloco/bf16, 5 late' where it began so many steps before",
+    "scheme": "how the gradients were encoded, for example 'allreduce', 'int8', 'sparse-bf16@1%'; with local updates 'local'"
+    " where no exchange ended, else such as 'diloco/bf16', or 'diloco/bf16, 5 late' if it began so many steps before",
     "ratio": "share of the gradient elements that were sent, 1 = all",
-    "lost_energy": "share of the energy (sum of squares) of gradient + residual that was not sent; null if not known; with local"
-    " updates 1 where no exchange ended",
+    "lost_energy": "share of the energy (sum of squares) of gradient + residual that was not sent; null if not known; with"
+    " local updates 1 where no exchange ended",
     "residual_ratio": "largest norm of what is kept of a bucket over that of its gradient; null if nothing is kept",
     "bandwidth_bps": "bandwidth estimate in use for this step, bits/s; null if the method does not sense",
     "rtt_s": "smoothed RTT estimate; null if the method does not sense",

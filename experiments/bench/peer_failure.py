@@ -36,7 +36,7 @@ RANKS, PATIENCE_S = 3, 45.0
 OPTIONS: dict[str, dict[str, Any]] = {
     "fixed": {"policy": "fixed", "schemes": ["int8"]},
     "bdp": {"policy": "bdp"},
-    "often": {"inner_steps": 2, "values": "int8"},
+    "often": {"inner_steps": 1, "values": "int8"},
 }
 METHODS = (
     "plain,allreduce,bf16,quantized,topk,topk12,randomk,dgc,signsgd,qsgd,powersgd,demo,localsgd,diloco:often,sparseloco,"

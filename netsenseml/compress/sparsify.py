@@ -51,8 +51,8 @@ def largest(values: torch.Tensor, k: int) -> torch.Tensor:
 def largest_in_chunks(values: torch.Tensor, chunk: int, ratio: float) -> torch.Tensor:
     """Indices of the share ``ratio`` of largest magnitude of each ``chunk`` successive elements: int64, ascending.
 
-    values: shape (n,), floating point. Of m elements ``kept_elements(m, ratio)`` are taken, also of the last chunk, which may be
-    smaller. NaN is the largest.
+    values: shape (n,), floating point. Of m elements ``kept_elements(m, ratio)`` are taken, also of the last chunk, which may
+    be smaller. NaN is the largest.
     """
     whole = values.numel() // chunk * chunk
     found = []

@@ -86,6 +86,10 @@ class LocalUpdates(Method):
         """Of the optimizer, so far."""
         self._equal_at = 0
         """After so many of them, all ranks had the same parameters."""
+        self._ended = 0
+        """Steps that ended without ``after_step``. One may, as a script may load a checkpoint after a first backward."""
+        self._aside: list[torch.Tensor] | None = None
+        """What this rank has made of the model, while that has what is in common."""
         self._fragments: list[Common] = []
         self._of_buffers: Common | None = None
         self._under_way: deque[_UnderWay] = deque()
@@ -108,13 +112,15 @@ class LocalUpdates(Method):
         return _done(gradient)
 
     def end_step(self) -> None:
-        if torch._C._current_graph_task_id() >= 0:  # the step before is ended in a backward, which needs the parameters
+        self._ended += 1
+        if self._ended > 1 and torch._C._current_graph_task_id() >= 0:  # by a backward, which needs the parameters as they are
             raise RuntimeError(
                 "local updates exchange parameters in session.step(): call it after every optimizer.step(), and accumulate the"
                 " gradients of several backwards under no_sync()"
             )
 
     def after_step(self, statistics: StepStatistics) -> None:
+        self._ended = -1
         if not self._fragments:
             return
         self.steps += 1
@@ -134,28 +140,32 @@ class LocalUpdates(Method):
             self._equal_at = self.steps
 
     def synchronize(self, statistics: StepStatistics) -> None:
-        if self._equal_at == self.steps:
+        if not self.steps:
             return
         with statistics.waiting():
-            while self._under_way:
-                self._land(statistics, self._mixing)
-            for number in range(len(self._fragments)):
-                self._launch(number, statistics)
-            while self._under_way:
-                self._land(statistics, 0.0)
-        self._equal_at = self.steps
+            if self._equal_at != self.steps:
+                while self._under_way:
+                    self._land(statistics, self._mixing)
+                for number in range(len(self._fragments)):
+                    self._launch(number, statistics)
+                while self._under_way:
+                    self._land(statistics, 0.0)
+                self._equal_at = self.steps
+            # A rank may close the mesh now, in which others may still be waiting for what they have yet to read.
+            self.group.allreduce([self._fragments[0].shared.new_zeros(1)]).wait()
 
     @contextlib.contextmanager
     def synchronized(self) -> Iterator[None]:
         if self._equal_at == self.steps:
             yield
             return
-        own = [common.own() for common in self._all]
+        own = self._aside = [common.own() for common in self._all]
         try:
             for common in self._all:
                 common.put(common.shared)
             yield
         finally:
+            self._aside = None
             for common, values in zip(self._all, own, strict=True):
                 common.put(values)
 
@@ -200,6 +210,10 @@ class LocalUpdates(Method):
     def state_dict(self) -> dict[str, Any]:
         """The parameters of this rank are in it where they are its own, so that one checkpoint of the model does for all
         ranks."""
+        under_way = [  # first, as what they do not send is in the memory only then
+            (one.until, one.number, one.gradient.wait().clone(), one.buffers and one.buffers.wait().clone())
+            for one in self._under_way
+        ]
         return {
             "steps": self.steps,
             "equal_at": self._equal_at,
@@ -207,11 +221,8 @@ class LocalUpdates(Method):
             "feedback": self.memory.state_dict(),
             "shared": [common.shared.clone() for common in self._all],
             "velocity": [None if common.velocity is None else common.velocity.clone() for common in self._all],
-            "own": [common.own() for common in self._all] if self._equal_at != self.steps else None,
-            "under_way": [
-                (one.until, one.number, one.gradient.wait().clone(), one.buffers and one.buffers.wait().clone())
-                for one in self._under_way
-            ],
+            "own": None if self._equal_at == self.steps else self._aside or [common.own() for common in self._all],
+            "under_way": under_way,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
