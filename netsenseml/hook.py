@@ -99,13 +99,17 @@ class Session:
     Call ``step`` after every ``optimizer.step()``, and after ``scaler.update()`` if there is one. A script that never does
     gets the same records; a step then ends where the next backward hands over its first bucket, and loss and samples are null.
 
+    With methods that update locally (localsgd, diloco, sparseloco) ``step`` exchanges parameters, and so must be called. In
+    between every rank has its own: evaluate and save the model in ``with session.synchronized():``. All are equal after
+    ``synchronize``, or ``close``. Optimizer and loss scale stay each rank's own.
+
     If a rank dies, raises or stays silent, ``backward`` raises one error on all others, which names it (``PeerFailed``): soon
     if its process has ended, or with a method that codes if it has closed its session, else after the time-out of the process
     group, which is 30 minutes unless ``init_process_group`` was told otherwise; seconds more go into asking the others.
-    Session and process group are of no use then: close the session and leave, best by ``try: ... finally: session.close()``. So
-    must a rank whose own code raises in the middle of a backward; the others then learn why. One that goes on is waited for in
-    vain. No rank is left out and nothing is tried again: go on from a checkpoint. With NCCL, all-reduce as it is ends by NCCL's
-    watchdog.
+    Where ``step`` exchanges, that raises it. Session and process group are of no use then: close the session and leave, best by
+    ``try: ... finally: session.close()``. So must a rank whose own code raises in the middle of a backward; the others then
+    learn why. One that goes on is waited for in vain. No rank is left out and nothing is tried again: go on from a checkpoint.
+    With NCCL, all-reduce as it is ends by NCCL's watchdog.
     Gradients that are not finite are no failure: they reach all ranks once, as with DDP, and nothing of them is kept.
     """
 

@@ -29,18 +29,18 @@ class DeMo(Coded):
         m_r <- decay m_r + g_r,  q_r = the topk largest DCT coefficients of every square of m_r,  m_r <- m_r - q_r
 
     All ranks step by the mean q of q_r. So it is an exchange of gradients in every step, with the momentum as its memory, and
-    is done in backward. The defaults are those of the authors' program: decay 0.999, and 32 coefficients of a square of 64 by 64
-    of a matrix. Of a side that 64 does not divide it takes the largest divisor below; a convolution is a matrix of its first
+    is done in backward. The defaults are those of the authors' program: decay 0.999, and 32 coefficients of a square of 64 by
+    64 of a matrix. Of a side that 64 does not divide it takes the largest divisor below; a convolution is a matrix of its first
     dimension by all others.
 
     The paper's optimizer is SGD by sign(q), without a momentum but m. Ours is the user's, and ``update`` is what it is given as
-    gradient: ``sign`` sign(q), ``mean`` q, ``auto`` the first if the optimizer is adaptive, as Adam, and the second if not. The
-    learning rate of Adam counts in units of parameters, as the paper's does: of signs its second moment is 1, so that AdamW with
-    beta1 = 0 makes the paper's step, with its weight decay. A beta1 of its own would average the signs, which are those of other
-    components in every step, and was worse (small GPT on text, 300 steps: 2.41 instead of 2.17). The testbed's worker takes it
-    away, as it does for dgc; so should a script. The learning rate of SGD counts in units of gradients, which signs are not:
-    with ``mean`` it keeps its momentum, and q is but a compressed gradient. As an optimizer shows what it is by stepping, the
-    first step of ``auto`` is by q, of which Adam makes sign(q).
+    gradient: ``sign`` sign(q), ``mean`` q, ``auto`` the first if the optimizer is adaptive, as Adam, and the second if not.
+    The learning rate of Adam counts in units of parameters, as the paper's does: of signs its second moment is 1, so that AdamW
+    with beta1 = 0 makes the paper's step, with its weight decay. A beta1 of its own would average the signs, which are those of
+    other components in every step, and was worse (small GPT on text, 300 steps: loss 2.41 instead of 2.17). The testbed's
+    worker takes it away, as it does for dgc; so should a script. The learning rate of SGD counts in units of gradients, which
+    signs are not: with ``mean`` it keeps its momentum, and q is but a compressed gradient. As an optimizer shows what it is by
+    stepping, the first step of ``auto`` is by q, of which Adam makes sign(q).
 
     Of a coefficient that only some ranks send, the others count as 0; the authors' program takes the mean of those that do. The
     transforms are matrix products, whose last bits may differ from one kind of processor to another: the replicas are the same

@@ -93,7 +93,7 @@ class LocalUpdates(Method):
         self._fragments: list[Common] = []
         self._of_buffers: Common | None = None
         self._under_way: deque[_UnderWay] = deque()
-        self._before_training = module.register_forward_pre_hook(self._begin_training)
+        self._before_training = module.register_forward_pre_hook(torch.compiler.disable(self._begin_training))
 
     def _begin_training(self, module: nn.Module, _: Any) -> None:
         """Before the first forward, as a checkpoint may be loaded until then."""
@@ -101,7 +101,7 @@ class LocalUpdates(Method):
             self._take_over()
 
     def _take_over(self) -> None:
-        """All ranks have the same parameters."""
+        """All ranks have the same parameters now."""
         self._before_training.remove()
         self._fragments = [Common(part) for part in self.parts]
         self._of_buffers = Common(self._buffers) if self._buffers else None
@@ -228,7 +228,7 @@ class LocalUpdates(Method):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Sets the model's parameters, too. Raises ValueError, one line, where the checkpoint is of another model, or of other
         fragments."""
-        if not self._fragments:
+        if not self._fragments or not state["shared"]:  # that of before the first step
             self._take_over()
         for one in self._under_way:  # of steps that are not part of the checkpoint
             for work in filter(None, (one.gradient, one.buffers)):

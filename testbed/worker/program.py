@@ -245,8 +245,8 @@ def _momentum_where_it_belongs(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(optimizer, options of the method): some methods have a momentum in place of the optimizer's.
 
-    DGC applies that of the optimizer before it chooses what to send; one that the spec gives to dgc itself counts instead. DeMo's
-    is its decay, where the optimizer steps by signs.
+    DGC applies that of the optimizer before it chooses what to send; one that the spec gives to dgc itself counts instead.
+    DeMo's is its decay, where the optimizer steps by signs.
     """
     name, options = method["name"], method["options"]
     left = {key: value for key, value in optimizer.items() if key not in ("momentum", "nesterov")}

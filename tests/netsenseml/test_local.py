@@ -16,7 +16,7 @@ from small_models import ELEMENTS, backward, batches, make_ddp, parameters_hash
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from netsenseml import Mesh, attach
+from netsenseml import attach
 from netsenseml.catalog import check_method
 from netsenseml.compress.codec import Codec, MalformedBuffer, add_decoded, positions
 from netsenseml.exchange.collectives import all_reduce_bytes
