@@ -1,9 +1,10 @@
 """Does DeMo end where AdamW ends? Loss over the test text of a small GPT after as many steps, by two ranks on this machine.
 
-    python experiments/bench/demo_text.py [--steps 1000] [--seeds 0] [--rates 3e-3,1e-2]
+    python experiments/bench/demo_text.py [--steps 1000] [--seeds 0] [--rates 3e-3,1e-2] [--topk 32]
 
 A line for plain all-reduce with AdamW and one for demo with AdamW without beta1, for every learning rate: loss, and bytes that
-a rank sent per step. Their best ones are what is to be compared, as each method has a learning rate of its own.
+a rank sent per step. Their best ones are what is to be compared, as each method has a learning rate of its own. It falls to zero
+along a cosine, as in the paper.
 """
 
 import argparse
@@ -23,14 +24,16 @@ RANKS, BATCH = 2, 16
 MODEL = {"layers": 2, "width": 64, "heads": 4, "context": 32}
 
 
-def train(rank: int, meet: str, data: Dataset, method: str, lr: float, steps: int, seed: int) -> None:
+def train(rank: int, meet: str, data: Dataset, method: str, lr: float, given: argparse.Namespace, seed: int) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=RANKS)
     model = DistributedDataParallel(make_model("gpt", MODEL, seed))
     betas = (0.0 if method == "demo" else 0.9, 0.999)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=betas)
-    session = netsenseml.attach(model, method)
+    steps, options = given.steps, {"topk": given.topk} if method == "demo" else {}
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    session = netsenseml.attach(model, method, **options)
     train_x, train_y, test_x, test_y = data
     draw = torch.Generator().manual_seed(seed)
     sent = 0
@@ -40,6 +43,7 @@ def train(rank: int, meet: str, data: Dataset, method: str, lr: float, steps: in
         loss = nn.functional.cross_entropy(model(train_x[chosen]), train_y[chosen])
         loss.backward()
         optimizer.step()
+        schedule.step()
         session.step(loss)
         sent += session.last["payload_bytes"] if session.last else 0
     session.close()
@@ -53,7 +57,7 @@ def train(rank: int, meet: str, data: Dataset, method: str, lr: float, steps: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"steps": 1000, "seeds": "0", "rates": "3e-3,1e-2", "methods": "allreduce,demo"}.items():
+    for name, default in {"steps": 1000, "seeds": "0", "rates": "3e-3,1e-2", "methods": "allreduce,demo", "topk": 32}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     given = parser.parse_args()
     data = make_data("text", {"kilobytes": 256, "context": MODEL["context"]})
@@ -64,7 +68,7 @@ def main() -> None:
                     children = []
                     for rank in range(RANKS):
                         if not (child := os.fork()):
-                            train(rank, f"file://{meet.name}", data, method, lr, given.steps, seed)
+                            train(rank, f"file://{meet.name}", data, method, lr, given, seed)
                             os._exit(0)
                         children.append(child)
                     for child in children:
