@@ -1,10 +1,10 @@
 """Does DeMo end where AdamW ends? Loss over the test text of a small GPT after as many steps, by two ranks on this machine.
 
-    python experiments/bench/demo_text.py [--steps 1000] [--seeds 0] [--rates 3e-3,1e-2] [--topk 32]
+    python experiments/bench/demo_text.py [--steps 1000] [--seeds 0] [--rates 1e-2,1.5e-2] [--topk 256]
 
 A line for plain all-reduce with AdamW and one for demo with AdamW without beta1, for every learning rate: loss, and bytes that
-a rank sent per step. Their best ones are what is to be compared, as each method has a learning rate of its own. It falls to zero
-along a cosine, as in the paper.
+a rank sent per step. Their best ones are what is to be compared, as each method has a learning rate of its own. It falls to
+zero along a cosine.
 """
 
 import argparse
@@ -57,7 +57,8 @@ def train(rank: int, meet: str, data: Dataset, method: str, lr: float, given: ar
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"steps": 1000, "seeds": "0", "rates": "3e-3,1e-2", "methods": "allreduce,demo", "topk": 32}.items():
+    defaults = {"steps": 1000, "seeds": "0", "rates": "1e-2,1.5e-2", "methods": "allreduce,demo", "topk": 256}
+    for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     given = parser.parse_args()
     data = make_data("text", {"kilobytes": 256, "context": MODEL["context"]})

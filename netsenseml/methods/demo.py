@@ -42,6 +42,10 @@ class DeMo(Coded):
     signs are not: with ``mean`` it keeps its momentum, and q is but a compressed gradient. As an optimizer shows what it is by
     stepping, the first step of ``auto`` is by q, of which Adam makes sign(q).
 
+    How many coefficients it takes depends on the model: after 1000 steps of the small GPT of experiments/bench/demo_text.py the
+    loss was 1.274 with AdamW, 1.277 with topk 256 (a 19th of the bytes), and 1.377 with the authors' 32 (a 91st), each with the
+    better of two learning rates, and one seed.
+
     Of a coefficient that only some ranks send, the others count as 0; the authors' program takes the mean of those that do. The
     transforms are matrix products, whose last bits may differ from one kind of processor to another: the replicas are the same
     bit by bit among processors of one kind.
