@@ -96,6 +96,10 @@ Options = Mapping[str, Option]
 _RATIO = Option(float, 0.1, "share of the gradient elements that every rank sends", above=0, high=1)
 _VALUES = Option(str, "bf16", "type of the values that are sent", choices=("fp32", "bf16", "int8", "int4"))
 
+_INNER_STEPS = Option(int, 500, "steps that every rank makes by itself between two exchanges", low=1)
+_OUTER_LR = Option(float, 1.0, "learning rate of the outer optimizer", above=0)
+_UPDATES = ("auto", "sign", "mean")
+
 METHODS: Mapping[str, Options] = {
     "allreduce": {},
     "bf16": {},
@@ -113,6 +117,30 @@ METHODS: Mapping[str, Options] = {
     "qsgd": {"bits": Option(int, 8, "bits of a value", choices=(8, 4))},
     "signsgd": {},
     "powersgd": {"rank": Option(int, 4, "rank of the approximation", low=1)},
+    "localsgd": {"inner_steps": replace(_INNER_STEPS, default=8), "values": replace(_VALUES, default="fp32")},
+    "diloco": {
+        "inner_steps": _INNER_STEPS,
+        "outer_lr": replace(_OUTER_LR, default=0.7),
+        "outer_momentum": Option(float, 0.9, "Nesterov momentum of the outer optimizer", low=0, high=1),
+        "values": replace(_VALUES, default="fp32"),
+        "fragments": Option(int, 1, "parts of the model that are exchanged in turn", low=1),
+        "overlap": Option(int, 0, "steps that an exchange may last, beside the training", low=0),
+        "mixing": Option(float, 0.5, "share that ranks keep of what is their own, with overlap", low=0, high=1),
+    },
+    "sparseloco": {
+        "inner_steps": replace(_INNER_STEPS, default=30),
+        "ratio": replace(_RATIO, default=64 / 4096),
+        "chunk": Option(int, 4096, "elements of which the largest share 'ratio' is sent", low=1),
+        "decay": Option(float, 0.95, "share that is kept of what was not sent", low=0, high=1),
+        "outer_lr": _OUTER_LR,
+    },
+    "demo": {
+        "decay": Option(float, 0.999, "decay of the momentum", low=0, high=1),
+        "chunk": Option(int, 64, "side of the squares that are transformed", low=1, high=1024),
+        "topk": Option(int, 32, "coefficients of a square that are sent", low=1),
+        "values": _VALUES,
+        "update": Option(str, "auto", "what the optimizer is given: signs (auto: if adaptive) or values", choices=_UPDATES),
+    },
     "netsense": {
         "policy": Option(
             str, "progress", "what decides: our rule, the paper's, or the list 'schemes'", choices=("progress", "bdp", "fixed")
@@ -143,6 +171,9 @@ def check_method(name: str, options: Mapping[str, Any] | None = None) -> dict[st
         raise ValueError(f"method '{name}': policy 'fixed' needs schemes, for example [int8]")
     if resolved.get("policy") != "fixed" and resolved.get("schemes"):
         raise ValueError(f"method '{name}': schemes need policy: fixed")
+    if resolved.get("overlap", 0) >= resolved.get("inner_steps", 1):
+        steps = resolved["inner_steps"]
+        raise ValueError(f"method '{name}': overlap must be below inner_steps, {steps}, not {resolved['overlap']}")
     for scheme in resolved.get("schemes", ()):
         check_scheme(scheme)
     return resolved

@@ -119,13 +119,17 @@ class Session:
     Call ``step`` after every ``optimizer.step()``, and after ``scaler.update()`` if there is one. A script that never does
     gets the same records; a step then ends where the next backward hands over its first bucket, and loss and samples are null.
 
+    With methods that update locally (localsgd, diloco, sparseloco) ``step`` exchanges parameters, and so must be called. In
+    between every rank has its own: evaluate and save the model in ``with session.synchronized():``. All are equal after
+    ``synchronize``, or ``close``. Optimizer and loss scale stay each rank's own.
+
     If a rank dies, raises or stays silent, ``backward`` raises one error on all others, which names it (``PeerFailed``): soon
     if its process has ended, or with a method that codes if it has closed its session, else after the time-out of the process
     group, which is 30 minutes unless ``init_process_group`` was told otherwise; seconds more go into asking the others.
-    Session and process group are of no use then: close the session and leave, best by ``try: ... finally: session.close()``. So
-    must a rank whose own code raises in the middle of a backward; the others then learn why. One that goes on is waited for in
-    vain. No rank is left out and nothing is tried again: go on from a checkpoint. With NCCL, all-reduce as it is ends by NCCL's
-    watchdog.
+    Where ``step`` exchanges, that raises it. Session and process group are of no use then: close the session and leave, best by
+    ``try: ... finally: session.close()``. So must a rank whose own code raises in the middle of a backward; the others then
+    learn why. One that goes on is waited for in vain. No rank is left out and nothing is tried again: go on from a checkpoint.
+    With NCCL, all-reduce as it is ends by NCCL's watchdog.
     Gradients that are not finite are no failure: they reach all ranks once, as with DDP, and nothing of them is kept.
     """
 
@@ -142,6 +146,7 @@ class Session:
         self._refuse_compiled_autograd()
         self._open(ddp.module, ddp.module, ddp.process_group, method, record, scaler, options)
         self.method.holds_unused = ddp.find_unused_parameters
+        ddp.broadcast_buffers = ddp.broadcast_buffers and self.method.shares_buffers
 
     def _open(
         self,
@@ -382,7 +387,8 @@ class Session:
         """End a step; returns False when the run should end.
 
         loss, samples: training loss and size of this rank's batch, for the records.
-        A listener may wait here, so that all ranks end after the same step.
+        With a method that updates locally, the ranks exchange their parameters here. A listener may wait here, so that all
+        ranks end after the same step.
         """
         self._closed_by_step = True
         if self._scaler is not None:
@@ -393,6 +399,8 @@ class Session:
                 self.method.rescale(scale / self._scale, gradients=True)
             self._scale = scale
         self._stepped = False
+        with self._noticing():
+            self.method.after_step(self._statistics)
         self._close_step(monotonic_s(), loss, None if samples is None else int(samples))
         with self.pause():
             return min([listener.step(self.steps) for listener in self._listeners], default=True)
@@ -408,6 +416,24 @@ class Session:
             self._statistics.began_s += paused_s
             self._paused_s += paused_s
 
+    def synchronize(self) -> None:
+        """Make the parameters of all ranks equal, where a method that updates locally lets them differ: an exchange before its
+        time. Call it on every rank, between two steps. ``close`` does so, too; call it where something comes before that, such
+        as a last evaluation.
+        """
+        with self._noticing():
+            self.method.synchronize(self._statistics)
+
+    @contextlib.contextmanager
+    def synchronized(self) -> Iterator[None]:
+        """Evaluate the model or save it in here, between two steps, on any rank: nobody waits, and nothing is exchanged.
+
+        With a method that updates locally, the model has the parameters that all ranks had in common last, and afterwards its
+        own ones again. With all others nothing changes.
+        """
+        with self.method.synchronized():
+            yield
+
     def evaluated(self, accuracy: float, loss: float) -> None:
         """Record an evaluation after the steps done so far; accuracy from 0 to 1. Call it on rank 0."""
         row = {"step": self.steps, "t_s": self.elapsed_s, "accuracy": float(accuracy), "loss": float(loss)}
@@ -415,7 +441,10 @@ class Session:
             listener.evaluated(row)
 
     def close(self, accuracy: float | None = None, loss: float | None = None) -> None:
-        """End the run after its last step, with the final evaluation if this rank made one. Call it on every rank."""
+        """End the run after its last step, with the final evaluation if this rank made one. Call it on every rank.
+
+        Parameters that differ between ranks are synchronised first, unless this rank leaves by an exception.
+        """
         self._watching.remove()
         self._closed = True
         if self._in_backward and self._statistics.elements:
@@ -424,6 +453,8 @@ class Session:
             self.fail(error)  # now, since leaving may take a while
         try:
             if not self._in_backward:
+                if self._failure is None and sys.exc_info()[1] is None:
+                    self.synchronize()
                 self._settle_last()
         finally:
             self._leave(accuracy, loss)
@@ -435,6 +466,10 @@ class Session:
         self._settle()
         if self._statistics.elements:
             self._close_step(monotonic_s(), None, None)
+        elif self._statistics.payload_bytes:  # after the last step: a row, but no step
+            self._statistics.settle()
+            ended_s = self._statistics.began_s + self._statistics.exposed_s
+            self._unrecorded.append(partial(self._row, self.steps, self._statistics, ended_s, _number(None), None))
         self._record()
 
     def _leave(self, accuracy: float | None, loss: float | None) -> None:
@@ -505,6 +540,7 @@ class Session:
     def _row(
         self, step: int, done: StepStatistics, ended_s: float, loss: Callable[[], float | None], samples: int | None
     ) -> dict[str, Any]:
+        done.settle()
         tcp = done.tcp
         sensed = tcp if self.method.senses else None
         step_s = ended_s - done.began_s

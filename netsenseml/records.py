@@ -9,20 +9,22 @@ from typing import Any
 
 STEP_COLUMNS: Mapping[str, str] = {
     "rank": "rank of the worker that wrote the row",
-    "step": "number of the optimizer step, from 0",
+    "step": "number of the optimizer step, from 0; what local updates exchange after the last one has a row without samples",
     "t_s": "end of the step, seconds after t = 0 (CLOCK_MONOTONIC)",
     "loss": "training loss of this rank's batch; null if the script does not report it",
     "samples": "samples of this rank's batch; null if the script does not report them",
     "step_s": "wall time of the step",
     "compute_s": "step_s less comm_s; with gradients on an accelerator, the latter is the device's time",
     "comm_s": "exposed communication: from the last gradient being ready to the last bucket being exchanged, and before that"
-    " the time that backward waited in the hook",
+    " the time that backward waited in the hook, and behind the optimizer that of an exchange of parameters",
     "encode_s": "time spent in encoding and decoding",
     "payload_bytes": "bytes this rank sent for the exchange by the collective's cost formula, without TCP/IP headers",
     "dense_bytes": "bytes a ring all-reduce of the same float32 gradients would have sent from this rank",
-    "scheme": "how the gradients were encoded, for example 'allreduce', 'int8', 'sparse-bf16@1%'",
+    "scheme": "how the gradients were encoded, for example 'allreduce', 'int8', 'sparse-bf16@1%'; with local updates 'local'"
+    " where no exchange ended, else such as 'diloco/bf16', or 'diloco/bf16, 5 late' if it began so many steps before",
     "ratio": "share of the gradient elements that were sent, 1 = all",
-    "lost_energy": "share of the energy (sum of squares) of gradient + residual that was not sent; null if not known",
+    "lost_energy": "share of the energy (sum of squares) of gradient + residual that was not sent; null if not known; with"
+    " local updates 1 where no exchange ended",
     "residual_ratio": "largest norm of what is kept of a bucket over that of its gradient; null if nothing is kept",
     "bandwidth_bps": "bandwidth estimate in use for this step, bits/s; null if the method does not sense",
     "rtt_s": "smoothed RTT estimate; null if the method does not sense",

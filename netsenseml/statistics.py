@@ -49,8 +49,8 @@ class StepStatistics:
         self.elements_sent = 0
         self.encode_s = 0.0
         self.exposed_s = 0.0
-        """From the last gradient being ready to the last bucket being exchanged, and before that the time that backward waited
-        in the hook."""
+        """From the last gradient being ready to the last bucket being exchanged, before that the time that backward waited in
+        the hook, and after it that of an exchange behind the optimizer."""
         self.compute_s = 0.0
         """What preceded the exchange: from the last exchange (or the beginning) to the last gradient."""
         self.communication_s = 0.0
@@ -66,6 +66,7 @@ class StepStatistics:
         self._lock = threading.Lock()
         self._ready: list[Mark] = []
         self._coded: list[tuple[Mark, Mark]] = []
+        self._waited: list[tuple[Mark, Mark]] = []
         self._under_way: list[tuple[Mark, Mark]] = []
         self._before = self._costs()
 
@@ -108,9 +109,10 @@ class StepStatistics:
         """Take into account what ended since the last call; waits until it has."""
         seconds = self._clock.seconds
         with self._lock:
-            ready, coded, under_way = self._ready, self._coded, self._under_way
-            self._ready, self._coded, self._under_way = [], [], []
+            ready, coded, waited, under_way = self._ready, self._coded, self._waited, self._under_way
+            self._ready, self._coded, self._waited, self._under_way = [], [], [], []
         self.ready_s += map(seconds, ready)
+        self.exposed_s += sum(seconds(end) - seconds(begin) for begin, end in waited)
         self.encode_s += sum(seconds(end) - seconds(begin) for begin, end in coded)
         end_s = 0.0
         for began_s, landed_s in sorted((seconds(begin), seconds(end)) for begin, end in under_way):
@@ -126,6 +128,30 @@ class StepStatistics:
         finally:
             with self._lock:
                 self._coded.append((began, self._clock.mark()))
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time spent inside, behind the optimizer, as exposed."""
+        began = self._clock.mark()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waited.append((began, self._clock.mark()))
+
+    def apart(self) -> "StepStatistics":
+        """An account of its own for an exchange that may outlast the step; ``include`` takes it in where it ends."""
+        return StepStatistics(self.ranks, self._clock)
+
+    def include(self, other: "StepStatistics") -> None:
+        """Take in what an exchange has cost that is over; ``other`` is of no use then."""
+        with self._lock:
+            self.payload_bytes += other.payload_bytes
+            self.elements_sent += other.elements_sent
+            self._coded += other._coded
+            self._under_way += other._under_way
+        if other.residual_ratio is not None:
+            self.lose(other.lost_energy or 0.0, other._energy, other.residual_ratio)
 
     def launch(
         self, collective: Callable[[], Future[torch.Tensor]], payload_bytes: float, *, elements: int = 0

@@ -47,8 +47,9 @@ Where workers may be started again after one has died, as the spec's ``on_failur
 from what they have left in their directory, and are told the ``t0`` of before.
 
 Stopping at a time needs one decision for all ranks, or the ranks that stop early leave the others hanging in a
-collective. Synchronous ranks are at most one step apart, so the orchestrator asks every rank to hold, takes
-S = max(step now in work) + 1 and tells all of them to end after S steps. No control byte crosses a shaped link.
+collective. So the orchestrator asks every rank to hold, takes S = max(step now in work) + 1 and tells all of them to end after
+S steps. Ranks that exchange in every step are at most one step apart; those that update locally are so many as lie between two
+exchanges, and the last one makes them up. No control byte crosses a shaped link.
 """
 
 import json

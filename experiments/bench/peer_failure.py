@@ -33,8 +33,15 @@ import netsenseml.compress.arrays
 import netsenseml.hook  # before the ranks are forked
 
 RANKS, PATIENCE_S = 3, 45.0
-OPTIONS: dict[str, dict[str, Any]] = {"fixed": {"policy": "fixed", "schemes": ["int8"]}, "bdp": {"policy": "bdp"}}
-METHODS = "plain,allreduce,bf16,quantized,topk,topk12,randomk,dgc,signsgd,qsgd,powersgd,netsense,netsense:fixed,netsense:bdp"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "fixed": {"policy": "fixed", "schemes": ["int8"]},
+    "bdp": {"policy": "bdp"},
+    "often": {"inner_steps": 1, "values": "int8"},
+}
+METHODS = (
+    "plain,allreduce,bf16,quantized,topk,topk12,randomk,dgc,signsgd,qsgd,powersgd,demo,localsgd,diloco:often,sparseloco,"
+    "netsense,netsense:fixed,netsense:bdp"
+)
 
 
 def train(given: argparse.Namespace, method: str, failure: str, meet: str, rank: int, out: Path) -> None:

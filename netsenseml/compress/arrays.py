@@ -11,13 +11,22 @@ from netsenseml.compress.layout import ROW, Layout, MalformedBuffer
 from netsenseml.compress.sparsify import sampling
 
 
-def encode(compensated: torch.Tensor, plan: Layout, key: int | None, buffer: torch.Tensor) -> torch.Tensor | None:
-    """Fill the sections of ``buffer``; returns the positions sent, or None for all. key: of stochastic rounding, or None."""
+def encode(
+    compensated: torch.Tensor, plan: Layout, key: int | None, buffer: torch.Tensor, chosen: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Fill the sections of ``buffer``; returns the positions sent, or None for all.
+
+    key: of stochastic rounding, or None. chosen: positions in place of the largest.
+    """
     x, body = compensated.numpy(), buffer.numpy()
     if plan.dense:
         _encode_values(x, plan, key, body)
         return None
-    positions, values = _largest(x, plan.k)
+    if chosen is None:
+        positions, values = _largest(x, plan.k)
+    else:
+        positions = chosen.numpy().astype(np.uint32)
+        values = x[positions]
     high, low = (body[part].view(np.uint64) for part in (plan.high, plan.low))
     kernels.encode_positions(positions, plan.low_bits, plan.step, high, low)
     _encode_values(values, plan, key, body)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from netsenseml.compress import layout
+from netsenseml.compress import layout, tensors
 from netsenseml.compress.layout import HEADER_BYTES, VALUES, Layout, MalformedBuffer, parse
 from netsenseml.compress.sparsify import kept_elements
 
-__all__ = ["VALUES", "Codec", "MalformedBuffer", "Sent", "add_decoded"]
+__all__ = ["VALUES", "Codec", "MalformedBuffer", "Sent", "add_decoded", "positions"]
 
 
 @dataclass(slots=True)
@@ -94,13 +94,16 @@ class Codec:
     def _layout(self, n: int) -> Layout:
         return layout.layout(VALUES[self.values], n, self.elements(n))
 
-    def encode(self, compensated: torch.Tensor, seed: int, *, sent: Sent | None = None) -> torch.Tensor:
+    def encode(
+        self, compensated: torch.Tensor, seed: int, *, sent: Sent | None = None, chosen: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The buffer, uint8 of shape (nbytes(n),), for gradient plus residual; what was not sent stays in ``compensated``.
 
         compensated: contiguous float32 of shape (n,), n < 2**31. Buffer and new residual make up the old values, up to
         float32 rounding, and exactly where nothing was sent. Where the buffer holds something that is not finite the
         residual is 0: like after an all-reduce, all ranks see it, once.
 
+        chosen: positions of the elements to send in place of the largest, ascending, shape (elements(n),), integer.
         seed: of stochastic rounding, else without effect. The same input and seed give the same bytes on every machine
         and device.
         """
@@ -108,15 +111,23 @@ class Codec:
         if x.dtype != torch.float32 or x.dim() != 1 or not x.is_contiguous():
             raise ValueError(f"only contiguous float32 of shape (n,) can be encoded, not {x.dtype} {tuple(x.shape)}")
         plan = self._layout(x.numel())
+        if chosen is not None and chosen.numel() != plan.k:
+            raise ValueError(f"of {plan.n} elements {plan.k} are to be sent, not {chosen.numel()}")
         # NumPy asks for huge pages. With small ones, the first touch of the buffer takes longer than the rest of the work.
         buffer = torch.from_numpy(np.empty(plan.nbytes, np.uint8)) if cpu else x.new_empty(plan.nbytes, dtype=torch.uint8)
         buffer[-8:] = 0  # the padding behind the codes
         buffer[:HEADER_BYTES] = torch.frombuffer(bytearray(plan.header()), dtype=torch.uint8)
         key = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")
-        positions = _backend(x.device.type).encode(x.detach(), plan, key if self.stochastic else None, buffer)
+        positions = _backend(x.device.type).encode(x.detach(), plan, key if self.stochastic else None, buffer, chosen)
         if sent is not None:
             sent.positions = positions
         return buffer
+
+
+def positions(buffer: torch.Tensor) -> torch.Tensor:
+    """Of the elements in a buffer that ``encode`` has made: ascending, shape (k,), int64. Raises MalformedBuffer."""
+    plan = parse(buffer[:HEADER_BYTES].cpu().numpy().tobytes(), buffer.numel())
+    return tensors.positions(buffer, plan)
 
 
 def add_decoded(buffer: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> torch.Tensor:

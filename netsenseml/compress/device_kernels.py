@@ -27,10 +27,15 @@ _LANES = 1024
 _WORD_TYPE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
-def encode(compensated: torch.Tensor, plan: Layout, key: int | None, buffer: torch.Tensor) -> torch.Tensor | None:
-    """Fill the sections of ``buffer``; returns the positions sent, or None for all. key: of stochastic rounding, or None."""
+def encode(
+    compensated: torch.Tensor, plan: Layout, key: int | None, buffer: torch.Tensor, chosen: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Fill the sections of ``buffer``; returns the positions sent, or None for all.
+
+    key: of stochastic rounding, or None. chosen: positions in place of the largest.
+    """
     with torch.cuda.device_of(compensated):  # where Triton launches
-        return _encode(compensated, plan, key, buffer)
+        return _encode(compensated, plan, key, buffer, chosen)
 
 
 def add_decoded(buffer: torch.Tensor, plan: Layout, out: torch.Tensor, scale: float) -> None:
@@ -39,10 +44,12 @@ def add_decoded(buffer: torch.Tensor, plan: Layout, out: torch.Tensor, scale: fl
         _add(buffer, plan, out, scale)
 
 
-def _encode(compensated: torch.Tensor, plan: Layout, key: int | None, buffer: torch.Tensor) -> torch.Tensor | None:
+def _encode(
+    compensated: torch.Tensor, plan: Layout, key: int | None, buffer: torch.Tensor, chosen: torch.Tensor | None
+) -> torch.Tensor | None:
     positions = None
     if not plan.dense:
-        positions = _largest(compensated, plan.k)
+        positions = _largest(compensated, plan.k) if chosen is None else chosen.int()
         bits = buffer[plan.high.start : plan.low.stop].zero_().view(torch.int32)
         low_at = (plan.low.start - plan.high.start) // 4
         _encode_positions[_grid(plan.k)](positions, bits, bits[low_at:], plan.k, plan.low_bits, plan.step, _LANES)

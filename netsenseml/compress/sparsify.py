@@ -46,3 +46,20 @@ def largest(values: torch.Tensor, k: int) -> torch.Tensor:
         candidates = torch.arange(n, device=values.device)
     order = magnitude[candidates].sort(descending=True, stable=True).indices[:k]
     return candidates[order].sort().values
+
+
+def largest_in_chunks(values: torch.Tensor, chunk: int, ratio: float) -> torch.Tensor:
+    """Indices of the share ``ratio`` of largest magnitude of each ``chunk`` successive elements: int64, ascending.
+
+    values: shape (n,), floating point. Of m elements ``kept_elements(m, ratio)`` are taken, also of the last chunk, which may
+    be smaller. NaN is the largest.
+    """
+    whole = values.numel() // chunk * chunk
+    found = []
+    for begin, rows in ((0, values[:whole].view(-1, chunk)), (whole, values[whole:].view(1, -1))):
+        if rows.numel():
+            k = kept_elements(rows.shape[1], ratio)
+            columns = rows.abs().topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+            ends = torch.arange(len(rows), device=values.device)[:, None] * rows.shape[1]
+            found.append((begin + ends + columns).view(-1))
+    return torch.cat(found)

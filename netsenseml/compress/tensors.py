@@ -12,13 +12,18 @@ _TYPE = {1: torch.uint8, 4: torch.int32}
 _NAN_BF16 = 0x7FC0
 
 
-def encode(compensated: torch.Tensor, plan: layout.Layout, key: int | None, buffer: torch.Tensor) -> torch.Tensor | None:
-    """Fill the sections of ``buffer``; returns the positions sent, or None for all. key: of stochastic rounding, or None."""
+def encode(
+    compensated: torch.Tensor, plan: layout.Layout, key: int | None, buffer: torch.Tensor, chosen: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Fill the sections of ``buffer``; returns the positions sent, or None for all.
+
+    key: of stochastic rounding, or None. chosen: positions in place of the largest.
+    """
     x = compensated
     if plan.dense:
         buffer[plan.codes], buffer[plan.scales], x[:] = _coded(x, plan.values, key)
         return None
-    positions = largest(x, plan.k)
+    positions = largest(x, plan.k) if chosen is None else chosen.long()
     j = torch.arange(plan.k, device=x.device)
     set_bits = torch.zeros(8 * (plan.high.stop - plan.high.start), dtype=torch.bool, device=x.device)
     set_bits[(positions >> plan.low_bits) + j * plan.step] = True
@@ -36,15 +41,21 @@ def add_decoded(buffer: torch.Tensor, plan: layout.Layout, out: torch.Tensor, sc
     if plan.dense:
         out += values
         return
+    out[positions(buffer, plan)] += values + 0.0  # as the kernels do, which makes a zero of its negative
+
+
+def positions(buffer: torch.Tensor, plan: layout.Layout) -> torch.Tensor:
+    """Of the elements in a buffer: ascending, shape (k,), int64; raises MalformedBuffer for what cannot be."""
     j = torch.arange(plan.k, device=buffer.device)
+    if plan.dense:
+        return j
     places = _bits_of(buffer[plan.high]).nonzero().squeeze(1)
     if places.numel() == plan.k:
         low = _bits_of(buffer[plan.low])[: plan.k * plan.low_bits].view(plan.k, plan.low_bits)
         low = (low.long() << torch.arange(plan.low_bits, device=buffer.device)).sum(dim=1)
-        positions = (places - j * plan.step) << plan.low_bits | low
-        if positions[-1] < plan.n and bool((positions.diff() > 0).all()):
-            out[positions] += values + 0.0  # as the kernels do, which makes a zero of its negative
-            return
+        found = (places - j * plan.step) << plan.low_bits | low
+        if found[-1] < plan.n and bool((found.diff() > 0).all()):
+            return found
     raise layout.MalformedBuffer(f"its positions are not {plan.k} ascending ones below {plan.n}")
 
 

@@ -319,7 +319,7 @@ class WideAllGather:
                 positions = sent.positions.long() if sent.positions is not None else torch.arange(k, device=piece.device)
                 slot = torch.cat([mean[positions].view(torch.uint8), positions.view(torch.uint8)])
                 mean.zero_()
-            send = partial(all_gather, slot, context.stages[0], ring=len(slot) * (ranks - 1) > _DIRECT_BYTES)
+            send = partial(all_gather, slot, context.stages[0], ring=len(slot) * (ranks - 1) > DIRECT_BYTES)
             rows = yield statistics.launch(send, all_gather_bytes(len(slot), ranks), elements=k)
             with statistics.coding():
                 for row in rows.to(piece.device):
@@ -329,7 +329,7 @@ class WideAllGather:
 
 
 _WIDE_BYTES = 4 + 8
-_DIRECT_BYTES = 1 << 19
+DIRECT_BYTES = 1 << 19
 """Methods that cannot choose gather up to so many bytes directly, and more of them round the ring. Measured with 4 ranks at
 20, 100 and 500 Mbit/s: 2 kB take 1.8 ms directly and 3.5 ms round the ring, 100 and 500 kB the same, 2 MB 7 to 22 % longer
 directly."""
@@ -337,7 +337,7 @@ directly."""
 
 @dataclass(frozen=True, slots=True)
 class BySize:
-    """The inner plan, directly or round a ring, by ``_DIRECT_BYTES``: the best form of a method that senses nothing."""
+    """The inner plan, directly or round a ring, by ``DIRECT_BYTES``: the best form of a method that senses nothing."""
 
     inner: DirectAllReduce | SparseAllGather
 
@@ -356,7 +356,7 @@ class BySize:
     def _chosen(self, elements: int, ranks: int) -> "DirectAllReduce | SparseAllGather":
         inner = self.inner
         gathered = chunk_sizes(elements, ranks)[0] if isinstance(inner, DirectAllReduce) else elements
-        return replace(inner, ring=all_gather_bytes(inner.codec.nbytes(gathered), ranks) > _DIRECT_BYTES)
+        return replace(inner, ring=all_gather_bytes(inner.codec.nbytes(gathered), ranks) > DIRECT_BYTES)
 
     def cost(self, elements: int, shape: Shape) -> Cost:
         return self._chosen(elements, shape.ranks).cost(elements, shape)

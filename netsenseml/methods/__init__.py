@@ -13,23 +13,31 @@ from torch import nn
 from netsenseml.catalog import check_method, is_import_path, load, registered_methods
 from netsenseml.methods.base import Method
 from netsenseml.methods.coded import Dgc, Qsgd, Quantized, Random, SignSgd, TopK, WideTopK
+from netsenseml.methods.demo import DeMo
+from netsenseml.methods.diloco import DiLoCo
+from netsenseml.methods.localsgd import LocalSgd
 from netsenseml.methods.netsense import NetSense
 from netsenseml.methods.plain import AllReduce, BFloat16, Float16
 from netsenseml.methods.powersgd import PowerSgd
+from netsenseml.methods.sparseloco import SparseLoCo
 
 __all__ = ["METHODS", "Method", "load", "make_method"]
 
 METHODS: Mapping[str, Callable[..., Method]] = {
     "allreduce": AllReduce,
     "bf16": BFloat16,
+    "demo": DeMo,
     "dgc": Dgc,
+    "diloco": DiLoCo,
     "fp16": Float16,
+    "localsgd": LocalSgd,
     "netsense": NetSense,
     "powersgd": PowerSgd,
     "qsgd": Qsgd,
     "quantized": Quantized,
     "randomk": Random,
     "signsgd": SignSgd,
+    "sparseloco": SparseLoCo,
     "topk": TopK,
     "topk12": WideTopK,
 }

@@ -1,5 +1,6 @@
 """What a method of exchanging gradients is."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ class Method:
     The session calls, on every rank in the same order: ``begin`` before the first bucket of a backward that
     synchronises, ``exchange`` for every bucket, ``finish`` when all buckets have been exchanged (on a thread of the
     process group or of the method: never wait there), with gradients on an accelerator just before the next ``begin``.
-    Replicas stay equal only if every rank computes the same result bit by bit.
+    Replicas stay equal only if every rank computes the same result bit by bit. A method may also leave the gradients as they
+    are, and exchange what came of them in ``after_step``.
     """
 
     bandwidth_bps: float | None = None
@@ -41,6 +43,9 @@ class Method:
 
     waits = False
     """Whether ``exchange`` waits for other ranks."""
+
+    shares_buffers = True
+    """Whether DDP may send the model's buffers from rank 0 to all others before every forward."""
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup) -> None:
         """module: the model, for the names of its parameters; further options come as keywords."""
@@ -68,6 +73,16 @@ class Method:
 
         gradients: these themselves are so many times as large now, as the loss scale has changed.
         """
+
+    def after_step(self, statistics: StepStatistics) -> None:
+        """The optimizer has made its step, or has left it out: exchange parameters now. May wait, which is exposed time."""
+
+    def synchronize(self, statistics: StepStatistics) -> None:
+        """Make the parameters of all ranks equal now, where they are not; called on all of them."""
+
+    def synchronized(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model has what all ranks had in common last; nobody waits."""
+        return contextlib.nullcontext()
 
     def undo(self) -> None:
         """The optimizer left out this step; what was sent in it of what was kept is to be kept again."""

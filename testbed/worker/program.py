@@ -195,9 +195,10 @@ class Run:
                 break
             self._checkpoint(session)
             if self.rank == 0 and monotonic_s() >= next_evaluation_s:
-                with session.pause():
+                with session.pause(), session.synchronized():
                     self._evaluate(session, data)
                 next_evaluation_s = monotonic_s() + self.evaluate_every_s
+        session.synchronize()
         session.close(*(self._evaluate(session, data) if self.rank == 0 else ()))
 
     def _batches(self, data: Dataset, first: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -302,14 +303,20 @@ def _device(wanted: str, rank: int) -> torch.device:
 def _momentum_where_it_belongs(
     method: protocol.MethodConfig, optimizer: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(optimizer, options of the method): DGC applies the optimizer's momentum before it chooses what to send, not after.
+    """(optimizer, options of the method): some methods have a momentum in place of the optimizer's.
 
-    A momentum that the spec gives to dgc itself counts instead.
+    DGC applies that of the optimizer before it chooses what to send; one that the spec gives to dgc itself counts instead.
+    DeMo's is its decay, where the optimizer steps by signs.
     """
-    if method["name"] != "dgc":
-        return optimizer, {}
+    name, options = method["name"], method["options"]
     left = {key: value for key, value in optimizer.items() if key not in ("momentum", "nesterov")}
-    return left, {"momentum": method["options"].get("momentum", optimizer.get("momentum", 0.0))}
+    if name == "dgc":
+        return left, {"momentum": options.get("momentum", optimizer.get("momentum", 0.0))}
+    if name == "demo" and optimizer["name"] in ("adam", "adamw") and options.get("update") != "mean":
+        return {**optimizer, "beta1": 0.0}, {}
+    if name == "demo" and optimizer["name"] == "sgd" and options.get("update") == "sign":
+        return left, {}
+    return optimizer, {}
 
 
 def _report(error: Exception, session: Session | None) -> None:

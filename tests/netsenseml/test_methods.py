@@ -33,6 +33,7 @@ EXACT = [  # nothing is lost: what was not sent is kept to the last bit of round
     ("quantized", {"values": "int4"}),
     ("quantized", {"values": "bf16"}),
     ("signsgd", {}),
+    ("demo", {"decay": 1.0, "chunk": 16, "topk": 8}),
     ("netsense", {}),
     ("netsense", {"policy": "bdp", "start": 0.05}),
     ("netsense", {"policy": "fixed", "schemes": ["int4", "allreduce", "allreduce", "sparse-int8@2%"]}),
@@ -45,6 +46,7 @@ METHODS = [
     ("qsgd", {"bits": 8}),
     ("qsgd", {"bits": 4}),
     ("powersgd", {"rank": 2}),
+    ("demo", {"chunk": 16, "topk": 8, "values": "int4", "update": "sign"}),
 ]
 
 
@@ -298,6 +300,7 @@ RESUMED = [
     ("quantized", {"values": "int4"}),
     ("dgc", {"ratio": 0.05, "warmup": 5}),
     ("randomk", {"ratio": 0.1}),
+    ("demo", {"chunk": 16, "topk": 8}),
     ("netsense", {"policy": "fixed", "schemes": ["int8", "sparse-int4@5%", "allreduce", "allreduce", "sparse-int8@2%"]}),
 ]
 

@@ -169,6 +169,39 @@ def test_trains_to_the_end(tmp_path: Path, method: str, workload: dict[str, Any]
     assert orchestrator.of("eval")[0].keys() == {"type", *protocol.EVAL_COLUMNS}
 
 
+@pytest.mark.parametrize("compute", ["real", {"emulate_s": 0.005, "jitter": 0.0}], ids=["real", "emulated"])
+def test_local_updates_end_with_equal_replicas_and_all_their_bytes_in_the_records(tmp_path: Path, compute: Any) -> None:
+    write_cell(tmp_path, 2, "localsgd", compute=compute, evaluate_every_s=0.01)
+    with orchestrated(tmp_path, 2) as orchestrator:
+        workers = start_workers(tmp_path, 2)
+        orchestrator.start()
+        orchestrator.finish()
+        assert workers.results() == [0, 0]
+    done = orchestrator.of("done")
+    assert done[0]["parameters"] == done[1]["parameters"] and {message["steps"] for message in done.values()} == {12}
+    for rank in range(2):
+        rows = list(read_records(steps_file(tmp_path, rank)))
+        assert [(row["step"], row["samples"]) for row in rows] == [(step, 32) for step in range(12)] + [(12, None)]
+        sent = {row["step"]: row["payload_bytes"] for row in rows if row["payload_bytes"]}
+        assert sent == dict.fromkeys([7, 12], rows[0]["dense_bytes"])
+        assert rows[-1]["t_s"] > rows[-2]["t_s"] and rows[-1]["comm_s"] > 0
+    if compute == "real":
+        assert done[0]["accuracy"] > 0.3
+
+
+def test_some_methods_have_a_momentum_in_place_of_the_optimizers() -> None:
+    sgd, adam = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True}, {"name": "adamw", "lr": 1e-3}
+    for name, options, given, left, told in (
+        ("topk", {}, sgd, sgd, {}),
+        ("dgc", {}, sgd, {"name": "sgd", "lr": 0.1}, {"momentum": 0.9}),
+        ("demo", {}, sgd, sgd, {}),
+        ("demo", {"update": "sign"}, sgd, {"name": "sgd", "lr": 0.1}, {}),
+        ("demo", {}, adam, {**adam, "beta1": 0.0}, {}),
+        ("demo", {"update": "mean"}, adam, adam, {}),
+    ):
+        assert program._momentum_where_it_belongs({"name": name, "options": options}, given) == (left, told)
+
+
 @pytest.mark.alone
 def test_all_ranks_stop_after_the_same_step_and_pace_is_kept(tmp_path: Path) -> None:
     write_cell(tmp_path, 2, "allreduce", stop={"seconds": 1.5}, compute={"pace_s": 0.05})
