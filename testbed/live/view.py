@@ -13,7 +13,7 @@ from typing import Any
 from testbed.files import read_json
 from testbed.live.bins import LONGEST_S, POINTS, Bins, newest
 from testbed.live.tail import Tail, number
-from testbed.protocol import CELL_FILE, EVALS_FILE, RESULT_FILE, STEPS_FILE, host_directory, one_line, worker_name
+from testbed.protocol import CELL_FILE, EVALS_FILE, RESULT_FILE, STEPS_FILE, host_directory, numbered, one_line, worker_name
 from testbed.protocol import SOCKET_FILE as CONTROL_FILE
 from testbed.report.palette import palette
 from testbed.results.names import scenario
@@ -34,6 +34,9 @@ _NAMED_LINKS = 4
 _TIME_FIRST = b'{"t_s": '
 _ROWS = 10_000
 _MOST_LINES = 20
+
+
+_Source = tuple[Tail, Callable[[Mapping[str, Any]], None]]
 
 
 class CellView:
@@ -78,15 +81,24 @@ class CellView:
         self._links: dict[str, dict[str, Any]] = {}
 
         workers = min(int(number(config.get("workers")) or 0), _MOST_WORKERS)
-        host = [host_directory(directory, worker_name(rank)) for rank in range(workers)]
-        self._sources: list[tuple[Tail, Callable[[Mapping[str, Any]], None]]] = [
+        self._hosts = [host_directory(directory, worker_name(rank)) for rank in range(workers)]
+        self._failures: list[str] = []
+        self._furthest: dict[object, float] = {}
+        self._sources: list[_Source] = [
             (Tail(directory / "events.jsonl"), self._take_event),
             (Tail(directory / "links.jsonl", self._is_due), self._take_link),
             (Tail(directory / "host.jsonl"), self._take_load),
-            *((Tail(place / STEPS_FILE), _of_rank(rank, self._take_step)) for rank, place in enumerate(host)),
-            *((Tail(place / EVALS_FILE), self._take_evaluation) for place in host[:1]),
+            (Tail(directory / "failures.jsonl"), self._take_failure),
+            *self._of_workers(0),
         ]
         self._whole = False
+
+    def _of_workers(self, restarts: int) -> Iterator["_Source"]:
+        """What workers record that have been started again so often."""
+        for rank, host in enumerate(self._hosts):
+            yield Tail(host / numbered(STEPS_FILE, restarts)), _of_rank(rank, self._take_step)
+        for host in self._hosts[:1]:
+            yield Tail(host / numbered(EVALS_FILE, restarts)), self._take_evaluation
 
     # State
 
@@ -142,6 +154,7 @@ class CellView:
         taken, samples = self._taken
         if samples >= _BUSY_SAMPLES and taken > FOREIGN_SHARE * samples:
             found.append(f"other programs took {100 * taken / samples:.0f} % of this machine while none of it was idle")
+        found += [f"{line}; all workers were to be started again" for line in self._failures[-_MOST_LINES:]]
         return found + [f"tried again after: {line}" for line in self._earlier]
 
     def row(self) -> dict[str, Any]:
@@ -206,13 +219,15 @@ class CellView:
         from testbed.results.records import read_table
 
         takes = {"events": self._take_event, "links": self._take_link, "host": self._take_load}
-        takes |= {"steps": self._take_step, "evals": self._take_evaluation}
+        takes |= {"steps": self._take_step, "evals": self._take_evaluation, "failures": self._take_failure}
         for name, take in takes.items():
             try:
                 frame = read_table(self.directory, name)
             except ValueError as error:
                 self._earlier.append(_text(error, 500))
                 continue
+            if name == "steps":
+                frame = frame.sort_values("t_s")
             if name == "links":
                 frame = frame.dropna(subset=["t_s"])
                 slot = frame["t_s"] // (_LINKS_EVERY_S * self._dilation)
@@ -235,11 +250,13 @@ class CellView:
         self.t_s, self._steps_end_s = max(self.t_s, t_s), max(self._steps_end_s, t_s)
         self.steps = max(self.steps, int(step) + 1)
         if samples is not None:
-            self._samples += samples
+            # Of a step that is done again, as workers were started again, one try counts.
+            self._samples += samples if step > self._furthest.get(row.get("rank"), -1) else 0
             self.bins.spread("samples", max(0.0, t_s - took_s), t_s, samples)
         for column in ("loss", "ratio", "bandwidth_bps"):
             if (value := number(row.get(column))) is not None:
                 self.bins.mean(column, t_s, value * (self._dilation if column.endswith("_bps") else 1.0))
+        self._furthest[row.get("rank")] = max(step, self._furthest.get(row.get("rank"), -1))
         if (payload := number(row.get("payload_bytes"))) is not None:
             self._payload = self._payload[0] + payload, self._payload[1] + 1
         if row.get("rank") == 0:
@@ -336,6 +353,12 @@ class CellView:
     def _rate(self, shape: Mapping[str, Any]) -> float | None:
         rate_bps = number(shape.get("rate_bps"))
         return None if rate_bps is None else _short(rate_bps * self._dilation)
+
+    def _take_failure(self, row: Mapping[str, Any]) -> None:
+        if row.get("kind") == "failure":
+            t_s = _short((number(row.get("t_s")) or 0.0) / self._dilation)
+            self._failures.append(f"at {t_s} s {_text(row.get('worker'))} {_text(row.get('text'), 300)}")
+            self._sources += self._of_workers(len(self._failures))
 
     def _take_load(self, row: Mapping[str, Any]) -> None:
         busy, foreign = number(row.get("cpu_busy_share")), number(row.get("cpu_foreign_share"))

@@ -199,6 +199,22 @@ def test_problems_are_told_as_they_arise(tmp_path: Path) -> None:
     assert any(problem.startswith("other programs took 38 %") for problem in row["problems"])
 
 
+def test_workers_that_were_started_again_go_on_and_steps_done_twice_count_once(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", methods=())
+    cell = write_cell(run / "cells" / "c", killed=True, t_end_s=3.0)
+    view = RunView(run)
+    view.update(60)
+    before = view.changes()["rows"]["c"]
+    again = [{"rank": 0, "step": before["steps"] - 5 + n, "t_s": 6.0 + n, "samples": BATCH, "step_s": 1.0} for n in range(10)]
+    append(cell / "failures.jsonl", [{"t_s": 3.5, "worker": "w1", "kind": "failure", "text": "was ended by signal 9"}])
+    append(host_directory(cell, "w0") / "steps-1.jsonl", again)
+    view.update(60)
+    row = view.changes()["rows"]["c"]
+    assert row["steps"] == before["steps"] + 5
+    assert row["samples_per_s"] * 15.0 == pytest.approx(BATCH * (2 * before["steps"] + 5), rel=1e-3)
+    assert row["problems"] == ["at 3.5 s w1 was ended by signal 9; all workers were to be started again"]
+
+
 def test_a_cell_that_is_tried_again_begins_anew(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", methods=())
     cell = write_cell(run / "cells" / "c", t_end_s=6.0)
@@ -629,8 +645,8 @@ def test_a_run_has_its_page_while_its_cells_run_if_that_is_asked_for(tmp_path: P
     assert reached == [True, False]
     asked: list[Any] = []
     monkeypatch.setattr(start, "start_run", lambda *given: (asked.append(given[-1].live) or 0, tmp_path))
-    for options in ([], ["--live"]):
-        assert CliRunner().invoke(app, ["run", str(spec), *options]).exit_code == 0
+    for more in ([], ["--live"]):
+        assert CliRunner().invoke(app, ["run", str(spec), *more]).exit_code == 0
     assert asked == [False, True]
 
 
@@ -717,7 +733,8 @@ def test_a_browser_draws_a_long_run_in_no_time_and_moves_a_link(long_run: Path, 
         threading.Thread(target=lambda: [page.tick() for _ in iter(lambda: stop.wait(0.25), True)], daemon=True).start()
         browser.tell("Page.navigate", url=page.url)
         browser.wait_for("document.querySelectorAll('#links tr').length === 64")
-        browser.wait_for("run.series['netsense-s0'].columns.carried_bps.length >= 298")
+        browser.wait_for("run.series['netsense-s0']?.columns.carried_bps?.length >= 298")
+        browser.wait_for("run.series['netsense-s0'].told_s > 590 && run.series['topk-s0']?.told_s > 55")
         assert browser.value("document.querySelectorAll('img').length") == 0
         browser.value("$('scenario').selectedIndex = 2; schedule()")
         browser.wait_for(f"document.getElementById('methods').textContent.includes({json.dumps(MISCHIEF)})")
