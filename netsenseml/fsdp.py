@@ -1,7 +1,7 @@
 """Models that ``fully_shard`` (FSDP2) has sharded within groups of ranks and replicated between them.
 
 Within a group nothing changes: gradients are reduced and scattered, so that every rank has the mean of its shard. The
-all-reduce of that shard between the replicas is what a method takes over, by the hook FSDP has for it. Error feedback is by shard.
+all-reduce of that shard between the replicas is what a method takes over, by a hook of FSDP. Error feedback is by shard.
 
 FSDP calls this hook after its own all-reduce, unless it knows of no replicas. So while a session is there, the parameter groups
 of FSDP are told of the shards' dimension of their mesh alone; the parameters remain distributed on both, as do checkpoints.

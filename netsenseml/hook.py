@@ -104,7 +104,7 @@ def _kind_of_session(model: nn.Module) -> Any:
         return ShardedSession
     raise TypeError(
         f"attach takes a DistributedDataParallel or a model that fully_shard has made, not {type(model).__name__}; wrap it "
-        "first (Accelerate and Lightning do only where there is more than one process)"
+        "first (Accelerate and Lightning do only where they know of several processes)"
     )
 
 

@@ -1,0 +1,35 @@
+"""The page that tells how to put NetSenseML into a training: all its blocks run, with the packages that they are about."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from snippets import blocks
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, dict[str, Any]]:
+    """By stack, of one run of torchrun for all."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, str(HERE / "snippets.py")], capture_output=True, text=True, timeout=180, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"stack"')]
+    return {row["stack"]: row for row in rows}
+
+
+@pytest.mark.parametrize("stack", [heading for heading, found in blocks().items() if found])
+def test_the_blocks_of_the_page_train(stack: str, told: dict[str, dict[str, Any]]) -> None:
+    row = told[stack]
+    steps = 4 if stack in ("Accelerate", "Lightning") else 8  # which share the data out to the ranks
+    assert (row["steps"], row["replicas"], row["trained"], row["lr"]) == (steps, 1, True, 0.05)
+    assert row["payload"] > 0
