@@ -1,13 +1,15 @@
 """Makes docs/compatibility.md of what pytest says of the tests.
 
-    python -m pytest tests/netsenseml --junitxml results.xml
-    python tests/netsenseml/compatibility.py results.xml > docs/compatibility.md
+NETSENSE_HUGE=1 python -m pytest tests/netsenseml --junitxml results.xml
+python tests/netsenseml/compatibility.py results.xml > docs/compatibility.md
 """
 
 import platform
 import re
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 
@@ -17,10 +19,10 @@ def table_lines(page: str) -> list[str]:
     return rows[2:]
 
 
-def results(junit: Path) -> dict[str, str]:
+def results(junit: Sequence[Path]) -> dict[str, str]:
     """By test, FILE.py::NAME[parameters]: "passed", or else what pytest says."""
     found = {}
-    for case in ET.parse(junit).iter("testcase"):
+    for case in chain.from_iterable(ET.parse(path).iter("testcase") for path in junit):
         file = case.attrib["classname"].rpartition(".")[2]
         bad = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         said = "passed" if bad is None else f"{bad.tag}: {bad.attrib.get('message', '').splitlines()[0]}"
@@ -37,7 +39,7 @@ def verdict(tests: list[str], said: dict[str, str], passed: str) -> str:
     return next((result for result in told if result != "passed"), passed)
 
 
-def page(junit: Path) -> str:
+def page(junit: Sequence[Path]) -> str:
     import torch
     from test_matrix import LINES, test_as_without_a_hook
 
@@ -59,4 +61,4 @@ Made by tests/netsenseml/compatibility.py of the tests that passed with torch {t
 
 
 if __name__ == "__main__":
-    sys.stdout.write(page(Path(sys.argv[1])))
+    sys.stdout.write(page([Path(path) for path in sys.argv[1:]]))

@@ -456,6 +456,15 @@ LINES = [
         another_time,
         elsewhere=["test_methods.py::test_closing_leaves_no_process_group"],
     ),
+    Line(
+        "`fully_shard` on replicas of shards (FSDP2)",
+        elsewhere=[
+            "test_fsdp.py::test_replicas_are_equal_and_end_where_those_of_fsdp_do",
+            "test_fsdp.py::test_resume_from_a_distributed_checkpoint_is_as_without_a_break",
+        ],
+    ),
+    Line("Accelerate", elsewhere=["test_snippets.py::test_the_blocks_of_the_page_train[Accelerate]"]),
+    Line("Lightning", elsewhere=["test_snippets.py::test_the_blocks_of_the_page_train[Lightning]"]),
 ]
 
 
