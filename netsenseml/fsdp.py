@@ -33,8 +33,8 @@ def is_sharded(model: nn.Module) -> bool:
 class ShardedSession(Session):
     """A session for ``fully_shard`` on a mesh of two dimensions, replicas and shards; made by ``attach``.
 
-    Backward waits in every exchange, as it does in FSDP's own on a CPU. ``rank`` is that of the default group; an error that
-    names a rank counts the replicas of this rank's shard.
+    Backward waits in every exchange, as it does in FSDP's own on a CPU. The replicas of every shard decide for themselves.
+    ``rank`` is that of the default group; an error that names a rank counts the replicas of this rank's shard.
     """
 
     def __init__(
@@ -124,7 +124,8 @@ class _Unit:
         self._between = group.mesh_info
         self._partial: torch.Tensor | None = None
         reduced_in = group.mp_policy.reduce_dtype or group.mp_policy.param_dtype
-        self.shards = {param.sharded_param: _stand_in(param, reduced_in) for param in group.fsdp_params}
+        self.shards = [(parameter, _stand_in(parameter, reduced_in)) for parameter in group.fsdp_params]
+        """FSDP's FSDPParam, and what stands for its shard."""
 
     @property
     def replicas(self) -> dist.ProcessGroup:
@@ -133,7 +134,7 @@ class _Unit:
 
     def trained(self, elements: int) -> list[nn.Parameter]:
         """Stand-ins for what has gradients, of so many elements."""
-        trained = [shard for parameter, shard in self.shards.items() if parameter.requires_grad]
+        trained = [shard for parameter, shard in self.shards if parameter.sharded_param.requires_grad]
         if sum(shard.numel() for shard in trained) != elements:
             raise ValueError(
                 f"some parameters of {self.name or 'the model'} have no gradient; so that all replicas exchange the same, call "
@@ -151,7 +152,7 @@ class _Unit:
                 gradient.add_(self._partial)
                 self._partial = None
             session.reduce(self, gradient)
-            if self._group.gradient_divide_factor is not None:  # divides by all that is to be divided by
+            if self._group.gradient_divide_factor is not None:  # it has divided for the replicas, too
                 gradient.mul_(self.replicas.size())
 
         self._module.set_all_reduce_hook(reduce)
@@ -174,7 +175,7 @@ class _Shards(nn.Module):
     def __init__(self, model: nn.Module, units: list[_Unit]) -> None:
         super().__init__()
         names = {parameter: name for name, parameter in model.named_parameters()}
-        self._named = {names[parameter]: shard for unit in units for parameter, shard in unit.shards.items()}
+        self._named = {names[parameter.sharded_param]: shard for unit in units for parameter, shard in unit.shards}
         self._model = [model]  # not as a part
 
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -207,16 +208,19 @@ def _units(model: nn.Module) -> list[_Unit]:
         from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo
     except ImportError:
         raise ValueError(lacks) from None
-    found = []
+    found: dict[Any, _Unit] = {}
     for name, module in model.named_modules():
         if not isinstance(module, FSDPModule):
             continue
+        module.reshard()  # after a forward without a backward the parameters are whole
         groups = getattr(module._get_fsdp_state(), "_fsdp_param_groups", None)
         if groups is None or not hasattr(module, "set_all_reduce_hook"):
             raise ValueError(lacks)
         if len(groups) > 1:
             raise ValueError(f"the parameters of {name or 'the model'} are on several meshes; give all of them the same")
         for group in groups:
+            if group in found:  # of several modules
+                continue
             if group._all_reduce_hook is not None:
                 raise RuntimeError(f"{name or 'the model'} has an all-reduce hook already; close its session first")
             if not isinstance(group.mesh_info, HSDPMeshInfo):
@@ -226,10 +230,10 @@ def _units(model: nn.Module) -> list[_Unit]:
                 )
             within = FSDPMeshInfo.__new__(FSDPMeshInfo)
             vars(within).update(vars(group.mesh_info))
-            found.append(_Unit(name, module, group, within))
+            found[group] = _Unit(name, module, group, within)
     if not found:
         raise ValueError("the model has no parameters that fully_shard has sharded")
-    return found
+    return list(found.values())
 
 
 def _stand_in(parameter: Any, reduced_in: torch.dtype | None) -> nn.Parameter:

@@ -60,8 +60,8 @@ def attach(
     When not to use it: between GPUs of one machine, or where a step waits for no gradients anyway (``comm_s`` of its records
     with "allreduce"); DDP's own exchange is as good there.
 
-    model: a DistributedDataParallel, or one that ``fully_shard`` has made on a mesh of replicas and shards
-        (``netsenseml.fsdp``); either may be compiled.
+    model: a DistributedDataParallel, which ``torch.compile`` may have compiled, or one that ``fully_shard`` has made on a mesh
+        of replicas and shards (``netsenseml.fsdp``).
     method: a name of ``catalog.METHODS``, one registered as an entry point of the group ``netsenseml.methods``, or
         ``package.module:Class``; ``options`` are its options. A listener may name it instead, as the testbed's does.
     record: file that receives one JSON line a step (``records.STEP_COLUMNS``).
@@ -98,7 +98,7 @@ def attach(
 def _kind_of_session(model: nn.Module) -> Any:
     if isinstance(model, DistributedDataParallel):
         return Session
-    from netsenseml.fsdp import ShardedSession, is_sharded  # another half second of import
+    from netsenseml.fsdp import ShardedSession, is_sharded  # which is about sessions
 
     if is_sharded(model):
         return ShardedSession
@@ -211,6 +211,11 @@ class Session:
     def elapsed_s(self) -> float:
         """Since t = 0 of the records."""
         return monotonic_s() - self._t0
+
+    @property
+    def failure(self) -> str | None:
+        """What has ended the exchange, in one line; None while all is well."""
+        return self._failure
 
     def listen(self, listener: Listener) -> None:
         """Tell ``listener`` of all that follows. It may wait, and decide when t = 0."""

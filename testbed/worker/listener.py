@@ -81,7 +81,9 @@ class CellListener:
 
     def closed(self, accuracy: float | None, loss: float | None) -> None:
         if self._control is not None and self._session is not None:
-            done = {"type": "done", "steps": self._session.steps, "parameters": parameters_hash(self._session.module)}
+            failed = self._session.failure is not None or sys.exc_info()[1] is not None
+            parameters = parameters_hash(self._session.module, gather=not failed)
+            done = {"type": "done", "steps": self._session.steps, "parameters": parameters}
             self._control.send({**done, "accuracy": accuracy, "loss": loss})
             self._control.close()
         for file in filter(None, (self._steps, self._evaluations)):
@@ -96,13 +98,18 @@ def describe_error(error: BaseException) -> str:
     return line + f"; {protocol.ENV_OUTPUT_DIR} names the directory in which it may write" * read_only
 
 
-def parameters_hash(module: torch.nn.Module) -> str:
+def parameters_hash(module: torch.nn.Module, *, gather: bool = True) -> str:
     """SHA-256 over all parameters, in order: equal for replicas that are equal bit by bit.
 
     Buffers are left out: DDP makes those of all ranks equal only before a forward, so that the running statistics of
     normalisation differ after the last one.
+
+    gather: put shards together, for which all ranks must come here.
     """
     digest = hashlib.sha256()
-    for tensor in module.parameters():
+    for parameter in module.parameters():
+        tensor: Any = parameter
+        if hasattr(tensor, "full_tensor"):
+            tensor = tensor.full_tensor() if gather else tensor.to_local()
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -1,7 +1,6 @@
 """fully_shard on two replicas of two shards each, whose all-reduce between the replicas is ours."""
 
 import io
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from netsenseml import attach
+from testbed.worker.listener import parameters_hash as replica_hash
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -42,10 +42,10 @@ def two_by_two() -> DeviceMesh:
 
 
 def sharded(mesh: DeviceMesh | None, **options: Any) -> nn.Sequential:
-    """In two units, with shards of unequal size."""
+    """In two units, one of them of two modules, with shards of unequal size."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 31), nn.ReLU(), nn.Linear(31, 31), nn.ReLU(), nn.Linear(31, 5))
-    fully_shard(model[2], mesh=mesh, **options)
+    fully_shard([model[0], model[2]], mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
     return model
 
@@ -89,12 +89,15 @@ TRAINED = [
 STEPS = 15
 
 
-def train_all(rank: int) -> tuple[list[tuple[torch.Tensor, float]], dict[str, Any]]:
-    """Parameters and loss of every method; the last record of one."""
+def train_all(rank: int) -> tuple[list[tuple[torch.Tensor, float]], dict[str, Any], str]:
+    """Parameters and loss of every method; the last record of one, and what the testbed takes its replicas for."""
     mesh, found = two_by_two(), []
     for method, options in TRAINED:
         model = sharded(mesh)
-        session = attach(model, method, **options) if method is not None else None
+        session = None
+        if method is not None:
+            model(torch.zeros(1, 20))  # as an evaluation does; its parameters are whole now
+            session = attach(model, method, **options)
         loss = train(model, session, rank, STEPS)
         found.append((whole(model).numpy(), loss.item()))
         if session is not None:
@@ -102,7 +105,8 @@ def train_all(rank: int) -> tuple[list[tuple[torch.Tensor, float]], dict[str, An
             assert session.last is not None
             if method == "quantized":
                 row = dict(session.last)
-    return found, row
+                digest = replica_hash(model)
+    return found, row, digest
 
 
 def test_replicas_are_equal_and_end_where_those_of_fsdp_do(told: list[Told]) -> None:
@@ -110,11 +114,12 @@ def test_replicas_are_equal_and_end_where_those_of_fsdp_do(told: list[Told]) -> 
     (own, own_loss), *_ = ranks[0][0]
     for number, method in enumerate(TRAINED):
         result, loss = ranks[0][0][number]
-        assert all((trained[number][0] == result).all() for trained, _ in ranks), method
+        assert all((trained[number][0] == result).all() for trained, *_ in ranks), method
         if number <= 2:  # nothing is lost
             assert result == pytest.approx(own, rel=1e-5, abs=1e-6), method
         assert loss < 1.4 and loss == pytest.approx(own_loss, rel=0.02), method  # 1.6 is a guess
-    for rank, (_, row) in enumerate(ranks):
+    assert len({digest for *_, digest in ranks}) == 1
+    for rank, (_, row, _) in enumerate(ranks):
         assert row["rank"] == rank and row["step"] == STEPS - 1 and row["samples"] == 8
         assert row["scheme"] == "int4" and 0 < row["payload_bytes"] < 0.25 * row["dense_bytes"]
         assert 0 < row["comm_s"] < row["step_s"] and row["compute_s"] + row["comm_s"] == pytest.approx(row["step_s"])
@@ -175,7 +180,8 @@ def resume(rank: int, directory: str) -> bool:
 
     def make() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
         model = sharded(mesh)
-        return model, torch.optim.Adam(model.parameters(), lr=0.01), attach(model, "dgc", ratio=0.05)
+        session = attach(model, "dgc", ratio=0.05)
+        return model, torch.optim.Adam(model.parameters(), lr=0.01), session
 
     made = straight, *_ = make()
     steps(*made, data)
