@@ -61,7 +61,7 @@ class ShardedSession(Session):
             self.close()
             raise ValueError(f"'{method}' needs the buckets of DistributedDataParallel; with fully_shard choose another method")
 
-    def register(self) -> None:
+    def register(self, _: Any) -> None:
         for unit in self._units:
             unit.hook(self)
 

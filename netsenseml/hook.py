@@ -86,7 +86,7 @@ def attach(
         raise ValueError("no method: call attach(model, method=...), or run in the testbed, whose spec names it")
     session = session_of(model, method, record=record, scaler=scaler, **options)
     try:
-        session.register()
+        session.register(model)
         if listener is not None:
             session.listen(listener)
     except BaseException:
@@ -139,7 +139,6 @@ class Session:
         **options: Any,
     ) -> None:
         """As ``attach``, without registering the hook and without the testbed."""
-        self._ddp = ddp
         self._refuse_compiled_autograd()
         self._open(ddp.module, ddp.module, ddp.process_group, method, record, scaler, options)
         self.method.holds_unused = ddp.find_unused_parameters
@@ -191,9 +190,9 @@ class Session:
         self._watching = register_optimizer_step_post_hook(self._after_optimizer)
         self._start(monotonic_s())
 
-    def register(self) -> None:
-        """Take over the exchange of the model's gradients."""
-        self._ddp.register_comm_hook(self, comm_hook)
+    def register(self, ddp: Any) -> None:
+        """Take over the exchange of the model that this session was made for; it is not kept, as it keeps the session."""
+        ddp.register_comm_hook(self, comm_hook)
 
     def _refuse_compiled_autograd(self) -> None:
         import torch._dynamo.config  # a second of import, which DDP has done when it was made
@@ -228,6 +227,7 @@ class Session:
         return self._exchange(bucket, first=bucket.index() == 0, last=bucket.is_last())
 
     def _exchange(self, bucket: GradBucket, *, first: bool, last: bool) -> Future[torch.Tensor]:
+        """first, last: of this backward."""
         arrived_s, ready = monotonic_s(), self._clock.mark()
         if self._failure is not None:
             raise PeerFailed(self._failure)

@@ -1,10 +1,12 @@
 """What a session promises beside the exchange: ranks that agree, refusals in one line, nothing lost on the way."""
 
 import copy
+import gc
 import math
 import threading
 import time
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -518,6 +520,26 @@ def come_and_go_in_part(rank: int) -> list[tuple[int, int]]:
 def test_sessions_that_come_and_go_among_part_of_the_ranks_leave_nothing() -> None:
     for counts in run_group(come_and_go_in_part, 4)[:2]:
         assert len(set(counts[1:])) == 1
+
+
+def drop_models(rank: int) -> list[bool]:
+    """Whether models are gone once nobody has them, whose session was closed or not."""
+    gone = []
+    for closing in (True, False):
+        ddp = make_ddp()
+        session = attach(ddp, "quantized")
+        backward(ddp, next(batches(rank, 1)))
+        model = weakref.ref(ddp)
+        if closing:
+            session.close()
+        del ddp, session
+        gc.collect()
+        gone.append(model() is None)
+    return gone
+
+
+def test_a_session_keeps_no_model_alive() -> None:
+    assert run_group(drop_models, 1) == [[True, True]]
 
 
 # --- what scripts hand over
