@@ -106,7 +106,7 @@ Trained = Iterator[torch.Tensor]
 
 
 COMPILER = os.environ.get("NETSENSE_COMPILER", "eager")
-"""Backend of torch.compile; "inductor", its default, takes most of a minute."""
+"""Backend of torch.compile; "inductor", its default, takes half a minute."""
 SPLIT = {"width": 600}
 """A model that is compiled in several graphs, as it has several buckets of at least a megabyte."""
 

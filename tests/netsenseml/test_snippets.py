@@ -16,18 +16,18 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """By stack, of one run of torchrun for all."""
+    """By stack, of one run of torchrun for all, in a directory of its own, as Lightning writes logs and checkpoints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, str(HERE / "snippets.py")],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env=env,
-        cwd=tmp_path_factory.mktemp("logs"),  # Lightning's lie where it runs
-        check=False,
-    )
+    here = tmp_path_factory.mktemp("training")
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    command.append(str(HERE / "snippets.py"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=env, cwd=here, check=False)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"stack"')]
     return {row["stack"]: row for row in rows}
