@@ -253,7 +253,7 @@ class Compute:
                 return cls(0.0)
             case {"pace_s": float() | int() as seconds} | {"emulate_s": float() | int() as seconds}:
                 factors = compute.get("factors")
-                mine = [(from_s, math.inf if to_s is None else to_s, f) for r, from_s, to_s, f in compute["slow"] if r == rank]
+                mine = [(from_s, math.inf if to_s is None else to_s, f) for r, from_s, to_s, f in compute.get("slow", ()) if r == rank]
                 return cls(float(seconds) * (factors[rank] if factors else 1.0), tuple(mine))
         raise ValueError(f'compute must be "real", {{"pace_s": seconds}} or {{"emulate_s": seconds}}, not {compute!r}')
 

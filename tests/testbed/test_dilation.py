@@ -53,7 +53,7 @@ def test_everything_is_slower_by_the_same_factor(factor: float) -> None:
         assert (slow.lab.tcp.congestion, slow.lab.tcp.min_rto_s) == ("reno", pytest.approx(0.2 * factor))
     workload = slow.config()["workload"]
     assert workload is not None
-    assert workload["compute"] == {"pace_s": pytest.approx(0.02 * factor), "factors": [1, 1, 1, 2]}
+    assert workload["compute"] == {"pace_s": pytest.approx(0.02 * factor), "factors": [1, 1, 1, 2], "slow": []}
     assert workload["evaluate_every_s"] == pytest.approx(factor)
     assert workload["stop"] == slow.stop
 

@@ -146,7 +146,7 @@ def test_a_comparison_is_there_for_programs_too(folder):
 def test_a_run_is_told_with_progress_without_it_or_as_json(monkeypatch, tmp_path, capfd, option):
     """The lab is left out here: in its place, records are written as a lab's workers would have."""
 
-    def enclosed(directory, lock, progress=None):
+    def enclosed(directory, lock, only=(), progress=None):
         subprocess.run(["echo", "a line of progress"], stdout=progress, check=True)
         for method in ("allreduce", "topk", "netsense"):
             write_cell(directory / "cells" / f"{method}-s0", method, t_end_s=2.0)

@@ -114,6 +114,7 @@ def write_cell(directory: Path, ranks: int, method: str = "topk", seed: int = 0,
         "compute": "real",
         "device": "cpu",
         "evaluate_every_s": 0.2,
+        "checkpoint_every": None,
     }
     cell = {
         "cell": "test",
