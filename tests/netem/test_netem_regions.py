@@ -46,7 +46,7 @@ def test_every_pair_of_regions_gets_its_delay_and_its_rate(figure, engine):
         for name, shape in shapes.items():
             wanted_ms, wanted_bps = 2 * shape.delay_s * 1e3, shape.rate_bps * TCP_SHARE
             found = [rates_bps[name]]
-            while abs(found[-1] / wanted_bps - 1) > 0.03 and len(found) < 3:  # a machine may stall
+            while abs(found[-1] / wanted_bps - 1) > 0.045 and len(found) < 3:  # a machine may stall
                 found.append(measured(pairs[name]))
             rate_bps = min(found, key=lambda rate_bps: abs(rate_bps - wanted_bps))
             figure(
