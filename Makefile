@@ -16,8 +16,7 @@ PYTEST_ARGS ?=
 KILLS ?= 20
 LAB ?= netns
 
-# Tests of labs, and others that are about time, need the machine to themselves. Of the rest two run at once; those whose ranks
-# are processes are one group, in which they take turns.
+# Tests of labs, and others that are about time, need the machine to themselves. Of the rest two files run at once.
 ALONE = docker or netns or alone
 
 .PHONY: run test lint fast dist test-netem test-delayline test-chaos check setup clean
@@ -34,7 +33,7 @@ fast: lint
 	$(VENV)/bin/python -m pytest -q -n 2 -m fast $$(grep -lr --include 'test_*.py' 'mark\.fast' tests) $(PYTEST_ARGS)
 
 test: lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "not netem and not ($(ALONE))" $(PYTEST_ARGS); others=$$?; \
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not netem and not ($(ALONE))" $(PYTEST_ARGS); others=$$?; \
 	$(VENV)/bin/python -m pytest -m "not netem and ($(ALONE))" $(PYTEST_ARGS); alone=$$?; \
 	case $$others,$$alone in 0,0 | 0,5 | 5,0) ;; *) exit 1 ;; esac  # 5: PYTEST_ARGS selects none of these
 

@@ -34,8 +34,6 @@ from netsenseml.exchange.mesh import Mesh, Shape
 from netsenseml.exchange.scheduler import Exchange, Scheduler
 from netsenseml.statistics import StepStatistics
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 FLAT: list[DirectAllReduce | SparseAllGather] = [
     *(DirectAllReduce(Codec(values), ring) for values in ("fp32", "bf16", "int8", "int4", "sign") for ring in (False, True)),
     *(SparseAllGather(Codec(values, density), ring) for values, density, ring in (

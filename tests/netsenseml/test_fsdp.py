@@ -17,8 +17,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from netsenseml import attach
 from testbed.worker.listener import parameters_hash as replica_hash
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 class Told(NamedTuple):
     trained: Any

@@ -24,8 +24,6 @@ from netsenseml.methods.demo import Coefficients
 from netsenseml.methods.sparseloco import TwoBits
 from netsenseml.records import STEP_COLUMNS
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 STREAMING = {"inner_steps": 6, "fragments": 3, "overlap": 2}
 LOCAL: list[tuple[str, dict[str, Any]]] = [
     ("localsgd", {"inner_steps": 3}),

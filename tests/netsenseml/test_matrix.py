@@ -28,8 +28,6 @@ from torch.utils.checkpoint import checkpoint
 
 import netsenseml
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 Attach = Callable[..., Any]
 """Makes a session of a model; of plain DDP, what stands for one."""
 

@@ -19,8 +19,6 @@ from netsenseml.exchange.collective import all_reduce_mean
 from netsenseml.exchange.communicators import DirectAllReduce, Hierarchical, parse
 from netsenseml.exchange.mesh import Mesh, Peer, Shape, abort, timeout
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 def world() -> dist.ProcessGroup:
     group = dist.group.WORLD

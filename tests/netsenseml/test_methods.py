@@ -20,8 +20,6 @@ from netsenseml import Session, attach, comm_hook
 from netsenseml.methods import AllReduce
 from netsenseml.records import STEP_COLUMNS, read_records
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 EXACT = [  # nothing is lost: what was not sent is kept to the last bit of rounding
     ("allreduce", {}),
     ("topk", {"ratio": 0.05}),

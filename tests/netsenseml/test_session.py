@@ -29,8 +29,6 @@ from netsenseml.clock import Clock
 from netsenseml.methods import METHODS, AllReduce
 from netsenseml.records import monotonic_s, read_records
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 FIXED = {"policy": "fixed", "schemes": ["int4", "sparse-int4@5%", "allreduce", "sparse-bf16@2%", "int8"]}
 KEPT = [  # methods whose parameters receive all of the gradients in the end
     ("quantized", {"values": "int4"}),

@@ -11,7 +11,6 @@ import pytest
 from snippets import blocks
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.xdist_group("ranks")
 
 
 @pytest.fixture(scope="module")

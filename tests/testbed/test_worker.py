@@ -23,8 +23,6 @@ from testbed.worker.client import ControlClient
 from tests.netsenseml.groups import Ranks
 from tests.testbed.synthetic_run import steps_file
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 class Orchestrator:
     """The least that a worker needs: start when all are ready, heartbeats, hold and stop."""
