@@ -253,8 +253,8 @@ class Compute:
                 return cls(0.0)
             case {"pace_s": float() | int() as seconds} | {"emulate_s": float() | int() as seconds}:
                 factors = compute.get("factors")
-                mine = [(from_s, math.inf if to_s is None else to_s, f) for r, from_s, to_s, f in compute.get("slow", ()) if r == rank]
-                return cls(float(seconds) * (factors[rank] if factors else 1.0), tuple(mine))
+                slow = tuple((from_s, to_s or math.inf, f) for r, from_s, to_s, f in compute.get("slow", ()) if r == rank)
+                return cls(float(seconds) * (factors[rank] if factors else 1.0), slow)
         raise ValueError(f'compute must be "real", {{"pace_s": seconds}} or {{"emulate_s": seconds}}, not {compute!r}')
 
     def factor(self, t_s: float) -> float:
