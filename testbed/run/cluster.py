@@ -20,7 +20,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from rich.console import Console
@@ -136,8 +136,7 @@ class _Sweep:
         if name in self._home or name not in {cell.name for cell in self._plan.cells}:
             return False
         with tempfile.TemporaryDirectory(dir=self._directory, prefix=".arriving-") as half:
-            with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
-                tar.extractall(half, filter="data")
+            unpack(packed, Path(half))
             shutil.rmtree(self._place(name), ignore_errors=True)
             (Path(half) / name).rename(self._place(name))
         self._home.add(name)
@@ -190,6 +189,21 @@ def _packed(parent: Path, names: Sequence[str]) -> bytes:
     return packed.getvalue()
 
 
+def unpack(packed: bytes, directory: Path) -> None:
+    """Files and folders of an archive that lie below the directory; nothing else, whatever is in it."""
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        for member in tar:
+            path = PurePath(member.name)
+            if path.is_absolute() or ".." in path.parts:
+                continue
+            if member.isdir():
+                (directory / path).mkdir(parents=True, exist_ok=True)
+            elif (content := tar.extractfile(member) if member.isreg() else None) is not None:
+                (directory / path).parent.mkdir(parents=True, exist_ok=True)
+                with open(directory / path, "wb") as file:
+                    shutil.copyfileobj(content, file)
+
+
 def _links(folder: Path) -> dict[str, str]:
     """Links in a folder, and to where; the data sets must be at the same place on every machine."""
     return {link.name: str(link.readlink()) for link in folder.glob("*") if link.is_symlink()}
@@ -215,8 +229,7 @@ def run_part(name: str, files: bytes, links: dict[str, str], cells: list[str], v
     with tempfile.TemporaryDirectory(prefix="netsense-") as temporary:
         directory = Path(temporary) / "run"
         directory.mkdir()
-        with tarfile.open(fileobj=io.BytesIO(files)) as tar:
-            tar.extractall(directory, filter="data")
+        unpack(files, directory)
         (directory / "cells").mkdir()
         for link, target in links.items():
             (directory / DATA).mkdir(exist_ok=True)

@@ -1,11 +1,13 @@
 """A sweep on a Dask cluster: every cell comes home once, whatever becomes of a machine, and nothing is left on any."""
 
 import contextlib
+import io
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 
 import psutil
 import pytest
@@ -14,6 +16,7 @@ from test_faults_netns import ENV, finished, heed_signals
 from test_run_netns import only_run, wait_until
 
 import testbed
+from testbed.run.cluster import unpack
 
 SPEC = {
     "name": "sweep",
@@ -100,6 +103,24 @@ def test_an_interrupt_ends_it_everywhere_and_resume_goes_on(tmp_path):
         code, printed = finished(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV))
         assert code == 0, printed
     assert set(testbed.load_run(directory).cells["status"]) == {"done"}
+
+
+def test_what_comes_home_can_lie_nowhere_else(tmp_path):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for name, kind in (("cell/a", tarfile.REGTYPE), ("../b", tarfile.REGTYPE), (f"{tmp_path}/c", tarfile.REGTYPE)):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.size = kind, 3
+            tar.addfile(entry, io.BytesIO(b"abc"))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
+            entry = tarfile.TarInfo("cell/link")
+            entry.type, entry.linkname = kind, str(tmp_path)
+            tar.addfile(entry)
+    home = tmp_path / "home"
+    home.mkdir()
+    unpack(packed.getvalue(), home)
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert found == ["home", "home/cell", "home/cell/a"]
 
 
 def test_without_machines_nothing_is_made(tmp_path):
