@@ -216,7 +216,7 @@ class SparseAllGather:
 
     def cost(self, elements: int, shape: Shape) -> Cost:
         sent = all_gather_bytes(self.codec.nbytes(elements), shape.ranks)
-        return Cost(sent, sent if self.ring else shape.ranks_crossing * sent, shape.ranks - 1 if self.ring else 1)
+        return gather_cost(sent, shape, self.ring)
 
     def exchange(self, compensated: torch.Tensor, context: Context) -> Exchange:
         statistics, ranks = context.statistics, context.ranks
@@ -279,6 +279,11 @@ class Hierarchical:
             # As it counts for one of the host's ranks in the next mean.
             torch.mul(mean, mesh.shape.ranks_per_host, out=compensated)
         return result.copy_((yield statistics.launch(partial(broadcast, result, end), 0)))
+
+
+def gather_cost(sent: float, shape: Shape, ring: bool) -> Cost:
+    """Of an all-gather in which every rank sends so many bytes in all: round a ring, or directly to all others."""
+    return Cost(sent, sent if ring else shape.ranks_crossing * sent, shape.ranks - 1 if ring else 1)
 
 
 @dataclass(frozen=True, slots=True)

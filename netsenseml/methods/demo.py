@@ -16,7 +16,7 @@ from netsenseml.compress.codec import Codec, add_decoded
 from netsenseml.compress.sparsify import largest_in_chunks
 from netsenseml.exchange.collective import all_reduce_mean
 from netsenseml.exchange.collectives import all_gather, all_gather_bytes
-from netsenseml.exchange.communicators import DIRECT_BYTES, Context, Cost
+from netsenseml.exchange.communicators import DIRECT_BYTES, Context, Cost, gather_cost
 from netsenseml.exchange.mesh import Shape
 from netsenseml.exchange.scheduler import Exchange
 from netsenseml.methods.coded import Coded
@@ -130,8 +130,7 @@ class Coefficients:
 
     def cost(self, elements: int, shape: Shape) -> Cost:
         sent = all_gather_bytes(self.codec.nbytes(elements), shape.ranks)
-        ring = sent > DIRECT_BYTES
-        return Cost(sent, sent if ring else shape.ranks_crossing * sent, shape.ranks - 1 if ring else 1)
+        return gather_cost(sent, shape, ring=sent > DIRECT_BYTES)
 
     def exchange(self, compensated: torch.Tensor, context: Context) -> Exchange:
         statistics, ranks = context.statistics, context.ranks

@@ -12,7 +12,7 @@ from torch.futures import Future
 from netsenseml.compress.codec import Codec, add_decoded, positions
 from netsenseml.compress.sparsify import kept_elements, largest_in_chunks
 from netsenseml.exchange.collectives import all_gather, all_gather_bytes
-from netsenseml.exchange.communicators import DIRECT_BYTES, Context, Cost
+from netsenseml.exchange.communicators import DIRECT_BYTES, Context, Cost, gather_cost
 from netsenseml.exchange.mesh import Shape
 from netsenseml.exchange.scheduler import Exchange
 from netsenseml.methods.local import Common, LocalUpdates
@@ -85,8 +85,7 @@ class TwoBits:
 
     def cost(self, elements: int, shape: Shape) -> Cost:
         sent = all_gather_bytes(self.nbytes, shape.ranks)
-        ring = sent > DIRECT_BYTES
-        return Cost(sent, sent if ring else shape.ranks_crossing * sent, shape.ranks - 1 if ring else 1)
+        return gather_cost(sent, shape, ring=sent > DIRECT_BYTES)
 
     def exchange(self, compensated: torch.Tensor, context: Context) -> Exchange:
         statistics, ranks = context.statistics, context.ranks

@@ -202,7 +202,8 @@ _METRICS = (
 def _summary_of(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
     tables = {name: (table := getattr(run, name))[table["cell"] == cell["cell"]] for name in TABLES}
     all_steps, evals = tables["steps"], tables["evals"]
-    steps = all_steps[~lost_work(all_steps, tables["failures"])]
+    lost = lost_work(all_steps, tables["failures"])
+    steps = all_steps[~lost]
     warmup = (run.spec.get("workload") or {}).get("warmup") or 0
     warm = steps[steps["step"] >= warmup]
     warm_from_s = steps.loc[steps["step"] < warmup, "t_s"].max() if warmup else 0.0
@@ -230,7 +231,7 @@ def _summary_of(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
         "time_to_target_s": time_to_target(evals, target_accuracy(run.spec)),
         "bytes_to_target": bytes_to_target(evals, all_steps, target_accuracy(run.spec)),
         "restarts": int((tables["failures"]["kind"] == "restart").sum()),
-        "lost_steps": int(all_steps.loc[~all_steps.index.isin(steps.index), ["t_s", "step"]].drop_duplicates("step").shape[0]),
+        "lost_steps": int(all_steps.loc[lost, "step"].nunique()),
         "valid": not problems,
         "problems": problems,
         "earlier_failures": list(cell["earlier"]),

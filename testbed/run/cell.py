@@ -310,8 +310,7 @@ class _CellRunner:
         while missing := [member for member in self._processes if member not in self._ready]:
             if monotonic_s() > deadline_s:
                 late = ", ".join(map(self._name, missing))
-                text = f"not ready in {READY_TIMEOUT_S:g} s: {late}; {_last_line(self._log(missing[0]))}"
-                raise CellFailed(text)
+                raise CellFailed(f"not ready in {READY_TIMEOUT_S:g} s: {late}; {_last_line(self._log(missing[0]))}")
             self._receive(0.2)
             self._check_programs()
 

@@ -17,7 +17,6 @@ import tarfile
 import tempfile
 import time
 import uuid
-from collections import deque
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path, PurePath
@@ -28,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from testbed.labs.base import LabError
 from testbed.plan import Cell, Plan
-from testbed.protocol import CELL_FILE, RESULT_FILE, one_line
+from testbed.protocol import one_line
 from testbed.run.cell import read_result
 from testbed.run.directory import DATA, SCRIPT, SPEC_FILE, TRACES
 from testbed.run.sweep import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, in_turn, interrupt_main_thread_once
@@ -64,7 +63,7 @@ def connected(address: str) -> Iterator[Any]:
     try:
         import distributed
     except ImportError:
-        raise LabError("--on needs Dask; install it with: pip install 'netsenseml[cluster]'") from None
+        raise LabError("--on needs Dask; install it with: pip install distributed") from None
     count = address.removeprefix("local:")
     with contextlib.ExitStack() as stack:
         try:
@@ -108,8 +107,7 @@ class _Sweep:
         with _bar(self._console) as bar:
             row = bar.add_task("cells", total=len(pending), completed=0)
             try:
-                while waiting := [task for task in tasks if not task.done()] or arrivals.qsize():
-                    del waiting
+                while not all(task.done() for task in tasks) or arrivals.qsize():
                     with contextlib.suppress(TimeoutError):
                         failed |= self._arrived(arrivals.get(timeout=_POLL_S), len(pending))
                         done.set(sorted(self._home))
@@ -234,7 +232,6 @@ def run_part(name: str, files: bytes, links: dict[str, str], cells: list[str], v
         for link, target in links.items():
             (directory / DATA).mkdir(exist_ok=True)
             (directory / DATA / link).symlink_to(target)
-        last: deque[str] = deque(maxlen=1)
         with (
             open(Path(temporary) / "log", "w+") as log,
             subprocess.Popen(
@@ -261,16 +258,16 @@ def run_part(name: str, files: bytes, links: dict[str, str], cells: list[str], v
                     process.send_signal(signal.SIGINT)
                     process.wait()
             log.seek(0)
-            last.extend(line for line in log if line.startswith("testbed: "))
+            said = [line.removeprefix("testbed: ").strip() for line in log if line.startswith("testbed: ")]
     if not left:
         return ""
-    return f"{machine}: {''.join(last).removeprefix('testbed: ').strip() or f'ended with exit code {process.returncode}'}"
+    return f"{machine}: {said[-1] if said else f'ended with exit code {process.returncode}'}"
 
 
 def _has_ended(cell: Path, all_have: bool) -> bool:
     """One that failed is tried again after the others."""
-    result = read_result(cell) if (cell / CELL_FILE).exists() else None
-    return result is not None and (all_have or result.get("status") == "done") and (cell / RESULT_FILE).exists()
+    result = read_result(cell)
+    return result is not None and (all_have or result.get("status") == "done")
 
 
 def _bar(console: Console) -> Progress:

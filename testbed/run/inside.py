@@ -23,7 +23,7 @@ def main() -> int:
     stop, interrupted = interrupt_main_thread_once()
     try:
         # It may say so at once: whoever started us can have ended while this process was loading.
-        threading.Thread(target=_watch_lifeline, args=(stop,), daemon=True).start()
+        threading.Thread(target=watch_lifeline, args=(stop,), daemon=True).start()
         execute(Path(sys.argv[1]), Console(), sys.argv[3:])
     except (Exception, KeyboardInterrupt) as error:
         if interrupted.is_set():
@@ -44,7 +44,8 @@ def _one_line(error: Exception) -> str:
     return explained(error) if isinstance(error, OSError) else str(error)
 
 
-def _watch_lifeline(stop: Callable[[], None]) -> None:
+def watch_lifeline(stop: Callable[[], None]) -> None:
+    """Call ``stop`` when standard input ends, and so whoever started this process, in whatever way."""
     while os.read(0, 1):
         pass
     stop()

@@ -14,6 +14,7 @@ from rich.console import Console
 from testbed.labs.base import LabError
 from testbed.plan import make_plan
 from testbed.run import directory as run_directory
+from testbed.run.inside import watch_lifeline
 from testbed.run.start import check_machine, run_cells
 from testbed.run.sweep import EXIT_CANNOT
 from testbed.spec.load import load_spec
@@ -22,7 +23,7 @@ from testbed.spec.load import load_spec
 def main() -> int:
     """Run the cells; the exit codes of ``testbed run``, less those of the results."""
     directory, cells = Path(sys.argv[1]), sys.argv[2:]
-    threading.Thread(target=_watch_lifeline, daemon=True).start()
+    threading.Thread(target=watch_lifeline, args=(lambda: os.kill(os.getpid(), signal.SIGINT),), daemon=True).start()
     plan = make_plan(load_spec(directory / run_directory.SPEC_FILE), directory)
     try:
         check_machine(plan)
@@ -31,12 +32,6 @@ def main() -> int:
     except LabError as error:
         print(f"testbed: {error}")
         return EXIT_CANNOT
-
-
-def _watch_lifeline() -> None:
-    while os.read(0, 1):
-        pass
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 if __name__ == "__main__":

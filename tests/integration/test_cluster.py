@@ -23,7 +23,7 @@ SPEC = {
     "workers": 2,
     "calibrate": False,
     "network": {"link": {"rate": "20mbit"}},
-    "workload": {"model": {"name": "mlp", "hidden": [64]}, "stop": {"seconds": 1}, "compute": {"pace": "20ms"}},
+    "workload": {"model": {"name": "mlp", "hidden": [64]}, "stop": {"seconds": 1}, "compute": {"pace": "100ms"}},
     "matrix": {"network.link.rate": ["20mbit", "50mbit"]},
     "methods": ["allreduce", "topk"],
 }
