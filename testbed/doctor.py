@@ -25,7 +25,7 @@ from testbed.labs.capabilities import CAPABILITIES, lacking_capabilities
 from testbed.labs.netns import enclosure, why_it_failed
 
 Verdict = Literal["ok", "limited", "missing"]
-PROBED = ("htb", "tbf", "netem", "codel", "fq_codel", "veth", "bridge")
+PROBED = ("htb", "tbf", "netem", "codel", "fq_codel", "cake", "veth", "bridge")
 NEEDED = frozenset({"htb", "tbf", "veth", "bridge"})
 """Of these, what no lab can do without."""
 MOST_WORKERS = 64
@@ -261,6 +261,7 @@ def qdiscs(system: System, missing: Sequence[str] | None, line: Finding) -> list
         "tbf": ("cuts packets into frames", "sch_tbf"),
         "codel": ("manages queues (aqm: codel)", "sch_codel"),
         "fq_codel": ("manages queues (aqm: fq_codel)", "sch_fq_codel"),
+        "cake": ("manages queues (aqm: cake)", "sch_cake"),
         "netem": ("makes delay, jitter and loss", "sch_netem"),
         "veth": ("makes cables", "veth"),
         "bridge": ("makes switches", "bridge"),

@@ -70,6 +70,10 @@ _HTB_GLOB = struct.Struct("=5I")  # version, rate2quantum, default class, debug,
 _HTB_PARMS, _HTB_INIT, _HTB_RATE64, _HTB_CEIL64 = 1, 2, 6, 7
 _HTB_VERSION, _DEFAULT_CLASS, _LINKLAYER_ETHERNET = 3, 1, 1
 _CODEL_TARGET, _CODEL_LIMIT, _CODEL_INTERVAL, _CODEL_ECN = 1, 2, 3, 4  # the same for fq_codel
+_CAKE_RATE64, _CAKE_DIFFSERV, _CAKE_INTERVAL, _CAKE_TARGET, _CAKE_MEMORY, _CAKE_SPLIT_GSO = 2, 3, 7, 8, 10, 17
+_CAKE_BEST_EFFORT = 3
+_SKB_BYTES = 768
+"""What a packet takes in memory beside its bytes, about: struct sk_buff and struct skb_shared_info."""
 _NETEM_QOPT = struct.Struct("=6I")  # latency, limit, loss, gap, duplicate, jitter: struct tc_netem_qopt
 _NETEM_CORR, _NETEM_DELAY_DIST, _NETEM_REORDER, _NETEM_CORRUPT, _NETEM_LOSS, _NETEM_RATE = 1, 2, 3, 4, 5, 6
 _NETEM_LATENCY64, _NETEM_JITTER64, _NETEM_PRNG_SEED = 10, 11, 14
@@ -208,6 +212,25 @@ class Codel:
 
 
 @dataclass(frozen=True, slots=True)
+class Cake:
+    """A queue for each host and each flow, managed by COBALT (tc-cake(8)); times in µs, and bytes of memory.
+
+    It does not limit the rate, which htb does, nor cut packets, which has been done, nor go by the packets' classes, which
+    hosts do not set. It marks packets of connections that understand it, with no way to say no.
+    """
+
+    target_us: int
+    interval_us: int
+    memory_bytes: int
+    kind = "cake"
+    handle = _AQM
+
+    def tc_arguments(self) -> str:
+        times = f"rtt {self.interval_us}us target {self.target_us}us"  # rtt sets both
+        return f"cake unlimited besteffort no-split-gso {times} memlimit {self.memory_bytes}"
+
+
+@dataclass(frozen=True, slots=True)
 class Tbf:
     """Token bucket: rate in bits/s; bucket and queue in bytes."""
 
@@ -276,7 +299,7 @@ class Pfifo:
         return f"pfifo limit {self.limit_packets}"
 
 
-Node = Htb | HtbClass | Cut | Bfifo | Codel | Tbf | Netem | Pfifo
+Node = Htb | HtbClass | Cut | Bfifo | Codel | Cake | Tbf | Netem | Pfifo
 Tree = tuple[Node, ...]
 """Qdiscs, and htb's class, from the root downwards, each the only child of the one before."""
 
@@ -356,13 +379,16 @@ def _shut(node: Node) -> Node:
             return node
 
 
-def _queue(shape: Shape, rate_bps: int, limit: int, frame: int) -> Bfifo | Codel:
+def _queue(shape: Shape, rate_bps: int, limit: int, frame: int) -> Bfifo | Codel | Cake:
     if shape.aqm == "fifo":
         return Bfifo(limit)
     # One frame must be able to wait for the one before it (RFC 8289, section 4.4).
     target_s = max(_CODEL_TARGET_S, 1.5 * frame * 8 / rate_bps)
     interval_s = max(_CODEL_INTERVAL_S, 10 * target_s)
-    return Codel(shape.aqm == "fq_codel", round(target_s * 1e6), round(interval_s * 1e6), max(1, limit // frame), shape.ecn)
+    target_us, interval_us, packets = round(target_s * 1e6), round(interval_s * 1e6), max(1, limit // frame)
+    if shape.aqm == "cake":
+        return Cake(target_us, interval_us, min(packets * (frame + _SKB_BYTES), 0xFFFFFFFF))
+    return Codel(shape.aqm == "fq_codel", target_us, interval_us, packets, shape.ecn)
 
 
 def bucket_of(tree: Tree) -> int | None:
@@ -372,7 +398,7 @@ def bucket_of(tree: Tree) -> int | None:
 
 def queue_of(tree: Tree) -> int | None:
     """Bytes that may wait, as far as bytes limit that; None where nothing does, or packets do and an AQM drops sooner."""
-    if any(isinstance(node, Codel) for node in tree):
+    if any(isinstance(node, Codel | Cake) for node in tree):
         return None
     return next((node.limit_bytes for node in reversed(tree) if isinstance(node, Bfifo | Tbf | Cut)), None)
 
@@ -488,6 +514,16 @@ def _options(node: Node) -> bytes:
                 _CODEL_ECN: int(node.ecn),
             }
             return b"".join(_attribute(kind, struct.pack("=I", value)) for kind, value in values.items())
+        case Cake():
+            values = {
+                _CAKE_DIFFSERV: _CAKE_BEST_EFFORT,
+                _CAKE_INTERVAL: node.interval_us,
+                _CAKE_TARGET: node.target_us,
+                _CAKE_MEMORY: node.memory_bytes,
+                _CAKE_SPLIT_GSO: 0,
+            }
+            out = _attribute(_CAKE_RATE64, struct.pack("=Q", 0))
+            return out + b"".join(_attribute(kind, struct.pack("=I", value)) for kind, value in values.items())
         case Netem():
             # All attributes every time: netem keeps what a change leaves out, so an impairment could never be taken back.
             loss = node.loss
@@ -584,6 +620,9 @@ def same_on_kernel(wanted: Node, answer: bytes) -> bool:
             # CoDel keeps times in units of 1024 ns.
             near = abs(target - wanted.target_us) <= 2 and abs(interval - wanted.interval_us) <= 2
             return near and limit == wanted.limit_packets and bool(ecn) == wanted.ecn
+        case Cake():
+            sent = {kind: _options(wanted)[a:b] for kind, a, b in attributes(_options(wanted), 0)}
+            return all(_stripped(parts.get(kind)) == _stripped(value) for kind, value in sent.items())
         case Netem():
             # What is sent and comes back the same; the table does not come back, and the seed not from old kernels.
             sent = {kind: _options(wanted)[a:b] for kind, a, b in attributes(_options(wanted), _NETEM_QOPT.size)}

@@ -5,7 +5,7 @@ from typing import Any
 
 DIRECTIONS = ("up", "down")
 DISTRIBUTIONS = ("normal", "uniform", "pareto")
-AQMS = ("fifo", "codel", "fq_codel")
+AQMS = ("fifo", "codel", "fq_codel", "cake")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,8 @@ class Shape:
     duplicate, corrupt: share of packets sent twice, or with one flipped bit.
     reorder: share of packets that overtake, by being sent without the delay.
     in_order: jitter lets no packet overtake another; one whose turn has not come waits for those before it.
-    aqm: what manages the queue (``AQMS``); "fifo" drops what does not fit. ecn: it marks packets instead of dropping them.
+    aqm: what manages the queue (``AQMS``); "fifo" drops what does not fit. ecn: it marks packets instead of dropping them;
+        cake has no choice in that, and marks those of whoever has agreed on it.
     """
 
     rate_bps: int | None = None

@@ -193,14 +193,15 @@ class ShapeSpec(Model):
     """Jitter lets no packet overtake another, as on most real paths; otherwise it reorders packets, as in netem."""
     aqm: Literal[*AQMS] | None = Field(default=None, examples=["fq_codel"])  # type: ignore[valid-type]
     """What manages the queue. fifo: drops what does not fit; codel: also drops what has waited for too long; fq_codel: that,
-    and a queue for each flow."""
+    and a queue for each flow; cake: that, and a queue for each host."""
     ecn: StrictBool | None = Field(default=None, examples=["true"])
-    """The queue marks packets of flows that understand it, where it would drop them."""
+    """The queue marks packets of flows that understand it, where it would drop them. All hosts' flows do where one link has it,
+    and then cake marks, too, whatever is said of its own link."""
 
     @model_validator(mode="after")
     def _marks_or_drops(self) -> Self:
         if self.ecn and self.aqm == "fifo":
-            raise PydanticCustomError("at_key", f"{NO_ECN}; use aqm: codel or fq_codel, or remove it", {"path": ["ecn"]})
+            raise PydanticCustomError("at_key", f"{NO_ECN}; use aqm: codel, fq_codel or cake, or remove it", {"path": ["ecn"]})
         return self
 
     def changes(self) -> dict[str, Any]:

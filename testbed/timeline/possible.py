@@ -22,5 +22,5 @@ def _fault(shape: Shape) -> str | None:
     if shape.reorder and not shape.delay_s:
         return "packets cannot overtake where nothing is delayed; give it a delay, too"
     if shape.ecn and shape.aqm == "fifo":
-        return f"ecn {NO_ECN}; give it aqm: codel or fq_codel, too"
+        return f"ecn {NO_ECN}; give it aqm: codel, fq_codel or cake, too"
     return None

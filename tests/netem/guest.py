@@ -10,7 +10,7 @@ from pathlib import Path
 
 # What labs are made of. A module that this kernel does not have is named and gone without: the tests then say what is missing.
 NEEDED = ["bridge", "veth", "ifb", "sch_tbf", "sch_netem", "sch_htb", "sch_prio", "sch_ingress"]
-NEEDED += ["sch_codel", "sch_fq_codel", "tun"]
+NEEDED += ["sch_codel", "sch_fq_codel", "sch_cake", "tun"]
 NEEDED += ["cls_u32", "cls_flower", "cls_matchall", "act_mirred", "tcp_bbr", "inet_diag", "tcp_diag"]
 _MS_NOSUID = 2
 _HALT = 0xCDEF0123  # LINUX_REBOOT_CMD_HALT

@@ -12,7 +12,7 @@ from testbed.links.state import LinkState, Shape
 pytestmark = pytest.mark.netem
 
 
-@pytest.mark.parametrize("aqm", ["codel", "fq_codel"])
+@pytest.mark.parametrize("aqm", ["codel", "fq_codel", "cake"])
 @pytest.mark.parametrize("ecn", [False, True])
 def test_a_managed_queue_stays_short_and_marks_where_it_may(figure, aqm, ecn):
     queue = Shape(20_000_000, queue_s=0.5, aqm=aqm, ecn=ecn)

@@ -11,6 +11,7 @@ from testbed.links.qdiscs import (
     ETHERNET_FRAME_BYTES,
     UNCUT_PACKET_BYTES,
     Bfifo,
+    Cake,
     Codel,
     Cut,
     Htb,
@@ -52,6 +53,7 @@ shapes = st.builds(
     aqm=st.sampled_from(AQMS),
 )
 mtus = st.integers(576, 9000)
+AQM_NODES = {"fifo": Bfifo, "codel": Codel, "fq_codel": Codel, "cake": Cake}
 
 
 @given(st.lists(rates, min_size=1, max_size=10))
@@ -95,7 +97,7 @@ def test_the_queue_is_what_was_asked_for_but_holds_a_frame_and_nothing_larger_th
 def test_a_tree_limits_and_impairs_as_asked(shape, impaired):
     tree = compile_tree(shape, impaired=impaired)
     kinds = [type(node) for node in tree]
-    limiter = [Pfifo] if shape.rate_bps is None else [Htb, HtbClass, Cut, Bfifo if shape.aqm == "fifo" else Codel]
+    limiter = [Pfifo] if shape.rate_bps is None else [Htb, HtbClass, Cut, AQM_NODES[shape.aqm]]
     assert kinds == ([Netem] if impaired or shape.impaired else []) + limiter
     assert len(requests(tree, 7, "w0")) == len(tc_commands(tree, "w0")) == len(tree)
 

@@ -85,8 +85,8 @@ BAD = [
     ({"network__link": {"delay": "10ms", "jitter": "8ms"}}, "bad.yaml: network: link w0: a jitter of 8ms", "16ms or more"),
     ({"schedule__0__set": {"jitter": "8ms"}}, "bad.yaml: schedule: link w0 at 8s: a jitter of 8ms", "16ms or more"),
     ({"network__link__in_order": "perhaps"}, "bad.yaml: network.link.in_order: ", "true or false"),
-    ({"network__link__aqm": "red"}, "bad.yaml: network.link.aqm: ", "valid: fifo, codel, fq_codel"),
-    ({"network__link__ecn": True}, "bad.yaml: network: link w0: ecn needs a queue that marks", "aqm: codel or fq_codel"),
+    ({"network__link__aqm": "red"}, "bad.yaml: network.link.aqm: ", "valid: fifo, codel, fq_codel, cake"),
+    ({"network__link__ecn": True}, "bad.yaml: network: link w0: ecn needs a queue that marks", "aqm: codel, fq_codel or cake"),
     ({"network__link__up": {"aqm": "fifo", "ecn": True}}, "bad.yaml: network.link.up.ecn: ", "fifo only drops"),
     (
         {"network__link": {"aqm": "codel"}, "schedule": []},
