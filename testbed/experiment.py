@@ -11,6 +11,7 @@ from rich.console import Console
 from testbed.plan import load_plan
 from testbed.results.load import Run, load_run
 from testbed.run.start import start_run
+from testbed.run.sweep import EXIT_INTERRUPTED
 
 
 def run_experiment(
@@ -29,7 +30,8 @@ def run_experiment(
     directory is made. console: takes progress and table; standard output if left out.
 
     A cell that failed, or is not valid, is a result: see ``run.cells`` and ``run.summary``. Raises SpecError (a ValueError),
-    a line for each fault, before anything is touched; LabError where this machine cannot do it. Call it on the main thread.
+    a line for each fault, before anything is touched; LabError where this machine cannot do it; KeyboardInterrupt
+    after an interrupt or SIGTERM, with all records kept. Call it on the main thread.
     """
     if isinstance(spec, Mapping):
         with tempfile.TemporaryDirectory() as directory:
@@ -38,5 +40,7 @@ def run_experiment(
             return run_experiment(path, overrides=overrides, out=out, console=console)
     path = Path(spec)
     loaded, plan = load_plan(path, overrides)
-    _, made = start_run(loaded, plan, Path(out), path.parent.resolve(), console or Console())
+    code, made = start_run(loaded, plan, Path(out), path.parent.resolve(), console or Console())
+    if code == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt(f"the records so far are in {made}")
     return load_run(made)

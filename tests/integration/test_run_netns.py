@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -57,6 +58,21 @@ def test_an_experiment_from_python(tmp_path, capsys):
     assert found.path.parent == tmp_path and set(found.cells["status"]) == {"done"}
     assert len(found.steps) == 20 and found.summary["cells"][0]["replicas_identical"]
     assert "report:" in capsys.readouterr().out
+
+
+def test_an_experiment_from_python_that_is_interrupted_says_so(tmp_path):
+    spec = {**SPEC, "schedule": [], "methods": ["allreduce"], "workload": {**SPEC["workload"], "stop": {"seconds": 60}}}
+
+    def interrupt():
+        while not list(tmp_path.glob("*/cells/*/hosts/w0/steps.jsonl")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt, match="the records so far are in"):
+        testbed.run_experiment(spec, out=tmp_path)
+    (directory,) = tmp_path.iterdir()
+    assert len(testbed.load_run(directory).steps) > 0
 
 
 def only_run(tmp_path):

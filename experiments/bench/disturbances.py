@@ -1,0 +1,230 @@
+"""Does the verdict notice what other programs do to a comparison, and only that? 40 disturbed runs, and 40 undisturbed ones.
+
+    python experiments/bench/disturbances.py [RUNS OF EACH] [SEED]
+
+Every trial is a run as ``testbed run`` makes it: allreduce against top-k at 10 %, four workers at 50 Mbit/s, whose compute is
+emulated, paced or real. In half of them something else uses this machine while the second of the two is trained:
+
+    hog        busy loops, one or more for each processor
+    pinned     a busy loop on one processor
+    memory     copies of arrays far larger than the caches
+    disk       files written and synced, in the run directory
+    loopback   a flood of datagrams, whose processing takes interrupt time
+    freeze     a worker stands still for a while, again and again, as in a virtual machine whose host is busy
+    throttle   all workers stand still for half of the time, in turns so short as if the clock were slower
+
+Prints a line a trial: how far its ratio is from the mean of the undisturbed runs of its kind, and the verdict. Then a table; exit
+code 1 if a run that is off by more than 5 % is called valid, or an undisturbed one is not.
+"""
+
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+import testbed
+
+OFF = 0.05
+KINDS = ("hog", "pinned", "memory", "disk", "loopback", "freeze", "throttle")
+CONDITIONS: Mapping[str, Any] = {"emulate": {"emulate": "60ms"}, "pace": {"pace": "60ms"}, "real": "real"}
+"""What computes."""
+BUSY = "while True: pass"
+MEMORY = """import numpy
+a = numpy.zeros(1 << 26); b = a.copy()
+while True: b[:] = a
+"""
+DISK = """import os, sys
+while True:
+    with open(sys.argv[1], "wb") as file:
+        file.write(bytes(1 << 24)); file.flush(); os.fsync(file.fileno())
+"""
+LOOPBACK = """import socket
+sink = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); sink.bind(("127.0.0.1", 0))
+source = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); source.connect(sink.getsockname())
+while True: source.send(bytes(1400))
+"""
+
+
+@dataclass
+class Trial:
+    """One run. kind: "" if nothing disturbs it. strength: programs for each processor, or seconds that a worker stands still."""
+
+    kind: str
+    strength: float
+    condition: str
+    ratio: float = 0.0
+    problems: tuple[str, ...] = ()
+
+    @classmethod
+    def draw(cls, number: int, kind: str, source: random.Random) -> "Trial":
+        strengths = {"freeze": (0.1, 0.3, 1.0), "throttle": (0.01, 0.02), "pinned": (1,)}.get(kind, (0.5, 1, 2))
+        return cls(kind, source.choice(strengths), list(CONDITIONS)[number % len(CONDITIONS)])
+
+    def __str__(self) -> str:
+        return f"{self.kind or 'undisturbed':11} {f'{self.strength:g}' if self.kind else '':4} {self.condition:7}"
+
+
+def spec_of(trial: Trial) -> dict[str, Any]:
+    model = {"name": "mlp", "hidden": [256, 256]}
+    return {
+        "name": "disturbances",
+        "workers": 4,
+        "network": {"link": {"rate": "50mbit"}},
+        "workload": {
+            "model": model,
+            "data": "digits",
+            "batch": 16,
+            "compute": CONDITIONS[trial.condition],
+            "stop": {"steps": 40},
+        },
+        "methods": ["allreduce", {"name": "topk", "ratio": 0.1}],
+    }
+
+
+class Disturber(threading.Thread):
+    """Waits for the second cell's first step, and disturbs it until it has ended."""
+
+    def __init__(self, trial: Trial, out: Path) -> None:
+        super().__init__(daemon=True)
+        self._trial, self._out = trial, out
+        self._over = threading.Event()
+        self.planted = False
+
+    def run(self) -> None:
+        while not (begun := self._second_cell()):
+            if self._over.wait(0.02):
+                return
+        with disturbance(self._trial, self._out):
+            self.planted = True
+            while not (begun / "result.json").exists() and not self._over.wait(0.05):
+                pass
+
+    def _second_cell(self) -> Path | None:
+        cells = list(self._out.glob("*/cells/*"))
+        ended = [cell for cell in cells if (cell / "result.json").exists()]
+        begun = [cell for cell in cells if cell not in ended and list(cell.glob("hosts/w0/steps.jsonl"))]
+        return begun[0] if ended and begun else None
+
+    def end(self) -> None:
+        self._over.set()
+        self.join()
+
+
+@contextmanager
+def disturbance(trial: Trial, out: Path) -> Iterator[None]:
+    """What a trial plants, from entering to leaving."""
+    programs = max(1, round(trial.strength * (os.cpu_count() or 1)))
+    (run,) = out.iterdir()
+    code = {"hog": BUSY, "pinned": BUSY, "memory": MEMORY, "disk": DISK, "loopback": LOOPBACK}.get(trial.kind)
+    if code is None:
+        still = threading.Event()
+        thread = threading.Thread(
+            target=stop_and_go, args=(hosts_with_torch(), trial.kind == "throttle", trial.strength, still)
+        )
+        thread.start()
+        try:
+            yield
+        finally:
+            still.set()
+            thread.join()
+        return
+    command = [*(["taskset", "--cpu-list", "0"] if trial.kind == "pinned" else []), sys.executable, "-c", code]
+    children = [subprocess.Popen([*command, str(run / f"disturbance-{n}")]) for n in range(programs)]
+    try:
+        yield
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def stop_and_go(hosts: list[list[psutil.Process]], everybody: bool, seconds: float, still: threading.Event) -> None:
+    """All hosts half of the time, or the first of them a quarter of the time, do nothing."""
+    held = [process for host in (hosts if everybody else hosts[:1]) for process in host]
+    while not still.is_set():
+        for number, wait_s in ((signal.SIGSTOP, seconds), (signal.SIGCONT, seconds if everybody else 3 * seconds)):
+            for process in held:
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+            time.sleep(wait_s)
+
+
+def hosts_with_torch() -> list[list[psutil.Process]]:
+    """The processes below this one that have PyTorch, by host: what is in a network of its own, and not the testbed's."""
+    found: dict[str, list[psutil.Process]] = {}
+    others = {os.readlink("/proc/self/ns/net")}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(OSError, psutil.NoSuchProcess):
+            network = os.readlink(f"/proc/{process.pid}/ns/net")
+            if "testbed.run.inside" in process.cmdline():
+                others.add(network)
+            if "libtorch_cpu" in Path(f"/proc/{process.pid}/maps").read_text():
+                found.setdefault(network, []).append(process)
+    return [processes for network, processes in found.items() if network not in others]
+
+
+def run_trial(trial: Trial, out: Path) -> None:
+    """Run it, and write down its ratio and what it is blamed for."""
+    out.mkdir()
+    disturber = Disturber(trial, out)
+    if trial.kind:
+        disturber.start()
+    try:
+        run = testbed.run_experiment(spec_of(trial), out=out, console=Console(file=open(os.devnull, "w")))  # noqa: SIM115
+    finally:
+        if trial.kind:
+            disturber.end()
+    assert run.summary is not None
+    (comparison,) = run.summary["comparisons"]
+    assert disturber.planted or not trial.kind, "the second cell was over before it could be disturbed"
+    trial.ratio, trial.problems = comparison["throughput_ratio"] or math.nan, tuple(run.summary["problems"])
+
+
+def main() -> int:
+    each = int(sys.argv[1]) if len(sys.argv) > 1 else 40
+    source = random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    trials = [Trial.draw(n // len(KINDS), KINDS[n % len(KINDS)], source) for n in range(each)]
+    trials += [Trial.draw(n, "", source) for n in range(each)]
+    source.shuffle(trials)
+    began_s = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, trial in enumerate(trials):
+            run_trial(trial, Path(scratch, str(number)))
+            print(f"{number + 1:3}/{2 * each} {trial} {trial.ratio:6.3f} {'; '.join(trial.problems)}", flush=True)
+    print(f"\n{2 * each} runs in {time.monotonic() - began_s:.0f} s")
+    return judge(trials)
+
+
+def judge(trials: Sequence[Trial]) -> int:
+    """Print what was right and wrong; the exit code."""
+    quiet = {condition: fmean(t.ratio for t in trials if (t.kind, t.condition) == ("", condition)) for condition in CONDITIONS}
+    table = Table("disturbed by", "runs", "off by more than 5 %", "of these called valid", "not off, and called not valid")
+    wrong = 0
+    for kind in (*KINDS, ""):
+        ours = [trial for trial in trials if trial.kind == kind]
+        off = [trial for trial in ours if abs(trial.ratio / quiet[trial.condition] - 1) > OFF]
+        missed = [trial for trial in off if not trial.problems]
+        blamed = [trial for trial in ours if trial.problems and trial not in off]
+        wrong += len(missed) + (0 if kind else len(blamed))
+        table.add_row(kind or "nothing", *(str(len(group)) for group in (ours, off, missed, blamed)))
+    Console().print(table)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
