@@ -13,8 +13,9 @@ emulated, paced or real. In half of them something else uses this machine while 
     freeze     a worker stands still for a while, again and again, as in a virtual machine whose host is busy
     throttle   all workers stand still for half of the time, in turns so short as if the clock were slower
 
-Prints a line a trial: how far its ratio is from the mean of the undisturbed runs of its kind, and the verdict. Then a table; exit
-code 1 if a run that is off by more than 5 % is called valid, or an undisturbed one is not.
+Prints a line a trial: its ratio of throughputs, and what it is blamed for. Then a table: how many ratios are off by more than
+5 % from the mean of the undisturbed runs with such compute. Exit code 1 if one of these is called valid, or an undisturbed one
+not.
 """
 
 import math
@@ -62,7 +63,7 @@ while True: source.send(bytes(1400))
 
 @dataclass
 class Trial:
-    """One run. kind: "" if nothing disturbs it. strength: programs for each processor, or seconds that a worker stands still."""
+    """One run. kind: "" if nothing disturbs it. strength: programs for each processor, or seconds of standing still."""
 
     kind: str
     strength: float
@@ -167,10 +168,10 @@ def stop_and_go(hosts: list[list[psutil.Process]], everybody: bool, seconds: flo
 def hosts_with_torch() -> list[list[psutil.Process]]:
     """The processes below this one that have PyTorch, by host: what is in a network of its own, and not the testbed's."""
     found: dict[str, list[psutil.Process]] = {}
-    others = {os.readlink("/proc/self/ns/net")}
+    others = {str(Path("/proc/self/ns/net").readlink())}
     for process in psutil.Process().children(recursive=True):
         with suppress(OSError, psutil.NoSuchProcess):
-            network = os.readlink(f"/proc/{process.pid}/ns/net")
+            network = str(Path(f"/proc/{process.pid}/ns/net").readlink())
             if "testbed.run.inside" in process.cmdline():
                 others.add(network)
             if "libtorch_cpu" in Path(f"/proc/{process.pid}/maps").read_text():

@@ -64,7 +64,7 @@ def test_an_experiment_from_python_that_is_interrupted_says_so(tmp_path):
     spec = {**SPEC, "schedule": [], "methods": ["allreduce"], "workload": {**SPEC["workload"], "stop": {"seconds": 60}}}
 
     def interrupt():
-        while not list(tmp_path.glob("*/cells/*/hosts/w0/steps.jsonl")):
+        while not any(path.stat().st_size for path in tmp_path.glob("*/cells/*/hosts/w0/steps.jsonl")):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
