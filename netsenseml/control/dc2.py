@@ -24,7 +24,7 @@ class Dc2(ByteBudget):
     Of the paper is the idea: compression is coupled to the delays that the network shows, more of it when these grow and less
     when they shrink, in a module of the communication library, under any training. **The formula is ours**, as we know the
     paper by its abstract alone: where its controller does otherwise, this is not its result. We chose: the target is what a
-    step computes unless it is given, so that communication never takes longer than that; w = 0.25, so that a delay that
+    step computes unless it is given, so that communication is to take no longer than that; w = 0.25, so that a delay that
     happens once moves the ratio little, and a change is followed within some ten steps; a ratio is a share of all-reduce's
     bytes, at most 1, an aim is at most 2 and at least what the smallest plan sends. The aim goes by the ratio with which the
     delay was measured, so a decision that comes into force steps later is not counted twice.
