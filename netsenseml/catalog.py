@@ -100,6 +100,17 @@ _INNER_STEPS = Option(int, 500, "steps that every rank makes by itself between t
 _OUTER_LR = Option(float, 1.0, "learning rate of the outer optimizer", above=0)
 _UPDATES = ("auto", "sign", "mean")
 
+POLICIES: Mapping[str, tuple[str, ...]] = {
+    "progress": ("floor",),
+    "bdp": ("floor", "start"),
+    "kimad": ("floor", "start", "time_budget"),
+    "dc2": ("floor", "start", "target_delay"),
+    "deco": ("floor", "start"),
+    "accordion": ("floor", "l_low", "l_high", "eta", "window"),
+    "fixed": ("schemes",),
+}
+"""Policies of netsense, and which of its options are for each."""
+
 METHODS: Mapping[str, Options] = {
     "allreduce": {},
     "bf16": {},
@@ -143,10 +154,22 @@ METHODS: Mapping[str, Options] = {
     },
     "netsense": {
         "policy": Option(
-            str, "progress", "what decides: our rule, the paper's, or the list 'schemes'", choices=("progress", "bdp", "fixed")
+            str, "progress", "what decides: our rule, that of a paper, or the list 'schemes'", choices=tuple(POLICIES)
         ),
-        "floor": Option(float, 0.001, "smallest share of the elements (progress, bdp)", above=0, high=1),
-        "start": Option(float, 0.01, "share of the elements in the first steps (bdp)", above=0, high=1),
+        "floor": Option(float, 0.001, "smallest share of the elements (all but fixed)", above=0, high=1),
+        "start": Option(
+            float,
+            0.01,
+            "first steps: share of the elements (bdp), or of all-reduce's bytes (kimad, dc2, deco)",
+            above=0,
+            high=1,
+        ),
+        "time_budget": Option(float, 0.0, "seconds that a step may take; 0: 1.5 times what it computes (kimad)", low=0),
+        "target_delay": Option(float, 0.0, "seconds that an exchange is to take; 0: as long as a step computes (dc2)", low=0),
+        "l_low": Option(float, 0.3, "share of all-reduce's bytes in critical regimes (accordion)", above=0, high=1),
+        "l_high": Option(float, 0.03, "share of all-reduce's bytes otherwise (accordion)", above=0, high=1),
+        "eta": Option(float, 0.5, "relative change of the gradients' norm that is critical (accordion)", above=0),
+        "window": Option(int, 32, "steps whose gradients are compared with those of the window before (accordion)", low=1),
         "schemes": Option(list, [], "scheme of every step, as the records name them; the last one goes on (fixed)"),
     },
 }
@@ -167,16 +190,27 @@ def check_method(name: str, options: Mapping[str, Any] | None = None) -> dict[st
             return dict(options or {})
         known = {**METHODS, **{key: {} for key in registered}}
     resolved = resolve("method", known, name, options)
-    if resolved.get("policy") == "fixed" and not resolved["schemes"]:
-        raise ValueError(f"method '{name}': policy 'fixed' needs schemes, for example [int8]")
-    if resolved.get("policy") != "fixed" and resolved.get("schemes"):
-        raise ValueError(f"method '{name}': schemes need policy: fixed")
+    if name == "netsense":
+        _check_policy(resolved)
     if resolved.get("overlap", 0) >= resolved.get("inner_steps", 1):
         steps = resolved["inner_steps"]
         raise ValueError(f"method '{name}': overlap must be below inner_steps, {steps}, not {resolved['overlap']}")
     for scheme in resolved.get("schemes", ()):
         check_scheme(scheme)
     return resolved
+
+
+def _check_policy(options: Mapping[str, Any]) -> None:
+    policy = options["policy"]
+    for key, option in METHODS["netsense"].items():
+        users = [user for user, own in POLICIES.items() if key in own]
+        if users and policy not in users and options[key] != option.default:
+            raise ValueError(f"method 'netsense': {key} is for policy: {' or '.join(users)}, not for {policy}")
+    if policy == "fixed" and not options["schemes"]:
+        raise ValueError("method 'netsense': policy 'fixed' needs schemes, for example [int8]")
+    if options["l_high"] > options["l_low"]:
+        high, low = options["l_high"], options["l_low"]
+        raise ValueError(f"method 'netsense': l_high must be at most l_low, {low:g}, not {high:g}")
 
 
 def check_scheme(name: str) -> None:

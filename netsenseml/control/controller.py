@@ -27,6 +27,8 @@ class Controller:
        ago the last large one was, the less is known. Its own steps then tell whether it stays.
     """
 
+    look_every = 8  # what plans would lose changes slowly
+
     def __init__(
         self,
         plans: Sequence[Plan],

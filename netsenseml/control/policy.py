@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 
 @dataclass(frozen=True, slots=True)
 class Observation:
@@ -16,6 +18,8 @@ class Observation:
     encode_s: spent on coding. payload_bytes: what a rank sent.
     latency_s: of an empty direct exchange among all ranks. ring_share: mean of the ranks' round-trip times over the largest.
     lost: by name of a plan, share of the newest gradients' energy that it would not send; empty if nobody looked.
+    gradients: looks at rank 0's own gradients, of every bucket (``control.plans.look``); empty if nobody looked.
+    lr_change: the learning rate over that of the step that was told before.
     """
 
     plan: str
@@ -29,6 +33,8 @@ class Observation:
     latency_s: float | None
     ring_share: float
     lost: Mapping[str, float]
+    gradients: tuple[torch.Tensor, ...] = ()
+    lr_change: float = 1.0
 
 
 class Policy(Protocol):
@@ -36,6 +42,9 @@ class Policy(Protocol):
 
     plan: str
     """Name of the plan to use from now on."""
+
+    look_every: int
+    """Steps between two looks at the gradients; 0 for none."""
 
     @property
     def bandwidth_bps(self) -> float | None:

@@ -358,16 +358,17 @@ class BySize:
     def dense(self) -> bool:
         return self.inner.dense
 
-    def _chosen(self, elements: int, ranks: int) -> "DirectAllReduce | SparseAllGather":
+    def chosen(self, elements: int, ranks: int) -> "DirectAllReduce | SparseAllGather":
+        """The form for so many elements."""
         inner = self.inner
         gathered = chunk_sizes(elements, ranks)[0] if isinstance(inner, DirectAllReduce) else elements
         return replace(inner, ring=all_gather_bytes(inner.codec.nbytes(gathered), ranks) > DIRECT_BYTES)
 
     def cost(self, elements: int, shape: Shape) -> Cost:
-        return self._chosen(elements, shape.ranks).cost(elements, shape)
+        return self.chosen(elements, shape.ranks).cost(elements, shape)
 
     def exchange(self, compensated: torch.Tensor, context: Context) -> Exchange:
-        return self._chosen(len(compensated), context.ranks).exchange(compensated, context)
+        return self.chosen(len(compensated), context.ranks).exchange(compensated, context)
 
 
 @dataclass(frozen=True, slots=True)

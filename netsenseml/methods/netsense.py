@@ -3,7 +3,7 @@
 import os
 import struct
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from statistics import fmean
 from typing import Any
@@ -14,10 +14,15 @@ from torch import nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public, but not declared so
 from torch.futures import Future
 
+from netsenseml.catalog import POLICIES
+from netsenseml.control.accordion import Accordion
 from netsenseml.control.bdp import BdpPolicy
 from netsenseml.control.coding import coding_costs
 from netsenseml.control.controller import Controller
+from netsenseml.control.dc2 import Dc2
+from netsenseml.control.deco import Deco
 from netsenseml.control.fixed import FixedPolicy
+from netsenseml.control.kimad import Kimad
 from netsenseml.control.plans import look, lost, plans
 from netsenseml.control.policy import Observation, Policy
 from netsenseml.exchange.communicators import Plan, RingAllReduce, parse
@@ -31,8 +36,7 @@ _ANSWER = struct.Struct("<64sHd")
 _LAG = 2
 """Steps until a decision is in force, so that over long paths nobody waits for it; one more where ranks have accelerators,
 which report a step when the next one is under way."""
-_LOOK_EVERY = 8
-"""Steps between two looks at what plans would lose: it changes slowly."""
+_PUBLISHED: Mapping[str, Callable[..., Policy]] = {"accordion": Accordion, "dc2": Dc2, "deco": Deco, "kimad": Kimad}
 _REPORT_S, _MOST_STEPS = 0.05, 4
 """While the network bears all-reduce with ease, ranks report so often at most; a change is known so many steps later."""
 
@@ -45,6 +49,9 @@ class NetSense(Coded):
     2. The decision comes back behind the optimizer and the next steps, and all ranks go by it from the ``_LAG``-th step on.
     3. Plain all-reduce is one of the plans. While it goes on, nothing is coded, copied or kept, and of short steps only
        one every ``_REPORT_S`` is reported.
+
+    Other policies decide in its place, from the same reports: the paper's (``control.bdp``), published ones (``control.kimad``,
+    ``dc2``, ``deco``, ``accordion``: each says there what is of its paper and what of us), or a list (``control.fixed``).
     """
 
     senses = True
@@ -58,7 +65,9 @@ class NetSense(Coded):
         floor: float,
         start: float,
         schemes: Sequence[str],
+        **published: Any,
     ) -> None:
+        """published: options of published policies (``catalog.POLICIES``)."""
         super().__init__(module, group, RingAllReduce(), limit=_LIMIT)
         self._channel = ControlChannel(self.mesh, self._decide, _ANSWER.size)
         self._candidates: list[Plan] = []
@@ -68,12 +77,20 @@ class NetSense(Coded):
         elif policy == "bdp":
             self._policy = BdpPolicy(start=start, floor=floor)
         else:
-            self._policy = self._controller([p for p in module.parameters() if p.requires_grad], floor)
+            gradients = [p for p in module.parameters() if p.requires_grad]
+            if policy == "progress":
+                self._policy = self._controller(gradients, floor)
+            else:
+                own = {key: value for key, value in {"start": start, **published}.items() if key in POLICIES[policy]}
+                elements, item_bytes = sum(g.numel() for g in gradients), max(g.element_size() for g in gradients)
+                candidates = plans(self.mesh.shape, floor, item_bytes)
+                self._policy = _PUBLISHED[policy](candidates, self.mesh.shape, elements, **own)
         self._answers: deque[tuple[int, Future[torch.Tensor]]] = deque()
-        self._told: deque[tuple[str, tuple[int, ...], int, list[torch.Tensor]]] = deque()
+        self._told: deque[tuple[str, tuple[int, ...], int, list[torch.Tensor], float]] = deque()
         self._looks: list[torch.Tensor] = []
         self._next_report, self._next_look, self._every = 0, 0, 1
         self._step_s = 0.0
+        self._lr_change = 1.0
         self._lag = _LAG + any(peer.device != "cpu" for peer in self.mesh.peers)
         if not isinstance(self._policy, FixedPolicy):
             self.plan = _plan(self._policy.plan)
@@ -119,6 +136,11 @@ class NetSense(Coded):
         if isinstance(self._policy, Controller):
             self._policy.adaptive = adaptive
 
+    def rescale(self, factor: float, *, gradients: bool) -> None:
+        super().rescale(factor, gradients=gradients)
+        if not gradients:
+            self._lr_change /= factor
+
     def begin(self) -> None:
         super().begin()
         while self._answers and self._answers[0][0] <= self.steps - self._lag:
@@ -128,9 +150,10 @@ class NetSense(Coded):
         if isinstance(self._policy, FixedPolicy):
             self.plan = _plan(self._policy.plan_at(self.steps - 1))
         self._looks = []
-        self._looking = bool(self._candidates) and self.steps >= max(self._next_report, self._next_look) and self.mesh.rank == 0
+        every, due = self._policy.look_every, self.steps >= max(self._next_report, self._next_look)
+        self._looking = every > 0 and due and self.mesh.rank == 0
         if self._looking:
-            self._next_look = self.steps + _LOOK_EVERY
+            self._next_look = self.steps + every
 
     def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
         if self._looking:
@@ -144,7 +167,9 @@ class NetSense(Coded):
         self._next_report = self.steps + self._every
         last_s = max(spent.ready_s)
         if self.mesh.rank == 0:
-            self._told.append((self.plan.name, tuple(spent.bucket_elements), spent.payload_bytes, self._looks))
+            sent = self.plan.name, tuple(spent.bucket_elements), spent.payload_bytes
+            self._told.append((*sent, self._looks, self._lr_change))
+            self._lr_change = 1.0
         measured = [spent.exposed_s, spent.compute_s, spent.encode_s, spent.communication_s, self._channel.latency_s]
         rtt_s = (tcp.min_rtt_s if tcp is not None else None) or 0.0
         ready_s = [ready_s - last_s for ready_s in spent.ready_s]
@@ -153,7 +178,7 @@ class NetSense(Coded):
     def _decide(self, rows: list[list[float]]) -> bytes:
         """On rank 0: what comes of the ranks' reports of a step. The slowest rank is the one that all waited for."""
         assert not isinstance(self._policy, FixedPolicy)
-        plan, elements, payload_bytes, looks = self._told.popleft()
+        plan, elements, payload_bytes, looks, lr_change = self._told.popleft()
         exposed_s, compute_s, encode_s, communication_s, latency_s, rtt_s, *ready_s = zip(*rows, strict=True)
         self._step_s = min(exposed_s) + max(compute_s)
         self._policy.decide(
@@ -168,7 +193,9 @@ class NetSense(Coded):
                 payload_bytes=payload_bytes,
                 latency_s=min(latency_s) or None,
                 ring_share=fmean(rtt_s) / max(rtt_s) if min(rtt_s) > _LAN_S else 1.0,
-                lost=lost(looks, self._candidates) if looks else {},
+                lost=lost(looks, self._candidates) if looks and self._candidates else {},
+                gradients=tuple(looks),
+                lr_change=lr_change,
             )
         )
         every = min(_MOST_STEPS, int(_REPORT_S / self._step_s) or 1) if self._policy.may_skip_reports else 1

@@ -505,7 +505,7 @@ def test_errors_name_the_choices() -> None:
             "no.such.module",
             "Nothing",
             "int8",
-            "progress, bdp, fixed",
+            "progress, bdp, kimad",
         ),
         strict=True,
     ):

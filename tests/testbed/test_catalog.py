@@ -41,7 +41,7 @@ def test_every_default_is_valid_and_every_option_explained(table: dict[str, dict
         ("topk", {"values": "int9"}, "values must be one of fp32, bf16, int8, int4, not 'int9'"),
         ("qsgd", {"bits": True}, "bits must be one of 8, 4, not True"),
         ("netsense", {"policy": "fixed"}, "policy 'fixed' needs schemes"),
-        ("netsense", {"schemes": ["int8"]}, "schemes need policy: fixed"),
+        ("netsense", {"schemes": ["int8"]}, "schemes is for policy: fixed, not for progress"),
         ("netsense", {"policy": "fixed", "schemes": ["int9"]}, "unknown scheme 'int9'; there are allreduce"),
         ("netsense", {"policy": "fixed", "schemes": ["sparse-int8@0%"]}, "unknown scheme 'sparse-int8@0%'"),
         ("netsense", {"policy": "fixed", "schemes": [1]}, "schemes must be a list of texts, not [1]"),
