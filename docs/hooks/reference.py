@@ -142,7 +142,7 @@ def _named_choices(name: str, variants: Iterable[Json]) -> Iterator[str]:
             continue
         options = {key: option for key, option in variant["properties"].items() if key not in ("name", "label", "options")}
         yield f"#### `{chosen}` {{ #{_anchor(name)}-{chosen} }}"
-        entries = (_entry(key, _about(option), option.get("description", "")) for key, option in options.items())
+        entries = (_entry(key, _about(option), _sentence(option["description"])) for key, option in options.items())
         yield "\n\n".join(entries) or "Has no options."
 
 
@@ -157,6 +157,11 @@ def _keys(name: str, definition: Json) -> Iterator[str]:
 
 def _entry(key: str, about: str, text: str) -> str:
     return _term(key, f"{about}\n{{ .about }}\n\n{_markdown(text)}")
+
+
+def _sentence(text: str) -> str:
+    """What the catalogue says of an option, which is no sentence, as it stands in others."""
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _term(name: str, text: str) -> str:
@@ -266,8 +271,13 @@ def commands() -> str:
         usage = " ".join(command.get_usage(context).split()).removeprefix("Usage: ")
         parts += [f"### `{name}` {{ #{name} }}", _markdown(command.help or ""), f"```text\n{usage}\n```"]
         told = (parameter.get_help_record(context) for parameter in command.params)
-        parts += [_term(word, re.sub(r"\s*\[(.*)\]$", r" · \1\n", text)) for word, text in filter(None, told)]
+        parts += [_term(_one(word), re.sub(r"\.?\s*\[(.*)\]$", r"; \1", text)) for word, text in filter(None, told)]
     return "\n\n".join(parts)
+
+
+def _one(word: str) -> str:
+    """The type of a value, also of one of several."""
+    return re.sub(r"<(?:list\[)?(\w+)(?:\]| range)?>", r"<\1>", word)
 
 
 # The tables of a run, from testbed.results.columns and its neighbours
@@ -298,8 +308,8 @@ def metrics() -> str:
 
 
 def _table(rows: Mapping[str, tuple[str, str]]) -> str:
-    lines = [f"| `{name}` | {kind} | {_cell(text)} |" for name, (kind, text) in rows.items()]
-    return "\n".join(["| column | type | meaning |", "|---|---|---|", *lines])
+    lines = [f"| `{name}`<br>{kind} | {_cell(text)} |" for name, (kind, text) in rows.items()]
+    return "\n".join(["| column, type | meaning |", "|---|---|", *lines])
 
 
 def _cell(text: str) -> str:
@@ -325,7 +335,8 @@ def methods() -> str:
         for key, option in options.items():
             values = [f"`{value}`" for value in option.choices]
             kind = _alternatives(values) if values else option.expected
-            parts.append(_entry(key, f"{kind} · default `{_written(option.default)}`", option.help))
+            kind = kind.replace(">=", "≥").replace("<=", "≤")
+            parts.append(_entry(key, f"{kind} · default `{_written(option.default)}`", _sentence(option.help)))
     return "\n\n".join(parts)
 
 
@@ -366,18 +377,17 @@ def _door(module: str, name: str, package: str) -> str:
     if isinstance(node, ast.FunctionDef):
         return "\n\n".join([head, _signature(node, name), _docstring(node)])
     assert isinstance(node, ast.ClassDef)
-    return "\n\n".join([head, *_made_by(node), _docstring(node), *_members(node)])
-
-
-def _made_by(node: ast.ClassDef) -> Iterator[str]:
-    """How an object of the class is made, unless nobody makes one."""
     init = next((one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"), None)
+    return "\n\n".join([head, *_made_by(node, init), _docstring(node), *([_docstring(init)] if init else []), *_members(node)])
+
+
+def _made_by(node: ast.ClassDef, init: ast.FunctionDef | None) -> Iterator[str]:
+    """How an object of the class is made, unless nobody makes one."""
     if init is not None:
         yield _signature(init, node.name)
-        yield _docstring(init)
     elif any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
         fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and "ClassVar" not in ast.unparse(one.annotation)]
-        yield _python(f"{node.name}({', '.join(map(ast.unparse, fields))})")
+        yield _python(node.name, map(ast.unparse, fields))
 
 
 def _members(node: ast.ClassDef) -> Iterator[str]:
@@ -412,29 +422,32 @@ def _texts_below(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
 
 
 def _signature(node: ast.FunctionDef, name: str) -> str:
-    parameters, returns = node.args, node.returns
+    parameters = node.args
     if parameters.args and parameters.args[0].arg in ("self", "cls"):
         parameters.args = parameters.args[1:]
-    text = f"{name}({ast.unparse(parameters)})"
-    if returns is not None and node.name != "__init__":
-        text += f" -> {ast.unparse(returns)}"
-    return _python(text)
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns is not None and node.name != "__init__" else ""
+    return _python(name, _split(ast.unparse(parameters)), returns)
 
 
-def _python(text: str) -> str:
-    """A line of code, or a line for each argument where that would be long. Names in quotes are there for Python alone."""
-    text = re.sub(r"'([A-Z]\w*)'", r"\1", text)
+def _split(text: str) -> list[str]:
+    """At the commas that stand in no brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _python(name: str, arguments: Iterable[str], returns: str = "") -> str:
+    """A call, in one line or with a line for each argument. Types in quotes are there for Python alone."""
+    told = [re.sub(r"^(\**\w+: .+?)=(?=\S)", r"\1 = ", argument) for argument in arguments]
+    text = f"{name}({', '.join(told)}){returns}"
     if len(text) > 80:
-        begin, _, rest = text.partition("(")
-        inside, _, end = rest.rpartition(") ->") if ") ->" in rest else (*rest.rpartition(")")[:1], "", "")
-        lines, depth = [""], 0
-        for letter in inside:
-            depth += letter in "([{"
-            depth -= letter in ")]}"
-            lines[-1] += letter
-            if letter == "," and depth == 0:
-                lines.append("")
-        text = "\n".join([f"{begin}(", *(f"    {line.strip()}" for line in lines), f") ->{end}" if end else ")"])
+        text = "\n".join([f"{name}(", *(f"    {argument}," for argument in told), f"){returns}"])
+    text = re.sub(r"'([A-Z]\w*)'", r"\1", text)
     return f"```python\n{text}\n```"
 
 
@@ -454,7 +467,10 @@ def _paragraph(text: str) -> str:
     lines = text.split("\n")
     if all(line.startswith("    ") for line in lines):
         sample = inspect.cleandoc(text)
-        return f"```{'text' if ' <- ' in sample or ' = mean ' in sample else 'python'}\n{sample}\n```"
+        if " <- " in sample:  # a formula
+            sample = sample.replace(",  ", ",\n")
+            return f"```text\n{sample}\n```"
+        return f"```python\n{sample}\n```"
     if lines[0].startswith("===="):
         return f"```text\n{text}\n```"
     if not ARGUMENT.match(text):

@@ -1,6 +1,5 @@
 """The site: it is built strictly, has all that the code has, leads nowhere in vain, and can be read on a telephone."""
 
-import ast
 import json
 import os
 import re
@@ -22,9 +21,8 @@ from testbed.spec.load import read_yaml, validate
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "testbed"))
-from browser import Browser  # noqa: E402  # of the tests of the live page
-
-pytestmark = pytest.mark.xdist_group("site")
+from browser import Browser  # noqa: E402
+from synthetic_run import write_run  # noqa: E402
 
 TOP = sorted(ROOT.glob("*.md"))
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if path.parent.name != "tutorials")
@@ -157,17 +155,24 @@ BASE: dict[str, Any] = {
 
 @pytest.mark.parametrize("page", [*TOP, *PAGES], ids=name)
 def test_every_spec_in_a_page_is_good(page: Path, tmp_path: Path) -> None:
-    """A part of a spec is put into a whole one."""
-    for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
-        (tmp_path / "block.yaml").write_text(block)
+    """A part of a spec is put into a whole one; a list has flows."""
+    for block in re.findall(r"^```yaml.*\n([^`]*)^```", page.read_text(), re.MULTILINE):
+        (tmp_path / "block.yaml").write_text(f"traffic:\n{block}" if block.startswith("- {from:") else block)
         raw = read_yaml(tmp_path / "block.yaml")
         validate(raw if "methods" in raw else {**BASE, **raw})
 
 
-def test_python_in_a_page_can_be_parsed() -> None:
-    for page in [*TOP, *PAGES]:
-        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
-            ast.parse(block)
+def test_the_lines_that_read_a_run_do(tmp_path: Path) -> None:
+    """Of the README, but for what runs an experiment, and of reference/columns.md."""
+    directory = write_run(tmp_path / "runs" / "smoke", methods=("allreduce", "netsense"))
+    for page in (ROOT / "README.md", ROOT / "docs" / "reference/columns.md"):
+        (block,) = re.findall(
+            r"^```python\n(import testbed\n[^`]*)^```", page.read_text().replace("`testbed run`", ""), re.MULTILINE
+        )
+        block = block.replace("runs/smoke-…", str(directory)).replace('run.summary["comparisons"]', "run.summary")
+        names: dict[str, Any] = {}
+        exec("\n".join(line for line in block.splitlines() if "run_experiment" not in line), names)
+        assert len(names["run"].steps) > 100
 
 
 CUT_OFF = """
