@@ -39,26 +39,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 SCHEMA: Json = json.loads((ROOT / "testbed/spec/schema.json").read_text())
 DEFINITIONS: Mapping[str, Json] = SCHEMA["definitions"]
-TITLES = {
-    "Spec": "The experiment",
-    "NetworkSpec": "network",
-    "LinkSpec": "Links",
-    "LossSpec": "loss",
-    "TrafficSpec": "traffic",
-    "TcpSpec": "tcp",
-    "UdpSpec": "udp",
-    "WorkloadSpec": "workload",
-    "ModelSpec": "model",
-    "DataSpec": "data",
-    "OptimizerSpec": "optimizer",
-    "StopSpec": "stop",
-    "ComputeSpec": "compute",
-    "ScriptSpec": "script",
-    "MethodSpec": "methods",
-    "Scale": "scale",
-    "Entry": "schedule",
-}
-"""Of sections. Entries of a schedule go by the key that only they have; quantities have small letters, and their own name."""
+TITLES = {"Spec": "The experiment", "LinkSpec": "Links", "MethodSpec": "methods", "Entry": "schedule"}
+"""Of sections, where it is not the definition's own name or, of a shape of a schedule, the key that it has."""
 
 
 def spec() -> str:
@@ -101,11 +83,9 @@ def _is_of_links(name: str) -> bool:
 
 
 def _title(name: str) -> str:
-    if name in TITLES:
-        return TITLES[name]
-    own = set(_definition(name)["properties"]) - {"at", "links", "for", "every", "period", "over", "duty", "step", "seed"}
-    own -= {"repeat", "scale", "offset", "direction"}
-    return f"schedule: {own.pop()}"
+    if {"$ref": f"#/definitions/{name}"} in DEFINITIONS["Entry"]["anyOf"]:
+        return f"schedule: {next(key for key in DEFINITIONS[name]['required'] if key != 'at')}"
+    return TITLES.get(name, name.removesuffix("Spec").lower())
 
 
 def _anchor(name: str) -> str:
@@ -122,7 +102,7 @@ def _section(name: str) -> str:
         text.append("\n".join(f"- {_kind(variant)}" for variant in variants))
     elif name == "MethodSpec":
         text.append("A name, or a mapping of `name`, its options and a `label`; both are in [Methods](methods.md).")
-    elif any("title" in variant for variant in variants) and name in ("ModelSpec", "DataSpec", "OptimizerSpec"):
+    elif name in ("ModelSpec", "DataSpec", "OptimizerSpec"):
         text += _named_choices(name, variants)
     else:
         objects = [variant for variant in variants if "properties" in variant]
@@ -473,6 +453,7 @@ def _paragraph(text: str) -> str:
         return f"```python\n{sample}\n```"
     if lines[0].startswith("===="):
         return f"```text\n{text}\n```"
+    text = re.sub(r"(?<=\d)\*\*(?=-?\d)", r"\*\*", text)  # a power
     if not ARGUMENT.match(text):
         return text
     parts = ARGUMENT.split(text)[1:]

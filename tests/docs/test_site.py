@@ -56,6 +56,7 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
         self.ids.add(found.get("id") or "")
+        self.text += " " * (tag == "br")
         if tag == "a" and found.get("href"):
             self.links.append(str(found["href"]))
         elif tag == "link" and found.get("rel") in ("canonical", "prev", "next"):
@@ -90,7 +91,6 @@ def test_the_pages_have_every_key_command_column_and_method(site: Path) -> None:
     methods = {name: set(options) for name, options in METHODS.items()}
     of_methods = {"name", "label", "options"}.union(*methods.values())
     assert set(keys_of(schema)) - of_methods - spec == set()
-    assert (set(schema["definitions"]) & set(schema["definitions"]["MethodSpec"])) == set()
     said = words(site / "reference/methods.html")
     assert set(methods) | set().union(*methods.values()) <= said
     ids = Reader(site / "reference/methods.html").ids
