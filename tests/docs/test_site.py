@@ -37,11 +37,12 @@ def name(path: Path) -> str:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site. Built strictly a link or an anchor that is not there, and a page that no menu has, are errors."""
     place = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(place)]
+    # Not with --quiet: warnings that are not told are not counted.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(place)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert "WARNING" not in done.stderr
     return place
 
 
