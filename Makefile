@@ -2,6 +2,7 @@
 # make test   set up and run the checks and all tests
 # make lint   the checks alone
 # make fast   the checks, and the tests that need nothing and take moments; under a minute
+# make docs   the site of the documentation, in site/; make docs-serve serves it at 127.0.0.1:8000, and follows changes
 # make dist   the wheel and the source archive, in dist/
 # make test-delayline    the same with the delay line that stands in where the kernel has no netem
 # make test-netem    the tests of delay, jitter and loss, under User-Mode Linux (package user-mode-linux)
@@ -19,7 +20,7 @@ LAB ?= netns
 # Tests of labs, and others that are about time, need the machine to themselves. Of the rest two files run at once.
 ALONE = docker or netns or alone
 
-.PHONY: run test lint fast dist test-netem test-delayline test-chaos check setup clean
+.PHONY: run test lint fast docs docs-serve dist test-netem test-delayline test-chaos check setup clean
 
 run: setup
 	$(VENV)/bin/testbed run $(EXPERIMENT)
@@ -49,6 +50,12 @@ test-delayline: setup
 
 test-chaos: setup
 	$(VENV)/bin/python tests/chaos/kills.py --kills $(KILLS) --lab $(LAB)
+
+docs: setup
+	$(VENV)/bin/mkdocs build --strict
+
+docs-serve: setup
+	$(VENV)/bin/mkdocs serve --dev-addr 127.0.0.1:8000
 
 dist: setup
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check build twine

@@ -95,6 +95,7 @@ EVAL_COLUMNS: Mapping[str, str] = {
     "accuracy": "share of the test set that is classified correctly, 0 to 1",
     "loss": "mean loss over the test set",
 }
+"""Columns of one row of evals: one evaluation of the test set by rank 0."""
 
 
 class MethodConfig(TypedDict):

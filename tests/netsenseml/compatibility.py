@@ -1,7 +1,7 @@
-"""Makes docs/compatibility.md of what pytest says of the tests.
+"""Makes docs/reference/compatibility.md of what pytest says of the tests.
 
 NETSENSE_HUGE=1 python -m pytest tests/netsenseml --junitxml results.xml
-python tests/netsenseml/compatibility.py results.xml > docs/compatibility.md
+python tests/netsenseml/compatibility.py results.xml > docs/reference/compatibility.md
 """
 
 import platform

@@ -1,4 +1,4 @@
-"""Runs the blocks of docs/put_it_into_your_training.md, under torchrun; rank 0 tells of each stack, as JSON."""
+"""Runs the blocks of docs/howto/training.md, under torchrun; rank 0 tells of each stack, as JSON."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-PAGE = Path(__file__).parents[2] / "docs/put_it_into_your_training.md"
+PAGE = Path(__file__).parents[2] / "docs/howto/training.md"
 
 
 def blocks() -> dict[str, list[str]]:
@@ -100,6 +100,12 @@ def main() -> None:
             dist.barrier()
         session = names["trainer"].callbacks[0].session if stack == "Lightning" else names["session"]
         tell(stack, session, {"trained": parameters_hash(names["model"]) != before if stack[0] != "f" else True})
+    without = "Without DistributedDataParallel"
+    if len(sys.argv) == 1 or without in sys.argv[1:]:
+        names = {"tensor": torch.full((1000,), 1.0 + dist.get_rank())}
+        exec(compile(blocks()[without][0], PAGE.name, "exec"), names)
+        if dist.get_rank() == 0:
+            print(json.dumps({"stack": without, "mean": names["tensor"].mean().item()}), flush=True)
     dist.destroy_process_group()
 
 

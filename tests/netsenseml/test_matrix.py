@@ -1,6 +1,6 @@
 """What DistributedDataParallel is used together with: every line trains as it does without a hook.
 
-docs/compatibility.md is made of these tests, and of those elsewhere that ``LINES`` names, by compatibility.py.
+docs/reference/compatibility.md is made of these tests, and of those elsewhere that ``LINES`` names, by compatibility.py.
 """
 
 import contextlib
@@ -530,5 +530,5 @@ def test_as_without_a_hook(name: str, lines: dict[str, list[States | str]]) -> N
 
 
 def test_the_page_has_every_line_and_no_other() -> None:
-    page = Path(__file__).parents[2] / "docs/compatibility.md"
+    page = Path(__file__).parents[2] / "docs/reference/compatibility.md"
     assert table_lines(page.read_text()) == [line.name for line in LINES]

@@ -32,9 +32,16 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return {row["stack"]: row for row in rows}
 
 
-@pytest.mark.parametrize("stack", [heading for heading, found in blocks().items() if found])
+COLLECTIVE = "Without DistributedDataParallel"
+
+
+@pytest.mark.parametrize("stack", [heading for heading, found in blocks().items() if found and heading != COLLECTIVE])
 def test_the_blocks_of_the_page_train(stack: str, told: dict[str, dict[str, Any]]) -> None:
     row = told[stack]
     steps = 4 if stack in ("Accelerate", "Lightning") else 8  # which share the data out to the ranks
     assert (row["steps"], row["replicas"], row["trained"], row["lr"]) == (steps, 1, True, 0.05)
     assert row["payload"] > 0
+
+
+def test_the_block_without_ddp_forms_the_mean(told: dict[str, dict[str, Any]]) -> None:
+    assert told[COLLECTIVE]["mean"] == pytest.approx(1.5, rel=0.01)  # of 1 and 2, in 4 bits
