@@ -190,6 +190,7 @@ class Session:
         self._closed_by_step = self._closed = False
         self._parameters = {id(parameter) for parameter in module.parameters()}
         self._optimizers: WeakSet[torch.optim.Optimizer] = WeakSet()
+        self.method.optimizers = self._optimizers
         self._lr = 0.0
         self._stepped = True
         self._watching = register_optimizer_step_post_hook(self._after_optimizer)
