@@ -80,7 +80,8 @@ def train(task: str, seed: int, codec: str, interval: int, least: int) -> tuple[
             with torch.no_grad():
                 loss = float(cross_entropy(model((test_x if text else x)[seen]), (test_y if text else y)[seen]))
                 errors.append(loss if text else float((model(test_x).argmax(1) != test_y).float().mean()))
-            curve.append((step, loss, float(np.mean(errors[-1 if text else -max(1, round(SMOOTHED / max(EVERY, interval))) :]))))
+            smoothed = 1 if text else max(1, round(SMOOTHED / max(EVERY, interval)))
+            curve.append((step, loss, float(np.mean(errors[-smoothed:]))))
             steps = [reached(curve, *target) for target in targets]
             if math.isnan(loss) or step >= (CAP * least or 600) or (step >= least and None not in steps):
                 return step, steps

@@ -37,7 +37,7 @@ class Controller:
     (``methods.apart``). So that step is taken when as much time has been lost by not taking it, as skis are bought when so much
     has been spent on hiring them: then it was never more than twice the time that it had to be (Karlin, Manasse, Rudolph and
     Sleator, Competitive snoopy caching, Algorithmica 3, 1988). The other way costs nothing at once, and is taken when a share
-    ``_EAGER`` of that is lost. Only between plans with intervals, or without, one is tried for luck.
+    ``_EAGER`` of that is lost; in the beginning, at once. Only between plans with intervals, or without, one is tried for luck.
     """
 
     def __init__(
@@ -86,14 +86,12 @@ class Controller:
     def begin(self, elements: Sequence[int], compute_s: float) -> None:
         """Choose a plan for a first step of which nothing is known but the network and the sizes of its buckets."""
         self._elements, self._ready, self._compute = tuple(elements), (0.0,) * len(elements), Smooth(compute_s)
-        self.adaptive = True
-        gains = self._gains()[0]
-        parts = np.where(self._apart, gains, -np.inf).max() > np.where(self._apart, -np.inf, gains).max()
-        # A few steps with fewer elements do no optimizer harm, while a plan that is too dense costs as many long steps. But the
-        # ranks part at once only where that is best for any optimizer, as coming back is dear.
+        # A few steps with fewer elements do no optimizer harm, while a plan that is too dense costs as many long steps.
         self.adaptive = False
         gains = self._gains()[0]
-        self.plan = self.names[int(np.where(self._apart & ~parts, -np.inf, gains).argmax())]
+        if not self._apart.all():  # a few steps in common tell what compute takes, and what optimizer it is: then it is free
+            gains[self._apart], self._missed_s = -np.inf, np.inf
+        self.plan = self.names[int(gains.argmax())]
         self.adaptive = True
 
     def decide(self, seen: Observation) -> None:

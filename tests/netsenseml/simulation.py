@@ -139,6 +139,8 @@ class Job:
             self.number += 1
             self.controller.decide(seen)
             self.in_force.append(self.controller.plan)
+            if interval > 1:  # long before the next exchange
+                self.in_force = [self.controller.plan] * (1 + LAG)
             late_s = seen.communication_s - self.world.on_time_s
             taken.append((name, interval * seen.compute_s + seen.exposed_s - late_s))
         return taken
