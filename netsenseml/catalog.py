@@ -22,6 +22,7 @@ class Option:
     kind: bool, int, float, str (one of ``choices``) or list; of what, its default tells: of positive integers, or of texts.
         An int is accepted where a float is meant.
     low, high: inclusive bounds of a number; above: exclusive lower bound. choices: the values, if they can be listed.
+    word: a text that may stand in place of a number.
     """
 
     kind: type
@@ -31,6 +32,7 @@ class Option:
     high: float = math.inf
     above: float = -math.inf
     choices: tuple[Any, ...] = ()
+    word: str = ""
 
     def check(self, value: Any) -> Any:
         """The value in the option's type; raises ValueError saying what is expected."""
@@ -42,7 +44,7 @@ class Option:
             if value in self.choices and isinstance(value, self.kind):
                 return value
             raise ValueError(self.expected)
-        if self.kind is str and isinstance(value, str):
+        if isinstance(value, str) and (self.kind is str or (self.word and value == self.word)):
             return value
         if self.kind is float and _is_int(value):
             value = float(value)
@@ -61,7 +63,11 @@ class Option:
             return {**out, "enum": list(self.choices)}
         out["type"] = {bool: "boolean", int: "integer", float: "number", str: "string"}[self.kind]
         bounds = {"minimum": self.low, "maximum": self.high, "exclusiveMinimum": self.above}
-        return {**out, **{key: bound for key, bound in bounds.items() if math.isfinite(bound)}}
+        out |= {key: bound for key, bound in bounds.items() if math.isfinite(bound)}
+        if not self.word:
+            return out
+        number = {key: out.pop(key) for key in list(out) if key not in ("description", "default")}
+        return {**out, "anyOf": [{"const": self.word}, number]}
 
     @property
     def _of_numbers(self) -> bool:
@@ -84,7 +90,8 @@ class Option:
             f">= {self.low:g}" if self.low > -math.inf else "",
             f"<= {self.high:g}" if self.high < math.inf else "",
         ]
-        return " ".join(["an integer" if self.kind is int else "a number", " and ".join(filter(None, bounds))]).strip()
+        number = "an integer" if self.kind is int else "a number"
+        return " ".join([f"{self.word} or" if self.word else "", number, " and ".join(filter(None, bounds))]).strip()
 
 
 def _is_int(value: Any) -> bool:
@@ -101,7 +108,7 @@ _OUTER_LR = Option(float, 1.0, "learning rate of the outer optimizer", above=0)
 _UPDATES = ("auto", "sign", "mean")
 
 POLICIES: Mapping[str, tuple[str, ...]] = {
-    "progress": ("floor",),
+    "progress": ("floor", "interval"),
     "bdp": ("floor", "start"),
     "kimad": ("floor", "start", "time_budget"),
     "dc2": ("floor", "start", "target_delay"),
@@ -157,6 +164,7 @@ METHODS: Mapping[str, Options] = {
             str, "progress", "what decides: our rule, that of a paper, or the list 'schemes'", choices=tuple(POLICIES)
         ),
         "floor": Option(float, 0.001, "smallest share of the elements (all but fixed)", above=0, high=1),
+        "interval": Option(int, 1, "steps from one exchange to the next, or auto: as is best (progress)", low=1, word="auto"),
         "start": Option(
             float,
             0.01,
@@ -219,12 +227,16 @@ def check_scheme(name: str) -> None:
     if not found or (found[1] is not None and not 0 < float(found[1]) < 100):
         raise ValueError(
             f"unknown scheme '{name}'; there are allreduce, {', '.join(_DENSE)}, and such as sparse-int8@1%; all but the first "
-            "also with -ring behind them, to gather round a ring, or host- before them, where hosts have several ranks"
+            "also with -ring behind them, to gather round a ring, or host- before them, where hosts have several ranks; and "
+            "all with such as /8 at the end, to exchange parameters every 8 steps"
         )
 
 
 _DENSE = ("fp32", "bf16", "int8", "int4", "sign")
-SCHEME = rf"(?:allreduce|(?:host-)?(?:{'|'.join(_DENSE)}|sparse-(?:{'|'.join(_DENSE)})@([0-9]*\.?[0-9]+)%)(?:-ring)?)"
+SCHEME = (
+    rf"(?:allreduce|(?:host-)?(?:{'|'.join(_DENSE)}|sparse-(?:{'|'.join(_DENSE)})@([0-9]*\.?[0-9]+)%)(?:-ring)?)"
+    r"(?:/(?:[2-9]|[1-9][0-9]+))?"
+)
 """Names of schemes; the group is the share of a sparse one in %, which lies between 0 and 100."""
 
 

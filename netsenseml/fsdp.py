@@ -59,7 +59,10 @@ class ShardedSession(Session):
         self._waited_s = 0.0
         if not getattr(self.method, "takes_shards", True):
             self.close()
-            raise ValueError(f"'{method}' needs the buckets of DistributedDataParallel; with fully_shard choose another method")
+            raise ValueError(
+                f"'{method}' needs the buckets of DistributedDataParallel; with fully_shard choose another method"
+                + ", or interval=1" * ("interval" in options)
+            )
 
     def register(self, _: Any) -> None:
         for unit in self._units:

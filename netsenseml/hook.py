@@ -119,9 +119,9 @@ class Session:
     Call ``step`` after every ``optimizer.step()``, and after ``scaler.update()`` if there is one. A script that never does
     gets the same records; a step then ends where the next backward hands over its first bucket, and loss and samples are null.
 
-    With methods that update locally (localsgd, diloco, sparseloco) ``step`` exchanges parameters, and so must be called. In
-    between every rank has its own: evaluate and save the model in ``with session.synchronized():``. All are equal after
-    ``synchronize``, or ``close``. Optimizer and loss scale stay each rank's own.
+    With methods that update locally (localsgd, diloco, sparseloco, netsense with an interval) ``step`` exchanges parameters,
+    and so must be called. In between every rank has its own: evaluate and save the model in ``with session.synchronized():``.
+    All are equal after ``synchronize``, or ``close``. Optimizer and loss scale stay each rank's own.
 
     If a rank dies, raises or stays silent, ``backward`` raises one error on all others, which names it (``PeerFailed``): soon
     if its process has ended, or with a method that codes if it has closed its session, else after the time-out of the process
@@ -190,6 +190,7 @@ class Session:
         self._closed_by_step = self._closed = False
         self._parameters = {id(parameter) for parameter in module.parameters()}
         self._optimizers: WeakSet[torch.optim.Optimizer] = WeakSet()
+        self.method.optimizers = self._optimizers
         self._lr = 0.0
         self._stepped = True
         self._watching = register_optimizer_step_post_hook(self._after_optimizer)

@@ -21,7 +21,8 @@ STEP_COLUMNS: Mapping[str, str] = {
     "payload_bytes": "bytes this rank sent for the exchange by the collective's cost formula, without TCP/IP headers",
     "dense_bytes": "bytes a ring all-reduce of the same float32 gradients would have sent from this rank",
     "scheme": "how the gradients were encoded, for example 'allreduce', 'int8', 'sparse-bf16@1%'; with local updates 'local'"
-    " where no exchange ended, else such as 'diloco/bf16', or 'diloco/bf16, 5 late' if it began so many steps before",
+    " where no exchange ended, else such as 'diloco/bf16', or 'diloco/bf16, 5 late' if it began so many steps before; with"
+    " netsense 'int8/8' in all of 8 steps, the last of which sends",
     "ratio": "share of the gradient elements that were sent, 1 = all",
     "lost_energy": "share of the energy (sum of squares) of gradient + residual that was not sent; null if not known; with"
     " local updates 1 where no exchange ended",

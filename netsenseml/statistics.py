@@ -144,7 +144,7 @@ class StepStatistics:
         return StepStatistics(self.ranks, self._clock)
 
     def include(self, other: "StepStatistics") -> None:
-        """Take in what an exchange has cost that is over; ``other`` is of no use then."""
+        """Take in what an exchange has cost that is over; ``other`` may only be read then."""
         with self._lock:
             self.payload_bytes += other.payload_bytes
             self.elements_sent += other.elements_sent

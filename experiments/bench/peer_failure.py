@@ -37,10 +37,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fixed": {"policy": "fixed", "schemes": ["int8"]},
     "bdp": {"policy": "bdp"},
     "often": {"inner_steps": 1, "values": "int8"},
+    "apart": {"policy": "fixed", "schemes": ["int8/2"]},
 }
 METHODS = (
     "plain,allreduce,bf16,quantized,topk,topk12,randomk,dgc,signsgd,qsgd,powersgd,demo,localsgd,diloco:often,sparseloco,"
-    "netsense,netsense:fixed,netsense:bdp"
+    "netsense,netsense:fixed,netsense:bdp,netsense:apart"
 )
 
 

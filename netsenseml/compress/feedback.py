@@ -128,6 +128,15 @@ class ErrorFeedback:
             self._kept.pop(part, None)
         self._flat.pop(_parts(key), None)
 
+    def take(self, key: Key) -> torch.Tensor | None:
+        """The residual of a key that is a name, shape (n,), or None; nothing is kept for it any more."""
+        if key not in self._kept:
+            return None
+        residual = self._kept[key][0]
+        use_here(residual)
+        self.forget(key)
+        return residual
+
     def rescale(self, factor: float, *, velocity: bool = True) -> None:
         """What is kept is to be ``factor`` times as large. velocity: that, too, as the gradients themselves have another
         unit."""

@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 
 from netsenseml.control.plans import worth
-from netsenseml.control.policy import Observation
+from netsenseml.control.policy import Observation, split_interval, with_interval
 from netsenseml.exchange.communicators import Plan, RingAllReduce
 from netsenseml.exchange.mesh import Shape
 from netsenseml.sensing.network import FORGETTING, RESOLUTION, Array, NetworkModel, Smooth
 
 OPTIMISM = 0.7  # standard deviations: what would be better with so much luck is tried
+_EAGER = 0.1
+"""Share of what it costs to come back that must have been lost by staying before the ranks part. All of it would be a minute
+where links are so thin that a model takes half of one; nothing of it, and they would part for a moment's gain."""
 
 
 class Controller:
@@ -25,6 +28,16 @@ class Controller:
     2. The best plan is taken if it is better than the present one by ``RESOLUTION``, below which nothing can be told.
     3. If none is, one is tried that would be with some luck: small payloads cannot tell how fast the network is, and the longer
        ago the last large one was, the less is known. Its own steps then tell whether it stays.
+
+    With ``intervals`` a plan may also be to exchange parameters every so many steps; then
+
+        seconds = compute + (coding + communication) / interval
+
+    From a plan with an interval to one without all of the model and of the optimizer's moments has to be exchanged in float32
+    (``methods.apart``). So that step is taken when as much time has been lost by not taking it, as skis are bought when so much
+    has been spent on hiring them: then it was never more than twice the time that it had to be (Karlin, Manasse, Rudolph and
+    Sleator, Competitive snoopy caching, Algorithmica 3, 1988). The other way costs nothing at once, and is taken when a share
+    ``_EAGER`` of that is lost; in the beginning, at once. Only between plans with intervals, or without, one is tried for luck.
     """
 
     look_every = 8  # what plans would lose changes slowly
@@ -39,15 +52,21 @@ class Controller:
         latency_s: float,
         byte_s: float,
         scarce: bool,
+        intervals: Sequence[int] = (1,),
     ) -> None:
         """What is known before the training: latency_s, byte_s of the network. coding_s: seconds an element of encoding and
-        decoding, by plan. lost: share of a gradient's energy that is not sent, by plan.
+        decoding, by plan. lost: share of a gradient's energy that is not sent, by plan. intervals: that plans may have.
 
         scarce: ranks share cores, so that coding takes its time from compute instead of running beside it.
         """
-        self._plans, self._names = list(plans), [plan.name for plan in plans]
+        self._plans, self._intervals = list(plans), tuple(intervals)
+        self.names = [with_interval(plan.name, interval) for interval in intervals for plan in plans]
+        """Of all that there is to choose from: plans, with every interval."""
+        self._apart = np.repeat([interval > 1 for interval in intervals], len(plans))
+        self._missed_s = 0.0
+        """By not taking the best plan of the other kind, as long as there is a better one."""
         self._scarce, self._lost, self._looked = scarce, dict(lost), False
-        self._coding_s = np.array([coding_s.get(name, 0.0) for name in self._names])
+        self._coding_s = np.array([coding_s.get(plan.name, 0.0) for plan in plans])
         # What a communicator does in memory may take about as long as coding does.
         element_s = float(np.mean([*coding_s.values(), 1e-10]))
         self.network = NetworkModel(plans, shape, latency_s, byte_s, element_s)
@@ -56,11 +75,11 @@ class Controller:
         """Whether the optimizer is, which bears less; so it is taken to be until it is seen."""
         self._elements: tuple[int, ...] = ()
         self._ready: tuple[float, ...] = ()
-        self.plan, self._settled = self._names[0], False
+        self.plan, self._settled = self.names[0], False
 
     @property
     def bandwidth_bps(self) -> float | None:
-        return self.network.bandwidth_bps(self._names.index(self.plan))
+        return self.network.bandwidth_bps(self.names.index(self.plan) % len(self._plans))
 
     @property
     def may_skip_reports(self) -> bool:
@@ -69,10 +88,12 @@ class Controller:
     def begin(self, elements: Sequence[int], compute_s: float) -> None:
         """Choose a plan for a first step of which nothing is known but the network and the sizes of its buckets."""
         self._elements, self._ready, self._compute = tuple(elements), (0.0,) * len(elements), Smooth(compute_s)
-        self.network.buckets(elements)
         # A few steps with fewer elements do no optimizer harm, while a plan that is too dense costs as many long steps.
         self.adaptive = False
-        self.plan = self._names[int(self._gains()[0].argmax())]
+        gains = self._gains()[0]
+        if not self._apart.all():  # a few steps in common tell what compute takes, and what optimizer it is: then it is free
+            gains[self._apart], self._missed_s = -np.inf, np.inf
+        self.plan = self.names[int(gains.argmax())]
         self.adaptive = True
 
     def decide(self, seen: Observation) -> None:
@@ -80,33 +101,73 @@ class Controller:
         if seen.plan != self.plan:  # a step from before the newest decision
             return
         gains, deviations = self._gains()
+        other = self._apart != (split_interval(self.plan)[1] > 1)
+        if other.any() and self._worth_a_switch(float(gains[other].max() - gains[~other].max()), seen):
+            self.plan, self._settled = self.names[int(np.where(other, gains, -np.inf).argmax())], False
+            return
+        gains[other] = -np.inf
         if gains.max() <= RESOLUTION:
             gains += OPTIMISM * deviations
         self._settled = bool(gains.max() <= RESOLUTION)
         if not self._settled:
-            self.plan = self._names[int(gains.argmax())]
+            self.plan = self.names[int(gains.argmax())]
+
+    def _worth_a_switch(self, better: float, seen: Observation) -> bool:
+        """From every step to intervals, or back. better: logarithm of the progress per second there over here."""
+        interval = split_interval(seen.plan)[1]
+        if better <= (0.0 if interval > 1 else RESOLUTION):  # in doubt every step
+            self._missed_s = 0.0
+            return False
+        self._missed_s += (1 - np.exp(-better)) * (interval * seen.compute_s + seen.exposed_s)
+        price_s = self._back_s() * (1.0 if interval > 1 else _EAGER)
+        if self._missed_s < price_s:
+            return False
+        self._missed_s = 0.0
+        return True
+
+    def _back_s(self) -> float:
+        """What it takes from a plan with an interval to one without: parameters and moments as they are."""
+        moments = 2 if self.adaptive else 1
+        self.network.buckets([sum(self._elements)] * (1 + moments))
+        row = next(number for number, plan in enumerate(self._plans) if isinstance(plan, RingAllReduce))
+        exposed = self.network.forecast([0.0] * (1 + moments), np.zeros((len(self._plans), 1 + moments)))[0]
+        return float(exposed[row, 4])
 
     def _learn(self, seen: Observation) -> None:
-        total, plan = sum(seen.elements), self._names.index(seen.plan)
+        name, interval = split_interval(seen.plan)
+        total, plan = sum(seen.elements), self.names.index(with_interval(name, self._intervals[0]))
         for name, share in seen.lost.items():  # the first look replaces what was only thought; later ones differ by chance
             self._lost[name] = (self._lost[name] + share) / 2 if self._looked else share
         self._looked = self._looked or bool(seen.lost)
         self._elements = seen.elements
         self._ready = tuple(ready_s / max(seen.compute_s, 1e-9) for ready_s in seen.ready_s)
-        self._compute.add(max(seen.compute_s - seen.encode_s * self._scarce, 0.3 * seen.compute_s))
+        beside = self._scarce and interval == 1  # else nothing is coded meanwhile
+        self._compute.add(max(seen.compute_s - seen.encode_s * beside, 0.3 * seen.compute_s))
         for dense, factor in self._coding.items():  # what is not seen returns to what was measured at first
             coded_s = self._coding_s[plan] * total * (self._plans[plan].dense == dense)
             factor.add(seen.encode_s / coded_s if coded_s else factor.value ** (1 - 10 * FORGETTING))
         self.network.ring_share = seen.ring_share
         if seen.latency_s is not None:
             self.network.latency.add(seen.latency_s)
-        self.network.buckets(seen.elements)
-        coding_s = [seen.encode_s * elements / total for elements in seen.elements]
-        self.network.learn(plan, seen.ready_s, coding_s, seen.communication_s)
+        parts, ready_s = (seen.elements, seen.ready_s) if interval == 1 else ((total,), (0.0,))
+        self.network.buckets(parts)
+        coding_s = [seen.encode_s * elements / total for elements in parts]
+        self.network.learn(plan, ready_s, coding_s, seen.communication_s)
 
     def _forecast(self) -> tuple[Array, Array]:
-        """Of a step with every plan: what the network adds to it, by cause, shape (plans, 5), and what it takes in all, s."""
+        """Of a step with every name: what the network adds to it, by cause, shape (names, 5), and what it takes in all, s."""
         coding_s = self._coding_s * [self._coding[plan.dense].value for plan in self._plans]
+        of_intervals = [self._every_step(coding_s) if 1 in self._intervals else None]
+        apart = [interval for interval in self._intervals if interval > 1]
+        if apart:
+            self.network.buckets([sum(self._elements)])
+            parts, _ = self.network.forecast([0.0], coding_s[:, None] * sum(self._elements))
+            of_intervals += [(parts / n, self._compute.value + parts[:, 4] / n + 1e-9) for n in apart]
+        every_parts, every_seconds = zip(*filter(None, of_intervals), strict=True)
+        return np.concatenate(every_parts), np.concatenate(every_seconds)
+
+    def _every_step(self, coding_s: Array) -> tuple[Array, Array]:
+        self.network.buckets(self._elements)
         beside_s = coding_s[:, None] * self._elements * (not self._scarce)
         # For long and short steps by themselves, as what is hidden behind both is less than what fits behind their mean.
         parts: Array = np.mean(
@@ -116,14 +177,18 @@ class Controller:
 
     def _gains(self) -> tuple[Array, Array]:
         """log(progress per second of every plan / of the present one), and its standard deviations."""
-        (parts, seconds), here = self._forecast(), self._names.index(self.plan)
-        worths = [worth(plan, self._lost.get(plan.name, 0.0), adaptive=self.adaptive) for plan in self._plans]
+        (parts, seconds), here = self._forecast(), self.names.index(self.plan)
+        worths = [
+            worth(plan, self._lost.get(plan.name, 0.0), adaptive=self.adaptive, interval=interval)
+            for interval in self._intervals
+            for plan in self._plans
+        ]
         gains = np.log(worths / seconds)
         return gains - gains[here], self.network.deviations(parts, seconds, here)
 
     def seconds(self, name: str) -> float:
         """Forecast of a step with a plan."""
-        return float(self._forecast()[1][self._names.index(name)])
+        return float(self._forecast()[1][self.names.index(name)])
 
     def state_dict(self) -> dict[str, Any]:
         """No more than the plan: the network may be another one when the training goes on."""

@@ -14,6 +14,7 @@ class Observation:
     plan: name of the plan that exchanged it. elements, ready_s: of every bucket, how many elements it has and how long
         before the last gradient it was ready, s <= 0.
     compute_s: from the end of the exchange before to the last gradient. exposed_s: from there to the end of the exchange.
+        If the plan has an interval (``with_interval``), of a step in between, and of the exchange behind the optimizer.
     communication_s: time in which something was under way; of the rank that waited least for the others.
     encode_s: spent on coding. payload_bytes: what a rank sent.
     latency_s: of an empty direct exchange among all ranks. ring_share: mean of the ranks' round-trip times over the largest.
@@ -35,6 +36,17 @@ class Observation:
     lost: Mapping[str, float]
     gradients: tuple[torch.Tensor, ...] = ()
     lr_change: float = 1.0
+
+
+def with_interval(plan: str, interval: int) -> str:
+    """Name of a plan by which parameters are exchanged every ``interval`` steps; of gradients in every step, if that is 1."""
+    return plan if interval == 1 else f"{plan}/{interval}"
+
+
+def split_interval(name: str) -> tuple[str, int]:
+    """Inverse of ``with_interval``."""
+    plan, _, interval = name.partition("/")
+    return plan, int(interval or 1)
 
 
 class Policy(Protocol):

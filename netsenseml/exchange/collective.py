@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch.futures import Future
 
 from netsenseml.compress.codec import Sent
-from netsenseml.compress.feedback import Key, energy_lost, norm, sample
+from netsenseml.compress.feedback import ErrorFeedback, Key, energy_lost, norm, sample
 from netsenseml.exchange.collectives import all_reduce_bytes
 from netsenseml.exchange.collectives import all_reduce_mean as ring_mean
 from netsenseml.exchange.communicators import Context, Plan, RingAllReduce
@@ -23,6 +23,7 @@ def all_reduce_mean(
     statistics: StepStatistics | None = None,
     *,
     feedback: bool = True,
+    memory: ErrorFeedback | None = None,
 ) -> Future[torch.Tensor]:
     """Replace ``tensor`` by its mean over the ranks of ``mesh``, as ``plan`` has it; returns at once.
 
@@ -33,6 +34,7 @@ def all_reduce_mean(
         ranks in the same order, with the same plan and as many elements. The result is the same bit by bit on all of them.
     key: finds the residual, which is what earlier plans did not send of earlier tensors of this key: sent + new residual =
         tensor + old residual. Without ``feedback`` nothing is kept, and what is not sent is lost.
+    memory: has the residuals, in place of the mesh's.
     statistics: is told bytes, times (by its ``settle``) and the energy that was not sent.
 
     When not to use it: where nothing is to be saved, ``torch.distributed.all_reduce`` does the same with nothing around it.
@@ -41,31 +43,42 @@ def all_reduce_mean(
     """
     mesh.sequence += 1
     statistics = statistics or StepStatistics(mesh.ranks)
+    kept = (memory or mesh.memory) if feedback else None
     if isinstance(plan, RingAllReduce):
-        return _as_it_is(tensor, key, mesh, statistics, feedback)
-    exchange = _exchange(tensor, key, plan, mesh, statistics, mesh.sequence, feedback)
+        return _as_it_is(tensor, key, mesh, statistics, kept)
+    exchange = _exchange(tensor, key, plan, mesh, statistics, mesh.sequence, kept)
     return mesh.scheduler.submit(exchange, tensor.device)
 
 
-def _as_it_is(tensor: torch.Tensor, key: Key, mesh: Mesh, statistics: StepStatistics, feedback: bool) -> Future[torch.Tensor]:
+def _as_it_is(
+    tensor: torch.Tensor, key: Key, mesh: Mesh, statistics: StepStatistics, memory: ErrorFeedback | None
+) -> Future[torch.Tensor]:
     """Ring all-reduce in the group of DDP, launched on the caller's thread, where nothing of the caller's can be overtaken, or
     beside it, where Gloo must wait for a device.
-
-    What earlier plans have left behind is spread over the next steps, and its memory is freed when all is sent.
     """
-    if feedback and mesh.memory.holds(key):
-        with statistics.coding():
-            compensated = mesh.memory.compensate(key, tensor, dense=True)
-            before = sample(compensated.tensor)
-            tensor.copy_(compensated.tensor)
-            compensated.tensor.zero_()
-            ratio = mesh.memory.settle(key, compensated)
-            if not compensated.held and not mesh.memory.momentum:
-                mesh.memory.forget(key)
-            statistics.lose(0.0, norm(before) ** 2, ratio)
+    if memory is not None:
+        add_residual(tensor, key, memory, statistics)
     if mesh.by_stream(tensor.device):
         return _launch(tensor, mesh.group, statistics)
     return mesh.scheduler.submit(_ring(tensor, mesh, statistics), tensor.device)
+
+
+def add_residual(tensor: torch.Tensor, key: Key, memory: ErrorFeedback, statistics: StepStatistics) -> None:
+    """Add what earlier plans have left behind to ``tensor``, all of which is sent now, or needs no sending.
+
+    It is spread over the next steps, and its memory is freed when there is no more.
+    """
+    if not memory.holds(key):
+        return
+    with statistics.coding():
+        compensated = memory.compensate(key, tensor, dense=True)
+        before = sample(compensated.tensor)
+        tensor.copy_(compensated.tensor)
+        compensated.tensor.zero_()
+        ratio = memory.settle(key, compensated)
+        if not compensated.held and not memory.momentum:
+            memory.forget(key)
+        statistics.lose(0.0, norm(before) ** 2, ratio)
 
 
 def _launch(tensor: torch.Tensor, group: dist.ProcessGroup, statistics: StepStatistics) -> Future[torch.Tensor]:
@@ -79,12 +92,18 @@ def _ring(tensor: torch.Tensor, mesh: Mesh, statistics: StepStatistics) -> Excha
 
 
 def _exchange(
-    tensor: torch.Tensor, key: Key, plan: Plan, mesh: Mesh, statistics: StepStatistics, number: int, feedback: bool
+    tensor: torch.Tensor,
+    key: Key,
+    plan: Plan,
+    mesh: Mesh,
+    statistics: StepStatistics,
+    number: int,
+    memory: ErrorFeedback | None,
 ) -> Exchange:
     with statistics.coding():
         use_here(tensor)
-        if feedback:
-            compensated = mesh.memory.compensate(key, tensor, dense=plan.dense)
+        if memory is not None:
+            compensated = memory.compensate(key, tensor, dense=plan.dense)
             source = compensated.tensor
         else:
             source = tensor.to(torch.float32, copy=True)
@@ -94,7 +113,7 @@ def _exchange(
     mean = yield from plan.exchange(source, context)
     with statistics.coding():
         lost, scale = energy_lost(before, source), context.sent.residual_scale
-        ratio = mesh.memory.settle(key, compensated, context.sent.positions) if feedback else 0.0
+        ratio = memory.settle(key, compensated, context.sent.positions) if memory is not None else 0.0
         if scale:
             statistics.lose(lost / scale**2, norm(before) ** 2, ratio / scale)
         return tensor.copy_(mean)  # which does nothing where the mean was formed in it

@@ -1,7 +1,7 @@
 """What a method of exchanging gradients is."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +43,9 @@ class Method:
 
     waits = False
     """Whether ``exchange`` waits for other ranks."""
+
+    optimizers: Collection[torch.optim.Optimizer] = ()
+    """Those that have made a step with the model's gradients, as the session keeps them."""
 
     shares_buffers = True
     """Whether DDP may send the model's buffers from rank 0 to all others before every forward."""

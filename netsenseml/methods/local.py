@@ -71,11 +71,7 @@ class LocalUpdates(Method):
         self._scheme = scheme
         self._inner_steps, self._overlap, self._mixing = inner_steps, overlap, mixing
         self._outer_lr, self._outer_momentum = outer_lr, outer_momentum
-        ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
-        trained = [p for name, p in module.named_parameters() if p.requires_grad and name not in ignored]
-        self._buffers = [b for name, b in module.named_buffers() if b.is_floating_point() and name not in ignored]
-        if len({tensor.device for tensor in (*trained, *self._buffers)}) > 1:
-            raise ValueError("local updates exchange a model as a whole, and this one is on several devices")
+        trained, self._buffers = exchanged(module)
         if fragments > len(trained):
             raise ValueError(f"fragments must be at most {len(trained)}, as the model has no more parameters, not {fragments}")
         self.parts = _even_parts(trained, fragments)
@@ -109,16 +105,13 @@ class LocalUpdates(Method):
 
     def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
         """Nothing: the gradient is this rank's alone."""
-        statistics.scheme, gradient = "local", bucket.buffer()
-        return _done(gradient)
+        statistics.scheme = "local"
+        return done(bucket.buffer())
 
     def end_step(self) -> None:
         self._ended += 1
         if self._ended > 1 and torch._C._current_graph_task_id() >= 0:  # by a backward, which needs the parameters as they are
-            raise RuntimeError(
-                "local updates exchange parameters in session.step(): call it after every optimizer.step(), and accumulate the"
-                " gradients of several backwards under no_sync()"
-            )
+            raise RuntimeError(STEP_IS_MISSING)
 
     def after_step(self, statistics: StepStatistics) -> None:
         self._ended = -1
@@ -245,9 +238,26 @@ class LocalUpdates(Method):
             common.velocity = None if velocity is None else velocity.to(common.shared, copy=True)
             common.put(common.shared if state["own"] is None else state["own"][number].to(common.shared))
         self._under_way = deque(
-            _UnderWay(until, number, _done(gradient), None if buffers is None else _done(buffers), *_nothing(self.mesh.ranks))
+            _UnderWay(until, number, done(gradient), None if buffers is None else done(buffers), *_nothing(self.mesh.ranks))
             for until, number, gradient, buffers in state["under_way"]
         )
+
+
+STEP_IS_MISSING = (
+    "local updates exchange parameters in session.step(): call it after every optimizer.step(), and accumulate the gradients of"
+    " several backwards under no_sync()"
+)
+
+
+def exchanged(module: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What local updates exchange of a model: parameters, and floating-point buffers. Raises ValueError, one line, where they
+    are on several devices."""
+    ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
+    trained: list[torch.Tensor] = [p for name, p in module.named_parameters() if p.requires_grad and name not in ignored]
+    buffers = [b for name, b in module.named_buffers() if b.is_floating_point() and name not in ignored]
+    if len({tensor.device for tensor in (*trained, *buffers)}) > 1:
+        raise ValueError("local updates exchange a model as a whole, and this one is on several devices")
+    return trained, buffers
 
 
 class Common:
@@ -315,7 +325,7 @@ def _nothing(ranks: int) -> tuple[StepStatistics, StepStatistics]:
     return StepStatistics(ranks), StepStatistics(ranks)
 
 
-def _done(value: torch.Tensor) -> Future[torch.Tensor]:
+def done(value: torch.Tensor) -> Future[torch.Tensor]:
     future: Future[torch.Tensor] = Future(devices=[value.device] if value.device.type != "cpu" else None)
     future.set_result(value)
     return future

@@ -1,9 +1,10 @@
 """Sense, decide, compress: the method NetSenseML."""
 
+import contextlib
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from statistics import fmean
 from typing import Any
@@ -24,11 +25,15 @@ from netsenseml.control.deco import Deco
 from netsenseml.control.fixed import FixedPolicy
 from netsenseml.control.kimad import Kimad
 from netsenseml.control.plans import look, lost, plans
-from netsenseml.control.policy import Observation, Policy
+from netsenseml.control.policy import Observation, Policy, split_interval, with_interval
+from netsenseml.exchange.collective import add_residual
 from netsenseml.exchange.communicators import Plan, RingAllReduce, parse
 from netsenseml.exchange.control import ControlChannel
+from netsenseml.methods.apart import Apart
 from netsenseml.methods.coded import Coded
-from netsenseml.statistics import StepStatistics
+from netsenseml.methods.local import STEP_IS_MISSING, done
+from netsenseml.records import monotonic_s
+from netsenseml.statistics import BackwardCosts, StepStatistics
 from netsenseml.streams import start_to_host
 
 _ANSWER = struct.Struct("<64sHd")
@@ -52,6 +57,11 @@ class NetSense(Coded):
 
     Other policies decide in its place, from the same reports: the paper's (``control.bdp``), published ones (``control.kimad``,
     ``dc2``, ``deco``, ``accordion``: each says there what is of its paper and what of us), or a list (``control.fixed``).
+
+    A plan may have an interval H (int8/8): then the ranks make H local steps, and exchange parameters behind the last one (see
+    ``Apart``). What error feedback has kept of gradients goes into each rank's own local steps meanwhile, as in an exchange of
+    all elements. A decision on H counts from the newest exchange; where it is for an exchange in every step, parameters and
+    optimizers are made equal behind the step that is under way. Every session.step() counts as a step.
     """
 
     senses = True
@@ -63,12 +73,29 @@ class NetSense(Coded):
         *,
         policy: str,
         floor: float,
+        interval: int | str,
         start: float,
         schemes: Sequence[str],
         **published: Any,
     ) -> None:
         """published: options of published policies (``catalog.POLICIES``)."""
         super().__init__(module, group, RingAllReduce(), limit=_LIMIT)
+        self._intervals = _INTERVALS if isinstance(interval, str) else (interval,)
+        self._apart: Apart | None = None
+        if self.mesh.ranks > 1 and (self._intervals != (1,) or any(split_interval(name)[1] > 1 for name in schemes)):
+            self._apart, self.shares_buffers, self.takes_shards = Apart(module, self.mesh), False, False
+        self._interval = 1
+        """In force; the ranks may still be apart when it is 1."""
+        self._alone = False
+        """Whether this backward's gradients are this rank's alone."""
+        self._between, self._ended = True, 0
+        """Whether no backward of a step was yet; steps that ended without ``after_step``."""
+        self._computed_s: list[float] = []
+        """Of the local steps since the newest exchange."""
+        self._arrived: tuple[list[float], list[int]] = [], []
+        """When the buckets of the newest backward were ready, and how many elements they have."""
+        self._waited_s = self._before_s = 0.0
+        """In the exchange behind the newest step, and in that between the newest backward and the one before."""
         self._channel = ControlChannel(self.mesh, self._decide, _ANSWER.size)
         self._candidates: list[Plan] = []
         self._policy: Policy | FixedPolicy
@@ -87,13 +114,22 @@ class NetSense(Coded):
                 self._policy = _PUBLISHED[policy](candidates, self.mesh.shape, elements, **own)
         self._answers: deque[tuple[int, Future[torch.Tensor]]] = deque()
         self._told: deque[tuple[str, tuple[int, ...], int, list[torch.Tensor], float]] = deque()
+        """Of the reports under way: name of the plan, elements of every bucket, bytes, looks, change of the learning rate."""
         self._looks: list[torch.Tensor] = []
         self._next_report, self._next_look, self._every = 0, 0, 1
         self._step_s = 0.0
         self._lr_change = 1.0
         self._lag = _LAG + any(peer.device != "cpu" for peer in self.mesh.peers)
         if not isinstance(self._policy, FixedPolicy):
-            self.plan = _plan(self._policy.plan)
+            self._follow(self._policy.plan)
+
+    def _follow(self, name: str) -> None:
+        plan, self._interval = split_interval(name)
+        self.plan = _plan(plan)
+
+    @property
+    def _scheme(self) -> str:
+        return with_interval(self.plan.name, self._interval if self._alone else 1)
 
     def _controller(self, gradients: Sequence[torch.Tensor], floor: float) -> Controller:
         """Ours, with what a few messages and some coding tell beforehand: the same on all ranks, though only rank 0's is
@@ -114,12 +150,13 @@ class NetSense(Coded):
             mesh.shape,
             costs,
             lost([_heavy_tailed()], self._candidates),
+            intervals=self._intervals,
             latency_s=latency_s,
             byte_s=max(took_s - latency_s, took_s / 10) / crossing_bytes,
             scarce=gradients[0].device.type == "cpu" and len(os.sched_getaffinity(0)) < 2 * len(mesh.machine_ranks),
         )
         controller.begin([sum(gradient.numel() for gradient in gradients)], _FIRST_COMPUTE_S)
-        names = [plan.name for plan in self._candidates]
+        names = controller.names
         (first,) = channel.largest([float(names.index(controller.plan))])  # machines may add in different orders
         controller.plan = names[int(first)]
         return controller
@@ -145,35 +182,113 @@ class NetSense(Coded):
         super().begin()
         while self._answers and self._answers[0][0] <= self.steps - self._lag:
             name, self._every, bandwidth_bps = _ANSWER.unpack(self._answers.popleft()[1].wait().numpy().tobytes())
-            self.plan = _plan(name.rstrip(b"\0").decode())
+            self._follow(name.rstrip(b"\0").decode())
             self.bandwidth_bps = bandwidth_bps or None
         if isinstance(self._policy, FixedPolicy):
-            self.plan = _plan(self._policy.plan_at(self.steps - 1))
+            self._follow(self._policy.plan_at(self.steps - 1))
+        if self._apart is not None:
+            self._begin_apart(self._apart)
         self._looks = []
         every, due = self._policy.look_every, self.steps >= max(self._next_report, self._next_look)
         self._looking = every > 0 and due and self.mesh.rank == 0
         if self._looking:
             self._next_look = self.steps + every
 
+    def _begin_apart(self, apart: Apart) -> None:
+        if self.keeps_copy:
+            raise ValueError("with an interval every rank would have a loss scale of its own: use no GradScaler, or interval=1")
+        if self._interval > 1 and self._between and not apart.under_way:
+            apart.begin()
+            self._ended = 0
+        self._alone, self._between = apart.under_way, False
+        self._before_s, self._waited_s = self._waited_s, 0.0
+
     def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
+        if self._alone:
+            statistics.scheme, gradient = self._scheme, bucket.buffer()
+            add_residual(gradient, tuple(bucket.parameters()), self.memory, statistics)
+            return done(gradient)
         if self._looking:
             self._looks.append(start_to_host(look(bucket.buffer())))
         return super().exchange(bucket, statistics)
 
     def finish(self, statistics: StepStatistics) -> None:
-        spent, tcp = statistics.of_backward(), statistics.tcp
-        if isinstance(self._policy, FixedPolicy) or self.steps < self._next_report or not spent.ready_s:
+        spent = statistics.of_backward()
+        spent = spent._replace(compute_s=max(0.0, spent.compute_s - self._before_s))
+        if self._alone:
+            self._computed_s.append(spent.compute_s)
+            self._arrived = spent.ready_s, spent.bucket_elements
+            return
+        if self.steps < self._next_report or not spent.ready_s:
             return
         self._next_report = self.steps + self._every
-        last_s = max(spent.ready_s)
+        self._report(spent, self._looks, statistics)
+
+    def _report(self, spent: BackwardCosts, looks: list[torch.Tensor], statistics: StepStatistics) -> None:
+        if isinstance(self._policy, FixedPolicy):
+            return
+        tcp, last_s = statistics.tcp, max(spent.ready_s)
         if self.mesh.rank == 0:
-            sent = self.plan.name, tuple(spent.bucket_elements), spent.payload_bytes
-            self._told.append((*sent, self._looks, self._lr_change))
+            sent = self._scheme, tuple(spent.bucket_elements), spent.payload_bytes
+            self._told.append((*sent, looks, self._lr_change))
             self._lr_change = 1.0
         measured = [spent.exposed_s, spent.compute_s, spent.encode_s, spent.communication_s, self._channel.latency_s]
         rtt_s = (tcp.min_rtt_s if tcp is not None else None) or 0.0
         ready_s = [ready_s - last_s for ready_s in spent.ready_s]
         self._answers.append((self.steps, self._channel.report([*measured, rtt_s, *ready_s])))
+
+    def after_step(self, statistics: StepStatistics) -> None:
+        self._ended = -1
+        apart = self._apart
+        if apart is None or not apart.under_way:
+            return
+        apart.steps += 1
+        if apart.steps < self._interval:
+            statistics.lose(1.0, 1.0)  # of this step's gradients nothing was sent
+            return
+        began_s, spent, looks = monotonic_s(), statistics.apart(), list[torch.Tensor]()
+        with statistics.waiting():
+            if self._interval == 1:
+                apart.end(self.optimizers, spent)
+            else:
+                looks = apart.exchange(self.plan, spent, looking=bool(self._candidates) and self.mesh.rank == 0)
+        self._waited_s = monotonic_s() - began_s
+        statistics.include(spent)
+        if spent.residual_ratio is None:
+            statistics.lose(0.0, 1.0)
+        computed_s, self._computed_s = self._computed_s, []
+        if self._interval > 1 and computed_s:
+            spent.settle()
+            ready_s, elements = self._arrived
+            self._report(
+                spent.of_backward()._replace(
+                    exposed_s=self._waited_s, compute_s=fmean(computed_s), ready_s=ready_s, bucket_elements=elements
+                ),
+                looks,
+                statistics,
+            )
+
+    def synchronize(self, statistics: StepStatistics) -> None:
+        apart = self._apart
+        if apart is None:
+            return
+        if apart.under_way and apart.steps:
+            statistics.scheme = self._scheme
+        with statistics.waiting():
+            apart.synchronize(self.plan, statistics)
+
+    @contextlib.contextmanager
+    def synchronized(self) -> Iterator[None]:
+        with self._apart.synchronized() if self._apart is not None else contextlib.nullcontext():
+            yield
+
+    def end_step(self) -> None:
+        super().end_step()
+        self._between = True
+        if self._apart is not None and self._apart.under_way:
+            self._ended += 1
+            if self._ended > 1 and torch._C._current_graph_task_id() >= 0:  # by a backward, which needs them as they are
+                raise RuntimeError(STEP_IS_MISSING)
 
     def _decide(self, rows: list[list[float]]) -> bytes:
         """On rank 0: what comes of the ranks' reports of a step. The slowest rank is the one that all waited for."""
@@ -204,7 +319,8 @@ class NetSense(Coded):
     @property
     def _fits(self) -> list[str]:
         """What must be the same in a checkpoint: the policy, what it keeps and what it chooses from."""
-        return [type(self._policy).__name__, *self._policy.state_dict(), *(plan.name for plan in self._candidates)]
+        names = (with_interval(plan.name, interval) for interval in self._intervals for plan in self._candidates)
+        return [type(self._policy).__name__, *self._policy.state_dict(), *names]
 
     def close(self) -> None:
         try:
@@ -217,11 +333,12 @@ class NetSense(Coded):
         policy = self._policy.state_dict() if self.mesh.rank == 0 else None
         kept = {
             "fits": self._fits,
-            "plan": self.plan.name,
+            "plan": with_interval(self.plan.name, self._interval),
             "every": self._every,
             "next_report": self._next_report,
             "answers": answers,
             "policy": policy,
+            "apart": None if self._apart is None else self._apart.state_dict(),
         }
         return {**super().state_dict(), **kept}
 
@@ -237,7 +354,11 @@ class NetSense(Coded):
         super().load_state_dict(state)
         if self.mesh.rank == 0:
             self._policy.load_state_dict(state["policy"])
-        self.plan, self._every, self._next_report = _plan(state["plan"]), state["every"], state["next_report"]
+        self._follow(state["plan"])
+        self._every, self._next_report = state["every"], state["next_report"]
+        if self._apart is not None:
+            self._apart.load_state_dict(state["apart"])
+        self._computed_s = []
         self._answers.clear()
         for step, answer in state["answers"]:
             taken: Future[torch.Tensor] = Future()
@@ -245,6 +366,8 @@ class NetSense(Coded):
             self._answers.append((step, taken))
 
 
+_INTERVALS = (1, 2, 4, 8, 16, 32)
+"""Of interval: auto. Longer ones were not measured (``control.plans.worth``)."""
 _LIMIT = 30.0
 """Times a gradient's norm that its residual may have; reached below 0.3 % of the elements, where stale gradients harm most."""
 _LEAST_PROBE, _MOST_PROBE, _PROBE_S = 1 << 14, 1 << 22, 0.02

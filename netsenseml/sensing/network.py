@@ -81,14 +81,17 @@ class NetworkModel:
         self._warm = set[str]()
         self._elements: tuple[int, ...] = ()
         self._counts = np.zeros((len(plans), 0, 4))
+        self._counts_of: dict[tuple[int, ...], Array] = {}
 
     def buckets(self, elements: Sequence[int]) -> None:
-        """What the next steps consist of."""
-        if tuple(elements) != self._elements:
-            self._elements, self._counts = tuple(elements), np.zeros((len(self._plans), len(elements), 4))
-            for row, plan in zip(self._counts, self._plans, strict=True):
+        """What is forecast and learnt of next consists of so many elements."""
+        self._elements = tuple(elements)
+        if self._elements not in self._counts_of:
+            counts = self._counts_of[self._elements] = np.zeros((len(self._plans), len(elements), 4))
+            for row, plan in zip(counts, self._plans, strict=True):
                 costs = [plan.cost(number, self._shape) for number in elements]
                 row[:, 1:] = [(c.latency_terms, c.host_bytes, n) for c, n in zip(costs, elements, strict=True)]
+        self._counts = self._counts_of[self._elements]
 
     def bandwidth_bps(self, plan: int) -> float:
         """Payload that a host's link carries with a plan, bits/s.
@@ -170,9 +173,10 @@ class NetworkModel:
     def deviations(self, parts: Array, seconds: Array, plan: int) -> Array:
         """Standard deviations of log(seconds of a step with every plan / with this one), shape (plans,).
 
-        parts: of them by cause, as forecast, shape (plans, 5). seconds: of the steps.
+        parts: of them by cause, as forecast, shape (plans, 5); or of all plans several times. seconds: of the steps.
         """
-        slopes = np.einsum("pk,pkx->px", parts[:, :4], self._sums) / seconds[:, None]
+        sums = np.tile(self._sums, (len(parts) // len(self._sums), 1, 1))
+        slopes = np.einsum("pk,pkx->px", parts[:, :4], sums) / seconds[:, None]
         slopes -= slopes[plan]
         return np.sqrt(np.maximum(((slopes @ self._covariance) * slopes).sum(1), 0.0))
 

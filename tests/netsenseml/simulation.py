@@ -14,7 +14,7 @@ import torch
 from netsenseml.control import controller
 from netsenseml.control.controller import Controller
 from netsenseml.control.plans import look, lost, plans, worth
-from netsenseml.control.policy import Observation
+from netsenseml.control.policy import Observation, split_interval, with_interval
 from netsenseml.exchange.communicators import Hierarchical, Plan, RingAllReduce
 from netsenseml.exchange.mesh import Shape
 from netsenseml.sensing import network
@@ -50,8 +50,8 @@ class World:
     on_time_s: float = 0.0
     draw: random.Random = field(default_factory=lambda: random.Random(0), repr=False)  # names of tests are the same each time
 
-    def step(self, plan: Plan, number: int) -> Observation:
-        """One step with a plan; what its ranks measure."""
+    def step(self, plan: Plan, number: int, interval: int = 1) -> Observation:
+        """One step with a plan, or as many as its interval has; what its ranks measure."""
         noise = lambda: max(0.5, self.draw.gauss(1, self.jitter))  # noqa: E731
         compute_s = self.compute_s * noise() * ((0.5, 1.5)[number % 2] if self.alternating else 1)
         ready = [-compute_s * 0.6 * (1 - i / max(len(self.elements) - 1, 1)) for i in range(len(self.elements))]
@@ -59,7 +59,8 @@ class World:
         hop_s = 2 * self.delay_s + self.wake_s  # the receiver asks for what it takes
         encode_s, free, done_s, busy, began = 0.0, -1e9, [], 0.0, -1e9
         coded = -1e9
-        for ready_s, elements in zip(ready, self.elements, strict=True):
+        parts = zip(ready, self.elements, strict=True) if interval == 1 else [(0.0, sum(self.elements))]
+        for ready_s, elements in parts:
             cost = plan.cost(elements, self.shape)
             coding_s = 0.0 if isinstance(plan, RingAllReduce) else self.coding_s * elements * noise()
             encode_s += coding_s
@@ -74,7 +75,7 @@ class World:
         late_s = ACCIDENT_S if self.draw.random() < self.accidents else 0.0
         exposed_s = max(0.0, *done_s) + late_s
         return Observation(
-            plan=plan.name,
+            plan=with_interval(plan.name, interval),
             elements=self.elements,
             ready_s=tuple(ready),
             compute_s=compute_s,
@@ -101,6 +102,7 @@ class Job:
     world: World
     adaptive: bool = False
     floor: float = 0.001
+    intervals: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
         world = self.world
@@ -109,7 +111,14 @@ class Job:
         coding_s = {plan.name: 0.0 if isinstance(plan, RingAllReduce) else world.coding_s for plan in self.plans}
         latency_s, byte_s = 2 * world.delay_s + world.wake_s, 8 * 1.1 / world.rate_bps
         self.controller = Controller(
-            self.plans, world.shape, coding_s, self.lost, latency_s=latency_s, byte_s=byte_s, scarce=False
+            self.plans,
+            world.shape,
+            coding_s,
+            self.lost,
+            latency_s=latency_s,
+            byte_s=byte_s,
+            scarce=False,
+            intervals=self.intervals,
         )
         self.controller.begin(world.elements, 0.0)
         self.controller.adaptive = self.adaptive
@@ -121,16 +130,19 @@ class Job:
         return worth(self.by_name[name], self.lost[name], adaptive=self.adaptive)
 
     def run(self, steps: int) -> list[tuple[str, float]]:
-        """(plan, seconds but for accidents) of every step."""
+        """(plan, seconds but for accidents) of every step; of plans with an interval, of all its steps."""
         taken = []
         for _ in range(steps):
             name = self.in_force.pop(0)
-            seen = self.world.step(self.by_name[name], self.number)
+            plan, interval = split_interval(name)
+            seen = self.world.step(self.by_name[plan], self.number, interval)
             self.number += 1
             self.controller.decide(seen)
             self.in_force.append(self.controller.plan)
+            if interval > 1:  # long before the next exchange
+                self.in_force = [self.controller.plan] * (1 + LAG)
             late_s = seen.communication_s - self.world.on_time_s
-            taken.append((name, seen.compute_s + seen.exposed_s - late_s))
+            taken.append((name, interval * seen.compute_s + seen.exposed_s - late_s))
         return taken
 
 

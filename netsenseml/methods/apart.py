@@ -1,0 +1,155 @@
+"""Local steps of a method that else exchanges gradients in every step."""
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from netsenseml.compress.feedback import ErrorFeedback
+from netsenseml.control.plans import look
+from netsenseml.exchange.collective import all_reduce_mean
+from netsenseml.exchange.communicators import Plan, RingAllReduce
+from netsenseml.exchange.mesh import Mesh
+from netsenseml.methods.local import Common, exchanged
+from netsenseml.statistics import StepStatistics
+from netsenseml.streams import start_to_host
+
+_KEY = "parameters"
+
+
+class Apart:
+    """From ``begin`` on every rank steps by its own gradients, until ``end``; in between, ``exchange`` makes the model equal.
+
+    x is what all ranks had in common last, y_r what rank r has made of it since, e_r what it has not sent yet:
+
+        exchange:  e_r <- e_r + (x - y_r),  x <- x - mean of C(e_r),  e_r <- e_r - C(e_r),  y_r <- x
+        end:       x <- x - mean of (e_r + x - y_r),  e_r <- 0,  y_r <- x;  the state of the optimizers <- its mean
+
+    C is a plan. What e_r holds is a difference of parameters, and stays so when the learning rate changes. Between two
+    exchanges momentum and second moments are each rank's own, as in local SGD. At the end they become their mean, in float32:
+    or replicas that are equal would part again with the first step that all make by the same gradient. As a momentum is a sum
+    of gradients, its mean is what it would be had all ranks always had the mean gradient. For that, nothing may be in the
+    optimizers' ``state`` that differs between ranks and is neither a floating-point tensor nor a count of steps.
+
+    Floating-point buffers become their mean with every exchange; until then each rank has its own.
+    """
+
+    def __init__(self, module: nn.Module, mesh: Mesh) -> None:
+        """Raises ValueError, one line, for a model that cannot be exchanged so."""
+        self._mesh = mesh
+        self._trained, buffers = exchanged(module)
+        self._buffers = Common(buffers) if buffers else None
+        self.memory = ErrorFeedback()
+        """e_r."""
+        self._common: Common | None = None
+        self.steps = 0
+        """Since the ranks had the same parameters."""
+        self._aside: list[torch.Tensor] | None = None
+
+    @property
+    def under_way(self) -> bool:
+        return self._common is not None
+
+    def begin(self) -> None:
+        """All ranks have the same parameters now."""
+        self._common, self.steps = Common(self._trained), 0
+
+    def exchange(self, plan: Plan, statistics: StepStatistics, *, looking: bool = False) -> list[torch.Tensor]:
+        """Wait for the exchange. looking: returns looks at what this rank has to send."""
+        drift = self._drift()
+        looks = [start_to_host(look(drift))] if looking else []
+        self._descend(all_reduce_mean(drift, _KEY, plan, self._mesh, statistics, memory=self.memory).wait())
+        self._average_buffers(statistics)
+        return looks
+
+    def end(self, optimizers: Collection[torch.optim.Optimizer], statistics: StepStatistics) -> None:
+        """An exchange of all that there is, as it is."""
+        drift = self._drift()
+        kept = self.memory.take(_KEY)
+        if kept is not None:
+            drift.add_(kept)
+        self._descend(all_reduce_mean(drift, _KEY, RingAllReduce(), self._mesh, statistics, feedback=False).wait())
+        self._common = None
+        self._average_buffers(statistics)
+        moments = self._moments(optimizers)
+        if moments:
+            of_optimizers = Common(moments)
+            of_optimizers.put(self._mean(of_optimizers.own(), statistics))
+
+    def synchronize(self, plan: Plan, statistics: StepStatistics) -> None:
+        """An exchange before its time, if one is to come; and no rank leaves before all have come."""
+        if self._common is not None and self.steps:
+            self.exchange(plan, statistics)
+        else:
+            self._average_buffers(statistics)
+        # A rank may close the mesh now, in which others may still be waiting for what they have yet to read.
+        self._mesh.group.allreduce([self._trained[0].new_zeros(1)]).wait()
+
+    def _drift(self) -> torch.Tensor:
+        assert self._common is not None
+        return self._common.drift()
+
+    def _descend(self, mean: torch.Tensor) -> None:
+        assert self._common is not None
+        self._common.descend(mean, 1.0, 0.0)
+        self._common.put(self._common.shared)
+        self.steps = 0
+
+    def _average_buffers(self, statistics: StepStatistics) -> None:
+        if self._buffers is not None:
+            drift = self._buffers.drift().nan_to_num_(nan=0.0)  # of an infinite one, as masks have
+            self._buffers.descend(self._mean(drift, statistics), 1.0, 0.0)
+            self._buffers.put(self._buffers.shared)
+
+    def _mean(self, tensor: torch.Tensor, statistics: StepStatistics) -> torch.Tensor:
+        apart = statistics.apart()
+        mean = all_reduce_mean(tensor, None, RingAllReduce(), self._mesh, apart, feedback=False).wait()
+        apart.elements_sent = 0  # of gradients
+        statistics.include(apart)
+        return mean
+
+    def _moments(self, optimizers: Collection[torch.optim.Optimizer]) -> list[torch.Tensor]:
+        """What optimizers keep of this model's parameters, in the same order on all ranks."""
+        kept = [optimizer.state[p] for p in self._trained for optimizer in optimizers if p in optimizer.state]
+        values = [(name, state[name]) for state in kept for name in sorted(state) if name != "step"]
+        return [value for _, value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+
+    @contextlib.contextmanager
+    def synchronized(self) -> Iterator[None]:
+        """Inside, the model has what all ranks had in common last."""
+        if self._common is None or not self.steps:
+            yield
+            return
+        every = [common for common in (self._common, self._buffers) if common is not None]
+        own = self._aside = [common.own() for common in every]
+        try:
+            for common in every:
+                common.put(common.shared)
+            yield
+        finally:
+            self._aside = None
+            for common, values in zip(every, own, strict=True):
+                common.put(values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parameters of this rank are in it while they are its own, so that one checkpoint of the model does for all."""
+        every = [common for common in (self._common, self._buffers) if common is not None]
+        return {
+            "under_way": self.under_way,
+            "steps": self.steps,
+            "kept": self.memory.state_dict(),
+            "shared": [common.shared.clone() for common in every],
+            "own": (self._aside or [common.own() for common in every]) if self.under_way else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Sets the model's parameters, too."""
+        self._common, self.steps = Common(self._trained) if state["under_way"] else None, state["steps"]
+        self.memory.load_state_dict(state["kept"])
+        every = [common for common in (self._common, self._buffers) if common is not None]
+        for number, (common, shared) in enumerate(zip(every, state["shared"], strict=True)):
+            common.shared.copy_(shared)
+            if state["own"] is not None:
+                common.put(state["own"][number].to(common.shared))

@@ -1,0 +1,274 @@
+"""netsense decides when to exchange, too: local steps, and the ways into them and out of them."""
+
+import io
+import itertools
+import random
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from groups import run_group
+from simulation import Job, World
+from small_models import backward, batches, make_ddp, parameters_hash
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from netsenseml import attach
+from netsenseml.catalog import check_method
+from netsenseml.control.policy import split_interval
+from netsenseml.exchange.mesh import Shape
+
+STEPS = 300
+LR, MOMENTUM = 0.05, 0.9
+
+
+def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    if name == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+
+
+def at_random(seed: int) -> list[str]:
+    """Schemes with and without intervals, another one every few steps."""
+    draw, names = random.Random(seed), list[str]()
+    while len(names) < STEPS:
+        scheme = draw.choice(["allreduce", "int8", "int4-ring", "bf16", "sparse-int4@20%", "sparse-int4@5%-ring"])
+        interval = draw.choice([1, 1, 2, 3, 5, 8])
+        names += [scheme if interval == 1 else f"{scheme}/{interval}"] * draw.randint(1, 12)
+    return names[:STEPS]
+
+
+def synchronised(schemes: list[str]) -> list[tuple[bool, bool]]:
+    """Of every step: whether parameters are equal behind it, and whether the optimizers are."""
+    found, apart, since = [], False, 0
+    for _, interval in map(split_interval, schemes):
+        apart, since = apart or interval > 1, since + 1
+        equal = not apart or since >= interval
+        apart, since = apart and interval > 1, 0 if equal else since
+        found.append((equal, not apart))
+    return found
+
+
+def add_to(total: torch.Tensor, gradient: torch.Tensor) -> None:
+    total.add_(gradient.reshape(-1))
+
+
+def flat(tensors: Any) -> torch.Tensor:
+    return torch.cat([tensor.detach().double().reshape(-1) for tensor in tensors])
+
+
+def switch_at_random(rank: int, name: str) -> tuple[list[str], list[str], list[list[list[float]]], list[Any]]:
+    """Hashes of parameters and of the optimizer after every step; every 50 steps what was put in and what became of it, of this
+    rank; rows."""
+    ddp = make_ddp()
+    optimizer = make_optimizer(name, ddp)
+    session = attach(ddp, "netsense", policy="fixed", schemes=at_random(0))
+    begin, put_in = flat(ddp.parameters()), [torch.zeros(p.numel(), dtype=torch.float64) for p in ddp.parameters()]
+    for parameter, total in zip(ddp.parameters(), put_in, strict=True):
+        parameter.register_hook(partial(add_to, total))
+    hashes, states, kept, rows = [], [], [], []
+    for step, batch in enumerate(batches(rank, STEPS)):
+        backward(ddp, batch)
+        optimizer.step()
+        session.step()
+        hashes.append(parameters_hash(ddp.module))
+        moments = [v for p in ddp.parameters() for k, v in sorted(optimizer.state[p].items()) if k != "step"]
+        states.append(str(hash(tuple(flat(moments).tolist()))))
+        rows.append(dict(session.last or {}))
+        if name != "adamw" and step % 50 == 49:
+            state = session.state_dict()
+            named = ddp.module.named_parameters()
+            of_gradients = flat(state["feedback"].get(key, torch.zeros(p.numel())) for key, p in named)
+            of_parameters = state["apart"]["kept"].get("parameters", torch.zeros(1)).double()
+            velocity = flat(optimizer.state[p]["momentum_buffer"] for p in ddp.parameters())
+            moved = (begin - flat(ddp.parameters()) + of_parameters) * (1 - MOMENTUM) / LR
+            # v <- m v + g, x <- x - lr v: the sum of g is (1 - m) (sum of v) + m v
+            kept.append([torch.cat(put_in).tolist(), (moved + MOMENTUM * velocity + of_gradients).tolist()])
+    session.close()
+    hashes.append(parameters_hash(ddp.module))
+    return hashes, states, kept, rows
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_replicas_are_equal_and_nothing_is_lost_over_any_sequence_of_schemes_and_intervals(name: str) -> None:
+    ranks = run_group(switch_at_random, 3, name)
+    schemes = at_random(0)
+    for step, (equal, optimizers_equal) in enumerate(synchronised(schemes)):
+        assert (len({hashes[step] for hashes, *_ in ranks}) == 1) == equal, (step, schemes[step])
+        if optimizers_equal:
+            assert len({states[step] for _, states, *_ in ranks}) == 1, (step, schemes[step])
+    assert len({hashes[-1] for hashes, *_ in ranks}) == 1
+    for own in zip(*(kept for *_, kept, _ in ranks), strict=True):
+        put_in, became = torch.tensor(own, dtype=torch.float64).mean(0)
+        torch.testing.assert_close(became, put_in, rtol=1e-5, atol=1e-5)
+    for _, _, _, rows in ranks:
+        for step, (row, (equal, _)) in enumerate(zip(rows, synchronised(schemes), strict=True)):
+            assert row["scheme"] == schemes[step]
+            assert (row["payload_bytes"] > 0) == equal
+
+
+def step_by_constant_gradients(rank: int) -> list[list[float]]:
+    """With plain all-reduce, and apart now and then: parameters in the end."""
+    found = []
+    for schemes in (["allreduce"], ["allreduce/3"] * 7 + ["allreduce"] * 5 + ["allreduce/4"] * 5 + ["allreduce"]):
+        torch.manual_seed(0)
+        ddp = DistributedDataParallel(nn.Linear(20, 5))
+        optimizer, session = make_optimizer("momentum", ddp), attach(ddp, "netsense", policy="fixed", schemes=schemes)
+        for x, _ in batches(rank, 24):
+            optimizer.zero_grad()
+            ddp(x).sum().backward()
+            optimizer.step()
+            session.step()
+        session.close()
+        found.append(flat(ddp.parameters()).tolist())
+    return found
+
+
+def go_on(rank: int) -> list[bool]:
+    """Whether 24 steps are, bit by bit, some steps, a checkpoint whose model is that of rank 0 for all, and the others."""
+    schemes = ["sparse-int4@20%"] * 4 + ["int4/5"] * 10 + ["int8"] * 3 + ["int8/4"]
+    data, ends = list(batches(rank, 24)), []
+    for cut in (24, 6, 9, 15):
+        ddp = make_ddp(bucket_cap_mb=25)
+        optimizer, session = make_optimizer("momentum", ddp), attach(ddp, "netsense", policy="fixed", schemes=schemes)
+        for step, batch in enumerate(data):
+            if step == cut:
+                kept, shared = io.BytesIO(), [None]
+                with session.synchronized():
+                    torch.save({"session": session.state_dict(), "optimizer": optimizer.state_dict()}, kept)
+                    shared[0] = {name: value.clone() for name, value in ddp.module.state_dict().items()}
+                session.close()
+                dist.broadcast_object_list(shared)
+                ddp = make_ddp(bucket_cap_mb=25)
+                optimizer, session = make_optimizer("momentum", ddp), attach(ddp, "netsense", policy="fixed", schemes=schemes)
+                backward(ddp, data[0])
+                kept.seek(0)
+                checkpoint = torch.load(kept)
+                ddp.module.load_state_dict(shared[0])
+                optimizer.load_state_dict(checkpoint["optimizer"])
+                session.load_state_dict(checkpoint["session"])
+            backward(ddp, batch)
+            optimizer.step()
+            session.step()
+        session.close()
+        ends.append(parameters_hash(ddp.module))
+    return [end == ends[0] for end in ends[1:]]
+
+
+def decide(rank: int) -> list[tuple[str, list[str], list[int]]]:
+    """Of an interval that is given, and one that is chosen: the parameters' hash, schemes, bytes."""
+    found = []
+    for interval in (4, "auto"):
+        ddp = make_ddp()
+        optimizer, session = make_optimizer("adamw", ddp), attach(ddp, "netsense", interval=interval)
+        schemes, sent = [], []
+        for batch in batches(rank, 40):
+            backward(ddp, batch)
+            optimizer.step()
+            session.step()
+            schemes.append((session.last or {})["scheme"])
+            sent.append((session.last or {})["payload_bytes"])
+        session.close()
+        found.append((parameters_hash(ddp.module), schemes, sent))
+    return found
+
+
+def refuse(rank: int) -> list[str]:
+    found = []
+    ddp = make_ddp()
+    session = attach(ddp, "netsense", interval=4, scaler=torch.amp.GradScaler("cpu"))
+    (batch,) = batches(rank, 1)
+    with pytest.raises(ValueError) as refused:
+        backward(ddp, batch)
+    found.append(str(refused.value))
+    session.close()
+    ddp = make_ddp()
+    session = attach(ddp, "netsense", interval=4)
+    for _ in range(2):
+        backward(ddp, batch)
+    with pytest.raises(RuntimeError) as refused_too:
+        backward(ddp, batch)
+    found.append(str(refused_too.value))
+    session.close()
+    return found
+
+
+def do_all(rank: int) -> dict[str, Any]:
+    return {"constant": step_by_constant_gradients(rank), "go on": go_on(rank), "decide": decide(rank)}
+
+
+@pytest.fixture(scope="module")
+def done() -> list[dict[str, Any]]:
+    return run_group(do_all, 2)
+
+
+def test_momentum_survives_the_ways_in_and_out(done: list[dict[str, Any]]) -> None:
+    """Where gradients do not depend on parameters, it makes no difference when these are exchanged."""
+    for rank in done:
+        plain, apart = rank["constant"]
+        assert apart == pytest.approx(plain, rel=1e-5, abs=1e-5)
+
+
+def test_a_checkpoint_in_the_middle_of_an_interval_goes_on_bit_by_bit(done: list[dict[str, Any]]) -> None:
+    assert [rank["go on"] for rank in done] == [[True] * 3] * 2
+
+
+def test_an_interval_is_kept_to_and_chosen_by_all_alike(done: list[dict[str, Any]]) -> None:
+    for number in range(2):
+        (end, schemes, sent), (end_too, schemes_too, sent_too) = (rank["decide"][number] for rank in done)
+        assert end == end_too
+        assert schemes == schemes_too
+        assert [size > 0 for size in sent] == [size > 0 for size in sent_too]
+        if number == 0:
+            assert {split_interval(scheme)[1] for scheme in schemes} == {4}
+            assert [step for step, size in enumerate(sent) if size] == list(range(3, 40, 4))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_controller_parts_the_ranks_where_the_network_is_thin_and_not_where_it_is_fast(adaptive: bool) -> None:
+    """1.1 million parameters, 60 ms of compute, four ranks."""
+    for rate_bps, apart in ((2e6, True), (1e10, False)):
+        world = World(Shape(4), rate_bps, 1e-4, compute_s=0.06, elements=(250_000, 850_000))
+        job = Job(world, adaptive, intervals=(1, 2, 4, 8, 16, 32))
+        job.run(20)
+        found = {split_interval(name)[1] for name, _ in job.run(20)}
+        assert (min(found) > 1) == apart, found
+        assert apart or found == {1}
+
+
+def test_ranks_come_back_when_the_network_has_become_fast_but_not_for_a_moment() -> None:
+    world = World(Shape(4), 2e6, 1e-4, compute_s=0.06, elements=(250_000, 850_000))
+    job = Job(world, intervals=(1, 2, 4, 8, 16, 32))
+    job.run(10)
+    world.rate_bps = 1e10
+    first = [split_interval(name)[1] for name, _ in job.run(4)]
+    later = [split_interval(name)[1] for name, _ in job.run(400)]
+    assert min(first) > 1
+    assert later[-1] == 1
+    assert sum(before != 1 and after == 1 for before, after in itertools.pairwise(later)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"interval": 0}, "interval must be auto or an integer >= 1, not 0"),
+        ({"interval": "never"}, "interval must be auto or an integer >= 1, not 'never'"),
+        ({"interval": True}, "interval must be auto or an integer >= 1"),
+        ({"interval": 4, "policy": "bdp"}, "interval is for policy: progress"),
+        ({"policy": "fixed", "schemes": ["int8/1"]}, "unknown scheme 'int8/1'"),
+        ({"policy": "fixed", "schemes": ["int8/x"]}, "/8"),
+    ],
+)
+def test_bad_options_give_one_line(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        check_method("netsense", options)
+    assert "\n" not in str(refused.value)
+    assert said in str(refused.value)
+
+
+def test_what_cannot_work_is_refused_in_one_line() -> None:
+    for scaler, unfinished in run_group(refuse, 2):
+        assert "GradScaler" in scaler and "\n" not in scaler
+        assert "call it after every optimizer.step()" in unfinished
