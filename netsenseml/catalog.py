@@ -148,6 +148,13 @@ METHODS: Mapping[str, Options] = {
         "floor": Option(float, 0.001, "smallest share of the elements (progress, bdp)", above=0, high=1),
         "start": Option(float, 0.01, "share of the elements in the first steps (bdp)", above=0, high=1),
         "schemes": Option(list, [], "scheme of every step, as the records name them; the last one goes on (fixed)"),
+        "hierarchy": Option(
+            str,
+            "auto",
+            "auto: where hosts have several ranks, one of each exchanges for all of them; flat: every rank with every other"
+            " (progress)",
+            choices=("auto", "flat"),
+        ),
     },
 }
 

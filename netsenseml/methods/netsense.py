@@ -58,6 +58,7 @@ class NetSense(Coded):
         floor: float,
         start: float,
         schemes: Sequence[str],
+        hierarchy: str,
     ) -> None:
         super().__init__(module, group, RingAllReduce(), limit=_LIMIT)
         self._channel = ControlChannel(self.mesh, self._decide, _ANSWER.size)
@@ -68,7 +69,9 @@ class NetSense(Coded):
         elif policy == "bdp":
             self._policy = BdpPolicy(start=start, floor=floor)
         else:
-            self._policy = self._controller([p for p in module.parameters() if p.requires_grad], floor)
+            self._policy = self._controller(
+                [p for p in module.parameters() if p.requires_grad], floor, by_host=hierarchy == "auto"
+            )
         self._answers: deque[tuple[int, Future[torch.Tensor]]] = deque()
         self._told: deque[tuple[str, tuple[int, ...], int, list[torch.Tensor]]] = deque()
         self._looks: list[torch.Tensor] = []
@@ -78,12 +81,12 @@ class NetSense(Coded):
         if not isinstance(self._policy, FixedPolicy):
             self.plan = _plan(self._policy.plan)
 
-    def _controller(self, gradients: Sequence[torch.Tensor], floor: float) -> Controller:
+    def _controller(self, gradients: Sequence[torch.Tensor], floor: float, *, by_host: bool) -> Controller:
         """Ours, with what a few messages and some coding tell beforehand: the same on all ranks, though only rank 0's is
         used."""
         mesh, channel = self.mesh, self._channel
         item_bytes = max((gradient.element_size() for gradient in gradients), default=4)
-        self._candidates = plans(mesh.shape, floor, item_bytes)
+        self._candidates = plans(mesh.shape, floor, item_bytes, by_host=by_host)
         costs = coding_costs(self._candidates, mesh.shape, gradients[0].device)
         costs = dict(zip(costs, channel.largest(list(costs.values())), strict=True))
         latency_s = min(self._probe(1) for _ in range(3))
