@@ -118,7 +118,9 @@ def _fits(key: str, value: Any) -> bool:
         return True  # a model that diverges has no finite loss
     if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > _LARGEST:
         return False
-    return key not in ("dilation", "ranks_per_worker") or value > 0
+    if key == "ranks_per_worker":
+        return isinstance(value, int) and value > 0
+    return key != "dilation" or value > 0
 
 
 _LARGEST = 2**53
