@@ -108,7 +108,7 @@ _OUTER_LR = Option(float, 1.0, "learning rate of the outer optimizer", above=0)
 _UPDATES = ("auto", "sign", "mean")
 
 POLICIES: Mapping[str, tuple[str, ...]] = {
-    "progress": ("floor", "interval"),
+    "progress": ("floor", "interval", "hierarchy"),
     "bdp": ("floor", "start"),
     "kimad": ("floor", "start", "time_budget"),
     "dc2": ("floor", "start", "target_delay"),
@@ -179,6 +179,13 @@ METHODS: Mapping[str, Options] = {
         "eta": Option(float, 0.5, "relative change of the gradients' norm that is critical (accordion)", above=0),
         "window": Option(int, 32, "steps whose gradients are compared with those of the window before (accordion)", low=1),
         "schemes": Option(list, [], "scheme of every step, as the records name them; the last one goes on (fixed)"),
+        "hierarchy": Option(
+            str,
+            "auto",
+            "auto: where hosts have several ranks, one of each exchanges for all of them; flat: every rank with every other"
+            " (progress)",
+            choices=("auto", "flat"),
+        ),
     },
 }
 

@@ -35,7 +35,9 @@ class Cell:
     """One training run: one method and seed under one set of conditions.
 
     lab: the hosts and links to build. program: the user's script with its arguments, or None for
-    the built-in worker. workers: their names in order of rank; ``lab`` may have more hosts. flows: what competes with them.
+    the built-in worker. workers: names of the hosts that train, in order of rank; ``lab`` may have more hosts.
+    ranks_per_worker: processes that train on each of them. connections: that Gloo has between two ranks. flows: what
+    competes with them.
     calibrate: measure the links before t = 0. dilation: all of it is slower by this factor than what the spec says.
     step_timeout_s: the cell has failed when nothing moved for so long. kills, slowdowns: what happens to workers.
     restarts: whether all workers are started again when one has died.
@@ -58,6 +60,18 @@ class Cell:
     kills: tuple[Kills, ...] = ()
     slowdowns: tuple[Slowdown, ...] = ()
     restarts: bool = False
+    ranks_per_worker: int = 1
+    connections: int = 1
+
+    @property
+    def ranks(self) -> range:
+        """All of them; those of one worker follow one another, as with torchrun."""
+        return range(len(self.workers) * self.ranks_per_worker)
+
+    def ranks_of(self, worker: str) -> range:
+        """Those of one host."""
+        first = self.workers.index(worker) * self.ranks_per_worker
+        return range(first, first + self.ranks_per_worker)
 
     def config(self) -> protocol.CellConfig:
         """What the workers need to know, as it is written to cell.json."""
@@ -66,6 +80,7 @@ class Cell:
             "method": {"name": self.method.name, "options": dict(self.method.options)},
             "seed": self.seed,
             "workers": len(self.workers),
+            "ranks_per_worker": self.ranks_per_worker,
             "workload": self._workload_config(self.workload) if self.workload else None,
         }
 
@@ -92,8 +107,9 @@ class Cell:
     def _compute(self, compute: ComputeSpec) -> Any:
         if compute.pace is None and compute.emulate is None:
             return "real"
-        slow = [[self.workers.index(one.worker), one.from_s, one.to_s, one.factor] for one in self.slowdowns]
-        factors = {"factors": [compute.stragglers.get(worker, 1.0) for worker in self.workers], "slow": slow}
+        slow = [[rank, one.from_s, one.to_s, one.factor] for one in self.slowdowns for rank in self.ranks_of(one.worker)]
+        stragglers = [compute.stragglers.get(worker, 1.0) for worker in self.workers for _ in self.ranks_of(worker)]
+        factors = {"factors": stragglers, "slow": slow}
         if compute.pace is not None:
             return {"pace_s": compute.pace * self.dilation, **factors}
         assert compute.emulate is not None
@@ -212,6 +228,8 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Call
             kills=tuple(killed),
             slowdowns=tuple(slowed),
             restarts=spec.on_failure == "continue",
+            ranks_per_worker=spec.ranks_per_worker,
+            connections=spec.network.connections,
         )
         for seed in spec.seeds
         for method in spec.methods
@@ -239,7 +257,10 @@ def describe(plan: Plan) -> list[str]:
         lines.append("dilation: times, rates and delays are shown as the machine will have them")
     shown: set[tuple[Any, ...]] = set()
     for cell in plan.cells:
-        lines.append(f"cell {cell.name}: method {cell.method.label}, seed {cell.seed}, {len(cell.workers)} workers")
+        several = f" of {cell.ranks_per_worker} ranks" if cell.ranks_per_worker > 1 else ""
+        lines.append(f"cell {cell.name}: method {cell.method.label}, seed {cell.seed}, {len(cell.workers)} workers{several}")
+        if cell.connections > 1:
+            lines.append(f"  {cell.connections} connections between any two ranks")
         network = (repr(replace(cell.lab, seed=0)), cell.timeline, cell.flows, cell.kills, cell.slowdowns)
         if network in shown:
             lines.append("  (network as above)")

@@ -7,7 +7,8 @@ A *cell* is one training run: one method, one seed, one set of link conditions. 
     cell.json           what to run (``CellConfig``), written before any worker starts
     control.sock        Unix stream socket of the orchestrator, one JSON object a line in both directions
     shared/             where all workers may write: they find each other there
-    hosts/<host>/       where the programs of one host may write, and nobody else:
+    hosts/<host>/       where the programs of one host may write, and nobody else; where a host has several ranks, each of
+                        these has a directory of its own, hosts/<host>-<local rank>/
         steps.jsonl     one line a step of the worker (columns: ``netsenseml.records.STEP_COLUMNS``)
         evals.jsonl     one line an evaluation, written by rank 0 (columns: ``EVAL_COLUMNS``)
         checkpoint-*.pt of the built-in worker, where workers may be started again
@@ -142,6 +143,7 @@ class CellConfig(TypedDict):
     method: MethodConfig
     seed: int
     workers: int
+    ranks_per_worker: int
     workload: WorkloadConfig | None
 
 
@@ -150,9 +152,21 @@ def read_cell(directory: Path) -> CellConfig:
     return cast(CellConfig, decode_message(read_text(directory / CELL_FILE).encode()))
 
 
-def worker_name(rank: int) -> str:
-    """The host of a rank."""
-    return f"w{rank}"
+def ranks_per_worker(cell: Mapping[str, Any]) -> int:
+    """How many ranks share a host, by the content of cell.json; of an old run one."""
+    known = cell.get("ranks_per_worker")
+    return known if isinstance(known, int) and known > 0 else 1
+
+
+def worker_name(number: int) -> str:
+    """The host of ranks number x ranks_per_worker and following."""
+    return f"w{number}"
+
+
+def rank_name(rank: int, ranks_per_worker: int = 1) -> str:
+    """What a rank, its log and its directory are called: as its host, or, where that has several, w3-0, w3-1, …"""
+    worker, local_rank = divmod(rank, ranks_per_worker)
+    return worker_name(worker) if ranks_per_worker == 1 else f"{worker_name(worker)}-{local_rank}"
 
 
 def numbered(file: str, restarts: int) -> str:
@@ -161,9 +175,9 @@ def numbered(file: str, restarts: int) -> str:
     return f"{stem}-{restarts}.{suffix}" if restarts else file
 
 
-def host_directory(cell: Path, host: str) -> Path:
-    """Where the programs of a host may write."""
-    return cell / "hosts" / host
+def host_directory(cell: Path, name: str) -> Path:
+    """Where the programs of a host, or a rank (``rank_name``), may write."""
+    return cell / "hosts" / name
 
 
 def listen_unix(path: Path, backlog: int = 128) -> socket.socket:

@@ -16,9 +16,9 @@ too small and what is small too large in every step, and with a momentum of 0.9 
 _ROWS, _RUN = 64, 256
 
 
-def plans(shape: Shape, floor: float, item_bytes: int = 4) -> list[Plan]:
+def plans(shape: Shape, floor: float, item_bytes: int = 4, *, by_host: bool = True) -> list[Plan]:
     """The gradients as they are, of ``item_bytes`` an element; all of them in fewer bits; ever fewer elements, down to the
-    share ``floor``. Each by every communicator that may be the fastest.
+    share ``floor``. Each by every communicator that may be the fastest. by_host: over one rank a host where hosts have several.
 
     What sends no less than the gradients as they are is left out, but for float32 itself, which is sooner there over long
     paths.
@@ -33,7 +33,7 @@ def plans(shape: Shape, floor: float, item_bytes: int = 4) -> list[Plan]:
     for codec in codecs:
         kind = DirectAllReduce if codec.density == 1 else SparseAllGather
         flat = [kind(codec), kind(codec, ring=True)]
-        found += [Hierarchical(plan) for plan in flat] if shape.ranks_per_host > 1 else flat
+        found += [Hierarchical(plan) for plan in flat] if by_host and shape.ranks_per_host > 1 else flat
     most = found[0].cost(_MANY, shape).host_bytes
     return [plan for plan in found if plan.cost(_MANY, shape).host_bytes <= 1.01 * most]
 

@@ -200,7 +200,8 @@ def new_group(group: dist.ProcessGroup, name: str, ranks: Sequence[int]) -> dist
     before = _connections()
     made: dist.ProcessGroup = gloo(prefix, ranks.index(rank), len(ranks), options)
     found = {inode: descriptor for inode, descriptor in _connections().items() if inode not in before}
-    if len(found) == len(ranks) - 1:  # else another thread has connected meanwhile, to nobody knows whom
+    peers = len(ranks) - 1
+    if len(found) == peers * len(options._devices):  # else another thread has connected meanwhile, to nobody knows whom
         _connections_of.setdefault(group, []).append(found)
     return made
 

@@ -76,6 +76,7 @@ class NetSense(Coded):
         interval: int | str,
         start: float,
         schemes: Sequence[str],
+        hierarchy: str,
         **published: Any,
     ) -> None:
         """published: options of published policies (``catalog.POLICIES``)."""
@@ -106,7 +107,7 @@ class NetSense(Coded):
         else:
             gradients = [p for p in module.parameters() if p.requires_grad]
             if policy == "progress":
-                self._policy = self._controller(gradients, floor)
+                self._policy = self._controller(gradients, floor, by_host=hierarchy == "auto")
             else:
                 own = {key: value for key, value in {"start": start, **published}.items() if key in POLICIES[policy]}
                 elements, item_bytes = sum(g.numel() for g in gradients), max(g.element_size() for g in gradients)
@@ -131,12 +132,12 @@ class NetSense(Coded):
     def _scheme(self) -> str:
         return with_interval(self.plan.name, self._interval if self._alone else 1)
 
-    def _controller(self, gradients: Sequence[torch.Tensor], floor: float) -> Controller:
+    def _controller(self, gradients: Sequence[torch.Tensor], floor: float, *, by_host: bool) -> Controller:
         """Ours, with what a few messages and some coding tell beforehand: the same on all ranks, though only rank 0's is
         used."""
         mesh, channel = self.mesh, self._channel
         item_bytes = max((gradient.element_size() for gradient in gradients), default=4)
-        self._candidates = plans(mesh.shape, floor, item_bytes)
+        self._candidates = plans(mesh.shape, floor, item_bytes, by_host=by_host)
         costs = coding_costs(self._candidates, mesh.shape, gradients[0].device)
         costs = dict(zip(costs, channel.largest(list(costs.values())), strict=True))
         latency_s = min(self._probe(1) for _ in range(3))

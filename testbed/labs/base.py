@@ -25,13 +25,13 @@ class View:
     """What the programs on the hosts see of a directory, and where they may write.
 
     root: the directory, of which they see nothing but this: reads, files and directories; shared, in which all write; own,
-    by host, in which the programs of that host write.
+    by host, directories in which the programs of that host write.
     """
 
     root: Path
     reads: tuple[Path, ...]
     shared: Path
-    own: Mapping[str, Path]
+    own: Mapping[str, tuple[Path, ...]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ touches a lab whose orchestrator lives. Containers end with their orchestrator b
 """
 
 import contextlib
+import itertools
 import os
 import re
 import secrets
@@ -264,14 +265,14 @@ class DockerLab:
 
     def _written(self) -> list[Path]:
         if view := self._plan.view:
-            return [view.shared, *view.own.values()]
+            return [view.shared, *itertools.chain.from_iterable(view.own.values())]
         return [self._directory, self._directory / "cells", self._directory / "script"]
 
     def _mounts(self, paths: "_DaemonPaths", host: str, rendezvous: Path) -> list[Mount]:
         """What a container sees of the run directory, and of folders elsewhere, which it sees under their own paths."""
         seen = {str(folder): (folder, True) for folder in self._plan.folders}
         if view := self._plan.view:
-            reads, writes = (*view.reads, rendezvous), (view.shared, view.own[host])
+            reads, writes = (*view.reads, rendezvous), (view.shared, *view.own[host])
             for path in (*reads, *writes):
                 seen[str(_RUN_DIR / path.resolve().relative_to(self._directory))] = (path.resolve(), path in reads)
         else:

@@ -116,7 +116,7 @@ class NetnsHost:
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> Process:
         confined = None
         if view := self._view:
-            reads, writes = (*view.reads, *self._folders), (view.shared, view.own[self.name])
+            reads, writes = (*view.reads, *self._folders), (view.shared, *view.own[self.name])
             user = _user_of(view)
             if user:
                 for path in writes:

@@ -13,7 +13,17 @@ from typing import Any
 from testbed.files import read_json
 from testbed.live.bins import LONGEST_S, POINTS, Bins, newest
 from testbed.live.tail import Tail, number
-from testbed.protocol import CELL_FILE, EVALS_FILE, RESULT_FILE, STEPS_FILE, host_directory, numbered, one_line, worker_name
+from testbed.protocol import (
+    CELL_FILE,
+    EVALS_FILE,
+    RESULT_FILE,
+    STEPS_FILE,
+    host_directory,
+    numbered,
+    one_line,
+    rank_name,
+    ranks_per_worker,
+)
 from testbed.protocol import SOCKET_FILE as CONTROL_FILE
 from testbed.report.palette import palette
 from testbed.results.names import scenario
@@ -22,7 +32,7 @@ from testbed.run.door import SOCKET_FILE as DOOR_FILE
 
 DIRECTIONS = ("up", "down")
 MOST_CELLS = 2000
-_MOST_WORKERS = 4096
+_MOST_RANKS = 4096
 _ALL_POINTS = 6000
 """Of one line in all cells together: a sweep of many has coarser ones."""
 _LINKS_EVERY_S = 0.45
@@ -80,8 +90,9 @@ class CellView:
         self._counted: deque[tuple[float, dict[tuple[str, str], float]]] = deque(maxlen=8)
         self._links: dict[str, dict[str, Any]] = {}
 
-        workers = min(int(number(config.get("workers")) or 0), _MOST_WORKERS)
-        self._hosts = [host_directory(directory, worker_name(rank)) for rank in range(workers)]
+        per_host = ranks_per_worker(config)
+        ranks = min(int(number(config.get("workers")) or 0) * per_host, _MOST_RANKS)
+        self._ranks = [host_directory(directory, rank_name(rank, per_host)) for rank in range(ranks)]
         self._failures: list[str] = []
         self._furthest: dict[object, float] = {}
         self._sources: list[_Source] = [
@@ -95,10 +106,10 @@ class CellView:
 
     def _of_workers(self, restarts: int) -> Iterator["_Source"]:
         """What workers record that have been started again so often."""
-        for rank, host in enumerate(self._hosts):
-            yield Tail(host / numbered(STEPS_FILE, restarts)), _of_rank(rank, self._take_step)
-        for host in self._hosts[:1]:
-            yield Tail(host / numbered(EVALS_FILE, restarts)), self._take_evaluation
+        for rank, own in enumerate(self._ranks):
+            yield Tail(own / numbered(STEPS_FILE, restarts)), _of_rank(rank, self._take_step)
+        for own in self._ranks[:1]:
+            yield Tail(own / numbered(EVALS_FILE, restarts)), self._take_evaluation
 
     # State
 

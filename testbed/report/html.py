@@ -139,8 +139,10 @@ def facts(run: Run) -> list[str]:
     model, data = (_name(workload.get(key)) for key in ("model", "data"))
     emulated = isinstance(compute := workload.get("compute"), Mapping) and compute.get("emulate") is not None
     workers = sorted({int(count) for count in run.cells["workers"] if count})
+    ranks = sorted(set(run.cells["ranks_per_worker"]))
+    several = f" of {'/'.join(map(str, ranks))} ranks" if ranks and ranks[-1] > 1 else ""
     wanted = (
-        f"{'/'.join(map(str, workers))} workers" if workers else "",
+        f"{'/'.join(map(str, workers))} workers{several}" if workers else "",
         f"{run.spec['lab']} lab" if run.spec.get("lab") else "",
         (f"{model}, emulated" if emulated else f"{model} on {data}") if model and data else "",
         f"dilation {factors}" if (factors := _dilation(run)) else "",

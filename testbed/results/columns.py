@@ -88,7 +88,7 @@ HOST_COLUMNS: Mapping[str, str] = {
 FAILURE_COLUMNS: Mapping[str, str] = {
     "planned_s": "when the schedule wanted it, seconds after t = 0; null = it did not",
     "t_s": "when it happened or was noticed, seconds after t = 0",
-    "worker": "name of the worker",
+    "worker": "name of the worker; where it has several ranks, of a failure that of the rank, such as 'w1-0'",
     "kind": "'kill' (by the schedule), 'failure' (after which all are to be started again), or 'restart' (all train again)",
     "text": "what was found; empty for a kill",
 }
@@ -127,7 +127,7 @@ class Table:
 
 TABLES: Mapping[str, Table] = {
     "steps": Table(("hosts/*/steps*.jsonl",), STEP_COLUMNS, {"rank": "int64", "step": "int64", "scheme": "str"}),
-    "evals": Table(("hosts/w0/evals*.jsonl",), EVAL_COLUMNS, {"step": "int64"}),
+    "evals": Table(("hosts/w0/evals*.jsonl", "hosts/w0-0/evals*.jsonl"), EVAL_COLUMNS, {"step": "int64"}),
     "links": Table(("links.jsonl",), LINK_COLUMNS, {"link": "str", "direction": "str"}),
     "events": Table(
         ("events.jsonl", "hosts/*/events-*.jsonl"),

@@ -32,13 +32,13 @@ class Run:
     path, name: its directory and the name in its spec.
     spec, environment: what was asked for, and the machine that did it; {} if not recorded.
     summary: content of ``summary.json``; None until the run has ended (``summarize(run)`` makes one at any time).
-    cells: one row a cell: cell, method, seed, workers, overrides ({dotted key: value}), status ("done", "failed",
-        "interrupted", or "unfinished" if it is running or was killed), problems ([text]), earlier ([text], of a failed try
-        before this one), steps, t_end_s, final_accuracy, final_loss, parameters ({rank: hash}), workload (as in cell.json; {}
-        of a script), machine (where it ran: machine, kernel, processor, cores), tcp (as in cell.json), notes ([text], what its
-        links have otherwise than the spec says), calibrate (if its links were to be measured before t = 0), dilation (by which
-        all times are divided and rates multiplied here, but those of workload, calibration and events.state, which are as the
-        kernel had them).
+    cells: one row a cell: cell, method, seed, workers, ranks_per_worker, overrides ({dotted key: value}), status ("done",
+        "failed", "interrupted", or "unfinished" if it is running or was killed), problems ([text]), earlier ([text], of a
+        failed try before this one), steps, t_end_s, final_accuracy, final_loss, parameters ({rank: hash}), workload (as in
+        cell.json; {} of a script), machine (where it ran: machine, kernel, processor, cores), tcp (as in cell.json), notes
+        ([text], what its links have otherwise than the spec says), calibrate (if its links were to be measured before t = 0),
+        dilation (by which all times are divided and rates multiplied here, but those of workload, calibration and
+        events.state, which are as the kernel had them).
     steps, links, events, evals, traffic, failures, calibration, host, delayline: columns and units in
         ``testbed.results.columns``.
     """
@@ -118,6 +118,8 @@ def _fits(key: str, value: Any) -> bool:
         return True  # a model that diverges has no finite loss
     if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > _LARGEST:
         return False
+    if key == "ranks_per_worker":
+        return isinstance(value, int) and value > 0
     return key != "dilation" or value > 0
 
 
@@ -129,6 +131,7 @@ _CELL_DEFAULTS: Mapping[str, Any] = {
     "method": "",
     "seed": -1,
     "workers": 0,
+    "ranks_per_worker": 1,
     "overrides": {},
     "workload": {},
     "calibrate": False,

@@ -14,7 +14,17 @@ import pyarrow.parquet as pq
 
 from netsenseml.records import read_records
 from testbed.files import is_regular, read_json, remove_tree, replacing
-from testbed.protocol import CELL_FILE, CHECKPOINTS, RESULT_FILE, SHARED, MethodConfig, one_line, read_cell, worker_name
+from testbed.protocol import (
+    CELL_FILE,
+    CHECKPOINTS,
+    RESULT_FILE,
+    SHARED,
+    MethodConfig,
+    one_line,
+    rank_name,
+    ranks_per_worker,
+    read_cell,
+)
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES, Table
 
 UNKNOWN = "unknown"
@@ -102,21 +112,22 @@ def record_files(cell_dir: Path, name: str) -> list[Path]:
 
 def _recorded(cell_dir: Path, name: str) -> Iterator[dict[str, Any]]:
     """The rows of a table's record files; of those that a host wrote only what is its own to say."""
-    flows = (read_json(cell_dir / CELL_FILE) or {}).get("flows")
+    config = read_json(cell_dir / CELL_FILE) or {}
+    flows, per_host = config.get("flows"), ranks_per_worker(config)
     ends = {name: tuple(two) for name, two in flows.items() if isinstance(two, list)} if isinstance(flows, dict) else {}
     for path in record_files(cell_dir, name):
         host = None if path.parent == cell_dir else path.parent.name
         with contextlib.suppress(OSError):  # whoever wrote it may have forbidden to read it
             for row in read_records(path):
-                if isinstance(row, dict) and (host is None or _is_of_host(host, name, row, ends)):
+                if isinstance(row, dict) and (host is None or _is_of_host(host, name, row, ends, per_host)):
                     yield row
 
 
-def _is_of_host(host: str, table: str, row: Mapping[str, Any], flows: Mapping[str, tuple[str, ...]]) -> bool:
-    """Whether a row of a table is for a host to write. flows: from where to where."""
+def _is_of_host(host: str, table: str, row: Mapping[str, Any], flows: Mapping[str, tuple[str, ...]], per_host: int) -> bool:
+    """Whether a row of a table is for a host, or a rank of its own directory, to write. flows: from where to where."""
     match table, row:
         case "steps", {"rank": int(rank)}:
-            return worker_name(rank) == host
+            return rank_name(rank, per_host) == host
         case "traffic", {"flow": str(flow), "from": source, "to": target}:
             return flows.get(flow) == (source, target) and target == host
         case "events", {"kind": "traffic", "link": str(flow)}:

@@ -1,10 +1,10 @@
 """Who won, by how much, and whether it can be believed: the content of ``summary.json``.
 
     {"name", "valid", "problems": ["<cell>: <problem>"],
-     "cells": [{"cell", "method", "seed", "overrides", "workers", "steps", "throughput_samples_per_s", "step_s_median",
-                "encode_s_median", "payload_bytes_per_step", "lost_energy", "phases", "final_loss", "final_accuracy",
-                "best_accuracy", "time_to_target_s", "bytes_to_target", "restarts", "lost_steps", "valid", "problems",
-                "earlier_failures", "replicas_identical", "calibrated"}],
+     "cells": [{"cell", "method", "seed", "overrides", "workers", "ranks_per_worker", "steps", "throughput_samples_per_s",
+                "step_s_median", "encode_s_median", "payload_bytes_per_step", "lost_energy", "phases", "final_loss",
+                "final_accuracy", "best_accuracy", "time_to_target_s", "bytes_to_target", "restarts", "lost_steps", "valid",
+                "problems", "earlier_failures", "replicas_identical", "calibrated"}],
      "comparisons": [{"baseline", "method", "overrides", "throughput_ratio", "ci95": [lo, hi], "time_to_target_ratio",
                       "seeds", "valid"}],
      "regrets": [{"method", "overrides", "best", "regret", "oracle", "valid"}],
@@ -168,7 +168,7 @@ def _finite(value: Any) -> Any:
 
 
 def _damaged(cell: Mapping[str, Any], problem: str) -> dict[str, Any]:
-    known = {key: cell[key] for key in ("cell", "method", "seed", "workers")}
+    known = {key: cell[key] for key in ("cell", "method", "seed", "workers", "ranks_per_worker")}
     return {
         **known,
         "overrides": {},
@@ -218,6 +218,7 @@ def _summary_of(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
         "seed": cell["seed"],
         "overrides": cell["overrides"],
         "workers": cell["workers"],
+        "ranks_per_worker": cell["ranks_per_worker"],
         "steps": int(_number(cell["steps"], steps["step"].max() + 1) or 0),
         "throughput_samples_per_s": _number(warm["samples"].sum(min_count=1) / (warm["t_s"].max() - warm_from_s)),
         "step_s_median": _number(warm["step_s"].median()),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import pandas as pd
 
-from testbed.protocol import worker_name
+from testbed.protocol import ranks_per_worker, worker_name
 from testbed.results.tolerances import BUSY_SHARE, FOREIGN_SHARE, LATE_S
 
 GAP_S = 1.0
@@ -194,15 +194,17 @@ def misstated_payloads(cell: Mapping[str, Any], steps: pd.DataFrame, links: pd.D
 
     A rank says what its collectives send by their cost formulas; what TCP carried is known from the counters. Formulas are
     means over the ranks, a collective has headers of its own, and DDP sends the buffers of a model, too, from rank 0; for all
-    of which there is an allowance. That a link carried too much is said only of hosts without a competing flow, and not of a
-    user's script, which may exchange what it likes.
+    of which there is an allowance. What several ranks of a host say is added up, as far as it leaves the host. That a link
+    carried too much is said only of hosts without a competing flow, and not of a user's script, which may exchange what it
+    likes.
     """
-    ranks = cell["workers"]
+    per_host = ranks_per_worker(cell)
+    ranks = cell["workers"] * per_host
     more: dict[str, tuple[float, float]] = {}
     less: dict[str, tuple[float, float]] = {}
     ups = links[links["direction"] == "up"].sort_values("t_s").groupby("link")
-    for rank, rows in steps.groupby("rank"):
-        host = worker_name(rank)
+    for number, rows in steps.groupby(steps["rank"] // per_host):
+        host = worker_name(number)
         if host not in ups.groups:
             continue
         up = ups.get_group(host)
@@ -211,26 +213,47 @@ def misstated_payloads(cell: Mapping[str, Any], steps: pd.DataFrame, links: pd.D
         # Of a step that began before the first sample, some may have been sent before it, too.
         whole = done[done["t_s"] - done["step_s"] >= t_s[0]]
         after = int(np.searchsorted(t_s, done["t_s"].max())) if len(done) else 0
-        claimed, sent = whole["payload_bytes"].sum(), carried[after] - carried[0]
+        claimed, sent = _leaving(whole, cell["workers"], per_host)[0], carried[after] - carried[0]
         if claimed > (1 + CLAIMED) * sent + _STEP_BYTES * ranks * len(whole):
             more[host] = claimed, sent
         if host in {*traffic["from"], *traffic["to"]} or not cell["workload"] or done["retransmits"].isna().all():
             continue
         # What was sent after the last step was none of these steps.
-        sent = carried[max(after - 1, 0)] - carried[0] - _SEGMENT_BYTES * done["retransmits"].max()
-        claimed, allowance = done["payload_bytes"].sum(), _STEP_BYTES * ranks * len(done) + BUFFERS * done["dense_bytes"].sum()
+        sent = carried[max(after - 1, 0)] - carried[0] - _SEGMENT_BYTES * done.groupby("rank")["retransmits"].max().sum()
+        claimed = _leaving(done, cell["workers"], per_host)[1]
+        allowance = _STEP_BYTES * ranks * len(done) + BUFFERS * done["dense_bytes"].sum()
         if sent > (1 + UNCLAIMED) * claimed + allowance:
             less[host] = claimed, sent
+
+    def who(hosts: int) -> str:
+        return f"{hosts} of {ranks} ranks" if per_host == 1 else f"the ranks of {hosts} of {cell['workers']} hosts"
+
     problems = []
     for found, words in ((more, "more"), (less, "much less")):
         if found:
             host = max(found, key=lambda one: abs(found[one][0] - found[one][1]))
             claimed, sent = found[host]
             problems.append(
-                f"{len(found)} of {ranks} ranks say they sent {words} than their links carried"
+                f"{who(len(found))} say they sent {words} than their links carried"
                 f" (the worst: {host}, {claimed / 1e6:.4g} MB instead of {sent / 1e6:.4g} MB)"
             )
     return problems
+
+
+def _leaving(steps: pd.DataFrame, hosts: int, per_host: int) -> tuple[float, float]:
+    """(least, most) bytes that leave a host, of those that its ranks say they have sent.
+
+    Of a ring only one of its ranks sends to another host, of other collectives at least as much leaves it. Where the ranks of
+    a host add up among themselves ("host-"), that is not said, and all else leaves it.
+    """
+    said = steps["payload_bytes"]
+    if per_host == 1:
+        return said.sum(), said.sum()
+    if hosts == 1:
+        return 0.0, 0.0
+    by_host = steps["scheme"].str.startswith("host-")
+    ring = ~by_host & (steps["scheme"].str.endswith("-ring") | (steps["scheme"] == "allreduce"))
+    return said.where(by_host, said / per_host).sum(), said.where(~ring, said / per_host).sum()
 
 
 _HEADERS_BYTES, _SEGMENT_BYTES = 66, 1448
@@ -244,7 +267,8 @@ BUFFERS = 0.02
 def replicas_identical(cell: Mapping[str, Any]) -> bool | None:
     """Whether all ranks ended with the same parameters; None if not all of them reported theirs."""
     hashes = cell["parameters"]
-    return len(set(hashes.values())) == 1 if hashes and len(hashes) == cell["workers"] else None
+    ranks = cell["workers"] * ranks_per_worker(cell)
+    return len(set(hashes.values())) == 1 if hashes and len(hashes) == ranks else None
 
 
 def end_problems(cell: Mapping[str, Any]) -> list[str]:

@@ -107,7 +107,7 @@ def run_cell(cell: Cell, open_lab: OpenLab, directory: Path, tick: Tick, earlier
 
 def _members(cell: Cell) -> list[Member]:
     """Who speaks on the control socket: ranks, and the programs of the traffic."""
-    return [*range(len(cell.workers)), *((flow.name, end) for flow in cell.flows for end in ("receive", "send"))]
+    return [*cell.ranks, *((flow.name, end) for flow in cell.flows for end in ("receive", "send"))]
 
 
 def prepare_cell(cell: Cell, directory: Path, earlier: Sequence[str] = ()) -> None:
@@ -122,7 +122,7 @@ def prepare_cell(cell: Cell, directory: Path, earlier: Sequence[str] = ()) -> No
         logs.rename(kept)
     remove_tree(directory)
     logs.mkdir(parents=True)
-    for made in (directory / protocol.SHARED, *(protocol.host_directory(directory, host) for host in cell.lab.hosts)):
+    for made in (directory / protocol.SHARED, *itertools.chain.from_iterable(_own(cell, directory).values())):
         made.mkdir(parents=True)
     if kept.is_dir():
         kept.rename(logs / "earlier")
@@ -147,8 +147,15 @@ def _view(cell: Cell, directory: Path) -> View:
         if not path.is_symlink():  # whatever umask and the originals have: the programs may be another user's
             path.chmod(path.stat().st_mode | (0o555 if path.is_dir() else 0o444))
     reads = (directory / protocol.CELL_FILE, directory / protocol.SOCKET_FILE, *copied)
-    own = {host: protocol.host_directory(directory, host) for host in cell.lab.hosts}
-    return View(run, reads, directory / protocol.SHARED, own)
+    return View(run, reads, directory / protocol.SHARED, _own(cell, directory))
+
+
+def _own(cell: Cell, directory: Path) -> dict[str, tuple[Path, ...]]:
+    """By host, where its programs write: its directory, and those of its ranks if it has several."""
+    names = {host: [host] for host in cell.lab.hosts}
+    for worker in cell.workers:
+        names[worker] += [protocol.rank_name(rank, cell.ranks_per_worker) for rank in cell.ranks_of(worker)]
+    return {host: tuple(protocol.host_directory(directory, one) for one in dict.fromkeys(own)) for host, own in names.items()}
 
 
 def write_result(directory: Path, result: CellResult) -> None:
@@ -182,7 +189,7 @@ class _CellRunner:
     def __init__(self, cell: Cell, lab: Lab, control: ControlServer, directory: Path, result: CellResult, tick: Tick) -> None:
         self._cell, self._lab, self._control = cell, lab, control
         self._directory, self._result, self._tick = directory, result, tick
-        self._ranks = range(len(cell.workers))
+        self._ranks = cell.ranks
         self._processes: dict[Member, Process] = {}
         self._codes: dict[Member, int] = {}
         self._failures: dict[Member, _Failure] = {}
@@ -248,15 +255,18 @@ class _CellRunner:
 
     def _start_workers(self) -> None:
         hosts = [self._lab.hosts[name] for name in self._cell.workers]
-        for rank, host in enumerate(hosts):
+        per_host = self._cell.ranks_per_worker
+        for rank in self._ranks:
+            host = hosts[rank // per_host]
             directory = host.seen(self._directory)
             env = {
                 "RANK": str(rank),
-                "LOCAL_RANK": "0",
-                "WORLD_SIZE": str(len(hosts)),
+                "LOCAL_RANK": str(rank % per_host),
+                "WORLD_SIZE": str(len(self._ranks)),
+                "LOCAL_WORLD_SIZE": str(per_host),
                 "MASTER_ADDR": hosts[0].address,
                 "MASTER_PORT": str(_PORT + self._restarts),
-                "GLOO_SOCKET_IFNAME": host.interface,
+                "GLOO_SOCKET_IFNAME": ",".join([host.interface] * self._cell.connections),
                 "OMP_NUM_THREADS": "1",
                 protocol.ENV_RENDEZVOUS: f"file://{directory}/{protocol.SHARED}/rendezvous-{self._restarts}",
                 **({protocol.ENV_RESTARTS: str(self._restarts)} if self._restarts else {}),
@@ -280,9 +290,10 @@ class _CellRunner:
 
     def _environment(self, member: Member, host: Host) -> dict[str, str]:
         """What every program finds the control socket by, and the place for what it writes."""
+        output = protocol.host_directory(self._directory, self._name(member) if isinstance(member, int) else host.name)
         return {
             protocol.ENV_CELL_DIR: host.seen(self._directory),
-            protocol.ENV_OUTPUT_DIR: host.seen(protocol.host_directory(self._directory, host.name)),
+            protocol.ENV_OUTPUT_DIR: host.seen(output),
             protocol.ENV_TOKEN: self._control.tokens[member],
         }
 
@@ -298,11 +309,11 @@ class _CellRunner:
 
     def _name(self, member: Member) -> str:
         if isinstance(member, int):
-            return self._cell.workers[member]
+            return protocol.rank_name(member, self._cell.ranks_per_worker)
         return f"the program that has to {member[1]} the traffic {member[0]}"
 
     def _log(self, member: Member) -> Path:
-        name = self._cell.workers[member] if isinstance(member, int) else "-".join(member)
+        name = self._name(member) if isinstance(member, int) else "-".join(member)
         return self._directory / "logs" / f"{name}.log"
 
     def _wait_until_ready(self) -> None:
@@ -349,11 +360,12 @@ class _CellRunner:
 
     def _kill(self, kill: Kills, t0_s: float) -> None:
         for worker in kill.workers:
-            rank = self._cell.workers.index(worker)
-            if rank not in self._codes and rank not in self._done:
+            alive = [rank for rank in self._cell.ranks_of(worker) if rank not in self._codes and rank not in self._done]
+            for rank in alive:
                 self._processes[rank].kill()
+            if alive:
                 self._record(monotonic_s() - t0_s, worker, "kill", planned_s=kill.at_s)
-                self._killed.add(rank)
+                self._killed.update(alive)
                 self._wanted = self._wanted or kill.restart
 
     def _record(self, t_s: float, worker: str, kind: str, text: str = "", planned_s: float | None = None) -> None:

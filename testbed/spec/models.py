@@ -333,6 +333,9 @@ class NetworkSpec(Model):
     """Of all interfaces, in bytes of IP; a frame has 14 more."""
     ip: Literal[4, 6] = 4
     """The version that the workers talk to each other with; 6 needs an mtu of at least 1280."""
+    connections: StrictInt = Field(default=1, ge=1, le=16)
+    """That Gloo has between any two ranks of a group, for long fat paths, which one TCP connection may not fill. Each
+    collective goes over one of them, the next over another."""
 
     @model_validator(mode="after")
     def _packets_may_be_so_small(self) -> Self:
@@ -698,7 +701,7 @@ class WorkloadSpec(Model):
     data: DataSpec = DataSpec(name="digits")
     """A data set that the model can learn from, or package.module:callable."""
     batch: StrictInt = Field(64, ge=1, le=1_000_000)
-    """Samples a step of each worker."""
+    """Samples a step of each rank."""
     stop: StopSpec
     """When a cell ends."""
     optimizer: OptimizerSpec = OptimizerSpec(name="sgd", options={"lr": 0.1, "momentum": 0.9})
@@ -803,6 +806,8 @@ class Spec(Model):
     """Where the workers run: in rootless network namespaces, or in Docker containers."""
     workers: StrictInt = Field(4, ge=1, le=64)
     """How many; they are called w0, w1, …"""
+    ranks_per_worker: StrictInt = Field(1, ge=1, le=16)
+    """Processes that train on each worker. They share its link; what they send each other stays on its loopback."""
     network: NetworkSpec = NetworkSpec()
     """How they are joined, and what their links are like at the beginning."""
     schedule: list[AnyEntry] = Field(default_factory=list, max_length=10_000)

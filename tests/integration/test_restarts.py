@@ -65,9 +65,9 @@ def test_a_script_is_told_how_often_it_was_started_again(tmp_path):
 
 
 @pytest.mark.docker
-def test_in_docker_too(tmp_path):
+def test_in_docker_too_and_with_several_ranks_a_worker(tmp_path):
     schedule = [{"at": "600ms", "restart": ["w0", "w1"]}]
-    process = launch(tmp_path, "--lab", "docker", **CELL, schedule=schedule)
+    process = launch(tmp_path, "--lab", "docker", **CELL, ranks_per_worker=2, schedule=schedule)
     code, printed = finished(process)
     assert code == 0, printed
     (cell,) = testbed.load_run(only_run(tmp_path)).summary["cells"]

@@ -279,6 +279,32 @@ print("steps", session.steps)
 """
 
 
+def test_ranks_of_a_worker_share_its_link_and_what_is_between_them_stays_off_it(tmp_path):
+    told = 'print(*(os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))\n'
+    (tmp_path / "own.py").write_text(SCRIPT.replace("Linear(8, 8)", "Linear(8, 8000)") + told)  # 288 kB
+    methods = ["allreduce", {"name": "netsense", "label": "host", "policy": "fixed", "schemes": ["host-int8"]}]
+    changes = {
+        "network": {"link": {"rate": "50mbit"}, "connections": 2},
+        "workload": None,
+        "schedule": None,
+        "methods": methods,
+    }
+    code, out, err = run(tmp_path, ranks_per_worker=2, script={"file": "own.py", "args": ["15", "15", "0"]}, **changes)
+    assert code == 0, out + err
+    loaded = testbed.load_run(only_run(tmp_path))
+    assert all(cell["replicas_identical"] for cell in loaded.summary["cells"])
+    for name, steps in loaded.steps.groupby("cell"):
+        logs = loaded.path / "cells" / name / "logs"
+        for rank in range(4):
+            assert f"{rank} {rank % 2} 4 2\n" in (logs / f"w{rank // 2}-{rank % 2}.log").read_text()
+        said = steps.groupby("rank")["payload_bytes"].sum()
+        links = loaded.links[(loaded.links["cell"] == name) & (loaded.links["direction"] == "up")]
+        for worker, carried in links.groupby("link")["bytes"].agg(lambda total: total.max() - total.min()).items():
+            first, second = (said[2 * int(worker[1:]) + local] for local in (0, 1))
+            assert second == (0 if name == "host-s0" else first)  # in a ring one of them sends to the other worker
+            assert first <= carried <= 1.06 * first + 15 * 6000 + 50_000, name
+
+
 def test_a_time_limit_that_meets_the_last_step_does_not_hang(tmp_path):
     """One rank has ended by itself when the orchestrator asks all to hold, the other is still in its last step."""
     (tmp_path / "own.py").write_text(SCRIPT)

@@ -57,6 +57,7 @@ def test_gradients_of_two_bytes_have_no_plan_that_sends_more() -> None:
 def test_hosts_with_several_ranks_have_plans_that_use_their_interface_once() -> None:
     found = plans(Shape(64, 8), 0.001)
     assert all(plan.name == "allreduce" or plan.name.startswith("host-") for plan in found)
+    assert not any(plan.name.startswith("host-") for plan in plans(Shape(64, 8), 0.001, by_host=False))
     elements = 1 << 22
     flat, host = (parse(name).cost(elements, Shape(64, 8)) for name in ("int8", "host-int8"))
     assert host.host_bytes < flat.host_bytes / 4

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from netsenseml.compress.codec import Codec
 from netsenseml.exchange.collective import all_reduce_mean
 from netsenseml.exchange.communicators import DirectAllReduce, Hierarchical, parse
 from netsenseml.exchange.mesh import Mesh, Peer, Shape, abort, timeout
+from netsenseml.sensing.tcp import is_connected
 
 
 def world() -> dist.ProcessGroup:
@@ -216,6 +218,34 @@ def average_over(rank: int, hosts: list[int]) -> float:
 @pytest.mark.parametrize("hosts", [[0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 1]])
 def test_a_hierarchy_loses_nothing_whatever_the_hosts_are_like(hosts: list[int]) -> None:
     assert max(run_group(average_over, 4, hosts)) < 1e-5
+
+
+def abort_over_two_connections(rank: int) -> tuple[int, float]:
+    """(connections to the other rank, time in s until an exchange that the other never joins has ended)."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo,lo"
+    mesh = Mesh(dist.new_group(timeout=timedelta(seconds=30)))
+
+    def connected() -> int:
+        return sum(is_connected(int(entry.name)) for entry in Path("/proc/self/fd").iterdir())
+
+    before = connected()
+    mesh.stage(0)
+    made = connected() - before
+    all_reduce_mean(torch.ones(1000), "key", DirectAllReduce(Codec("int8")), mesh).wait()
+    began_s = time.monotonic()
+    if rank == 0:
+        threading.Timer(0.2, abort, [mesh.group]).start()
+        with pytest.raises(RuntimeError):
+            all_reduce_mean(torch.ones(1000), "key", DirectAllReduce(Codec("int8")), mesh).wait()
+    took_s = time.monotonic() - began_s
+    wait_for_others("aborted")
+    mesh.leave()
+    return made, took_s
+
+
+def test_a_group_with_several_connections_between_two_ranks_can_be_aborted() -> None:
+    for made, took_s in run_group(abort_over_two_connections, 2):
+        assert made == 2 and took_s < 20
 
 
 def look_at_connections(rank: int) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 from netsenseml.records import RecordFile
-from testbed.protocol import EVALS_FILE, STEPS_FILE, host_directory, worker_name
+from testbed.protocol import EVALS_FILE, STEPS_FILE, host_directory, rank_name
 
 FAST_BPS, SLOW_BPS = 50_000_000, 10_000_000
 SHARES = {"allreduce": (1.0, 1.0), "netsense": (0.4, 0.1), "topk": (0.3, 0.3)}
@@ -56,6 +56,7 @@ def write_cell(
     *,
     t_end_s: float = 30.0,
     workers: int = 2,
+    ranks_per_worker: int = 1,
     options: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
     result: Mapping[str, Any] | None = None,
@@ -70,15 +71,17 @@ def write_cell(
         "method": {"name": method, "options": dict(options or {})},
         "seed": seed,
         "workers": workers,
+        "ranks_per_worker": ranks_per_worker,
         "workload": None,
         "overrides": dict(overrides or {}),
     }
     (path / "cell.json").write_text(json.dumps(config))
     steps = list(step_rows(SHARES.get(method, (0.5, 0.5)), seed, t_end_s))
-    for rank in range(workers):
-        append(steps_file(path, rank), [{"rank": rank, **row, "scheme": method} for row in steps])
+    ranks = range(workers * ranks_per_worker)
+    for rank in ranks:
+        append(steps_file(path, rank, ranks_per_worker), [{"rank": rank, **row, "scheme": method} for row in steps])
     if evaluated:
-        append(host_directory(path, "w0") / EVALS_FILE, eval_rows(steps))
+        append(host_directory(path, rank_name(0, ranks_per_worker)) / EVALS_FILE, eval_rows(steps))
     append(path / "host.jsonl", host_rows(t_end_s))
     append(path / "links.jsonl", link_rows(steps, workers, t_end_s))
     append(path / "events.jsonl", event_rows(workers, t_end_s, late_s))
@@ -86,7 +89,7 @@ def write_cell(
         end = {
             "status": "done",
             "problems": [],
-            "parameters": {str(rank): "cafe" for rank in range(workers)},
+            "parameters": {str(rank): "cafe" for rank in ranks},
             "steps": len(steps),
             "final_accuracy": 0.95,
             "final_loss": 0.2,
@@ -96,9 +99,9 @@ def write_cell(
     return path
 
 
-def steps_file(cell: Path, rank: int) -> Path:
+def steps_file(cell: Path, rank: int, ranks_per_worker: int = 1) -> Path:
     """Where a rank records its steps."""
-    return host_directory(cell, worker_name(rank)) / STEPS_FILE
+    return host_directory(cell, rank_name(rank, ranks_per_worker)) / STEPS_FILE
 
 
 def append(path: Path, rows: Any) -> None:

@@ -215,6 +215,16 @@ def test_workers_that_were_started_again_go_on_and_steps_done_twice_count_once(t
     assert row["problems"] == ["at 3.5 s w1 was ended by signal 9; all workers were to be started again"]
 
 
+def test_steps_of_all_ranks_of_a_worker_count(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", methods=("allreduce",), ranks_per_worker=2)
+    view = RunView(run)
+    view.update(60)
+    row = view.changes()["rows"]["allreduce-s0"]
+    summary = summarize(load_run(run))["cells"][0]
+    assert row["samples_per_s"] == pytest.approx(summary["throughput_samples_per_s"], rel=1e-3)
+    assert row["accuracy"] is not None
+
+
 def test_a_cell_that_is_tried_again_begins_anew(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", methods=())
     cell = write_cell(run / "cells" / "c", t_end_s=6.0)

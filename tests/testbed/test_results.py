@@ -45,6 +45,23 @@ def test_a_running_and_a_finished_run_load_alike(tmp_path: Path) -> None:
     assert summarize(after)["valid"]
 
 
+def test_several_ranks_of_a_worker_have_records_and_a_say_of_their_own(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", methods=("allreduce",), ranks_per_worker=2)
+    cell = path / "cells" / "allreduce-s0"
+    assert sorted(found.name for found in (cell / "hosts").iterdir()) == ["w0-0", "w0-1", "w1-0", "w1-1"]
+    append(steps_file(cell, 1, 2), [{"rank": 0, "step": 5000, "t_s": 9.0, "step_s": 1e-9}])  # not for it to say
+    loaded = load_run(path)
+    assert sorted(set(loaded.steps["rank"])) == [0, 1, 2, 3] and loaded.steps["step"].max() < 5000
+    summary = cell_of(loaded, "allreduce-s0")
+    assert summary["valid"] and summary["replicas_identical"] and len(loaded.evals)
+    assert (summary["workers"], summary["ranks_per_worker"]) == (2, 2)
+    finish_cell(cell)
+    assert summarize(load_run(path))["cells"] == [summary]
+    result = json.loads((cell / "result.json").read_text())
+    (cell / "result.json").write_text(json.dumps({**result, "parameters": {"0": "cafe", "1": "cafe"}}))
+    assert "not every rank reported its final parameters" in summarize(load_run(path))["problems"][0]
+
+
 def test_state_of_an_event_is_json_text(tmp_path: Path) -> None:
     run = load_run(write_run(tmp_path / "run"))
     assert json.loads(run.events["state"].iloc[0])["up"]["rate_bps"] == 50_000_000

@@ -243,6 +243,9 @@ BAD = [
     ({"schedule__0__over": "5s"}, "bad.yaml: schedule[0].over: ", "belongs to a ramp"),
     ({"workers": "four"}, "bad.yaml: workers: ", "whole number"),
     ({"workers": 0}, "bad.yaml: workers: ", "out of range"),
+    ({"ranks_per_worker": 0}, "bad.yaml: ranks_per_worker: ", "greater than or equal to 1"),
+    ({"ranks_per_worker": "2"}, "bad.yaml: ranks_per_worker: ", "whole number"),
+    ({"network__connections": 17}, "bad.yaml: network.connections: ", "less than or equal to 16"),
     ({"workload__stop": {}}, "bad.yaml: workload.stop: ", "steps, epochs and seconds"),
     ({"workload__model": "resnet"}, "bad.yaml: workload.model: ", "mlp"),
     ({"workload__compute": "fast"}, "bad.yaml: workload.compute: ", "{pace: 120ms}"),
@@ -300,6 +303,7 @@ EVERYTHING = """
 name: everything
 lab: netns
 workers: 4
+ranks_per_worker: 2
 network:
   topology: regions
   link: {rate: 50mbit, queue: 50ms, up: {rate: 20mbit}, down: {loss: {share: 1%, burst: 4}, delay: 1ms, in_order: true}}
@@ -311,6 +315,7 @@ network:
   shaper: htb
   mtu: 1500
   ip: 4
+  connections: 4
 schedule:
   - {at: 1s, links: w1, set: {rate: 5mbit, down: {delay: 2ms}}}
   - {at: 2s, links: [w2], ramp: {rate: 5mbit}, over: 1s, every: 100ms}

@@ -562,14 +562,24 @@ def test_changes_by_hand_are_no_evidence_for_a_spec(tmp_path: Path) -> None:
 
 
 def told(
-    claimed: float, sent: float, *, retransmits: float = 0.0, flows: Sequence[Any] = (), script: bool = False
+    claimed: float,
+    sent: float,
+    *,
+    retransmits: float = 0.0,
+    flows: Sequence[Any] = (),
+    script: bool = False,
+    scheme: str = "",
+    ranks: int = 1,
+    workers: int = 4,
 ) -> list[str]:
-    """What rank 0 is blamed for, whose steps of 1 s claim so many bytes each, and whose link carried so much TCP payload."""
+    """What the ranks of w0 are blamed for, whose steps of 1 s claim so many bytes each, and whose link carried so much TCP
+    payload."""
     steps = pd.DataFrame({"rank": 0, "step": range(20), "t_s": np.arange(20) + 1.5, "step_s": 1.0, "dense_bytes": 1e6})
-    steps = steps.assign(payload_bytes=claimed, retransmits=retransmits)
+    steps = steps.assign(payload_bytes=claimed, retransmits=retransmits, scheme=scheme)
+    steps = pd.concat([steps.assign(rank=rank) for rank in range(ranks)])
     frames = sent / 1448 / 10 * np.arange(206)
     up = {"t_s": np.arange(206) / 10, "link": "w0", "direction": "up", "bytes": 1514 * frames, "packets": frames}
-    cell = {"workers": 4, "workload": {} if script else {"model": "mlp"}}
+    cell = {"workers": workers, "ranks_per_worker": ranks, "workload": {} if script else {"model": "mlp"}}
     return validity.misstated_payloads(cell, steps, pd.DataFrame(up), pd.DataFrame(flows, columns=list(TRAFFIC_COLUMNS)))
 
 
@@ -591,6 +601,21 @@ def test_a_rank_whose_link_carried_much_more_than_it_claims_is_blamed() -> None:
     assert told(1e6, 1.3e6, script=True) == []  # it may exchange what it likes
     assert told(1e6, 1.3e6, retransmits=np.nan) == []
     assert told(1e6, 1.3e6, retransmits=20 * 0.25e6 / 1448) == []
+
+
+def test_what_the_ranks_of_a_host_say_is_added_up_as_far_as_it_leaves_the_host() -> None:
+    """Two ranks that say 1 MB each: over a ring only one of them uses the link, by host what is said is what leaves."""
+    for scheme in ("allreduce", "int8-ring"):
+        assert told(1e6, 1e6, scheme=scheme, ranks=2) == []
+        assert "much less" in told(1e6, 1.5e6, scheme=scheme, ranks=2)[0]
+    assert told(1e6, 1.5e6, scheme="int8", ranks=2) == []
+    assert told(1e6, 2e6, scheme="host-int8-ring", ranks=2) == []
+    assert told(1e6, 1.5e6, scheme="host-int8", ranks=2)[0].startswith("the ranks of 1 of 4 hosts say they sent more than")
+    for scheme in ("allreduce", "host-int8", "int8"):
+        assert "more than" in told(1e6, 0.8e6, scheme=scheme, ranks=2)[0]
+        assert "much less than" in told(1e6, 2.5e6, scheme=scheme, ranks=2)[0]
+    assert told(1e6, 0.0, scheme="int8", ranks=2, workers=1) == []  # nothing leaves the only host
+    assert "much less than" in told(1e6, 1e6, scheme="int8", ranks=2, workers=1)[0]
 
 
 def test_small_payloads_may_be_less_than_headers_and_buffers() -> None:

@@ -43,6 +43,19 @@ def test_entries_about_workers_stand_beside_those_about_links():
     assert "t=5s kill w1\n" in lines and "t=6s to the end: w0 computes 2 times as long" in lines
 
 
+def test_what_happens_to_a_worker_happens_to_all_of_its_ranks():
+    workload = {"compute": {"pace": "100ms", "stragglers": {"w1": 2}}, "stop": {"seconds": 30}}
+    several = {"ranks_per_worker": 2, "network": {"connections": 3}}
+    planned = plan([{"at": "3s", "slow": {"w1": 3}}], workload, **several)
+    (cell,) = planned.cells
+    assert (list(cell.ranks), list(cell.ranks_of("w1"))) == ([0, 1, 2, 3], [2, 3])
+    compute = cell.config()["workload"]["compute"]
+    assert [Compute.of(compute, rank).seconds for rank in cell.ranks] == [0.1, 0.1, 0.2, 0.2]
+    assert [Compute.of(compute, rank).factor(4.0) for rank in cell.ranks] == [1, 1, 3, 3]
+    lines = "\n".join(describe(planned))
+    assert "2 workers of 2 ranks\n  3 connections between any two ranks\n" in lines
+
+
 @pytest.mark.parametrize(
     ("entry", "place", "words"),
     [
