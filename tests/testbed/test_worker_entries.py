@@ -43,20 +43,20 @@ def test_entries_about_workers_stand_beside_those_about_links():
     assert "t=5s kill w1\n" in lines and "t=6s to the end: w0 computes 2 times as long" in lines
 
 
-@pytest.mark.parametrize(
-    ("entry", "place", "words"),
-    [
-        ({"kill": "w7"}, "schedule[0]", "there is no worker 'w7'; there are w0 to w1"),
-        ({"kill": []}, "schedule[0]", "must not be empty"),
-        ({"slow": {"w0": 0}}, "schedule[0]", "0.1"),
-        ({"slow": {"w3": 2}}, "schedule[0]", "there is no worker 'w3'"),
-        ({"slow": {"w0": 2}, "for": "0s"}, "schedule[0]", "greater than 0"),
-        ({"slow": {"w0": 2}, "for": "60s"}, "schedule[0].for", "comes after the end of the run at 30s"),
-        ({"kill": "w0", "at": "40s"}, "schedule[0].at", "comes after the end of the run"),
-        ({"kill": "w0", "for": "1s"}, "schedule[0].for", "belongs to a"),
-        ({"kil": "w0"}, "schedule[0].kil", "did you mean 'kill'"),
-    ],
-)
+BAD_WORKERS = [
+    ({"kill": "w7"}, "schedule[0]", "there is no worker 'w7'; there are w0 to w1"),
+    ({"kill": []}, "schedule[0]", "must not be empty"),
+    ({"slow": {"w0": 0}}, "schedule[0]", "0.1"),
+    ({"slow": {"w3": 2}}, "schedule[0]", "there is no worker 'w3'"),
+    ({"slow": {"w0": 2}, "for": "0s"}, "schedule[0]", "greater than 0"),
+    ({"slow": {"w0": 2}, "for": "60s"}, "schedule[0].for", "comes after the end of the run at 30s"),
+    ({"kill": "w0", "at": "40s"}, "schedule[0].at", "comes after the end of the run"),
+    ({"kill": "w0", "for": "1s"}, "schedule[0].for", "belongs to a"),
+    ({"kil": "w0"}, "schedule[0].kil", "did you mean 'kill'"),
+]
+
+
+@pytest.mark.parametrize(("entry", "place", "words"), BAD_WORKERS)
 def test_what_is_wrong_with_them(entry, place, words):
     with pytest.raises(SpecError) as raised:
         plan([{"at": "1s", **entry}])
