@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from installed import Installation, install_wheel
 
 # Shared machines stall at will; a slow example is no fault of the code. NETSENSE_FUZZ: how many examples, instead of a hundred.
 settings.register_profile("shared", deadline=None, max_examples=int(os.environ.get("NETSENSE_FUZZ", "100")))
@@ -63,6 +64,12 @@ def missing(need: str) -> str | None:
     elif need in ("chromium", "iperf3") and not shutil.which(need):
         return f"{need} is missing; install it with: sudo apt-get install {need}"
     return None
+
+
+@pytest.fixture(scope="session")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    """The wheel where there is no checkout. Its first worker compiles kernels for some seconds."""
+    return install_wheel(tmp_path_factory.mktemp("installed"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -41,10 +41,13 @@ def cell_problems(cell: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], w
     warmup: so many steps may take any time, as nothing is told of them.
     """
     steps, links, events = tables["steps"], tables["links"], tables["events"]
+    ended = end_problems(cell)
+    if ended and steps.empty and links.empty:
+        return ended  # it ended before it began: that nothing was recorded says nothing more
     sides = directions(links, events)
     t_end_s = cell["t_end_s"] if pd.notna(cell["t_end_s"]) else steps["t_s"].max() if len(steps) else 0.0
     return [
-        *end_problems(cell),
+        *ended,
         *([] if len(steps) else ["no step was recorded"]),
         *([f"none of its steps came after the warm-up of {warmup}"] if steps["step"].max() < warmup else []),
         *(uncalibrated_links(tables["calibration"]) if cell["calibrate"] else []),

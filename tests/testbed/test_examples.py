@@ -35,6 +35,7 @@ def is_checked_by_the_schema_that_it_names(path):
     schema = path.parent / line.removeprefix("# yaml-language-server: $schema=")
     assert schema.name == SCHEMA_NAME
     validator = jsonschema.Draft7Validator(json.loads(schema.read_text()))
+    validator.check_schema(validator.schema)
     raw = read_yaml(path)
     return validator.is_valid(raw) and not validator.is_valid({**raw, "wokers": 4})
 

@@ -1,13 +1,14 @@
 """The distribution: a library that needs little, and a testbed that says what it needs on top."""
 
-import os
+import json
 import subprocess
 import sys
-import venv
+from collections.abc import Callable
 from importlib import metadata, util
 from pathlib import Path
 
 import pytest
+from installed import Installation
 
 from testbed.__main__ import modules_of_the_extra
 
@@ -48,36 +49,42 @@ def test_any_other_module_that_is_missing_is_a_fault_and_shows_where() -> None:
     assert "Traceback" in done.stderr and "pip install" not in done.stderr
 
 
-def test_the_wheel_is_all_that_one_needs_where_there_is_no_checkout(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path / "dist")]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    place = tmp_path / "environment"
-    venv.create(place, symlinks=True)
-    python = place / "bin" / "python"
-    # The packages that it needs are those of this environment, to install torch again takes minutes. A path file within a
-    # directory that a path file names is not read, so that an editable install of the checkout does not come along.
-    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    (own,) = place.glob("lib/*/site-packages")
-    (own / "packages.pth").write_text("\n".join(packages))
-    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile", "--no-index", str(wheel)]
-    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", *options], check=True)
-    bare = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
+@pytest.fixture
+def says(installation: Installation, tmp_path: Path) -> Callable[..., str]:
+    """What a program of the installed wheel prints, in an empty folder."""
 
     def says(*command: str) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=bare, check=False)
-        assert done.returncode == 0, done.stderr
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=installation.environment, check=False, timeout=150
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    where = says(
-        str(python), "-c", "import sys, testbed, netsenseml as n; print(testbed.__file__, n.__file__, *sys.path, sep='\\n')"
-    )
-    assert where.count(f"{own}/") == 2 and str(ROOT) not in where.splitlines()
-    command = str(place / "bin" / "testbed")
-    says(command, "init")
-    assert says(command, "validate") == "experiment.yaml: good; 3 cells, 2 workers, lab netns\n"
-    says(command, "examples", "schedules/cellular")
-    assert (folder / "experiments" / "traces" / "cellular.csv").is_file()
-    assert {path.name for path in own.glob("*/py.typed") if path.parent.name in ("testbed", "netsenseml")} == {"py.typed"}
+    return says
+
+
+@pytest.mark.alone  # beside the pages' commands, which need the installation, too
+def test_the_wheel_is_all_that_one_needs_where_there_is_no_checkout(
+    installation: Installation, says: Callable[..., str], tmp_path: Path
+) -> None:
+    code = "import sys, testbed, netsenseml as n; print(testbed.__file__, n.__file__, *sys.path, sep='\\n')"
+    where = says(str(installation.python), "-c", code)
+    assert where.count(f"{installation.packages}/") == 2 and str(ROOT) not in where.splitlines()
+    says("testbed", "init")
+    assert says("testbed", "validate") == "experiment.yaml: good; 3 cells, 2 workers, lab netns\n"
+    says("testbed", "examples", "schedules/cellular")
+    assert (tmp_path / "experiments" / "traces" / "cellular.csv").is_file()
+    typed = {path.name for path in installation.packages.glob("*/py.typed") if path.parent.name in ("testbed", "netsenseml")}
+    assert typed == {"py.typed"}
+
+
+@pytest.mark.netns
+def test_the_wheel_runs_the_smoke_spec_where_there_is_no_checkout(says: Callable[..., str], tmp_path: Path) -> None:
+    assert says("testbed", "examples", "smoke").endswith("next: testbed run experiments/smoke.yaml\n")
+    short = ["workers=2", "methods=[allreduce, netsense]", "schedule=[]", "workload.stop={steps: 3}"]
+    options = [word for text in short for word in ("--set", text)]
+    summary = json.loads(says("testbed", "run", "experiments/smoke.yaml", *options, "--json"))
+    assert summary["valid"] and {cell["method"] for cell in summary["cells"]} == {"allreduce", "netsense"}
+    directory = tmp_path / summary["directory"]
+    assert (directory / "report.html").is_file()
+    assert str(ROOT) not in (directory / "environment.json").read_text()

@@ -15,6 +15,7 @@ from test_hostile import WHOLE, changed, changes, examples
 from test_spec import BAD, places, write
 from test_timeline import BAD_ENTRIES
 from test_traffic import BAD_FLOWS, BASE, TCP
+from test_worker_entries import BAD_WORKERS, PACED, SPEC
 from typer.testing import CliRunner
 
 from netsenseml.catalog import METHODS
@@ -29,7 +30,7 @@ from testbed.spec.schema import SCHEMA_FILE, json_schema, schema_text
 pytestmark = pytest.mark.fast
 
 ROOT = Path(__file__).parents[2]
-SPECS = sorted((ROOT / "experiments").rglob("*.yaml"))
+SPECS = sorted([*(ROOT / "experiments").rglob("*.yaml"), ROOT / "testbed" / "starter.yaml"])
 SCHEMA = json.loads(SCHEMA_FILE.read_text())
 VALIDATOR = jsonschema.Draft7Validator(SCHEMA)
 
@@ -52,7 +53,7 @@ def test_what_is_shipped_is_what_the_models_give_and_the_command_prints():
     assert (result.exit_code, json.loads(result.stdout)) == (0, SCHEMA)
 
 
-@pytest.mark.parametrize("path", SPECS, ids=lambda path: str(path.relative_to(ROOT / "experiments")))
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_spec_of_the_repository_is_good_and_names_the_schema(path):
     raw = read_yaml(path)
     assert faults(raw) == []
@@ -102,6 +103,10 @@ TAKEN_OF_ENTRIES = {
     "at least 1ms apart": HOW_LARGE,
     "too short for two steps": COMPARED,
 }
+TAKEN_OF_WORKERS = {
+    "there is no worker": NAMED,
+    "comes after the end of the run": COMPARED,
+}
 TAKEN_OF_FLOWS = {
     "there is no host": NAMED,
     "is the host that it comes from": COMPARED,
@@ -130,6 +135,9 @@ def test_bad_specs_are_refused_but_for_those_that_no_schema_can_refuse(tmp_path)
 def test_bad_lines_of_a_schedule_and_bad_flows_are_refused_likewise():
     cases = [({**BASE, "schedule": [{"at": "0s", **entry}]}, words) for entry, words in BAD_ENTRIES]
     assert list(unexpected(cases, TAKEN_OF_ENTRIES)) == []
+    workers = {**SPEC, "name": "workers", "workload": PACED}
+    cases = [({**workers, "schedule": [{"at": "1s", **entry}]}, words) for entry, _, words in BAD_WORKERS]
+    assert list(unexpected(cases, TAKEN_OF_WORKERS)) == []
     cases = [
         ({**BASE, "traffic": [{key: value for key, value in {**TCP, **flow}.items() if value is not None}]}, words)
         for flow, _, words in BAD_FLOWS

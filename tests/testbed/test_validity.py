@@ -48,6 +48,20 @@ def test_what_spoils_a_cell_is_named(tmp_path: Path, options: dict[str, Any], wo
     assert any(words in problem and problem.startswith("allreduce-s0: ") for problem in problems), problems
 
 
+@pytest.mark.parametrize("status", ["failed", "done"])
+def test_of_a_cell_that_ended_before_it_began_only_the_reason_is_told(tmp_path: Path, status: str) -> None:
+    why = "w0 failed: there is no module 'own'"
+    result = {"status": status, "problems": [why] if status == "failed" else []}
+    run = write_run(tmp_path / "run", methods=("allreduce",), result=result)
+    for records in run.rglob("*.jsonl"):
+        records.unlink()
+    problems = summarize(load_run(run))["problems"]
+    if status == "failed":
+        assert problems == [f"allreduce-s0: {why}"]
+    else:  # which cannot be
+        assert "allreduce-s0: no step was recorded" in problems
+
+
 def test_unconfirmed_changes_are_named(tmp_path: Path) -> None:
     events = load_run(write_run(tmp_path / "run")).events
     events.loc[3, "verified"] = False

@@ -56,20 +56,20 @@ def test_what_happens_to_a_worker_happens_to_all_of_its_ranks():
     assert "2 workers of 2 ranks\n  3 connections between any two ranks\n" in lines
 
 
-@pytest.mark.parametrize(
-    ("entry", "place", "words"),
-    [
-        ({"kill": "w7"}, "schedule[0]", "there is no worker 'w7'; there are w0 to w1"),
-        ({"kill": []}, "schedule[0]", "must not be empty"),
-        ({"slow": {"w0": 0}}, "schedule[0]", "0.1"),
-        ({"slow": {"w3": 2}}, "schedule[0]", "there is no worker 'w3'"),
-        ({"slow": {"w0": 2}, "for": "0s"}, "schedule[0]", "greater than 0"),
-        ({"slow": {"w0": 2}, "for": "60s"}, "schedule[0].for", "comes after the end of the run at 30s"),
-        ({"kill": "w0", "at": "40s"}, "schedule[0].at", "comes after the end of the run"),
-        ({"kill": "w0", "for": "1s"}, "schedule[0].for", "belongs to a"),
-        ({"kil": "w0"}, "schedule[0].kil", "did you mean 'kill'"),
-    ],
-)
+BAD_WORKERS = [
+    ({"kill": "w7"}, "schedule[0]", "there is no worker 'w7'; there are w0 to w1"),
+    ({"kill": []}, "schedule[0]", "must not be empty"),
+    ({"slow": {"w0": 0}}, "schedule[0]", "0.1"),
+    ({"slow": {"w3": 2}}, "schedule[0]", "there is no worker 'w3'"),
+    ({"slow": {"w0": 2}, "for": "0s"}, "schedule[0]", "greater than 0"),
+    ({"slow": {"w0": 2}, "for": "60s"}, "schedule[0].for", "comes after the end of the run at 30s"),
+    ({"kill": "w0", "at": "40s"}, "schedule[0].at", "comes after the end of the run"),
+    ({"kill": "w0", "for": "1s"}, "schedule[0].for", "belongs to a"),
+    ({"kil": "w0"}, "schedule[0].kil", "did you mean 'kill'"),
+]
+
+
+@pytest.mark.parametrize(("entry", "place", "words"), BAD_WORKERS)
 def test_what_is_wrong_with_them(entry, place, words):
     with pytest.raises(SpecError) as raised:
         plan([{"at": "1s", **entry}])
