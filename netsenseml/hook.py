@@ -121,7 +121,8 @@ class Session:
 
     With methods that update locally (localsgd, diloco, sparseloco, netsense with an interval) ``step`` exchanges parameters,
     and so must be called. In between every rank has its own: evaluate and save the model in ``with session.synchronized():``.
-    All are equal after ``synchronize``, or ``close``. Optimizer and loss scale stay each rank's own.
+    All are equal after ``synchronize``, or ``close``. Optimizer and loss scale stay each rank's own, but that netsense makes
+    optimizers equal, too, where it goes back to an exchange in every step.
 
     If a rank dies, raises or stays silent, ``backward`` raises one error on all others, which names it (``PeerFailed``): soon
     if its process has ended, or with a method that codes if it has closed its session, else after the time-out of the process

@@ -213,7 +213,8 @@ def main() -> int:
 
 def judge(trials: Sequence[Trial]) -> int:
     """Print what was right and wrong; the exit code."""
-    quiet = {condition: fmean(t.ratio for t in trials if (t.kind, t.condition) == ("", condition)) for condition in CONDITIONS}
+    undisturbed = [trial for trial in trials if not trial.kind and not math.isnan(trial.ratio)]
+    quiet = {name: fmean([t.ratio for t in undisturbed if t.condition == name] or [math.nan]) for name in CONDITIONS}
     table = Table("disturbed by", "runs", "off by more than 5 %", "of these called valid", "not off, and called not valid")
     wrong = 0
     for kind in (*KINDS, ""):

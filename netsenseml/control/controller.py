@@ -195,4 +195,4 @@ class Controller:
         return {"plan": self.plan}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.plan, self._settled = state["plan"], False
+        self.plan, self._settled, self._missed_s = state["plan"], False, 0.0

@@ -41,6 +41,8 @@ class Apart:
         self._mesh = mesh
         self._trained, buffers = exchanged(module)
         self._buffers = Common(buffers) if buffers else None
+        self._buffers_met = False
+        """Whether what all ranks had in common last of the buffers is of this time apart."""
         self.memory = ErrorFeedback()
         """e_r."""
         self._common: Common | None = None
@@ -52,9 +54,10 @@ class Apart:
     def under_way(self) -> bool:
         return self._common is not None
 
-    def begin(self) -> None:
-        """All ranks have the same parameters now."""
-        self._common, self.steps = Common(self._trained), 0
+    def begin(self, optimizers: Collection[torch.optim.Optimizer]) -> None:
+        """All ranks have the same parameters now. Raises ValueError, one line, where optimizers keep what has no mean."""
+        self._moments(optimizers)
+        self._common, self.steps, self._buffers_met = Common(self._trained), 0, False
 
     def exchange(self, plan: Plan, statistics: StepStatistics, *, looking: bool = False) -> list[torch.Tensor]:
         """Wait for the exchange. looking: returns looks at what this rank has to send."""
@@ -69,7 +72,7 @@ class Apart:
         drift = self._drift()
         kept = self.memory.take(_KEY)
         if kept is not None:
-            drift.add_(kept)
+            drift.add_(kept.to(drift))
         self._descend(all_reduce_mean(drift, _KEY, RingAllReduce(), self._mesh, statistics, feedback=False).wait())
         self._common = None
         self._average_buffers(statistics)
@@ -102,6 +105,7 @@ class Apart:
             drift = self._buffers.drift().nan_to_num_(nan=0.0)  # of an infinite one, as masks have
             self._buffers.descend(self._mean(drift, statistics), 1.0, 0.0)
             self._buffers.put(self._buffers.shared)
+            self._buffers_met = True
 
     def _mean(self, tensor: torch.Tensor, statistics: StepStatistics) -> torch.Tensor:
         apart = statistics.apart()
@@ -112,9 +116,13 @@ class Apart:
 
     def _moments(self, optimizers: Collection[torch.optim.Optimizer]) -> list[torch.Tensor]:
         """What optimizers keep of this model's parameters, in the same order on all ranks."""
-        kept = [optimizer.state[p] for p in self._trained for optimizer in optimizers if p in optimizer.state]
-        values = [(name, state[name]) for state in kept for name in sorted(state) if name != "step"]
-        return [value for _, value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+        kept = [(p, optimizer.state[p]) for p in self._trained for optimizer in optimizers if p in optimizer.state]
+        found = [(p, name, state[name]) for p, state in kept for name in sorted(state) if name != "step"]
+        values = [(p, name, value) for p, name, value in found if isinstance(value, torch.Tensor)]
+        for _, name, value in values:
+            if not value.is_floating_point():
+                raise ValueError(f"the optimizer keeps {name} as {value.dtype}, of which there is no mean; say interval=1")
+        return [value for p, _, value in values if value.device == p.device]  # others are counts, such as NAdam's mu_product
 
     @contextlib.contextmanager
     def synchronized(self) -> Iterator[None]:
@@ -126,7 +134,8 @@ class Apart:
         own = self._aside = [common.own() for common in every]
         try:
             for common in every:
-                common.put(common.shared)
+                if common is not self._buffers or self._buffers_met:
+                    common.put(common.shared)
             yield
         finally:
             self._aside = None
@@ -139,6 +148,7 @@ class Apart:
         return {
             "under_way": self.under_way,
             "steps": self.steps,
+            "buffers_met": self._buffers_met,
             "kept": self.memory.state_dict(),
             "shared": [common.shared.clone() for common in every],
             "own": (self._aside or [common.own() for common in every]) if self.under_way else None,
@@ -147,6 +157,7 @@ class Apart:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Sets the model's parameters, too."""
         self._common, self.steps = Common(self._trained) if state["under_way"] else None, state["steps"]
+        self._buffers_met = state["buffers_met"]
         self.memory.load_state_dict(state["kept"])
         every = [common for common in (self._common, self._buffers) if common is not None]
         for number, (common, shared) in enumerate(zip(every, state["shared"], strict=True)):

@@ -44,6 +44,9 @@ class Method:
     waits = False
     """Whether ``exchange`` waits for other ranks."""
 
+    steps_apart = 1
+    """How many steps a rank may make at most while another has stopped: until the next exchange."""
+
     optimizers: Collection[torch.optim.Optimizer] = ()
     """Those that have made a step with the model's gradients, as the session keeps them."""
 

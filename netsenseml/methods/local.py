@@ -70,6 +70,7 @@ class LocalUpdates(Method):
         super().__init__(module, group)
         self._scheme = scheme
         self._inner_steps, self._overlap, self._mixing = inner_steps, overlap, mixing
+        self.steps_apart = inner_steps + overlap
         self._outer_lr, self._outer_momentum = outer_lr, outer_momentum
         trained, self._buffers = exchanged(module)
         if fragments > len(trained):

@@ -85,6 +85,7 @@ class NetSense(Coded):
         self._apart: Apart | None = None
         if self.mesh.ranks > 1 and (self._intervals != (1,) or any(split_interval(name)[1] > 1 for name in schemes)):
             self._apart, self.shares_buffers, self.takes_shards = Apart(module, self.mesh), False, False
+            self.steps_apart = max(*self._intervals, *(split_interval(name)[1] for name in schemes), 1)
         self._interval = 1
         """In force; the ranks may still be apart when it is 1."""
         self._alone = False
@@ -199,15 +200,16 @@ class NetSense(Coded):
         if self.keeps_copy:
             raise ValueError("with an interval every rank would have a loss scale of its own: use no GradScaler, or interval=1")
         if self._interval > 1 and self._between and not apart.under_way:
-            apart.begin()
-            self._ended = 0
+            apart.begin(self.optimizers)
         self._alone, self._between = apart.under_way, False
         self._before_s, self._waited_s = self._waited_s, 0.0
 
     def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
         if self._alone:
-            statistics.scheme, gradient = self._scheme, bucket.buffer()
-            add_residual(gradient, tuple(bucket.parameters()), self.memory, statistics)
+            statistics.scheme, gradient, spent = self._scheme, bucket.buffer(), statistics.apart()
+            add_residual(gradient, tuple(bucket.parameters()), self.memory, spent)
+            spent.residual_ratio = None  # it takes time; but what is lost is told of a whole step, in ``after_step``
+            statistics.include(spent)
             return done(gradient)
         if self._looking:
             self._looks.append(start_to_host(look(bucket.buffer())))
@@ -250,12 +252,13 @@ class NetSense(Coded):
         began_s, spent, looks = monotonic_s(), statistics.apart(), list[torch.Tensor]()
         with statistics.waiting():
             if self._interval == 1:
+                statistics.scheme = RingAllReduce.name
                 apart.end(self.optimizers, spent)
             else:
                 looks = apart.exchange(self.plan, spent, looking=bool(self._candidates) and self.mesh.rank == 0)
         self._waited_s = monotonic_s() - began_s
         statistics.include(spent)
-        if spent.residual_ratio is None:
+        if self._interval == 1:
             statistics.lose(0.0, 1.0)
         computed_s, self._computed_s = self._computed_s, []
         if self._interval > 1 and computed_s:
@@ -286,7 +289,7 @@ class NetSense(Coded):
     def end_step(self) -> None:
         super().end_step()
         self._between = True
-        if self._apart is not None and self._apart.under_way:
+        if self._apart is not None:
             self._ended += 1
             if self._ended > 1 and torch._C._current_graph_task_id() >= 0:  # by a backward, which needs them as they are
                 raise RuntimeError(STEP_IS_MISSING)
@@ -321,7 +324,7 @@ class NetSense(Coded):
     def _fits(self) -> list[str]:
         """What must be the same in a checkpoint: the policy, what it keeps and what it chooses from."""
         names = (with_interval(plan.name, interval) for interval in self._intervals for plan in self._candidates)
-        return [type(self._policy).__name__, *self._policy.state_dict(), *names]
+        return [type(self._policy).__name__, *self._policy.state_dict(), *names, *["apart"] * (self._apart is not None)]
 
     def close(self) -> None:
         try:
@@ -348,7 +351,7 @@ class NetSense(Coded):
         if state.get("fits") != self._fits or (self.mesh.rank == 0) != (state["policy"] is not None):
             raise ValueError(
                 "the checkpoint is of another rank, version or policy of netsense, or of other plans, which depend on floor "
-                "and hosts; go on without the state of the hook"
+                "and hosts; go on without the state of the hook, with model and optimizer of one rank for all"
             )
         for _, answer in self._answers:  # of steps that are not part of the checkpoint
             answer.wait()

@@ -226,8 +226,8 @@ class Cake:
     handle = _AQM
 
     def tc_arguments(self) -> str:
-        times = f"rtt {self.interval_us}us target {self.target_us}us"  # rtt sets both
-        return f"cake unlimited besteffort no-split-gso {times} memlimit {self.memory_bytes}"
+        # tc sets the target to a twentieth of rtt, so on thin links, whose target is longer, this is not quite the same.
+        return f"cake unlimited besteffort no-split-gso rtt {self.interval_us}us memlimit {self.memory_bytes}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -254,8 +254,9 @@ def _leaving(steps: pd.DataFrame, hosts: int, per_host: int) -> tuple[float, flo
         return said.sum(), said.sum()
     if hosts == 1:
         return 0.0, 0.0
-    by_host = steps["scheme"].str.startswith("host-")
-    ring = ~by_host & (steps["scheme"].str.endswith("-ring") | (steps["scheme"] == "allreduce"))
+    plan = steps["scheme"].str.replace(r"/\d+$", "", regex=True)  # without the interval from one exchange to the next
+    by_host = plan.str.startswith("host-")
+    ring = ~by_host & (plan.str.endswith("-ring") | (plan == "allreduce"))
     return said.where(by_host, said / per_host).sum(), said.where(~ring, said / per_host).sum()
 
 

@@ -1,6 +1,7 @@
 """Checkpoints of the built-in worker: what a rank leaves in its directory, to go on from when it is started again."""
 
 import contextlib
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,12 @@ from testbed import protocol
 class Checkpoints:
     """Those of one rank. All ranks make them after the same steps, so the newest that all have is a state of the whole job."""
 
-    KEPT = 2
-    """Ranks are at most one step apart, and so one checkpoint."""
-
     def __init__(self, directory: Path, every: int | None) -> None:
         """every: steps; None: none is ever due."""
         self._directory = directory
         self._every = every
+        self.steps_apart = 1
+        """So many steps may a rank be ahead of one that has died: as many checkpoints more must be kept as are due in these."""
 
     def due(self, steps: int) -> bool:
         """Whether one is to be made after so many steps in all."""
@@ -31,17 +31,24 @@ class Checkpoints:
         half = self._directory / "checkpoint.tmp"
         torch.save(state, half)
         half.replace(self._path(steps))
-        for old in self._steps()[: -self.KEPT]:
+        kept = 1 + math.ceil(self.steps_apart / (self._every or 1))
+        for old in self._steps()[:-kept]:
             self._path(old).unlink()
 
     def newest_of_all(self) -> tuple[int, dict[str, Any]] | None:
-        """(steps, state) of the newest that all ranks of the default group have; every rank has to ask. None: there is none."""
+        """(steps, state) of the newest that all ranks of the default group have; every rank has to ask. None: there is none.
+
+        Newer ones are removed: the training that made them is not gone on with.
+        """
         found: list[list[int]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, self._steps())
-        common = set(found[0]).intersection(*found)
-        if not common:
+        newest = max(set(found[0]).intersection(*found), default=None)
+        for steps in self._steps():
+            if newest is None or steps > newest:
+                self._path(steps).unlink()
+        if newest is None:
             return None
-        return max(common), torch.load(self._path(max(common)), weights_only=True)
+        return newest, torch.load(self._path(newest), weights_only=True)
 
     def _path(self, steps: int) -> Path:
         return self._directory / protocol.CHECKPOINTS.replace("*", str(steps))

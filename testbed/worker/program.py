@@ -136,6 +136,7 @@ class Run:
         )
         torch.manual_seed(self.seed * self.ranks + self.rank)  # from here on dropout differs between ranks
         self.session = session = attach(ddp, **self.method_options)
+        self.checkpoints.steps_apart = session.method.steps_apart
         if begun is not None:
             session.load_state_dict(begun["session"])
             torch.set_rng_state(begun["random"])

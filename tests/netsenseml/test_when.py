@@ -104,9 +104,14 @@ def test_replicas_are_equal_and_nothing_is_lost_over_any_sequence_of_schemes_and
         put_in, became = torch.tensor(own, dtype=torch.float64).mean(0)
         torch.testing.assert_close(became, put_in, rtol=1e-5, atol=1e-5)
     for _, _, _, rows in ranks:
+        together = [True, *(optimizers for _, optimizers in synchronised(schemes))]
         for step, (row, (equal, _)) in enumerate(zip(rows, synchronised(schemes), strict=True)):
-            assert row["scheme"] == schemes[step]
+            # The way back to an exchange in every step is all-reduce, whatever comes then.
+            back = together[step + 1] and not together[step]
+            assert row["scheme"] == ("allreduce" if back else schemes[step])
             assert (row["payload_bytes"] > 0) == equal
+            if not equal:
+                assert row["lost_energy"] == 1.0
 
 
 def step_by_constant_gradients(rank: int) -> list[list[float]]:
@@ -157,6 +162,34 @@ def go_on(rank: int) -> list[bool]:
     return [end == ends[0] for end in ends[1:]]
 
 
+def look_in(rank: int) -> tuple[list[list[list[float]]], str]:
+    """Running means of this rank and in ``synchronized``, before the first exchange and behind it; what an optimizer is told
+    whose state has no mean."""
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(nn.Sequential(nn.Linear(20, 5), nn.BatchNorm1d(5)))
+    optimizer = make_optimizer("momentum", ddp)
+    session = attach(ddp, "netsense", policy="fixed", schemes=["allreduce"] * 3 + ["int8/4"] * 5 + ["int8"] * 2 + ["int8/4"])
+    found, refused = [], ""
+    for step, (x, _) in enumerate(batches(rank, 11)):
+        optimizer.zero_grad()
+        try:
+            ddp(x + 3).square().sum().backward()
+        except ValueError as error:
+            refused = str(error)
+            break
+        optimizer.step()
+        session.step()
+        if step in (3, 7):
+            means = [ddp.module[1].running_mean.tolist()]
+            with session.synchronized():
+                means.append(ddp.module[1].running_mean.tolist())
+            found.append(means)
+        if step == 9:
+            optimizer.state[ddp.module[0].weight]["codes"] = torch.zeros(3, dtype=torch.uint8)
+    session.close()
+    return found, refused
+
+
 def decide(rank: int) -> list[tuple[str, list[str], list[int]]]:
     """Of an interval that is given, and one that is chosen: the parameters' hash, schemes, bytes."""
     found = []
@@ -196,7 +229,12 @@ def refuse(rank: int) -> list[str]:
 
 
 def do_all(rank: int) -> dict[str, Any]:
-    return {"constant": step_by_constant_gradients(rank), "go on": go_on(rank), "decide": decide(rank)}
+    return {
+        "constant": step_by_constant_gradients(rank),
+        "go on": go_on(rank),
+        "decide": decide(rank),
+        "look in": look_in(rank),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +251,17 @@ def test_momentum_survives_the_ways_in_and_out(done: list[dict[str, Any]]) -> No
 
 def test_a_checkpoint_in_the_middle_of_an_interval_goes_on_bit_by_bit(done: list[dict[str, Any]]) -> None:
     assert [rank["go on"] for rank in done] == [[True] * 3] * 2
+
+
+def test_running_statistics_are_not_those_of_long_ago_and_an_optimizer_without_a_mean_is_refused(
+    done: list[dict[str, Any]],
+) -> None:
+    for rank in done:
+        ((own, before), _), refused = rank["look in"]
+        assert own == before, "before the first exchange each rank has its own"
+        assert refused == "the optimizer keeps codes as torch.uint8, of which there is no mean; say interval=1"
+    (own, behind), (own_too, behind_too) = (rank["look in"][0][1] for rank in done)
+    assert behind == behind_too and own != own_too
 
 
 def test_an_interval_is_kept_to_and_chosen_by_all_alike(done: list[dict[str, Any]]) -> None:

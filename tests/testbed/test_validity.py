@@ -619,7 +619,7 @@ def test_a_rank_whose_link_carried_much_more_than_it_claims_is_blamed() -> None:
 
 def test_what_the_ranks_of_a_host_say_is_added_up_as_far_as_it_leaves_the_host() -> None:
     """Two ranks that say 1 MB each: over a ring only one of them uses the link, by host what is said is what leaves."""
-    for scheme in ("allreduce", "int8-ring"):
+    for scheme in ("allreduce", "int8-ring", "allreduce/8", "int8-ring/8"):
         assert told(1e6, 1e6, scheme=scheme, ranks=2) == []
         assert "much less" in told(1e6, 1.5e6, scheme=scheme, ranks=2)[0]
     assert told(1e6, 1.5e6, scheme="int8", ranks=2) == []

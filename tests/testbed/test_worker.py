@@ -18,7 +18,7 @@ import torch
 from netsenseml.listener import ENV_LISTENER
 from netsenseml.records import monotonic_s, read_records
 from testbed import protocol
-from testbed.worker import program, zoo
+from testbed.worker import checkpoint, program, zoo
 from testbed.worker.client import ControlClient
 from tests.netsenseml.groups import Ranks
 from tests.testbed.synthetic_run import steps_file
@@ -349,3 +349,24 @@ def test_optimizers(name: str) -> None:
     optimizer = zoo.make_optimizer([torch.nn.Parameter(torch.zeros(1))], {"name": name, "lr": 0.25})
     assert type(optimizer).__name__.lower() == name
     assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_checkpoints_reach_back_to_where_a_rank_may_have_stopped_and_newer_ones_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 has died behind step 35 of an interval that ends with step 64."""
+    mine = checkpoint.Checkpoints(tmp_path, 20)
+    mine.steps_apart = 32
+    for steps in (20, 40, 60):
+        mine.save(steps, {"after": steps})
+
+    def of_all(found: list[list[int]], own: list[int]) -> None:
+        found[:] = [own, others]
+
+    monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(checkpoint.dist, "all_gather_object", of_all)
+    others = [20]
+    assert mine.newest_of_all() == (20, {"after": 20})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-20.pt"], "what came later is no part of the training now"
+    others = []
+    assert mine.newest_of_all() is None and not list(tmp_path.iterdir())
