@@ -237,7 +237,7 @@ def test_a_delay_line_takes_the_place_of_the_cable_and_leaves_with_the_lab(direc
         before, target = lab.links.counters()["w1", "down"].packets, (lab.hosts["w1"].address, 9)
         send = f"for _ in range(100): s.sendto(bytes(1000), {target})"
         run(lab.hosts["w0"], directory, f"import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n{send}")
-        assert wait_for(lambda: lab.links.counters()["w1", "down"].packets - before == 100)
+        assert wait_for(lambda: lab.links.counters()["w1", "down"].packets - before >= 100)  # kernels add some of their own
         assert lab.links.line is not None
         assert lab.links.line.counters().directions["w1", "down"].held > 0
         assert wait_for(lambda: lab.links.line and lab.links.line.counters().directions["w1", "down"].held == 0)

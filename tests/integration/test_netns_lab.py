@@ -262,44 +262,52 @@ with lab_of(["w0", "w1"], 50_000_000) as lab:
     assert float(seen[2]) > 4.4
 
 
-@pytest.mark.parametrize("rate_mbps", [1, 10, 50, 500])
 @pytest.mark.parametrize("every_s", [0.02, 0.1, 1.0])
-def test_a_rate_that_changes_all_the_time_carries_its_integral(tmp_path, rate_mbps, every_s):
+def test_a_rate_that_changes_all_the_time_carries_its_integral(tmp_path, every_s):
     # tbf filled its bucket with every change, in both directions: 1 Mbit/s with a change every 100 ms carried 1.92 Mbit/s.
     seen = in_lab(
         tmp_path,
         f"""
-top, every_s = {rate_mbps} * 10**6, {every_s}
-with lab_of(["w0", "w1"], top) as lab:
-    lab.hosts["w1"].start(gauge.command("ignore"), {{}}, tmp / "sink.log")
+every_s, pairs = {every_s}, {{"w0": ("w1", 10**6), "w2": ("w3", 10**7), "w4": ("w5", 5 * 10**7), "w6": ("w7", 5 * 10**8)}}
+tops = {{name: top for source, (sink, top) in pairs.items() for name in (source, sink)}}
+with NetnsLab(LabPlan({{name: both(top) for name, top in tops.items()}}), server) as lab:
+    for source, (sink, top) in pairs.items():
+        lab.hosts[sink].start(gauge.command("ignore"), {{}}, tmp / f"{{sink}}.log")
     time.sleep(0.3)
-    segments = max(1, top // 1000 // 8 // 1514)  # a call a millisecond
-    words = lab.hosts["w1"].address, 0, 30, 1.2 * top, 1514, segments
-    lab.hosts["w0"].start(gauge.command("flood", *words), {{}}, tmp / "source.log")
+    for source, (sink, top) in pairs.items():
+        segments = max(1, top // 1000 // 8 // 1514)  # a call a millisecond
+        words = lab.hosts[sink].address, 0, 30, 1.2 * top, 1514, segments
+        lab.hosts[source].start(gauge.command("flood", *words), {{}}, tmp / f"{{source}}.log")
     time.sleep(1)
-    best = None
+    best = {{}}
     for attempt in range(3):  # a machine that stalls carries less, and never more
-        rate, bits, kept = top, 0.0, 0.0
-        before, last = lab.links.counters()["w0", "up"].bytes, time.monotonic()
-        end = last + 3
-        while last < end:
+        full, bits, kept = True, dict.fromkeys(pairs, 0.0), dict.fromkeys(pairs, 0.0)
+        begin = time.monotonic()
+        before = {{source: lab.links.counters()[source, "up"].bytes for source in pairs}}
+        last = dict.fromkeys(pairs, time.monotonic())
+        while time.monotonic() < begin + 3:
             time.sleep(every_s)
-            rate, old = (top * 4 // 5 if rate == top else top), rate
-            applied = lab.links.apply({{n: both(rate) for n in ("w0", "w1")}})
+            full = not full
+            applied = lab.links.apply({{name: both(top if full else top * 4 // 5) for name, top in tops.items()}})
             assert all(one.verified for one in applied.values())
-            bits += old * (applied["w0"].applied_s - last)
-            last = applied["w0"].applied_s
-            kept += max(0, rate - old) * 1514 * 8 / old  # the frame that has begun keeps its rate
-        carried = 8 * (lab.links.counters()["w0", "up"].bytes - before)
-        frame = 2 * 1514 * 8  # at either end of the time a packet may count wholly
-        best = max(carried / bits, best or 0.0)
-        if best >= 0.98 - (frame + kept) / bits:
+            for source, (_, top) in pairs.items():
+                rate, old = (top, top * 4 // 5) if full else (top * 4 // 5, top)
+                bits[source] += old * (applied[source].applied_s - last[source])
+                last[source] = applied[source].applied_s
+                kept[source] += max(0, rate - old) * 1514 * 8 / old  # the frame that has begun keeps its rate
+        counters = lab.links.counters()
+        for source in pairs:
+            carried = 8 * (counters[source, "up"].bytes - before[source])
+            frame = 2 * 1514 * 8  # at either end of the time a packet may count wholly
+            found = [carried / bits[source], frame / bits[source], kept[source] / bits[source]]
+            best[source] = max(found, best.get(source, found))
+        if all(share >= 0.98 - grain - lost for share, grain, lost in best.values()):
             break
-    print(json.dumps([best, frame / bits, kept / bits]))
+    print(json.dumps(list(best.values())))
 """,
     )
-    carried, grain, kept = seen
-    assert 0.98 - grain - kept <= carried <= 1.02 + grain
+    for carried, grain, kept in seen:
+        assert 0.98 - grain - kept <= carried <= 1.02 + grain, seen
 
 
 def test_a_pause_earns_no_free_ride(tmp_path):
