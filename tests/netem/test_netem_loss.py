@@ -46,7 +46,7 @@ def send(pair, count, payload_bytes=16):
     return came, frames_left(pair, "w1") - left, after["w1", "down"].lost - before["w1", "down"].lost
 
 
-@pytest.mark.parametrize(("percent", "count"), [(0.1, 200_000), (1, 100_000), (5, 100_000)])
+@pytest.mark.parametrize(("percent", "count"), [(0.1, 400_000), (1, 200_000), (5, 100_000)])
 def test_independent_loss(pair, figure, percent, count):
     share = percent / 100
     pair.set(loss=Loss(share))
