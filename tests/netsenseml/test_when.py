@@ -208,24 +208,14 @@ def decide(rank: int) -> list[tuple[str, list[str], list[int]]]:
     return found
 
 
-def refuse(rank: int) -> list[str]:
-    found = []
+def refuse(rank: int) -> str:
     ddp = make_ddp()
     session = attach(ddp, "netsense", interval=4, scaler=torch.amp.GradScaler("cpu"))
     (batch,) = batches(rank, 1)
     with pytest.raises(ValueError) as refused:
         backward(ddp, batch)
-    found.append(str(refused.value))
     session.close()
-    ddp = make_ddp()
-    session = attach(ddp, "netsense", interval=4)
-    for _ in range(2):
-        backward(ddp, batch)
-    with pytest.raises(RuntimeError) as refused_too:
-        backward(ddp, batch)
-    found.append(str(refused_too.value))
-    session.close()
-    return found
+    return str(refused.value)
 
 
 def do_all(rank: int) -> dict[str, Any]:
@@ -318,6 +308,5 @@ def test_bad_options_give_one_line(options: dict[str, Any], said: str) -> None:
 
 
 def test_what_cannot_work_is_refused_in_one_line() -> None:
-    for scaler, unfinished in run_group(refuse, 2):
-        assert "GradScaler" in scaler and "\n" not in scaler
-        assert "call it after every optimizer.step()" in unfinished
+    for refused in run_group(refuse, 2):
+        assert "GradScaler" in refused and "\n" not in refused
