@@ -53,7 +53,9 @@ def test_reads_what_the_kernel_knows(connection):
     info = tcp.read(client.fileno())
     assert 3_000_000 <= info.bytes_acked <= 3_000_001  # SYN counts
     assert 0 < info.min_rtt_s <= info.rtt_s < 1
-    assert info.retransmits == 0
+    # A peer that gets no processor for a while is probed, even over loopback; the kernel counts that.
+    raw = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
+    assert info.retransmits == struct.unpack_from("=I", raw, 100)[0]  # tcpi_total_retrans
 
 
 def test_borrowing_leaves_the_connection_open(connection):
