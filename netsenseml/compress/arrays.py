@@ -38,13 +38,13 @@ def add_decoded(buffer: torch.Tensor, plan: Layout, out: torch.Tensor, scale: fl
     """Add ``scale`` times the decoded buffer; raises MalformedBuffer for positions that cannot be."""
     body = buffer.numpy()
     if plan.dense:
-        _decode_add_values(out.numpy(), plan, body, np.float32(scale))
+        _decode_add_values(out.numpy(), plan, body, scale)
         return
     positions, values = np.empty(plan.k, np.uint32), np.zeros(plan.k, np.float32)
     high, low = (body[part].view(np.uint64) for part in (plan.high, plan.low))
     if not kernels.decode_positions(high, low, plan.low_bits, plan.step, plan.n, positions):
         raise MalformedBuffer(f"its positions are not {plan.k} ascending ones below {plan.n}")
-    _decode_add_values(values, plan, body, np.float32(scale))
+    _decode_add_values(values, plan, body, scale)
     kernels.scatter_add(out.numpy(), positions, values)
 
 
@@ -56,12 +56,13 @@ def _largest(x: Array, k: int) -> tuple[Array, Array]:
     """
     bits = x.view(np.int32)
     stride, rank = sampling(x.size, k)
-    guess, _ = kernels.kth_largest(bits[::stride].copy(), rank)
+    sample = bits[::stride].copy()
+    guess = kernels.kth_largest(sample, rank, np.empty(sample.size + 1, np.int32))
     for threshold, places in ((max(guess, 1), int(stride * (rank + 4 * rank**0.5))), (1, x.size)):
-        positions, values = (np.empty(places + kernels.WORD, dtype) for dtype in (np.uint32, np.int32))
+        positions, values = (np.empty(places + layout.WORD_BITS, dtype) for dtype in (np.uint32, np.int32))
         found = kernels.select(bits, threshold, positions, values)
         if found >= k:
-            kernels.keep_largest(positions[:found], values[:found], k)
+            kernels.keep_largest(positions[:found], values[:found], k, np.empty(found + 1, np.int32))
             return positions[:k], values[:k].view(np.float32)
     zeros = np.flatnonzero(x[:k] == 0)[: k - found]
     positions = np.sort(np.concatenate([positions[:found], zeros.astype(np.uint32)]))
@@ -82,10 +83,10 @@ def _encode_values(x: Array, plan: Layout, key: int | None, body: Array) -> None
             if plan.values == layout.SIGN:
                 kernels.encode_sign(rows, count, *sections)
             else:
-                kernels.encode_levels[plan.values, key is not None](rows, first, np.uint32(key or 0), *sections)
+                kernels.encode_levels[plan.values, key is not None](rows, first, key or 0, *sections)
 
 
-def _decode_add_values(x: Array, plan: Layout, body: Array, factor: np.float32) -> None:
+def _decode_add_values(x: Array, plan: Layout, body: Array, factor: float) -> None:
     """Add the decoded values, times ``factor``, to x."""
     codes = body[plan.codes]
     if plan.values == layout.FP32:

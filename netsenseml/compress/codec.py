@@ -23,8 +23,8 @@ class Sent:
 
     positions: torch.Tensor | None = None
     """Of the elements sent last, ascending, shape (k,), int32; None if all were."""
-    residual_scale: int = 1
-    """Times what was not sent that the residual is; 0 where another rank keeps it."""
+    residual_scale: float = 1.0
+    """Norm of the residual over that of what was not sent of the tensor; 0 where other ranks keep all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +151,8 @@ def add_decoded(buffer: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> 
 
 
 def load_kernels(device: torch.device) -> None:
-    """Load the kernels for tensors of a device, where the first coding would: numba and they take a second, and compiling them,
-    once on a machine, some more. Triton's are compiled when a format is used first, likewise once."""
+    """Load the kernels for tensors of a device, where the first coding would; they are compiled once on a machine, which takes
+    some seconds. Triton's are compiled when a format is used first, likewise once."""
     _backend(device.type)
 
 

@@ -1,404 +1,168 @@
-"""Loops over gradients on the CPU: compiled when this module is imported, or loaded from the cache beside it.
+"""The loops of ``loops`` as machine code: compiled once on a machine, kept in a file, and loaded when this module is imported.
 
-They run on one thread, without the interpreter's lock, and start no threads: a process that has imported them may fork.
-``layout`` says what they write; ``tensors`` writes the same bytes with torch operations.
+Numba takes most of a second to load, with what it keeps itself, and several to compile. So all that it has made is one object
+file here, and a later process needs no more than LLVM's loader, which takes some hundredths.
 
-The bits of a float32, as an int32 without the sign, order like magnitudes, with NaN above infinity. That is the order in
-which elements are chosen; among equals the lower index wins.
-
-The type of every constant and intermediate result is spelt out: Numba would widen them to 64 bits, and a vector would
-hold half as many. Values come in rows, as an index that the compiler knows to be positive is a plain address.
+The loops run on one thread, without the interpreter's lock, and start no threads: a process that has loaded them may fork.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeAlias, TypeVar
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import struct
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeAlias
 
+import llvmlite
+import llvmlite.binding as llvm
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
 
 from netsenseml.compress import layout
 
-F = TypeVar("F", bound=Callable[..., Any])
 Array: TypeAlias = np.ndarray[Any, Any]
 
-ROW = layout.ROW
-PAGE = 4  # rows of 1 KiB that are read ahead, as the processor fetches no further by itself
-WORD = 64
-MAGNITUDE = np.int32(0x7FFFFFFF)
-INFINITY = np.int32(0x7F800000)
-NAN_BF16 = np.uint16(0x7FC0)
-SMALLEST_SCALE = np.float32(layout.SMALLEST_SCALE)
-SIGN_UNIT = np.float32(layout.SIGN_UNIT)
-TO_INTEGER = np.float32(1.5 * 2**23)
-"""Added to a float32 up to 2**22 it rounds to nearest, to even in between, and the lowest bits are the whole number's."""
+_DIGEST_BYTES = 32
 
 
-def _kernel(signature: str) -> Callable[[F], F]:
-    """Compile now. In a signature, u4 is uint32, f4 float32; [::1] a contiguous array, [:, ::1] one of two dimensions."""
+class Kernel:
+    """A loop to call. It checks the types of arrays, and that they are contiguous; no more, such as that an index fits."""
 
-    def compiled(function: F) -> F:
-        numba: Any = partial(njit, signature, nogil=True, error_model="numpy")
-        try:
-            return numba(cache=True)(function)
-        except RuntimeError:  # nowhere to keep a cache: a read-only installation without a home
-            return numba()(function)
+    def __init__(self, address: int, signature: str) -> None:
+        """signature: as Numba writes it, such as ``void(f4[::1], u4[:, ::1], i8)``."""
+        self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+        found = re.findall(r"([iuf]\d)(\[.*?\])?", signature.partition("(")[2])
+        self._parameters = [(np.dtype(kind), (dimensions.count(",") + 1) * bool(dimensions)) for kind, dimensions in found]
+        # An array is its owner (twice, none), size, bytes of an element, address, and a size and a stride for each dimension.
+        places = [f"{5 + 2 * n}q" if n else "f4x" if kind == np.float32 else "q" for kind, n in self._parameters]
+        self._call = struct.Struct("=2q" + "".join(places))
 
-    return compiled
-
-
-def _part(function: F) -> F:
-    """Compile into the kernels that call it."""
-    made: Any = njit(function)
-    return made
-
-
-def _instruction(result: Any, argument: Any, emit: Callable[[Any, Any], Any]) -> Any:
-    """A function of one number that is one instruction of the machine."""
-
-    @intrinsic
-    def function(_: Any, number: Any) -> Any:
-        return result(argument), lambda context, builder, signature, arguments: emit(builder, arguments[0])
-
-    return function
+    def __call__(self, *arguments: Any) -> int:
+        places: list[Any] = [0, 0]
+        for x, (kind, dimensions) in zip(arguments, self._parameters, strict=True):
+            if not dimensions:
+                places.append(x)
+                continue
+            if x.dtype != kind or x.ndim != dimensions or not x.flags.c_contiguous:
+                raise TypeError(f"not contiguous {kind} of {dimensions} dimensions: {x.dtype} {x.strides}")
+            address = ctypes.addressof(ctypes.c_char.from_buffer(x)) if x.size else 0
+            places += (0, 0, x.size, kind.itemsize, address, *x.shape, *x.strides)
+        call = ctypes.create_string_buffer(self._call.pack(*places), self._call.size)
+        self._run(call)
+        return int(_RESULT.unpack_from(call)[0])
 
 
-_lowest_bit = _instruction(types.int64, types.uint64, lambda builder, word: builder.cttz(word, ir.Constant(ir.IntType(1), 1)))
-_bits = _instruction(types.int32, types.float32, lambda builder, number: builder.bitcast(number, ir.IntType(32)))
-_number = _instruction(types.float32, types.int32, lambda builder, bits: builder.bitcast(bits, ir.FloatType()))
+_RESULT = struct.Struct("q")
 
 
-@_part
-def _magnitude(number: Any) -> Any:
-    return np.int32(_bits(number) & MAGNITUDE)
+def _load() -> dict[str, Kernel]:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    machine = target.create_target_machine(cpu=cpu, features=features, opt=3, jit=True)
+    sources = [Path(__file__).with_name(name).read_text() for name in ("kernels.py", "loops.py", "layout.py")]
+    made_of = json.dumps([cpu, features, version("numba"), llvmlite.__version__, *sources])
+    name = f"netsenseml-kernels-{hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()}"
+    signatures, code = kept(_directories(), name, machine)
+    # Never let go of: what a process that ends takes apart first is not said.
+    library = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
+    for kernel in signatures:
+        library.export_symbol(kernel)
+    compiler = llvm.create_lljit_compiler(machine)
+    found = library.link(compiler, "netsenseml")
+    addresses = {kernel: found[kernel] for kernel in signatures}
+    found.detach()
+    compiler.detach()
+    return {kernel: Kernel(addresses[kernel], signature) for kernel, signature in signatures.items()}
 
 
-@_part
-def _widened(half: Any) -> Any:
-    """The float32 of a bfloat16's bits."""
-    return _number(np.int32(np.uint32(half) << np.uint32(16)))
-
-
-# ---------------------------------------------------------------------------------------------------- selection
-
-
-@_kernel("i8(i4[::1], i4, u4[::1], i4[::1])")
-def select(bits: Array, threshold: int, positions: Array, values: Array) -> int:
-    """Positions, ascending, and bits of the elements with a magnitude of at least ``threshold``; their number.
-
-    -1 if they may not fit: there must be WORD places more than elements that pass. The comparisons go into words, without
-    a branch; then only the bits set are visited.
-    """
-    found = 0
-    for word in range((bits.size + WORD - 1) // WORD):
-        start = word * WORD
-        hits = np.uint64(0)
-        if start + WORD <= bits.size:
-            for i in range(WORD):  # a constant, so that the loop becomes a few vector instructions
-                hits |= np.uint64((bits[start + i] & MAGNITUDE) >= threshold) << np.uint64(i)
-        else:
-            for i in range(bits.size - start):
-                hits |= np.uint64((bits[start + i] & MAGNITUDE) >= threshold) << np.uint64(i)
-        if found + WORD > positions.size:
-            return -1
-        while hits:
-            position = np.uint32(start + _lowest_bit(hits))
-            positions[found] = position
-            values[found] = bits[position]
-            found += 1
-            hits &= hits - np.uint64(1)
+def _directories() -> list[Path]:
+    """Where what was compiled may be kept: where Numba is told to, beside the modules, or in the user's cache."""
+    told = [Path(given)] if (given := os.environ.get("NUMBA_CACHE_DIR")) else []
+    found = [*told, Path(__file__).with_name("__pycache__")]
+    with contextlib.suppress(RuntimeError):  # no home
+        found.append(Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "netsenseml"))
     return found
 
 
-@_kernel("UniTuple(i8, 2)(i4[::1], i8)")
-def kth_largest(bits: Array, k: int) -> tuple[int, int]:
-    """The k-th largest magnitude, and how many of the k largest are equal to it.
+def kept(directories: Sequence[Path], name: str, machine: Any) -> tuple[dict[str, str], bytes]:
+    """What ``loops.build`` makes: from a file of the first directory that has it, or else compiled, and kept in the first one
+    that can be written, if any can. Of processes that come at once, one compiles, and the others wait for it."""
+    for directory in directories:
+        if (found := _read(directory / name)) is not None:
+            return found
+    from netsenseml.compress import loops  # with Numba
 
-    Radix selection by three digits of 11, 10 and 10 bits. Those that share the leading digits move on to the next.
-    """
-    counts = np.zeros(2048, np.int64)
-    for i in range(bits.size):
-        counts[(bits[i] & MAGNITUDE) >> 20] += 1
-    leading, rank = 2047, k
-    while counts[leading] < rank:
-        rank -= counts[leading]
-        leading -= 1
-    members = np.empty(counts[leading] + 1, np.int32)  # one place more, so that none is written by a branch
-    size = 0
-    for i in range(bits.size):
-        magnitude = bits[i] & MAGNITUDE
-        members[size] = magnitude
-        size += (magnitude >> 20) == leading
-    for shift in (10, 0):
-        counts[:] = 0
-        for i in range(size):
-            counts[(members[i] >> shift) & 1023] += 1
-        digit = 1023
-        while counts[digit] < rank:
-            rank -= counts[digit]
-            digit -= 1
-        leading = leading << 10 | digit
-        kept = 0
-        for i in range(size):
-            magnitude = members[i]
-            members[kept] = magnitude
-            kept += (magnitude >> shift) == leading
-        size = kept
-    return leading, rank
+    made = None
+    for directory in directories:
+        try:
+            with _alone(directory):
+                found = _read(directory / name)
+                if found is None:
+                    found = made = made or loops.build(machine)
+                    _write(directory / name, made)
+                return found
+        except OSError:  # it cannot be written
+            pass
+    return made or loops.build(machine)
 
 
-@_kernel("void(u4[::1], i4[::1], i8)")
-def keep_largest(positions: Array, values: Array, k: int) -> None:
-    """Move those of the k largest magnitudes to the front, in their order; both arrays have the same size >= k."""
-    if k == positions.size:
-        return
-    threshold, equals = kth_largest(values, k)
-    kept = 0
-    for i in range(positions.size):
-        positions[kept] = positions[i]
-        values[kept] = values[i]
-        magnitude = values[i] & MAGNITUDE
-        equal = (magnitude == threshold) & (equals > 0)
-        equals -= equal
-        kept += (magnitude > threshold) | equal
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Raises OSError where nothing can be written."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if not os.access(directory, os.W_OK):
+        raise PermissionError(directory)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: more than one may compile
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
-@_kernel("void(f4[::1], u4[::1], f4[::1])")
-def scatter(x: Array, positions: Array, values: Array) -> None:
-    for j in range(positions.size):
-        x[positions[j]] = values[j]
+def _read(path: Path) -> tuple[dict[str, str], bytes] | None:
+    """None if there is no such file, or not all of it."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, rest = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    if hashlib.blake2b(rest, digest_size=_DIGEST_BYTES).digest() != digest:
+        return None
+    signatures, _, code = rest.partition(b"\n")
+    return json.loads(signatures), code
 
 
-@_kernel("void(f4[::1], u4[::1], f4[::1])")
-def scatter_add(x: Array, positions: Array, values: Array) -> None:
-    for j in range(positions.size):
-        x[positions[j]] += values[j]
+def _write(path: Path, made: tuple[dict[str, str], bytes]) -> None:
+    signatures, code = made
+    rest = json.dumps(signatures).encode() + b"\n" + code
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    try:
+        draft.write_bytes(hashlib.blake2b(rest, digest_size=_DIGEST_BYTES).digest() + rest)
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
-# ---------------------------------------------------------------------------------------------------- positions
+_kernels = _load()
 
-
-@_kernel("void(u4[::1], i8, i8, u8[::1], u8[::1])")
-def encode_positions(positions: Array, low_bits: int, step: int, high: Array, low: Array) -> None:
-    """See ``layout``. Words are filled in a register."""
-    mask = (np.uint64(1) << np.uint64(low_bits)) - np.uint64(1)
-    high[:] = 0
-    at = word = filled = 0
-    hits = fields = np.uint64(0)
-    for j in range(positions.size):
-        position: Any = np.int64(positions[j])
-        bit = (position >> low_bits) + j * step
-        if bit >> 6 != at:
-            high[at] = hits
-            at, hits = bit >> 6, np.uint64(0)
-        hits |= np.uint64(1) << np.uint64(bit & 63)
-        if low_bits:
-            field = np.uint64(position) & mask
-            fields |= field << np.uint64(filled)
-            filled += low_bits
-            if filled >= WORD:
-                low[word] = fields
-                word, filled = word + 1, filled - WORD
-                fields = field >> np.uint64(low_bits - filled)
-    high[at] = hits
-    if filled:
-        low[word] = fields
-
-
-@_kernel("b1(u8[::1], u8[::1], i8, i8, i8, u4[::1])")
-def decode_positions(high: Array, low: Array, low_bits: int, step: int, n: int, positions: Array) -> bool:
-    """Inverse of ``encode_positions``; False unless there are as many as ``positions`` takes, ascending and below n."""
-    mask = (np.uint64(1) << np.uint64(low_bits)) - np.uint64(1)
-    found = word = filled = 0
-    last: Any = -1
-    fields = np.uint64(0)
-    for start in range(high.size):
-        hits = high[start]
-        while hits:
-            if found == positions.size:
-                return False
-            position = start * WORD + _lowest_bit(hits) - found * step
-            hits &= hits - np.uint64(1)
-            if low_bits:
-                field = fields & mask
-                fields >>= np.uint64(low_bits)
-                filled -= low_bits
-                if filled < 0:
-                    following = low[word]
-                    word += 1
-                    field |= following << np.uint64(filled + low_bits) & mask
-                    fields = following >> np.uint64(-filled)
-                    filled += WORD
-                position = position << low_bits | np.int64(field)
-            if not last < position < n:
-                return False
-            positions[found] = position
-            last = position
-            found += 1
-    return found == positions.size
-
-
-# ---------------------------------------------------------------------------------------------------- values
-# ``encode`` codes values and leaves in x what was not sent; ``decode_add`` adds factor times what was coded.
-
-
-@_kernel("void(f4[::1], f4[::1], f4)")
-def decode_add_fp32(x: Array, codes: Array, factor: Any) -> None:
-    for i in range(x.size):
-        x[i] += factor * codes[i]
-
-
-@_kernel("void(f4[::1], u2[::1])")
-def encode_bf16(x: Array, codes: Array) -> None:
-    """Round to nearest, to even in between; NaN becomes 0x7fc0."""
-    for i in range(x.size):
-        word = np.uint32(_bits(x[i]))
-        half = np.uint32(word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        if _magnitude(x[i]) > INFINITY:
-            half = np.uint32(NAN_BF16)
-        codes[i] = half
-        sent = _widened(half)
-        x[i] = x[i] - sent if _magnitude(sent) < INFINITY else np.float32(0)
-
-
-@_kernel("void(f4[::1], u2[::1], f4)")
-def decode_add_bf16(x: Array, codes: Array, factor: Any) -> None:
-    for i in range(x.size):
-        x[i] += factor * _widened(codes[i])
-
-
-@_part
-def _noise(place: Any, key: Any) -> Any:
-    """An odd multiple of 2**-17 between -1/2 and 1/2: the finaliser of MurmurHash3 (A. Appleby) over place ^ key.
-
-    place: index of the value among those that are sent. A hash has no state: values may be coded in any order.
-    """
-    h = np.uint32(place ^ key)
-    h = np.uint32(np.uint32(h ^ np.uint32(h >> np.uint32(16))) * np.uint32(0x85EBCA6B))
-    h = np.uint32(np.uint32(h ^ np.uint32(h >> np.uint32(13))) * np.uint32(0xC2B2AE35))
-    return (np.float32(np.int32(h >> np.uint32(16))) + np.float32(0.5)) * np.float32(2**-16) - np.float32(0.5)
-
-
-@_part
-def _find_largest(x: Array, start: int, stop: int, size: int, largest: Array) -> None:
-    """Bits of the largest magnitude of every block of some rows; blocks in which that is not finite are cleared.
-
-    size: of a block. Were it a constant, the compiler would unroll the loop and not vectorise it.
-    """
-    for row in range(start, stop):
-        for b in range(largest.shape[1]):
-            found = np.int32(0)
-            for i in range(size):
-                found = max(found, _magnitude(x[row, b * size + i]))
-            largest[row - start, b] = found
-            if found >= INFINITY:
-                for i in range(size):
-                    x[row, b * size + i] = 0
-
-
-def _level_encoder(form: int, stochastic: bool) -> Callable[..., None]:
-    """Encode values as whole numbers from -levels to levels, times a scale."""
-    bits, block, parts = layout.BITS[form], layout.BLOCK[form], 8 * layout.WORD[form] // layout.BITS[form]
-    levels, largest_scale = np.float32(layout.LEVELS[form]), np.int32(layout.LARGEST_SCALE[form] << 16)
-    words, blocks, mask = ROW // parts, ROW // block, np.uint32(2**bits - 1)
-
-    @_kernel("void(f4[:, ::1], i8, u4, u2[:, ::1], u4[:, ::1])")
-    def encode(x: Array, first: int, key: Any, scales: Array, codes: Array) -> None:
-        """first: index of the first row; key: of the noise."""
-        scale, inverse, noise = np.empty(blocks, np.float32), np.empty(blocks, np.float32), np.empty(ROW, np.float32)
-        largest, size = np.empty((PAGE, blocks), np.int32), x.shape[1] // blocks
-        for start in range(0, x.shape[0], PAGE):
-            stop = min(start + PAGE, x.shape[0])
-            _find_largest(x, start, stop, size, largest)
-            for row in range(start, stop):
-                for b in range(blocks):
-                    finite = largest[row - start, b] < INFINITY
-                    exact = max(_number(largest[row - start, b] if finite else np.int32(0)) / levels, SMALLEST_SCALE)
-                    # Rounded up, so that no value has a level beyond the last.
-                    rounded = np.int32(min(np.int32(_bits(exact) + np.int32(0xFFFF)), largest_scale) & np.int32(-0x10000))
-                    scale[b] = _number(rounded)
-                    inverse[b] = np.float32(1) / scale[b]
-                    scales[row, b] = np.uint16(rounded >> 16) if finite else NAN_BF16
-                if stochastic:
-                    row_key = np.uint32(np.uint32((first + row) * ROW) ^ key)  # with i it makes the place of the value ^ key
-                    for i in range(ROW):
-                        noise[i] = _noise(np.uint32(i), row_key)
-                for w in range(words):
-                    word = np.uint32(0)
-                    for part in range(parts):
-                        i, b = part * words + w, part * words // block
-                        level = x[row, i] * inverse[b]
-                        if stochastic:
-                            level = min(max(level, -levels), levels) + noise[i]
-                        level += TO_INTEGER
-                        word |= np.uint32((np.uint32(_bits(level)) & mask) << np.uint32(part * bits))
-                        x[row, i] -= (level - TO_INTEGER) * scale[b]
-                    codes[row, w] = word
-
-    return encode
-
-
-def _level_decoder(form: int) -> Callable[..., None]:
-    """Inverse of ``_level_encoder``."""
-    bits, block, parts = layout.BITS[form], layout.BLOCK[form], 8 * layout.WORD[form] // layout.BITS[form]
-    words, mask, sign = ROW // parts, np.uint32(2**bits - 1), np.uint32(2 ** (bits - 1))
-
-    @_kernel("void(f4[:, ::1], u2[:, ::1], u4[:, ::1], f4)")
-    def decode_add(x: Array, scales: Array, codes: Array, factor: Any) -> None:
-        for row in range(x.shape[0]):
-            for w in range(words):
-                for part in range(parts):
-                    code = np.uint32(np.uint32(codes[row, w] >> np.uint32(part * bits)) & mask)
-                    level = np.float32(np.int32(code ^ sign)) - np.float32(sign)  # it was a two's complement
-                    x[row, part * words + w] += factor * (level * _widened(scales[row, part * words // block]))
-
-    return decode_add
-
-
-encode_levels = {(form, chance): _level_encoder(form, chance) for form in layout.LEVELS for chance in (False, True)}
-decode_add_levels = {form: _level_decoder(form) for form in layout.LEVELS}
-
-SIGN_BLOCK = layout.BLOCK[layout.SIGN]
-SIGN_BYTES = ROW // 8
-SIGN_LARGEST = np.int32(layout.LARGEST_SCALE[layout.SIGN])
-
-
-@_kernel("void(f4[:, ::1], i8, u2[:, ::1], u1[:, ::1])")
-def encode_sign(x: Array, count: int, scales: Array, codes: Array) -> None:
-    """Signs, and the mean magnitude of a block. In every row the first ``count`` values are real, the others are padding.
-
-    The sum is one of whole numbers, parts of the largest, so that it has the same bits in whatever order it is formed.
-    """
-    largest, size = np.empty((1, ROW // SIGN_BLOCK), np.int32), x.shape[1] // (ROW // SIGN_BLOCK)
-    for row in range(x.shape[0]):
-        _find_largest(x, row, row + 1, size, largest)
-        for i in range(SIGN_BYTES):
-            code = np.uint8(0)
-            for part in range(8):
-                sign = np.uint32(_bits(x[row, SIGN_BYTES * part + i])) >> np.uint32(31)
-                code |= np.uint8(sign << np.uint32(part))
-            codes[row, i] = code
-        for b in range(largest.shape[1]):
-            start, unit, total = b * SIGN_BLOCK, _number(largest[0, b]), np.int32(0)
-            if largest[0, b] == 0 or largest[0, b] >= INFINITY:  # all are zero
-                scales[row, b] = NAN_BF16 if largest[0, b] else 0
-                continue
-            for i in range(SIGN_BLOCK):
-                total = np.int32(total + np.int32(abs(x[row, start + i]) / unit * SIGN_UNIT))
-            mean = unit * (np.float32(total) / (SIGN_UNIT * np.float32(min(count - start, SIGN_BLOCK))))
-            half = min(np.int32(np.int32(_bits(mean) + np.int32(0x8000)) >> np.int32(16)), SIGN_LARGEST)
-            scales[row, b], scale = half, _widened(half)
-            for i in range(SIGN_BLOCK):
-                x[row, start + i] -= -scale if _bits(x[row, start + i]) < 0 else scale
-
-
-@_kernel("void(f4[:, ::1], u2[:, ::1], u1[:, ::1], f4)")
-def decode_add_sign(x: Array, scales: Array, codes: Array, factor: Any) -> None:
-    for row in range(x.shape[0]):
-        for i in range(SIGN_BYTES):
-            for part in range(8):
-                sign = np.uint32(np.uint32(codes[row, i]) << np.uint32(31 - part)) & np.uint32(0x80000000)
-                scale = np.uint32(scales[row, SIGN_BYTES * part // SIGN_BLOCK]) << np.uint32(16)
-                x[row, SIGN_BYTES * part + i] += factor * _number(np.int32(scale ^ sign))
+select, kth_largest, keep_largest = _kernels["select"], _kernels["kth_largest"], _kernels["keep_largest"]
+scatter, scatter_add = _kernels["scatter"], _kernels["scatter_add"]
+encode_positions, decode_positions = _kernels["encode_positions"], _kernels["decode_positions"]
+decode_add_fp32 = _kernels["decode_add_fp32"]
+encode_bf16, decode_add_bf16 = _kernels["encode_bf16"], _kernels["decode_add_bf16"]
+encode_sign, decode_add_sign = _kernels["encode_sign"], _kernels["decode_add_sign"]
+encode_levels = {
+    (form, chance): _kernels[f"encode_levels_{form}_{chance}"] for form in layout.LEVELS for chance in (False, True)
+}
+decode_add_levels = {form: _kernels[f"decode_add_levels_{form}"] for form in layout.LEVELS}

@@ -43,6 +43,9 @@ LEVELS = {INT8: 127, INT4: 7}
 WORD = {INT8: 4, INT4: 4, SIGN: 1}
 """Bytes of the words that codes are packed in."""
 
+WORD_BITS = 64
+"""Of the words that positions are packed in, and found in."""
+
 BLOCK = {INT8: 128, INT4: 32, SIGN: 128}
 """Values that share a scale."""
 
