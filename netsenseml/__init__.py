@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from netsenseml.compress.codec import Codec
+    from netsenseml.door import attach
     from netsenseml.exchange.collective import all_reduce_mean
     from netsenseml.exchange.communicators import DirectAllReduce, Hierarchical, RingAllReduce, SparseAllGather
     from netsenseml.exchange.mesh import Mesh
     from netsenseml.failure import PeerFailed
-    from netsenseml.hook import Session, attach, comm_hook
+    from netsenseml.hook import Session, comm_hook
 
 _WHERE = {
-    **dict.fromkeys(("Session", "attach", "comm_hook"), "hook"),
+    **dict.fromkeys(("Session", "comm_hook"), "hook"),
     **dict.fromkeys(("DirectAllReduce", "Hierarchical", "RingAllReduce", "SparseAllGather"), "exchange.communicators"),
     "Codec": "compress.codec",
     "Mesh": "exchange.mesh",
+    "attach": "door",
     "PeerFailed": "failure",
     "all_reduce_mean": "exchange.collective",
 }

@@ -3,16 +3,27 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from netsenseml.catalog import load
 from netsenseml.records import RecordFile
 
-if TYPE_CHECKING:
-    from netsenseml.hook import Session
-
 ENV_LISTENER = "NETSENSEML_LISTENER"
 """Environment variable with the ``package.module:Class`` of a listener that ``attach`` makes and tells."""
+
+
+class Attached(Protocol):
+    """What a listener may know of a session."""
+
+    rank: int
+    module: Any
+    """The model, as a torch.nn.Module."""
+    steps: int
+    """That are done."""
+
+    @property
+    def failure(self) -> str | None:
+        """What has ended the exchange, in one line; None while all is well."""
 
 
 class Listener(Protocol):
@@ -21,7 +32,7 @@ class Listener(Protocol):
     def method(self) -> tuple[str, dict[str, Any]] | None:
         """Name and options of the method that it wants to see; None leaves it to the script."""
 
-    def attached(self, session: "Session") -> float | None:
+    def attached(self, session: Attached) -> float | None:
         """The session is ready; may wait. Returns CLOCK_MONOTONIC seconds of t = 0 if it decides on that."""
 
     def record(self, row: Mapping[str, Any]) -> None:
@@ -62,7 +73,7 @@ class Recorder:
     def method(self) -> None:
         return None
 
-    def attached(self, session: "Session") -> None:
+    def attached(self, session: Attached) -> None:
         return None
 
     def record(self, row: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import netsenseml.compress.arrays
-import netsenseml.hook  # before the ranks are forked
+import netsenseml.door  # before the ranks are forked
 from testbed.worker.zoo import Dataset, make_data, make_model
 
 RANKS, BATCH = 2, 16

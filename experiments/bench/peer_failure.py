@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import netsenseml.compress.arrays
-import netsenseml.hook  # before the ranks are forked
+import netsenseml.door  # before the ranks are forked
 
 RANKS, PATIENCE_S = 3, 45.0
 OPTIONS: dict[str, dict[str, Any]] = {

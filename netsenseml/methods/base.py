@@ -41,6 +41,9 @@ class Method:
     keeps_copy = False
     """Set where steps may be undone."""
 
+    takes_scaler = True
+    """Whether it goes with a GradScaler."""
+
     waits = False
     """Whether ``exchange`` waits for other ranks."""
 

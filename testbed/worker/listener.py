@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from netsenseml.failure import blames_peer
-from netsenseml.hook import Session
+from netsenseml.listener import Attached
 from netsenseml.records import RecordFile
 from testbed import protocol
 from testbed.worker.client import ControlClient
@@ -36,7 +36,7 @@ class CellListener:
         self._steps: RecordFile | None = None
         self._evaluations: RecordFile | None = None
         self._control: ControlClient | None = None
-        self._session: Session | None = None
+        self._session: Attached | None = None
 
     def method(self) -> tuple[str, dict[str, Any]]:
         """Raises ValueError, one line, if this process has a session in the cell already."""
@@ -48,7 +48,7 @@ class CellListener:
     def _records(self, file: str) -> Path:
         return self._output / protocol.numbered(file, self._restarts)
 
-    def attached(self, session: Session) -> float:
+    def attached(self, session: Attached) -> float:
         """Report to the orchestrator, and wait for its start."""
         self._session = session
         self._steps = RecordFile(self._records(protocol.STEPS_FILE))

@@ -27,10 +27,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import netsenseml.compress.kernels  # noqa: F401  compiled or loaded here: a confined worker may not write numba's cache
+import netsenseml.compress.kernels  # noqa: F401  compiled here, if need be: a confined worker may not keep them
 from netsenseml.catalog import check_method
+from netsenseml.door import attach
 from netsenseml.failure import blames_peer
-from netsenseml.hook import Session, attach
+from netsenseml.hook import Session
 from netsenseml.records import monotonic_s
 from testbed import protocol
 from testbed.worker.checkpoint import Checkpoints, from_environment
