@@ -252,15 +252,21 @@ def _written(write: Callable[[], T]) -> T:
 @app.command()
 def validate(spec: SpecPath = None, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Check a spec without running anything."""
+    from testbed import gpus
+
     path = _spec_or_default(spec, "validate")
     loaded, plan = _plan(path, overrides, None, as_json=as_json)
     workers = len(plan.cells[0].workers)
+    lacking = gpus.lacking(plan)
     if as_json:
         cells = [cell.name for cell in plan.cells]
-        _print_json({"spec": str(path), "name": loaded.name, "lab": plan.lab, "workers": workers, "cells": cells, "faults": []})
+        found = {"spec": str(path), "name": loaded.name, "lab": plan.lab, "workers": workers, "cells": cells, "faults": []}
+        _print_json({**found, "lacking": lacking})
         return
     cells_ = f"{len(plan.cells)} {'cell' if len(plan.cells) == 1 else 'cells'}"
     typer.echo(f"{path}: good; {cells_}, {workers} workers, lab {plan.lab}")
+    if lacking:
+        typer.echo(f"but it cannot run here: {lacking}")
 
 
 @app.command()

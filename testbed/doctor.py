@@ -294,6 +294,7 @@ def docker_lab(system: System) -> list[Finding]:
             mend = system.command(start) if shutil.which("dockerd") else system.install("docker.io", "moby-engine")
         return [Finding("lab docker", "missing", reason, mend)]
     findings = [Finding("Docker", "ok", f"server {client.version()['Version']}")]
+    findings += docker_gpus(gpus.found(), client.info())
     image = os.environ.get(docker.ENV_IMAGE, docker.DEFAULT_IMAGE)
     try:
         docker.require_image(client, image)
@@ -317,6 +318,16 @@ def docker_lab(system: System) -> list[Finding]:
     if faults:
         return [Finding("lab docker", "missing", "; ".join(faults), f"on the host: {_COMPOSE}"), *findings]
     return [Finding("lab docker", "ok", "with --lab docker" if not lacking_capabilities() else _COMPOSE), *findings]
+
+
+def docker_gpus(names: list[str], daemon: Mapping[str, Any]) -> list[Finding]:
+    """Whether containers get the machine's GPUs, if it has any. daemon: what the Docker daemon tells of itself."""
+    if not names:
+        return []
+    if gpus.reach_containers(names, daemon):
+        return [Finding("GPUs in Docker", "ok", "NVIDIA's runtime")]
+    mend = f"install nvidia-container-toolkit, then: {gpus.TOOLKIT}"
+    return [Finding("GPUs in Docker", "limited", "the daemon has no runtime of NVIDIA's", mend)]
 
 
 def capabilities(system: System) -> Finding:

@@ -160,8 +160,6 @@ def make_plan(spec: Spec, directory: Path = Path(), auto: str = "auto") -> Plan:
     if spec.lab == "docker" and spec.network.topology != "star":
         fault = f"{spec.network.topology} is built in the netns lab only; use lab: netns, or topology: star"
         raise SpecError([("network.topology", fault)])
-    if spec.lab == "docker" and spec.workload and spec.workload.device == "cuda":
-        raise SpecError([("workload.device", "cuda is for the netns lab only; use lab: netns, or device: cpu")])
     if spec.lab == "docker" and spec.network.ip == 6:
         raise SpecError([("network.ip", "6 is built in the netns lab only; use lab: netns, or ip: 4")])
     cells: list[Cell] = []
@@ -217,6 +215,7 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Call
             lab=replace(
                 network,
                 folders=() if folder is None else (folder,),
+                device=spec.workload.device if spec.workload else "cpu",
                 seed=seed,
                 tcp=tcp,
             ),

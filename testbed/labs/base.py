@@ -48,6 +48,7 @@ class LabPlan:
     packet_bytes: by host, the wire size that no packet it sends may exceed; those left out may send whole GSO packets.
     folders: what programs on the hosts read besides the run directory, absolute; they see it under the same path.
     view: None: the programs see all of the run directory, and may write there.
+    device: what programs compute on: "cpu", "cuda", or "auto", a GPU if there is any.
     seed: of random impairments.
     tcp: how connections between the hosts behave. ip: the version of their addresses.
     """
@@ -62,6 +63,7 @@ class LabPlan:
     packet_bytes: Mapping[str, int] = field(default_factory=dict)
     folders: tuple[Path, ...] = ()
     view: View | None = None
+    device: str = "cpu"
     seed: int = 0
     tcp: Tcp = field(default_factory=Tcp)
     ip: int = 4

@@ -33,13 +33,13 @@ import requests
 from docker.errors import APIError, ContainerError, DockerException, ImageNotFound, NotFound
 from docker.models.containers import Container
 from docker.models.networks import Network
-from docker.types import Mount
+from docker.types import DeviceRequest, Mount
 from pyroute2.netlink import NLM_F_CREATE
 from pyroute2.netlink.rtnl import RTM_DELADDR, RTM_GETLINK, RTM_NEWADDR, RTM_NEWLINK
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
-from testbed import protocol
+from testbed import gpus, protocol
 from testbed.files import everything_in
 from testbed.labs.base import OOM_SCORE_ADJ, LabError, LabPlan, make_shaper
 from testbed.labs.capabilities import lacking_capabilities
@@ -63,8 +63,6 @@ LINED_INTERFACE = "eth1"
 _NOT_COMPOSE = {"com.docker.compose.project": "", "com.docker.compose.service": ""}
 """Compose marks the images that it builds, containers inherit that, and Compose would take a worker for one of its own."""
 _RUN_DIR = PurePosixPath("/run/netsense")
-_COMPILED = "/opt/numba-cache"
-"""Where the image keeps compiled kernels; a volume, made and removed with its container, lets a worker use them."""
 _NOBODY = 65534
 _PIDS = 4096
 """Processes and threads of a container: far more than training takes, and no fork bomb."""
@@ -233,6 +231,7 @@ class DockerLab:
         clean(dry_run=False, client=client)
         rendezvous = self._directory / f".hosts-{self._token}.sock"
         user, paths = self.user, _DaemonPaths(client)
+        devices = device_requests(self._plan.device, gpus.found(), client.info()) if self._plan.device != "cpu" else []
         for written in self._written():
             _give(written, *user)
         # Whatever the daemon makes is asked for on other threads: Ctrl-C, which comes to this one, must not cut off a request,
@@ -250,7 +249,9 @@ class DockerLab:
             with protocol.listen_unix(rendezvous, backlog=len(self._plan.hosts) + 8) as listener:
                 os.chown(rendezvous, *user)
                 starting = {
-                    name: pool.submit(self._start_container, client, network, name, self._mounts(paths, name, rendezvous), user)
+                    name: pool.submit(
+                        self._start_container, client, network, name, self._mounts(paths, name, rendezvous), devices, user
+                    )
                     for name in self._plan.hosts
                 }
                 self._answer(listener, starting)
@@ -277,11 +278,16 @@ class DockerLab:
                 seen[str(_RUN_DIR / path.resolve().relative_to(self._directory))] = (path.resolve(), path in reads)
         else:
             seen[str(_RUN_DIR)] = (self._directory, False)
-        mounts = [Mount(target, paths[path], type="bind", read_only=read_only) for target, (path, read_only) in seen.items()]
-        return [*mounts, Mount(_COMPILED, None, type="volume")]
+        return [Mount(target, paths[path], type="bind", read_only=read_only) for target, (path, read_only) in seen.items()]
 
     def _start_container(
-        self, client: docker.DockerClient, network: Network, name: str, mounts: list[Mount], user: tuple[int, int]
+        self,
+        client: docker.DockerClient,
+        network: Network,
+        name: str,
+        mounts: list[Mount],
+        devices: list[DeviceRequest],
+        user: tuple[int, int],
     ) -> Container:
         keeper = Path(__file__).with_name("keeper.py").read_text()
         rendezvous = str(_RUN_DIR / f".hosts-{self._token}.sock")
@@ -305,6 +311,7 @@ class DockerLab:
             security_opt=["no-new-privileges:true"],
             tmpfs={"/tmp": "rw,nosuid,nodev"},
             mounts=mounts,
+            device_requests=devices,
             environment={"HOME": "/tmp", "TMPDIR": "/tmp", "OMP_NUM_THREADS": "1"},
         )
         container.reload()
@@ -449,6 +456,17 @@ def connect() -> docker.DockerClient:
         raise LabError(
             "no Docker daemon answers; start it (for example: sudo systemctl start docker), or use --lab netns"
         ) from None
+
+
+def device_requests(device: str, names: list[str], daemon: Mapping[str, Any]) -> list[DeviceRequest]:
+    """What a container asks the daemon for, so that its programs may compute on ``device``: all GPUs, or nothing.
+
+    names: the machine's GPUs. daemon: what it tells of itself. Raises LabError where there must be a GPU.
+    """
+    if fault := gpus.why_not(device, names, daemon):
+        raise LabError(fault)
+    wanted = device != "cpu" and gpus.reach_containers(names, daemon)
+    return [DeviceRequest(count=-1, capabilities=[["gpu", "compute", "utility"]])] if wanted else []
 
 
 def image_has(program: str) -> bool:

@@ -73,9 +73,8 @@ _PLAIN = RunOptions()
 
 def check_machine(plan: Plan) -> str:
     """Raise LabError, before anything is made, if this machine cannot run the plan; returns the engine that impairs links."""
-    wanted_devices = {cell.workload.device for cell in plan.cells if cell.workload}
-    if "cuda" in wanted_devices and not gpus.found():
-        raise LabError("workload.device: cuda needs a GPU with its driver, and this machine has none; use device: cpu")
+    if fault := gpus.lacking(plan):
+        raise LabError(fault)
     engine = "auto"
     for wanted in sorted(plan.engines or {"auto"}):
         chosen = choose_engine(plan.lab, wanted, plan.impaired, plan.qdiscs)
@@ -197,9 +196,7 @@ def _run(plan: Plan, directory: Path, lock: int, console: Console, options: RunO
             console.print(fault, markup=False, soft_wrap=True)
 
 
-def run_cells(
-    plan: Plan, directory: Path, lock: int, console: Console, only: Collection[str] = (), quiet: bool = False
-) -> int:
+def run_cells(plan: Plan, directory: Path, lock: int, console: Console, only: Collection[str] = (), quiet: bool = False) -> int:
     """Run the cells that are not done, or ``only`` those, on this machine; returns the exit code, whatever their verdict."""
     if plan.lab == "netns":
         code = execute_enclosed(directory, lock, only, subprocess.DEVNULL if quiet else 2 if console.stderr else None)

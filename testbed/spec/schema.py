@@ -319,13 +319,12 @@ def _add_rules(definitions: Json) -> None:
     some = {"type": "string", "pattern": "^[^eE]*[1-9]"}
     slowed = {"properties": {"workload": {"required": ["compute"], "properties": {"compute": _needs("pace", "emulate")}}}}
     star = {"properties": {"topology": {"const": "star"}, "ip": {"const": 4}}}
-    cpu = {"properties": {"device": {"enum": ["cpu", "auto"]}}}
     rules: Mapping[str, Json] = {
         "Spec": {
             "oneOf": [{"required": ["workload"]}, {"required": ["script"]}],
             "allOf": [
                 _if({"dilation": {"exclusiveMinimum": 1}}, {"required": ["workload"], **slowed}, "dilation"),
-                _if({"lab": {"const": "docker"}}, {"properties": {"network": star, "workload": cpu}}, "lab"),
+                _if({"lab": {"const": "docker"}}, {"properties": {"network": star}}, "lab"),
             ],
         },
         "NetworkSpec": {

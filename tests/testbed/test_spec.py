@@ -169,7 +169,6 @@ BAD = [
     ({"network__links": {"w7": {"rate": "5mbit"}}}, "bad.yaml: network.links.w7: ", "w0, w1, w2, w3"),
     ({"workload__compute": {"pace": "1s", "emulate": "1s"}}, "bad.yaml: workload.compute.emulate: ", "beside pace"),
     ({"workload__device": "gpu"}, "bad.yaml: workload.device: ", "valid: cpu, cuda, auto"),
-    ({"workload__device": "cuda", "lab": "docker"}, "bad.yaml: workload.device: ", "for the netns lab only"),
     ({"workload__compute": {"emulate": "0s"}}, "bad.yaml: workload.compute.emulate: ", "greater than 0"),
     ({"workload__compute": {"pace": "1s", "jitter": "5%"}}, "bad.yaml: workload.compute.jitter: ", "needs emulate"),
     ({"workload__compute": {"stragglers": {"w1": 2}}}, "bad.yaml: workload.compute.stragglers: ", "needs pace"),
