@@ -4,8 +4,10 @@
 
 Needs torch and numba only. Codecs: milliseconds between two events of the device, medians, for N elements (ResNet-18's); the
 baseline of the sparse ones is torch.topk of the magnitudes, unsorted, with the values gathered. Hook: milliseconds of a step of
-a GPT-like model, medians, of DDP without a hook and with each method in turn: one rank over NCCL, and two ranks that share the
-device over Gloo, through the loopback. OUT/gpu.json has the same figures.
+a GPT-like model, medians, of DDP without a hook and with each method in turn: one rank over NCCL, two ranks that share the
+device over Gloo, through the loopback, and one rank a device over NCCL where there are several devices. Where there are, also
+milliseconds of an exchange of N elements by two hosts, as far as the plan knows, that have two ranks each on the same two
+devices: int8 and 1 %, flat, and by host, within it over NCCL and over Gloo. OUT/gpu.json has the same figures.
 """
 
 import argparse
@@ -24,8 +26,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from netsenseml import attach
+from netsenseml import Mesh, all_reduce_mean, attach
 from netsenseml.compress.codec import VALUES, Codec, add_decoded
+from netsenseml.exchange.communicators import parse
 
 RESNET18 = 11_689_512
 DENSITIES = (1.0, 0.1, 0.01, 0.001)
@@ -102,6 +105,7 @@ class Transformer(nn.Module):
 def train(rank: int, ranks: int, backend: str, directory: str, steps: int, results: Any) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.backends.cuda.matmul.allow_tf32 = True
+    torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(backend, init_method=f"file://{directory}/rendezvous", rank=rank, world_size=ranks)
     width, layers, batch = (1024, 8, 24) if backend == "nccl" else (256, 4, 64)
     found: dict[str, dict[str, float | str]] = {}
@@ -140,19 +144,48 @@ def train(rank: int, ranks: int, backend: str, directory: str, steps: int, resul
         results.put(found)
 
 
-def steps(backend: str, ranks: int, count: int) -> dict[str, dict[str, float | str]]:
+HOSTS = ("int8", "host-int8", "sparse-int8@1%", "host-sparse-int8@1%")
+
+
+def exchange_by_hosts(rank: int, within: str, directory: str, elements: int, repetitions: int, results: Any) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.cuda.set_device(rank % 2)
+    backend = "cpu:gloo,cuda:nccl" if within == "nccl" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{directory}/rendezvous", rank=rank, world_size=4)
+    mesh = Mesh(dist.group.WORLD, hosts=[0, 0, 1, 1], device=torch.device("cuda", rank % 2))
+    if mesh.within_by_nccl != (within == "nccl"):
+        raise SystemExit("the ranks of a host are not joined as they should be")
+    tensor, found = torch.randn(elements, device="cuda"), {}
+    for name in HOSTS:
+        took = []
+        for _ in range(repetitions + 2):
+            torch.cuda.current_stream().synchronize()
+            mesh.group.allreduce([torch.zeros(1)]).wait()
+            began_s = time.perf_counter()
+            all_reduce_mean(tensor, name, parse(name), mesh).wait()
+            torch.cuda.current_stream().synchronize()
+            took.append(time.perf_counter() - began_s)
+        found[name] = {"exchange_ms": 1e3 * statistics.median(took[2:])}
+    mesh.close()
+    dist.destroy_process_group()
+    if rank == 0:
+        results.put(found)
+
+
+def run_ranks(work: Any, ranks: int, *given: Any) -> dict[str, dict[str, Any]]:
+    """What rank 0 of ``work(rank, *given, results)`` has found, {} if a rank failed; "DIRECTORY" becomes one of their own."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as directory:
-        given = (ranks, backend, directory, count, results)
-        processes = [context.Process(target=train, args=(rank, *given)) for rank in range(ranks)]
+        given = tuple(directory if one == "DIRECTORY" else one for one in given)
+        processes = [context.Process(target=work, args=(rank, *given, results)) for rank in range(ranks)]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
         if any(process.exitcode for process in processes):
             return {}
-        found: dict[str, dict[str, float | str]] = results.get()
+        found: dict[str, dict[str, Any]] = results.get()
         return found
 
 
@@ -170,12 +203,18 @@ def main() -> None:
         total = row["encode_ms"] + row.get("decode_ms", 0.0)
         decode = f"{row['decode_ms']:12.3f}" if "decode_ms" in row else " " * 12
         print(f"{codec:24}{row['encode_ms']:12.3f}{decode}{total / of_codecs['copy']['encode_ms']:9.1f}", flush=True)
-    of_steps = {}
-    for backend, ranks in (("nccl", 1), ("gloo", 2)):
-        of_steps[f"{backend}, {ranks}"] = found = steps(backend, ranks, 40)
+    of_steps, devices = {}, torch.cuda.device_count()
+    for backend, ranks in (("nccl", 1), ("gloo", 2), *([("nccl", min(devices, 8))] if devices > 1 else [])):
+        of_steps[f"{backend}, {ranks}"] = found = run_ranks(train, ranks, ranks, backend, "DIRECTORY", 40)
         for method, figures in found.items():
             texts = (f"{what} {value:.2f}" if isinstance(value, float) else value for what, value in figures.items())
             print(f"{backend}, ranks: {ranks}, {method:15}", *texts, flush=True)
+    of_hosts = {}
+    for within in ("nccl", "gloo") if devices > 1 else ():
+        found = run_ranks(exchange_by_hosts, 4, within, "DIRECTORY", given.elements, given.repetitions)
+        of_hosts[within] = found
+        for plan, figures in found.items():
+            print(f"two hosts, {within} within, {plan:20} exchange {figures['exchange_ms']:.2f}", flush=True)
     if given.out is not None:
         whole = {
             "device": name,
@@ -183,6 +222,7 @@ def main() -> None:
             "elements": given.elements,
             "codecs": of_codecs,
             "steps": of_steps,
+            "hosts": of_hosts,
         }
         (given.out / "gpu.json").write_text(json.dumps(whole, indent=1))
 

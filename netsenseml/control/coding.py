@@ -15,7 +15,7 @@ _REPETITIONS = 3
 
 
 def coding_costs(plans: Sequence[Plan], shape: Shape, device: torch.device) -> dict[str, float]:
-    """Seconds per element that a rank spends on encoding and decoding, by name of the plan.
+    """Seconds per element of a tensor that a rank spends on encoding and decoding, by name of the plan.
 
     Measured on normal numbers, for sparse codecs only at the ends: in between the cost is a line over the density, as one
     part is paid for every element and one for every element that is kept. Takes some tens of milliseconds, once kernels are
@@ -28,16 +28,17 @@ def coding_costs(plans: Sequence[Plan], shape: Shape, device: torch.device) -> d
     low, high = (_coding_s(codec, device) for codec in (sparse[0], sparse[-1])) if sparse else ((0.0, 0.0), (0.0, 0.0))
     costs = {}
     for name, plan in inner.items():
-        ranks = shape.of_hosts.ranks if name != plan.name else shape.ranks
+        by_host = name != plan.name
+        ranks, share = (shape.of_hosts.ranks, 1 / shape.ranks_per_host) if by_host else (shape.ranks, 1.0)
         if isinstance(plan, DirectAllReduce):
             # All of the tensor once each way, and the own chunk once more: decoded from every rank, encoded once.
             encode_s, decode_s = dense[plan.codec]
-            costs[name] = encode_s + 2 * decode_s
+            costs[name] = share * (encode_s + 2 * decode_s)
         elif isinstance(plan, SparseAllGather):
             span = sparse[-1].density - sparse[0].density
             weight = (plan.codec.density - sparse[0].density) / span if span else 0.0
             encode_s, decode_s = (least + weight * max(0.0, most - least) for least, most in zip(low, high, strict=True))
-            costs[name] = encode_s + ranks * decode_s
+            costs[name] = share * (encode_s + ranks * decode_s)
     return costs
 
 

@@ -25,7 +25,6 @@ from netsenseml.exchange.collectives import (
     all_reduce_bytes,
     all_reduce_mean,
     all_to_all_chunks,
-    broadcast,
 )
 from netsenseml.exchange.mesh import Mesh, Shape
 from netsenseml.exchange.scheduler import Exchange
@@ -69,10 +68,11 @@ class Context:
         """Of stochastic rounding; differs between ranks, or their errors would not average out."""
         return self.number * self.mesh.ranks + self.mesh.rank
 
-    def of_leaders(self) -> "Context":
-        """The same among the lowest ranks of all hosts."""
+    def of_share(self, out: torch.Tensor) -> "Context":
+        """The same among the ranks of all hosts that have this rank's number within theirs. out: its share of ``out``."""
         mesh = self.mesh
-        return replace(self, rank=mesh.leaders.index(mesh.rank), stages=(mesh.leader_stage(0), mesh.leader_stage(1)))
+        stages = mesh.share_stage(0), mesh.share_stage(1)
+        return replace(self, rank=mesh.sharers.index(mesh.rank), stages=stages, out=out, sent=Sent())
 
 
 class Plan(Protocol):
@@ -237,11 +237,18 @@ class SparseAllGather:
 
 @dataclass(frozen=True, slots=True)
 class Hierarchical:
-    """The ranks of a host form their mean exactly, one of them exchanges it with the other hosts, and tells the rest.
+    """The ranks of a host form their mean exactly, each of a share of the tensor, exchange their shares with the same ranks of
+    the other hosts, and tell each other.
 
-    Of ranks that share a network interface only one uses it. Compression and its residual are the leader's. Worth its two more
-    stages where hosts have several ranks and the network is thinner than what joins these. Where hosts are of unequal size, or
-    there is but one, all ranks exchange as if each had a host of its own.
+    1. All-to-all within the host: its l-th rank gets the l-th share of every other one, and averages them in float32.
+    2. It exchanges this mean by the inner plan with the l-th ranks of the other hosts. The residual is its own, L times, as it
+       counts for one of the host's L ranks in the next mean.
+    3. All-gather of the shares within the host.
+
+    A host's interface carries no more than if the host were one rank, and each rank codes one L-th. Within a host it goes
+    through NCCL where each rank has a GPU of its own and the group of DDP is NCCL's, else through Gloo. Worth its two more
+    stages where the network is thinner than what joins the ranks of a host. Where hosts are of unequal size, or there is but
+    one, all ranks exchange as if each had a host of its own.
     """
 
     inner: DirectAllReduce | SparseAllGather
@@ -259,26 +266,34 @@ class Hierarchical:
         return self.inner.dense
 
     def cost(self, elements: int, shape: Shape) -> Cost:
-        return self.inner.cost(elements, shape.of_hosts)
+        shares = [self.inner.cost(share, shape.of_hosts) for share in chunk_sizes(elements, shape.ranks_per_host)]
+        sent, across, terms = zip(*shares, strict=True)
+        return Cost(sum(sent) / len(shares), sum(across), max(terms))
 
     def exchange(self, compensated: torch.Tensor, context: Context) -> Exchange:
-        mesh, statistics = context.mesh, context.statistics
-        if mesh.shape.ranks_per_host == 1:
+        mesh, statistics, ranks = context.mesh, context.statistics, context.mesh.shape.ranks_per_host
+        if ranks == 1 or not len(compensated):  # Gloo exchanges no tensors without elements
             return (yield from self.inner.exchange(compensated, context))
-        # Now, as all ranks are in the same order here. Leaders come to the end of a gather sooner than to that of an
-        # all-reduce, which the others do not know; hence a group for each.
+        number, sizes = mesh.host_ranks.index(mesh.rank), chunk_sizes(len(compensated), ranks)
+        own, out = compensated.split(sizes)[number], context.out.split(sizes)
+        # Now, as all ranks are in the same order here. An exchange with a gather comes to its end a stage sooner than one with
+        # an all-reduce; hence a group for each.
         end = mesh.host_stage(2 if isinstance(self.inner, DirectAllReduce) else 1)
-        of_leaders = context.of_leaders() if mesh.rank in mesh.leaders else None
-        mean = yield statistics.launch(partial(all_reduce_mean, compensated.clone(), mesh.host_stage(0)), 0)
-        mean = mean.to(compensated.device)
-        compensated.zero_()
-        result = context.out
-        context.sent.residual_scale = mesh.shape.ranks_per_host if of_leaders is not None else 0
-        if of_leaders is not None:
-            result = yield from self.inner.exchange(mean, of_leaders)
-            # As it counts for one of the host's ranks in the next mean.
-            torch.mul(mean, mesh.shape.ranks_per_host, out=compensated)
-        return result.copy_((yield statistics.launch(partial(broadcast, result, end), 0)))
+        of_share = context.of_share(out[number])
+        send = partial(all_to_all_chunks, compensated.split(sizes), [len(own)] * ranks, mesh.host_stage(0))
+        shares = (yield statistics.launch(send, 0)).to(compensated.device)
+        with statistics.coding():
+            mean = shares.view(ranks, len(own)).div_(ranks).sum(0)
+            compensated.zero_()
+        result = yield from self.inner.exchange(mean, of_share)
+        with statistics.coding():
+            torch.mul(mean, ranks, out=own)
+            context.sent.residual_scale = ranks**0.5
+            slot = result.new_zeros(sizes[0])
+            slot[: len(result)] = result
+        for row, share in zip((yield statistics.launch(partial(all_gather, slot, end, ring=True), 0)), out, strict=True):
+            share.copy_(row[: len(share)], non_blocking=True)
+        return context.out
 
 
 def gather_cost(sent: float, shape: Shape, ring: bool) -> Cost:

@@ -30,11 +30,12 @@ and others may wait beside it."""
 @dataclass(frozen=True, slots=True)
 class Peer:
     """What a rank tells the others of itself. host: equal for ranks that share a network interface. address: IP, None if
-    unknown. device: type of the device that its tensors are on."""
+    unknown. device: type of the device that its tensors are on. card: which of all CUDA devices that is, None if it is none."""
 
     host: str
     address: str | None
     device: str = "cpu"
+    card: str | None = None
 
 
 class Shape(NamedTuple):
@@ -122,9 +123,18 @@ class Mesh:
         return [rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
 
     @property
-    def leaders(self) -> list[int]:
-        """The lowest rank of every host."""
-        return [self.hosts.index(host) for host in dict.fromkeys(self.hosts)]
+    def sharers(self) -> list[int]:
+        """The ranks of all hosts that have this rank's number within theirs; hosts are of equal size."""
+        number = self.host_ranks.index(self.rank)
+        return [[rank for rank, one in enumerate(self.hosts) if one == host][number] for host in dict.fromkeys(self.hosts)]
+
+    @property
+    def within_by_nccl(self) -> bool:
+        """Whether the ranks of this host exchange by NCCL among themselves: as DDP does, each on a GPU of its own."""
+        cards = [self.peers[rank].card for rank in self.host_ranks]
+        if None in cards or len(set(cards)) < len(cards):
+            return False
+        return self.group._get_backend(torch.device("cuda")).name() == dist.Backend.NCCL
 
     def by_stream(self, device: torch.device) -> bool:
         """Whether collectives of ``group`` itself work in the order of a device's streams, so that nobody waits for these."""
@@ -138,15 +148,16 @@ class Mesh:
 
     def host_stage(self, number: int) -> dist.ProcessGroup:
         """Likewise of the ranks of this host."""
-        return self._made(f"host{number}-{self.hosts[self.rank]}", self.host_ranks)
+        return self._made(f"host{number}-{self.hosts[self.rank]}", self.host_ranks, by_nccl=self.within_by_nccl)
 
-    def leader_stage(self, number: int) -> dist.ProcessGroup:
-        """Likewise of the lowest ranks of all hosts; call it on these only."""
-        return self._made(f"leader{number}", self.leaders)
+    def share_stage(self, number: int) -> dist.ProcessGroup:
+        """Likewise of ``sharers``."""
+        return self._made(f"share{number}-{self.host_ranks.index(self.rank)}", self.sharers)
 
-    def _made(self, name: str, ranks: Iterable[int]) -> dist.ProcessGroup:
+    def _made(self, name: str, ranks: Iterable[int], *, by_nccl: bool = False) -> dist.ProcessGroup:
         if name not in self._groups:
-            self._groups[name] = new_group(self.group, f"{self._number}/{name}", list(ranks))
+            new = new_nccl if by_nccl else new_group
+            self._groups[name] = new(self.group, f"{self._number}/{name}", list(ranks))
         return self._groups[name]
 
     def close(self) -> None:
@@ -203,6 +214,16 @@ def new_group(group: dist.ProcessGroup, name: str, ranks: Sequence[int]) -> dist
     peers = len(ranks) - 1
     if len(found) == peers * len(options._devices):  # else another thread has connected meanwhile, to nobody knows whom
         _connections_of.setdefault(group, []).append(found)
+    return made
+
+
+def new_nccl(group: dist.ProcessGroup, name: str, ranks: Sequence[int]) -> dist.ProcessGroup:
+    """As ``new_group``, of NCCL; its ranks have a CUDA device each. If a peer is gone, NCCL's watchdog ends the process."""
+    nccl: Any = dist.ProcessGroupNCCL
+    options = nccl.Options()
+    options._timeout, options.is_high_priority_stream = timeout(group), True
+    prefix: Any = c10d.PrefixStore(f"netsenseml/{name}", store_of(group))  # type: ignore[attr-defined]
+    made: dist.ProcessGroup = nccl(prefix, ranks.index(group.rank()), len(ranks), options)
     return made
 
 
@@ -268,6 +289,7 @@ def _meet(group: dist.ProcessGroup, config: Mapping[str, Any], device: torch.dev
         "host": _host(),
         "address": local_address(os.environ.get("GLOO_SOCKET_IFNAME")),
         "device": device.type if device is not None else "cpu",
+        "card": str(torch.cuda.get_device_properties(device).uuid) if device is not None and device.type == "cuda" else None,
     }
     store.set(f"netsenseml/meeting/{meeting}/{rank}", json.dumps(mine, default=lambda value: type(value).__name__))
     keys = [f"netsenseml/meeting/{meeting}/{other}" for other in range(group.size())]
@@ -283,7 +305,7 @@ def _meet(group: dist.ProcessGroup, config: Mapping[str, Any], device: torch.dev
             name = next(name for name in names if told[0]["config"].get(name) != theirs["config"].get(name))
             first, differs = told[0]["config"].get(name), theirs["config"].get(name)
             raise ValueError(f"rank {other} has {name} = {differs!r}, rank 0 has {first!r}; all ranks must have the same")
-    return meeting, [Peer(theirs["host"], theirs["address"], theirs["device"]) for theirs in told]
+    return meeting, [Peer(theirs["host"], theirs["address"], theirs["device"], theirs["card"]) for theirs in told]
 
 
 def store_of(group: dist.ProcessGroup) -> Any:

@@ -107,7 +107,8 @@ class Scheduler:
             try:
                 if self._failure is not None:
                     raise RuntimeError(self._failure)
-                value = tensor.collective.value() if tensor.collective is not None else None
+                # It is complete; of NCCL's, which is so on the device only, our stream waits.
+                value = tensor.collective.wait() if tensor.collective is not None else None
                 tensor.collective = collective = tensor.exchange.send(value)  # type: ignore[arg-type]  # None begins a generator
             except StopIteration as end:
                 self._count(-1)

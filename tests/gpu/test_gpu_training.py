@@ -222,7 +222,7 @@ def test_no_step_waits_for_the_whole_device(method: str) -> None:
         assert calls.get("cudaDeviceSynchronize", 0) <= 1, calls  # the profiler's own, at its end
 
 
-# --- NCCL, which refuses a second rank on the same device
+# --- NCCL, which refuses a second rank of a group on the same device
 
 
 def alone_with_nccl(directory: str) -> list[str]:
@@ -250,6 +250,62 @@ def alone_with_nccl(directory: str) -> list[str]:
     found.append(f"scaled {bool(parameters(scaled.module).isfinite().all())}")
     dist.destroy_process_group()
     return found
+
+
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+def join(rank: int, ranks: int, directory: str, device: int) -> None:
+    torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl",
+        init_method=f"file://{directory}/rendezvous",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=120),
+    )
+
+
+def exchange_by_hosts(rank: int, directory: str, device: str) -> tuple[bool, list[list[float]]]:
+    """Ranks 0 and 1 on two devices are one host, 2 and 3 on the same two another."""
+    join(rank, 4, directory, rank % 2)
+    on = torch.device("cuda", rank % 2) if device == "cuda" else torch.device("cpu")
+    mesh, found = Mesh(dist.group.WORLD, hosts=[0, 0, 1, 1], device=on), []
+    names = ["host-fp32", "host-int8", "host-sparse-int4@5%", "host-int8-ring"]
+    for name, elements in itertools.product(names, [1, 700, 100_000]):
+        for step in range(3):
+            draw = torch.Generator().manual_seed(10 * step + rank)
+            tensor = torch.randn(elements, generator=draw).to(on)
+            all_reduce_mean(tensor, (name, elements), parse(name), mesh).wait()
+        found.append(tensor.tolist())
+    by_nccl = mesh.within_by_nccl
+    mesh.close()
+    return by_nccl, found
+
+
+@two_devices
+def test_ranks_of_a_host_exchange_by_nccl_what_they_would_by_gloo() -> None:
+    found = {}
+    for device in ("cpu", "cuda"):
+        with tempfile.TemporaryDirectory() as directory:
+            found[device] = Ranks(exchange_by_hosts, [(rank, directory, device) for rank in range(4)], {}).results()
+    assert [by_nccl for by_nccl, _ in found["cuda"]] == [True] * 4
+    assert [by_nccl for by_nccl, _ in found["cpu"]] == [False] * 4
+    for (_, theirs), (_, ours) in zip(found["cpu"], found["cuda"], strict=True):
+        assert theirs == ours == found["cuda"][0][1]
+
+
+def train_by_nccl(rank: int, directory: str, steps: int) -> list[tuple[str, list[float]]]:
+    join(rank, 2, directory, rank)
+    return [(name, train(rank, method, options, steps)[0]) for name, (method, options) in zip(IDS, METHODS, strict=True)]
+
+
+@two_devices
+def test_replicas_stay_bit_identical_over_nccl() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        first, second = Ranks(train_by_nccl, [(rank, directory, 40) for rank in range(2)], {}).results()
+    for (name, ours), (_, theirs) in zip(first, second, strict=True):
+        assert ours == theirs and all(value == value for value in ours), name
 
 
 def test_every_method_trains_beside_nccl() -> None:

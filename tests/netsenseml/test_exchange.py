@@ -235,9 +235,6 @@ def test_costs_say_what_is_sent() -> None:
     ranks = run_group(bytes_by_plan, 4)
     for number, (elements, plan) in enumerate(itertools.product(SENT, PLANS)):
         sent = [rank[number][0] for rank in ranks]
-        if isinstance(plan, Hierarchical):
-            assert sent[1] == sent[3] == 0, "of a host only the first rank sends"
-            sent = [sent[0], sent[2]]
         assert sum(sent) / len(sent) == pytest.approx(plan.cost(elements, Shape(4, 2)).sent_bytes, abs=2), plan.name
         assert all(rank[number][1] > 0 for rank in ranks), plan.name
 

@@ -56,13 +56,21 @@ def test_hosts_of_equal_size_whose_ranks_follow_each_other_have_several_ranks(ho
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.data())
-def test_every_host_has_one_leader_and_the_ranks_of_a_host_agree_on_who_they_are(hosts: list[int], data: st.DataObject) -> None:
+def test_the_ranks_of_a_host_agree_on_who_they_are(hosts: list[int], data: st.DataObject) -> None:
     rank = data.draw(st.integers(0, len(hosts) - 1))
     mesh = Described(hosts, rank)
-    assert len(mesh.leaders) == len(set(hosts)) and {hosts[leader] for leader in mesh.leaders} == set(hosts)
-    assert rank in mesh.host_ranks and mesh.host_ranks[0] in mesh.leaders
+    assert rank in mesh.host_ranks
     assert all(Described(hosts, other).host_ranks == mesh.host_ranks for other in mesh.host_ranks)
     assert mesh.machine_ranks == list(range(len(hosts))), "one kernel"
+
+
+@given(st.integers(1, 4), st.integers(1, 4))
+def test_every_share_is_exchanged_by_one_rank_of_each_host(hosts: int, ranks_per_host: int) -> None:
+    placed = [rank // ranks_per_host for rank in range(hosts * ranks_per_host)]
+    for rank in range(len(placed)):
+        sharers = Described(placed, rank).sharers
+        assert rank in sharers and [placed[other] for other in sharers] == list(range(hosts))
+        assert all(Described(placed, other).sharers == sharers for other in sharers)
 
 
 @given(st.integers(1, 8), st.integers(1, 8))
@@ -90,9 +98,7 @@ def test_ranks_of_one_network_namespace_are_on_one_host() -> None:
 
 def timeouts_of_groups(rank: int) -> list[float]:
     mesh = Mesh(world(), hosts=[0, 0, 1, 1])
-    groups = [world(), mesh.stage(0), mesh.stage(1), mesh.host_stage(0)]
-    if rank in mesh.leaders:
-        groups.append(mesh.leader_stage(0))
+    groups = [world(), mesh.stage(0), mesh.stage(1), mesh.host_stage(0), mesh.share_stage(0)]
     found = [timeout(groups[0]), *(group.options._timeout for group in groups[1:])]
     assert mesh.stage(0) is groups[1], "made once"
     del groups
@@ -102,7 +108,7 @@ def timeouts_of_groups(rank: int) -> list[float]:
 
 def test_all_groups_have_the_time_out_of_the_first() -> None:
     found = run_group(timeouts_of_groups, 4, timeout_s=5)
-    assert found == [[5.0] * 5, [5.0] * 4, [5.0] * 5, [5.0] * 4]
+    assert found == [[5.0] * 5] * 4
 
 
 def exchange_alone(rank: int) -> float:
