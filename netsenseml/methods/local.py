@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -118,6 +118,7 @@ class LocalUpdates(Method):
         self._ended = -1
         if not self._fragments:
             return
+        refuse_sharded(self.optimizers)
         self.steps += 1
         count, every = len(self._fragments), self._inner_steps
         due = [number for number in range(count) if (self.steps - (number + 1) * every // count) % every == 0]
@@ -248,6 +249,17 @@ STEP_IS_MISSING = (
     "local updates exchange parameters in session.step(): call it after every optimizer.step(), and accumulate the gradients of"
     " several backwards under no_sync()"
 )
+
+
+def refuse_sharded(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Raise ValueError, one line, for a ZeroRedundancyOptimizer: in every step it sends what each rank has made of its shard of
+    the parameters to all others, so that there are no local steps."""
+    for optimizer in optimizers:
+        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+            raise ValueError(
+                "a ZeroRedundancyOptimizer makes no local steps; choose a method without them (netsense: interval=1), or the "
+                "optimizer that it shards"
+            )
 
 
 def exchanged(module: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

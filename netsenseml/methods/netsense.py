@@ -31,7 +31,7 @@ from netsenseml.exchange.communicators import Plan, RingAllReduce, parse
 from netsenseml.exchange.control import ControlChannel
 from netsenseml.methods.apart import Apart
 from netsenseml.methods.coded import Coded
-from netsenseml.methods.local import STEP_IS_MISSING, done
+from netsenseml.methods.local import STEP_IS_MISSING, done, refuse_sharded
 from netsenseml.records import monotonic_s
 from netsenseml.statistics import BackwardCosts, StepStatistics
 from netsenseml.streams import start_to_host
@@ -85,6 +85,7 @@ class NetSense(Coded):
         self._apart: Apart | None = None
         if self.mesh.ranks > 1 and (self._intervals != (1,) or any(split_interval(name)[1] > 1 for name in schemes)):
             self._apart, self.shares_buffers, self.takes_shards = Apart(module, self.mesh), False, False
+            self.takes_scaler = False
             self.steps_apart = max(*self._intervals, *(split_interval(name)[1] for name in schemes), 1)
         self._interval = 1
         """In force; the ranks may still be apart when it is 1."""
@@ -92,10 +93,12 @@ class NetSense(Coded):
         """Whether this backward's gradients are this rank's alone."""
         self._between, self._ended = True, 0
         """Whether no backward of a step was yet; steps that ended without ``after_step``."""
+        self._backwards, self._first = 0, 0
+        """Of local steps since the newest exchange, or since a checkpoint: how many, and the number of the first."""
         self._computed_s: list[float] = []
-        """Of the local steps since the newest exchange."""
+        """Of these; with an accelerator, of all but the newest."""
         self._arrived: tuple[list[float], list[int]] = [], []
-        """When the buckets of the newest backward were ready, and how many elements they have."""
+        """When the buckets of the first one were ready, and how many elements they have."""
         self._waited_s = self._before_s = 0.0
         """In the exchange behind the newest step, and in that between the newest backward and the one before."""
         self._channel = ControlChannel(self.mesh, self._decide, _ANSWER.size)
@@ -197,11 +200,13 @@ class NetSense(Coded):
             self._next_look = self.steps + every
 
     def _begin_apart(self, apart: Apart) -> None:
-        if self.keeps_copy:
-            raise ValueError("with an interval every rank would have a loss scale of its own: use no GradScaler, or interval=1")
         if self._interval > 1 and self._between and not apart.under_way:
             apart.begin(self.optimizers)
         self._alone, self._between = apart.under_way, False
+        if self._alone:
+            if not self._backwards:
+                self._first, self._computed_s = self.steps, []
+            self._backwards += 1
         self._before_s, self._waited_s = self._waited_s, 0.0
 
     def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
@@ -220,7 +225,8 @@ class NetSense(Coded):
         spent = spent._replace(compute_s=max(0.0, spent.compute_s - self._before_s))
         if self._alone:
             self._computed_s.append(spent.compute_s)
-            self._arrived = spent.ready_s, spent.bucket_elements
+            if self.steps == self._first:
+                self._arrived = spent.ready_s, spent.bucket_elements
             return
         if self.steps < self._next_report or not spent.ready_s:
             return
@@ -245,6 +251,7 @@ class NetSense(Coded):
         apart = self._apart
         if apart is None or not apart.under_way:
             return
+        refuse_sharded(self.optimizers)
         apart.steps += 1
         if apart.steps < self._interval:
             statistics.lose(1.0, 1.0)  # of this step's gradients nothing was sent
@@ -260,13 +267,14 @@ class NetSense(Coded):
         statistics.include(spent)
         if self._interval == 1:
             statistics.lose(0.0, 1.0)
-        computed_s, self._computed_s = self._computed_s, []
-        if self._interval > 1 and computed_s:
+        backwards, self._backwards = self._backwards, 0
+        # Ranks with an accelerator do not know of the newest one yet, and all must report alike.
+        if self._interval > 1 and backwards > 1:
             spent.settle()
             ready_s, elements = self._arrived
             self._report(
                 spent.of_backward()._replace(
-                    exposed_s=self._waited_s, compute_s=fmean(computed_s), ready_s=ready_s, bucket_elements=elements
+                    exposed_s=self._waited_s, compute_s=fmean(self._computed_s), ready_s=ready_s, bucket_elements=elements
                 ),
                 looks,
                 statistics,
@@ -362,7 +370,7 @@ class NetSense(Coded):
         self._every, self._next_report = state["every"], state["next_report"]
         if self._apart is not None:
             self._apart.load_state_dict(state["apart"])
-        self._computed_s = []
+        self._backwards = 0
         self._answers.clear()
         for step, answer in state["answers"]:
             taken: Future[torch.Tensor] = Future()

@@ -17,7 +17,7 @@ import torch
 import torch._dynamo.config
 import torch.distributed as dist
 from groups import run_group, wait_for_others
-from small_models import backward, batches, flat_gradient, make_ddp, parameters_hash
+from small_models import LateClock, backward, batches, flat_gradient, make_ddp, parameters_hash
 from torch import nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
@@ -25,9 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 import netsenseml.exchange.mesh as mesh_module
 import netsenseml.hook
 from netsenseml import Session, attach, comm_hook
-from netsenseml.clock import Clock
 from netsenseml.methods import METHODS, AllReduce
-from netsenseml.records import monotonic_s, read_records
+from netsenseml.records import read_records
 
 FIXED = {"policy": "fixed", "schemes": ["int4", "sparse-int4@5%", "allreduce", "sparse-bf16@2%", "int8"]}
 KEPT = [  # methods whose parameters receive all of the gradients in the end
@@ -755,16 +754,6 @@ def test_a_closed_session_says_so() -> None:
 
 
 # --- gradients on a device that is behind
-
-
-class LateClock(Clock):
-    """Marks are read later, as with a device; the real ones need one (tests/gpu)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.immediate = device, False
-
-    def mark(self) -> float:
-        return monotonic_s()
 
 
 def train_on_a_late_device(rank: int, method: str, directory: str, stepping: bool) -> tuple[str, list[int]]:

@@ -1,20 +1,24 @@
 """netsense decides when to exchange, too: local steps, and the ways into them and out of them."""
 
+import contextlib
 import io
 import itertools
 import random
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from groups import run_group
 from simulation import Job, World
-from small_models import backward, batches, make_ddp, parameters_hash
+from small_models import LateClock, backward, batches, make_ddp, parameters_hash
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
+import netsenseml.hook
 from netsenseml import attach
 from netsenseml.catalog import check_method
 from netsenseml.control.policy import split_interval
@@ -208,14 +212,40 @@ def decide(rank: int) -> list[tuple[str, list[str], list[int]]]:
     return found
 
 
-def refuse(rank: int) -> str:
-    ddp = make_ddp()
-    session = attach(ddp, "netsense", interval=4, scaler=torch.amp.GradScaler("cpu"))
-    (batch,) = batches(rank, 1)
+def refuse(rank: int) -> list[str]:
+    ddp, found = make_ddp(), []
     with pytest.raises(ValueError) as refused:
+        attach(ddp, "netsense", interval=4, scaler=torch.amp.GradScaler("cpu"))
+    found.append(str(refused.value))
+    for method, options in (("netsense", {"interval": 4}), ("localsgd", {})):
+        ddp = make_ddp()
+        session = attach(ddp, method, **options)
+        optimizer = ZeroRedundancyOptimizer(ddp.parameters(), torch.optim.SGD, lr=LR)
+        (batch,) = batches(rank, 1)
         backward(ddp, batch)
+        optimizer.step()
+        with pytest.raises(ValueError) as refused:
+            session.step()
+        session.close()
+        found.append(str(refused.value))
+    return found
+
+
+def resume_with_and_without_a_device(rank: int) -> tuple[str, int]:
+    """Rank 1 knows of a backward when the next one begins, rank 0 at once; both resume a step before an exchange."""
+    with mock.patch.object(netsenseml.hook, "Clock", LateClock) if rank == 1 else contextlib.nullcontext():
+        ddp = make_ddp()
+        session = attach(ddp, "netsense", interval=2)
+    optimizer, waiting = make_optimizer("sgd", ddp), 0
+    for number, batch in enumerate(batches(rank, 17)):
+        backward(ddp, batch)
+        optimizer.step()
+        session.step()
+        if number in (4, 10):
+            session.load_state_dict(session.state_dict())
+        waiting = max(waiting, len(session.method._answers))  # type: ignore[attr-defined]
     session.close()
-    return str(refused.value)
+    return parameters_hash(ddp.module), waiting
 
 
 def do_all(rank: int) -> dict[str, Any]:
@@ -308,5 +338,14 @@ def test_bad_options_give_one_line(options: dict[str, Any], said: str) -> None:
 
 
 def test_what_cannot_work_is_refused_in_one_line() -> None:
-    for refused in run_group(refuse, 2):
-        assert "GradScaler" in refused and "\n" not in refused
+    for scaled, *sharded in run_group(refuse, 2):
+        assert "GradScaler" in scaled and "\n" not in scaled
+        assert len(sharded) == 2
+        assert all(text.startswith("a ZeroRedundancyOptimizer makes no local steps") and "\n" not in text for text in sharded)
+
+
+def test_ranks_with_and_without_a_device_resume_before_an_exchange_and_report_alike() -> None:
+    """One reported what the other did not know yet, and each waited for the other."""
+    (first, waiting), (second, waiting_too) = run_group(resume_with_and_without_a_device, 2, timeout_s=20)
+    assert first == second
+    assert waiting == waiting_too == 1
