@@ -71,14 +71,13 @@ def _load() -> dict[str, Kernel]:
     made_of = json.dumps([cpu, features, version("numba"), llvmlite.__version__, *sources])
     name = f"netsenseml-kernels-{hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()}"
     signatures, code = kept(_directories(), name, machine)
-    # Never let go of: what a process that ends takes apart first is not said.
     library = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
     for kernel in signatures:
         library.export_symbol(kernel)
     compiler = llvm.create_lljit_compiler(machine)
     found = library.link(compiler, "netsenseml")
     addresses = {kernel: found[kernel] for kernel in signatures}
-    found.detach()
+    found.detach()  # they stay for ever: where a process ends, a thread may be in a kernel yet
     compiler.detach()
     return {kernel: Kernel(addresses[kernel], signature) for kernel, signature in signatures.items()}
 
@@ -98,20 +97,24 @@ def kept(directories: Sequence[Path], name: str, machine: Any) -> tuple[dict[str
     for directory in directories:
         if (found := _read(directory / name)) is not None:
             return found
-    from netsenseml.compress import loops  # with Numba
-
     made = None
     for directory in directories:
         try:
             with _alone(directory):
                 found = _read(directory / name)
                 if found is None:
-                    found = made = made or loops.build(machine)
+                    found = made = made or _compiled(machine)
                     _write(directory / name, made)
                 return found
         except OSError:  # it cannot be written
             pass
-    return made or loops.build(machine)
+    return made or _compiled(machine)
+
+
+def _compiled(machine: Any) -> tuple[dict[str, str], bytes]:
+    from netsenseml.compress import loops  # with Numba
+
+    return loops.build(machine)
 
 
 @contextlib.contextmanager
