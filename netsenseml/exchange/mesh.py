@@ -130,9 +130,10 @@ class Mesh:
 
     @property
     def within_by_nccl(self) -> bool:
-        """Whether the ranks of this host exchange by NCCL among themselves: as DDP does, each on a GPU of its own."""
+        """Whether the ranks of this host exchange by NCCL among themselves: as DDP does, each on a GPU of its own, and where torch
+        can end what is under way."""
         cards = [self.peers[rank].card for rank in self.host_ranks]
-        if None in cards or len(set(cards)) < len(cards):
+        if None in cards or len(set(cards)) < len(cards) or not hasattr(_NCCL, "abort"):
             return False
         return self.group._get_backend(torch.device("cuda")).name() == dist.Backend.NCCL
 
@@ -164,6 +165,9 @@ class Mesh:
         """End the threads and the groups, after all that is under way; call it on all ranks, or ``abort`` first."""
         for scheduler in self._schedulers:
             scheduler.close()
+        for group in self._groups.values():
+            if group in _made_of_nccl.get(self.group, ()):
+                group.shutdown()  # or torch warns
         self._groups.clear()
         _open.discard(self)
 
@@ -218,14 +222,17 @@ def new_group(group: dist.ProcessGroup, name: str, ranks: Sequence[int]) -> dist
 
 
 def new_nccl(group: dist.ProcessGroup, name: str, ranks: Sequence[int]) -> dist.ProcessGroup:
-    """As ``new_group``, of NCCL; its ranks have a CUDA device each. If a peer is gone, NCCL's watchdog ends the process."""
-    nccl: Any = dist.ProcessGroupNCCL
-    options = nccl.Options()
+    """As ``new_group``, of NCCL; its ranks have a CUDA device each."""
+    options = _NCCL.Options()
     options._timeout, options.is_high_priority_stream = timeout(group), True
     prefix: Any = c10d.PrefixStore(f"netsenseml/{name}", store_of(group))  # type: ignore[attr-defined]
-    made: dist.ProcessGroup = nccl(prefix, ranks.index(group.rank()), len(ranks), options)
+    made: dist.ProcessGroup = _NCCL(prefix, ranks.index(group.rank()), len(ranks), options)
+    _made_of_nccl.setdefault(group, WeakSet()).add(made)
     return made
 
+
+_NCCL: Any = getattr(dist, "ProcessGroupNCCL", None)
+_made_of_nccl: WeakKeyDictionary[dist.ProcessGroup, WeakSet[dist.ProcessGroup]] = WeakKeyDictionary()
 
 _connections_of: WeakKeyDictionary[dist.ProcessGroup, list[dict[int, int]]] = WeakKeyDictionary()
 """Of the groups that ``new_group`` has made of a group: descriptors by inode, which tells whether one still means the same."""
@@ -236,7 +243,7 @@ def abort(group: dist.ProcessGroup) -> None:
     wait.
 
     Gloo has nothing of the kind: what waits for a silent peer waits until the time-out, and so does whoever lets go of the
-    group.
+    group. NCCL's groups end here alone, as the other ranks learn it from Gloo's.
     """
     for found in _connections_of.pop(group, []):
         for inode, descriptor in found.items():
@@ -247,6 +254,8 @@ def abort(group: dist.ProcessGroup) -> None:
             if os.fstat(own).st_ino == inode:
                 shut_down(own)
             os.close(own)
+    for made in _made_of_nccl.pop(group, ()):
+        made.abort()
 
 
 def _connections() -> dict[int, int]:
