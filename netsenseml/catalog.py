@@ -108,7 +108,7 @@ _OUTER_LR = Option(float, 1.0, "learning rate of the outer optimizer", above=0)
 _UPDATES = ("auto", "sign", "mean")
 
 POLICIES: Mapping[str, tuple[str, ...]] = {
-    "progress": ("floor", "interval", "hierarchy"),
+    "progress": ("floor", "interval", "delay", "hierarchy"),
     "bdp": ("floor", "start"),
     "kimad": ("floor", "start", "time_budget"),
     "dc2": ("floor", "start", "target_delay"),
@@ -165,6 +165,14 @@ METHODS: Mapping[str, Options] = {
         ),
         "floor": Option(float, 0.001, "smallest share of the elements (all but fixed)", above=0, high=1),
         "interval": Option(int, 1, "steps from one exchange to the next, or auto: as is best (progress)", low=1, word="auto"),
+        "delay": Option(
+            int,
+            0,
+            "exchanges that a mean waits until it is applied, beside the training; auto: as is best (progress)",
+            low=0,
+            high=1,
+            word="auto",
+        ),
         "start": Option(
             float,
             0.01,
@@ -235,14 +243,14 @@ def check_scheme(name: str) -> None:
         raise ValueError(
             f"unknown scheme '{name}'; there are allreduce, {', '.join(_DENSE)}, and such as sparse-int8@1%; all but the first "
             "also with -ring behind them, to gather round a ring, or host- before them, where hosts have several ranks; and "
-            "all with such as /8 at the end, to exchange parameters every 8 steps"
+            "all with such as /8 at the end, to exchange parameters every 8 steps, or +1, to apply the mean one exchange later"
         )
 
 
 _DENSE = ("fp32", "bf16", "int8", "int4", "sign")
 SCHEME = (
     rf"(?:allreduce|(?:host-)?(?:{'|'.join(_DENSE)}|sparse-(?:{'|'.join(_DENSE)})@([0-9]*\.?[0-9]+)%)(?:-ring)?)"
-    r"(?:/(?:[2-9]|[1-9][0-9]+))?"
+    r"(?:(?:/(?:[2-9]|[1-9][0-9]+))?(?:\+1)?|/1\+1)"
 )
 """Names of schemes; the group is the share of a sparse one in %, which lies between 0 and 100."""
 

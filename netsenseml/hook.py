@@ -47,10 +47,10 @@ class Session:
     Call ``step`` after every ``optimizer.step()``, and after ``scaler.update()`` if there is one. A script that never does
     gets the same records; a step then ends where the next backward hands over its first bucket, and loss and samples are null.
 
-    With methods that update locally (localsgd, diloco, sparseloco, netsense with an interval) ``step`` exchanges parameters,
-    and so must be called. In between every rank has its own: evaluate and save the model in ``with session.synchronized():``.
-    All are equal after ``synchronize``, or ``close``. Optimizer and loss scale stay each rank's own, but that netsense makes
-    optimizers equal, too, where it goes back to an exchange in every step.
+    With methods that update locally (localsgd, diloco, sparseloco, netsense with an interval or a delay) ``step`` exchanges
+    parameters, and so must be called. In between every rank has its own: evaluate and save the model in ``with
+    session.synchronized():``. All are equal after ``synchronize``, or ``close``. Optimizer and loss scale stay each rank's own,
+    but that netsense makes optimizers equal, too, where it goes back to an exchange of gradients.
 
     If a rank dies, raises or stays silent, ``backward`` raises one error on all others, which names it (``PeerFailed``): soon
     if its process has ended, or with a method that codes if it has closed its session, else after the time-out of the process
@@ -106,7 +106,10 @@ class Session:
         self.method.keeps_copy = scaler is not None
         if scaler is not None and not getattr(self.method, "takes_scaler", True):
             self.method.close()
-            raise ValueError("with an interval every rank would have a loss scale of its own: use no GradScaler, or interval=1")
+            raise ValueError(
+                "with an interval or a delay gradients do not meet the loss scale that they were made with: use no GradScaler, "
+                "or interval=1 and delay=0"
+            )
         addresses = {peer.address for peer in self._peers} - {self._peers[group.rank()].address, None}
         self._tcp = TcpMonitor({address for address in addresses if address})
         self._sample: TcpSample | None = None

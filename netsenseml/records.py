@@ -22,7 +22,8 @@ STEP_COLUMNS: Mapping[str, str] = {
     "dense_bytes": "bytes a ring all-reduce of the same float32 gradients would have sent from this rank",
     "scheme": "how the gradients were encoded, for example 'allreduce', 'int8', 'sparse-bf16@1%'; with local updates 'local'"
     " where no exchange ended, else such as 'diloco/bf16', or 'diloco/bf16, 5 late' if it began so many steps before; with"
-    " netsense 'int8/8' in all of 8 steps, the last of which sends",
+    " netsense 'int8/8' in all of 8 steps, the last of which sends; with +1 behind it what was sent is in the row of the step"
+    " in which it was applied",
     "ratio": "share of the gradient elements that were sent, 1 = all",
     "lost_energy": "share of the energy (sum of squares) of gradient + residual that was not sent; null if not known; with"
     " local updates 1 where no exchange ended",

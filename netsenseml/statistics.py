@@ -62,6 +62,8 @@ class StepStatistics:
         """Largest norm of a residual over that of its gradient; None if the method keeps none."""
         self.tcp: TcpSample | None = None
         """What the kernel saw of the connections since it was asked before."""
+        self.landed_s = 0.0
+        """When the last collective landed of which something is known; what was under way before then counts no more."""
         self._energy = self._lost = 0.0
         self._lock = threading.Lock()
         self._ready: list[Mark] = []
@@ -114,10 +116,9 @@ class StepStatistics:
         self.ready_s += map(seconds, ready)
         self.exposed_s += sum(seconds(end) - seconds(begin) for begin, end in waited)
         self.encode_s += sum(seconds(end) - seconds(begin) for begin, end in coded)
-        end_s = 0.0
         for began_s, landed_s in sorted((seconds(begin), seconds(end)) for begin, end in under_way):
-            self.communication_s += max(0.0, landed_s - max(began_s, end_s))
-            end_s = max(end_s, landed_s)
+            self.communication_s += max(0.0, landed_s - max(began_s, self.landed_s))
+            self.landed_s = max(self.landed_s, landed_s)
 
     @contextmanager
     def coding(self) -> Iterator[None]:

@@ -38,10 +38,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bdp": {"policy": "bdp"},
     "often": {"inner_steps": 1, "values": "int8"},
     "apart": {"policy": "fixed", "schemes": ["int8/2"]},
+    "late": {"policy": "fixed", "schemes": ["int8+1"]},
+    "behind": {"policy": "fixed", "schemes": ["int8/2+1"]},
 }
 METHODS = (
     "plain,allreduce,bf16,quantized,topk,topk12,randomk,dgc,signsgd,qsgd,powersgd,demo,localsgd,diloco:often,sparseloco,"
-    "netsense,netsense:fixed,netsense:bdp,netsense:apart"
+    "netsense,netsense:fixed,netsense:bdp,netsense:apart,netsense:late,netsense:behind"
 )
 
 

@@ -137,6 +137,10 @@ class ErrorFeedback:
         self.forget(key)
         return residual
 
+    def add(self, key: Key, tensor: torch.Tensor) -> None:
+        """Keep a tensor, shape (n,), as if an exchange had left it behind. Between two exchanges of the key."""
+        self._tensor(_parts(key), tensor)[0].add_(tensor)
+
     def rescale(self, factor: float, *, velocity: bool = True) -> None:
         """What is kept is to be ``factor`` times as large. velocity: that, too, as the gradients themselves have another
         unit."""

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from netsenseml.control.plans import worth
-from netsenseml.control.policy import Observation, split_interval, with_interval
+from netsenseml.control.policy import Observation, split_when, with_when
 from netsenseml.exchange.communicators import Plan, RingAllReduce
 from netsenseml.exchange.mesh import Shape
 from netsenseml.sensing.network import FORGETTING, RESOLUTION, Array, NetworkModel, Smooth
@@ -37,7 +37,16 @@ class Controller:
     (``methods.apart``). So that step is taken when as much time has been lost by not taking it, as skis are bought when so much
     has been spent on hiring them: then it was never more than twice the time that it had to be (Karlin, Manasse, Rudolph and
     Sleator, Competitive snoopy caching, Algorithmica 3, 1988). The other way costs nothing at once, and is taken when a share
-    ``_EAGER`` of that is lost; in the beginning, at once. Only between plans with intervals, or without, one is tried for luck.
+    ``_EAGER`` of that is lost; in the beginning, at once.
+
+    With ``delays`` a plan may also be to apply a mean one exchange later. As its exchange then has as long as the next one is
+    away,
+
+        seconds = the longer one of compute and (coding + communication) / interval
+
+    Into a delay and out of it costs a step each time, as one comes first that has no mean, and the last mean is spread over
+    others: that step is taken when so much has been lost by not taking it. Plans of one kind have an interval or none, and a
+    delay or none; only between these one is tried for luck.
     """
 
     look_every = 8  # what plans would lose changes slowly
@@ -52,19 +61,20 @@ class Controller:
         latency_s: float,
         byte_s: float,
         scarce: bool,
-        intervals: Sequence[int] = (1,),
+        whens: Sequence[tuple[int, int]] = ((0, 0),),
     ) -> None:
         """What is known before the training: latency_s, byte_s of the network. coding_s: seconds an element of encoding and
-        decoding, by plan. lost: share of a gradient's energy that is not sent, by plan. intervals: that plans may have.
+        decoding, by plan. lost: share of a gradient's energy that is not sent, by plan. whens: intervals and delays
+        that plans may have (``policy.whens``).
 
         scarce: ranks share cores, so that coding takes its time from compute instead of running beside it.
         """
-        self._plans, self._intervals = list(plans), tuple(intervals)
-        self.names = [with_interval(plan.name, interval) for interval in intervals for plan in plans]
-        """Of all that there is to choose from: plans, with every interval."""
-        self._apart = np.repeat([interval > 1 for interval in intervals], len(plans))
+        self._plans, self._whens = list(plans), list(whens)
+        self.names = [with_when(plan.name, *when) for when in self._whens for plan in plans]
+        """Of all that there is to choose from: plans, with every interval and delay."""
+        self._kinds = np.repeat([_kind(*when) for when in self._whens], len(plans))
         self._missed_s = 0.0
-        """By not taking the best plan of the other kind, as long as there is a better one."""
+        """By not taking the best plan of another kind, as long as there is a better one."""
         self._scarce, self._lost, self._looked = scarce, dict(lost), False
         self._coding_s = np.array([coding_s.get(plan.name, 0.0) for plan in plans])
         # What a communicator does in memory may take about as long as coding does.
@@ -91,8 +101,9 @@ class Controller:
         # A few steps with fewer elements do no optimizer harm, while a plan that is too dense costs as many long steps.
         self.adaptive = False
         gains = self._gains()[0]
-        if not self._apart.all():  # a few steps in common tell what compute takes, and what optimizer it is: then it is free
-            gains[self._apart], self._missed_s = -np.inf, np.inf
+        other = self._kinds > self._kinds.min()
+        if other.any():  # a few steps of the plainest kind tell what compute takes, and what optimizer it is: then it is free
+            gains[other], self._missed_s = -np.inf, np.inf
         self.plan = self.names[int(gains.argmax())]
         self.adaptive = True
 
@@ -101,10 +112,12 @@ class Controller:
         if seen.plan != self.plan:  # a step from before the newest decision
             return
         gains, deviations = self._gains()
-        other = self._apart != (split_interval(self.plan)[1] > 1)
-        if other.any() and self._worth_a_switch(float(gains[other].max() - gains[~other].max()), seen):
-            self.plan, self._settled = self.names[int(np.where(other, gains, -np.inf).argmax())], False
-            return
+        other = self._kinds != _kind(*split_when(self.plan)[1:])
+        if other.any():
+            best = int(np.where(other, gains, -np.inf).argmax())
+            if self._worth_a_switch(best, float(gains[best] - gains[~other].max()), seen):
+                self.plan, self._settled = self.names[best], False
+                return
         gains[other] = -np.inf
         if gains.max() <= RESOLUTION:
             gains += OPTIMISM * deviations
@@ -112,14 +125,17 @@ class Controller:
         if not self._settled:
             self.plan = self.names[int(gains.argmax())]
 
-    def _worth_a_switch(self, better: float, seen: Observation) -> bool:
-        """From every step to intervals, or back. better: logarithm of the progress per second there over here."""
-        interval = split_interval(seen.plan)[1]
-        if better <= (0.0 if interval > 1 else RESOLUTION):  # in doubt every step
+    def _worth_a_switch(self, there: int, better: float, seen: Observation) -> bool:
+        """To a plan of another kind, number ``there``. better: logarithm of the progress per second there over here."""
+        (_, interval, delay), (_, other_interval, other_delay) = split_when(seen.plan), split_when(self.names[there])
+        farther = _kind(other_interval, other_delay) > _kind(interval, delay)
+        if better <= (RESOLUTION if farther else 0.0):  # in doubt every step, and at once
             self._missed_s = 0.0
             return False
-        self._missed_s += (1 - np.exp(-better)) * (interval * seen.compute_s + seen.exposed_s)
-        price_s = self._back_s() * (1.0 if interval > 1 else _EAGER)
+        self._missed_s += (1 - np.exp(-better)) * (max(interval, 1) * seen.compute_s + seen.exposed_s)
+        price_s = 0.0 if delay == other_delay else seen.compute_s + seen.exposed_s
+        if (interval > 0) != (other_interval > 0):
+            price_s += self._back_s() * (1.0 if interval else _EAGER)
         if self._missed_s < price_s:
             return False
         self._missed_s = 0.0
@@ -134,22 +150,23 @@ class Controller:
         return float(exposed[row, 4])
 
     def _learn(self, seen: Observation) -> None:
-        name, interval = split_interval(seen.plan)
-        total, plan = sum(seen.elements), self.names.index(with_interval(name, self._intervals[0]))
+        name, interval, delay = split_when(seen.plan)
+        total, plan = sum(seen.elements), self.names.index(with_when(name, *self._whens[0]))
         for name, share in seen.lost.items():  # the first look replaces what was only thought; later ones differ by chance
             self._lost[name] = (self._lost[name] + share) / 2 if self._looked else share
         self._looked = self._looked or bool(seen.lost)
         self._elements = seen.elements
         self._ready = tuple(ready_s / max(seen.compute_s, 1e-9) for ready_s in seen.ready_s)
-        beside = self._scarce and interval == 1  # else nothing is coded meanwhile
-        self._compute.add(max(seen.compute_s - seen.encode_s * beside, 0.3 * seen.compute_s))
+        coded = self._scarce and (not interval or delay > 0)  # else nothing is coded meanwhile
+        beside_s = seen.encode_s / max(interval, 1) * coded
+        self._compute.add(max(seen.compute_s - beside_s, 0.3 * seen.compute_s))
         for dense, factor in self._coding.items():  # what is not seen returns to what was measured at first
             coded_s = self._coding_s[plan] * total * (self._plans[plan].dense == dense)
             factor.add(seen.encode_s / coded_s if coded_s else factor.value ** (1 - 10 * FORGETTING))
         self.network.ring_share = seen.ring_share
-        if seen.latency_s is not None:
-            self.network.latency.add(seen.latency_s)
-        parts, ready_s = (seen.elements, seen.ready_s) if interval == 1 else ((total,), (0.0,))
+        if seen.latency_s is not None and not (delay and seen.latency_s > self.network.latency.value):
+            self.network.latency.add(seen.latency_s)  # with a delay, it is that of a queue in which the next exchange is
+        parts, ready_s = (seen.elements, seen.ready_s) if not interval else ((total,), (0.0,))
         self.network.buckets(parts)
         coding_s = [seen.encode_s * elements / total for elements in parts]
         self.network.learn(plan, ready_s, coding_s, seen.communication_s)
@@ -157,30 +174,37 @@ class Controller:
     def _forecast(self) -> tuple[Array, Array]:
         """Of a step with every name: what the network adds to it, by cause, shape (names, 5), and what it takes in all, s."""
         coding_s = self._coding_s * [self._coding[plan.dense].value for plan in self._plans]
-        of_intervals = [self._every_step(coding_s) if 1 in self._intervals else None]
-        apart = [interval for interval in self._intervals if interval > 1]
-        if apart:
-            self.network.buckets([sum(self._elements)])
-            parts, _ = self.network.forecast([0.0], coding_s[:, None] * sum(self._elements))
-            of_intervals += [(parts / n, self._compute.value + parts[:, 4] / n + 1e-9) for n in apart]
-        every_parts, every_seconds = zip(*filter(None, of_intervals), strict=True)
-        return np.concatenate(every_parts), np.concatenate(every_seconds)
-
-    def _every_step(self, coding_s: Array) -> tuple[Array, Array]:
+        total = sum(self._elements)
+        at_once = np.zeros((len(self._plans), 5))  # what an exchange takes that no backward hides
+        if any(interval for interval, _ in self._whens):
+            self.network.buckets([total])
+            at_once = self.network.forecast([0.0], coding_s[:, None] * total)[0]
         self.network.buckets(self._elements)
+        found = []
+        for interval, delay in self._whens:
+            coded = self._scarce and (not interval or delay > 0)
+            busy_s = coding_s * total / max(interval, 1) * coded + 1e-9
+            halves = []
+            # For long and short steps by themselves, as what is hidden behind both is less than what fits behind their mean.
+            for compute_s in self._compute.halves:
+                exchange = at_once / interval if interval else self._of_gradients(coding_s, compute_s, delay)
+                halves.append(_step(compute_s + busy_s, exchange, delay))
+            found.append([np.mean(of_both, 0) for of_both in zip(*halves, strict=True)])
+        parts, seconds = zip(*found, strict=True)
+        return np.concatenate(parts), np.concatenate(seconds)
+
+    def _of_gradients(self, coding_s: Array, compute_s: float, delay: int) -> Array:
+        """Of an exchange in a step with every plan: what is exposed, or with a delay what it takes."""
+        ready_s = [ready * compute_s for ready in self._ready]
         beside_s = coding_s[:, None] * self._elements * (not self._scarce)
-        # For long and short steps by themselves, as what is hidden behind both is less than what fits behind their mean.
-        parts: Array = np.mean(
-            [self.network.forecast([r * compute_s for r in self._ready], beside_s)[0] for compute_s in self._compute.halves], 0
-        )
-        return parts, self._compute.value + coding_s * sum(self._elements) * self._scarce + parts[:, 4] + 1e-9
+        return self.network.least(ready_s, beside_s) if delay else self.network.forecast(ready_s, beside_s)[0]
 
     def _gains(self) -> tuple[Array, Array]:
         """log(progress per second of every plan / of the present one), and its standard deviations."""
         (parts, seconds), here = self._forecast(), self.names.index(self.plan)
         worths = [
-            worth(plan, self._lost.get(plan.name, 0.0), adaptive=self.adaptive, interval=interval)
-            for interval in self._intervals
+            worth(plan, self._lost.get(plan.name, 0.0), adaptive=self.adaptive, interval=interval, delay=delay)
+            for interval, delay in self._whens
             for plan in self._plans
         ]
         gains = np.log(worths / seconds)
@@ -196,3 +220,16 @@ class Controller:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.plan, self._settled, self._missed_s = state["plan"], False, 0.0
+
+
+def _step(busy_s: Array, exchange: Array, delay: int) -> tuple[Array, Array]:
+    """(what the network adds to a step, what that takes) with an exchange behind what keeps the rank busy, or beside it."""
+    if not delay:
+        return exchange, busy_s + exchange[:, 4]
+    longer = exchange[:, 4] > busy_s
+    return exchange * longer[:, None], np.where(longer, exchange[:, 4], busy_s)
+
+
+def _kind(interval: int, delay: int) -> int:
+    """Of plans between which nothing is lost by going from one to another; the larger, the farther from plain exchanges."""
+    return 2 * (interval > 0) + (delay > 0)

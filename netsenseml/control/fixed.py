@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from netsenseml.control.policy import split_interval, with_interval
+from netsenseml.control.policy import split_when, with_when
 from netsenseml.exchange.communicators import parse
 
 
@@ -14,7 +14,7 @@ class FixedPolicy:
 
     def __init__(self, names: Sequence[str]) -> None:
         """Raises ValueError, one line, for a name that does not exist."""
-        self._names = [with_interval(parse(plan).name, interval) for plan, interval in map(split_interval, names)]
+        self._names = [with_when(parse(plan).name, *when) for plan, *when in map(split_when, names)]
 
     def plan_at(self, step: int) -> str:
         """Name of the plan of a step, from 0."""

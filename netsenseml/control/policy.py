@@ -1,6 +1,6 @@
 """What a policy knows of a step, and what it decides. It lives on rank 0, which tells the others."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,8 @@ class Observation:
     plan: name of the plan that exchanged it. elements, ready_s: of every bucket, how many elements it has and how long
         before the last gradient it was ready, s <= 0.
     compute_s: from the end of the exchange before to the last gradient. exposed_s: from there to the end of the exchange.
-        If the plan has an interval (``with_interval``), of a step in between, and of the exchange behind the optimizer.
+        If the plan has an interval (``with_when``), of a step in between, and of the exchange behind the optimizer. If it has a
+        delay, exposed_s is what was waited for the exchange before, and so are communication_s, encode_s and payload_bytes.
     communication_s: time in which something was under way; of the rank that waited least for the others.
     encode_s: spent on coding. payload_bytes: what a rank sent.
     latency_s: of an empty direct exchange among all ranks. ring_share: mean of the ranks' round-trip times over the largest.
@@ -38,15 +39,26 @@ class Observation:
     lr_change: float = 1.0
 
 
-def with_interval(plan: str, interval: int) -> str:
-    """Name of a plan by which parameters are exchanged every ``interval`` steps; of gradients in every step, if that is 1."""
-    return plan if interval == 1 else f"{plan}/{interval}"
+def with_when(plan: str, interval: int = 0, delay: int = 0) -> str:
+    """Name of a plan by which parameters are exchanged every ``interval`` steps, or gradients in every step, if that is 0. The
+    mean is applied so many exchanges later as ``delay`` says: int8, int8/4, int8+1, int8/4+1."""
+    return plan + (f"/{interval}" if interval else "") + (f"+{delay}" if delay else "")
 
 
-def split_interval(name: str) -> tuple[str, int]:
-    """Inverse of ``with_interval``."""
-    plan, _, interval = name.partition("/")
-    return plan, int(interval or 1)
+def split_when(name: str) -> tuple[str, int, int]:
+    """Inverse of ``with_when``."""
+    rest, _, delay = name.partition("+")
+    plan, _, interval = rest.partition("/")
+    return plan, int(interval or 0), int(delay or 0)
+
+
+def whens(intervals: Sequence[int], delays: Sequence[int]) -> list[tuple[int, int]]:
+    """(interval, delay), as names have them, of all that the options leave to choose from.
+
+    intervals: 1 for every step, in which gradients are exchanged, or parameters with a delay: without one that is no different.
+    """
+    found = [(interval if interval > 1 else 0, delay) for interval in intervals for delay in delays]
+    return found + [(1, delay) for delay in delays if delay and 1 in intervals]
 
 
 class Policy(Protocol):

@@ -1,18 +1,20 @@
 """Local steps of a method that else exchanges gradients in every step."""
 
 import contextlib
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.futures import Future
 
 from netsenseml.compress.feedback import ErrorFeedback
 from netsenseml.control.plans import look
 from netsenseml.exchange.collective import all_reduce_mean
 from netsenseml.exchange.communicators import Plan, RingAllReduce
 from netsenseml.exchange.mesh import Mesh
-from netsenseml.methods.local import Common, exchanged
+from netsenseml.methods.local import Common, done, exchanged
 from netsenseml.statistics import StepStatistics
 from netsenseml.streams import start_to_host
 
@@ -26,6 +28,12 @@ class Apart:
 
         exchange:  e_r <- e_r + (x - y_r),  x <- x - mean of C(e_r),  e_r <- e_r - C(e_r),  y_r <- x
         end:       x <- x - mean of (e_r + x - y_r),  e_r <- 0,  y_r <- x;  the state of the optimizers <- its mean
+
+    With a delay what an exchange has brought is taken behind the next one, and the ranks train on meanwhile (as in CO2, Sun et
+    al., ICLR 2024). d_r is what rank r has put in, which it keeps until then, and does not send again:
+
+        exchange:  take what is under way: x <- x - mean of C(e_r), y_r <- y_r + d_r - mean of C(e_r);  then d_r <- x - y_r,
+                   e_r <- e_r + d_r,  launch C(e_r)
 
     C is a plan. What e_r holds is a difference of parameters, and stays so when the learning rate changes. Between two
     exchanges momentum and second moments are each rank's own, as in local SGD. At the end they become their mean, in float32:
@@ -47,7 +55,9 @@ class Apart:
         """e_r."""
         self._common: Common | None = None
         self.steps = 0
-        """Since the ranks had the same parameters."""
+        """Since the newest exchange began."""
+        self._exchanges: deque[_Exchange] = deque()
+        """Under way: one at most."""
         self._aside: list[torch.Tensor] | None = None
 
     @property
@@ -59,22 +69,29 @@ class Apart:
         self._moments(optimizers)
         self._common, self.steps, self._buffers_met = Common(self._trained), 0, False
 
-    def exchange(self, plan: Plan, statistics: StepStatistics, *, looking: bool = False) -> list[torch.Tensor]:
-        """Wait for the exchange. looking: returns looks at what this rank has to send."""
-        drift = self._drift()
-        looks = [start_to_host(look(drift))] if looking else []
-        self._descend(all_reduce_mean(drift, _KEY, plan, self._mesh, statistics, memory=self.memory).wait())
-        self._average_buffers(statistics)
-        return looks
+    def exchange(
+        self, plan: Plan, scheme: str, statistics: StepStatistics, *, delayed: bool = False, looking: bool = False
+    ) -> "Landed | None":
+        """Wait for the exchange, or, if ``delayed``, for the one before. Returns what the last has cost that was waited for.
+
+        scheme: its name. looking: with a look at what this rank has to send.
+        """
+        landed = self._land(statistics)
+        self._launch(plan, scheme, statistics, delayed=delayed, looking=looking)
+        return landed if delayed else self._land(statistics)
 
     def end(self, optimizers: Collection[torch.optim.Optimizer], statistics: StepStatistics) -> None:
         """An exchange of all that there is, as it is."""
-        drift = self._drift()
+        assert self._common is not None
+        self._land(statistics)
+        drift = self._common.drift()
         kept = self.memory.take(_KEY)
         if kept is not None:
             drift.add_(kept.to(drift))
-        self._descend(all_reduce_mean(drift, _KEY, RingAllReduce(), self._mesh, statistics, feedback=False).wait())
-        self._common = None
+        mean = all_reduce_mean(drift, _KEY, RingAllReduce(), self._mesh, statistics, feedback=False).wait()
+        self._common.descend(mean, 1.0, 0.0)
+        self._common.put(self._common.shared)
+        self._common, self.steps = None, 0
         self._average_buffers(statistics)
         moments = self._moments(optimizers)
         if moments:
@@ -83,27 +100,51 @@ class Apart:
 
     def synchronize(self, plan: Plan, statistics: StepStatistics) -> None:
         """An exchange before its time, if one is to come; and no rank leaves before all have come."""
+        self._land(statistics)
         if self._common is not None and self.steps:
-            self.exchange(plan, statistics)
+            self.exchange(plan, plan.name, statistics)
         else:
             self._average_buffers(statistics)
         # A rank may close the mesh now, in which others may still be waiting for what they have yet to read.
         self._mesh.group.allreduce([self._trained[0].new_zeros(1)]).wait()
 
-    def _drift(self) -> torch.Tensor:
-        assert self._common is not None
-        return self._common.drift()
+    @property
+    def _every(self) -> list[Common]:
+        return [common for common in (self._common, self._buffers) if common is not None]
 
-    def _descend(self, mean: torch.Tensor) -> None:
-        assert self._common is not None
-        self._common.descend(mean, 1.0, 0.0)
-        self._common.put(self._common.shared)
+    def _drift(self, common: Common) -> torch.Tensor:
+        drift = common.drift()
+        return drift.nan_to_num_(nan=0.0) if common is self._buffers else drift  # of an infinite one, as masks have
+
+    def _launch(self, plan: Plan, scheme: str, statistics: StepStatistics, *, delayed: bool, looking: bool) -> None:
+        """Nothing is under way. Unless ``delayed``, it is landed before the next step, and so nothing is kept for that."""
+        own = [self._drift(common) for common in self._every]
+        looks = [start_to_host(look(own[0]))] if looking else []
+        trained, *buffers = [drift.clone() for drift in own] if delayed else own
+        spent, apart = statistics.apart(), statistics.apart()
+        means = [all_reduce_mean(trained, _KEY, plan, self._mesh, spent, memory=self.memory)]
+        means += [all_reduce_mean(one, None, RingAllReduce(), self._mesh, apart, feedback=False) for one in buffers]
+        self._exchanges.append(_Exchange(own, means, Landed(scheme, spent, looks), apart))
         self.steps = 0
+
+    def _land(self, statistics: StepStatistics) -> "Landed | None":
+        """Wait for what is under way, and take it."""
+        if not self._exchanges:
+            return None
+        one, every = self._exchanges.popleft(), self._every
+        for common, own, mean in zip(every, one.own, one.means, strict=True):
+            unsent = self._drift(common).sub_(own) if self.steps else None
+            common.descend(mean.wait(), 1.0, 0.0)
+            common.put(common.shared if unsent is None else common.shared - unsent)
+        self._buffers_met = True
+        one.apart.elements_sent = 0  # of gradients
+        statistics.include(one.landed.spent)
+        statistics.include(one.apart)
+        return one.landed
 
     def _average_buffers(self, statistics: StepStatistics) -> None:
         if self._buffers is not None:
-            drift = self._buffers.drift().nan_to_num_(nan=0.0)  # of an infinite one, as masks have
-            self._buffers.descend(self._mean(drift, statistics), 1.0, 0.0)
+            self._buffers.descend(self._mean(self._drift(self._buffers), statistics), 1.0, 0.0)
             self._buffers.put(self._buffers.shared)
             self._buffers_met = True
 
@@ -127,10 +168,10 @@ class Apart:
     @contextlib.contextmanager
     def synchronized(self) -> Iterator[None]:
         """Inside, the model has what all ranks had in common last."""
-        if self._common is None or not self.steps:
+        if self._common is None or not (self.steps or self._exchanges):
             yield
             return
-        every = [common for common in (self._common, self._buffers) if common is not None]
+        every = self._every
         own = self._aside = [common.own() for common in every]
         try:
             for common in every:
@@ -144,8 +185,12 @@ class Apart:
 
     def state_dict(self) -> dict[str, Any]:
         """The parameters of this rank are in it while they are its own, so that one checkpoint of the model does for all."""
-        every = [common for common in (self._common, self._buffers) if common is not None]
+        exchanges = [  # first, as what they do not send is in the memory only then
+            (one.own, [mean.wait().clone() for mean in one.means], one.landed.scheme) for one in self._exchanges
+        ]
+        every = self._every
         return {
+            "exchanges": exchanges,
             "under_way": self.under_way,
             "steps": self.steps,
             "buffers_met": self._buffers_met,
@@ -159,8 +204,35 @@ class Apart:
         self._common, self.steps = Common(self._trained) if state["under_way"] else None, state["steps"]
         self._buffers_met = state["buffers_met"]
         self.memory.load_state_dict(state["kept"])
-        every = [common for common in (self._common, self._buffers) if common is not None]
+        every = self._every
+        for one in self._exchanges:  # of steps that are not part of the checkpoint
+            for mean in one.means:
+                mean.wait()
+        self._exchanges.clear()
+        for own, means, scheme in state["exchanges"]:
+            owns = [tensor.to(every[0].shared) for tensor in own]
+            futures = [done(mean.to(every[0].shared, copy=True)) for mean in means]
+            spent, apart = StepStatistics(self._mesh.ranks), StepStatistics(self._mesh.ranks)  # nothing is known of it
+            self._exchanges.append(_Exchange(owns, futures, Landed(scheme, spent, []), apart))
         for number, (common, shared) in enumerate(zip(every, state["shared"], strict=True)):
             common.shared.copy_(shared)
             if state["own"] is not None:
                 common.put(state["own"][number].to(common.shared))
+
+
+class Landed(NamedTuple):
+    """An exchange that is over. scheme: its name. looks: at what this rank had to send, if it looked."""
+
+    scheme: str
+    spent: StepStatistics
+    looks: list[torch.Tensor]
+
+
+class _Exchange(NamedTuple):
+    """An exchange, of parameters and of buffers. own: what this rank has put in. means: to come. apart: what that of the
+    buffers costs."""
+
+    own: list[torch.Tensor]
+    means: list[Future[torch.Tensor]]
+    landed: Landed
+    apart: StepStatistics

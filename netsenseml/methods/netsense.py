@@ -25,12 +25,13 @@ from netsenseml.control.deco import Deco
 from netsenseml.control.fixed import FixedPolicy
 from netsenseml.control.kimad import Kimad
 from netsenseml.control.plans import look, lost, plans
-from netsenseml.control.policy import Observation, Policy, split_interval, with_interval
+from netsenseml.control.policy import Observation, Policy, split_when, whens, with_when
 from netsenseml.exchange.collective import add_residual
 from netsenseml.exchange.communicators import Plan, RingAllReduce, parse
 from netsenseml.exchange.control import ControlChannel
 from netsenseml.methods.apart import Apart
 from netsenseml.methods.coded import Coded
+from netsenseml.methods.late import Late
 from netsenseml.methods.local import STEP_IS_MISSING, done, refuse_sharded
 from netsenseml.records import monotonic_s
 from netsenseml.statistics import BackwardCosts, StepStatistics
@@ -58,10 +59,14 @@ class NetSense(Coded):
     Other policies decide in its place, from the same reports: the paper's (``control.bdp``), published ones (``control.kimad``,
     ``dc2``, ``deco``, ``accordion``: each says there what is of its paper and what of us), or a list (``control.fixed``).
 
+    With a delay (int8+1) the mean of a step's gradients is applied in the next step, so that its exchange has as long as that
+    computes (see ``Late``).
+
     A plan may have an interval H (int8/8): then the ranks make H local steps, and exchange parameters behind the last one (see
     ``Apart``). What error feedback has kept of gradients goes into each rank's own local steps meanwhile, as in an exchange of
     all elements. A decision on H counts from the newest exchange; where it is for an exchange in every step, parameters and
-    optimizers are made equal behind the step that is under way. Every session.step() counts as a step.
+    optimizers are made equal behind the step that is under way. With a delay (int8/8+1) what an exchange has brought is taken
+    behind the next one. Every session.step() counts as a step.
     """
 
     senses = True
@@ -74,6 +79,7 @@ class NetSense(Coded):
         policy: str,
         floor: float,
         interval: int | str,
+        delay: int | str,
         start: float,
         schemes: Sequence[str],
         hierarchy: str,
@@ -81,14 +87,21 @@ class NetSense(Coded):
     ) -> None:
         """published: options of published policies (``catalog.POLICIES``)."""
         super().__init__(module, group, RingAllReduce(), limit=_LIMIT)
-        self._intervals = _INTERVALS if isinstance(interval, str) else (interval,)
+        self._whens = whens(
+            _INTERVALS if isinstance(interval, str) else (interval,), _DELAYS if isinstance(delay, str) else (delay,)
+        )
         self._apart: Apart | None = None
-        if self.mesh.ranks > 1 and (self._intervals != (1,) or any(split_interval(name)[1] > 1 for name in schemes)):
-            self._apart, self.shares_buffers, self.takes_shards = Apart(module, self.mesh), False, False
-            self.takes_scaler = False
-            self.steps_apart = max(*self._intervals, *(split_interval(name)[1] for name in schemes), 1)
-        self._interval = 1
-        """In force; the ranks may still be apart when it is 1."""
+        self._late: Late | None = None
+        if self.mesh.ranks > 1:
+            possible = {*self._whens, *(split_when(name)[1:] for name in schemes)}
+            if any(interval for interval, _ in possible):
+                self._apart, self.shares_buffers = Apart(module, self.mesh), False
+            if (0, 1) in possible:
+                self._late = Late(module.named_parameters(), self.mesh)
+            self.takes_shards = self.takes_scaler = self._apart is None and self._late is None
+            self.steps_apart = max(max(interval, 1) * (1 + delay) for interval, delay in possible)
+        self._interval, self._delay = 0, 0
+        """In force, as names have them; the ranks may still be apart when the first is 0."""
         self._alone = False
         """Whether this backward's gradients are this rank's alone."""
         self._between, self._ended = True, 0
@@ -101,6 +114,8 @@ class NetSense(Coded):
         """When the buckets of the first one were ready, and how many elements they have."""
         self._waited_s = self._before_s = 0.0
         """In the exchange behind the newest step, and in that between the newest backward and the one before."""
+        self._landed_s = 0.0
+        """When the newest delayed exchange had landed."""
         self._channel = ControlChannel(self.mesh, self._decide, _ANSWER.size)
         self._candidates: list[Plan] = []
         self._policy: Policy | FixedPolicy
@@ -124,17 +139,19 @@ class NetSense(Coded):
         self._next_report, self._next_look, self._every = 0, 0, 1
         self._step_s = 0.0
         self._lr_change = 1.0
-        self._lag = _LAG + any(peer.device != "cpu" for peer in self.mesh.peers)
+        self._lag = (
+            _LAG + any(peer.device != "cpu" for peer in self.mesh.peers) + _LATE_LAG * any(delay for _, delay in self._whens)
+        )
         if not isinstance(self._policy, FixedPolicy):
             self._follow(self._policy.plan)
 
     def _follow(self, name: str) -> None:
-        plan, self._interval = split_interval(name)
+        plan, self._interval, self._delay = split_when(name)
         self.plan = _plan(plan)
 
     @property
     def _scheme(self) -> str:
-        return with_interval(self.plan.name, self._interval if self._alone else 1)
+        return with_when(self.plan.name, self._interval if self._alone else 0, self._delay)
 
     def _controller(self, gradients: Sequence[torch.Tensor], floor: float, *, by_host: bool) -> Controller:
         """Ours, with what a few messages and some coding tell beforehand: the same on all ranks, though only rank 0's is
@@ -155,7 +172,7 @@ class NetSense(Coded):
             mesh.shape,
             costs,
             lost([_heavy_tailed()], self._candidates),
-            intervals=self._intervals,
+            whens=self._whens,
             latency_s=latency_s,
             byte_s=max(took_s - latency_s, took_s / 10) / crossing_bytes,
             scarce=gradients[0].device.type == "cpu" and len(os.sched_getaffinity(0)) < 2 * len(mesh.machine_ranks),
@@ -193,6 +210,10 @@ class NetSense(Coded):
             self._follow(self._policy.plan_at(self.steps - 1))
         if self._apart is not None:
             self._begin_apart(self._apart)
+        if self._late is not None:
+            if self.holds_unused:
+                raise ValueError("with a delay a mean may come when nothing takes it: use no find_unused_parameters, or delay=0")
+            self._late.begin(delayed=self._delay > 0 and not self._alone)
         self._looks = []
         every, due = self._policy.look_every, self.steps >= max(self._next_report, self._next_look)
         self._looking = every > 0 and due and self.mesh.rank == 0
@@ -200,16 +221,18 @@ class NetSense(Coded):
             self._next_look = self.steps + every
 
     def _begin_apart(self, apart: Apart) -> None:
-        if self._interval > 1 and self._between and not apart.under_way:
+        if self._interval and self._between and not apart.under_way:
             apart.begin(self.optimizers)
         self._alone, self._between = apart.under_way, False
         if self._alone:
             if not self._backwards:
-                self._first, self._computed_s = self.steps, []
+                self._first, self._computed_s = self.steps, self._computed_s[-1:] if self._interval == 1 else []
             self._backwards += 1
         self._before_s, self._waited_s = self._waited_s, 0.0
 
     def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
+        if self._late is not None:
+            self._late.charge(statistics)
         if self._alone:
             statistics.scheme, gradient, spent = self._scheme, bucket.buffer(), statistics.apart()
             add_residual(gradient, tuple(bucket.parameters()), self.memory, spent)
@@ -218,27 +241,34 @@ class NetSense(Coded):
             return done(gradient)
         if self._looking:
             self._looks.append(start_to_host(look(bucket.buffer())))
+        if self._late is not None and self._delay:
+            statistics.scheme, statistics.landed_s = self._scheme, max(statistics.landed_s, self._landed_s)
+            return self._late.exchange(bucket, self.plan, statistics)
         return super().exchange(bucket, statistics)
 
     def finish(self, statistics: StepStatistics) -> None:
         spent = statistics.of_backward()
-        spent = spent._replace(compute_s=max(0.0, spent.compute_s - self._before_s))
+        scheme, waited_s = self._scheme, 0.0
+        if self._late is not None and not self._alone:
+            self._landed_s = statistics.landed_s
+            scheme, waited_s = self._late.measured(self._scheme), self._late.waited_s
+        spent = spent._replace(compute_s=max(0.0, spent.compute_s - self._before_s - waited_s))
         if self._alone:
             self._computed_s.append(spent.compute_s)
             if self.steps == self._first:
                 self._arrived = spent.ready_s, spent.bucket_elements
             return
-        if self.steps < self._next_report or not spent.ready_s:
+        if self.steps < self._next_report or not spent.ready_s or not scheme:
             return
         self._next_report = self.steps + self._every
-        self._report(spent, self._looks, statistics)
+        self._report(scheme, spent, self._looks, statistics)
 
-    def _report(self, spent: BackwardCosts, looks: list[torch.Tensor], statistics: StepStatistics) -> None:
+    def _report(self, scheme: str, spent: BackwardCosts, looks: list[torch.Tensor], statistics: StepStatistics) -> None:
         if isinstance(self._policy, FixedPolicy):
             return
         tcp, last_s = statistics.tcp, max(spent.ready_s)
         if self.mesh.rank == 0:
-            sent = self._scheme, tuple(spent.bucket_elements), spent.payload_bytes
+            sent = scheme, tuple(spent.bucket_elements), spent.payload_bytes
             self._told.append((*sent, looks, self._lr_change))
             self._lr_change = 1.0
         measured = [spent.exposed_s, spent.compute_s, spent.encode_s, spent.communication_s, self._channel.latency_s]
@@ -256,38 +286,36 @@ class NetSense(Coded):
         if apart.steps < self._interval:
             statistics.lose(1.0, 1.0)  # of this step's gradients nothing was sent
             return
-        began_s, spent, looks = monotonic_s(), statistics.apart(), list[torch.Tensor]()
+        began_s, landed = monotonic_s(), None
         with statistics.waiting():
-            if self._interval == 1:
+            if not self._interval:
                 statistics.scheme = RingAllReduce.name
-                apart.end(self.optimizers, spent)
+                apart.end(self.optimizers, statistics)
             else:
-                looks = apart.exchange(self.plan, spent, looking=bool(self._candidates) and self.mesh.rank == 0)
+                looking = bool(self._candidates) and self.mesh.rank == 0 and (self._interval > 1 or self._looking)
+                landed = apart.exchange(self.plan, self._scheme, statistics, delayed=self._delay > 0, looking=looking)
         self._waited_s = monotonic_s() - began_s
-        statistics.include(spent)
-        if self._interval == 1:
+        if not self._interval:
             statistics.lose(0.0, 1.0)
+        elif landed is None:
+            statistics.lose(1.0, 1.0)
         backwards, self._backwards = self._backwards, 0
         # Ranks with an accelerator do not know of the newest one yet, and all must report alike.
-        if self._interval > 1 and backwards > 1:
-            spent.settle()
+        if landed is not None and landed.spent.payload_bytes and (backwards > 1 or self._interval == 1):
+            landed.spent.settle()
             ready_s, elements = self._arrived
-            self._report(
-                spent.of_backward()._replace(
-                    exposed_s=self._waited_s, compute_s=fmean(self._computed_s), ready_s=ready_s, bucket_elements=elements
-                ),
-                looks,
-                statistics,
+            spent = landed.spent.of_backward()._replace(
+                exposed_s=self._waited_s, compute_s=fmean(self._computed_s), ready_s=ready_s, bucket_elements=elements
             )
+            self._report(landed.scheme, spent, landed.looks, statistics)
 
     def synchronize(self, statistics: StepStatistics) -> None:
-        apart = self._apart
-        if apart is None:
-            return
-        if apart.under_way and apart.steps:
-            statistics.scheme = self._scheme
+        apart, statistics.scheme = self._apart, statistics.scheme or self._scheme
         with statistics.waiting():
-            apart.synchronize(self.plan, statistics)
+            if self._late is not None:
+                self._late.synchronize(statistics)
+            if apart is not None:
+                apart.synchronize(self.plan, statistics)
 
     @contextlib.contextmanager
     def synchronized(self) -> Iterator[None]:
@@ -331,8 +359,9 @@ class NetSense(Coded):
     @property
     def _fits(self) -> list[str]:
         """What must be the same in a checkpoint: the policy, what it keeps and what it chooses from."""
-        names = (with_interval(plan.name, interval) for interval in self._intervals for plan in self._candidates)
-        return [type(self._policy).__name__, *self._policy.state_dict(), *names, *["apart"] * (self._apart is not None)]
+        names = [with_when(p.name, *when) for when in self._whens for p in self._candidates]
+        kinds = ["apart"] * (self._apart is not None) + ["late"] * (self._late is not None)
+        return [type(self._policy).__name__, *self._policy.state_dict(), *names, *kinds]
 
     def close(self) -> None:
         try:
@@ -345,12 +374,13 @@ class NetSense(Coded):
         policy = self._policy.state_dict() if self.mesh.rank == 0 else None
         kept = {
             "fits": self._fits,
-            "plan": with_interval(self.plan.name, self._interval),
+            "plan": with_when(self.plan.name, self._interval, self._delay),
             "every": self._every,
             "next_report": self._next_report,
             "answers": answers,
             "policy": policy,
             "apart": None if self._apart is None else self._apart.state_dict(),
+            "late": None if self._late is None else self._late.state_dict(),
         }
         return {**super().state_dict(), **kept}
 
@@ -370,6 +400,8 @@ class NetSense(Coded):
         self._every, self._next_report = state["every"], state["next_report"]
         if self._apart is not None:
             self._apart.load_state_dict(state["apart"])
+        if self._late is not None:
+            self._late.load_state_dict(state["late"])
         self._backwards = 0
         self._answers.clear()
         for step, answer in state["answers"]:
@@ -380,6 +412,9 @@ class NetSense(Coded):
 
 _INTERVALS = (1, 2, 4, 8, 16, 32)
 """Of interval: auto. Longer ones were not measured (``control.plans.worth``)."""
+_DELAYS = (0, 1)
+_LATE_LAG = 2
+"""Steps that a decision takes more where steps may be shorter than a round trip."""
 _LIMIT = 30.0
 """Times a gradient's norm that its residual may have; reached below 0.3 % of the elements, where stale gradients harm most."""
 _LEAST_PROBE, _MOST_PROBE, _PROBE_S = 1 << 14, 1 << 22, 0.02

@@ -109,23 +109,34 @@ class NetworkModel:
 
         ready_s: of every bucket, before the last gradient, s <= 0. coding_s: of every plan and bucket.
         """
-        unit_s = np.exp(self._sums[rows] @ (self._logs if logs is None else logs))
+        exposed, busy, _ = self._course(ready_s, coding_s, rows, self._logs if logs is None else logs)
+        return exposed, busy
+
+    def least(self, ready_s: Sequence[float], coding_s: Array) -> Array:
+        """Seconds from a step to the next, with every plan, where an exchange may last until that of the same bucket in the
+        next step: as its longest bucket takes, or the bytes of all. Shape and parameters as of ``forecast``."""
+        return self._course(ready_s, coding_s, slice(None), self._logs)[2]
+
+    def _course(self, ready_s: Sequence[float], coding_s: Array, rows: slice, logs: Array) -> tuple[Array, Array, Array]:
+        unit_s = np.exp(self._sums[rows] @ logs)
         unit_s[:, 1] *= self.latency.value * np.where(self._rings[rows], self.ring_share, 1.0)
         takes = np.pad(self._counts[rows] * unit_s[:, None], ((0, 0), (0, 0), (0, 1)))  # and last their sum, as that decides
         takes[:, :, 4] = takes.sum(2)
         hops, coding = takes[:, :, 1:2] * (0, 1, 0, 0, 1), coding_s[:, :, None] / 2 * (1, 0, 0, 0, 1)
-        busy, done = np.zeros_like(takes[:, 0]), list[Array]()
+        busy, least, done = np.zeros_like(takes[:, 0]), (takes - hops).sum(1), list[Array]()
         coded = link = end = busy - (1e9, 0, 0, 0, 1e9)
         for i, ready in enumerate(ready_s):
-            coded = _later(coded, np.array([[ready, 0, 0, 0, ready]])) + coding[:, i]
+            of_ready = np.array([[ready, 0, 0, 0, ready]])
+            coded = _later(coded, of_ready) + coding[:, i]
             start = _later(coded, done[i - CONCURRENT]) if i >= CONCURRENT else coded
             link = _later(link, start) + (takes[:, i] - hops[:, i])
             done.append(link + hops[:, i])
+            least = _later(least, done[i] + coding[:, i] - of_ready)
             since = _later(start, end)
             busy += _later(done[i], since) - since
             end = _later(end, done[i])
         exposed = _later(end + coding[:, -1] if len(ready_s) else end, np.zeros_like(end))
-        return exposed, busy
+        return exposed, busy, least
 
     def learn(self, plan: int, ready_s: Sequence[float], coding_s: Sequence[float], seconds: float) -> None:
         """Learn from the time in which a step's collectives were under way."""

@@ -30,7 +30,7 @@ from testbed.results.dilated import reported
 from testbed.results.load import SUMMARY_FILE, Run
 from testbed.results.names import method_order, scenario
 from testbed.results.phases import oracle, phases
-from testbed.results.validity import cell_problems, replicas_identical
+from testbed.results.validity import WHEN, cell_problems, replicas_identical
 
 ADAPTIVE = "netsense"
 """How the labels of methods begin that choose for themselves."""
@@ -285,7 +285,7 @@ def lost_energy(steps: pd.DataFrame) -> float | None:
 
 
 def _lost(steps: pd.DataFrame) -> pd.Series:
-    return steps["lost_energy"].astype(float).fillna(steps["scheme"].map(ROUNDING))
+    return steps["lost_energy"].astype(float).fillna(steps["scheme"].str.replace(WHEN, "", regex=True).map(ROUNDING))
 
 
 def regrets(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -31,6 +31,8 @@ CHANCE = 1e-6
 """An honest link is blamed for a shortfall in fewer than so many windows: its queue may have been empty between the samples."""
 CLAIMED, UNCLAIMED = 0.02, 0.1
 """What a rank says it sent may be so much more than what its link carried, or so much less."""
+WHEN = r"(?:/\d+)?(?:\+\d+)?$"
+"""End of a scheme of netsense: steps from one exchange to the next, and the delay after which its mean is applied."""
 LATE_FRAMES = 0.01
 """So many frames of the delay line may leave late."""
 
@@ -254,7 +256,7 @@ def _leaving(steps: pd.DataFrame, hosts: int, per_host: int) -> tuple[float, flo
         return said.sum(), said.sum()
     if hosts == 1:
         return 0.0, 0.0
-    plan = steps["scheme"].str.replace(r"/\d+$", "", regex=True)  # without the interval from one exchange to the next
+    plan = steps["scheme"].str.replace(WHEN, "", regex=True)
     by_host = plan.str.startswith("host-")
     ring = ~by_host & (plan.str.endswith("-ring") | (plan == "allreduce"))
     return said.where(by_host, said / per_host).sum(), said.where(~ring, said / per_host).sum()

@@ -14,7 +14,7 @@ import torch
 from netsenseml.control import controller
 from netsenseml.control.controller import Controller
 from netsenseml.control.plans import look, lost, plans, worth
-from netsenseml.control.policy import Observation, split_interval, with_interval
+from netsenseml.control.policy import Observation, split_when, whens, with_when
 from netsenseml.exchange.communicators import Hierarchical, Plan, RingAllReduce
 from netsenseml.exchange.mesh import Shape
 from netsenseml.sensing import network
@@ -50,8 +50,9 @@ class World:
     on_time_s: float = 0.0
     draw: random.Random = field(default_factory=lambda: random.Random(0), repr=False)  # names of tests are the same each time
 
-    def step(self, plan: Plan, number: int, interval: int = 1) -> Observation:
-        """One step with a plan, or as many as its interval has; what its ranks measure."""
+    def step(self, plan: Plan, number: int, interval: int = 0, delay: int = 0) -> Observation:
+        """One step with a plan, or as many as its interval has; what its ranks measure. With a delay an exchange has as long as
+        these compute, and a link that carries nothing else."""
         noise = lambda: max(0.5, self.draw.gauss(1, self.jitter))  # noqa: E731
         compute_s = self.compute_s * noise() * ((0.5, 1.5)[number % 2] if self.alternating else 1)
         ready = [-compute_s * 0.6 * (1 - i / max(len(self.elements) - 1, 1)) for i in range(len(self.elements))]
@@ -59,7 +60,7 @@ class World:
         hop_s = 2 * self.delay_s + self.wake_s  # the receiver asks for what it takes
         encode_s, free, done_s, busy, began = 0.0, -1e9, [], 0.0, -1e9
         coded = -1e9
-        parts = zip(ready, self.elements, strict=True) if interval == 1 else [(0.0, sum(self.elements))]
+        parts = zip(ready, self.elements, strict=True) if not interval else [(0.0, sum(self.elements))]
         for ready_s, elements in parts:
             cost = plan.cost(elements, self.shape)
             coding_s = 0.0 if isinstance(plan, RingAllReduce) else self.coding_s * elements * noise()
@@ -73,9 +74,10 @@ class World:
             done_s.append(end)
         self.on_time_s = busy
         late_s = ACCIDENT_S if self.draw.random() < self.accidents else 0.0
-        exposed_s = max(0.0, *done_s) + late_s
+        until = [delay * (interval * compute_s if interval else compute_s + ready_s) for ready_s in ready]
+        exposed_s = max(0.0, *(done - least for done, least in zip(done_s, until, strict=False))) + late_s
         return Observation(
-            plan=with_interval(plan.name, interval),
+            plan=with_when(plan.name, interval, delay),
             elements=self.elements,
             ready_s=tuple(ready),
             compute_s=compute_s,
@@ -103,6 +105,7 @@ class Job:
     adaptive: bool = False
     floor: float = 0.001
     intervals: tuple[int, ...] = (1,)
+    delays: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
         world = self.world
@@ -118,7 +121,7 @@ class Job:
             latency_s=latency_s,
             byte_s=byte_s,
             scarce=False,
-            intervals=self.intervals,
+            whens=whens(self.intervals, self.delays),
         )
         self.controller.begin(world.elements, 0.0)
         self.controller.adaptive = self.adaptive
@@ -134,15 +137,15 @@ class Job:
         taken = []
         for _ in range(steps):
             name = self.in_force.pop(0)
-            plan, interval = split_interval(name)
-            seen = self.world.step(self.by_name[plan], self.number, interval)
+            plan, interval, delay = split_when(name)
+            seen = self.world.step(self.by_name[plan], self.number, interval, delay)
             self.number += 1
             self.controller.decide(seen)
             self.in_force.append(self.controller.plan)
-            if interval > 1:  # long before the next exchange
+            if interval:  # long before the next exchange
                 self.in_force = [self.controller.plan] * (1 + LAG)
             late_s = seen.communication_s - self.world.on_time_s
-            taken.append((name, interval * seen.compute_s + seen.exposed_s - late_s))
+            taken.append((name, max(interval, 1) * seen.compute_s + seen.exposed_s - late_s))
         return taken
 
 

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.alone
 TIMEOUT_S = 2.0
-METHODS = ("allreduce", "topk", "powersgd", "diloco:often")
-"""In the group of DDP, in groups of our own, by torch's hook, and behind the optimizer."""
+METHODS = ("allreduce", "topk", "powersgd", "diloco:often", "netsense:late")
+"""In the group of DDP, in groups of our own, by torch's hook, behind the optimizer, and with exchanges that outlast a step."""
 
 
 @pytest.fixture(scope="module", params=["file", "tcp"])
@@ -20,7 +20,7 @@ def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Of every rank of every case. All at once, as they mostly wait."""
     victim = "2" if request.param == "file" else "0"  # with rank 0 its store ends, too
     methods, failures = (METHODS, "kill,stop,raise") if request.param == "file" else (("topk",), "kill,stop,stay")
-    command = [sys.executable, str(ROOT / "experiments/bench/peer_failure.py"), "--json", "--at-once", "12", "--victim", victim]
+    command = [sys.executable, str(ROOT / "experiments/bench/peer_failure.py"), "--json", "--at-once", "15", "--victim", victim]
     command += ["--methods", ",".join(methods), "--failures", failures, "--timeout", str(TIMEOUT_S), "--meet", request.param]
     command += ["--keep", str(tmp_path_factory.mktemp("ranks"))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

@@ -376,6 +376,7 @@ def test_energy_that_rounding_alone_loses_is_its_bound() -> None:
         return lost_energy(pd.DataFrame({"scheme": list(schemes), "lost_energy": [recorded] * len(schemes)}, dtype=object))
 
     assert lost("allreduce") == 0
+    assert lost("allreduce", "allreduce+1", "allreduce/8+1") == 0
     assert lost("bfloat16", "bfloat16") == 2.0**-16
     assert lost("of my own") is None
     assert lost("of my own", recorded=0.25) == 0.25
