@@ -349,7 +349,7 @@ class _CellRunner:
                 self._check_programs()
                 step = max(self._in_work.values(), default=0)
                 progress.update(monotonic_s(), step + done, driver.arrived_bytes(self._cell.workers))
-                cut = self._holding and not self._stopped and bool(self._links_cut_for_good(now_s))
+                cut = self._holding and not done and bool(self._links_cut_for_good(now_s))
                 if waited_s := progress.too_long(monotonic_s(), cut):
                     raise WorkersFailed("", self._standstill(waited_s), monotonic_s())
             except WorkersFailed as failure:

@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 import yaml
+from enclosed import run_enclosed
 from test_run_netns import ROOT, descendants_of, only_run, rows_written, wait_until
 
 import testbed
@@ -221,11 +222,21 @@ def test_what_a_log_has_cannot_do_anything_to_a_terminal(faults):
 
 
 def test_the_end_of_a_run_is_obeyed_though_a_link_is_cut_for_good(tmp_path):
-    workload = {**WORKLOAD, "stop": {"seconds": 2}}
+    """Once its time is over, long before the step has taken too long, and whether or not all know which step is the last."""
     cut = [{"at": "1s", "links": ["w1"], "set": {"up": False}}]
-    code, printed = run(tmp_path, workload=workload, schedule=cut, step_timeout="3s")
-    assert code == 1, printed
-    assert "and w1 is cut off" in problems(tmp_path)[0]
+    spec = {**SPEC, "workload": {**WORKLOAD, "stop": {"seconds": 2}}, "schedule": cut}
+    (tmp_path / "faulty.yaml").write_text(yaml.safe_dump(spec))
+    code = """
+    from pathlib import Path
+    from rich.console import Console
+    from testbed.run import cell, directory, sweep
+    from testbed.spec.load import load_spec
+    cell._CUT_S = 3.0  # instead of half a minute
+    sweep.execute(directory.create(load_spec(Path("faulty.yaml")), Path("runs"), Path()), Console())
+    """
+    run_enclosed(textwrap.dedent(code), tmp_path)
+    [[problem]] = testbed.load_run(only_run(tmp_path)).cells["problems"]
+    assert "and w1 is cut off" in problem and problem.startswith("the last step has not ended"), problem
 
 
 def test_training_goes_on_after_a_link_was_cut_in_the_middle_of_it(tmp_path):
