@@ -354,6 +354,36 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_when_there_is_room(
     assert list((tmp_path / "kept").rglob("result.json")) or list((tmp_path / "kept").rglob("*.jsonl"))
 
 
+FLOOD = """
+def flood(step):
+    if step != 5 or rank != 1:
+        return
+    def room():
+        disk = os.statvfs(os.environ["NETSENSE_OUTPUT_DIR"])
+        return disk.f_bavail * disk.f_frsize
+    print("x" * (room() - (2 << 20)), flush=True)
+    while room() > 0:
+        print("x" * 10_000, flush=True)
+        time.sleep(0.01)
+
+train(before=flood)
+done()
+"""
+
+
+def test_a_worker_that_floods_its_log_ends_its_cell_before_the_disk_is_full(tmp_path):
+    (tmp_path / "faulty.yaml").write_text(yaml.safe_dump({**SPEC, "script": script(tmp_path, FLOOD)}))
+    testbed_run = f"{sys.executable} -m testbed.cli run faulty.yaml"
+    steps = f"mkdir runs; mount -t tmpfs -o size=64m none runs; {testbed_run}; echo code $?; df -k runs"
+    namespaces = ["unshare", "--user", "--map-root-user", "--mount"]
+    done = subprocess.run([*namespaces, "sh", "-c", steps], capture_output=True, text=True, env=ENV, cwd=tmp_path, check=False)
+    printed = " ".join((done.stdout + done.stderr).split())
+    assert "Traceback" not in printed and "code 1" in printed, printed
+    assert "the disk is nearly full; w1 has written 6" in printed, printed
+    assert "make room, then: testbed run --resume" in printed
+    assert int(done.stdout.split()[-3]) > 100, "it was not filled to the end"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes a directory of another user")
 def test_files_that_cannot_be_handed_over_are_a_note(tmp_path):
     prefix = ["setpriv", "--bounding-set=-chown", "--inh-caps=-chown"]
