@@ -27,7 +27,7 @@ from testbed.run.directory import DATA, SCRIPT, is_nearly_full, machine, no_room
 from testbed.run.door import LinkDoor
 from testbed.run.driver import LinkDriver
 from testbed.run.host import HostMonitor
-from testbed.spec.units import format_time
+from testbed.spec.units import format_size, format_time
 from testbed.timeline.workers import Kills
 from testbed.traffic.flows import TRAFFIC_PROGRAM
 
@@ -527,7 +527,8 @@ class _CellRunner:
                     if member in self._killed:
                         why = ", as the schedule has it,"
                     elif code == -signal.SIGKILL and _oom_kills() > self._oom_kills:
-                        why = ", as memory ran out,"
+                        limit = self._cell.lab.limits.memory_bytes
+                        why = f", out of memory{'' if limit is None else f' (limits.memory is {format_size(limit)})'},"
                     self._note(member, _Failure(self._lost_s.get(member, now_s), _end(code) + why + self._when(member)))
         for rank in self._ranks:
             if rank not in self._codes and rank not in self._done and now_s - self._heard_s.get(rank, now_s) > SILENT_WORKER_S:
