@@ -84,6 +84,7 @@ def _examples(incomplete: str) -> list[str]:
     return [name for name in [*names, "all"] if name.startswith(incomplete) and not name.startswith(("bench/", "data/"))]
 
 
+_WIDE = 1 << 12
 DEFAULT_SPEC = Path("experiment.yaml")
 RUNS = Path("runs")
 SpecPath = Annotated[
@@ -145,6 +146,8 @@ def run(
     if resume is not None:
         if spec is not None or overrides or lab is not None or dry_run or out is not None:
             what = "SPEC nor --set, --lab, --out, --dry-run"
+            if spec is not None and (spec / SPEC_FILE).exists():
+                _fail(f"--resume goes on with one run directory, not with two: {resume} and {spec}", EXIT_BAD_INPUT)
             _fail(f"--resume takes the spec of the run directory and goes on in it; give neither {what}", EXIT_BAD_INPUT)
         if not (resume / SPEC_FILE).exists():
             _fail(f"{resume}: is no run directory; run directories lie in runs, unless --out said otherwise", EXIT_BAD_INPUT)
@@ -186,10 +189,12 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def _print(what: "RenderableType") -> None:
+def _print(what: "RenderableType", *, wide: bool = False) -> None:
+    """wide: what is read by another program, or goes to a file, has lines as long as they are."""
     from rich.console import Console
 
-    Console().print(what)
+    console = Console()
+    (Console(width=_WIDE) if wide and not console.is_terminal else console).print(what)
 
 
 @app.command()
@@ -301,7 +306,7 @@ def runs(
     if as_json:
         _print_json([{**asdict(run), "began": run.began.isoformat()} for run in found])
     elif found:
-        _print(runs_table(found))
+        _print(runs_table(found), wide=True)
     else:
         typer.echo(f"{folder}: there is no run in it; start one with: testbed run SPEC", err=True)
 
@@ -565,12 +570,18 @@ def calibrate(
 def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
 ) -> None:
-    """Remove containers and networks that a killed Docker run left behind. Rootless labs leave nothing."""
+    """Remove what killed runs left behind: containers and networks of Docker, and control groups of workers with limits.
+    Rootless labs leave nothing else."""
+    from testbed.labs.cgroups import clean as clean_groups
     from testbed.labs.docker import clean as clean_docker
 
-    removed = _guarded(lambda: clean_docker(dry_run))
     verb = "would remove" if dry_run else "removed"
-    typer.echo("\n".join(f"{verb} {name}" for name in removed) or "nothing to remove")
+    groups = _guarded(lambda: clean_groups(dry_run))
+    for name in groups:  # whether there is a Docker daemon or not
+        typer.echo(f"{verb} {name}")
+    removed = _guarded(lambda: clean_docker(dry_run))
+    nothing = "nothing else to remove" if groups else "nothing to remove"
+    typer.echo("\n".join(f"{verb} {name}" for name in removed) or nothing)
 
 
 def _plan(path: Path, overrides: list[str], lab: LabKind | None, *, as_json: bool = False) -> "tuple[Spec, Plan]":

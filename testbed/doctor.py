@@ -22,6 +22,7 @@ import psutil
 from testbed import gpus
 from testbed.labs.base import LabError
 from testbed.labs.capabilities import CAPABILITIES, lacking_capabilities
+from testbed.labs.cgroups import groups_of_run
 from testbed.labs.netns import enclosure, why_it_failed
 
 Verdict = Literal["ok", "limited", "missing"]
@@ -129,6 +130,7 @@ def examine() -> dict[str, Any]:
         line,
         netns,
         limits(),
+        control_groups(),
         *docker,
         capabilities(system),
         congestion_controls(),
@@ -142,7 +144,9 @@ def examine() -> dict[str, Any]:
         "netns": netns.verdict == "ok" and not absent & NEEDED,
         "docker": docker[0].verdict == "ok" and not absent & {"htb", "tbf"},
     }
-    return {"system": asdict(system), "labs": labs, "findings": [asdict(finding) for finding in findings]}
+    engine = "netem" if probed is not None and "netem" not in probed else "userspace" if line.verdict == "ok" else None
+    found = [asdict(finding) for finding in findings]
+    return {"system": asdict(system), "labs": labs, "engine": engine, "findings": found}
 
 
 def machine(system: System) -> list[Finding]:
@@ -247,6 +251,17 @@ def limits() -> Finding:
     return Finding("limits", "limited", f"{found}, for {MOST_WORKERS} workers", "raise them, or use fewer workers")
 
 
+def control_groups() -> Finding:
+    """Whether workers of the netns lab can be limited, as a spec's ``limits`` asks for."""
+    name = "limits of workers"
+    try:
+        with groups_of_run(("memory", "pids")):
+            return Finding(name, "ok", "memory and processes, by control groups (limits: in a spec)")
+    except LabError as error:
+        reason, _, mend = str(error).removeprefix("limits: ").partition("; ")
+        return Finding(name, "limited", f"{reason}; only specs with limits: need it", mend)
+
+
 def _number(path: str, position: int = 0) -> int | None:
     words = _read(path).split()
     return int(words[position]) if len(words) > position else None
@@ -272,7 +287,7 @@ def qdiscs(system: System, missing: Sequence[str] | None, line: Finding) -> list
             findings.append(Finding(name, "ok", purpose))
             continue
         if name == "netem" and line.verdict == "ok":
-            findings.append(Finding(name, "ok", f"this kernel has none; it {purpose}, which the delay line does instead"))
+            findings.append(Finding(name, "ok", f"this kernel has none, and the delay line {purpose} in its place"))
             continue
         verdict: Verdict = "missing" if name in NEEDED | {"netem"} else "limited"
         findings.append(Finding(name, verdict, f"this kernel has none; it {purpose}", system.load_module(module)))

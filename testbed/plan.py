@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed import dilation, protocol
-from testbed.labs.base import LabPlan
+from testbed.labs.base import LabPlan, Limits
 from testbed.links.qdiscs import (
     UNCUT_PACKET_BYTES,
     Netem,
@@ -135,6 +135,11 @@ class Plan:
         return {cell.lab.engine for cell in self.cells if cell.lab.impaired}
 
     @property
+    def limits(self) -> set[str]:
+        """Controllers of control groups by which some hosts are limited."""
+        return {controller for cell in self.cells for controller in cell.lab.limits.by_controller}
+
+    @property
     def qdiscs(self) -> set[str]:
         """Kinds of qdiscs that the kernel must have, besides netem."""
         states = [state for cell in self.cells for state in cell.lab.links.values()]
@@ -216,6 +221,7 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Call
                 network,
                 folders=() if folder is None else (folder,),
                 device=spec.workload.device if spec.workload else "cpu",
+                limits=Limits(spec.limits.memory, spec.limits.pids),
                 seed=seed,
                 tcp=tcp,
             ),
@@ -260,6 +266,8 @@ def describe(plan: Plan) -> list[str]:
         lines.append(f"cell {cell.name}: method {cell.method.label}, seed {cell.seed}, {len(cell.workers)} workers{several}")
         if cell.connections > 1:
             lines.append(f"  {cell.connections} connections between any two ranks")
+        if limits := describe_limits(cell.lab.limits):
+            lines.append(f"  each worker has at most {limits}")
         network = (repr(replace(cell.lab, seed=0)), cell.timeline, cell.flows, cell.kills, cell.slowdowns)
         if network in shown:
             lines.append("  (network as above)")
@@ -274,6 +282,12 @@ def describe(plan: Plan) -> list[str]:
         lines += ["  note: " + note for note in notes(cell)]
         lines += ["  " + line for flow in cell.flows for line in describe_flow(flow, cell.stop.get("seconds"))]
     return lines
+
+
+def describe_limits(limits: Limits) -> str:
+    """In words; nothing where there are none."""
+    memory = [] if limits.memory_bytes is None else [f"{format_size(limits.memory_bytes)} of memory"]
+    return " and ".join([*memory, *([] if limits.pids is None else [f"{limits.pids} processes and threads"])])
 
 
 def _workers_lines(cell: Cell) -> Iterator[str]:

@@ -1,9 +1,9 @@
 """Does the verdict notice what other programs do to a comparison, and only that? 40 disturbed runs, and 40 undisturbed ones.
 
-    python experiments/bench/disturbances.py [RUNS OF EACH] [SEED]
+    python experiments/bench/disturbances.py [--runs 40] [--seed 0] [--results disturbances.jsonl]
 
-Every trial is a run as ``testbed run`` makes it: allreduce against top-k at 10 %, four workers at 50 Mbit/s, whose compute is
-emulated, paced or real. In half of them something else uses this machine while the second of the two is trained:
+Every trial is a run as ``testbed run`` makes it: allreduce and top-k at 10 %, or the other way round, four workers at 50
+Mbit/s, whose compute is emulated, paced or real. In half of them something else uses this machine while the second is trained:
 
     hog        busy loops, one or more for each processor
     pinned     a busy loop on one processor
@@ -14,10 +14,16 @@ emulated, paced or real. In half of them something else uses this machine while 
     throttle   all workers stand still for half of the time, in turns so short as if the clock were slower
 
 Prints a line a trial: its ratio of throughputs, and what it is blamed for. Then a table: how many ratios are off by more than
-5 % from the mean of the undisturbed runs with such compute. Exit code 1 if one of these is called valid, or an undisturbed one
-not.
+5 % from the median of the undisturbed runs with such compute, whose own spread stands below it: where that is not far less
+than 5 %, chance alone puts ratios off. Exit code 1 if a run with a ratio that is off is called valid, or if an undisturbed run
+with one that is not off is called invalid.
+
+Nothing else may run beside it. What has been tried is in the file of results; started again with the same seed and number of
+runs, it goes on where it was.
 """
 
+import argparse
+import json
 import math
 import os
 import random
@@ -29,9 +35,9 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import median, stdev
 from typing import Any
 
 import psutil
@@ -63,25 +69,32 @@ while True: source.send(bytes(1400))
 
 @dataclass
 class Trial:
-    """One run. kind: "" if nothing disturbs it. strength: programs for each processor, or seconds of standing still."""
+    """One run. kind: "" if nothing disturbs it. strength: programs for each processor, or seconds of standing still.
+
+    second: the method that is trained second, and disturbed. ratio: NaN if the run had none.
+    """
 
     kind: str
     strength: float
     condition: str
-    ratio: float = 0.0
+    second: str
+    ratio: float = math.nan
     problems: tuple[str, ...] = ()
 
     @classmethod
     def draw(cls, number: int, kind: str, source: random.Random) -> "Trial":
         strengths = {"freeze": (0.1, 0.3, 1.0), "throttle": (0.01, 0.02), "pinned": (1,)}.get(kind, (0.5, 1, 2))
-        return cls(kind, source.choice(strengths), list(CONDITIONS)[number % len(CONDITIONS)])
+        strength = source.choice(strengths)
+        return cls(kind, strength, list(CONDITIONS)[number % len(CONDITIONS)], source.choice(("allreduce", "topk-0.1")))
 
     def __str__(self) -> str:
-        return f"{self.kind or 'undisturbed':11} {f'{self.strength:g}' if self.kind else '':4} {self.condition:7}"
+        what = f"{self.kind or 'undisturbed':11} {f'{self.strength:g}' if self.kind else '':4}"
+        return f"{what} {self.condition:7} {self.second:9} second {self.ratio:6.3f} {'; '.join(self.problems)}"
 
 
 def spec_of(trial: Trial) -> dict[str, Any]:
     model = {"name": "mlp", "hidden": [256, 256]}
+    methods = ["allreduce", {"name": "topk", "ratio": 0.1}]
     return {
         "name": "disturbances",
         "workers": 4,
@@ -93,7 +106,7 @@ def spec_of(trial: Trial) -> dict[str, Any]:
             "compute": CONDITIONS[trial.condition],
             "stop": {"steps": 40},
         },
-        "methods": ["allreduce", {"name": "topk", "ratio": 0.1}],
+        "methods": methods[::-1] if trial.second == "allreduce" else methods,
     }
 
 
@@ -134,9 +147,9 @@ def disturbance(trial: Trial, out: Path) -> Iterator[None]:
     code = {"hog": BUSY, "pinned": BUSY, "memory": MEMORY, "disk": DISK, "loopback": LOOPBACK}.get(trial.kind)
     if code is None:
         still = threading.Event()
-        thread = threading.Thread(
-            target=stop_and_go, args=(hosts_with_torch(), trial.kind == "throttle", trial.strength, still)
-        )
+        hosts = hosts_with_torch()
+        assert hosts, "the workers were not found, and so not disturbed"
+        thread = threading.Thread(target=stop_and_go, args=(hosts, trial.kind == "throttle", trial.strength, still))
         thread.start()
         try:
             yield
@@ -144,7 +157,9 @@ def disturbance(trial: Trial, out: Path) -> Iterator[None]:
             still.set()
             thread.join()
         return
-    command = [*(["taskset", "--cpu-list", "0"] if trial.kind == "pinned" else []), sys.executable, "-c", code]
+    # They end with this program, in whatever way that ends.
+    pinned = ["taskset", "--cpu-list", "0"] if trial.kind == "pinned" else []
+    command = ["setpriv", "--pdeathsig", "KILL", *pinned, sys.executable, "-c", code]
     children = [subprocess.Popen([*command, str(run / f"disturbance-{n}")]) for n in range(programs)]
     try:
         yield
@@ -186,7 +201,8 @@ def run_trial(trial: Trial, out: Path) -> None:
     if trial.kind:
         disturber.start()
     try:
-        run = testbed.run_experiment(spec_of(trial), out=out, console=Console(file=open(os.devnull, "w")))  # noqa: SIM115
+        with open(os.devnull, "w") as nowhere:
+            run = testbed.run_experiment(spec_of(trial), out=out, console=Console(file=nowhere))
     finally:
         if trial.kind:
             disturber.end()
@@ -197,24 +213,39 @@ def run_trial(trial: Trial, out: Path) -> None:
 
 
 def main() -> int:
-    each = int(sys.argv[1]) if len(sys.argv) > 1 else 40
-    source = random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
-    trials = [Trial.draw(n // len(KINDS), KINDS[n % len(KINDS)], source) for n in range(each)]
-    trials += [Trial.draw(n, "", source) for n in range(each)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=40, help="so many disturbed ones, and so many undisturbed (40)")
+    parser.add_argument("--seed", type=int, default=0, help="what decides which, and in which order (0)")
+    parser.add_argument("--results", type=Path, default=Path("disturbances.jsonl"), help="what has been tried")
+    given = parser.parse_args()
+    source = random.Random(given.seed)
+    trials = [Trial.draw(n // len(KINDS), KINDS[n % len(KINDS)], source) for n in range(given.runs)]
+    trials += [Trial.draw(n, "", source) for n in range(given.runs)]
     source.shuffle(trials)
+    done = given.results.read_text().splitlines() if given.results.exists() else []
+    for trial, line in zip(trials, map(json.loads, done), strict=False):
+        ratio, problems = line.pop("ratio"), line.pop("problems")
+        if not {*line.items()} <= {*asdict(trial).items()} or len(done) > len(trials):
+            sys.exit(f"{given.results} is of other runs or of another seed; name another file with --results")
+        trial.ratio, trial.problems = math.nan if ratio is None else ratio, tuple(problems)
     began_s = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, given.results.open("a") as results:
         for number, trial in enumerate(trials):
-            run_trial(trial, Path(scratch, str(number)))
-            print(f"{number + 1:3}/{2 * each} {trial} {trial.ratio:6.3f} {'; '.join(trial.problems)}", flush=True)
-    print(f"\n{2 * each} runs in {time.monotonic() - began_s:.0f} s")
+            if number >= len(done):
+                run_trial(trial, Path(scratch, str(number)))
+                row = {**asdict(trial), "ratio": None if math.isnan(trial.ratio) else trial.ratio}
+                results.write(json.dumps(row) + "\n")
+                results.flush()
+            print(f"{number + 1:3}/{len(trials)} {trial}", flush=True)
+    print(f"\n{len(trials) - len(done)} runs in {time.monotonic() - began_s:.0f} s")
     return judge(trials)
 
 
 def judge(trials: Sequence[Trial]) -> int:
     """Print what was right and wrong; the exit code."""
     undisturbed = [trial for trial in trials if not trial.kind and not math.isnan(trial.ratio)]
-    quiet = {name: fmean([t.ratio for t in undisturbed if t.condition == name] or [math.nan]) for name in CONDITIONS}
+    ratios = {name: [trial.ratio for trial in undisturbed if trial.condition == name] or [math.nan] for name in CONDITIONS}
+    quiet = {name: median(of_condition) for name, of_condition in ratios.items()}
     table = Table("disturbed by", "runs", "off by more than 5 %", "of these called valid", "not off, and called not valid")
     wrong = 0
     for kind in (*KINDS, ""):
@@ -225,6 +256,9 @@ def judge(trials: Sequence[Trial]) -> int:
         wrong += len(missed) + (0 if kind else len(blamed))
         table.add_row(kind or "nothing", *(str(len(group)) for group in (ours, off, missed, blamed)))
     Console().print(table)
+    for name, of_condition in ratios.items():
+        spread = stdev(of_condition) / quiet[name] if len(of_condition) > 1 else math.nan
+        print(f"undisturbed, {name}: {len(of_condition)} ratios, median {quiet[name]:.3f}, standard deviation {spread:.1%}")
     return 1 if wrong else 0
 
 

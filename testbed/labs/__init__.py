@@ -18,11 +18,12 @@ def open_labs(kind: str, run_directory: Path, preload: Sequence[str] = PROGRAMS_
     preload: modules that the hosts of netns labs will run as programs.
     """
     if kind == "netns":
+        from testbed.labs.cgroups import inherited_groups
         from testbed.labs.forkserver import ForkServer
         from testbed.labs.netns import NetnsLab
 
         with ForkServer(preload) as server:
-            yield lambda plan: NetnsLab(plan, server)
+            yield lambda plan: NetnsLab(plan, server, inherited_groups())
     else:
         from testbed.labs.docker import DockerLab
 

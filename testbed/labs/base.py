@@ -35,6 +35,20 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What all programs of one host may use together; None: as much as there is."""
+
+    memory_bytes: int | None = None
+    pids: int | None = None
+
+    @property
+    def by_controller(self) -> Mapping[str, int]:
+        """Those that there are, by the name of the control group's controller."""
+        limits = {"memory": self.memory_bytes, "pids": self.pids}
+        return {controller: limit for controller, limit in limits.items() if limit is not None}
+
+
+@dataclass(frozen=True, slots=True)
 class LabPlan:
     """What a lab has to build: hosts at switches, and links in their first state.
 
@@ -49,6 +63,7 @@ class LabPlan:
     folders: what programs on the hosts read besides the run directory, absolute; they see it under the same path.
     view: None: the programs see all of the run directory, and may write there.
     device: what programs compute on: "cpu", "cuda", or "auto", a GPU if there is any.
+    limits: of the programs of each host.
     seed: of random impairments.
     tcp: how connections between the hosts behave. ip: the version of their addresses.
     """
@@ -64,6 +79,7 @@ class LabPlan:
     folders: tuple[Path, ...] = ()
     view: View | None = None
     device: str = "cpu"
+    limits: Limits = field(default_factory=Limits)
     seed: int = 0
     tcp: Tcp = field(default_factory=Tcp)
     ip: int = 4

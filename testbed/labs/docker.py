@@ -43,6 +43,7 @@ from testbed import gpus, protocol
 from testbed.files import everything_in
 from testbed.labs.base import OOM_SCORE_ADJ, LabError, LabPlan, make_shaper
 from testbed.labs.capabilities import lacking_capabilities
+from testbed.labs.owner import owner_lives, owner_mark
 from testbed.links.delayline import DelayLine, DelayLineDied
 from testbed.links.neighbours import forwarding, neighbour
 from testbed.links.netlink import NetlinkSocket, Request, back_to_own_namespace, decode, encode, setns
@@ -188,7 +189,7 @@ class DockerLab:
         self._directory = directory.resolve()
         self._image = image or os.environ.get(ENV_IMAGE, DEFAULT_IMAGE)
         self._token = secrets.token_hex(4)
-        self._labels = {LABEL: self._token, OWNER: _owner_mark()}
+        self._labels = {LABEL: self._token, OWNER: owner_mark()}
         self._client: docker.DockerClient | None = None
         self._lines: dict[str, _Line] = {}
         self._switch: NetlinkSocket | None = None
@@ -305,7 +306,10 @@ class DockerLab:
             dns_opt=["attempts:0"],
             user="{}:{}".format(*user),
             cap_drop=["ALL"],
-            pids_limit=_PIDS,
+            pids_limit=self._plan.limits.pids or _PIDS,
+            # Swap would take no less from others, and let a worker crawl instead of failing.
+            mem_limit=self._plan.limits.memory_bytes,
+            memswap_limit=self._plan.limits.memory_bytes,
             oom_score_adj=OOM_SCORE_ADJ,
             read_only=True,
             security_opt=["no-new-privileges:true"],
@@ -506,8 +510,8 @@ def clean(dry_run: bool, client: docker.DockerClient | None = None) -> list[str]
         client = connect()
     try:
         containers, networks = _labelled(client, LABEL)
-        containers = [one for one in containers if not _owner_lives(one.labels.get(OWNER, ""))]
-        networks = [one for one in networks if not _owner_lives(one.attrs["Labels"].get(OWNER, ""))]
+        containers = [one for one in containers if not owner_lives(one.labels.get(OWNER, ""))]
+        networks = [one for one in networks if not owner_lives(one.attrs["Labels"].get(OWNER, ""))]
         if not dry_run:
             _remove(client, containers, networks)
         return [f"container {one.name}" for one in containers] + [f"network {one.name}" for one in networks]
@@ -618,39 +622,6 @@ class _DaemonPaths:
             raise LabError(f"the workers cannot see {path}; it must be in a directory that is mounted, such as runs")
         nearest = max(inside, key=lambda mount: len(mount["Destination"]))
         return str(PurePosixPath(nearest["Source"]) / path.relative_to(nearest["Destination"]))
-
-
-def _owner_mark() -> str:
-    pid = os.getpid()
-    return f"{pid}:{_start_time(pid)}:{_boot_id()}:{_pid_namespace()}"
-
-
-def _owner_lives(mark: str) -> bool:
-    """False only if the process is known to be gone."""
-    try:
-        pid, started, boot, namespace = mark.split(":")
-        if boot != _boot_id():
-            return False
-        if namespace != _pid_namespace():
-            return True  # its PID means nothing to us
-        return _start_time(int(pid)) == started
-    except ValueError:
-        return True  # not a mark of this version
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def _start_time(pid: int) -> str:
-    # Field 22 of proc(5) stat; the name in parentheses before it may hold anything. PIDs come round again, this does not.
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-
-
-def _pid_namespace() -> str:
-    return str(Path("/proc/self/ns/pid").stat().st_ino)
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 @contextlib.contextmanager

@@ -4,9 +4,10 @@ Importing torch takes seconds, a fork of a process that has imported it takes mi
 so that it stays single-threaded, which is what makes forking safe, and so that the orchestrator never imports torch.
 
 Requests go over a Unix socket pair, one JSON object a datagram, with the descriptor of the network namespace beside it:
-{"argv", "log", "confined"} → {"pid"} or {"error"}; {"end"} → {"ended"}. The program's environment comes in a file of which the
-descriptor is the second: it has the program's token, and what the server reads all forks have. Ends come back unasked, as
-{"exited": pid, "code": int}. A program that is confined has a PID namespace of its own, whose first process is the child.
+{"argv", "log", "confined", "groups"} → {"pid"} or {"error"}; {"end"} → {"ended"}. The program's environment comes in a file of
+which the descriptor is the second: it has the program's token, and what the server reads all forks have. Ends come back
+unasked, as {"exited": pid, "code": int}. A program that is confined has a PID namespace of its own, whose first process is the
+child.
 """
 
 import atexit
@@ -34,6 +35,7 @@ from typing import Any, Self
 import psutil
 
 from testbed.labs.base import OOM_SCORE_ADJ, HostFailed
+from testbed.labs.cgroups import enter_host_group
 from testbed.labs.confine import (
     Confinement,
     close_all_but,
@@ -127,10 +129,21 @@ class ForkServer:
         os.waitpid(self._pid, 0)
 
     def start(
-        self, argv: Sequence[str], env: Mapping[str, str], log: Path, namespace: int, confined: Confinement | None = None
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        log: Path,
+        namespace: int,
+        confined: Confinement | None = None,
+        groups: Sequence[Path] = (),
     ) -> ForkedProcess:
-        """Run a program in a network namespace (descriptor); raises HostFailed if the server has died."""
-        request = {"argv": list(argv), "log": str(log), "confined": confined and asdict(confined)}
+        """Run a program in a network namespace (descriptor) and control groups; raises HostFailed if the server has died."""
+        request = {
+            "argv": list(argv),
+            "log": str(log),
+            "confined": confined and asdict(confined),
+            "groups": list(map(str, groups)),
+        }
         environment = os.memfd_create("environment")
         try:
             os.write(environment, json.dumps(dict(env)).encode())
@@ -306,6 +319,8 @@ def _become(request: Mapping[str, Any], namespace: int, environment: int, preloa
         os.dup2(log, 1)
         os.dup2(log, 2)
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
+        for group in request["groups"]:
+            enter_host_group(group)
         setns(namespace)
         os.environ.update(json.loads(os.pread(environment, os.fstat(environment).st_size, 0)))
         close_all_but([status] if request["confined"] else [])

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from socket import AF_INET, AF_INET6
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 from pyroute2.netlink import NLM_F_CREATE, NLM_F_EXCL
@@ -22,6 +22,7 @@ from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from testbed.labs.base import LabError, LabPlan, Process, View, make_shaper
+from testbed.labs.cgroups import host_groups, remove_group
 from testbed.labs.confine import ENVIRONMENT, Confinement
 from testbed.labs.forkserver import ForkServer
 from testbed.links.delayline import DelayLine, DelayLineDied
@@ -99,6 +100,7 @@ class NetnsHost:
         socket: NetlinkSocket,
         server: ForkServer,
         plan: LabPlan,
+        groups: Sequence[Path],
     ) -> None:
         self.name = name
         self._view, self._folders = plan.view, plan.folders
@@ -107,6 +109,7 @@ class NetnsHost:
         self.namespace = namespace
         self.socket = socket
         self._server = server
+        self.groups = groups
         self._processes: list[Process] = []
 
     @property
@@ -123,7 +126,7 @@ class NetnsHost:
                     os.chown(path, *user)
             confined = Confinement(str(view.root.resolve()), _resolved(reads), _resolved(writes), user)
             env = {**ENVIRONMENT, **env}
-        process = self._server.start(argv, env, log, self.namespace, confined)
+        process = self._server.start(argv, env, log, self.namespace, confined, self.groups)
         self._processes.append(process)
         return process
 
@@ -139,12 +142,15 @@ class NetnsHost:
 class NetnsLab:
     """Hosts and links in namespaces of the calling process (``labs.base.Lab``).
 
-    Sockets and namespaces are held by descriptors alone: closing them, or dying, is the whole teardown.
+    Sockets and namespaces are held by descriptors alone: closing them, or dying, is the whole teardown, but for control groups.
+
+    groups: from ``cgroups.groups_of_run``, if the plan has limits.
     """
 
-    def __init__(self, plan: LabPlan, server: ForkServer) -> None:
+    def __init__(self, plan: LabPlan, server: ForkServer, groups: Mapping[str, Path] = MappingProxyType({})) -> None:
         self._plan = plan
         self._server = server
+        self._groups = groups
         self._switches: dict[str, _Switch] = {}
         self.hosts: dict[str, NetnsHost] = {}
         self._cables: dict[str, tuple[int, int]] = {}
@@ -161,8 +167,9 @@ class NetnsLab:
                 addresses = _NETWORKS[self._plan.ip].hosts()
                 for number, (name, address) in enumerate(zip(self._plan.hosts, addresses, strict=False), 1):
                     namespace, socket = _new_namespace(ipv6=self._plan.ip == 6)
+                    groups = host_groups(self._groups, name, self._plan.limits)
                     self.hosts[name] = NetnsHost(
-                        name, str(address), mac_of(number), namespace, socket, self._server, self._plan
+                        name, str(address), mac_of(number), namespace, socket, self._server, self._plan, groups
                     )
             for switch, hosts in self._plan.hosts_by_switch.items():
                 self._wire_hosts(self._switches[switch], [self.hosts[name] for name in hosts])
@@ -271,6 +278,9 @@ class NetnsLab:
             end.socket.close()
         if self.hosts:
             self._server.end_all()
+        for host in self.hosts.values():
+            for group in host.groups:
+                remove_group(group)
         self.hosts.clear()
         self._switches.clear()
 

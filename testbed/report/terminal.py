@@ -125,9 +125,16 @@ def doctor_table(result: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [table, ""]
     if mends:
         parts += [Text("What would mend it", style="bold"), *mends, ""]
+    if works:
+        verdict += f" {_ENGINES[result['engine']]}"
     return Group(*parts, Text(verdict, style="bold" if works else "bold red"))
 
 
+_ENGINES = {
+    "netem": "The kernel's netem makes delay, jitter and loss.",
+    "userspace": "The delay line, a program, makes delay, jitter and loss: the kernel has no netem.",
+    None: "Delay, jitter and loss cannot be had.",
+}
 _QUANTITIES = {
     "goodput_one": ("TCP, one flow", "bit/s"),
     "goodput_ring": ("TCP, ring, slowest", "bit/s"),

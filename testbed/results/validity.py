@@ -285,7 +285,7 @@ def end_problems(cell: Mapping[str, Any]) -> list[str]:
             if replicas_identical(cell) is None:
                 problems.append("not every rank reported its final parameters")
         case "unfinished":
-            problems.append("did not finish: it is still running or was killed")
+            problems.append("did not finish: it has not begun, is still running or was killed")
         case status:
             problems = problems or [f"the cell {'was interrupted' if status == 'interrupted' else status}"]
     if replicas_identical(cell) is False:

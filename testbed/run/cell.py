@@ -1,5 +1,6 @@
 """The orchestrator of one cell: lab up, workers ready, t = 0, stop, teardown; whatever happens, a result is written."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -22,11 +23,11 @@ from testbed.links.calibration import calibrate, measurable
 from testbed.plan import Cell, notes
 from testbed.run import messages
 from testbed.run.control import ControlServer, Fault, Heard, Lost, Member
-from testbed.run.directory import DATA, SCRIPT, machine, no_room, release_reserve
+from testbed.run.directory import DATA, SCRIPT, is_nearly_full, machine, no_room, release_reserve
 from testbed.run.door import LinkDoor
 from testbed.run.driver import LinkDriver
 from testbed.run.host import HostMonitor
-from testbed.spec.units import format_time
+from testbed.spec.units import format_size, format_time
 from testbed.timeline.workers import Kills
 from testbed.traffic.flows import TRAFFIC_PROGRAM
 
@@ -307,6 +308,16 @@ class _CellRunner:
         records.append([measurement.to_json() for measurement in measurements])
         records.close()
 
+    def _most_written(self) -> str:
+        """Which host has written most of what this cell has."""
+        own = _own(self._cell, self._directory)
+        logs = self._directory / "logs"
+        written = {
+            host: sum(map(_size_bytes, (*own[host], *logs.glob(f"{host}.log"), *logs.glob(f"{host}-*.log")))) for host in own
+        }
+        host = max(written, key=lambda host: written[host])
+        return f"{host} has written {written[host] / 1e6:,.0f} MB, most of this cell's ({own[host][0]}, {logs})"
+
     def _name(self, member: Member) -> str:
         if isinstance(member, int):
             return protocol.rank_name(member, self._cell.ranks_per_worker)
@@ -343,13 +354,15 @@ class _CellRunner:
             if driver.failure is not None:
                 what = "records could not be written" if _is_full(driver.failure) else "a link could not be changed or read"
                 raise CellFailed(f"{what}: {driver.failure}")
+            if is_nearly_full(self._directory):
+                raise CellFailed(f"the disk is nearly full; {self._most_written()}")
             if monitor.failure is not None:
                 raise CellFailed(f"the load of this machine could not be recorded: {monitor.failure}")
             try:
                 self._check_programs()
                 step = max(self._in_work.values(), default=0)
                 progress.update(monotonic_s(), step + done, driver.arrived_bytes(self._cell.workers))
-                cut = self._holding and not self._stopped and bool(self._links_cut_for_good(now_s))
+                cut = self._holding and not done and bool(self._links_cut_for_good(now_s))
                 if waited_s := progress.too_long(monotonic_s(), cut):
                     raise WorkersFailed("", self._standstill(waited_s), monotonic_s())
             except WorkersFailed as failure:
@@ -514,7 +527,8 @@ class _CellRunner:
                     if member in self._killed:
                         why = ", as the schedule has it,"
                     elif code == -signal.SIGKILL and _oom_kills() > self._oom_kills:
-                        why = ", as memory ran out,"
+                        limit = self._cell.lab.limits.memory_bytes
+                        why = f", out of memory{'' if limit is None else f' (limits.memory is {format_size(limit)})'},"
                     self._note(member, _Failure(self._lost_s.get(member, now_s), _end(code) + why + self._when(member)))
         for rank in self._ranks:
             if rank not in self._codes and rank not in self._done and now_s - self._heard_s.get(rank, now_s) > SILENT_WORKER_S:
@@ -582,6 +596,14 @@ def _oom_kills() -> int:
     """How many processes the kernel has ended so far for want of memory, in any control group (/proc/vmstat, Linux 4.13)."""
     counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
     return int(counters.get("oom_kill", 0))
+
+
+def _size_bytes(tree: Path) -> int:
+    size = 0
+    for path in everything_in(tree):
+        with contextlib.suppress(OSError):  # it may have been removed meanwhile
+            size += path.lstat().st_blocks * 512
+    return size
 
 
 def _last_line(log: Path) -> str:

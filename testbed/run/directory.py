@@ -28,6 +28,8 @@ LOCK_FILE = ".lock"
 RESERVE_FILE = ".reserve"
 _RESERVE_BYTES = 1 << 18
 """Enough for the result of a cell, whatever went wrong in it."""
+_LEAST_FREE_BYTES, _LEAST_FREE_SHARE = 1 << 27, 0.01
+"""Below the lesser of the two a cell ends, before its worker fills the disk for everybody; it may write fast."""
 ENVIRONMENT_FILE = "environment.json"
 SCRIPT = "script"
 TRACES = "traces"
@@ -84,12 +86,20 @@ def is_being_run(directory: Path) -> bool:
 
 
 def reserve_room(directory: Path) -> None:
-    """Set room aside, so that a cell's result can be written on a disk that is full; raises OSError if there is none."""
+    """Set room aside, so that a cell's result can be written on a disk that is full; raises OSError if little is left."""
     reserve = os.open(directory / RESERVE_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         os.posix_fallocate(reserve, 0, _RESERVE_BYTES)
     finally:
         os.close(reserve)
+    if is_nearly_full(directory):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+
+
+def is_nearly_full(directory: Path) -> bool:
+    """Whether so little is left on its disk that a run should end."""
+    disk = os.statvfs(directory)
+    return disk.f_bavail * disk.f_frsize < min(_LEAST_FREE_BYTES, _LEAST_FREE_SHARE * disk.f_blocks * disk.f_frsize)
 
 
 def release_reserve(directory: Path) -> None:

@@ -1,5 +1,6 @@
 """Progress of a run: a live bar on a terminal, plain lines elsewhere."""
 
+import math
 import time
 from types import TracebackType
 from typing import Self
@@ -63,10 +64,14 @@ class RunProgress:
     def tick(self, t_s: float, step: int) -> None:
         """The cell is ``t_s`` seconds old and works on ``step``."""
         if self._live and self._task is not None:
-            self._bar.update(self._task, completed=self._share(t_s, step), note=f"step {step}")
+            self._bar.update(self._task, completed=self._share(t_s, step), note=self._step(t_s, step))
         elif not self._live and time.monotonic() >= self._next_line_s:
             self._next_line_s = time.monotonic() + _PLAIN_EVERY_S
-            self._say(f"{t_s:.0f} s, step {step}")
+            self._say(f"{t_s:.0f} s, {self._step(t_s, step)}")
+
+    def _step(self, t_s: float, step: int) -> str:
+        over = t_s > self._cell.stop.get("seconds", math.inf)
+        return f"step {step}" + ", which is the last: the time is over" * over
 
     def _left(self) -> str:
         """By what the cells have taken so far."""

@@ -15,6 +15,7 @@ from rich.console import Console
 from testbed import gpus, protocol
 from testbed.doctor import System
 from testbed.labs.base import LabError
+from testbed.labs.cgroups import groups_of_run
 from testbed.labs.netns import enclosure, why_it_failed
 from testbed.links.probe import missing_kinds, require_taps
 from testbed.live.beside import live_page
@@ -79,6 +80,9 @@ def check_machine(plan: Plan) -> str:
     for wanted in sorted(plan.engines or {"auto"}):
         chosen = choose_engine(plan.lab, wanted, plan.impaired, plan.qdiscs)
         engine = chosen if wanted == "auto" or len(plan.engines) == 1 else engine
+    if plan.lab == "netns":
+        with groups_of_run(plan.limits):
+            pass
     check_congestion({cell.lab.tcp.congestion for cell in plan.cells}, privileged=True)  # we make the routes
     check_traffic([flow for cell in plan.cells for flow in cell.flows], plan.lab)
     return engine
@@ -199,7 +203,9 @@ def _run(plan: Plan, directory: Path, lock: int, console: Console, options: RunO
 def run_cells(plan: Plan, directory: Path, lock: int, console: Console, only: Collection[str] = (), quiet: bool = False) -> int:
     """Run the cells that are not done, or ``only`` those, on this machine; returns the exit code, whatever their verdict."""
     if plan.lab == "netns":
-        code = execute_enclosed(directory, lock, only, subprocess.DEVNULL if quiet else 2 if console.stderr else None)
+        output = subprocess.DEVNULL if quiet else 2 if console.stderr else None
+        with groups_of_run(plan.limits) as groups:
+            code = execute_enclosed(directory, lock, only, output, groups)
         if code < 0:
             console.print(f"testbed: the lab was ended by signal {-code}", style="red")
             return EXIT_FAILED

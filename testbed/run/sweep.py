@@ -9,12 +9,14 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
 
 from testbed.files import read_json
 from testbed.labs import open_labs
+from testbed.labs.cgroups import ENV_GROUPS, encode_groups
 from testbed.labs.netns import enclosure
 from testbed.links.probe import missing_kinds
 from testbed.plan import Cell, Plan, make_plan
@@ -112,10 +114,16 @@ def in_turn(plan: Plan) -> list[Cell]:
     return cells
 
 
-def execute_enclosed(directory: Path, lock: int, only: Collection[str] = (), progress: int | None = None) -> int:
+def execute_enclosed(
+    directory: Path,
+    lock: int,
+    only: Collection[str] = (),
+    progress: int | None = None,
+    groups: Mapping[str, Path] = MappingProxyType({}),
+) -> int:
     """Run ``execute`` inside private namespaces as a child process; returns its exit code. lock: of ``directory.run_lock``.
 
-    progress: where the child writes it, as in ``subprocess``; None: to our standard output.
+    progress: where the child writes it, as in ``subprocess``; None: to our standard output. groups: from ``groups_of_run``.
 
     The child's standard input is a pipe that only we hold open. When we end, in whatever way, it reads the end of the pipe
     and stops in an orderly way; and when its first process ends, the kernel removes the rest.
@@ -123,7 +131,8 @@ def execute_enclosed(directory: Path, lock: int, only: Collection[str] = (), pro
     command = [*enclosure(), sys.executable, "-m", "testbed.run.inside", str(directory), str(lock), *only]
     read_end, lifeline = os.pipe2(os.O_CLOEXEC)
     # A process group of its own, or a signal to ours would end the child before it can clean up.
-    with subprocess.Popen(command, stdin=read_end, stdout=progress, pass_fds=[lock], process_group=0) as child:
+    environment = {**os.environ, ENV_GROUPS: encode_groups(groups)}
+    with subprocess.Popen(command, stdin=read_end, stdout=progress, pass_fds=[lock], process_group=0, env=environment) as child:
         os.close(read_end)
         with _closing_on_signal(lifeline) as close_lifeline:
             try:

@@ -82,6 +82,9 @@ Share = Annotated[float, BeforeValidator(units.parse_share), written_as("share")
 Size = Annotated[
     int, BeforeValidator(units.parse_size), PlainSerializer(units.format_size, return_type=str), written_as("size")
 ]
+Memory = Annotated[
+    int, BeforeValidator(units.parse_memory), PlainSerializer(units.format_size, return_type=str), written_as("size")
+]
 QueueText = Annotated[Queue, BeforeValidator(parse_queue), PlainSerializer(_format_queue, return_type=str), written_as("queue")]
 
 
@@ -775,6 +778,15 @@ class ScriptSpec(Model):
         return self
 
 
+class LimitsSpec(Model):
+    """What the programs of one worker may use together."""
+
+    memory: Memory | None = Field(default=None, examples=["2GiB"])
+    """A worker that takes more is ended by the kernel, and its cell says so. No limit if left out."""
+    pids: Annotated[StrictInt, Field(ge=16, le=2**22)] | None = Field(default=None, examples=["1000"])
+    """Processes and threads. If left out 4096 in the Docker lab, no limit in the netns lab."""
+
+
 _IP_AND_UDP_BYTES = {4: 28, 6: 48}
 _ETHERNET_BYTES = 14
 
@@ -808,6 +820,8 @@ class Spec(Model):
     """How many; they are called w0, w1, …"""
     ranks_per_worker: StrictInt = Field(1, ge=1, le=16)
     """Processes that train on each worker. They share its link; what they send each other stays on its loopback."""
+    limits: LimitsSpec = LimitsSpec()
+    """What each worker may use of this machine's memory and processes."""
     network: NetworkSpec = NetworkSpec()
     """How they are joined, and what their links are like at the beginning."""
     schedule: list[AnyEntry] = Field(default_factory=list, max_length=10_000)

@@ -12,7 +12,7 @@ RATES: Mapping[str, int] = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**
 TIMES: Mapping[str, float] = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 _SHARES: Mapping[str, float] = {"%": 0.01, "": 1.0}
 _ALSO_TIMES: Mapping[str, float] = {"µs": 1e-6}
-SIZES: Mapping[str, int] = {"b": 1, "kb": 10**3, "mb": 10**6, "kib": 2**10, "mib": 2**20}
+SIZES: Mapping[str, int] = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 _A_SECOND = "/s"
 
@@ -43,9 +43,19 @@ def parse_time(text: object) -> float:
 
 def parse_size(text: object) -> int:
     """A size in bytes from "64KiB", "1.5MB" or "1500B". Raises ValueError with the valid units."""
-    value = _quantity(text, SIZES, "a size", "64KiB")
-    if value < 1 or value > 2**32 - 1:
-        raise ValueError(f"{_shown(text)} is out of range; a size lies between 1B and 4095MiB")
+    return _size(text, "a size", "64KiB", 1, 2**32 - 1)
+
+
+def parse_memory(text: object) -> int:
+    """A size of memory in bytes from "2GiB" or "500MB". Raises ValueError with the valid units."""
+    return _size(text, "a size of memory", "2GiB", 2**24, 2**44)
+
+
+def _size(text: object, what: str, example: str, least: int, most: int) -> int:
+    value = _quantity(text, SIZES, what, example)
+    if not least <= value <= most:
+        between = f"{format_size(least)} and {format_size(most >> 20 << 20)}"
+        raise ValueError(f"{_shown(text)} is out of range; {what} lies between {between}")
     return round(value)
 
 
@@ -94,7 +104,7 @@ def format_time(time_s: float) -> str:
 
 def format_size(size_bytes: int) -> str:
     """The shortest exact text of a size in bytes: 65536 → "64KiB"."""
-    for unit, factor in (("MiB", 2**20), ("KiB", 2**10)):
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size_bytes % factor == 0 and size_bytes:
             return f"{size_bytes // factor}{unit}"
     return f"{size_bytes}B"

@@ -148,5 +148,6 @@ def test_the_doctor_says_what_works_here():
     assert verdicts["limits"]["found"]
     assert all(finding["mend"] for finding in result["findings"] if finding["verdict"] == "missing")
     assert verdicts["delay line"]["verdict"] == "ok" or verdicts["delay line"]["mend"]
+    assert verdicts["limits of workers"]["verdict"] == "ok" or verdicts["limits of workers"]["mend"]
     netem = verdicts["netem"]
     assert netem["verdict"] == "ok" or netem["mend"]

@@ -3,16 +3,15 @@
 import json
 import shutil
 import tempfile
-from contextlib import closing
 from pathlib import Path
 
 import psutil
 import pytest
-from test_faults_netns import finished, launch, only_run, run, script
-from test_run_netns import wait_until
+from test_faults_netns import only_run, run, script
+from test_run_netns import no_control_groups
 
 import testbed
-from testbed.labs.docker import LABEL, connect
+from testbed.labs.cgroups import clean
 
 RUNS = Path(__file__).parents[2] / "runs"
 
@@ -144,16 +143,13 @@ done()
 
 
 GREEDY = """
-if json.loads((cell / "cell.json").read_text())["earlier"]:
+about = json.loads((cell / "cell.json").read_text())
+if about["earlier"]:
     sys.exit("once is enough")
-output = Path(os.environ["NETSENSE_OUTPUT_DIR"])
 train(steps=3)
-if rank == 1:
-    (output / "hostname").write_text(os.uname().nodename)
-    while not (output / "limited").exists():
-        time.sleep(0.05)
-    held = [bytearray(os.urandom(1 << 20)) for _ in range(2000)]
-time.sleep(8)
+if rank == 1 and about["label"] == "greedy":
+    held = [b"x" * (1 << 20) for _ in range(2000)]
+done()
 """
 
 
@@ -202,21 +198,14 @@ def test_a_worker_has_its_own_directory_and_nothing_else(place):
     assert set(loaded.events["kind"]) == {"initial"}
 
 
-@pytest.mark.docker
-def test_a_worker_for_which_memory_ran_out_is_named_with_that_reason():
-    directory = Path(tempfile.mkdtemp(prefix="test-", dir=RUNS))
-    try:
-        process = launch(directory, lab="docker", script=script(directory, GREEDY))
-        wait_until(lambda: list(directory.glob("runs/*/cells/*/hosts/w1/hostname")), 60)
-        (said,) = directory.glob("runs/*/cells/*/hosts/w1/hostname")
-        with closing(connect()) as client:
-            (container,) = (one for one in client.containers.list(filters={"label": LABEL}) if one.name.endswith("-w1"))
-            container.update(mem_limit="900m", memswap_limit="900m")
-        said.with_name("limited").touch()
-        code, out = finished(process)
-        assert code == 1
-        assert "w1 was ended by signal 9, as memory ran out, before it was done" in " ".join(out.split())
-    finally:
-        process.kill()
-        process.wait()
-        shutil.rmtree(directory)
+def test_a_worker_that_takes_more_memory_than_it_may_is_named_and_other_cells_go_on(place):
+    lab, directory = place
+    if lab == "netns" and (reason := no_control_groups()):
+        pytest.skip(reason)
+    methods = [{"name": "allreduce", "label": label} for label in ("greedy", "modest")]
+    code, out = run(directory, lab=lab, script=script(directory, GREEDY), methods=methods, limits={"memory": "900MiB"})
+    assert code == 1
+    assert "w1 was ended by signal 9, out of memory (limits.memory is 900MiB), before it was done" in " ".join(out.split())
+    status = testbed.load_run(only_run(directory)).cells.set_index("method")["status"]
+    assert status.to_dict() == {"greedy": "failed", "modest": "done"}
+    assert clean(dry_run=True) == []

@@ -3,17 +3,13 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
+from enclosed import run_enclosed
 
-from testbed.labs.netns import enclosure
 from testbed.links.tap import NoTapError, open_tap
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.netns
 
 PRELUDE = """
@@ -104,18 +100,8 @@ def transfer(size):
 
 def inside(tmp_path, body):
     """Run Python code in private namespaces, with a cable between two hosts; it prints one JSON value."""
-    script = tmp_path / "inside.py"
-    script.write_text(PRELUDE + f"tmp = Path({str(tmp_path)!r})\n" + textwrap.dedent(body))
-    done = subprocess.run(
-        [*enclosure(), sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    code = PRELUDE + f"tmp = Path({str(tmp_path)!r})\n" + textwrap.dedent(body)
+    return json.loads(run_enclosed(code, tmp_path).splitlines()[-1])
 
 
 @pytest.mark.parametrize(

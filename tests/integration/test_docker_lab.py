@@ -22,6 +22,7 @@ from docker.models.networks import NetworkCollection
 from testbed.labs import docker as lab_module
 from testbed.labs.base import LabError, LabPlan, Process
 from testbed.labs.docker import LABEL, OWNER, DockerHost, DockerLab, clean, connect
+from testbed.labs.owner import owner_lives, owner_mark
 from testbed.links.delayline import DelayLineDied
 from testbed.links.routes import Tcp
 from testbed.links.state import LinkState, Shape
@@ -390,9 +391,9 @@ def test_unprivileged_user_is_told_what_would_help(directory: Path) -> None:
 
 
 def test_owner_is_known_by_more_than_its_pid() -> None:
-    mark = lab_module._owner_mark()
+    mark = owner_mark()
     pid, started, boot, namespace = mark.split(":")
-    lives = lab_module._owner_lives
+    lives = owner_lives
     assert lives(mark)
     assert not lives(f"{pid}:{int(started) + 1}:{boot}:{namespace}")
     assert not lives(f"{pid}:{started}:another-boot:{namespace}")

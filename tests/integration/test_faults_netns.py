@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 import yaml
+from enclosed import run_enclosed
 from test_run_netns import ROOT, descendants_of, only_run, rows_written, wait_until
 
 import testbed
@@ -221,11 +222,21 @@ def test_what_a_log_has_cannot_do_anything_to_a_terminal(faults):
 
 
 def test_the_end_of_a_run_is_obeyed_though_a_link_is_cut_for_good(tmp_path):
-    workload = {**WORKLOAD, "stop": {"seconds": 2}}
+    """Once its time is over, long before the step has taken too long, and whether or not all know which step is the last."""
     cut = [{"at": "1s", "links": ["w1"], "set": {"up": False}}]
-    code, printed = run(tmp_path, workload=workload, schedule=cut, step_timeout="3s")
-    assert code == 1, printed
-    assert "and w1 is cut off" in problems(tmp_path)[0]
+    spec = {**SPEC, "workload": {**WORKLOAD, "stop": {"seconds": 2}}, "schedule": cut}
+    (tmp_path / "faulty.yaml").write_text(yaml.safe_dump(spec))
+    code = """
+    from pathlib import Path
+    from rich.console import Console
+    from testbed.run import cell, directory, sweep
+    from testbed.spec.load import load_spec
+    cell._CUT_S = 3.0  # instead of half a minute
+    sweep.execute(directory.create(load_spec(Path("faulty.yaml")), Path("runs"), Path()), Console())
+    """
+    run_enclosed(textwrap.dedent(code), tmp_path)
+    [[problem]] = testbed.load_run(only_run(tmp_path)).cells["problems"]
+    assert "and w1 is cut off" in problem and problem.startswith("the last step has not ended"), problem
 
 
 def test_training_goes_on_after_a_link_was_cut_in_the_middle_of_it(tmp_path):
@@ -341,6 +352,36 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_when_there_is_room(
     assert any("make room, then: testbed run --resume" in line for line in said)
     assert "second: 0\n" in printed or "second: 3\n" in printed, printed
     assert list((tmp_path / "kept").rglob("result.json")) or list((tmp_path / "kept").rglob("*.jsonl"))
+
+
+FLOOD = """
+def flood(step):
+    if step != 5 or rank != 1:
+        return
+    def room():
+        disk = os.statvfs(os.environ["NETSENSE_OUTPUT_DIR"])
+        return disk.f_bavail * disk.f_frsize
+    print("x" * (room() - (2 << 20)), flush=True)
+    while room() > 0:
+        print("x" * 10_000, flush=True)
+        time.sleep(0.01)
+
+train(before=flood)
+done()
+"""
+
+
+def test_a_worker_that_floods_its_log_ends_its_cell_before_the_disk_is_full(tmp_path):
+    (tmp_path / "faulty.yaml").write_text(yaml.safe_dump({**SPEC, "script": script(tmp_path, FLOOD)}))
+    testbed_run = f"{sys.executable} -m testbed.cli run faulty.yaml"
+    steps = f"mkdir runs; mount -t tmpfs -o size=64m none runs; {testbed_run}; echo code $?; df -k runs"
+    namespaces = ["unshare", "--user", "--map-root-user", "--mount"]
+    done = subprocess.run([*namespaces, "sh", "-c", steps], capture_output=True, text=True, env=ENV, cwd=tmp_path, check=False)
+    printed = " ".join((done.stdout + done.stderr).split())
+    assert "Traceback" not in printed and "code 1" in printed, printed
+    assert "the disk is nearly full; w1 has written 6" in printed, printed
+    assert "make room, then: testbed run --resume" in printed
+    assert int(done.stdout.split()[-3]) > 100, "it was not filled to the end"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes a directory of another user")

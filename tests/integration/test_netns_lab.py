@@ -1,17 +1,12 @@
 """The netns lab as a real lab: real namespaces, real qdiscs, real traffic; run inside the enclosure as a child process."""
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from enclosed import run_enclosed
 
-from testbed.labs.netns import enclosure
-
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.netns
 
 PRELUDE = """
@@ -109,20 +104,8 @@ print(struct.unpack_from("=I", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO,
 
 def in_lab(tmp_path, body):
     """Run Python code inside private namespaces; it prints one JSON value."""
-    script = tmp_path / "inside.py"
-    script.write_text(
-        PRELUDE + f"tmp = Path({str(tmp_path)!r})\n" + "with ForkServer() as server:\n" + textwrap.indent(body, "    ")
-    )
-    done = subprocess.run(
-        [*enclosure(), sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    code = PRELUDE + f"tmp = Path({str(tmp_path)!r})\n" + "with ForkServer() as server:\n" + textwrap.indent(body, "    ")
+    return json.loads(run_enclosed(code, tmp_path).splitlines()[-1])
 
 
 def test_a_program_runs_on_its_host_with_its_environment_and_its_exit_code_comes_back(tmp_path):

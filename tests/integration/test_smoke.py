@@ -93,29 +93,48 @@ def test_netsense_sends_less_in_the_thin_phase_and_comes_back_up(smoke):
     assert after > thin * 1.5
 
 
-@pytest.mark.docker
-@pytest.mark.compose
-@pytest.mark.netns
-def test_compose_runs_the_same_experiment(smoke):
-    runs = ROOT / "runs"
-    before = set(runs.iterdir())
+BEGINNING_S = 10.0
+
+
+def compose(*arguments, **environment):
     done = subprocess.run(
-        ["docker", "compose", "up", "--exit-code-from", "experiment", "experiment"],
+        ["docker", "compose", *arguments],
         cwd=ROOT,
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
-    subprocess.run(["docker", "compose", "down"], cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    return done.stdout
+
+
+def samples_of_allreduce(run):
+    """So many were trained in the beginning."""
+    return run.steps.query("method == 'allreduce' and t_s <= @BEGINNING_S")["samples"].sum()
+
+
+@pytest.mark.docker
+@pytest.mark.compose
+@pytest.mark.netns
+def test_compose_runs_the_same_experiment(smoke):
+    """Its first seconds, in which the links become slow; that it is what Compose runs unless told otherwise is looked up."""
+    config = json.loads(compose("config", "--format", "json"))
+    assert config["services"]["experiment"]["command"][:2] == ["run", "experiments/smoke.yaml"]
+    runs = ROOT / "runs"
+    before = set(runs.iterdir())
+    spec = runs / "beginning.yaml"
+    spec.write_text((ROOT / "experiments/smoke.yaml").read_text().replace("seconds: 24", f"seconds: {BEGINNING_S:g}"))
+    try:
+        compose("up", "--exit-code-from", "experiment", "experiment", EXPERIMENT="runs/beginning.yaml")
+    finally:
+        spec.unlink()
+        compose("down")
     (directory,) = set(runs.iterdir()) - before
-    summary = json.loads((directory / "summary.json").read_text())
-    assert summary["valid"]
+    found = testbed.load_run(directory)
+    assert found.summary["valid"] and set(cells(found)) == set(cells(smoke))
     assert {path.stat().st_uid for path in [directory, *directory.rglob("*")]} == {runs.stat().st_uid}
-    allreduce = next(cell for cell in summary["cells"] if cell["method"] == "allreduce")
-    assert allreduce["throughput_samples_per_s"] == pytest.approx(
-        cells(smoke)["allreduce"]["throughput_samples_per_s"], rel=0.15
-    )
+    assert samples_of_allreduce(found) == pytest.approx(samples_of_allreduce(smoke), rel=0.15)
     left = subprocess.run(
         ["docker", "ps", "--all", "--quiet", "--filter", "label=netsense.testbed"], capture_output=True, text=True, check=True
     )

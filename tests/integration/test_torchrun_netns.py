@@ -1,16 +1,10 @@
 """``torchrun --nnodes 3 --nproc-per-node 2`` with the hook: three machines in namespaces, 50 Mbit/s between them."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from enclosed import run_enclosed
 
-from testbed.labs.netns import enclosure
-
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.netns
 NODES, PER_NODE, RATE_BPS = 3, 2, 50e6
 
@@ -81,17 +75,7 @@ def train(tmp_path, per_node, steps):
     """What every rank has to say, in order of rank."""
     (tmp_path / "train.py").write_text(TRAIN)
     numbers = map(str, (NODES, per_node, int(RATE_BPS), steps))
-    done = subprocess.run(
-        [*enclosure(), sys.executable, "-c", MACHINES, *numbers],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=100,
-        check=False,
-    )
-    logs = "".join(path.read_text() for path in tmp_path.glob("agent-*.log"))
-    assert done.returncode == 0, done.stderr + logs
+    run_enclosed(MACHINES, tmp_path, *numbers)
     return [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(NODES * per_node)]
 
 

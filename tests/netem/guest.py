@@ -41,6 +41,7 @@ def load_modules(modules: str, path: str) -> None:
 def main(job_file: str) -> None:
     mount("proc", "/proc")
     mount("sysfs", "/sys")
+    mount("cgroup2", "/sys/fs/cgroup")
     mount("tmpfs", "/run")
     for directory in ("/dev/shm", "/run/out", "/run/tmp"):
         Path(directory).mkdir(exist_ok=True)

@@ -1,16 +1,10 @@
 """Between real hosts: only of the connections to peers is the kernel asked."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from enclosed import run_enclosed
 
-from testbed.labs.netns import enclosure
-
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.netns
 
 # One host connects to two others and to itself, and looks at each by itself. It waits for the lab to cut the second one off.
@@ -59,7 +53,7 @@ from testbed.labs.netns import NetnsLab
 from testbed.links.state import LinkState
 
 def lines(count):
-    while not Path("chooser").exists() or Path("chooser").read_text().count("\\n") < count:
+    while not Path("chooser.log").exists() or Path("chooser.log").read_text().count("\\n") < count:
         assert chooser.poll() in (None, 0)
         time.sleep(0.02)
 
@@ -67,8 +61,8 @@ with ForkServer() as server:
     with NetnsLab(LabPlan({{n: LinkState() for n in ("a", "b", "c")}}, ip=int(sys.argv[1])), server) as lab:
         addresses = [host.address for host in lab.hosts.values()]
         for name in ("b", "c"):
-            lab.hosts[name].start(["python", "-c", {LISTENER!r}, lab.hosts[name].address], {{}}, Path(name))
-        chooser = lab.hosts["a"].start(["python", "-c", {CHOOSER!r}, *addresses], {{}}, Path("chooser"))
+            lab.hosts[name].start(["python", "-c", {LISTENER!r}, lab.hosts[name].address], {{}}, Path(f"{{name}}.log"))
+        chooser = lab.hosts["a"].start(["python", "-c", {CHOOSER!r}, *addresses], {{}}, Path("chooser.log"))
         lines(1)
         lab.links.apply({{"c": LinkState(connected=False)}})
         Path("cut").touch()
@@ -76,25 +70,12 @@ with ForkServer() as server:
 """
 
 
-def run_lab(script, tmp_path, *arguments):
-    done = subprocess.run(
-        [*enclosure(), sys.executable, "-c", script, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=60,
-        check=False,
-    )
-    logs = "".join(path.read_text() for path in tmp_path.iterdir()) if done.returncode else ""
-    assert done.returncode == 0, done.stderr + logs
-    return done.stdout
-
-
 @pytest.mark.parametrize("ip", ["4", "6"])
 def test_only_connections_to_the_peers_count_and_stay_blocking(tmp_path, ip):
-    run_lab(CUT_LAB, tmp_path, ip)
-    (acked, blocking, *addresses), (before, samples, after) = map(json.loads, (tmp_path / "chooser").read_text().splitlines())
+    run_enclosed(CUT_LAB, tmp_path, ip)
+    (acked, blocking, *addresses), (before, samples, after) = map(
+        json.loads, (tmp_path / "chooser.log").read_text().splitlines()
+    )
     assert acked[0] is None  # to itself
     assert acked[1:] == [pytest.approx(size, abs=1) for size in (30_000, 40_000, 40_000)]  # SYN counts
     assert blocking == [True, True, True]

@@ -1,8 +1,12 @@
 """The mend that fits the system; recognising systems. What a real machine says is in tests/integration."""
 
+import io
+
 import pytest
+from rich.console import Console
 
 from testbed.doctor import Finding, System, qdiscs, user_namespaces_mend
+from testbed.report.terminal import doctor_table
 
 pytestmark = pytest.mark.fast
 
@@ -54,6 +58,17 @@ def test_where_the_delay_line_stands_in_for_netem_nothing_is_missing():
     (netem,) = (finding for finding in qdiscs(system(), ["netem"], Finding("delay line", "ok", "")) if finding.name == "netem")
     assert netem.verdict == "ok" and not netem.mend
     assert "this kernel has none" in netem.found and "delay line" in netem.found
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [("netem", "The kernel's netem makes"), ("userspace", "The delay line, a program, makes"), (None, "cannot be had")],
+)
+def test_the_last_line_says_what_makes_delays(engine, words):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(doctor_table({"labs": {"netns": True, "docker": False}, "engine": engine, "findings": []}))
+    last = console.file.getvalue().splitlines()[-1]
+    assert last.startswith("Experiments can run here, with --lab netns.") and words in last
 
 
 @pytest.mark.parametrize(

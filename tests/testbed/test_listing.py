@@ -77,6 +77,7 @@ def test_runs_are_listed_newest_first_with_verdict_and_headline(folder, original
     assert killed["headline"] == f"1 of 2 cells are done; go on with: testbed run --resume runs/{NAMES['killed']}"
     assert listed()[f"runs/{NAMES['going']}"]["verdict"] == "unfinished", "the lock is gone"
     table = cli("runs")
+    assert len(table.splitlines()) == len(order) + 1, "in a pipe a run is a line"
     assert table.index("2026-01-05 00:00") < table.index("2026-01-04 12:00") < table.index("damaged")
 
 
@@ -146,7 +147,7 @@ def test_a_comparison_is_there_for_programs_too(folder):
 def test_a_run_is_told_with_progress_without_it_or_as_json(monkeypatch, tmp_path, capfd, option):
     """The lab is left out here: in its place, records are written as a lab's workers would have."""
 
-    def enclosed(directory, lock, only=(), progress=None):
+    def enclosed(directory, lock, only, progress, groups):
         subprocess.run(["echo", "a line of progress"], stdout=progress, check=True)
         for method in ("allreduce", "topk", "netsense"):
             write_cell(directory / "cells" / f"{method}-s0", method, t_end_s=2.0)

@@ -11,8 +11,9 @@ import yaml
 from typer.testing import CliRunner
 
 from testbed.cli import app
+from testbed.labs.base import Limits
 from testbed.links.state import LinkState, Shape
-from testbed.plan import make_plan
+from testbed.plan import describe, make_plan
 from testbed.spec.errors import SpecError
 from testbed.spec.load import apply_overrides, combinations, dump_spec, load_spec, parse_link, validate
 
@@ -345,6 +346,7 @@ matrix: {network.link.rate: [5mbit, 6mbit]}
 calibrate: true
 dilation: 1
 on_failure: continue
+limits: {memory: 2GiB, pids: 500}
 """
 
 
@@ -458,9 +460,13 @@ def test_a_file_that_is_no_spec(tmp_path, text, words):
 
 
 def test_resume_takes_a_run_directory_and_nothing_else(tmp_path):
+    another = tmp_path / "another"
+    another.mkdir()
+    write(another, None).rename(another / "spec.yaml")
     for arguments, words in (
         ([str(tmp_path)], "is no run directory"),
         ([str(tmp_path), "--out", str(tmp_path)], "give neither SPEC nor"),
+        ([str(tmp_path), str(another)], f"one run directory, not with two: {tmp_path} and {another}"),
     ):
         result = CliRunner().invoke(app, ["run", "--resume", *arguments])
         assert result.exit_code == 2
@@ -521,6 +527,17 @@ def test_dry_run_prints_hosts_timeline_and_tc(tmp_path):
     assert re.search(r"t=0 \[w0\] tc class replace dev eth0 .* htb rate 50000000bit", result.stdout)
     assert re.search(r"t=8s \[switch\] tc class replace dev w3 .* htb rate 10000000bit", result.stdout)
     assert not (tmp_path / "out").exists()
+
+
+def test_limits_of_workers_are_planned_and_told():
+    spec = load_spec(SMOKE, ["limits={memory: 1.5GiB, pids: 500}"])
+    plan = make_plan(spec)
+    assert plan.limits == {"memory", "pids"}
+    assert {cell.lab.limits for cell in plan.cells} == {Limits(memory_bytes=3 << 29, pids=500)}
+    assert "  each worker has at most 1536MiB of memory and 500 processes and threads" in describe(plan)
+    assert spec.model_dump(mode="json")["limits"] == {"memory": "1536MiB", "pids": 500}
+    assert not make_plan(load_spec(SMOKE)).limits
+    assert "lies between 16MiB and" in refused(SMOKE, "--set", "limits.memory=1MiB")
 
 
 def test_matrix_makes_a_cell_for_every_combination(tmp_path):
