@@ -21,6 +21,7 @@ from pyroute2.netlink.rtnl import RTM_NEWADDR, RTM_NEWLINK
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
+from testbed.clock import HERE
 from testbed.labs.base import LabError, LabPlan, Process, View, make_shaper
 from testbed.labs.confine import ENVIRONMENT, Confinement
 from testbed.labs.forkserver import ForkServer
@@ -31,6 +32,7 @@ from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
 from testbed.links.routes import tcp_route
 from testbed.links.shaper import Port, set_port
 from testbed.links.tap import open_tap
+from testbed.run.recorder import LocalRecorder, Recorder, Recording
 
 INTERFACE = "eth0"
 _NETWORKS = {4: ipaddress.ip_network("10.77.0.0/16"), 6: ipaddress.ip_network("fd77::/64")}
@@ -89,6 +91,7 @@ class NetnsHost:
     """A network namespace with loopback and one interface (``labs.base.Host``)."""
 
     interface = INTERFACE
+    clock = HERE
 
     def __init__(
         self,
@@ -142,6 +145,8 @@ class NetnsLab:
     Sockets and namespaces are held by descriptors alone: closing them, or dying, is the whole teardown.
     """
 
+    shared_files = True
+
     def __init__(self, plan: LabPlan, server: ForkServer) -> None:
         self._plan = plan
         self._server = server
@@ -182,9 +187,8 @@ class NetnsLab:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._close()
 
-    @property
-    def pids(self) -> tuple[int, ...]:
-        return ()
+    def recorder(self, recording: Recording) -> Recorder:
+        return LocalRecorder(recording, self.links, self.hosts)
 
     def _wire_hosts(self, switch: "_Switch", hosts: Sequence[NetnsHost]) -> None:
         # Interface indices are chosen by us, so nothing has to be looked up and each namespace takes one batch.

@@ -39,11 +39,12 @@ class _Counters:
 class HostMonitor:
     """Records the load of the machine ten times a second, from entering to leaving (``results.columns.HOST_COLUMNS``).
 
-    roots: processes that are ours, with all that descends from them.
+    roots: processes that are ours, with all that descends from them. node: what the machine is called, if there are several.
     """
 
-    def __init__(self, roots: Iterable[int], t0_s: float, directory: Path) -> None:
+    def __init__(self, roots: Iterable[int], t0_s: float, directory: Path, node: str = "") -> None:
         self._roots = frozenset(roots)
+        self._node = node
         self._t0_s = t0_s
         self._records = RecordFile(directory / "host.jsonl", new=True)
         self._history: deque[_Counters] = deque(maxlen=round(_WINDOW_S / SAMPLE_S) + 1)
@@ -75,7 +76,7 @@ class HostMonitor:
         while not self._stopping.wait(SAMPLE_S):
             self._history.append(now := self._count())
             drops = {"softnet_drops": now.softnet_drops - begin.softnet_drops}
-            self._records.append([{**shares(self._history[0], now, self._t0_s), **drops}])
+            self._records.append([{**shares(self._history[0], now, self._t0_s), **drops, "node": self._node}])
 
     def _count(self) -> _Counters:
         now_s = monotonic_s()
