@@ -31,6 +31,7 @@ _MOST_WAITING_BYTES = 16 << 20
 _PIECE_BYTES = 1 << 16
 _HANDSHAKE_S = 5.0
 _CHECK_S = 0.5
+_CLOSED = "the connection was closed"
 
 
 def make_secret() -> bytes:
@@ -157,6 +158,8 @@ class Channel:
     def _run(self) -> None:
         try:
             reason = self._converse()
+        except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            reason = _CLOSED
         except (OSError, ValueError) as error:
             reason = str(error)
         with self._room:
@@ -182,7 +185,7 @@ class Channel:
                         self._woken.recv(4096)
                     elif ready & selectors.EVENT_READ:
                         if not self._receive():
-                            return "the connection was closed"
+                            return _CLOSED
                         heard_s = monotonic_s()
                 self._send()
                 if monotonic_s() - heard_s > LOST_S:

@@ -35,14 +35,20 @@ class MeasuredClock:
         self.now = self._fit(came_s)
 
     def _fit(self, at_s: float) -> Clock:
+        while True:
+            least, most = self._slopes()
+            if least <= most:
+                break
+            self._trips.popleft()  # no line fits: the clock has changed its pace since
+        # What each trip says of the offset now: the older it is, the less.
+        low = max(low + least * (at_s - t_s) for t_s, low, _ in self._trips)
+        high = min(high + most * (at_s - t_s) for t_s, _, high in self._trips)
+        return Clock((low + high) / 2, (least + most) / 2, at_s, abs(high - low) / 2, (most - least) / 2)
+
+    def _slopes(self) -> tuple[float, float]:
+        """The least and the largest that leave all trips true."""
         least, most = -MOST_DRIFT, MOST_DRIFT
         for (first_s, low, high), (last_s, later_low, later_high) in itertools.combinations(self._trips, 2):
-            if last_s > first_s:
-                least = max(least, (later_low - high) / (last_s - first_s))
-                most = min(most, (later_high - low) / (last_s - first_s))
-        drift, unsure_drift = (least + most) / 2, abs(most - least) / 2
-        # What each trip says of the offset now: the older it is, the less.
-        low = max(low + drift * (at_s - t_s) - unsure_drift * (at_s - t_s) for t_s, low, _ in self._trips)
-        high = min(high + drift * (at_s - t_s) + unsure_drift * (at_s - t_s) for t_s, _, high in self._trips)
-        # Where no line fits, they cross: the clock has not kept its pace, and the gap says by how much.
-        return Clock((low + high) / 2, drift, at_s, abs(high - low) / 2, unsure_drift)
+            least = max(least, (later_low - high) / (last_s - first_s))
+            most = min(most, (later_high - low) / (last_s - first_s))
+        return least, most

@@ -14,7 +14,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple
 from pathlib import Path
 from types import TracebackType
@@ -51,7 +51,7 @@ _PLAN: TypeAdapter[LabPlan] = TypeAdapter(LabPlan)
 class Part(Protocol):
     """What a node has of a lab: hosts and links, made on entering; leaving it ends all programs and removes every trace.
 
-    pids: processes from which the programs on the hosts descend, unless they descend from this one.
+    usage_s: processor time so far of the programs on its hosts, unless they descend from this process.
     """
 
     @property
@@ -61,7 +61,7 @@ class Part(Protocol):
     def links(self) -> Shaper: ...
 
     @property
-    def pids(self) -> Sequence[int]: ...
+    def usage_s(self) -> float: ...
 
     def __enter__(self) -> Self: ...
 
@@ -100,6 +100,7 @@ class Agent:
                 self._fulfil(*item)
         finally:
             self._leave()
+            self._channel.flush(1.0)
             self._channel.close()
 
     def leave(self) -> None:
@@ -279,7 +280,14 @@ class _Cell:
         if last:
             part = self._made
             recording = Recording(self._directory, self._timeline)
-            recorder = LocalRecorder(recording, part.links, part.hosts, part.pids, self._node, lambda: self._clock.now)
+            recorder = LocalRecorder(
+                recording,
+                part.links,
+                part.hosts,
+                usage_s=lambda: part.usage_s,
+                node=self._node,
+                clock=lambda: self._clock.now,
+            )
             self._recorder = self._running.enter_context(recorder)
 
     def begin(self, t0_s: float) -> None:

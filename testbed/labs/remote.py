@@ -7,6 +7,7 @@ never over a link of the lab.
 
 import contextlib
 import itertools
+import math
 import os
 import socket
 import ssl
@@ -187,17 +188,16 @@ class Nodes:
     def wait(self, names: Collection[str], timeout_s: float) -> Mapping[str, RemoteNode]:
         """The nodes of these names, when all are there and their clocks are known. Raises LabError that names those missing."""
 
-        def missing() -> list[str]:
-            with self._changed:
-                return [name for name in names if name not in self._nodes or self._nodes[name].clock.unsure_s == float("inf")]
-
         given_up_s = monotonic_s() + timeout_s
-        while late := missing():
+        while True:
+            with self._changed:
+                ready = {name: node for name, node in self._nodes.items() if not node.lost and math.isfinite(node.clock.unsure_s)}
+            missing = [name for name in names if name not in ready]
+            if not missing:
+                return {name: ready[name] for name in names}
             if monotonic_s() > given_up_s:
-                raise LabError(f"no agent has called from {', '.join(late)} in {timeout_s:g} s")
+                raise LabError(f"no agent has called from {', '.join(missing)} in {timeout_s:g} s")
             time.sleep(0.02)
-        with self._changed:
-            return {name: self._nodes[name] for name in names}
 
     def _accept(self) -> None:
         while True:

@@ -54,8 +54,8 @@ class Recorder(Protocol):
 class LocalRecorder:
     """A thread for the links (``LinkDriver``) and one for the load of this machine (``HostMonitor``).
 
-    pids: processes that are ours, with all that descends from them. node: what this machine is called in the records, if there
-    are several. clock: this machine's against the orchestrator's, by which all times are written.
+    pids, usage_s, node: see ``HostMonitor``; this process is ours, too. clock: this machine's against the orchestrator's, by
+    which all times are written.
     """
 
     def __init__(
@@ -64,11 +64,12 @@ class LocalRecorder:
         links: Shaper,
         hosts: Mapping[str, Host],
         pids: Iterable[int] = (),
+        usage_s: Callable[[], float] = lambda: 0.0,
         node: str = "",
         clock: Callable[[], Clock] = lambda: HERE,
     ) -> None:
         self._recording, self._links, self._hosts = recording, links, hosts
-        self._pids, self._node, self._clock = pids, node, clock
+        self._pids, self._usage_s, self._node, self._clock = pids, usage_s, node, clock
         self._running = ExitStack()
         self._driver: LinkDriver | None = None
         self._monitor: HostMonitor | None = None
@@ -78,7 +79,8 @@ class LocalRecorder:
 
     def begin(self, t0_s: float) -> None:
         directory = self._recording.directory
-        monitor = HostMonitor([os.getpid(), *self._pids], self._clock().own(t0_s), directory, self._node)
+        own = [os.getpid(), *self._pids]
+        monitor = HostMonitor(own, self._clock().own(t0_s), directory, self._node, self._usage_s)
         self._monitor = self._running.enter_context(monitor)
         driver = LinkDriver(
             self._links,
