@@ -19,12 +19,9 @@ def _inside(path: str) -> str:
 
 
 RelativePath = Annotated[str, Field(max_length=4000), AfterValidator(_inside)]
-GrownPath = Annotated[
-    str,
-    Field(
-        pattern=r"^(?:(?:events|links|host|delayline)\.jsonl|logs/[^/\x00.][^/\x00]*\.log|hosts/[^/\x00.][^/\x00]*/[^/\x00.][^/\x00]*)$"
-    ),
-]
+_NAME = r"[^/\x00.][^/\x00]*"
+_GROWN = rf"^(?:(?:events|links|host|delayline)\.jsonl|logs/{_NAME}\.log|hosts/{_NAME}/{_NAME})$"
+GrownPath = Annotated[str, Field(pattern=_GROWN, max_length=4000)]
 """In the directory of the cell: what an agent itself records, and where its programs write."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=128)]
 

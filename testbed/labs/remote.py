@@ -191,7 +191,8 @@ class Nodes:
         given_up_s = monotonic_s() + timeout_s
         while True:
             with self._changed:
-                ready = {name: node for name, node in self._nodes.items() if not node.lost and math.isfinite(node.clock.unsure_s)}
+                there = {name: node for name, node in self._nodes.items() if not node.lost}
+            ready = {name: node for name, node in there.items() if math.isfinite(node.clock.unsure_s)}
             missing = [name for name in names if name not in ready]
             if not missing:
                 return {name: ready[name] for name in names}

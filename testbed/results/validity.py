@@ -79,6 +79,8 @@ def busy_host(host: pd.DataFrame) -> list[str]:
         return ["the load of this machine was not recorded"]
     problems = []
     for node, rows in _loads(host):
+        if rows.empty:
+            problems.append(f"the load of the machine of {node} was not recorded by all of them together")
         share = rows["cpu_foreign_share"].where(rows["cpu_busy_share"] >= BUSY_SHARE, 0.0).mean()
         if share > FOREIGN_SHARE:
             waited = rows["cpu_some_share"].mean()
@@ -91,18 +93,24 @@ def busy_host(host: pd.DataFrame) -> list[str]:
 
 
 def _loads(host: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The load of each machine, with the name of its node, or nodes: what is one node's own is nothing foreign to the others."""
-    for _, rows in host.groupby(host["machine"].fillna("").to_numpy()):
-        nodes = rows["node"].fillna("")
-        names = sorted(nodes.unique())
-        if len(names) > 1:
-            slots = (rows["t_s"] // _SLOT_S, nodes)
-            means = rows.groupby(list(slots))[["cpu_some_share", "cpu_busy_share", "cpu_foreign_share", "cpu_own_share"]].mean()
-            slot = means.groupby(level=0)
-            rows = slot.mean()[slot.size() == len(names)]
-            others = (slot["cpu_own_share"].sum() - slot["cpu_own_share"].mean())[rows.index]
-            rows = rows.assign(cpu_foreign_share=(rows["cpu_foreign_share"] - others).clip(lower=0.0))
-        yield ", ".join(names), rows
+    """The load of each machine, with the names of its nodes. What one of these has started is not foreign to the others."""
+    for _, rows in host.groupby(_names(host["machine"])):
+        nodes = _names(rows["node"])
+        names = sorted(set(nodes))
+        yield ", ".join(names), rows if len(names) < 2 else _together(rows, nodes)
+
+
+def _names(column: "pd.Series[str]") -> np.ndarray:
+    return column.astype("object").where(column.notna(), "").to_numpy()
+
+
+def _together(rows: pd.DataFrame, nodes: np.ndarray) -> pd.DataFrame:
+    """The load of one machine at the times of which all of its nodes tell."""
+    shares = ["cpu_some_share", "cpu_busy_share", "cpu_foreign_share", "cpu_own_share"]
+    slots = rows.groupby([(rows["t_s"] // _SLOT_S).to_numpy(), nodes])[shares].mean().groupby(level=0)
+    load = slots.mean()[slots.size() == len(set(nodes))]
+    others = (slots["cpu_own_share"].sum() - slots["cpu_own_share"].mean())[load.index]
+    return load.assign(cpu_foreign_share=(load["cpu_foreign_share"] - others).clip(lower=0.0))
 
 
 _SLOT_S = 0.5
@@ -113,12 +121,13 @@ def lost_between_links(host: pd.DataFrame, links: pd.DataFrame, events: pd.DataF
     """Whether packets were lost on their way from one link to the next, which no link was asked to do."""
     if host.empty or links.empty:
         return []  # that they are missing is a problem already
-    lost = host.groupby(host["machine"].fillna("").to_numpy())["softnet_drops"].max().sum()
+    lost = host.groupby(machines := _names(host["machine"]))["softnet_drops"].max().sum()
     carried = (links.groupby(["link", "direction"])["packets"].agg(["min", "max"]).diff(axis=1)["max"]).sum()
     if lost > LOST_SHARE * carried:
+        where, longer = ("this machine", "it") if len(set(machines)) < 2 else ("the machines", "them")
         return [
-            f"{'this machine' if host['machine'].nunique() < 2 else 'the machines'} dropped {lost:.0f} packets between links, of {carried:.0f} that they carried;"
-            " give it longer queues: sysctl -w net.core.netdev_max_backlog=10000"
+            f"{where} dropped {lost:.0f} packets between links, of {carried:.0f} that they carried;"
+            f" give {longer} longer queues: sysctl -w net.core.netdev_max_backlog=10000"
         ]
     missing, sent = missing_bytes(links, events)
     if missing <= LOST_SHARE * sent + links["burst_bytes"].fillna(_LARGEST_PACKET_BYTES).max():
@@ -165,7 +174,9 @@ def missing_bytes(links: pd.DataFrame, events: pd.DataFrame) -> tuple[float, flo
     return float((at_last - at_first).max()), float(sent[-1] - sent[0])
 
 
-def _missing_between_machines(amounts: pd.DataFrame, machine: "pd.Series[float]", under_way_s: float) -> tuple[float, float]:
+def _missing_between_machines(
+    amounts: pd.DataFrame, machine: "pd.Series[float]", under_way_s: float
+) -> tuple[float, float]:
     """As ``missing_bytes``, where machines read their links at times of their own.
 
     What has been sent and what has come only grows, so at any time it lies between the sample before and the one after.
