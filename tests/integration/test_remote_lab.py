@@ -74,7 +74,7 @@ sys.exit(main())
 """
 
 ORCHESTRATOR = """
-import json, os, sys, threading, time
+import json, os, subprocess, sys, threading, time
 from contextlib import ExitStack
 from pathlib import Path
 import psutil
@@ -153,10 +153,15 @@ with ExitStack() as stack, Nodes() as listener:
         own.kill()
     place = run(third, kill)
     found["left_later"] = left("n1")
+    cut_s = time.monotonic()
+    subprocess.run(["ip", "link", "set", "control1", "down"], check=True)
+    found["cut"] = [running[0].wait(10), time.monotonic() - cut_s]
+    while not them["n1"].lost and time.monotonic() - cut_s < 10:
+        time.sleep(0.01)
+    found["cut"] += [them["n1"].lost, time.monotonic() - cut_s]
     closed_s = time.monotonic()
     listener.__exit__(None, None, None)
-    found["ended"] = [process.wait(10) for process in running]
-    found["ended_s"] = time.monotonic() - closed_s
+    found["ended"] = [running[1].wait(10), time.monotonic() - closed_s]
     second_agent.wait(10)
     living = [process for process in psutil.process_iter() if process.status() != psutil.STATUS_ZOMBIE]
     found["still_there"] = [process.name() for process in living if process.pid != os.getpid()]
@@ -243,6 +248,13 @@ def test_a_lost_node_is_named_and_its_records_are_kept(found) -> None:
     assert pd.notna(of["links"][of["links"]["link"] == "w1"]["t_s"].max())
 
 
-def test_agents_end_when_the_orchestrator_does_with_all_they_have_started(found) -> None:
-    assert found["ended"] == [0, 0] and found["ended_s"] < 5
+def test_agents_end_with_all_they_have_started_when_the_orchestrator_is_lost(found) -> None:
+    code, took_s = found["ended"]
+    assert code == 0 and took_s < 5
     assert found["still_there"] == []
+
+
+def test_an_end_that_falls_silent_is_lost_to_the_other(found) -> None:
+    code, took_s, lost, seen_s = found["cut"]
+    assert code == 0 and took_s < 5
+    assert lost == "node n1 is lost: not heard for 3.5 s" and seen_s < 5
