@@ -30,7 +30,7 @@ from testbed.agent.clock import MeasuredClock
 from testbed.files import explained, is_regular, open_regular, remove_tree
 from testbed.labs.base import Host, HostFailed, LabError, LabPlan, Process
 from testbed.links.shaper import Shaper
-from testbed.run.recorder import LocalRecorder, Recording
+from testbed.recording.recorder import LocalRecorder, Recording
 from testbed.timeline import Change
 from testbed.timeline.changes import MAX_CHANGES
 

@@ -8,16 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import Protocol, Self
 
 from testbed.clock import Clock
 from testbed.links.qdiscs import UNCUT_PACKET_BYTES, QdiscCounters
 from testbed.links.routes import Tcp
 from testbed.links.shaper import Place, Shaper
 from testbed.links.state import LinkState
-
-if TYPE_CHECKING:
-    from testbed.run.recorder import Recorder, Recording
+from testbed.recording.recorder import Recorder, Recording
 
 ENGINES = ("auto", "netem", "userspace")
 OOM_SCORE_ADJ = 500
@@ -168,7 +166,7 @@ class Lab(Protocol):
     @property
     def links(self) -> Links: ...
 
-    def recorder(self, recording: "Recording") -> "Recorder":
+    def recorder(self, recording: Recording) -> Recorder:
         """What makes the changes of the links and records them, and the load of the machines."""
 
     def __enter__(self) -> Self: ...

@@ -51,7 +51,7 @@ from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
 from testbed.links.routes import tcp_route
 from testbed.links.shaper import Port
 from testbed.links.tap import open_tap
-from testbed.run.recorder import LocalRecorder, Recorder, Recording
+from testbed.recording.recorder import LocalRecorder, Recorder, Recording
 
 LABEL = "netsense.testbed"
 OWNER = "netsense.testbed.owner"

@@ -32,7 +32,7 @@ from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
 from testbed.links.routes import tcp_route
 from testbed.links.shaper import Port, set_port
 from testbed.links.tap import open_tap
-from testbed.run.recorder import LocalRecorder, Recorder, Recording
+from testbed.recording.recorder import LocalRecorder, Recorder, Recording
 
 INTERFACE = "eth0"
 _NETWORKS = {4: ipaddress.ip_network("10.77.0.0/16"), 6: ipaddress.ip_network("fd77::/64")}

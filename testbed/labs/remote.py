@@ -31,7 +31,7 @@ from testbed.labs.base import HostFailed, LabError, LabPlan
 from testbed.links.qdiscs import QdiscCounters
 from testbed.links.shaper import Place
 from testbed.links.state import LinkState
-from testbed.run.recorder import Recorder, Recording
+from testbed.recording.recorder import Recorder, Recording
 from testbed.timeline import Change
 
 _ANSWER_S = 30.0

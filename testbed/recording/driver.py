@@ -9,16 +9,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from netsenseml.records import RecordFile, monotonic_s
 from testbed.clock import HERE, Clock
 from testbed.dilation import slowed_link
-from testbed.labs.base import Host
 from testbed.links.qdiscs import QdiscCounters, bucket_of, queue_of
 from testbed.links.shaper import Applied, Prepared, Shaper
 from testbed.links.state import DIRECTIONS, LinkState
-from testbed.run.door import LinkDoor
+from testbed.recording.door import LinkDoor
 from testbed.spec.errors import did_you_mean
 from testbed.spec.load import parse_link
 from testbed.timeline import Change
@@ -32,6 +31,16 @@ _GUARD = 1.5
 """No sample is begun when a change is due sooner than this many times what the last one took: a change must be on time."""
 _OVERDUE_S = 0.5
 """But this late a sample comes first, or a dense timeline would leave no evidence."""
+
+
+class Reachable(Protocol):
+    """What visitors may ask of a host (``labs.base.Host``)."""
+
+    address: str
+    interface: str
+
+    @property
+    def way_in(self) -> Mapping[str, int | str]: ...
 
 
 class LinkDriver:
@@ -53,7 +62,7 @@ class LinkDriver:
         door: LinkDoor | None = None,
         trunks: Collection[str] = (),
         dilation: float = 1.0,
-        hosts: Mapping[str, Host] = MappingProxyType({}),
+        hosts: Mapping[str, Reachable] = MappingProxyType({}),
         clock: Callable[[], Clock] = lambda: HERE,
     ) -> None:
         self._hosts = hosts

@@ -9,12 +9,11 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from testbed.clock import HERE, Clock
-from testbed.labs.base import Host
+from testbed.files import no_room
 from testbed.links.shaper import Shaper
-from testbed.run.directory import no_room
-from testbed.run.door import LinkDoor
-from testbed.run.driver import LinkDriver
-from testbed.run.host import HostMonitor
+from testbed.recording.door import LinkDoor
+from testbed.recording.driver import LinkDriver, Reachable
+from testbed.recording.host import HostMonitor
 from testbed.timeline import Change
 
 
@@ -62,7 +61,7 @@ class LocalRecorder:
         self,
         recording: Recording,
         links: Shaper,
-        hosts: Mapping[str, Host],
+        hosts: Mapping[str, Reachable],
         pids: Iterable[int] = (),
         usage_s: Callable[[], float] = lambda: 0.0,
         node: str = "",

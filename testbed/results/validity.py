@@ -174,9 +174,7 @@ def missing_bytes(links: pd.DataFrame, events: pd.DataFrame) -> tuple[float, flo
     return float((at_last - at_first).max()), float(sent[-1] - sent[0])
 
 
-def _missing_between_machines(
-    amounts: pd.DataFrame, machine: "pd.Series[float]", under_way_s: float
-) -> tuple[float, float]:
+def _missing_between_machines(amounts: pd.DataFrame, machine: "pd.Series[float]", under_way_s: float) -> tuple[float, float]:
     """As ``missing_bytes``, where machines read their links at times of their own.
 
     What has been sent and what has come only grows, so at any time it lies between the sample before and the one after.

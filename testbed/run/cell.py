@@ -16,15 +16,15 @@ from typing import Any
 from netsenseml.listener import ENV_LISTENER
 from netsenseml.records import RecordFile, monotonic_s
 from testbed import protocol
-from testbed.files import everything_in, explained, open_regular, read_json, remove_tree, replacing
+from testbed.files import everything_in, explained, no_room, open_regular, read_json, remove_tree, replacing
 from testbed.labs.base import Host, HostFailed, Lab, LabPlan, Process, View
 from testbed.links.calibration import calibrate, measurable
 from testbed.plan import Cell, notes
+from testbed.recording.door import LinkDoor
+from testbed.recording.recorder import Recorder, Recording
 from testbed.run import messages
 from testbed.run.control import ControlServer, Fault, Heard, Lost, Member
-from testbed.run.directory import DATA, SCRIPT, machine, no_room, release_reserve
-from testbed.run.door import LinkDoor
-from testbed.run.recorder import Recorder, Recording
+from testbed.run.directory import DATA, SCRIPT, machine, release_reserve
 from testbed.spec.units import format_time
 from testbed.timeline.workers import Kills
 from testbed.traffic.flows import TRAFFIC_PROGRAM
