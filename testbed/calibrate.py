@@ -211,7 +211,8 @@ class _Bench:
         tallying = self.gauges.start(target, "tally", 1 + 2 * self.down.delay_s)
         address, begin_s = self.gauges.lab.hosts[target].address, monotonic_s() + 0.5 + 2 * self.down.delay_s
         before = links.counters()
-        words = (address, begin_s, patience_s, per_s * 8 * _PROBE_BYTES, _PROBE_BYTES, 1, number)
+        at_s = self.gauges.lab.hosts[source].clock.own(begin_s)
+        words = (address, at_s, patience_s, per_s * 8 * _PROBE_BYTES, _PROBE_BYTES, 1, number)
         report = self.gauges.report(self.gauges.start(source, "flood", *words), patience_s)
         time.sleep(0.1 + self.down.delay_s + 4 * self.down.jitter_s)
         after = links.counters()

@@ -417,8 +417,8 @@ def link(
     as_json: AsJson = False,
 ) -> None:
     """Show the links of a live run, or change one by hand; the change enters the event log as manual."""
+    from testbed.recording.door import ask
     from testbed.report.terminal import links_table
-    from testbed.run.door import ask
     from testbed.spec.errors import SpecError
     from testbed.spec.load import parse_link, with_text
 
@@ -484,7 +484,7 @@ def capture(
 
 
 def _live_cell(run: Path | None) -> Path:
-    from testbed.run.door import live_cell
+    from testbed.recording.door import live_cell
 
     runs = [run] if run else sorted(Path("runs").glob("*/"), key=lambda path: path.stat().st_mtime, reverse=True)
     cell = next((cell for path in runs if (cell := live_cell(path))), None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.labs.base import LabError
-from testbed.run import door
+from testbed.recording import door
 
 
 def on_host(cell: Path, host: str, argv: Sequence[str]) -> list[str]:

@@ -23,6 +23,12 @@ def explained(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
 
 
+def no_room(error: OSError) -> bool:
+    """Whether a disk was full, or somebody's share of it."""
+    # pyarrow says it in words only.
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a file to be read; raises OSError for all else, such as a link or a pipe."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -24,7 +24,7 @@ from testbed.labs.netns import NetnsLab, enclosure
 from testbed.links import gauge
 from testbed.links.qdiscs import compile_tree, tc_commands
 from testbed.links.state import LinkState, Shape
-from testbed.run.driver import LinkDriver
+from testbed.recording.driver import LinkDriver
 from testbed.timeline import Change
 
 SINK = "import socket; s = socket.create_server(('0.0.0.0', 5001)); c, _ = s.accept()\nwhile c.recv(1 << 20): pass"

@@ -29,7 +29,7 @@ from testbed.links import gauge
 from testbed.links.probe import missing_kinds
 from testbed.links.qdiscs import burst_bytes
 from testbed.links.state import LinkState, Shape
-from testbed.run.driver import LinkDriver
+from testbed.recording.driver import LinkDriver
 from testbed.spec.files import reader
 from testbed.timeline import Change, expand
 from testbed.timeline.shapes import parse_entry

@@ -25,7 +25,7 @@ from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab, enclosure
 from testbed.links.state import LinkState, Shape
-from testbed.run.driver import LinkDriver
+from testbed.recording.driver import LinkDriver
 from testbed.spec.files import reader
 from testbed.timeline import Change, expand
 from testbed.timeline.shapes import parse_entry

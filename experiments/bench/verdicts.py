@@ -41,9 +41,9 @@ from testbed.links.qdiscs import ETHERNET_FRAME_BYTES, Tree, compile_tree, tc_co
 from testbed.links.shaper import Applied, Prepared
 from testbed.links.state import Shape
 from testbed.plan import make_plan
+from testbed.recording import door
 from testbed.results.load import load_run
 from testbed.results.summary import summarize
-from testbed.run import door
 from testbed.run.cell import prepare_cell, run_cell
 from testbed.run.directory import SCRIPT
 from testbed.spec.load import validate

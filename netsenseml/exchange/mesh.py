@@ -130,8 +130,8 @@ class Mesh:
 
     @property
     def within_by_nccl(self) -> bool:
-        """Whether the ranks of this host exchange by NCCL among themselves: as DDP does, each on a GPU of its own, and where torch
-        can end what is under way."""
+        """Whether the ranks of this host exchange by NCCL among themselves: as DDP does, each on a GPU of its own, and where
+        torch can end what is under way."""
         cards = [self.peers[rank].card for rank in self.host_ranks]
         if None in cards or len(set(cards)) < len(cards) or not hasattr(_NCCL, "abort"):
             return False

@@ -212,7 +212,7 @@ class NetSense(Coded):
             self._begin_apart(self._apart)
         if self._late is not None:
             if self.holds_unused:
-                raise ValueError("with a delay a mean may come when nothing takes it: use no find_unused_parameters, or delay=0")
+                raise ValueError("with a delay a mean may come when nothing takes it: no find_unused_parameters, or delay=0")
             self._late.begin(delayed=self._delay > 0 and not self._alone)
         self._looks = []
         every, due = self._policy.look_every, self.steps >= max(self._next_report, self._next_look)

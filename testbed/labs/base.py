@@ -10,10 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from testbed.links.qdiscs import UNCUT_PACKET_BYTES
+from testbed.clock import Clock
+from testbed.links.qdiscs import UNCUT_PACKET_BYTES, QdiscCounters
 from testbed.links.routes import Tcp
 from testbed.links.shaper import Place, Shaper
 from testbed.links.state import LinkState
+from testbed.recording.recorder import Recorder, Recording
 
 ENGINES = ("auto", "netem", "userspace")
 OOM_SCORE_ADJ = 500
@@ -137,6 +139,10 @@ class Host(Protocol):
     interface: str
 
     @property
+    def clock(self) -> Clock:
+        """Of the machine that the host is on."""
+
+    @property
     def way_in(self) -> Mapping[str, int | str]:
         """How a program gets there that is not started by us: ``namespace``, a descriptor of this process for its network, or
         ``container``, a name."""
@@ -151,18 +157,33 @@ class Host(Protocol):
         """Path under which the host sees a file of the run directory."""
 
 
+class Links(Protocol):
+    """All links of a lab (``Shaper``, where they are this machine's)."""
+
+    @property
+    def states(self) -> Mapping[str, LinkState]:
+        """The state that each link is in."""
+
+    def counters(self) -> Mapping[Place, QdiscCounters]:
+        """Counters of every link and direction, of the queue behind its limiter."""
+
+
 class Lab(Protocol):
-    """Hosts and links with a lifetime."""
+    """Hosts and links with a lifetime.
+
+    shared_files: all hosts see the same files where all may write (``View.shared``).
+    """
+
+    shared_files: bool
 
     @property
     def hosts(self) -> Mapping[str, Host]: ...
 
     @property
-    def links(self) -> Shaper: ...
+    def links(self) -> Links: ...
 
-    @property
-    def pids(self) -> Sequence[int]:
-        """Processes from which the programs on the hosts descend, unless they descend from this one."""
+    def recorder(self, recording: Recording) -> Recorder:
+        """What makes the changes of the links and records them, and the load of the machines."""
 
     def __enter__(self) -> Self: ...
 

@@ -75,7 +75,8 @@ def enter_host_group(group: str) -> None:
 def remove_group(group: Path) -> bool:
     """Remove a group and those in it; False where processes are left in it, or it is somebody else's."""
     try:
-        if not all([remove_group(path) for path in group.iterdir() if path.is_dir()]):
+        removed = [remove_group(path) for path in group.iterdir() if path.is_dir()]
+        if not all(removed):
             return False
         group.rmdir()
     except FileNotFoundError:

@@ -40,6 +40,7 @@ from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from testbed import gpus, protocol
+from testbed.clock import HERE
 from testbed.files import everything_in
 from testbed.labs.base import OOM_SCORE_ADJ, LabError, LabPlan, make_shaper
 from testbed.labs.capabilities import lacking_capabilities
@@ -51,6 +52,7 @@ from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
 from testbed.links.routes import tcp_route
 from testbed.links.shaper import Port
 from testbed.links.tap import open_tap
+from testbed.recording.recorder import LocalRecorder, Recorder, Recording
 
 LABEL = "netsense.testbed"
 OWNER = "netsense.testbed.owner"
@@ -156,6 +158,7 @@ class DockerHost:
         self.address = address
         self.mac = mac
         self.interface = INTERFACE
+        self.clock = HERE
         self.index = 0
         """Of its interface, once that is known."""
         self.socket = sock
@@ -183,6 +186,8 @@ class DockerLab:
     directory: the run directory. The workers see it as /run/netsense, all of it or what the plan's view has, and run as its
     owner, or, if that is root, as the owner of the directory above it or as nobody, to whom what they may write is then given.
     """
+
+    shared_files = True
 
     def __init__(self, plan: LabPlan, directory: Path, image: str | None = None) -> None:
         self._plan = plan
@@ -226,6 +231,9 @@ class DockerLab:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._close()
+
+    def recorder(self, recording: Recording) -> Recorder:
+        return LocalRecorder(recording, self.links, self.hosts, self.pids)
 
     def _build(self, client: docker.DockerClient) -> None:
         require_image(client, self._image)

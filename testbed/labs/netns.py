@@ -21,6 +21,7 @@ from pyroute2.netlink.rtnl import RTM_NEWADDR, RTM_NEWLINK
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
+from testbed.clock import HERE
 from testbed.labs.base import LabError, LabPlan, Process, View, make_shaper
 from testbed.labs.cgroups import host_groups, remove_group
 from testbed.labs.confine import ENVIRONMENT, Confinement
@@ -32,6 +33,7 @@ from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
 from testbed.links.routes import tcp_route
 from testbed.links.shaper import Port, set_port
 from testbed.links.tap import open_tap
+from testbed.recording.recorder import LocalRecorder, Recorder, Recording
 
 INTERFACE = "eth0"
 _NETWORKS = {4: ipaddress.ip_network("10.77.0.0/16"), 6: ipaddress.ip_network("fd77::/64")}
@@ -90,6 +92,7 @@ class NetnsHost:
     """A network namespace with loopback and one interface (``labs.base.Host``)."""
 
     interface = INTERFACE
+    clock = HERE
 
     def __init__(
         self,
@@ -147,6 +150,8 @@ class NetnsLab:
     groups: from ``cgroups.groups_of_run``, if the plan has limits.
     """
 
+    shared_files = True
+
     def __init__(self, plan: LabPlan, server: ForkServer, groups: Mapping[str, Path] = MappingProxyType({})) -> None:
         self._plan = plan
         self._server = server
@@ -189,9 +194,8 @@ class NetnsLab:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._close()
 
-    @property
-    def pids(self) -> tuple[int, ...]:
-        return ()
+    def recorder(self, recording: Recording) -> Recorder:
+        return LocalRecorder(recording, self.links, self.hosts)
 
     def _wire_hosts(self, switch: "_Switch", hosts: Sequence[NetnsHost]) -> None:
         # Interface indices are chosen by us, so nothing has to be looked up and each namespace takes one batch.

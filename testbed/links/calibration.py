@@ -302,7 +302,7 @@ def measure_rates(gauges: Gauges, plan: LabPlan, flows: Round, effort: int = 1) 
     for (source, target), flood in floods.items():
         seconds = flood.warm_s + flood.window_s + 2 * _SAMPLE_S * crowding
         address = lab.hosts[target].address
-        words = (address, begin_s, seconds, flood.rate_bps, flood.datagram_bytes, flood.segments)
+        words = (address, lab.hosts[source].clock.own(begin_s), seconds, flood.rate_bps, flood.datagram_bytes, flood.segments)
         running[source, target] = gauges.start(source, "flood", *words)
     samples: list[tuple[float, Mapping[Place, QdiscCounters]]] = []
     deadline_s = begin_s + max(flood.warm_s + flood.window_s for flood in floods.values()) + _PATIENCE_S
@@ -319,11 +319,11 @@ def measure_rates(gauges: Gauges, plan: LabPlan, flows: Round, effort: int = 1) 
     results = []
     for side, expected in flows.expected_bps.items():
         through = [pair for pair, way in ways.items() if side in way]
-        done = [(floods[pair], report) for pair in through if (report := reports[pair])]
+        done = [(floods[pair], report, lab.hosts[pair[0]].clock) for pair in through if (report := reports[pair])]
         measured = math.nan
         if len(done) == len(through):
-            first_s = max(report["begin_s"] + flood.warm_s for flood, report in done)
-            last_s = min(report["end_s"] for _, report in done)
+            first_s = max(clock.reference(report["begin_s"]) + flood.warm_s for flood, report, clock in done)
+            last_s = min(clock.reference(report["end_s"]) for _, report, clock in done)
             measured = _rate_between(samples, side, first_s, last_s)
         tolerance = RATE_TOLERANCE * expected
         loss = max((_shape(plan, one).loss for pair in through for one in ways[pair]), key=lambda one: one.share)

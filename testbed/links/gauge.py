@@ -1,7 +1,7 @@
 """Programs that measure from inside hosts. Each prints one JSON object when it ends.
 
 The text of this file is sent to the hosts (``command``), so it needs nothing there but Python, and starts in some milliseconds.
-All times are seconds on CLOCK_MONOTONIC, which all hosts of a lab share.
+All times are seconds on CLOCK_MONOTONIC of the machine that the host is on.
 """
 
 import itertools

@@ -35,7 +35,7 @@ from typing import Any
 from testbed.files import LARGEST_BYTES, open_regular
 from testbed.live.view import RunView
 from testbed.protocol import decode_message, one_line
-from testbed.run.door import ask
+from testbed.recording.door import ask
 
 UPDATE_S = 1.0
 _READ_S = 0.2

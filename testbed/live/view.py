@@ -25,10 +25,10 @@ from testbed.protocol import (
     ranks_per_worker,
 )
 from testbed.protocol import SOCKET_FILE as CONTROL_FILE
+from testbed.recording.door import SOCKET_FILE as DOOR_FILE
 from testbed.report.palette import palette
 from testbed.results.names import scenario
 from testbed.results.tolerances import BUSY_SHARE, FOREIGN_SHARE, LATE_S
-from testbed.run.door import SOCKET_FILE as DOOR_FILE
 
 DIRECTIONS = ("up", "down")
 MOST_CELLS = 2000

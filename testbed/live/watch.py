@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from testbed.live.server import LivePage, serve
+from testbed.recording.door import live_cell
 from testbed.run.directory import LOCK_FILE, SPEC_FILE
-from testbed.run.door import live_cell
 
 
 def under_way(directory: Path) -> bool:

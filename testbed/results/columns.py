@@ -43,6 +43,7 @@ EVENT_COLUMNS: Mapping[str, str] = {
     "kind": "'initial' (before t = 0), 'schedule' (from the spec), 'manual' (by hand on the live run), 'traffic', or 'readback'"
     " (no change: the kernel did not report the state that should be in force)",
     "verified": "true if the kernel reported the state that was asked for",
+    "unsure_s": "how far these times may be off, as they were taken by another machine's clock; null = an old run",
 }
 """Columns of one row of events: one change of one link, or a flow that began or stopped."""
 
@@ -81,8 +82,11 @@ HOST_COLUMNS: Mapping[str, str] = {
     "cpu_busy_share": "share of all processors' time in the last second that was not idle",
     "cpu_foreign_share": "share of it that programs used which are not the cell's, or a hypervisor took",
     "softnet_drops": "packets dropped between interfaces since t = 0, because a processor had no room for them",
+    "cpu_own_share": "share of it that the cell's programs used, as far as this node has started them; null = an old run",
+    "node": "name of the node; empty if the lab is on one machine",
+    "machine": "which machine that is, by its boot_id (random(4)); empty if the lab is on one machine",
 }
-"""Columns of one row of host: one sample of the machine's load, ten a second."""
+"""Columns of one row of host: one sample of the load of one node's machine, ten a second."""
 
 
 FAILURE_COLUMNS: Mapping[str, str] = {
@@ -136,7 +140,7 @@ TABLES: Mapping[str, Table] = {
     ),
     "traffic": Table(("hosts/*/traffic-*.jsonl",), TRAFFIC_COLUMNS, {"flow": "str", "from": "str", "to": "str", "kind": "str"}),
     "failures": Table(("failures.jsonl",), FAILURE_COLUMNS, {"worker": "str", "kind": "str", "text": "str"}),
-    "host": Table(("host.jsonl",), HOST_COLUMNS),
+    "host": Table(("host.jsonl",), HOST_COLUMNS, {"node": "str", "machine": "str"}),
     "delayline": Table(("delayline.jsonl",), DELAYLINE_COLUMNS),
     "calibration": Table(
         ("calibration.jsonl",),

@@ -55,6 +55,7 @@ def cell_problems(cell: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], w
         *(uncalibrated_links(tables["calibration"]) if cell["calibrate"] else []),
         *manual_changes(events),
         *late_changes(events),
+        *unplaced_changes(events),
         *late_kills(tables["failures"]),
         *unverified_changes(events),
         *telemetry_gaps(links, float(t_end_s)),
@@ -71,33 +72,64 @@ def cell_problems(cell: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], w
 
 
 def busy_host(host: pd.DataFrame) -> list[str]:
-    """Whether other programs took more than ``FOREIGN_SHARE`` of the machine, counting only times when nothing was idle.
+    """Whether other programs took more than ``FOREIGN_SHARE`` of a machine, counting only times when nothing was idle.
 
     A cell whose own computing fills the processors is slow, but honestly so; and what others use of a machine that has
     processors to spare takes nothing away.
     """
     if host.empty:
         return ["the load of this machine was not recorded"]
-    taken = host["cpu_foreign_share"].where(host["cpu_busy_share"] >= BUSY_SHARE, 0.0).mean()
-    if taken <= FOREIGN_SHARE:
-        return []
-    waited = host["cpu_some_share"].mean()
-    pressure = f" (programs waited for one in {100 * waited:.0f} % of the time)" if pd.notna(waited) else ""
-    return [
-        f"this machine was too busy: other programs took {100 * taken:.0f} % of its processors while none was idle{pressure}"
-    ]
+    problems = []
+    for node, rows in _loads(host):
+        if rows.empty:
+            problems.append(f"the load of the machine of {node} was not recorded by all of them together")
+        share = rows["cpu_foreign_share"].where(rows["cpu_busy_share"] >= BUSY_SHARE, 0.0).mean()
+        if share > FOREIGN_SHARE:
+            waited = rows["cpu_some_share"].mean()
+            pressure = f" (programs waited for one in {100 * waited:.0f} % of the time)" if pd.notna(waited) else ""
+            problems.append(
+                f"{f'node {node}' if node else 'this machine'} was too busy: other programs took {100 * share:.0f} % of its"
+                f" processors while none was idle{pressure}"
+            )
+    return problems
+
+
+def _loads(host: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The load of each machine, with the names of its nodes. What one of these has started is not foreign to the others."""
+    for _, rows in host.groupby(_names(host["machine"])):
+        nodes = _names(rows["node"])
+        names = sorted(set(nodes))
+        yield ", ".join(names), rows if len(names) < 2 else _together(rows, nodes)
+
+
+def _names(column: "pd.Series[str]") -> np.ndarray:
+    return column.astype("object").where(column.notna(), "").to_numpy()
+
+
+def _together(rows: pd.DataFrame, nodes: np.ndarray) -> pd.DataFrame:
+    """The load of one machine at the times of which all of its nodes tell."""
+    shares = ["cpu_some_share", "cpu_busy_share", "cpu_foreign_share", "cpu_own_share"]
+    slots = rows.groupby([(rows["t_s"] // _SLOT_S).to_numpy(), nodes])[shares].mean().groupby(level=0)
+    load = slots.mean()[slots.size() == len(set(nodes))]
+    others = (slots["cpu_own_share"].sum() - slots["cpu_own_share"].mean())[load.index]
+    return load.assign(cpu_foreign_share=(load["cpu_foreign_share"] - others).clip(lower=0.0))
+
+
+_SLOT_S = 0.5
+"""So close in time are samples of two nodes that are taken together; each is of the second before it."""
 
 
 def lost_between_links(host: pd.DataFrame, links: pd.DataFrame, events: pd.DataFrame) -> list[str]:
     """Whether packets were lost on their way from one link to the next, which no link was asked to do."""
     if host.empty or links.empty:
         return []  # that they are missing is a problem already
-    lost = host["softnet_drops"].max()
+    lost = host.groupby(machines := _names(host["machine"]))["softnet_drops"].max().sum()
     carried = (links.groupby(["link", "direction"])["packets"].agg(["min", "max"]).diff(axis=1)["max"]).sum()
     if lost > LOST_SHARE * carried:
+        where, longer = ("this machine", "it") if len(set(machines)) < 2 else ("the machines", "them")
         return [
-            f"this machine dropped {lost:.0f} packets between links, of {carried:.0f} that they carried;"
-            " give it longer queues: sysctl -w net.core.netdev_max_backlog=10000"
+            f"{where} dropped {lost:.0f} packets between links, of {carried:.0f} that they carried;"
+            f" give {longer} longer queues: sysctl -w net.core.netdev_max_backlog=10000"
         ]
     missing, sent = missing_bytes(links, events)
     if missing <= LOST_SHARE * sent + links["burst_bytes"].fillna(_LARGEST_PACKET_BYTES).max():
@@ -132,6 +164,9 @@ def missing_bytes(links: pd.DataFrame, events: pd.DataFrame) -> tuple[float, flo
             "spoilt": largest * (links["drops"].where(~(is_host & up), 0.0) + links["lost"].fillna(0.0)),
         }
     )
+    machine = links.groupby("link")["t_s"].transform("min")  # each reads all of its links at the same times
+    if machine.nunique() > 1:
+        return _missing_between_machines(amounts, machine, under_way_s)
     samples = amounts.groupby("t_s")
     total = samples.sum()[samples.size() == samples.size().max()]  # the last one of a killed cell may lack links
     t_s, sent = total.index.to_numpy(), total["sent"].to_numpy()
@@ -139,6 +174,27 @@ def missing_bytes(links: pd.DataFrame, events: pd.DataFrame) -> tuple[float, flo
     at_first = np.minimum.accumulate(np.interp(t_s + _READING_S, t_s, sent) - accounted)
     at_last = np.interp(t_s - under_way_s - _READING_S, t_s, sent) - accounted
     return float((at_last - at_first).max()), float(sent[-1] - sent[0])
+
+
+def _missing_between_machines(amounts: pd.DataFrame, machine: "pd.Series[float]", under_way_s: float) -> tuple[float, float]:
+    """As ``missing_bytes``, where machines read their links at times of their own.
+
+    What has been sent and what has come only grows, so at any time it lies between the sample before and the one after.
+    """
+    grid_s = np.unique(amounts["t_s"].to_numpy())
+    at_first, at_last, sent = np.zeros(len(grid_s)), np.zeros(len(grid_s)), 0.0
+    for _, rows in amounts.groupby(machine):
+        samples = rows.groupby("t_s")
+        total = samples.sum()[samples.size() == samples.size().max()]
+        t_s, left = total.index.to_numpy(), total["sent"].to_numpy()
+        accounted = (total["arrived"] + total["spoilt"]).to_numpy()
+        low, high = np.concatenate([[-np.inf], left]), np.concatenate([left, [np.inf]])
+        came_low, came_high = np.concatenate([[-np.inf], accounted]), np.concatenate([accounted, [np.inf]])
+        at_first += high[np.searchsorted(t_s, grid_s + _READING_S)] - came_low[np.searchsorted(t_s, grid_s, side="right")]
+        before_s = grid_s - under_way_s - _READING_S
+        at_last += low[np.searchsorted(t_s, before_s, side="right")] - came_high[np.searchsorted(t_s, grid_s)]
+        sent += float(left[-1] - left[0])
+    return float(np.nan_to_num((at_last - np.minimum.accumulate(at_first)).max(), neginf=0.0)), sent
 
 
 _READING_S = 0.05
@@ -343,6 +399,21 @@ def late_changes(events: pd.DataFrame) -> list[str]:
     ]
 
 
+def unplaced_changes(events: pd.DataFrame) -> list[str]:
+    """Changes and flows of which their machine's clock leaves open whether they came within ``LATE_S`` of their time."""
+    due = events[events["kind"].isin(["initial", "schedule", "traffic"])]
+    unsure_s = due["unsure_s"].astype("float64").fillna(0.0)
+    off_s = (due["applied_s"] - due["planned_s"]).abs()
+    unplaced = (unsure_s > 0) & (off_s <= LATE_S) & (off_s + unsure_s > LATE_S)
+    if not unplaced.any():
+        return []
+    worst = unsure_s[unplaced].idxmax()
+    return [
+        f"{unplaced.sum()} of {len(due)} states of links and flows cannot be placed within {1e3 * LATE_S:.0f} ms of their time:"
+        f" the clock of the machine of {due.loc[worst, 'link']} was known only to {1e3 * unsure_s[worst]:.0f} ms"
+    ]
+
+
 def late_kills(failures: pd.DataFrame) -> list[str]:
     """Workers that the schedule killed more than ``LATE_S`` after their time."""
     late_s = (failures["t_s"] - failures["planned_s"]).dropna()
@@ -400,7 +471,7 @@ class Limits:
     """The limit of one direction of a link over time: ``rate_bps[i]``, NaN for none, from change i on; for frames of a size.
 
     A change came into force between ``since_s[i]`` and ``until_s[i]``: no change is made before it is due, nor after the
-    kernel has acknowledged it. Both are ascending.
+    kernel has acknowledged it, as far as the clock can tell. Both are ascending.
     """
 
     since_s: np.ndarray
@@ -458,8 +529,10 @@ def _limits(events: pd.DataFrame, frame_bits: float) -> dict[tuple[str, str], Li
     rates_bps = np.array([(_numbers(state, "rate_bps") + unknown)[:2] for state in states.tolist()]).reshape(-1, 2)[codes]
     found = {}
     for link, rows in changes.reset_index(drop=True).groupby("link"):
-        planned_s, until_s = rows["planned_s"].to_numpy(), rows["applied_s"].to_numpy()
-        since_s = np.maximum.accumulate(np.minimum(planned_s, until_s))
+        planned_s, applied_s = rows["planned_s"].to_numpy(), rows["applied_s"].to_numpy()
+        unsure_s = rows["unsure_s"].astype("float64").fillna(0.0).to_numpy()
+        until_s = np.maximum.accumulate(applied_s + unsure_s)
+        since_s = np.maximum.accumulate(np.minimum(planned_s, applied_s) - unsure_s)
         for place, direction in enumerate(("down", "up")):  # the order of the keys in the text
             found[str(link), direction] = Limits(since_s, until_s, rates_bps[rows.index, place], frame_bits)
     return found

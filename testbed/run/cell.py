@@ -17,16 +17,15 @@ from typing import Any
 from netsenseml.listener import ENV_LISTENER
 from netsenseml.records import RecordFile, monotonic_s
 from testbed import protocol
-from testbed.files import everything_in, explained, open_regular, read_json, remove_tree, replacing
+from testbed.files import everything_in, explained, no_room, open_regular, read_json, remove_tree, replacing
 from testbed.labs.base import Host, HostFailed, Lab, LabPlan, Process, View
 from testbed.links.calibration import calibrate, measurable
 from testbed.plan import Cell, notes
+from testbed.recording.door import LinkDoor
+from testbed.recording.recorder import Recorder, Recording
 from testbed.run import messages
 from testbed.run.control import ControlServer, Fault, Heard, Lost, Member
-from testbed.run.directory import DATA, SCRIPT, is_nearly_full, machine, no_room, release_reserve
-from testbed.run.door import LinkDoor
-from testbed.run.driver import LinkDriver
-from testbed.run.host import HostMonitor
+from testbed.run.directory import DATA, SCRIPT, is_nearly_full, machine, release_reserve
 from testbed.spec.units import format_size, format_time
 from testbed.timeline.workers import Kills
 from testbed.traffic.flows import TRAFFIC_PROGRAM
@@ -222,24 +221,16 @@ class _CellRunner:
             raise CellFailed("the workers do not begin with the same parameters; seed the model before it is built")
         if self._cell.calibrate:
             self._calibrate()
-        t0_s = monotonic_s()
-        self._control.broadcast({"type": "start", "t0": t0_s})
+        trunks = tuple(self._cell.lab.trunks)
         with (
-            HostMonitor([os.getpid(), *self._lab.pids], t0_s, self._directory) as monitor,
             LinkDoor(self._directory) as door,
-            LinkDriver(
-                self._lab.links,
-                self._cell.timeline,
-                t0_s,
-                self._directory,
-                door,
-                trunks=self._cell.lab.trunks,
-                dilation=self._cell.dilation,
-                hosts=self._lab.hosts,
-            ) as driver,
+            self._lab.recorder(Recording(self._directory, self._cell.timeline, door, trunks, self._cell.dilation)) as recorder,
         ):
+            t0_s = monotonic_s()
+            self._control.broadcast({"type": "start", "t0": t0_s})
+            recorder.begin(t0_s)
             try:
-                self._watch(t0_s, driver, monitor)
+                self._watch(t0_s, recorder)
             finally:
                 if self._records is not None:
                     self._records.close()
@@ -259,7 +250,7 @@ class _CellRunner:
         per_host = self._cell.ranks_per_worker
         for rank in self._ranks:
             host = hosts[rank // per_host]
-            directory = host.seen(self._directory)
+            directory, met = host.seen(self._directory), f"{protocol.SHARED}/rendezvous-{self._restarts}"
             env = {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank % per_host),
@@ -269,7 +260,7 @@ class _CellRunner:
                 "MASTER_PORT": str(_PORT + self._restarts),
                 "GLOO_SOCKET_IFNAME": ",".join([host.interface] * self._cell.connections),
                 "OMP_NUM_THREADS": "1",
-                protocol.ENV_RENDEZVOUS: f"file://{directory}/{protocol.SHARED}/rendezvous-{self._restarts}",
+                **({protocol.ENV_RENDEZVOUS: f"file://{directory}/{met}"} if self._lab.shared_files else {}),
                 **({protocol.ENV_RESTARTS: str(self._restarts)} if self._restarts else {}),
                 **self._environment(rank, host),
                 ENV_LISTENER: protocol.LISTENER,
@@ -336,7 +327,7 @@ class _CellRunner:
             self._receive(0.2)
             self._check_programs()
 
-    def _watch(self, t0_s: float, driver: LinkDriver, monitor: HostMonitor) -> None:
+    def _watch(self, t0_s: float, recorder: Recorder) -> None:
         stop = self._cell.stop
         progress = _Progress(monotonic_s(), self._cell)
         while not all(self._codes.get(rank) == 0 and rank in self._done for rank in self._ranks):
@@ -351,17 +342,14 @@ class _CellRunner:
             self._receive(min(poll_s, *(at_s - now_s for at_s in due_s)) if due_s else poll_s)
             while self._kills and self._kills[0].at_s <= monotonic_s() - t0_s:
                 self._kill(self._kills.popleft(), t0_s)
-            if driver.failure is not None:
-                what = "records could not be written" if _is_full(driver.failure) else "a link could not be changed or read"
-                raise CellFailed(f"{what}: {driver.failure}")
+            if fault := recorder.failure:
+                raise CellFailed(fault)
             if is_nearly_full(self._directory):
                 raise CellFailed(f"the disk is nearly full; {self._most_written()}")
-            if monitor.failure is not None:
-                raise CellFailed(f"the load of this machine could not be recorded: {monitor.failure}")
             try:
                 self._check_programs()
                 step = max(self._in_work.values(), default=0)
-                progress.update(monotonic_s(), step + done, driver.arrived_bytes(self._cell.workers))
+                progress.update(monotonic_s(), step + done, recorder.arrived_bytes(self._cell.workers))
                 cut = self._holding and not done and bool(self._links_cut_for_good(now_s))
                 if waited_s := progress.too_long(monotonic_s(), cut):
                     raise WorkersFailed("", self._standstill(waited_s), monotonic_s())
@@ -582,10 +570,6 @@ class _Progress:
         waited_s = now_s - self._moved_s
         limit_s = min(self._timeout_s, _CUT_S) if cut else self._timeout_s
         return waited_s if waited_s > limit_s else 0.0
-
-
-def _is_full(error: Exception) -> bool:
-    return isinstance(error, OSError) and no_room(error)
 
 
 def _end(code: int) -> str:

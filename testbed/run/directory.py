@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from testbed import gpus
-from testbed.files import everything_in, read_json, replacing
+from testbed.files import everything_in, no_room, read_json, replacing
 from testbed.protocol import one_line
 from testbed.spec.files import data_folders, find_folder, script_files, trace_files, with_data_folders, with_trace_files
 from testbed.spec.load import dump_spec
@@ -105,12 +105,6 @@ def is_nearly_full(directory: Path) -> bool:
 def release_reserve(directory: Path) -> None:
     """Free what ``reserve_room`` has set aside."""
     (directory / RESERVE_FILE).unlink(missing_ok=True)
-
-
-def no_room(error: OSError) -> bool:
-    """Whether a disk was full, or somebody's share of it."""
-    # pyarrow says it in words only.
-    return error.errno in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
 def is_full(directory: Path) -> bool:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from testbed.files import explained
+from testbed.files import explained, no_room
 from testbed.labs.base import LabError
-from testbed.run.directory import NoRoom, no_room
+from testbed.run.directory import NoRoom
 from testbed.run.sweep import EXIT_CANNOT, EXIT_FAILED, EXIT_INTERRUPTED, execute, interrupt_main_thread_once, no_room_left
 
 

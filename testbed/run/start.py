@@ -14,6 +14,7 @@ from rich.console import Console
 
 from testbed import gpus, protocol
 from testbed.doctor import System
+from testbed.files import no_room
 from testbed.labs.base import LabError
 from testbed.labs.cgroups import groups_of_run
 from testbed.labs.netns import enclosure, why_it_failed
@@ -266,7 +267,7 @@ def finish(directory: Path, console: Console, *, interrupted: bool = False, goin
             return EXIT_INTERRUPTED
         write_report(run, directory / "report.html", summary)
     except OSError as error:
-        if not run_directory.no_room(error):
+        if not no_room(error):
             raise
         if not summary:
             console.print(terminal_table(summarize(load_run(directory))))

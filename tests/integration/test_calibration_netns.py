@@ -97,7 +97,7 @@ def test_own_computing_is_not_taken_for_that_of_others(tmp_path):
 import json, subprocess, sys, time, os
 from pathlib import Path
 from netsenseml.records import monotonic_s
-from testbed.run.host import HostMonitor
+from testbed.recording.host import HostMonitor
 burner = subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"])
 with HostMonitor([os.getpid()], monotonic_s(), Path({str(tmp_path)!r})):
     time.sleep(2.5)

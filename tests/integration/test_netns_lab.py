@@ -511,7 +511,7 @@ def test_a_link_that_something_else_changed_is_noticed(tmp_path):
         """
 from netsenseml.records import monotonic_s, read_records
 from testbed.links import qdiscs
-from testbed.run.driver import LinkDriver
+from testbed.recording.driver import LinkDriver
 with lab_of(["w0", "w1"], 50_000_000) as lab:
     before = lab.links.deviating()
     port = lab.links._ports["w1", "down"]

@@ -12,7 +12,7 @@ from netsenseml.records import monotonic_s, read_records
 from testbed.links.qdiscs import QdiscCounters, compile_tree
 from testbed.links.shaper import Applied, Prepared
 from testbed.links.state import LinkState, Shape
-from testbed.run.driver import LinkDriver
+from testbed.recording.driver import LinkDriver
 from testbed.timeline import Change
 
 pytestmark = pytest.mark.alone

@@ -40,6 +40,12 @@ def test_outside_its_workers_the_testbed_takes_only_what_is_light() -> None:
     assert [place for place in found if place[1].split(".")[0] in ("torch", "numba")] == []
 
 
+def test_what_records_on_each_machine_knows_neither_labs_nor_the_orchestrator() -> None:
+    above = ("testbed.labs", "testbed.run", "testbed.agent", "testbed.plan")
+    found = [place for place in imports("testbed") if place[0].parent.name == "recording" and place[1].startswith(above)]
+    assert found == []
+
+
 def test_outside_its_workers_nothing_of_the_testbed_imports_these() -> None:
     found = [place for place in imports("testbed") if not of_workers(place[0]) and place[1].startswith("testbed.worker")]
     assert found == []

@@ -36,13 +36,13 @@ from testbed.live.view import RunView
 from testbed.live.watch import under_way
 from testbed.plan import load_plan
 from testbed.protocol import CELL_FILE, EVALS_FILE, RESULT_FILE, host_directory
+from testbed.recording.door import SOCKET_FILE, LinkDoor
+from testbed.recording.driver import LinkDriver
 from testbed.results.load import load_run
 from testbed.results.records import finish_cell
 from testbed.results.summary import summarize
 from testbed.run import start
 from testbed.run.directory import run_lock
-from testbed.run.door import SOCKET_FILE, LinkDoor
-from testbed.run.driver import LinkDriver
 
 ROOT = Path(__file__).parents[2]
 MISCHIEF = "</script><img src=x onerror=alert(1)>"

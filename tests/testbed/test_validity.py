@@ -131,6 +131,20 @@ def test_honest_computing_and_processors_to_spare_are_not_blamed(busy: float, fo
     assert validity.busy_host(host(busy, foreign)) == []
 
 
+def test_each_machine_of_a_lab_is_judged_by_itself_and_nodes_of_one_together() -> None:
+    busy, fine = (host(1.0, foreign).assign(node=node, machine=node) for node, foreign in (("n1", 0.4), ("n2", 0.0)))
+    [problem] = validity.busy_host(pd.concat([busy, fine]))
+    assert problem.startswith("node n1 was too busy: other programs took 40 %")
+    # Of one machine, 45 % are of n1's programs and 35 % of n2's: to each, the other's are foreign.
+    shares = {"n1": (0.45, 0.55), "n2": (0.35, 0.65)}
+    rows = [host(1.0, theirs).assign(cpu_own_share=own, node=node, machine="m") for node, (own, theirs) in shares.items()]
+    assert validity.busy_host(pd.concat(rows)) == []
+    for frame in rows:
+        frame[["cpu_own_share", "cpu_foreign_share"]] += [-0.1, 0.1]
+    [problem] = validity.busy_host(pd.concat(rows))
+    assert problem.startswith("node n1, n2 was too busy: other programs took 40 %")
+
+
 def test_a_load_that_was_not_recorded_is_no_pass() -> None:
     assert validity.busy_host(host(1.0, 0.0, rows=0))
 
@@ -556,6 +570,24 @@ def test_bytes_that_no_link_received_are_missed() -> None:
     # Of 60 MB, 0.8 may be under way, over a trunk and a link.
     assert validity.lost_between_links(fine, two_hosts(0.99), events_of(constant, delay_s=0.1)) == []
     assert validity.lost_between_links(fine, two_hosts(0.95), events_of(constant, delay_s=0.1))
+    # Two machines read their links at times of their own: what came between is not known.
+    for arrived, missed in ((1.0, False), (0.95, True)):
+        apart = two_hosts(arrived)
+        one, way = apart["link"] == "w0", apart["direction"] == "up"
+        apart.loc[one, "t_s"] += 0.04
+        apart.loc[one, "bytes"] += 0.04e6 * np.where(way[one], 1.0, arrived)
+        assert bool(validity.lost_between_links(fine, apart, events_of(constant))) == missed
+
+
+def test_changes_that_a_clock_cannot_place_are_blamed() -> None:
+    """10 ms late are well, if the clock is known to 10 ms; not if it is known to 60."""
+    events = events_of({"w0": [(1.0, 1.01, 1e6), (2.0, 2.01, 2e6)], "w1": [(2.0, 2.3, 1e6)]})
+    assert validity.unplaced_changes(events) == validity.unplaced_changes(events.assign(unsure_s=0.01)) == []
+    [problem] = validity.unplaced_changes(events.assign(unsure_s=[0.0, 0.06, 0.06]))
+    assert problem == (
+        "1 of 3 states of links and flows cannot be placed within 50 ms of their time:"
+        " the clock of the machine of w0 was known only to 60 ms"
+    )
 
 
 def test_changes_by_hand_are_no_evidence_for_a_spec(tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ class LinkDoor:
 
     def __init__(self, directory: Path) -> None:
         self.visits: queue.Queue[Visit] = queue.Queue()
+        self.refusal = ""
+        """What visitors are told instead, where nothing can be done for them."""
         self._path = directory / SOCKET_FILE
         self._thread = threading.Thread(target=self._serve, name="door", daemon=True)
         self._closing = False
@@ -70,6 +72,9 @@ class LinkDoor:
                     continue
                 connection.settimeout(_TIMEOUT_S)
                 visit = Visit(_receive(connection))
+                if self.refusal:
+                    connection.sendall(protocol.encode_message({"error": self.refusal}))
+                    continue
                 self.visits.put(visit)
                 connection.sendall(protocol.encode_message(visit.answer.get(timeout=_TIMEOUT_S)))
 

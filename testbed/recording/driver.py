@@ -5,19 +5,19 @@ import queue
 import random
 import threading
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from netsenseml.records import RecordFile, monotonic_s
+from testbed.clock import HERE, Clock
 from testbed.dilation import slowed_link
-from testbed.labs.base import Host
 from testbed.links.qdiscs import QdiscCounters, bucket_of, queue_of
 from testbed.links.shaper import Applied, Prepared, Shaper
 from testbed.links.state import DIRECTIONS, LinkState
-from testbed.run.door import LinkDoor
+from testbed.recording.door import LinkDoor
 from testbed.spec.errors import did_you_mean
 from testbed.spec.load import parse_link
 from testbed.timeline import Change
@@ -33,6 +33,16 @@ _OVERDUE_S = 0.5
 """But this late a sample comes first, or a dense timeline would leave no evidence."""
 
 
+class Reachable(Protocol):
+    """What visitors may ask of a host (``labs.base.Host``)."""
+
+    address: str
+    interface: str
+
+    @property
+    def way_in(self) -> Mapping[str, int | str]: ...
+
+
 class LinkDriver:
     """Runs from entering to leaving. Records go to events.jsonl (every change), and ten times a second to links.jsonl, and to
     delayline.jsonl where there is a delay line.
@@ -40,6 +50,7 @@ class LinkDriver:
     One thread does both, and answers the visitors of the door, so the netlink sockets need no lock. ``failure`` has the error
     that ended it early, if any. trunks: names of the links on which all properties hold in both directions.
     dilation: visitors name and see rates and delays as they would be without it. hosts: that visitors may ask the way to.
+    clock: this machine's against the orchestrator's, on which ``t0_s`` is, and by which changes are due.
     """
 
     def __init__(
@@ -51,9 +62,11 @@ class LinkDriver:
         door: LinkDoor | None = None,
         trunks: Collection[str] = (),
         dilation: float = 1.0,
-        hosts: Mapping[str, Host] = MappingProxyType({}),
+        hosts: Mapping[str, Reachable] = MappingProxyType({}),
+        clock: Callable[[], Clock] = lambda: HERE,
     ) -> None:
         self._hosts = hosts
+        self._clock = clock
         self.failure: Exception | None = None
         self._door = door
         self._trunks = trunks
@@ -97,7 +110,7 @@ class LinkDriver:
         next_sample = reading_s = next_read_back = 0.0
         slot = 0
         while not self._stopping.is_set():
-            now = monotonic_s() - self._t0_s
+            now = self._since_t0(monotonic_s())
             overdue = now - next_sample > _OVERDUE_S
             if due is not None and due.at_s <= now and not overdue:
                 self._apply(due)
@@ -109,7 +122,7 @@ class LinkDriver:
                 slot = max(slot + 1, int(now / SAMPLE_S))
                 next_sample = max(SAMPLE_S * (slot + random.random()), now)
                 self._answer_visitors()
-                reading_s = monotonic_s() - self._t0_s - now
+                reading_s = self._since_t0(monotonic_s()) - now
                 if now >= next_read_back and (due is None or due.at_s - now > _READ_BACK_GUARD * reading_s):
                     self._read_back()
                     next_read_back = now + _READ_BACK_S
@@ -119,10 +132,15 @@ class LinkDriver:
                 self._stopping.wait(max(0.0, min(moments) - now))
         self._sample()
 
+    def _since_t0(self, own_s: float) -> float:
+        """Seconds after t = 0 at a time of this machine."""
+        return self._clock().reference(own_s) - self._t0_s
+
     def _read_back(self) -> None:
-        now = monotonic_s() - self._t0_s
+        own_s = monotonic_s()
+        now, unsure_s = self._since_t0(own_s), self._clock().uncertainty_s(own_s)
         states = self._links.states
-        events = [_event(now, now, link, states[link], "readback", False) for link in self._links.deviating()]
+        events = [_event(now, now, link, states[link], "readback", False, unsure_s) for link in self._links.deviating()]
         if events:
             self._events.append(events)
 
@@ -170,7 +188,7 @@ class LinkDriver:
                     f"{sorted(missing)[0][0]} can have no delay or loss, because nothing in its schedule has any; "
                     "give the link some delay in the spec to be able to change it by hand"
                 )
-            asked_s = monotonic_s() - self._t0_s
+            asked_s = self._since_t0(monotonic_s())
             self._record(asked_s, "manual", changes, self._links.apply(changes))
         shown = {name: slowed_link(self._links.states[name], 1 / self._dilation).to_json() for name in names}
         return {name: {"state": shown[name], **self._carried.of(name, self._dilation)} for name in names}
@@ -182,19 +200,22 @@ class LinkDriver:
 
     def _record_initial(self) -> None:
         # The lab applied and verified the first states before t = 0.
-        self._events.append([_event(0.0, 0.0, link, state, "initial", True) for link, state in self._links.states.items()])
+        unsure_s = self._clock().uncertainty_s(monotonic_s())
+        self._events.append(
+            [_event(0.0, 0.0, link, state, "initial", True, unsure_s) for link, state in self._links.states.items()]
+        )
 
     def _apply(self, moment: "_Moment") -> None:
         results = self._links.commit(moment.prepared)
         self._record(moment.at_s, "schedule", moment.prepared.changes, results)
 
     def _record(self, planned_s: float, kind: str, changes: Mapping[str, LinkState], results: Mapping[str, Applied]) -> None:
-        self._events.append(
-            [
-                _event(planned_s, results[link].applied_s - self._t0_s, link, state, kind, results[link].verified)
-                for link, state in changes.items()
-            ]
-        )
+        rows = []
+        for link, state in changes.items():
+            applied = results[link]
+            unsure_s = self._clock().uncertainty_s(applied.applied_s)
+            rows.append(_event(planned_s, self._since_t0(applied.applied_s), link, state, kind, applied.verified, unsure_s))
+        self._events.append(rows)
 
     def _sample(self) -> None:
         states = self._links.states
@@ -202,7 +223,9 @@ class LinkDriver:
         counters = self._links.counters()
         # On a busy machine reading takes a while; the middle is at most half of that wrong.
         end_s = monotonic_s()
-        t_s, reading_s = round((begin_s + end_s) / 2 - self._t0_s, 6), round(end_s - begin_s, 6)
+        # What the clock leaves unsure widens the time in which it was read.
+        t_s = round(self._since_t0((begin_s + end_s) / 2), 6)
+        reading_s = round(end_s - begin_s + 2 * self._clock().uncertainty_s(end_s), 6)
         self._carried.update(t_s, counters)
         self._samples.append(
             [
@@ -278,7 +301,9 @@ class _Moment:
     prepared: Prepared
 
 
-def _event(planned_s: float, applied_s: float, link: str, state: LinkState, kind: str, verified: bool) -> dict[str, Any]:
+def _event(
+    planned_s: float, applied_s: float, link: str, state: LinkState, kind: str, verified: bool, unsure_s: float
+) -> dict[str, Any]:
     return {
         "planned_s": planned_s,
         "applied_s": round(applied_s, 6),
@@ -286,4 +311,5 @@ def _event(planned_s: float, applied_s: float, link: str, state: LinkState, kind
         "state": state.to_json(),
         "kind": kind,
         "verified": verified,
+        "unsure_s": unsure_s,
     }

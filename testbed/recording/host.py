@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -39,11 +39,21 @@ class _Counters:
 class HostMonitor:
     """Records the load of the machine ten times a second, from entering to leaving (``results.columns.HOST_COLUMNS``).
 
-    roots: processes that are ours, with all that descends from them.
+    roots: processes that are ours, with all that descends from them. usage_s: processor time so far of other programs of ours,
+    which cannot be seen as processes. node: what the machine is called, if there are several.
     """
 
-    def __init__(self, roots: Iterable[int], t0_s: float, directory: Path) -> None:
+    def __init__(
+        self,
+        roots: Iterable[int],
+        t0_s: float,
+        directory: Path,
+        node: str = "",
+        usage_s: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         self._roots = frozenset(roots)
+        self._usage_s = usage_s
+        self._where = {"node": node, "machine": _boot_id() if node else ""}
         self._t0_s = t0_s
         self._records = RecordFile(directory / "host.jsonl", new=True)
         self._history: deque[_Counters] = deque(maxlen=round(_WINDOW_S / SAMPLE_S) + 1)
@@ -75,7 +85,7 @@ class HostMonitor:
         while not self._stopping.wait(SAMPLE_S):
             self._history.append(now := self._count())
             drops = {"softnet_drops": now.softnet_drops - begin.softnet_drops}
-            self._records.append([{**shares(self._history[0], now, self._t0_s), **drops}])
+            self._records.append([{**shares(self._history[0], now, self._t0_s), **drops, **self._where}])
 
     def _count(self) -> _Counters:
         now_s = monotonic_s()
@@ -84,7 +94,7 @@ class HostMonitor:
             self._next_search_s = now_s + 1.0
         user, nice, system, idle, iowait, irq, softirq, steal = _processor_times()
         busy_s = user + nice + system + irq + softirq + steal
-        ours_s = sum(map(_time_of, self._ours))
+        ours_s = sum(map(_time_of, self._ours)) + self._usage_s()
         total_s, programs_s = busy_s + idle + iowait, user + nice + system + steal
         return _Counters(now_s, _waiting_s(), busy_s, total_s, programs_s, ours_s, _softnet_drops())
 
@@ -98,6 +108,7 @@ def shares(first: _Counters, last: _Counters, t0_s: float) -> dict[str, Any]:
         "cpu_some_share": (last.waiting_s - first.waiting_s) / max(last.t_s - first.t_s, 1e-9),
         "cpu_busy_share": (last.busy_s - first.busy_s) / total_s,
         "cpu_foreign_share": max(0.0, foreign_s / total_s),
+        "cpu_own_share": (last.ours_s - first.ours_s) / total_s,
     }
 
 
@@ -133,6 +144,10 @@ def _time_of(pid: int) -> float:
 def _processor_times() -> list[float]:
     with open("/proc/stat") as file:
         return [int(ticks) / _TICKS_PER_S for ticks in file.readline().split()[1:9]]
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _softnet_drops() -> int:

@@ -1,0 +1,503 @@
+"""A lab whose hosts and links are on other machines: the orchestrator's side of the node agents.
+
+An agent (``testbed.agent``) makes on its node what is there of the lab. Here is what looks like any other lab
+(``labs.base``), and sends each agent what concerns it. The agents dial in, over the network that the machines have anyway, and
+never over a link of the lab.
+"""
+
+import contextlib
+import itertools
+import math
+import os
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import TypeAdapter
+
+from netsenseml.records import monotonic_s
+from testbed import protocol
+from testbed.agent import messages
+from testbed.agent.channel import MOST_PART_BYTES, Channel, make_secret, secured
+from testbed.clock import Clock
+from testbed.files import everything_in, explained
+from testbed.labs.base import HostFailed, LabError, LabPlan
+from testbed.links.qdiscs import QdiscCounters
+from testbed.links.shaper import Place
+from testbed.links.state import LinkState
+from testbed.recording.recorder import Recorder, Recording
+from testbed.timeline import Change
+
+_ANSWER_S = 30.0
+_END_S = 10.0
+_CHANGES_IN_A_MESSAGE = 500
+_MOST_STRANGERS = 32
+"""Connections that have not shown the secret yet; more are turned away."""
+_TIMELINE: TypeAdapter[list[Change]] = TypeAdapter(list[Change])
+_PLAN: TypeAdapter[LabPlan] = TypeAdapter(LabPlan)
+
+
+class NodeLost(HostFailed):
+    """A node's agent is not there any more. The message is one line that names the node."""
+
+
+class RemoteNode:
+    """The agent of one node, as long as its connection lasts.
+
+    name: of the node. clock: its clock against ours. Whatever is asked of it raises NodeLost once it is lost.
+    """
+
+    def __init__(self, sock: ssl.SSLSocket, arrived: Callable[["RemoteNode"], None]) -> None:
+        self.name = ""
+        self.clock = Clock(unsure_s=float("inf"))
+        self.arrived: Mapping[str, int] = {}
+        """By link, the bytes that have come down; newest word of it."""
+        self.failure = ""
+        """Why its records, or ours of it, are not whole."""
+        self.codes: dict[int, int] = {}
+        """Exit codes of programs that have ended, by their number."""
+        self._lost = ""
+        self._cell: _Home | None = None
+        self._answers: dict[int, messages.Answer | messages.Refused] = {}
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()
+        self._said_hello = arrived
+        self._channel = Channel(sock, messages.FROM_AGENT, self._heard, self._ended)
+        self._channel.start()
+
+    @property
+    def lost(self) -> str:
+        """Why it is lost, in one line that names it; empty while it is not."""
+        return self._lost and f"node {self.name} is lost: {self._lost}"
+
+    def number(self) -> int:
+        """A number that no request and no program of this node has had."""
+        return next(self._numbers)
+
+    def send(self, message: messages.Message, part: bytes = b"") -> None:
+        """Send what needs no answer."""
+        if self._lost:
+            raise NodeLost(self.lost)
+        self._channel.send(message, part)
+
+    def ask(self, message: messages.Request, part: bytes = b"") -> int:
+        """Send a request; its number is for ``answer``."""
+        self.send(message, part)
+        return message.request
+
+    def answer(self, request: int, timeout_s: float = _ANSWER_S) -> Mapping[str, Any]:
+        """What came to a request, when it has come. Raises LabError if the node refuses, NodeLost if it does not answer."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: request in self._answers or self._lost, timeout_s):
+                raise NodeLost(f"node {self.name} does not answer")
+            answer = self._answers.pop(request, None)
+        match answer:
+            case messages.Answer(result=result):
+                return result
+            case messages.Refused(error=error):
+                raise LabError(f"node {self.name}: {error}")
+        raise NodeLost(self.lost)
+
+    def attach(self, home: "_Home | None") -> None:
+        """Where what comes from the node belongs: the cell that runs."""
+        before, self._cell = self._cell, home
+        if before is not None:
+            before.close()
+
+    def close(self) -> None:
+        """Hang up; the agent then ends."""
+        self.attach(None)
+        self._channel.close()
+
+    def _ended(self, reason: str) -> None:
+        with self._changed:
+            self._lost = protocol.one_line(reason) or "its connection has ended"
+            self._changed.notify_all()
+
+    def _heard(self, message: Any, part: bytes) -> None:
+        now_s = monotonic_s()
+        if not self.name and not isinstance(message, messages.Hello):
+            raise ValueError("no hello")
+        match message:
+            case messages.Hello(node=name):
+                if self.name:
+                    raise ValueError("a second hello")
+                self.name = name
+                self._said_hello(self)
+            case messages.AskTime(number=number):
+                self._channel.send(messages.Time(number=number, at_s=now_s))
+            case messages.Status(clock=clock, arrived=arrived, failure=failure):
+                self.clock, self.arrived = Clock(*clock) if clock else self.clock, arrived
+                self.failure = self.failure or (f"node {self.name}: {protocol.one_line(failure, 500)}" if failure else "")
+            case messages.Answer(request=request) | messages.Refused(request=request):
+                with self._changed:
+                    self._answers[request] = message
+                    self._changed.notify_all()
+            case messages.Exited(number=number, code=code):
+                self.codes[number] = code
+            case _ if self._cell is None:
+                pass  # of a cell that has ended
+            case messages.Grown(path=path):
+                try:
+                    self._cell.append(path, part)
+                except OSError as error:
+                    self.failure = self.failure or f"records could not be written: {explained(error)}"
+            case messages.Call(connection=connection):
+                self._cell.connect(connection)
+            case messages.Data(connection=connection):
+                self._cell.say(connection, part)
+            case messages.HangUp(connection=connection):
+                self._cell.hang_up(connection)
+
+
+class Nodes:
+    """Waits for the agents of a run, from entering to leaving.
+
+    secret: what they need to be let in. port: where they have to call; host: of which address of this machine, "" for all.
+    """
+
+    def __init__(self, host: str = "", port: int = 0) -> None:
+        self.secret = make_secret()
+        self._nodes: dict[str, RemoteNode] = {}
+        self._strangers: set[socket.socket] = set()
+        self._changed = threading.Condition()
+        self._server = socket.create_server((host, port), backlog=_MOST_STRANGERS)
+        self.port: int = self._server.getsockname()[1]
+        self._closing = False
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._accept, name="nodes", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._closing = True
+        with contextlib.suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        with self._changed:
+            nodes = list(self._nodes.values())
+        for node in nodes:
+            node.close()
+
+    def wait(self, names: Collection[str], timeout_s: float) -> Mapping[str, RemoteNode]:
+        """The nodes of these names, when all are there and their clocks are known. Raises LabError that names those missing."""
+
+        given_up_s = monotonic_s() + timeout_s
+        while True:
+            with self._changed:
+                there = {name: node for name, node in self._nodes.items() if not node.lost}
+            ready = {name: node for name, node in there.items() if math.isfinite(node.clock.unsure_s)}
+            missing = [name for name in names if name not in ready]
+            if not missing:
+                return {name: ready[name] for name in names}
+            if monotonic_s() > given_up_s:
+                raise LabError(f"no agent has called from {', '.join(missing)} in {timeout_s:g} s")
+            time.sleep(0.02)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._server.accept()
+            except OSError:
+                if self._closing:
+                    return
+                continue  # whoever called has hung up
+            with self._changed:
+                if len(self._strangers) >= _MOST_STRANGERS:
+                    sock.close()
+                    continue
+                self._strangers.add(sock)
+            threading.Thread(target=self._admit, args=(sock,), name="stranger", daemon=True).start()
+
+    def _admit(self, sock: socket.socket) -> None:
+        try:
+            RemoteNode(secured(sock, self.secret, server=True), self._add)
+        except OSError:
+            sock.close()  # whoever does not have the secret hears nothing
+        finally:
+            with self._changed:
+                self._strangers.discard(sock)
+
+    def _add(self, node: RemoteNode) -> None:
+        with self._changed:
+            before = self._nodes.get(node.name)
+            if before is not None and not before.lost:
+                raise ValueError(f"there is a node {node.name} already")
+            self._nodes[node.name] = node
+
+
+class RemoteProcess:
+    """A program on a host of a node (``labs.base.Process``)."""
+
+    def __init__(self, node: RemoteNode, number: int) -> None:
+        self._node, self._number = node, number
+
+    def poll(self) -> int | None:
+        """Raises NodeLost."""
+        code = self._node.codes.get(self._number)
+        if code is None and self._node.lost:
+            raise NodeLost(self._node.lost)
+        return code
+
+    def kill(self) -> None:
+        with contextlib.suppress(NodeLost):  # whose agent ends it
+            self._node.send(messages.Kill(number=self._number))
+
+
+class RemoteHost:
+    """A host of a node (``labs.base.Host``)."""
+
+    def __init__(self, name: str, address: str, interface: str, node: RemoteNode, directory: Path, root: str) -> None:
+        self.name, self.address, self.interface, self.node = name, address, interface, node
+        self._directory, self._root = directory, root
+
+    @property
+    def clock(self) -> Clock:
+        return self.node.clock
+
+    @property
+    def way_in(self) -> Mapping[str, int | str]:
+        raise ValueError(f"{self.name} is on another machine, {self.node.name}, where programs of this one cannot run")
+
+    def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> RemoteProcess:
+        number = self.node.number()
+        wanted = messages.Start(
+            number=number, host=self.name, argv=list(argv), env=dict(env), log=_relative(log, self._directory)
+        )
+        self.node.send(wanted)
+        return RemoteProcess(self.node, number)
+
+    def seen(self, path: Path) -> str:
+        return f"{self._root}/{_relative(path, self._directory)}"
+
+
+class RemoteLinks:
+    """The links of all nodes together (``labs.base.Links``)."""
+
+    def __init__(self, plan: LabPlan, nodes: Collection[RemoteNode]) -> None:
+        self._plan, self._nodes = plan, nodes
+        self._timeline: Sequence[Change] = ()
+        self._t0_s = 0.0
+
+    def follow(self, timeline: Sequence[Change], t0_s: float) -> None:
+        """The nodes make these changes from now on."""
+        self._timeline, self._t0_s = timeline, t0_s
+
+    @property
+    def states(self) -> Mapping[str, LinkState]:
+        now_s = monotonic_s() - self._t0_s
+        return {**self._plan.links, **{change.link: change.state for change in self._timeline if change.at_s <= now_s}}
+
+    def counters(self) -> Mapping[Place, QdiscCounters]:
+        asked = [(node, node.ask(messages.Count(request=node.number()))) for node in self._nodes]
+        rows = [row for node, request in asked for row in node.answer(request)["counters"]]
+        return {(link, direction): QdiscCounters(*counted) for link, direction, counted in rows}
+
+
+class RemoteRecorder:
+    """The recorders of all nodes (``run.recorder.Recorder``); the timeline of each is sent before anything begins."""
+
+    def __init__(self, recording: Recording, links: RemoteLinks, hosts: Mapping[str, RemoteHost]) -> None:
+        self._recording, self._links = recording, links
+        self._nodes = list({host.node.name: host.node for host in hosts.values()}.values())
+        self._node_of = {name: host.node for name, host in hosts.items()}
+
+    def __enter__(self) -> Self:
+        if self._recording.door is not None:
+            self._recording.door.refusal = "its links and hosts are on other machines, where nothing can be done by hand"
+        asked = [(node, request) for node in self._nodes for request in self._send_timeline(node)]
+        for node, request in asked:
+            node.answer(request)
+        return self
+
+    def _send_timeline(self, node: RemoteNode) -> Iterable[int]:
+        changes = [change for change in self._recording.timeline if self._node_of[change.link] is node]
+        for first in range(0, len(changes) or 1, _CHANGES_IN_A_MESSAGE):
+            some = changes[first : first + _CHANGES_IN_A_MESSAGE]
+            last = first + _CHANGES_IN_A_MESSAGE >= len(changes)
+            yield node.ask(messages.Timeline(request=node.number(), last=last), _TIMELINE.dump_json(some))
+
+    def begin(self, t0_s: float) -> None:
+        for node in self._nodes:
+            node.send(messages.Begin(t0_s=t0_s))
+        self._links.follow(self._recording.timeline, t0_s)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _finish(self._nodes, messages.End)
+
+    @property
+    def failure(self) -> str:
+        return next((fault for node in self._nodes if (fault := node.lost or node.failure)), "")
+
+    def arrived_bytes(self, links: Iterable[str]) -> int:
+        return sum(self._node_of[link].arrived.get(link, 0) for link in links)
+
+
+class RemoteLab:
+    """A lab over several nodes (``labs.base.Lab``).
+
+    On entering, the nodes are first given what programs on the hosts read and write, so that hosts can be made that see it.
+
+    plan: with a view. directory: the run directory. place: makes the hosts; returns by host its node, and what that node's part
+    of the lab has to know of it. user: who the programs run as, if not as the agents.
+    """
+
+    shared_files = False
+
+    def __init__(
+        self,
+        plan: LabPlan,
+        directory: Path,
+        nodes: Mapping[str, RemoteNode],
+        place: Callable[[], Mapping[str, tuple[str, Mapping[str, Any]]]],
+        user: tuple[int, int] | None = None,
+    ) -> None:
+        if plan.trunks:
+            raise LabError("a lab over several machines has a single switch; a topology with trunks runs with --lab netns")
+        if plan.view is None:
+            raise ValueError("a lab over several machines needs to know what its hosts see")
+        self._plan, self._view, self._user = plan, plan.view, user
+        self._directory, self._nodes, self._place = directory.resolve(), nodes, place
+        self.hosts: dict[str, RemoteHost] = {}
+        self.links = RemoteLinks(plan, nodes.values())
+
+    def __enter__(self) -> Self:
+        try:
+            self._provide()
+            self._open(self._place())
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._close()
+
+    def _provide(self) -> None:
+        """Give every node the directories of all hosts, the files that they read, and the control socket."""
+        written = [self._view.shared, *itertools.chain.from_iterable(self._view.own.values())]
+        writable = [_relative(path, self._directory) for path in written]
+        cell = self._view.shared.parent
+        asked = []
+        for node in self._nodes.values():
+            node.attach(_Home(node, cell))
+            wanted = messages.Provide(
+                request=node.number(), cell=_relative(cell, self._directory), writable=writable, user=self._user
+            )
+            asked.append((node, node.ask(wanted)))
+        for path in itertools.chain.from_iterable(map(everything_in, self._view.reads)):
+            if path.is_file() and not path.is_symlink():
+                self._put(path)
+        for node, request in asked:
+            node.answer(request)
+            node.failure, node.codes, node.arrived = "", {}, {}  # of the cell before
+
+    def _put(self, path: Path) -> None:
+        executable = bool(path.stat().st_mode & 0o100)
+        message = messages.Put(path=_relative(path, self._directory), executable=executable)
+        with open(path, "rb") as file:
+            while True:
+                data = file.read(MOST_PART_BYTES)
+                for node in self._nodes.values():
+                    node.send(message, data)
+                if len(data) < MOST_PART_BYTES:
+                    return
+
+    def _open(self, placement: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
+        """Have the nodes make their parts of the lab."""
+        asked = []
+        for name, node in self._nodes.items():
+            details = {host: dict(more) for host, (where, more) in placement.items() if where == name}
+            links = {host: self._plan.links[host] for host in details}
+            part = replace(self._plan, links=links, switches={}, view=None)
+            request = messages.Open(request=node.number(), details=details)
+            asked.append((node, node.ask(request, _PLAN.dump_json(part))))
+        for node, number in asked:
+            made = node.answer(number)
+            for host, (address, interface) in made["hosts"].items():
+                self.hosts[host] = RemoteHost(host, address, interface, node, self._directory, made["root"][host])
+        self.hosts = {name: self.hosts[name] for name in self._plan.hosts}  # in their order
+
+    def recorder(self, recording: Recording) -> Recorder:
+        return RemoteRecorder(recording, self.links, self.hosts)
+
+    def _close(self) -> None:
+        """End all programs, take what they have left, and remove everything. Nodes that are lost do that by themselves."""
+        _finish(self._nodes.values(), messages.Close)
+        for node in self._nodes.values():
+            node.attach(None)
+
+
+def _finish(nodes: Iterable[RemoteNode], kind: type[messages.End] | type[messages.Close]) -> None:
+    """Ask all nodes that are there to end something, and wait for it."""
+    asked = []
+    for node in nodes:
+        with contextlib.suppress(NodeLost):
+            asked.append((node, node.ask(kind(request=node.number()))))
+    for node, request in asked:
+        with contextlib.suppress(NodeLost, LabError):
+            node.answer(request, _END_S)
+
+
+class _Home:
+    """Where in the cell's directory belongs what comes from a node, and to whom what its programs say."""
+
+    def __init__(self, node: RemoteNode, cell: Path) -> None:
+        self._node, self._cell = node, cell
+        self._connections: dict[int, socket.socket] = {}
+        self._lock = threading.Lock()
+
+    def append(self, path: str, data: bytes) -> None:
+        """Append to a file of the cell's."""
+        place = self._cell / path
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        with open(os.open(place, flags, 0o644), "ab") as file:
+            file.write(data)
+
+    def connect(self, number: int) -> None:
+        """A program has called."""
+        try:
+            connection = protocol.connect_unix(self._cell / protocol.SOCKET_FILE)
+        except OSError:
+            return  # the cell is at its end
+        with self._lock:
+            self._connections[number] = connection
+        threading.Thread(target=self._listen, args=(number, connection), name="relay", daemon=True).start()
+
+    def say(self, number: int, data: bytes) -> None:
+        """Pass on what a program says."""
+        with self._lock:
+            connection = self._connections.get(number)
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.sendall(data)
+
+    def hang_up(self, number: int) -> None:
+        with self._lock:
+            connection = self._connections.pop(number, None)
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _listen(self, number: int, connection: socket.socket) -> None:
+        """Pass on what the control server says."""
+        with connection, contextlib.suppress(OSError, NodeLost):
+            while data := connection.recv(1 << 16):
+                self._node.send(messages.Data(connection=number), data)
+            self._node.send(messages.HangUp(connection=number))
+        with self._lock:
+            self._connections.pop(number, None)
+
+    def close(self) -> None:
+        for number in list(self._connections):
+            self.hang_up(number)
+
+
+def _relative(path: Path, directory: Path) -> str:
+    return path.resolve().relative_to(directory).as_posix()
