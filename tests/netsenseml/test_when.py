@@ -407,9 +407,7 @@ def test_what_cannot_work_is_refused_in_one_line() -> None:
 @pytest.mark.parametrize(("interval", "delay"), [(2, 0), (2, 1), (1, 1)])
 def test_ranks_with_and_without_a_device_resume_before_an_exchange_and_report_alike(interval: int, delay: int) -> None:
     """One reported what the other did not know yet, and each waited for the other."""
-    (first, waiting), (second, waiting_too) = run_group(
-        resume_with_and_without_a_device, 2, interval, delay, timeout_s=20
-    )
+    (first, waiting), (second, waiting_too) = run_group(resume_with_and_without_a_device, 2, interval, delay, timeout_s=20)
     assert first == second
     assert waiting == waiting_too > 0
     assert delay or waiting == 1
