@@ -12,6 +12,9 @@ from netsenseml.exchange.mesh import Shape
 from netsenseml.sensing.network import FORGETTING, RESOLUTION, Array, NetworkModel, Smooth
 
 OPTIMISM = 0.7  # standard deviations: what would be better with so much luck is tried
+_RISK = 0.7
+"""With a delay nothing is tried for luck that is thought to make half the progress: several of its steps have begun before the
+first one tells, and where exchanges are hidden nothing else tells how long a larger one takes."""
 _EAGER = 0.1
 """Share of what it costs to come back that must have been lost by staying before the ranks part. All of it would be a minute
 where links are so thin that a model takes half of one; nothing of it, and they would part for a moment's gain."""
@@ -120,6 +123,8 @@ class Controller:
                 return
         gains[other] = -np.inf
         if gains.max() <= RESOLUTION:
+            if split_when(self.plan)[2]:
+                gains[gains < -_RISK] = -np.inf
             gains += OPTIMISM * deviations
         self._settled = bool(gains.max() <= RESOLUTION)
         if not self._settled:

@@ -201,14 +201,14 @@ class Apart:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Sets the model's parameters, too."""
+        for one in self._exchanges:  # of steps that are not part of the checkpoint; they work with what is kept
+            for mean in one.means:
+                mean.wait()
+        self._exchanges.clear()
         self._common, self.steps = Common(self._trained) if state["under_way"] else None, state["steps"]
         self._buffers_met = state["buffers_met"]
         self.memory.load_state_dict(state["kept"])
         every = self._every
-        for one in self._exchanges:  # of steps that are not part of the checkpoint
-            for mean in one.means:
-                mean.wait()
-        self._exchanges.clear()
         for own, means, scheme in state["exchanges"]:
             owns = [tensor.to(every[0].shared) for tensor in own]
             futures = [done(mean.to(every[0].shared, copy=True)) for mean in means]

@@ -393,6 +393,8 @@ class NetSense(Coded):
             )
         for _, answer in self._answers:  # of steps that are not part of the checkpoint
             answer.wait()
+        if self._late is not None:  # before what is kept is replaced, as exchanges that are under way work with it
+            self._late.load_state_dict(state["late"])
         super().load_state_dict(state)
         if self.mesh.rank == 0:
             self._policy.load_state_dict(state["policy"])
@@ -400,8 +402,6 @@ class NetSense(Coded):
         self._every, self._next_report = state["every"], state["next_report"]
         if self._apart is not None:
             self._apart.load_state_dict(state["apart"])
-        if self._late is not None:
-            self._late.load_state_dict(state["late"])
         self._backwards = 0
         self._answers.clear()
         for step, answer in state["answers"]:
