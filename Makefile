@@ -6,6 +6,7 @@
 # make dist   the wheel and the source archive, in dist/
 # make test-delayline    the same with the delay line that stands in where the kernel has no netem
 # make test-netem    the tests of delay, jitter and loss, under User-Mode Linux (package user-mode-linux)
+# make test-swarm    the tests of the swarm lab, on three Docker daemons of this machine; needs root and the image
 # make test-chaos    kill parts of running experiments at random moments; KILLS=200 LAB=docker for more and others
 # They work on a fresh machine with Python >= 3.11; EXPERIMENT=path.yaml runs another experiment.
 
@@ -20,7 +21,7 @@ LAB ?= netns
 # Tests of labs, and others that are about time, need the machine to themselves. Of the rest two files run at once.
 ALONE = docker or netns or alone
 
-.PHONY: run test lint fast docs docs-serve dist test-netem test-delayline test-chaos check setup clean
+.PHONY: run test lint fast docs docs-serve dist test-netem test-delayline test-swarm test-chaos check setup clean
 
 run: setup
 	$(VENV)/bin/testbed run $(EXPERIMENT)
@@ -34,8 +35,8 @@ fast: lint
 	$(VENV)/bin/python -m pytest -q -n 2 -m fast $$(grep -lr --include 'test_*.py' 'mark\.fast' tests) $(PYTEST_ARGS)
 
 test: lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not netem and not ($(ALONE))" $(PYTEST_ARGS); others=$$?; \
-	$(VENV)/bin/python -m pytest -m "not netem and ($(ALONE))" $(PYTEST_ARGS); alone=$$?; \
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not netem and not swarm and not ($(ALONE))" $(PYTEST_ARGS); others=$$?; \
+	$(VENV)/bin/python -m pytest -m "not netem and not swarm and ($(ALONE))" $(PYTEST_ARGS); alone=$$?; \
 	case $$others,$$alone in 0,0 | 0,5 | 5,0) ;; *) exit 1 ;; esac  # 5: PYTEST_ARGS selects none of these
 
 # Delay, jitter, loss and the like need netem, which not every kernel has; a User-Mode Linux kernel brings it along.
@@ -47,6 +48,9 @@ test-delayline: setup
 	NETSENSE_ENGINE=userspace NETSENSE_REQUIRE=netem \
 		unshare $$([ $$(id -u) = 0 ] || echo --user --map-root-user) --net --mount --pid --fork --kill-child --mount-proc \
 		$(VENV)/bin/python -m pytest tests/netem --ignore tests/netem/test_netem_aqm.py $(PYTEST_ARGS)
+
+test-swarm: setup
+	NETSENSE_REQUIRE=swarm $(VENV)/bin/python -m pytest tests/swarm $(PYTEST_ARGS)
 
 test-chaos: setup
 	$(VENV)/bin/python tests/chaos/kills.py --kills $(KILLS) --lab $(LAB)

@@ -40,6 +40,7 @@ class LabKind(StrEnum):
 
     NETNS = "netns"
     DOCKER = "docker"
+    SWARM = "swarm"
 
 
 class Engine(StrEnum):
@@ -546,6 +547,8 @@ def calibrate(
     from testbed.run.start import choose_engine
     from testbed.spec.units import parse_rate, parse_share, parse_time
 
+    if lab is LabKind.SWARM:
+        _fail("--lab swarm: its cells measure their links themselves; here use netns or docker", EXIT_BAD_INPUT)
     try:
         conditions = Conditions(tuple(map(parse_rate, rates)), parse_time(delay), parse_time(jitter), parse_share(loss), burst)
     except ValueError as error:
@@ -570,16 +573,17 @@ def calibrate(
 def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
 ) -> None:
-    """Remove what killed runs left behind: containers and networks of Docker, and control groups of workers with limits.
-    Rootless labs leave nothing else."""
+    """Remove what killed runs left behind: containers and networks of Docker, whatever they left all over a swarm, and control
+    groups of workers with limits. Rootless labs leave nothing else."""
     from testbed.labs.cgroups import clean as clean_groups
     from testbed.labs.docker import clean as clean_docker
+    from testbed.labs.swarm import clean as clean_swarm
 
     verb = "would remove" if dry_run else "removed"
     groups = _guarded(lambda: clean_groups(dry_run))
     for name in groups:  # whether there is a Docker daemon or not
         typer.echo(f"{verb} {name}")
-    removed = _guarded(lambda: clean_docker(dry_run))
+    removed = _guarded(lambda: [*clean_docker(dry_run), *clean_swarm(dry_run)])
     nothing = "nothing else to remove" if groups else "nothing to remove"
     typer.echo("\n".join(f"{verb} {name}" for name in removed) or nothing)
 

@@ -3,6 +3,7 @@
 The kernel and the daemons are asked, not their configuration files: what answers, works.
 """
 
+import contextlib
 import os
 import platform
 import re
@@ -124,6 +125,7 @@ def examine() -> dict[str, Any]:
     system = System.of_this_machine()
     netns, probed = netns_lab(system)
     docker = docker_lab(system)
+    swarm = swarm_lab()
     findings = [
         *machine(system),
         *qdiscs(system, probed, line := delay_line(system)),
@@ -132,6 +134,7 @@ def examine() -> dict[str, Any]:
         limits(),
         control_groups(),
         *docker,
+        *swarm,
         capabilities(system),
         congestion_controls(),
         timers(),
@@ -143,6 +146,7 @@ def examine() -> dict[str, Any]:
     labs = {
         "netns": netns.verdict == "ok" and not absent & NEEDED,
         "docker": docker[0].verdict == "ok" and not absent & {"htb", "tbf"},
+        "swarm": swarm[0].verdict == "ok",
     }
     engine = "netem" if probed is not None and "netem" not in probed else "userspace" if line.verdict == "ok" else None
     found = [asdict(finding) for finding in findings]
@@ -343,6 +347,22 @@ def docker_gpus(names: list[str], daemon: Mapping[str, Any]) -> list[Finding]:
         return [Finding("GPUs in Docker", "ok", "NVIDIA's runtime")]
     mend = f"install nvidia-container-toolkit, then: {gpus.TOOLKIT}"
     return [Finding("GPUs in Docker", "limited", "the daemon has no runtime of NVIDIA's", mend)]
+
+
+def swarm_lab() -> list[Finding]:
+    """Whether labs over the nodes of a swarm work, which is tried, for some seconds; and which nodes are away."""
+    from testbed.labs import docker, swarm
+
+    try:
+        with contextlib.closing(docker.connect()) as client:
+            swarm.require_manager(client)
+            away = swarm.nodes_away(client)
+        found = Finding("lab swarm", "ok", f"with --lab swarm, on {', '.join(swarm.try_out())}")
+    except LabError as error:
+        reason, _, mend = str(error).partition("; ")
+        return [Finding("lab swarm", "missing", reason, mend)]
+    mend = "start Docker there, open tcp 2377 and 7946, udp 7946 and 4789; docker node update --availability active NODE"
+    return [found, *(Finding(f"node {name}", "missing", state, mend) for name, state in away.items())]
 
 
 def capabilities(system: System) -> Finding:

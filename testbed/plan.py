@@ -19,7 +19,7 @@ from testbed.links.qdiscs import (
 )
 from testbed.links.state import DIRECTIONS, LinkState, Shape
 from testbed.network import packet_bytes, plan_network
-from testbed.spec.errors import SpecError, place_of
+from testbed.spec.errors import SpecError, did_you_mean, place_of
 from testbed.spec.files import data_folder, reader
 from testbed.spec.load import apply_overrides, combinations, load_spec, validate
 from testbed.spec.models import ComputeSpec, MethodSpec, Spec, WorkloadSpec
@@ -162,11 +162,18 @@ def make_plan(spec: Spec, directory: Path = Path(), auto: str = "auto") -> Plan:
     directory: where the files that the spec names are read from, the directory of the spec itself.
     auto: the engine that ``engine: auto`` stands for on this machine, if that is known.
     """
-    if spec.lab == "docker" and spec.network.topology != "star":
+    if spec.lab != "netns" and spec.network.topology != "star":
         fault = f"{spec.network.topology} is built in the netns lab only; use lab: netns, or topology: star"
         raise SpecError([("network.topology", fault)])
-    if spec.lab == "docker" and spec.network.ip == 6:
+    if spec.lab == "swarm" and spec.workload and spec.workload.device == "cuda":
+        raise SpecError([("workload.device", "cuda is for labs of one machine; use lab: netns, or device: cpu")])
+    if spec.lab != "netns" and spec.network.ip == 6:
         raise SpecError([("network.ip", "6 is built in the netns lab only; use lab: netns, or ip: 4")])
+    if spec.lab == "swarm" and spec.network.engine == "userspace":
+        fault = "userspace is for labs of one machine; use engine: netem, which each node's kernel has to have, or lab: netns"
+        raise SpecError([("network.engine", fault)])
+    if spec.lab != "swarm" and spec.placement:
+        raise SpecError([("placement", f"there is one machine only in the {spec.lab} lab; use lab: swarm, or leave it out")])
     cells: list[Cell] = []
     raw = spec.model_dump(mode="json", exclude_none=True, by_alias=True)
     read = reader(directory)
@@ -183,6 +190,9 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Call
     workers = tuple(map(protocol.worker_name, range(spec.workers)))
     network = plan_network(spec.network, workers, background_hosts(spec.traffic, workers))
     flows = plan_flows(spec.traffic, stop.get("seconds"))
+    if strangers := [host for host in spec.placement if host not in network.hosts]:
+        fault = f"there is no host {strangers[0]!r}; {did_you_mean(strangers[0], network.hosts)}"
+        raise SpecError([(place_of(["placement", strangers[0]]), fault)])
     end_s = stop.get("seconds")
     timeline = expand(spec.schedule, network.links, workers, trunks=network.trunks, end_s=end_s, read=read)
     paced = spec.workload is not None and bool(spec.workload.compute.pace or spec.workload.compute.emulate)
@@ -224,6 +234,7 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Call
                 limits=Limits(spec.limits.memory, spec.limits.pids),
                 seed=seed,
                 tcp=tcp,
+                placement=spec.placement,
             ),
             workers=workers,
             flows=flows,

@@ -61,6 +61,9 @@ def missing(need: str) -> str | None:
 
         if missing_kinds(["netem"]):
             return "this kernel of User-Mode Linux has no netem"
+    elif need == "swarm":
+        if os.geteuid() != 0 or not shutil.which("dockerd"):
+            return "three Docker daemons on this machine need root and dockerd; install it with: apt-get install docker.io"
     elif need in ("chromium", "iperf3") and not shutil.which(need):
         return f"{need} is missing; install it with: sudo apt-get install {need}"
     return None
@@ -73,7 +76,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for need in ("netns", "docker", "compose", "chromium", "iperf3", "netem"):
+    for need in ("netns", "docker", "compose", "chromium", "iperf3", "netem", "swarm"):
         if item.get_closest_marker(need) and (reason := missing(need)):
             if need in REQUIRED:
                 pytest.fail(f"{need} is required here: {reason}", pytrace=False)

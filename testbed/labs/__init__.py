@@ -14,7 +14,7 @@ PROGRAMS_OF_A_RUN = ("testbed.worker.program", TRAFFIC_PROGRAM)
 def open_labs(kind: str, run_directory: Path, preload: Sequence[str] = PROGRAMS_OF_A_RUN) -> Iterator[Callable[[LabPlan], Lab]]:
     """A factory of labs that share what is dear to make, such as one process that has imported torch.
 
-    kind: "netns" (the caller is inside ``netns.enclosure``) or "docker".
+    kind: "netns" (the caller is inside ``netns.enclosure``), "docker" or "swarm".
     preload: modules that the hosts of netns labs will run as programs.
     """
     if kind == "netns":
@@ -24,6 +24,11 @@ def open_labs(kind: str, run_directory: Path, preload: Sequence[str] = PROGRAMS_
 
         with ForkServer(preload) as server:
             yield lambda plan: NetnsLab(plan, server, inherited_groups())
+    elif kind == "swarm":
+        from testbed.labs.swarm import Swarm, SwarmLab
+
+        with Swarm() as swarm:
+            yield lambda plan: SwarmLab(plan, swarm, run_directory)
     else:
         from testbed.labs.docker import DockerLab
 

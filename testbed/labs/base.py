@@ -68,6 +68,7 @@ class LabPlan:
     limits: of the programs of each host.
     seed: of random impairments.
     tcp: how connections between the hosts behave. ip: the version of their addresses.
+    placement: labels that the machine of a host must have, by host.
     """
 
     links: Mapping[str, LinkState]
@@ -85,6 +86,7 @@ class LabPlan:
     seed: int = 0
     tcp: Tcp = field(default_factory=Tcp)
     ip: int = 4
+    placement: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def hosts(self) -> tuple[str, ...]:

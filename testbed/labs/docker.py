@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
@@ -35,7 +34,7 @@ from docker.models.containers import Container
 from docker.models.networks import Network
 from docker.types import DeviceRequest, Mount
 from pyroute2.netlink import NLM_F_CREATE
-from pyroute2.netlink.rtnl import RTM_DELADDR, RTM_GETLINK, RTM_NEWADDR, RTM_NEWLINK
+from pyroute2.netlink.rtnl import RTM_DELADDR, RTM_NEWADDR
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
@@ -44,10 +43,11 @@ from testbed.clock import HERE
 from testbed.files import everything_in
 from testbed.labs.base import OOM_SCORE_ADJ, LabError, LabPlan, make_shaper
 from testbed.labs.capabilities import lacking_capabilities
+from testbed.labs.containers import ContainerProcess, KeeperLine, change_interface, interfaces, open_log
 from testbed.labs.owner import owner_lives, owner_mark
 from testbed.links.delayline import DelayLine, DelayLineDied
 from testbed.links.neighbours import forwarding, neighbour
-from testbed.links.netlink import NetlinkSocket, Request, back_to_own_namespace, decode, encode, setns
+from testbed.links.netlink import NetlinkSocket, Request, back_to_own_namespace, encode, setns
 from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
 from testbed.links.routes import tcp_route
 from testbed.links.shaper import Port
@@ -63,13 +63,13 @@ INTERFACE = "eth0"
 LINED_INTERFACE = "eth1"
 """The delay line's end in a container."""
 
-_NOT_COMPOSE = {"com.docker.compose.project": "", "com.docker.compose.service": ""}
+NOT_COMPOSE = {"com.docker.compose.project": "", "com.docker.compose.service": ""}
 """Compose marks the images that it builds, containers inherit that, and Compose would take a worker for one of its own."""
 _RUN_DIR = PurePosixPath("/run/netsense")
+ENVIRONMENT = {"HOME": "/tmp", "TMPDIR": "/tmp", "OMP_NUM_THREADS": "1"}
 _NOBODY = 65534
-_PIDS = 4096
+PIDS = 4096
 """Processes and threads of a container: far more than training takes, and no fork bomb."""
-_IFF_UP = 1
 _NO_IPV6_ADDRESS = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", 1)]})]}
 """An interface that makes up no address (IN6_ADDR_GEN_MODE_NONE), and so says nothing on its link of its own accord."""
 _READY_S = 60.0
@@ -80,78 +80,11 @@ _OWN_MOUNT = re.compile(r"/containers/([0-9a-f]{64})/(?:hostname|hosts|resolv\.c
 """A line of mountinfo(5): Docker mounts these files from a directory named after the container."""
 
 
-class _Line:
-    """Our end of the connection to one container's keeper."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._incoming = protocol.MessageBuffer()
-        self._codes: dict[int, int] = {}
-        self._started = 0
-        self._gone = False
-        self._lock = threading.Lock()
-
-    def start(self, argv: Sequence[str], env: Mapping[str, str], log: int) -> int:
-        """log: descriptor that output goes to."""
-        with self._lock:
-            self._started += 1
-            self._send({"start": self._started, "argv": list(argv), "env": dict(env)}, [log])
-            return self._started
-
-    def kill(self, number: int) -> None:
-        with self._lock:
-            self._send({"kill": number})
-
-    def poll(self, number: int) -> int | None:
-        with self._lock:
-            while not self._gone:
-                try:
-                    data = self._connection.recv(1 << 16, socket.MSG_DONTWAIT)
-                except BlockingIOError:
-                    break
-                except OSError:
-                    data = b""
-                try:
-                    for message in self._incoming.feed(data):
-                        self._codes[int(message["exited"])] = int(message["code"])
-                except (ValueError, LookupError, TypeError):  # no keeper says that
-                    data = b""
-                self._gone = not data
-            # With the container everything in it has been killed.
-            return self._codes.get(number, -signal.SIGKILL if self._gone else None)
-
-    def close(self) -> None:
-        self._connection.close()
-
-    def _send(self, message: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
-        line = protocol.encode_message(message)
-        try:
-            sent = socket.send_fds(self._connection, [line], descriptors)
-            self._connection.sendall(line[sent:])
-        except OSError:
-            self._gone = True
-
-
-@dataclass(frozen=True, slots=True)
-class DockerProcess:
-    """A program in a container (``labs.base.Process``)."""
-
-    line: _Line
-    number: int
-
-    def poll(self) -> int | None:
-        return self.line.poll(self.number)
-
-    def kill(self) -> None:
-        if self.poll() is None:
-            self.line.kill(self.number)
-
-
 class DockerHost:
     """A container with one interface that is in use (``labs.base.Host``)."""
 
     def __init__(
-        self, name: str, address: str, mac: str, container: str, directory: Path, line: _Line, sock: NetlinkSocket
+        self, name: str, address: str, mac: str, container: str, directory: Path, line: KeeperLine, sock: NetlinkSocket
     ) -> None:
         self.name = name
         self.way_in: Mapping[str, int | str] = {"container": container}
@@ -165,11 +98,10 @@ class DockerHost:
         self._directory = directory
         self._line = line
 
-    def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> DockerProcess:
-        # The file is ours; a program there has no more of it than where its output goes.
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> ContainerProcess:
+        output = open_log(log)
         try:
-            return DockerProcess(self._line, self._line.start(argv, env, output))
+            return ContainerProcess(self._line, self._line.start(argv, env, output))
         finally:
             os.close(output)
 
@@ -196,7 +128,7 @@ class DockerLab:
         self._token = secrets.token_hex(4)
         self._labels = {LABEL: self._token, OWNER: owner_mark()}
         self._client: docker.DockerClient | None = None
-        self._lines: dict[str, _Line] = {}
+        self._lines: dict[str, KeeperLine] = {}
         self._switch: NetlinkSocket | None = None
         self._taps: list[int] = []
         self._line = ExitStack()
@@ -219,7 +151,7 @@ class DockerLab:
         _require_capabilities()
         self._client = connect()
         try:
-            with _docker_errors():
+            with docker_errors():
                 self._build(self._client)
             self.links.apply(self._plan.links)
         except BaseException as error:
@@ -268,7 +200,7 @@ class DockerLab:
                 rendezvous.unlink()
             containers = {name: future.result() for name, future in starting.items()}
         finally:
-            with _undisturbed():
+            with undisturbed():
                 pool.shutdown(wait=True, cancel_futures=True)
             rendezvous.unlink(missing_ok=True)
         self._wire(network, containers)
@@ -306,7 +238,7 @@ class DockerLab:
             command=[],
             name=f"netsense-{self._token}-{name}",
             hostname=name,
-            labels={**_NOT_COMPOSE, **self._labels},
+            labels={**NOT_COMPOSE, **self._labels},
             detach=True,
             auto_remove=True,
             network=network.name,
@@ -314,7 +246,7 @@ class DockerLab:
             dns_opt=["attempts:0"],
             user="{}:{}".format(*user),
             cap_drop=["ALL"],
-            pids_limit=self._plan.limits.pids or _PIDS,
+            pids_limit=self._plan.limits.pids or PIDS,
             # Swap would take no less from others, and let a worker crawl instead of failing.
             mem_limit=self._plan.limits.memory_bytes,
             memswap_limit=self._plan.limits.memory_bytes,
@@ -324,7 +256,7 @@ class DockerLab:
             tmpfs={"/tmp": "rw,nosuid,nodev"},
             mounts=mounts,
             device_requests=devices,
-            environment={"HOME": "/tmp", "TMPDIR": "/tmp", "OMP_NUM_THREADS": "1"},
+            environment=ENVIRONMENT,
         )
         container.reload()
         return container
@@ -353,7 +285,7 @@ class DockerLab:
                 connection.close()
                 continue
             connection.settimeout(None)
-            self._lines[host] = _Line(connection)
+            self._lines[host] = KeeperLine(connection)
 
     def _expect_alive(self, name: str, container: Container) -> None:
         with contextlib.suppress(NotFound):
@@ -366,7 +298,7 @@ class DockerLab:
 
     def _wire(self, network: Network, containers: Mapping[str, Container]) -> None:
         self._switch = NetlinkSocket()
-        outside = {link["index"]: link for link in _interfaces(self._switch)}
+        outside = {link["index"]: link for link in interfaces(self._switch)}
         cables: dict[str, tuple[int, int]] = {}
         for name in self._plan.hosts:
             attached = containers[name].attrs["NetworkSettings"]["Networks"][network.name]
@@ -386,7 +318,9 @@ class DockerLab:
             gso_bytes, gso_segments = gso_limits(self._plan.packet_bytes.get(name, UNCUT_PACKET_BYTES), self._plan.mtu)
             inner.batch(
                 [
-                    _change(up, "largest packet", ("IFLA_GSO_MAX_SIZE", gso_bytes), ("IFLA_GSO_MAX_SEGS", gso_segments)),
+                    change_interface(
+                        up, "largest packet", ("IFLA_GSO_MAX_SIZE", gso_bytes), ("IFLA_GSO_MAX_SEGS", gso_segments)
+                    ),
                     tcp_route(up.ifindex, address, attached["IPPrefixLen"], self._plan.tcp),
                 ]
             )
@@ -409,18 +343,18 @@ class DockerLab:
         second, down = self._tap(f"tap{self._token}{len(self.hosts) - 1}", outer.socket)
         inner.socket.batch(
             [
-                _change(inner, "cable", up=False),
+                change_interface(inner, "cable", up=False),
                 _address(RTM_DELADDR, inner, host.address, prefix_bits),
-                _change(up, "TAP device", ("IFLA_ADDRESS", host.mac), mtu, silent),
-                _change(up, "TAP device", up=True),
+                change_interface(up, "TAP device", ("IFLA_ADDRESS", host.mac), mtu, silent),
+                change_interface(up, "TAP device", up=True),
                 _address(RTM_NEWADDR, up, host.address, prefix_bits),
             ]
         )
         outer.socket.batch(
             [
-                _change(outer, "cable", up=False),
-                _change(down, "TAP device", ("IFLA_MASTER", bridge), mtu, silent),
-                _change(down, "TAP device", up=True),
+                change_interface(outer, "cable", up=False),
+                change_interface(down, "TAP device", ("IFLA_MASTER", bridge), mtu, silent),
+                change_interface(down, "TAP device", up=True),
             ]
         )
         return up, down, (first, second)
@@ -435,7 +369,7 @@ class DockerLab:
             return self._taps[-1], Port(sock, socket.if_nametoindex(name), name)
 
     def _close(self) -> None:
-        with _undisturbed():
+        with undisturbed():
             self._line.close()
             for tap in self._taps:
                 os.close(tap)
@@ -486,7 +420,7 @@ def image_has(program: str) -> bool:
     image = os.environ.get(ENV_IMAGE, DEFAULT_IMAGE)
     question = ["sh", "-c", f"command -v {program}"]
     # On another thread, which Ctrl-C does not keep from removing the container.
-    with contextlib.closing(connect()) as client, _docker_errors(), ThreadPoolExecutor(1) as pool:
+    with contextlib.closing(connect()) as client, docker_errors(), ThreadPoolExecutor(1) as pool:
         require_image(client, image)
         try:
             pool.submit(
@@ -496,7 +430,7 @@ def image_has(program: str) -> bool:
                 command=[],
                 remove=True,
                 network_mode="none",
-                labels=_NOT_COMPOSE,
+                labels=NOT_COMPOSE,
             ).result()
         except ContainerError:
             return False
@@ -563,15 +497,11 @@ def _enter(pid: int) -> NetlinkSocket:
         raise LabError(f"cannot see the containers: {_OTHER_NAMESPACE}") from None
 
 
-def _interfaces(sock: NetlinkSocket) -> list[ifinfmsg]:
-    return [decode(answer, ifinfmsg) for answer in sock.dump(encode(ifinfmsg(), RTM_GETLINK, 0, "list interfaces"))]
-
-
 def _cable(host: DockerHost, outside: Mapping[int, ifinfmsg]) -> tuple[ifinfmsg, ifinfmsg]:
     """The ends of a new container's cable: in the container, and at the bridge. outside: all interfaces there, by index."""
     # The daemon's word is checked: a PID means another process if we do not share its PID namespace, and an index
     # another interface if we do not share its network namespace.
-    mine = next((x for x in _interfaces(host.socket) if x.get_attr("IFLA_IFNAME") == INTERFACE), None)
+    mine = next((x for x in interfaces(host.socket) if x.get_attr("IFLA_IFNAME") == INTERFACE), None)
     if mine is None or mine.get_attr("IFLA_ADDRESS") != host.mac:
         raise LabError(f"cannot see the container of {host.name}: {_OTHER_NAMESPACE}")
     peer = outside.get(mine.get_attr("IFLA_LINK"))
@@ -581,15 +511,6 @@ def _cable(host: DockerHost, outside: Mapping[int, ifinfmsg]) -> tuple[ifinfmsg,
     if {mine.get_attr("IFLA_QDISC"), peer.get_attr("IFLA_QDISC")} != {"noqueue"}:
         raise LabError(f"something else shapes the link of {host.name}; end that first")
     return mine, peer
-
-
-def _change(port: Port, what: str, *attributes: tuple[str, object], up: bool | None = None) -> Request:
-    message = ifinfmsg()
-    message["index"] = port.ifindex
-    if up is not None:
-        message["flags"], message["change"] = _IFF_UP * up, _IFF_UP
-    message["attrs"] = list(attributes)
-    return encode(message, RTM_NEWLINK, 0, f"{what} {port.interface}")
 
 
 def _address(kind: int, port: Port, address: str, prefix_bits: int) -> Request:
@@ -633,7 +554,7 @@ class _DaemonPaths:
 
 
 @contextlib.contextmanager
-def _docker_errors() -> Iterator[None]:
+def docker_errors() -> Iterator[None]:
     try:
         yield
     except (DockerException, requests.RequestException) as error:
@@ -642,7 +563,7 @@ def _docker_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Put off Ctrl-C until the lab is removed; only the main thread can, and only it is interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -8,6 +8,15 @@ Both ends speak JSON, one object a line, over a Unix socket in the run directory
 
 With each start comes the descriptor of the log.
 
+A task of a swarm shares no files with anybody. There the keeper waits to be called, by a name that begins with "@", in the
+network namespace of its container (unix(7), abstract); the node's agent enters that and is let in because it is root, which
+nobody in the container is. Descriptors then take the place of shared files:
+
+    agent:        {"directory": true}, once, with a descriptor of its copy of the run directory
+    keeper:       {"directory": number}    programs find it as /proc/1/fd/number
+
+and with the keeper's {"host": name} comes one of the file in which the kernel counts the container's processor time.
+
 The connection is also the lease. When the orchestrator dies, in whatever way, the kernel closes it; the keeper then ends,
 and as it is the first process of the container's PID namespace, everything else in the container ends too.
 """
@@ -18,9 +27,17 @@ import os
 import selectors
 import signal
 import socket
+import struct
 import sys
 from typing import Any
 
+_CALLED_S = 120.0
+"""Nobody will call any more after so long."""
+_PROCESSOR_TIME = (
+    "/sys/fs/cgroup/cpu.stat",
+    "/sys/fs/cgroup/cpuacct/cpuacct.usage",
+    "/sys/fs/cgroup/cpu,cpuacct/cpuacct.usage",
+)
 _DEATH_CODE = 127  # as the shell: the program could not be started
 
 
@@ -29,9 +46,14 @@ def main(path: str, host: str) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # the first process gets no default actions
     # The orchestrator must be on time while the workers are busy.
     os.nice(5)
-    channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    channel.connect(path)
-    _send(channel, {"host": host})
+    if path.startswith("@"):
+        channel = _called(path)
+        counters = [os.open(name, os.O_RDONLY) for name in _PROCESSOR_TIME if os.path.exists(name)]  # noqa: PTH110
+        socket.send_fds(channel, [json.dumps({"host": host}).encode() + b"\n"], counters[:1])
+    else:
+        channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        channel.connect(path)
+        _send(channel, {"host": host})
 
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write)
@@ -56,12 +78,35 @@ def main(path: str, host: str) -> None:
                 _serve(channel, programs, json.loads(line), logs)
 
 
+def _called(name: str) -> socket.socket:
+    """Wait to be called by root."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        server.bind("\0" + name[1:])
+        server.listen()
+        server.settimeout(_CALLED_S)
+        while True:
+            try:
+                channel, _ = server.accept()
+            except TimeoutError:
+                os._exit(0)
+            _, user, _ = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            if user == 0:
+                channel.settimeout(None)
+                return channel
+            channel.close()
+
+
 def _serve(channel: socket.socket, programs: dict[int, int], request: dict[str, Any], logs: list[int]) -> None:
     if "kill" in request:
         for pid, number in programs.items():
             if number == request["kill"]:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(pid, signal.SIGKILL)
+        return
+    if "directory" in request:
+        directory = logs.pop(0)
+        os.set_inheritable(directory, False)
+        _send(channel, {"directory": directory})
         return
     number = request["start"]
     try:

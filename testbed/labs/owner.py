@@ -7,14 +7,14 @@ from pathlib import Path
 def owner_mark() -> str:
     """A text by which any process of this machine can tell whether this one still lives."""
     pid = os.getpid()
-    return f"{pid}:{_start_time(pid)}:{_boot_id()}:{_pid_namespace()}"
+    return f"{pid}:{_start_time(pid)}:{boot_id()}:{_pid_namespace()}"
 
 
 def owner_lives(mark: str) -> bool:
     """False only if the process is known to be gone."""
     try:
         pid, started, boot, namespace = mark.split(":")
-        if boot != _boot_id():
+        if boot != boot_id():
             return False
         if namespace != _pid_namespace():
             return True  # its PID means nothing to us
@@ -34,5 +34,6 @@ def _pid_namespace() -> str:
     return str(Path("/proc/self/ns/pid").stat().st_ino)
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
+    """Of this machine since it was started."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -300,6 +300,9 @@ def parse_congestion(value: object) -> str:
 CongestionControl = Annotated[str, BeforeValidator(parse_congestion), written_as("congestion")]
 
 
+OVERLAY_MTU = 1450
+"""What VXLAN leaves of 1500 bytes: it adds 50, with Ethernet's 14 (RFC 7348)."""
+NodeLabel = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 MIN_IPV6_MTU = 1280
 """RFC 8200; Linux takes IPv6 off an interface with less."""
 
@@ -814,8 +817,11 @@ class Spec(Model):
 
     name: str = Field("experiment", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}$")
     """Of the experiment; run directories begin with it."""
-    lab: Literal["netns", "docker"] = "netns"
-    """Where the workers run: in rootless network namespaces, or in Docker containers."""
+    lab: Literal["netns", "docker", "swarm"] = "netns"
+    """Where the workers run: in rootless network namespaces, in Docker containers, or in containers on the nodes of a Docker
+    Swarm. There an mtu that is left out is 1450, as the overlay network takes 50 bytes of each frame."""
+    placement: dict[str, dict[NodeLabel, NodeLabel]] = Field(default_factory=dict, examples=["{w0: {zone: a}, w1: {zone: b}}"])
+    """In a swarm, the labels that a host's node must have; hosts that are left out go where Swarm puts them."""
     workers: StrictInt = Field(4, ge=1, le=64)
     """How many; they are called w0, w1, …"""
     ranks_per_worker: StrictInt = Field(1, ge=1, le=16)
@@ -849,6 +855,16 @@ class Spec(Model):
     ended. With competing traffic a step may not take longer."""
     on_failure: Literal["stop", "continue"] = "stop"
     """Whether a worker that dies ends its cell, or all are started again, from their last checkpoint."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_swarms_have_it(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get("lab") != "swarm" or not isinstance(raw.get("network", {}), dict):
+            return raw
+        network = {"mtu": OVERLAY_MTU, **raw.get("network", {})}
+        if network.get("engine", "auto") == "auto":
+            network["engine"] = "netem"  # if any: what the nodes' kernels have is not known here
+        return {**raw, "network": network}
 
     @model_validator(mode="after")
     def _all_is_slower(self) -> Self:

@@ -319,12 +319,16 @@ def _add_rules(definitions: Json) -> None:
     some = {"type": "string", "pattern": "^[^eE]*[1-9]"}
     slowed = {"properties": {"workload": {"required": ["compute"], "properties": {"compute": _needs("pace", "emulate")}}}}
     star = {"properties": {"topology": {"const": "star"}, "ip": {"const": 4}}}
+    kernel = {"properties": {"engine": {"enum": ["auto", "netem"]}}}
+    cpu = {"properties": {"device": {"enum": ["cpu", "auto"]}}}
     rules: Mapping[str, Json] = {
         "Spec": {
             "oneOf": [{"required": ["workload"]}, {"required": ["script"]}],
             "allOf": [
                 _if({"dilation": {"exclusiveMinimum": 1}}, {"required": ["workload"], **slowed}, "dilation"),
-                _if({"lab": {"const": "docker"}}, {"properties": {"network": star}}, "lab"),
+                _if({"lab": {"enum": ["docker", "swarm"]}}, {"properties": {"network": star}}, "lab"),
+                _if({"lab": {"const": "swarm"}}, {"properties": {"network": kernel, "workload": cpu}}, "lab"),
+                _if({"lab": {"enum": ["netns", "docker"]}}, {"properties": {"placement": {"maxProperties": 0}}}),
             ],
         },
         "NetworkSpec": {
@@ -370,6 +374,7 @@ def _add_rules(definitions: Json) -> None:
         "additionalProperties": {"type": "array", "items": _FILLED, "minItems": 1, "uniqueItems": True},
     }
     network["regions"]["additionalProperties"] = False
+    spec["placement"]["additionalProperties"]["additionalProperties"] = False
     from_outside = definitions["ScriptSpec"]["properties"]["stop"]
     from_outside["allOf"] = [{"$ref": from_outside.pop("$ref")}, _without("steps", "epochs")]
 

@@ -30,7 +30,7 @@ def check_traffic(flows: Collection[Flow], lab: str) -> None:
     if lab == "netns" and shutil.which(PROGRAM) is None:
         mend = f"install it with: sudo apt-get install {PROGRAM} (or dnf), or {_BUILTIN}"
         raise LabError(f"engine: {PROGRAM} needs a program that this machine lacks; {mend}")
-    if lab == "docker":
+    if lab in ("docker", "swarm"):
         from testbed.labs.docker import image_has
 
         if not image_has(PROGRAM):

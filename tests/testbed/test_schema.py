@@ -88,6 +88,7 @@ TAKEN = {
     "network.between.eu-as": NAMED,
     "network.links.w7": NAMED,
     "workload.compute.stragglers.w9": NAMED,
+    "placement.w9": NAMED,
     "workload.data: 99 bytes": COMPARED,
     "workload.data: 200 classes": COMPARED,
     "workload.data: use side: 32": COMPARED,

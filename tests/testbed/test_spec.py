@@ -170,6 +170,11 @@ BAD = [
     ({"network__links": {"w7": {"rate": "5mbit"}}}, "bad.yaml: network.links.w7: ", "w0, w1, w2, w3"),
     ({"workload__compute": {"pace": "1s", "emulate": "1s"}}, "bad.yaml: workload.compute.emulate: ", "beside pace"),
     ({"workload__device": "gpu"}, "bad.yaml: workload.device: ", "valid: cpu, cuda, auto"),
+    ({"lab": "swarm", "workload__device": "cuda"}, "bad.yaml: workload.device: ", "for labs of one machine"),
+    ({"lab": "swarm", "network__engine": "userspace"}, "bad.yaml: network.engine: ", "use engine: netem"),
+    ({"lab": "swarm", "placement": {"w9": {"zone": "a"}}}, "bad.yaml: placement.w9: ", "there is no host 'w9'"),
+    ({"lab": "swarm", "placement": {"w0": {"a b": "c"}}}, "bad.yaml: placement.w0.a b: ", ""),
+    ({"placement": {"w0": {"zone": "a"}}}, "bad.yaml: placement: ", "use lab: swarm"),
     ({"workload__compute": {"emulate": "0s"}}, "bad.yaml: workload.compute.emulate: ", "greater than 0"),
     ({"workload__compute": {"pace": "1s", "jitter": "5%"}}, "bad.yaml: workload.compute.jitter: ", "needs emulate"),
     ({"workload__compute": {"stragglers": {"w1": 2}}}, "bad.yaml: workload.compute.stragglers: ", "needs pace"),
@@ -347,6 +352,7 @@ calibrate: true
 dilation: 1
 on_failure: continue
 limits: {memory: 2GiB, pids: 500}
+placement: {}
 """
 
 
@@ -471,6 +477,13 @@ def test_resume_takes_a_run_directory_and_nothing_else(tmp_path):
         result = CliRunner().invoke(app, ["run", "--resume", *arguments])
         assert result.exit_code == 2
         assert words in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_the_overlay_of_a_swarm_takes_its_bytes_from_the_mtu_unless_the_spec_says_otherwise():
+    raw = yaml.safe_load(SMOKE.read_text())
+    assert validate({**raw, "lab": "swarm"}).network.mtu == 1450
+    assert validate({**raw, "lab": "swarm", "network": {"mtu": 8950}}).network.mtu == 8950
+    assert validate(raw).network.mtu == 1500
 
 
 def test_clean_says_that_it_could_not_ask_docker(monkeypatch, tmp_path):

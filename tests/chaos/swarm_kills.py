@@ -1,0 +1,174 @@
+"""Kill parts of running experiments over a swarm, and see what is left, lost and said.
+
+    python tests/chaos/swarm_kills.py [--kills 20] [--seed 0] [--target agent]…
+
+Three nodes on this machine (tests/swarm/swarm_nodes.py); needs root and the image. Each round runs a small experiment and sends
+SIGKILL at a random moment of a cell:
+
+    orchestrator   to ``testbed run``
+    agent          to the agent of a node
+    daemon         to dockerd of a node that is no manager; its containers live on without it
+    node           to all processes of such a node at once, as if it lost its power
+
+Then the cell has to end within 15 s, unless it does not need what was killed, with one line that names the node, and is tried
+again on what is left of the swarm. Afterwards the daemon is started again, ``testbed clean`` is run, and nothing may be left on
+any node. Of an orchestrator that was killed all records that were a second old must load.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "swarm"))
+
+from swarm_nodes import Node, Nodes, end_all_in
+
+from testbed import load_run
+
+ROOT = Path(__file__).parents[2]
+TARGETS = ("orchestrator", "agent", "daemon", "node")
+_END_S = 15.0
+_SECOND_TRY_S = 60.0
+SPEC = {
+    "name": "chaos",
+    "lab": "swarm",
+    "workers": 3,
+    "network": {"link": {"rate": "20mbit"}},
+    "schedule": [{"at": "1s", "set": {"rate": "10mbit"}}, {"at": "2s", "ramp": {"rate": "20mbit"}, "over": "500ms"}],
+    "workload": {"model": {"name": "mlp", "hidden": [64]}, "stop": {"seconds": 6}, "compute": {"pace": "20ms"}},
+    "methods": ["allreduce"],
+    "calibrate": False,
+}
+
+
+@dataclass
+class Outcome:
+    """One round. at_s: when the signal came, after the first step. seconds: until the cell, or else the run, had ended.
+    faults: what should not be; empty if all is well."""
+
+    target: str
+    at_s: float
+    seconds: float = 0.0
+    code: int | None = 0
+    said: str = ""
+    faults: list[str] = field(default_factory=list)
+
+
+def one_round(nodes: Nodes, target: str, draw: random.Random, directory: Path) -> Outcome:
+    outcome = Outcome(target, draw.uniform(0.2, 4.0))
+    (directory / "chaos.yaml").write_text(yaml.safe_dump(SPEC))
+    environment = {**nodes.manager.environment, "PYTHONPATH": str(ROOT), "COLUMNS": "300"}
+
+    def testbed(*arguments: str) -> list[str]:
+        return nodes.manager.inside([sys.executable, "-m", "testbed.cli", *arguments])
+
+    with open(directory / "printed.txt", "w") as log:
+        command = testbed("run", str(directory / "chaos.yaml"), "--out", str(directory / "runs"))
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+    if not _wait(lambda: _rows(directory) > 0 or process.poll() is not None, 60):
+        outcome.faults.append("no step in 60 s")
+    time.sleep(outcome.at_s)
+    before = _rows(directory, older_s=1.0)
+    victim = draw.choice(nodes.nodes[1:])
+    _kill(target, victim, process.pid)
+    killed_s = time.monotonic()
+    printed = directory / "printed.txt"
+    if target in ("agent", "node"):
+        if not _wait(lambda: victim.name in printed.read_text(), _END_S):
+            outcome.faults.append(f"{victim.name} is not named in {_END_S:g} s")
+        outcome.seconds = time.monotonic() - killed_s
+        outcome.said = next((line.strip() for line in printed.read_text().splitlines() if victim.name in line), "")
+    try:
+        outcome.code = process.wait(_SECOND_TRY_S)
+    except subprocess.TimeoutExpired:
+        outcome.faults.append("the run does not end")
+        process.kill()
+        process.wait()
+    outcome.seconds = outcome.seconds or time.monotonic() - killed_s
+    if "Traceback" in printed.read_text():
+        outcome.faults.append("a traceback")
+    if target in ("daemon", "node"):
+        victim.process = None
+        end_all_in(victim.namespace)
+        victim.start()
+        victim.wait()
+    subprocess.run(testbed("clean"), env=environment, check=True, stdout=subprocess.DEVNULL)
+    if left := nodes.left(20):
+        outcome.faults.append(f"left: {left}")
+    try:
+        (run,) = (directory / "runs").iterdir()
+        if target == "orchestrator" and (loaded := len(load_run(run).steps)) < before:
+            outcome.faults.append(f"{before - loaded} rows older than a second are lost")
+    except (OSError, ValueError) as error:
+        outcome.faults.append(f"records: {error}")
+    return outcome
+
+
+def _kill(target: str, victim: Node, orchestrator: int) -> None:
+    if target == "orchestrator":
+        os.kill(orchestrator, signal.SIGKILL)
+    elif target == "daemon":
+        os.kill(victim.daemon, signal.SIGKILL)
+    elif target == "node":
+        end_all_in(victim.namespace)
+    else:
+        pids = subprocess.run(["ip", "netns", "pids", victim.namespace], capture_output=True, text=True, check=True).stdout
+        for pid in map(int, pids.split()):
+            if b"testbed.agent" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+
+
+def _rows(directory: Path, older_s: float = 0.0) -> int:
+    """Rows of steps that have come home; those that are older than so many seconds by the newest one."""
+    steps = [path.read_bytes().splitlines() for path in directory.glob("runs/*/cells/*/hosts/*/steps.jsonl")]
+    per_second = 1 / 0.06
+    return max(0, sum(map(len, steps)) - round(len(steps) * older_s * per_second))
+
+
+def _wait(condition, seconds: float) -> bool:
+    given_up_s = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > given_up_s:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--target", action="append", choices=TARGETS)
+    options = parser.parse_args()
+    targets = options.target or TARGETS
+    draw = random.Random(options.seed)
+    failed = 0
+    with Nodes(3) as nodes:
+        for number in range(options.kills):
+            scratch = Path(tempfile.mkdtemp(prefix="swarm-chaos-", dir="/var/tmp"))
+            one = one_round(nodes, targets[number % len(targets)], draw, scratch)
+            failed += bool(one.faults)
+            verdict = "; ".join(one.faults) or "well"
+            ended = f"ended after {one.seconds:.1f} s, exit code {one.code}"
+            print(f"{number:3} {one.target:12} at {one.at_s:.1f} s: {ended}; {verdict}")
+            if one.said:
+                print(f"      {one.said}")
+            sys.stdout.flush()
+            if not one.faults:
+                shutil.rmtree(scratch, ignore_errors=True)
+    print(f"{failed} of {options.kills} not well")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
