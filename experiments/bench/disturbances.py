@@ -18,8 +18,8 @@ Prints a line a trial: its ratio of throughputs, and what it is blamed for. Then
 than 5 %, chance alone puts ratios off. Exit code 1 if a run with a ratio that is off is called valid, or if an undisturbed run
 with one that is not off is called invalid.
 
-Nothing else may run beside it. A trial takes 15 to 30 s. When the time is over, what has been tried is judged; it is in the file
-of results, and started again with the same seed and number of runs, the program goes on from there.
+Nothing else may run beside it. A trial takes 15 to 30 s. When the time is over, what has been tried is judged; it is in the
+file of results, and started again with the same seed and number of runs, the program goes on from there.
 """
 
 import argparse
