@@ -103,7 +103,7 @@ def one_round(nodes: Nodes, target: str, draw: random.Random, directory: Path) -
         victim.start()
         victim.wait()
     subprocess.run(testbed("clean"), env=environment, check=True, stdout=subprocess.DEVNULL)
-    if left := nodes.left(20):
+    if left := nodes.left():
         outcome.faults.append(f"left: {left}")
     try:
         (run,) = (directory / "runs").iterdir()

@@ -154,7 +154,7 @@ class Nodes:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._close()
 
-    def left(self, seconds: float = 10.0) -> list[str]:
+    def left(self, seconds: float = 30.0) -> list[str]:
         """What is on the nodes that a swarm does not have from the beginning; a node takes a moment to remove a container."""
         given_up_s = time.monotonic() + seconds
         while (found := self._found()) and time.monotonic() < given_up_s:
