@@ -203,8 +203,10 @@ class Nodes:
             return  # a daemon that keeps its layers otherwise
         data = node.directory / "data"
         (data / "image").mkdir(parents=True)
-        subprocess.run(["cp", "-a", names, data / "image"], check=True)
-        subprocess.run(["cp", "-al", layers, data], check=True)
+        for copy in (["cp", "-a", names, data / "image"], ["cp", "-al", layers, data]):
+            if subprocess.run(copy, check=False, stderr=subprocess.DEVNULL).returncode:  # such as on another file system
+                shutil.rmtree(data)
+                return
 
     def _join(self, pool: ThreadPoolExecutor) -> None:
         manager = self.manager
