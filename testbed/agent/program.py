@@ -149,8 +149,10 @@ class Agent:
         request = getattr(message, "request", None)
         try:
             result = self._do(message, part)
-        except (LabError, HostFailed, ValueError, LookupError, OSError) as error:
+        except Exception as error:  # whoever asked is told, also of what nobody has foreseen
             text = explained(error) if isinstance(error, OSError) else str(error)
+            if not isinstance(error, LabError | HostFailed | ValueError | OSError):
+                text = f"{type(error).__name__}: {text}"
             if request is not None:
                 self._channel.send(messages.Refused(request=request, error=protocol.one_line(text, 2000)))
             elif self._cell is not None:

@@ -47,7 +47,7 @@ class NodePart:
             address, mac = f"10.77.0.{detail['number']}", mac_of(detail["number"])
             with back_to_own_namespace():
                 namespace, inner = _new_namespace()
-            self.hosts[name] = NetnsHost(name, address, mac, namespace, inner, server, self._plan)
+            self.hosts[name] = NetnsHost(name, address, mac, namespace, inner, server, self._plan, groups=())
             self._held.callback(self.hosts[name].close)
             self._held.callback(inner.close)
             node.batch(
