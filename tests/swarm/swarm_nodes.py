@@ -27,6 +27,8 @@ from typing import Self
 IMAGE = os.environ.get("TESTBED_IMAGE", "netsense-testbed:local")
 _NETWORK = "10.79.0"
 _READY_S = 30.0
+_DOCKER_ROOT = Path(os.environ.get("NETSENSE_DOCKER_ROOT", "/var/lib/docker"))
+"""Of this machine's own daemon; it is often a mount of its own, and hard links to what is in it must be in it, too."""
 
 
 class Node:
@@ -125,7 +127,9 @@ class Nodes:
 
     def __init__(self, count: int = 3, monotonic_s: Mapping[int, int] | None = None, directory: Path | None = None) -> None:
         self._own = directory is None
-        self._work = directory or Path(tempfile.mkdtemp(prefix="netsense-swarm-", dir="/var/tmp"))
+        self._work = directory or Path(
+            tempfile.mkdtemp(prefix="netsense-swarm-", dir=_DOCKER_ROOT if _DOCKER_ROOT.is_dir() else "/var/tmp")
+        )
         self._token = f"ns{os.getpid()}"
         self._bridge = f"{self._token}-net"
         self.nodes = [
@@ -197,8 +201,7 @@ class Nodes:
         """Layers are only read, so hard links to those of this machine's own daemon do."""
         if (node.directory / "data").exists():
             return
-        root = Path(os.environ.get("NETSENSE_DOCKER_ROOT", "/var/lib/docker"))
-        layers, names = root / "overlay2", root / "image" / "overlay2"
+        layers, names = _DOCKER_ROOT / "overlay2", _DOCKER_ROOT / "image" / "overlay2"
         if not names.is_dir():
             return  # a daemon that keeps its layers otherwise
         data = node.directory / "data"
