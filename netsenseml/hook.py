@@ -189,10 +189,10 @@ class Session:
             self._in_backward = True
             self._exchanged_s, self._paused_s = self._exchanged_s + self._paused_s, 0.0
             self._statistics.begin_backward()
-            self._follow_learning_rate()
             self._exchanges = []
             began_s = monotonic_s()
             with self._noticing():
+                self._follow_learning_rate()  # which may wait, too
                 self.method.begin()
             began_for_s = monotonic_s() - began_s
         statistics = self._statistics

@@ -25,6 +25,10 @@ class Late:
     and checkpoints of the model. What was applied is the sum of the means but for the newest one, which ``give_back`` puts
     into error feedback on every rank when delays end: so it is spread over the next steps, and not a step of twice the size.
 
+    A mean that is under way when the learning rate changes is worth as much as before, as is what error feedback keeps: it is
+    scaled by the old rate over the new one. After a rate has fallen at once to a tenth, the next step's gradients are ten times
+    as large, which clipping would cut away.
+
     What a step of delay costs is in ``control.plans.worth``: with SGD so much that ``Apart`` with an interval of one step is
     the better way. To correct for what the parameters have moved meanwhile (DC-ASGD, Zheng et al., ICML 2017) was not tried. A
     longer delay costs far more, and would need error feedback that lets two exchanges of one bucket be under way.
@@ -41,11 +45,14 @@ class Late:
         """What that has cost which no step has been charged with yet."""
         self.waited_s = 0.0
         """By this backward, before its end, for what was exchanged in the one before."""
+        self._rescaled_s = 0.0
+        """Of that, what ``rescale`` has waited and ``exchange`` has yet to add."""
 
     def begin(self, *, delayed: bool) -> None:
         """Before a backward."""
         self._landed, self.waited_s = [], 0.0
         if not delayed:
+            self._rescaled_s = 0.0
             self.give_back()
 
     def measured(self, scheme: str) -> str:
@@ -57,7 +64,8 @@ class Late:
         gradient, key = bucket.buffer(), tuple(bucket.parameters())
         if key not in self._under_way and any(not set(key).isdisjoint(other) for other in self._under_way):
             self.give_back()  # DDP has rearranged its buckets
-        before, began_s = self._under_way.pop(key, None), monotonic_s()
+        before, began_s = self._under_way.pop(key, None), monotonic_s() - self._rescaled_s
+        self._rescaled_s = 0.0
         mean = torch.zeros_like(gradient) if before is None else before.mean.wait()
         if before is not None:
             if not bucket.is_last():  # when that is ready backward has ended
@@ -79,6 +87,17 @@ class Late:
         spent, self._spent = self._spent, []
         for one in spent:
             statistics.include(one)
+
+    def rescale(self, factor: float) -> None:
+        """Before a backward, and before what error feedback keeps is rescaled, with which exchanges that are under way work:
+        wait for them. Their means are to be ``factor`` times as large."""
+        if not self._under_way:
+            return
+        began_s = monotonic_s()
+        for one in self._under_way.values():
+            one.mean.wait()
+        self._rescaled_s += monotonic_s() - began_s
+        self._under_way = {key: one._replace(mean=done(one.mean.wait() * factor)) for key, one in self._under_way.items()}
 
     def give_back(self) -> None:
         """Wait for all that is under way, and leave it to error feedback."""

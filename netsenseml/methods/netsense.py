@@ -196,6 +196,8 @@ class NetSense(Coded):
             self._policy.adaptive = adaptive
 
     def rescale(self, factor: float, *, gradients: bool) -> None:
+        if self._late is not None:
+            self._late.rescale(factor)
         super().rescale(factor, gradients=gradients)
         if not gradients:
             self._lr_change /= factor

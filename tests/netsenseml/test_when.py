@@ -141,6 +141,47 @@ def test_replicas_are_equal_and_nothing_is_lost_over_any_sequence_of_schemes_int
                 assert row["lost_energy"] == 1.0
 
 
+def add_at_rate(total: torch.Tensor, optimizer: torch.optim.Optimizer, gradient: torch.Tensor) -> None:
+    total.add_(gradient.reshape(-1), alpha=optimizer.param_groups[0]["lr"])
+
+
+def change_the_rate(rank: int, scheme: str) -> tuple[list[str], list[list[list[float]]]]:
+    """The rate is now a tenth and now ten times what it was: hashes of parameters after every step; every 10 steps what was put
+    in, at its rate, and what became of it, of this rank."""
+    ddp = make_ddp()
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=LR)
+    session = attach(ddp, "netsense", policy="fixed", schemes=[scheme])
+    begin, put_in = flat(ddp.parameters()), [torch.zeros(p.numel(), dtype=torch.float64) for p in ddp.parameters()]
+    for parameter, total in zip(ddp.parameters(), put_in, strict=True):
+        parameter.register_hook(partial(add_at_rate, total, optimizer))
+    hashes, kept = [], []
+    for step, batch in enumerate(batches(rank, 40)):
+        rate = optimizer.param_groups[0]["lr"] = LR / 10 if step // 4 % 2 else LR
+        backward(ddp, batch)
+        optimizer.step()
+        session.step()
+        hashes.append(parameters_hash(ddp.module))
+        if step % 10 == 9:
+            state = session.state_dict()
+            named = dict(ddp.module.named_parameters())
+            late = {name: torch.zeros(p.numel()) for name, p in named.items()}
+            for names, _, mean in state["late"]["under_way"]:
+                late |= dict(zip(names, mean.split([late[name].numel() for name in names]), strict=True))
+            waits = flat(state["feedback"].get(name, torch.zeros(p.numel())) for name, p in named.items()) + flat(late.values())
+            kept.append([torch.cat(put_in).tolist(), (begin - flat(ddp.parameters()) + rate * waits).tolist()])
+    session.close()
+    return hashes, kept
+
+
+@pytest.mark.parametrize("scheme", ["int8+1", "allreduce+1"])
+def test_what_is_under_way_when_the_learning_rate_changes_is_worth_as_much_as_before(scheme: str) -> None:
+    ranks = run_group(change_the_rate, 3, scheme)
+    assert all(len(set(hashes)) == 1 for hashes in zip(*(hashes for hashes, _ in ranks), strict=True))
+    for own in zip(*(kept for _, kept in ranks), strict=True):
+        put_in, became = torch.tensor(own, dtype=torch.float64).mean(0)
+        torch.testing.assert_close(became, put_in, rtol=1e-5, atol=1e-5)
+
+
 def step_by_constant_gradients(rank: int) -> list[list[float]]:
     """With plain all-reduce, and apart now and then: parameters in the end."""
     found = []
