@@ -30,7 +30,7 @@ and others may wait beside it."""
 @dataclass(frozen=True, slots=True)
 class Peer:
     """What a rank tells the others of itself. host: equal for ranks that share a network interface. address: IP, None if
-    unknown. device: type of the device that its tensors are on. card: which of all CUDA devices that is, None if it is none."""
+    unknown. device: type of the device that its tensors are on. card: which of all CUDA devices that is, None if none or unknown."""
 
     host: str
     address: str | None
@@ -298,7 +298,7 @@ def _meet(group: dist.ProcessGroup, config: Mapping[str, Any], device: torch.dev
         "host": _host(),
         "address": local_address(os.environ.get("GLOO_SOCKET_IFNAME")),
         "device": device.type if device is not None else "cpu",
-        "card": str(torch.cuda.get_device_properties(device).uuid) if device is not None and device.type == "cuda" else None,
+        "card": _card(device),
     }
     store.set(f"netsenseml/meeting/{meeting}/{rank}", json.dumps(mine, default=lambda value: type(value).__name__))
     keys = [f"netsenseml/meeting/{meeting}/{other}" for other in range(group.size())]
@@ -330,6 +330,14 @@ def _host() -> str:
         return f"{boot.read_text().strip()}/{namespace.stat().st_ino}"
     except OSError:  # no Linux
         return socket.gethostname()
+
+
+def _card(device: torch.device | None) -> str | None:
+    """Which GPU; None if it is none, or PyTorch does not tell, as before 2.5."""
+    if device is None or device.type != "cuda":
+        return None
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return None if uuid is None else str(uuid)
 
 
 def _listed(ranks: Sequence[int]) -> str:
