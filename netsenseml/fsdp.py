@@ -61,7 +61,7 @@ class ShardedSession(Session):
             self.close()
             raise ValueError(
                 f"'{method}' needs the buckets of DistributedDataParallel; with fully_shard choose another method"
-                + ", or interval=1" * ("interval" in options)
+                + ", or interval=1 and delay=0" * ("interval" in options or "delay" in options)
             )
 
     def register(self, _: Any) -> None:

@@ -30,7 +30,7 @@ and others may wait beside it."""
 @dataclass(frozen=True, slots=True)
 class Peer:
     """What a rank tells the others of itself. host: equal for ranks that share a network interface. address: IP, None if
-    unknown. device: type of the device that its tensors are on. card: which of all CUDA devices that is, None if none or unknown."""
+    unknown. device: type of the device that its tensors are on. card: which CUDA device that is, None if none or unknown."""
 
     host: str
     address: str | None

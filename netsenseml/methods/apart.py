@@ -14,7 +14,7 @@ from netsenseml.control.plans import look
 from netsenseml.exchange.collective import all_reduce_mean
 from netsenseml.exchange.communicators import Plan, RingAllReduce
 from netsenseml.exchange.mesh import Mesh
-from netsenseml.methods.local import Common, done, exchanged
+from netsenseml.methods.local import Common, done, exchanged, refuse_sharded
 from netsenseml.statistics import StepStatistics
 from netsenseml.streams import start_to_host
 
@@ -63,6 +63,11 @@ class Apart:
     @property
     def under_way(self) -> bool:
         return self._common is not None
+
+    def refuse(self, optimizers: Collection[torch.optim.Optimizer]) -> None:
+        """Raises ValueError, one line, for optimizers that make no local steps, or keep what has no mean."""
+        refuse_sharded(optimizers)
+        self._moments(optimizers)
 
     def begin(self, optimizers: Collection[torch.optim.Optimizer]) -> None:
         """All ranks have the same parameters now. Raises ValueError, one line, where optimizers keep what has no mean."""
@@ -162,7 +167,9 @@ class Apart:
         values = [(p, name, value) for p, name, value in found if isinstance(value, torch.Tensor)]
         for _, name, value in values:
             if not value.is_floating_point():
-                raise ValueError(f"the optimizer keeps {name} as {value.dtype}, of which there is no mean; say interval=1")
+                raise ValueError(
+                    f"the optimizer keeps {name} as {value.dtype}, of which there is no mean; say interval=1 and delay=0"
+                )
         return [value for p, _, value in values if value.device == p.device]  # others are counts, such as NAdam's mu_product
 
     @contextlib.contextmanager

@@ -257,8 +257,8 @@ def refuse_sharded(optimizers: Iterable[torch.optim.Optimizer]) -> None:
     for optimizer in optimizers:
         if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
             raise ValueError(
-                "a ZeroRedundancyOptimizer makes no local steps; choose a method without them (netsense: interval=1), or the "
-                "optimizer that it shards"
+                "a ZeroRedundancyOptimizer makes no local steps; choose a method without them (netsense: interval=1 and "
+                "delay=0), or the optimizer that it shards"
             )
 
 

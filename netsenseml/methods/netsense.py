@@ -102,6 +102,8 @@ class NetSense(Coded):
             self.steps_apart = max(max(interval, 1) * (1 + delay) for interval, delay in possible)
         self._interval, self._delay = 0, 0
         """In force, as names have them; the ranks may still be apart when the first is 0."""
+        self._optimizers_fit = self._apart is None
+        """Whether local steps are known to be possible with them, or there are none."""
         self._alone = False
         """Whether this backward's gradients are this rank's alone."""
         self._between, self._ended = True, 0
@@ -281,6 +283,9 @@ class NetSense(Coded):
     def after_step(self, statistics: StepStatistics) -> None:
         self._ended = -1
         apart = self._apart
+        if apart is not None and self.optimizers and not self._optimizers_fit:  # soon, though the ranks may part late
+            apart.refuse(self.optimizers)
+            self._optimizers_fit = True
         if apart is None or not apart.under_way:
             return
         refuse_sharded(self.optimizers)

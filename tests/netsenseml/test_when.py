@@ -289,7 +289,7 @@ def refuse(rank: int) -> list[str]:
         backward(ddp, batch)
     session.close()
     found.append(str(refused.value))
-    for method, options in (("netsense", {"interval": 4}), ("localsgd", {})):
+    for method, options in (("netsense", {"interval": 4}), ("netsense", {"interval": "auto"}), ("localsgd", {})):
         ddp = make_ddp()
         session = attach(ddp, method, **options)
         optimizer = ZeroRedundancyOptimizer(ddp.parameters(), torch.optim.SGD, lr=LR)
@@ -351,7 +351,7 @@ def test_running_statistics_are_not_those_of_long_ago_and_an_optimizer_without_a
     for rank in done:
         ((own, before), _), refused = rank["look in"]
         assert own == before, "before the first exchange each rank has its own"
-        assert refused == "the optimizer keeps codes as torch.uint8, of which there is no mean; say interval=1"
+        assert refused == "the optimizer keeps codes as torch.uint8, of which there is no mean; say interval=1 and delay=0"
     (own, behind), (own_too, behind_too) = (rank["look in"][0][1] for rank in done)
     assert behind == behind_too and own != own_too
 
@@ -441,7 +441,7 @@ def test_what_cannot_work_is_refused_in_one_line() -> None:
     for scaled, delayed, unused, *sharded in run_group(refuse, 2):
         for text, what in ((scaled, "GradScaler"), (delayed, "GradScaler"), (unused, "find_unused_parameters")):
             assert what in text and "\n" not in text
-        assert len(sharded) == 2
+        assert len(sharded) == 3
         assert all(text.startswith("a ZeroRedundancyOptimizer makes no local steps") and "\n" not in text for text in sharded)
 
 
