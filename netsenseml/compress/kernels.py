@@ -15,8 +15,9 @@ import os
 import re
 import secrets
 import struct
+import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,6 +30,8 @@ from netsenseml.compress import layout
 Array: TypeAlias = np.ndarray[Any, Any]
 
 _DIGEST_BYTES = 32
+_PATIENCE_S = 60.0
+"""So long a process waits for another one to compile; that may have been stopped."""
 
 
 class Kernel:
@@ -67,19 +70,35 @@ def _load() -> dict[str, Kernel]:
     cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
     target = llvm.Target.from_triple(llvm.get_process_triple())
     machine = target.create_target_machine(cpu=cpu, features=features, opt=3, jit=True)
-    sources = [Path(__file__).with_name(name).read_text() for name in ("kernels.py", "loops.py", "layout.py")]
-    made_of = json.dumps([cpu, features, version("numba"), llvmlite.__version__, *sources])
+    made_of = json.dumps([machine.triple, cpu, features, _version("numba"), llvmlite.__version__, *_sources()])
     name = f"netsenseml-kernels-{hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()}"
     signatures, code = kept(_directories(), name, machine)
     library = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
     for kernel in signatures:
         library.export_symbol(kernel)
-    compiler = llvm.create_lljit_compiler(machine)
+    # On ARM the older linker may put code and its table of addresses too far apart.
+    compiler = llvm.create_lljit_compiler(machine, use_jit_link=machine.triple.startswith(("aarch64", "arm64")))
     found = library.link(compiler, "netsenseml")
     addresses = {kernel: found[kernel] for kernel in signatures}
     found.detach()  # they stay for ever: where a process ends, a thread may be in a kernel yet
     compiler.detach()
     return {kernel: Kernel(addresses[kernel], signature) for kernel, signature in signatures.items()}
+
+
+def _sources() -> list[str]:
+    """Digests of what the kernels are made of; where that cannot be read, as in a zip file, the version that stands for it."""
+    try:
+        paths = [Path(__file__).with_name(name) for name in ("kernels.py", "loops.py", "layout.py")]
+        return [hashlib.blake2b(path.read_bytes(), digest_size=_DIGEST_BYTES).hexdigest() for path in paths]
+    except OSError:
+        return [_version("netsenseml")]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # frozen, or run from a source tree
+        return "unknown"
 
 
 def _directories() -> list[Path]:
@@ -93,7 +112,8 @@ def _directories() -> list[Path]:
 
 def kept(directories: Sequence[Path], name: str, machine: Any) -> tuple[dict[str, str], bytes]:
     """What ``loops.build`` makes: from a file of the first directory that has it, or else compiled, and kept in the first one
-    that can be written, if any can. Of processes that come at once, one compiles, and the others wait for it."""
+    that can be written, if any can. Of processes that come at once, one compiles, and the others wait for it, but not for
+    ever."""
     for directory in directories:
         if (found := _read(directory / name)) is not None:
             return found
@@ -123,13 +143,25 @@ def _alone(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     if not os.access(directory, os.W_OK):
         raise PermissionError(directory)
-    descriptor = os.open(directory, os.O_RDONLY)
+    descriptor, began_s = os.open(directory, os.O_RDONLY), time.monotonic()
     try:
-        with contextlib.suppress(OSError):  # a file system without locks: more than one may compile
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while not _locked(descriptor) and time.monotonic() - began_s < _PATIENCE_S:
+            time.sleep(0.02)
         yield
     finally:
+        with contextlib.suppress(OSError):  # a process that was forked off meanwhile has it open, too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: more than one may compile
+        pass
+    return True
 
 
 def _read(path: Path) -> tuple[dict[str, str], bytes] | None:

@@ -1,6 +1,8 @@
 """Kernels are compiled once on a machine, by one process, and kept; what was kept badly is not believed."""
 
+import fcntl
 import multiprocessing
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +75,40 @@ def test_of_several_that_come_at_once_one_compiles(compiled: list[float], tmp_pa
     assert len(compiled) == 1
 
 
+def test_for_one_that_has_been_stopped_nobody_waits_for_ever(
+    compiled: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kernels, "_PATIENCE_S", 0.2)
+    stopped = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(stopped, fcntl.LOCK_EX)
+    try:
+        began_s = time.monotonic()
+        assert kernels.kept([tmp_path], "name", None) == MADE
+        assert compiled[0] - began_s >= 0.2
+        assert (tmp_path / "name").exists()
+    finally:
+        os.close(stopped)
+
+
+def test_one_that_was_forked_off_meanwhile_keeps_no_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It has open what its parent had."""
+    really, inherited = os.open, list[int]()
+
+    def open_twice(*arguments: Any) -> int:
+        descriptor = really(*arguments)
+        inherited.append(os.dup(descriptor))
+        return descriptor
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", open_twice)
+        with kernels._alone(tmp_path):
+            pass
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for descriptor in (other, *inherited):
+        os.close(descriptor)
+
+
 def test_arrays_of_another_kind_are_refused() -> None:
     """Their address would be all that a kernel looks at."""
     x, positions = np.zeros(8, np.float32), np.arange(4, dtype=np.uint32)
@@ -87,15 +123,19 @@ def encoded(seed: int) -> list[int]:
 
 
 def send_encoded(results: Any, seed: int) -> None:
-    results.put(encoded(seed))
+    results.send(encoded(seed))
 
 
 def test_processes_that_are_forked_off_and_threads_use_them_too() -> None:
     context = multiprocessing.get_context("fork")
-    results, expected = context.SimpleQueue(), [encoded(seed) for seed in range(8)]
-    child = context.Process(target=send_encoded, args=(results, 3))
+    results, sending = context.Pipe(duplex=False)
+    expected = [encoded(seed) for seed in range(8)]
+    child = context.Process(target=send_encoded, args=(sending, 3))
     child.start()
-    assert results.get() == expected[3]
-    child.join()
+    sending.close()  # so that the end of the child is the end of the pipe
+    assert results.poll(60), "the child hangs"
+    assert results.recv() == expected[3]
+    child.join(60)
+    assert child.exitcode == 0
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(encoded, range(8))) == expected
