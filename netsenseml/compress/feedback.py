@@ -96,9 +96,10 @@ class ErrorFeedback:
             view.zero_()
         return Compensated(residual, held, gradient_norm)
 
-    def settle(self, key: Key, exchanged: Compensated, sent: torch.Tensor | None = None) -> float:
+    def settle(self, key: Key, exchanged: Compensated, sent: torch.Tensor | None = None, *, scale: float = 1.0) -> float:
         """End the exchange of what ``compensate`` returned; returns the norm of what is kept over that of the gradient.
 
+        scale: so many times what was not sent is the norm of the residual, and so many times ``limit`` it may be.
         sent: positions of what was sent, shape (k,), integer; None if all or unknown. What is not finite is forgotten: all
         ranks have seen that there was an overflow, and it must not come back for ever.
         """
@@ -113,9 +114,9 @@ class ErrorFeedback:
             rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             return 0.0
         ratio = size / exchanged.gradient_norm if exchanged.gradient_norm > 0 else 0.0
-        if self.limit is not None and ratio > self.limit:
-            residual.mul_(self.limit / ratio)
-            return self.limit
+        if self.limit is not None and ratio > (limit := self.limit * scale):
+            residual.mul_(limit / ratio)
+            return limit
         return ratio
 
     def holds(self, key: Key) -> bool:

@@ -113,7 +113,9 @@ def _exchange(
     mean = yield from plan.exchange(source, context)
     with statistics.coding():
         lost, scale = energy_lost(before, source), context.sent.residual_scale
-        ratio = memory.settle(key, compensated, context.sent.positions) if memory is not None else 0.0
+        ratio = 0.0
+        if memory is not None:
+            ratio = memory.settle(key, compensated, context.sent.positions, scale=scale)
         if scale:
             statistics.lose(lost / scale**2, norm(before) ** 2, ratio / scale)
         return tensor.copy_(mean)  # which does nothing where the mean was formed in it

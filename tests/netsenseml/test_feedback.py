@@ -125,6 +125,15 @@ def test_a_residual_is_bounded_and_the_ratio_is_told() -> None:
     torch.testing.assert_close(feedback.state_dict()["key"], torch.full((1000,), 30.0))
 
 
+def test_the_bound_of_a_residual_that_counts_for_several_ranks_is_scaled_too() -> None:
+    feedback = ErrorFeedback(limit=30.0)
+    for _ in range(100):
+        compensated = feedback.compensate("key", torch.ones(1000), dense=False)
+        ratio = feedback.settle("key", compensated, scale=2.0)
+    assert ratio == pytest.approx(60)
+    torch.testing.assert_close(feedback.state_dict()["key"], torch.full((1000,), 60.0))
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_forgotten(momentum: float, bad: float) -> None:
