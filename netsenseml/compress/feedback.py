@@ -99,9 +99,9 @@ class ErrorFeedback:
     def settle(self, key: Key, exchanged: Compensated, sent: torch.Tensor | None = None, *, scale: float = 1.0) -> float:
         """End the exchange of what ``compensate`` returned; returns the norm of what is kept over that of the gradient.
 
-        scale: so many times what was not sent is the norm of the residual, and so many times ``limit`` it may be.
         sent: positions of what was sent, shape (k,), integer; None if all or unknown. What is not finite is forgotten: all
         ranks have seen that there was an overflow, and it must not come back for ever.
+        scale: norm of the residual over that of what was not sent, and so the factor of ``limit``.
         """
         residual = exchanged.tensor
         rows = self._tensor(_parts(key), residual)

@@ -58,12 +58,6 @@ def all_to_all_chunks(chunks: Sequence[torch.Tensor], sizes: Sequence[int], grou
     return _result(group.alltoall_base(received, sending, list(sizes), sent), received)
 
 
-def broadcast(tensor: torch.Tensor, group: dist.ProcessGroup) -> Future[torch.Tensor]:
-    """The tensor of the group's first rank, in place on all others where that is possible."""
-    tensor = _on_host(tensor, group)
-    return _result(group.broadcast(tensor, 0), tensor)
-
-
 def _on_host(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The tensor where the collectives of a group can take it; waits for the stream that makes it if it must be copied."""
     if tensor.device.type == "cpu" or not isinstance(group, dist.ProcessGroupGloo):
