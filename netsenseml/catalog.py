@@ -190,7 +190,7 @@ METHODS: Mapping[str, Options] = {
         "hierarchy": Option(
             str,
             "auto",
-            "auto: where hosts have several ranks, one of each exchanges for all of them; flat: every rank with every other"
+            "auto: where hosts have several ranks, each exchanges a share for its host; flat: every rank with every other"
             " (progress)",
             choices=("auto", "flat"),
         ),

@@ -18,7 +18,7 @@ _ROWS, _RUN = 64, 256
 
 def plans(shape: Shape, floor: float, item_bytes: int = 4, *, by_host: bool = True) -> list[Plan]:
     """The gradients as they are, of ``item_bytes`` an element; all of them in fewer bits; ever fewer elements, down to the
-    share ``floor``. Each by every communicator that may be the fastest. by_host: over one rank a host where hosts have several.
+    share ``floor``. Each by every communicator that may be the fastest. by_host: once a host where hosts have several ranks.
 
     What sends no less than the gradients as they are is left out, but for float32 itself, which is sooner there over long
     paths.
