@@ -48,10 +48,10 @@ def lacking(plan: "Plan") -> str | None:
     names, daemon = found(), None
     if plan.lab == "docker" and names:
         from testbed.labs.base import LabError
-        from testbed.labs.docker import connect
+        from testbed.labs.docker import connect, docker_errors
 
         try:
-            with contextlib.closing(connect()) as client:
+            with docker_errors(), contextlib.closing(connect()) as client:
                 daemon = client.info()
         except LabError as error:
             return str(error)

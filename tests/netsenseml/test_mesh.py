@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from netsenseml.compress.codec import Codec
 from netsenseml.exchange.collective import all_reduce_mean
 from netsenseml.exchange.communicators import DirectAllReduce, Hierarchical, parse
-from netsenseml.exchange.mesh import Mesh, Peer, Shape, abort, timeout
+from netsenseml.exchange.mesh import Mesh, Peer, Shape, _card, abort, timeout
 from netsenseml.sensing.tcp import is_connected
 
 
@@ -80,6 +81,16 @@ def test_an_interface_carries_what_leaves_its_host(hosts: int, ranks_per_host: i
     leaving = sum(b // ranks_per_host != 0 for _, b in pairs)
     assert shape.ranks_crossing * max(shape.ranks - 1, 1) == pytest.approx(leaving)
     assert shape.of_hosts == Shape(hosts)
+
+
+@pytest.mark.parametrize(("properties", "card"), [({"uuid": "GPU-1"}, "GPU-1"), ({}, None)])
+def test_a_card_is_known_where_torch_tells_which_it_is(
+    properties: dict[str, str], card: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.4 does not."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**properties))
+    assert _card(torch.device("cuda")) == card
+    assert _card(torch.device("cpu")) is None and _card(None) is None
 
 
 def meet(rank: int) -> tuple[list[Peer], tuple[int, ...], list[int], int]:

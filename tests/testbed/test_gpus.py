@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
+from docker.errors import DockerException
 from typer.testing import CliRunner
 
 from testbed import gpus
@@ -95,6 +97,23 @@ def test_validate_says_that_a_good_spec_cannot_run_for_want_of_a_gpu(
     assert result.exit_code == 0, result.output
     assert ("but it cannot run here" in result.output) == (said is not None)
     assert (said or "good; 1 cell") in result.output
+
+
+@pytest.mark.parametrize("error", [DockerException("half an answer"), requests.ConnectionError("half an answer")])
+def test_validate_says_in_one_line_that_the_daemon_has_not_answered(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Breaking(Daemon):
+        def info(self) -> dict[str, Any]:
+            raise error
+
+    monkeypatch.setattr(gpus, "found", lambda: CARDS)
+    monkeypatch.setattr(docker, "connect", lambda: Breaking({}))
+    spec = tmp_path / "gpu.yaml"
+    spec.write_text(SPEC.format(lab="docker", device="cuda"))
+    result = CliRunner().invoke(app, ["validate", str(spec)])
+    assert result.exit_code == 0, result.output
+    assert "but it cannot run here: Docker refused: half an answer" in result.output
 
 
 def test_what_a_lab_builds_knows_the_device(tmp_path: Path) -> None:
