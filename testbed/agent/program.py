@@ -113,16 +113,17 @@ class Agent:
         self._requests.put(None)
 
     def _heard(self, message: Any, part: bytes) -> None:
+        cell = self._cell  # which may end meanwhile, on another thread
         match message:
             case messages.Time(number=number, at_s=at_s):
                 came_s = monotonic_s()
                 sent_s = self._asked_s.pop(number, None)
                 if sent_s is not None:
                     self._clock.add(sent_s, at_s, came_s)
-            case messages.Data(connection=connection) if self._cell is not None:
-                self._cell.relay.say(connection, part)
-            case messages.HangUp(connection=connection) if self._cell is not None:
-                self._cell.relay.hang_up(connection)
+            case messages.Data(connection=connection) if cell is not None:
+                cell.relay.say(connection, part)
+            case messages.HangUp(connection=connection) if cell is not None:
+                cell.relay.hang_up(connection)
             case _:
                 self._requests.put((message, part))
 
@@ -303,9 +304,9 @@ class _Cell:
         self._sender.send_growth()
 
     def arrived(self) -> dict[str, int]:
-        if self._recorder is None or self._part is None:
-            return {}
-        return {link: self._recorder.arrived_bytes([link]) for link in self._part.hosts}
+        part, recorder = self._part, self._recorder
+        # The hosts of a part that is being removed become fewer, on another thread.
+        return {} if recorder is None or part is None else {link: recorder.arrived_bytes([link]) for link in list(part.hosts)}
 
     def close(self) -> None:
         self._stopping.set()
@@ -341,8 +342,8 @@ class _Cell:
                     self._channel.send(messages.Exited(number=number, code=code))
                 if self._recorder is not None:
                     self.failure = self.failure or self._recorder.failure
-            except OSError as error:
-                self.failure = self.failure or explained(error)
+            except (OSError, HostFailed) as error:
+                self.failure = self.failure or (explained(error) if isinstance(error, OSError) else str(error))
 
 
 class _Sender:
