@@ -97,7 +97,7 @@ class Channel:
     """Messages over one TLS connection; a thread of its own sends and receives.
 
     kind: of the messages that may come. heard: called with each and the bytes behind it, in order, on the channel's thread; it
-    must not wait. What it raises ends the connection. lost: called once, there, with the reason as one line, when the connection
+    must not wait. What it raises ends the connection. lost: called once, there, with the reason as one line, when it
     has ended.
     """
 

@@ -374,7 +374,9 @@ class _Sender:
         own = [*self._cell.glob("*.jsonl"), *self._cell.glob("logs/*.log")]
         theirs: list[Path] = []
         for directory in self._cell.glob("hosts/*"):
-            found = [path for path in directory.glob("[!.]*" if last else "[!.]*.jsonl") if not path.match(protocol.CHECKPOINTS)]
+            found = [
+                path for path in directory.glob("[!.]*" if last else "[!.]*.jsonl") if not path.match(protocol.CHECKPOINTS)
+            ]
             found.sort(key=lambda path: _RECORDS.fullmatch(path.name) is None)  # records first
             theirs += found[:_MOST_FILES]
         return [path for path in (*own, *theirs) if is_regular(path)]

@@ -54,6 +54,7 @@ with open(out / "steps.jsonl", "a", buffering=1) as steps:
         say(type="heartbeat", step=step + 1)
 print("rank", rank, "is done")
 (out / "model.bin").write_bytes(bytes(3_000_000))
+(out / "notes.jsonl").write_text('{"t_s": 5, "mine": 1}\\n{"half')
 say(type="done", steps=step + 1, parameters="same", accuracy=None, loss=None)
 """
 
@@ -207,6 +208,7 @@ def test_a_cell_over_nodes_is_whole_and_valid(found) -> None:
     logs = Path(found["run"], "cells", cell["cell"], "logs")
     assert (logs / "w1.log").read_text() == "rank 1 is done\n"
     assert (logs.parent / "hosts/w1/model.bin").stat().st_size == 3_000_000
+    assert (logs.parent / "hosts/w1/notes.jsonl").read_text() == '{"t_s": 5, "mine": 1}\n{"half', "what is no record is as it was"
     assert found["left"] == [[], [], []] and found["left_later"] == []
 
 
@@ -239,6 +241,7 @@ def test_a_clock_that_is_known_badly_makes_the_cell_invalid(found) -> None:
     [problem] = validity.unplaced_changes(of["events"])
     assert "cannot be placed within 50 ms" in problem and "the machine of w2 was known only to 1" in problem
     assert problem in validity.cell_problems({**cell, "workload": {}}, of)
+    assert "samples of w2 cannot be placed within 50 ms" in "".join(validity.unplaced_samples(of["links"], of["host"]))
 
 
 def test_a_lost_node_is_named_and_its_records_are_kept(found) -> None:

@@ -162,7 +162,9 @@ def test_what_time_it_is_overtakes_the_files_that_wait() -> None:
     assert [json.loads(line)["type"] for line in told.splitlines()[:2]] == ["ask_time", "grown"]
 
 
-@pytest.mark.parametrize("clock", ["[NaN, 0, 0, 0, 0]", "[0, 0, 0, Infinity, 0]", "[0, 0.5, 0, 0, 0]", "[0, 0, 0, -1, 0]", "[0]"])
+@pytest.mark.parametrize(
+    "clock", ["[NaN, 0, 0, 0, 0]", "[0, 0, 0, Infinity, 0]", "[0, 0.5, 0, 0, 0]", "[0, 0, 0, -1, 0]", "[0]"]
+)
 def test_a_clock_that_no_machine_has_is_not_believed(clock: str) -> None:
     with pytest.raises(ValueError, match="clock"):
         messages.parse(f'{{"type": "status", "clock": {clock}}}'.encode(), messages.FROM_AGENT)
