@@ -83,7 +83,8 @@ def secured(sock: socket.socket, secret: bytes, *, server: bool) -> ssl.SSLSocke
     with contextlib.ExitStack() as stack:
         stack.callback(sock.close)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MOST_UNSENT_BYTES)
+        with contextlib.suppress(OSError):  # not every kernel has it
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MOST_UNSENT_BYTES)
         made = context.wrap_socket(sock, server_side=server)
         stack.callback(made.close)
         own = ssl.PEM_cert_to_DER_cert(secret[: secret.index(b"-----BEGIN PRIVATE KEY")].decode().strip())
