@@ -47,7 +47,8 @@ test-netem: setup
 test-delayline: setup
 	NETSENSE_ENGINE=userspace NETSENSE_REQUIRE=netem \
 		unshare $$([ $$(id -u) = 0 ] || echo --user --map-root-user) --net --mount --pid --fork --kill-child --mount-proc \
-		$(VENV)/bin/python -m pytest tests/netem --ignore tests/netem/test_netem_aqm.py $(PYTEST_ARGS)
+		$(VENV)/bin/python -m pytest tests/netem --ignore tests/netem/test_netem_aqm.py \
+		--ignore tests/netem/test_limits_delegated.py $(PYTEST_ARGS)
 
 test-swarm: setup
 	NETSENSE_REQUIRE=swarm $(VENV)/bin/python -m pytest tests/swarm $(PYTEST_ARGS)

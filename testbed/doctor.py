@@ -21,7 +21,7 @@ from typing import Any, Literal
 import psutil
 
 from testbed import gpus
-from testbed.labs.base import LabError
+from testbed.labs.base import HostFailed, LabError
 from testbed.labs.capabilities import CAPABILITIES, lacking_capabilities
 from testbed.labs.cgroups import groups_of_run
 from testbed.labs.netns import enclosure, why_it_failed
@@ -354,11 +354,11 @@ def swarm_lab() -> list[Finding]:
     from testbed.labs import docker, swarm
 
     try:
-        with contextlib.closing(docker.connect()) as client:
+        with docker.docker_errors(), contextlib.closing(docker.connect()) as client:
             swarm.require_manager(client)
             away = swarm.nodes_away(client)
-        found = Finding("lab swarm", "ok", f"with --lab swarm, on {', '.join(swarm.try_out())}")
-    except LabError as error:
+            found = Finding("lab swarm", "ok", f"with --lab swarm, on {', '.join(swarm.try_out())}")
+    except (LabError, HostFailed) as error:
         reason, _, mend = str(error).partition("; ")
         return [Finding("lab swarm", "missing", reason, mend)]
     mend = "start Docker there, open tcp 2377 and 7946, udp 7946 and 4789; docker node update --availability active NODE"

@@ -4,8 +4,10 @@ Not for people: a lab of several machines starts it on each, as root in the mach
 """
 
 import argparse
+import contextlib
 import importlib
 import os
+import resource
 import signal
 import sys
 import threading
@@ -29,6 +31,10 @@ def main() -> int:
     given = parser.parse_args()
     module, _, name = given.lab.partition(":")
     make_part: MakePart = getattr(importlib.import_module(module), name)
+    # Each host takes some sockets, and each program that connects one more.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     given.directory.mkdir(parents=True, exist_ok=True)
     try:
         sock = connect(given.orchestrator, given.secret.read_bytes())

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from netsenseml.records import monotonic_s
-from testbed.agent.messages import Message, parse
+from testbed.agent.messages import AskTime, Hello, Message, Status, Time, parse
 
 LOST_S = 3.5
 """An end that is not heard for so long is lost."""
@@ -27,8 +27,12 @@ MOST_PART_BYTES = 1 << 20
 """Behind one message."""
 _MOST_LINE_BYTES = 1 << 20
 _MOST_MESSAGES_PER_S = 20_000
-_MOST_WAITING_BYTES = 16 << 20
+_MOST_WAITING_BYTES = 1 << 20
+_MOST_UNSENT_BYTES = 128 << 10
+"""In the kernel: what is there already, nothing overtakes."""
 _PIECE_BYTES = 1 << 16
+_PIECES = 16
+"""So many are received, or sent, before it is the other's turn."""
 _HANDSHAKE_S = 5.0
 _CHECK_S = 0.5
 _CLOSED = "the connection was closed"
@@ -79,6 +83,8 @@ def secured(sock: socket.socket, secret: bytes, *, server: bool) -> ssl.SSLSocke
     with contextlib.ExitStack() as stack:
         stack.callback(sock.close)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):  # not every kernel has it
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MOST_UNSENT_BYTES)
         made = context.wrap_socket(sock, server_side=server)
         stack.callback(made.close)
         own = ssl.PEM_cert_to_DER_cert(secret[: secret.index(b"-----BEGIN PRIVATE KEY")].decode().strip())
@@ -92,8 +98,8 @@ class Channel:
     """Messages over one TLS connection; a thread of its own sends and receives.
 
     kind: of the messages that may come. heard: called with each and the bytes behind it, in order, on the channel's thread; it
-    must not wait. What it raises as ValueError or OSError ends the connection. lost: called once, there, with the reason as one
-    line, when the connection has ended.
+    must not wait. What it raises ends the connection. lost: called once, there, with the reason as one line, when it
+    has ended.
     """
 
     def __init__(
@@ -104,7 +110,10 @@ class Channel:
         lost: Callable[[str], None],
     ) -> None:
         self._socket, self._kind, self._heard, self._lost = sock, kind, heard, lost
-        self._waiting: deque[memoryview] = deque()
+        self._waiting: deque[bytes] = deque()
+        self._urgent: deque[bytes] = deque()
+        self._rest = memoryview(b"")
+        """Of the message that is being sent. TLS wants the same bytes again after a refusal, so it is sent to its end."""
         self._waiting_bytes = 0
         self._room = threading.Condition()
         self._woken, self._waker = socket.socketpair()
@@ -125,17 +134,20 @@ class Channel:
     def send(self, message: Message, part: bytes = b"") -> None:
         """Send a message with bytes behind it. Waits while too much is under way, but not on the channel's own thread.
 
+        What tells that this end lives, and what time it is, overtakes all else, and does not wait.
+
         What is sent over a connection that has ended is gone: ``lost`` has told of that.
         """
         if part:
             message = message.model_copy(update={"bytes": len(part)})
         data = message.model_dump_json(exclude_defaults=False).encode() + b"\n" + part
+        urgent = isinstance(message, Hello | AskTime | Time | Status)
         with self._room:
-            if threading.current_thread() is not self._thread:
+            if not urgent and threading.current_thread() is not self._thread:
                 self._room.wait_for(lambda: self._waiting_bytes < _MOST_WAITING_BYTES or self.ended)
             if self.ended:
                 return
-            self._waiting.append(memoryview(data))
+            (self._urgent if urgent else self._waiting).append(data)
             self._waiting_bytes += len(data)
         self._wake()
 
@@ -156,20 +168,25 @@ class Channel:
             self._waker.send(b"x")
 
     def _run(self) -> None:
+        reason = _CLOSED
         try:
             reason = self._converse()
         except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
-            reason = _CLOSED
+            pass
         except (OSError, ValueError) as error:
             reason = str(error)
-        with self._room:
-            self.ended = True
-            self._waiting.clear()
-            self._waiting_bytes = 0
-            self._room.notify_all()
-        for end in (self._socket, self._woken, self._waker):
-            end.close()
-        self._lost(reason)
+        except Exception as error:  # what nobody has foreseen must not leave others waiting for this thread
+            reason = f"{type(error).__name__}: {error}"
+        finally:
+            with self._room:
+                self.ended = True
+                self._waiting.clear()
+                self._urgent.clear()
+                self._waiting_bytes = 0
+                self._room.notify_all()
+            for end in (self._socket, self._woken, self._waker):
+                end.close()
+            self._lost(reason)
 
     def _converse(self) -> str:
         """Returns why it has ended, or raises OSError or ValueError."""
@@ -178,37 +195,41 @@ class Channel:
             selector.register(self._woken, selectors.EVENT_READ)
             selector.register(self._socket, selectors.EVENT_READ)
             while not self._closing:
-                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._waiting else 0)
+                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._waiting_bytes else 0)
                 selector.modify(self._socket, events)
-                for key, ready in selector.select(_CHECK_S):
-                    if key.fileobj is self._woken:
-                        self._woken.recv(4096)
-                    elif ready & selectors.EVENT_READ:
-                        if not self._receive():
-                            return _CLOSED
-                        heard_s = monotonic_s()
+                left = self._socket.pending() > 0  # decrypted already, so the kernel does not tell of it
+                ready = {key.fileobj: happened for key, happened in selector.select(0 if left else _CHECK_S)}
+                if self._woken in ready:
+                    self._woken.recv(4096)
+                if left or ready.get(self._socket, 0) & selectors.EVENT_READ:
+                    if not self._receive():
+                        return _CLOSED
+                    heard_s = monotonic_s()
                 self._send()
                 if monotonic_s() - heard_s > LOST_S:
                     return f"not heard for {LOST_S:g} s"
         return "hung up"
 
     def _send(self) -> None:
-        while self._waiting:
+        for _ in range(_PIECES):
+            if not self._rest:
+                with self._room:
+                    queue = self._urgent or self._waiting
+                    if not queue:
+                        return
+                    self._rest = memoryview(queue.popleft())
             try:
-                sent = self._socket.send(self._waiting[0][:_PIECE_BYTES])
+                sent = self._socket.send(self._rest[:_PIECE_BYTES])
             except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
                 return
+            self._rest = self._rest[sent:]
             with self._room:
                 self._waiting_bytes -= sent
-                if sent == len(self._waiting[0]):
-                    self._waiting.popleft()
-                else:
-                    self._waiting[0] = self._waiting[0][sent:]
                 self._room.notify_all()
 
     def _receive(self) -> bool:
-        """Take what has come; False at the end."""
-        while True:
+        """Take what has come, but no more than leaves time to send; False at the end."""
+        for _ in range(_PIECES):
             try:
                 data = self._socket.recv(_PIECE_BYTES)
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -217,6 +238,7 @@ class Channel:
                 return False
             self._buffer += data
             self._take()
+        return True
 
     def _take(self) -> None:
         while True:

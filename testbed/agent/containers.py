@@ -62,6 +62,7 @@ class ContainerHost:
         self._line: KeeperLine | None = None
         self._seen, self._directory = PurePosixPath(), Path()
         self._counter = -1
+        self._usage_s = 0.0
 
     @property
     def way_in(self) -> Mapping[str, int | str]:
@@ -105,8 +106,12 @@ class ContainerHost:
         """Processor seconds that all programs of the container have used; 0 if the kernel does not count them."""
         if self._counter < 0:
             return 0.0
-        fields = os.pread(self._counter, 256, 0).decode().split()
-        return int(fields[1]) / 1e6 if fields[0] == "usage_usec" else int(fields[0]) / 1e9
+        try:
+            fields = os.pread(self._counter, 256, 0).decode().split()
+        except OSError:  # the container has ended: its last value stays
+            return self._usage_s
+        self._usage_s = int(fields[1]) / 1e6 if fields[0] == "usage_usec" else int(fields[0]) / 1e9
+        return self._usage_s
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> ContainerProcess:
         assert self._line is not None

@@ -7,15 +7,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from testbed.clock import MOST_DRIFT
 from testbed.protocol import one_line
 
 Number = Annotated[int, Field(ge=0, le=2**53)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def _inside(path: str) -> str:
     if "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
         raise ValueError("leads out of the directory")
     return path
+
+
+def _possible(clock: list[float]) -> list[float]:
+    _, drift, _, unsure_s, unsure_drift = clock
+    if abs(drift) > MOST_DRIFT or unsure_s < 0 or unsure_drift < 0:
+        raise ValueError("no clock goes like that")
+    return clock
 
 
 RelativePath = Annotated[str, Field(max_length=4000), AfterValidator(_inside)]
@@ -62,7 +71,7 @@ class Status(Message):
     that have come down. failure: why no records are written any more."""
 
     type: Literal["status"] = "status"
-    clock: list[float] | None = Field(None, min_length=5, max_length=5)
+    clock: Annotated[list[Finite], Field(min_length=5, max_length=5), AfterValidator(_possible)] | None = None
     arrived: dict[Name, Number] = Field(default_factory=dict)
     failure: str = Field("", max_length=2000)
 
@@ -130,7 +139,7 @@ class Time(Message):
 
     type: Literal["time"] = "time"
     number: Number
-    at_s: float
+    at_s: Finite
 
 
 class Provide(Request):
@@ -195,7 +204,7 @@ class Begin(Message):
     """t = 0 is at this time of the orchestrator: make the changes, and record."""
 
     type: Literal["begin"] = "begin"
-    t0_s: float
+    t0_s: Finite
 
 
 class End(Request):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import queue
+import re
 import socket
 import ssl
 import threading
@@ -42,7 +43,12 @@ _LARGEST_FILE_BYTES = 1 << 30
 _LARGEST_LOG_BYTES = 64 << 20
 """Of a log, no more than its first so many bytes come home: a program may write for ever."""
 _MOST_FILES = 4096
+"""Of a directory that programs write in."""
 _MOST_CONNECTIONS = 1024
+_FULL_S = 0.5
+"""Who has no descriptor left for a caller waits so long."""
+_RECORDS = re.compile(r"(?:steps|evals).*\.jsonl|(?:events|traffic)-.*\.jsonl", re.DOTALL)
+"""Files of programs that become tables (``results.columns.TABLES``)."""
 _NOT_STARTED = 127  # as the shell: the program could not be started
 _TIMELINE: TypeAdapter[list[Change]] = TypeAdapter(list[Change])
 _PLAN: TypeAdapter[LabPlan] = TypeAdapter(LabPlan)
@@ -113,16 +119,17 @@ class Agent:
         self._requests.put(None)
 
     def _heard(self, message: Any, part: bytes) -> None:
+        cell = self._cell  # which may end meanwhile, on another thread
         match message:
             case messages.Time(number=number, at_s=at_s):
                 came_s = monotonic_s()
                 sent_s = self._asked_s.pop(number, None)
                 if sent_s is not None:
                     self._clock.add(sent_s, at_s, came_s)
-            case messages.Data(connection=connection) if self._cell is not None:
-                self._cell.relay.say(connection, part)
-            case messages.HangUp(connection=connection) if self._cell is not None:
-                self._cell.relay.hang_up(connection)
+            case messages.Data(connection=connection) if cell is not None:
+                cell.relay.say(connection, part)
+            case messages.HangUp(connection=connection) if cell is not None:
+                cell.relay.hang_up(connection)
             case _:
                 self._requests.put((message, part))
 
@@ -303,9 +310,9 @@ class _Cell:
         self._sender.send_growth()
 
     def arrived(self) -> dict[str, int]:
-        if self._recorder is None or self._part is None:
-            return {}
-        return {link: self._recorder.arrived_bytes([link]) for link in self._part.hosts}
+        part, recorder = self._part, self._recorder
+        # The hosts of a part that is being removed become fewer, on another thread.
+        return {} if recorder is None or part is None else {link: recorder.arrived_bytes([link]) for link in list(part.hosts)}
 
     def close(self) -> None:
         self._stopping.set()
@@ -341,12 +348,15 @@ class _Cell:
                     self._channel.send(messages.Exited(number=number, code=code))
                 if self._recorder is not None:
                     self.failure = self.failure or self._recorder.failure
-            except OSError as error:
-                self.failure = self.failure or explained(error)
+            except (OSError, HostFailed) as error:
+                self.failure = self.failure or (explained(error) if isinstance(error, OSError) else str(error))
 
 
 class _Sender:
-    """Sends what files of a cell have grown by. Of a record file only whole lines, and their times in the orchestrator's."""
+    """Sends what files of a cell have grown by; of JSON lines only whole ones, until the end.
+
+    Times in programs' records become the orchestrator's. Other files come home as they are.
+    """
 
     def __init__(self, channel: Channel, root: Path, cell: Path, relay: "_Relay") -> None:
         self._channel, self._root, self._cell, self._relay = channel, root, cell, relay
@@ -358,27 +368,33 @@ class _Sender:
         with self._lock:
             for path in self._files(last):
                 with contextlib.suppress(OSError, ValueError):  # a program may do with its files what it likes, and name them
-                    self._send(path)
+                    self._send(path, last)
 
     def _files(self, last: bool) -> Iterable[Path]:
         own = [*self._cell.glob("*.jsonl"), *self._cell.glob("logs/*.log")]
-        pattern = "hosts/*/[!.]*" if last else "hosts/*/[!.]*.jsonl"
-        theirs = [path for path in self._cell.glob(pattern) if not path.match(protocol.CHECKPOINTS)]
-        return [path for path in (*own, *theirs[:_MOST_FILES]) if is_regular(path)]
+        theirs: list[Path] = []
+        for directory in self._cell.glob("hosts/*"):
+            found = [
+                path for path in directory.glob("[!.]*" if last else "[!.]*.jsonl") if not path.match(protocol.CHECKPOINTS)
+            ]
+            found.sort(key=lambda path: _RECORDS.fullmatch(path.name) is None)  # records first
+            theirs += found[:_MOST_FILES]
+        return [path for path in (*own, *theirs) if is_regular(path)]
 
-    def _send(self, path: Path) -> None:
-        records = path.suffix == ".jsonl"
-        convert = records and path.parent != self._cell
+    def _send(self, path: Path, last: bool) -> None:
+        lines = path.suffix == ".jsonl"
+        convert = path.parent != self._cell and _RECORDS.fullmatch(path.name) is not None
         limit = _LARGEST_LOG_BYTES if path.suffix == ".log" else _LARGEST_FILE_BYTES
         with open_regular(path) as file:
             offset = self._sent.get(path, 0)
             file.seek(offset)
             # Converted times may be longer than what stands there.
             while offset < limit and (data := file.read(MOST_PART_BYTES // 2)):
-                if records:
-                    data = data[: data.rfind(b"\n") + 1]
-                    if not data:
+                if lines:
+                    whole = data[: data.rfind(b"\n") + 1]
+                    if not whole and not last:
                         break
+                    data = whole or data
                     file.seek(offset + len(data))
                 offset += len(data)
                 self._sent[path] = offset
@@ -414,7 +430,10 @@ class _Relay:
             try:
                 connection, _ = self._server.accept()
             except OSError:
-                return
+                if self._closing:
+                    return
+                time.sleep(_FULL_S)  # no descriptor is left, until another program hangs up
+                continue
             with self._lock:
                 if self._closing or len(self._connections) >= _MOST_CONNECTIONS:
                     connection.close()

@@ -114,6 +114,8 @@ def _group_of_this_process(controller: str) -> Path:
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         number, names, path = line.split(":", 2)
         for mount, root, options in _mounts():
+            if ".." in Path(root).parts:
+                continue  # of another cgroup namespace, outside ours
             if number == "0" if options is None else controller in names.split(",") and controller in options:
                 group = mount / os.path.relpath(path, root)
                 if options is not None or controller in (group / "cgroup.controllers").read_text().split():
@@ -138,6 +140,7 @@ def _group_in(above: Path, controllers: Sequence[str]) -> Iterator[Path]:
     group = above / f"{_PREFIX}{owner_mark()}"
     group.mkdir()
     second = (above / _DIVIDED).exists()
+    found = (above / _DIVIDED).read_text().split() if second else []
     try:
         if second:
             (group / "self").mkdir()
@@ -147,17 +150,21 @@ def _group_in(above: Path, controllers: Sequence[str]) -> Iterator[Path]:
         yield group
     finally:
         if second:
-            _leave(group, above, controllers)
+            _leave(group, above, controllers, [one for one in controllers if one not in found])
         remove_group(group)
 
 
-def _leave(group: Path, above: Path, controllers: Sequence[str]) -> None:
-    """Go back into the group above, which must not be divided then, unless it is the whole machine's."""
+def _leave(group: Path, above: Path, controllers: Sequence[str], added: Sequence[str]) -> None:
+    """Go back into the group above, which must not be divided then, unless it is the whole machine's.
+
+    added: the controllers by which we have divided it.
+    """
     for host in group.glob("host-*"):
         remove_group(host)
     with contextlib.suppress(OSError):
-        for divided in [group, *([above] if (above / "cgroup.type").exists() else [])]:
-            (divided / _DIVIDED).write_text(" ".join(f"-{one}" for one in controllers))
+        (group / _DIVIDED).write_text(" ".join(f"-{one}" for one in controllers))
+        if added and (above / "cgroup.type").exists():
+            (above / _DIVIDED).write_text(" ".join(f"-{one}" for one in added))
     with contextlib.suppress(OSError):
         _enter(above)
 

@@ -17,9 +17,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from netsenseml.records import monotonic_s
 from testbed import protocol
@@ -36,15 +36,35 @@ from testbed.timeline import Change
 
 _ANSWER_S = 30.0
 _END_S = 10.0
+_MOST_END_S = 600.0
+"""A node that goes on sending what programs have left has so long at most."""
 _CHANGES_IN_A_MESSAGE = 500
 _MOST_STRANGERS = 32
-"""Connections that have not shown the secret yet; more are turned away."""
+"""Connections that have not shown the secret yet; for one more the oldest is dropped."""
 _TIMELINE: TypeAdapter[list[Change]] = TypeAdapter(list[Change])
 _PLAN: TypeAdapter[LabPlan] = TypeAdapter(LabPlan)
 
 
 class NodeLost(HostFailed):
     """A node's agent is not there any more. The message is one line that names the node."""
+
+
+class NodeRefused(HostFailed):
+    """A node's agent cannot do what it was asked for. The message is one line that names the node."""
+
+
+class _Made(BaseModel):
+    """What a node says of its part of a lab, by host: where it sees the run directory; address and interface."""
+
+    root: dict[str, str]
+    hosts: dict[str, tuple[str, str]]
+
+
+class _Counted(BaseModel):
+    counters: list[tuple[str, Literal["up", "down"], tuple[int, int, int, int, int, int, int | None]]]
+
+
+_Result = TypeVar("_Result", bound=BaseModel)
 
 
 class RemoteNode:
@@ -62,9 +82,13 @@ class RemoteNode:
         """Why its records, or ours of it, are not whole."""
         self.codes: dict[int, int] = {}
         """Exit codes of programs that have ended, by their number."""
+        self.started: set[int] = set()
+        """Numbers of the programs that were started."""
         self._lost = ""
         self._cell: _Home | None = None
         self._answers: dict[int, messages.Answer | messages.Refused] = {}
+        self._asked: set[int] = set()
+        self._grown_s = float("-inf")
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._said_hello = arrived
@@ -88,21 +112,42 @@ class RemoteNode:
 
     def ask(self, message: messages.Request, part: bytes = b"") -> int:
         """Send a request; its number is for ``answer``."""
+        with self._changed:
+            self._asked.add(message.request)
         self.send(message, part)
         return message.request
 
-    def answer(self, request: int, timeout_s: float = _ANSWER_S) -> Mapping[str, Any]:
-        """What came to a request, when it has come. Raises LabError if the node refuses, NodeLost if it does not answer."""
+    def answer(self, request: int, timeout_s: float = _ANSWER_S, most_s: float = 0.0) -> Mapping[str, Any]:
+        """What came to a request, when it has come. Raises NodeRefused if the node refuses, NodeLost if it does not answer.
+
+        most_s: as long as files still come, it has more time, but no more than this.
+        """
+        began_s = monotonic_s()
         with self._changed:
-            if not self._changed.wait_for(lambda: request in self._answers or self._lost, timeout_s):
-                raise NodeLost(f"node {self.name} does not answer")
+            while request not in self._answers and not self._lost:
+                given_up_s = max(began_s + timeout_s, min(self._grown_s + timeout_s, began_s + most_s))
+                if (left_s := given_up_s - monotonic_s()) <= 0:
+                    self._asked.discard(request)
+                    raise NodeLost(f"node {self.name} does not answer")
+                self._changed.wait(left_s)
             answer = self._answers.pop(request, None)
         match answer:
             case messages.Answer(result=result):
                 return result
             case messages.Refused(error=error):
-                raise LabError(f"node {self.name}: {error}")
+                raise NodeRefused(f"node {self.name}: {protocol.one_line(error, 2000)}")
         raise NodeLost(self.lost)
+
+    def result(self, request: int, kind: type[_Result]) -> _Result:
+        """What came to a request, in the shape that it has to have."""
+        try:
+            return kind.model_validate(self.answer(request))
+        except ValidationError as error:
+            raise self.nonsense(protocol.one_line(str(error))) from None
+
+    def nonsense(self, what: str) -> NodeRefused:
+        """What to raise if an answer makes no sense."""
+        return NodeRefused(f"node {self.name} answers what makes no sense: {what}")
 
     def attach(self, home: "_Home | None") -> None:
         """Where what comes from the node belongs: the cell that runs."""
@@ -122,6 +167,7 @@ class RemoteNode:
 
     def _heard(self, message: Any, part: bytes) -> None:
         now_s = monotonic_s()
+        cell = self._cell  # another thread may detach it meanwhile
         if not self.name and not isinstance(message, messages.Hello):
             raise ValueError("no hello")
         match message:
@@ -137,23 +183,26 @@ class RemoteNode:
                 self.failure = self.failure or (f"node {self.name}: {protocol.one_line(failure, 500)}" if failure else "")
             case messages.Answer(request=request) | messages.Refused(request=request):
                 with self._changed:
-                    self._answers[request] = message
-                    self._changed.notify_all()
-            case messages.Exited(number=number, code=code):
+                    if request in self._asked:
+                        self._asked.remove(request)
+                        self._answers[request] = message
+                        self._changed.notify_all()
+            case messages.Exited(number=number, code=code) if number in self.started:
                 self.codes[number] = code
-            case _ if self._cell is None:
+            case _ if cell is None:
                 pass  # of a cell that has ended
             case messages.Grown(path=path):
+                self._grown_s = now_s
                 try:
-                    self._cell.append(path, part)
+                    cell.append(path, part)
                 except OSError as error:
                     self.failure = self.failure or f"records could not be written: {explained(error)}"
             case messages.Call(connection=connection):
-                self._cell.connect(connection)
+                cell.connect(connection)
             case messages.Data(connection=connection):
-                self._cell.say(connection, part)
+                cell.say(connection, part)
             case messages.HangUp(connection=connection):
-                self._cell.hang_up(connection)
+                cell.hang_up(connection)
 
 
 class Nodes:
@@ -165,7 +214,7 @@ class Nodes:
     def __init__(self, host: str = "", port: int = 0) -> None:
         self.secret = make_secret()
         self._nodes: dict[str, RemoteNode] = {}
-        self._strangers: set[socket.socket] = set()
+        self._strangers: dict[socket.socket, None] = {}
         self._changed = threading.Condition()
         self._server = socket.create_server((host, port), backlog=_MOST_STRANGERS)
         self.port: int = self._server.getsockname()[1]
@@ -204,25 +253,29 @@ class Nodes:
         while True:
             try:
                 sock, _ = self._server.accept()
+                handle = sock.dup()  # TLS takes the socket itself away
             except OSError:
                 if self._closing:
                     return
                 continue  # whoever called has hung up
             with self._changed:
                 if len(self._strangers) >= _MOST_STRANGERS:
-                    sock.close()
-                    continue
-                self._strangers.add(sock)
-            threading.Thread(target=self._admit, args=(sock,), name="stranger", daemon=True).start()
+                    oldest = next(iter(self._strangers))
+                    del self._strangers[oldest]
+                    with contextlib.suppress(OSError):  # which ends its thread
+                        oldest.shutdown(socket.SHUT_RDWR)
+                self._strangers[handle] = None
+            threading.Thread(target=self._admit, args=(sock, handle), name="stranger", daemon=True).start()
 
-    def _admit(self, sock: socket.socket) -> None:
+    def _admit(self, sock: socket.socket, handle: socket.socket) -> None:
         try:
             RemoteNode(secured(sock, self.secret, server=True), self._add)
         except OSError:
             sock.close()  # whoever does not have the secret hears nothing
         finally:
             with self._changed:
-                self._strangers.discard(sock)
+                self._strangers.pop(handle, None)
+                handle.close()
 
     def _add(self, node: RemoteNode) -> None:
         with self._changed:
@@ -267,6 +320,7 @@ class RemoteHost:
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> RemoteProcess:
         number = self.node.number()
+        self.node.started.add(number)
         wanted = messages.Start(
             number=number, host=self.name, argv=list(argv), env=dict(env), log=_relative(log, self._directory)
         )
@@ -296,7 +350,7 @@ class RemoteLinks:
 
     def counters(self) -> Mapping[Place, QdiscCounters]:
         asked = [(node, node.ask(messages.Count(request=node.number()))) for node in self._nodes]
-        rows = [row for node, request in asked for row in node.answer(request)["counters"]]
+        rows = [row for node, request in asked for row in node.result(request, _Counted).counters]
         return {(link, direction): QdiscCounters(*counted) for link, direction, counted in rows}
 
 
@@ -329,7 +383,9 @@ class RemoteRecorder:
         self._links.follow(self._recording.timeline, t0_s)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        _finish(self._nodes, messages.End)
+        fault = _finish(self._nodes, messages.End, patient=not isinstance(error, KeyboardInterrupt))
+        if fault and error is None:
+            raise NodeLost(f"its records are not whole: {fault}")
 
     @property
     def failure(self) -> str:
@@ -364,6 +420,7 @@ class RemoteLab:
             raise ValueError("a lab over several machines needs to know what its hosts see")
         self._plan, self._view, self._user = plan, plan.view, user
         self._directory, self._nodes, self._place = directory.resolve(), nodes, place
+        self._homes: dict[str, _Home] = {}
         self.hosts: dict[str, RemoteHost] = {}
         self.links = RemoteLinks(plan, nodes.values())
 
@@ -371,13 +428,17 @@ class RemoteLab:
         try:
             self._provide()
             self._open(self._place())
-        except BaseException:
-            self._close()
+        except BaseException as error:
+            self._close(patient=False)
+            if isinstance(error, NodeRefused):
+                raise LabError(str(error)) from None
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._close()
+        fault = self._close(patient=not isinstance(error, KeyboardInterrupt))
+        if fault and error is None:
+            raise NodeLost(f"what its programs have left may not be whole: {fault}")
 
     def _provide(self) -> None:
         """Give every node the directories of all hosts, the files that they read, and the control socket."""
@@ -385,8 +446,9 @@ class RemoteLab:
         writable = [_relative(path, self._directory) for path in written]
         cell = self._view.shared.parent
         asked = []
-        for node in self._nodes.values():
-            node.attach(_Home(node, cell))
+        for name, node in self._nodes.items():
+            self._homes[name] = _Home(node, cell)
+            node.attach(self._homes[name])
             wanted = messages.Provide(
                 request=node.number(), cell=_relative(cell, self._directory), writable=writable, user=self._user
             )
@@ -396,7 +458,7 @@ class RemoteLab:
                 self._put(path)
         for node, request in asked:
             node.answer(request)
-            node.failure, node.codes, node.arrived = "", {}, {}  # of the cell before
+            node.failure, node.codes, node.arrived, node.started = "", {}, {}, set()  # of the cell before
 
     def _put(self, path: Path) -> None:
         executable = bool(path.stat().st_mode & 0o100)
@@ -414,35 +476,50 @@ class RemoteLab:
         asked = []
         for name, node in self._nodes.items():
             details = {host: dict(more) for host, (where, more) in placement.items() if where == name}
+            self._homes[name].expect(path for host in details for path in self._view.own[host])
             links = {host: self._plan.links[host] for host in details}
             part = replace(self._plan, links=links, switches={}, view=None)
             request = messages.Open(request=node.number(), details=details)
-            asked.append((node, node.ask(request, _PLAN.dump_json(part))))
-        for node, number in asked:
-            made = node.answer(number)
-            for host, (address, interface) in made["hosts"].items():
-                self.hosts[host] = RemoteHost(host, address, interface, node, self._directory, made["root"][host])
+            asked.append((node, details, node.ask(request, _PLAN.dump_json(part))))
+        for node, details, number in asked:
+            made = node.result(number, _Made)
+            if not details.keys() == made.hosts.keys() == made.root.keys():
+                raise node.nonsense("other hosts than it was given")
+            for host, (address, interface) in made.hosts.items():
+                self.hosts[host] = RemoteHost(host, address, interface, node, self._directory, made.root[host])
         self.hosts = {name: self.hosts[name] for name in self._plan.hosts}  # in their order
 
     def recorder(self, recording: Recording) -> Recorder:
         return RemoteRecorder(recording, self.links, self.hosts)
 
-    def _close(self) -> None:
-        """End all programs, take what they have left, and remove everything. Nodes that are lost do that by themselves."""
-        _finish(self._nodes.values(), messages.Close)
+    def _close(self, patient: bool) -> str:
+        """End all programs, take what they have left, and remove everything. Nodes that are lost do that by themselves.
+
+        Returns why one of them has not, in one line, or "".
+        """
+        fault = _finish(self._nodes.values(), messages.Close, patient)
         for node in self._nodes.values():
             node.attach(None)
+        return fault
 
 
-def _finish(nodes: Iterable[RemoteNode], kind: type[messages.End] | type[messages.Close]) -> None:
-    """Ask all nodes that are there to end something, and wait for it."""
-    asked = []
+def _finish(nodes: Iterable[RemoteNode], kind: type[messages.End] | type[messages.Close], patient: bool) -> str:
+    """Ask all nodes that are there to end something, and wait for it; returns why one has not, or "".
+
+    patient: wait longer for those that go on sending files.
+    """
+    asked, faults = [], []
     for node in nodes:
-        with contextlib.suppress(NodeLost):
+        try:
             asked.append((node, node.ask(kind(request=node.number()))))
+        except NodeLost as error:
+            faults.append(str(error))
     for node, request in asked:
-        with contextlib.suppress(NodeLost, LabError):
-            node.answer(request, _END_S)
+        try:
+            node.answer(request, _END_S, _MOST_END_S if patient else 0.0)
+        except (NodeLost, NodeRefused) as error:
+            faults.append(str(error))
+    return faults[0] if faults else ""
 
 
 class _Home:
@@ -450,11 +527,19 @@ class _Home:
 
     def __init__(self, node: RemoteNode, cell: Path) -> None:
         self._node, self._cell = node, cell
+        self._directories: frozenset[str] = frozenset()
         self._connections: dict[int, socket.socket] = {}
         self._lock = threading.Lock()
 
+    def expect(self, directories: Iterable[Path]) -> None:
+        """In which directories the programs of this node's hosts write; what is said to come from others is not taken."""
+        cell = self._cell.resolve()
+        self._directories = frozenset(_relative(path, cell) for path in directories)
+
     def append(self, path: str, data: bytes) -> None:
         """Append to a file of the cell's."""
+        if path.startswith("hosts/") and path.rpartition("/")[0] not in self._directories:
+            return
         place = self._cell / path
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         with open(os.open(place, flags, 0o644), "ab") as file:

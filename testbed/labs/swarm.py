@@ -15,10 +15,11 @@ import json
 import os
 import secrets
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -91,7 +92,8 @@ class Swarm:
                 clean(dry_run=False, client=self.client)
             # Whatever the daemon makes is asked for on other threads: Ctrl-C must not cut off a request that is then fulfilled.
             self.pool = self._closing.enter_context(ThreadPoolExecutor(_THREADS, thread_name_prefix="swarm"))
-            self._closing.callback(self.remove)
+            self._closing.callback(self._remove_all)
+            self._closing.callback(self.pool.shutdown, cancel_futures=True)
             self._nodes = self._closing.enter_context(Nodes())
         except BaseException:
             self._closing.close()
@@ -218,6 +220,14 @@ class Swarm:
         lost = {name for name, agent in self._agents.items() if agent.lost}
         _remove(self.client, lambda labels: labels.get(LABEL) == self.token, prefix, lost)
 
+    def _remove_all(self) -> None:
+        """The results are there then, so a daemon that refuses ends nothing any more."""
+        try:
+            with docker_errors():
+                self.remove()
+        except LabError as error:
+            print(f"testbed: what the run has made in the swarm is left: {error}; testbed clean removes it", file=sys.stderr)
+
 
 class SwarmLab(RemoteLab):
     """Hosts and links on the nodes of a swarm (``labs.base.Lab``). directory: the run directory."""
@@ -246,8 +256,10 @@ class SwarmLab(RemoteLab):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with undisturbed():
-            super().__exit__(kind, error, trace)
-            self._remove()
+            try:
+                super().__exit__(kind, error, trace)
+            finally:
+                self._remove()
 
     def _place(self) -> Mapping[str, tuple[str, Mapping[str, Any]]]:
         """Have Swarm start the hosts; returns by host its node, and what the agent there has to know."""
@@ -275,8 +287,13 @@ class SwarmLab(RemoteLab):
                 )
                 for service, host in services.items()
             ]
-            for future in made:
-                future.result()
+            try:
+                for future in made:
+                    future.result()
+            finally:
+                for future in made:  # what one failure leaves undone must not be made after the rest is removed
+                    future.cancel()
+                wait(made)
             tasks = swarm.running(list(services), lambda: len(services))
             ids = {service.id: services[service.name] for service in swarm.client.services.list() if service.name in services}
             nodes = _ready_nodes(swarm.client)

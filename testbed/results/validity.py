@@ -33,6 +33,8 @@ CLAIMED, UNCLAIMED = 0.02, 0.1
 """What a rank says it sent may be so much more than what its link carried, or so much less."""
 WHEN = r"(?:/\d+)?(?:\+\d+)?$"
 """End of a scheme of netsense: steps from one exchange to the next, and the delay after which its mean is applied."""
+FEW_SAMPLES = 10
+"""So many samples of a link may be of an uncertain time: a second of them."""
 LATE_FRAMES = 0.01
 """So many frames of the delay line may leave late."""
 
@@ -56,6 +58,7 @@ def cell_problems(cell: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], w
         *manual_changes(events),
         *late_changes(events),
         *unplaced_changes(events),
+        *unplaced_samples(links, tables["host"]),
         *late_kills(tables["failures"]),
         *unverified_changes(events),
         *telemetry_gaps(links, float(t_end_s)),
@@ -411,6 +414,24 @@ def unplaced_changes(events: pd.DataFrame) -> list[str]:
     return [
         f"{unplaced.sum()} of {len(due)} states of links and flows cannot be placed within {1e3 * LATE_S:.0f} ms of their time:"
         f" the clock of the machine of {due.loc[worst, 'link']} was known only to {1e3 * unsure_s[worst]:.0f} ms"
+    ]
+
+
+def unplaced_samples(links: pd.DataFrame, host: pd.DataFrame) -> list[str]:
+    """In a lab over several machines: links of which more than a few samples cannot be placed within ``LATE_S``.
+
+    What a clock leaves unsure is in ``reading_s``, on both sides, and would widen what is tolerated of the link.
+    """
+    if not host["node"].fillna("").ne("").any():
+        return []
+    wide = links[links["reading_s"].astype("float64") > 2 * LATE_S]
+    samples = wide.groupby("link")["t_s"].nunique()
+    if samples.empty or samples.max() <= FEW_SAMPLES:
+        return []
+    link = samples.idxmax()
+    return [
+        f"{samples[link]} samples of {link} cannot be placed within {1e3 * LATE_S:.0f} ms:"
+        " the clock of its machine was not known well enough, or reading them took too long"
     ]
 
 

@@ -15,7 +15,7 @@ from testbed.labs.base import LabError
 from testbed.plan import make_plan
 from testbed.run import directory as run_directory
 from testbed.run.inside import watch_lifeline
-from testbed.run.start import check_machine, run_cells
+from testbed.run.start import check_machine, groups_for, run_cells
 from testbed.run.sweep import EXIT_CANNOT
 from testbed.spec.load import load_spec
 
@@ -27,8 +27,8 @@ def main() -> int:
     plan = make_plan(load_spec(directory / run_directory.SPEC_FILE), directory)
     try:
         check_machine(plan)
-        with run_directory.run_lock(directory) as lock:
-            return run_cells(plan, directory, lock, Console(), cells)
+        with run_directory.run_lock(directory) as lock, groups_for(plan) as groups:
+            return run_cells(plan, directory, lock, Console(), groups, cells)
     except LabError as error:
         print(f"testbed: {error}")
         return EXIT_CANNOT

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,11 +189,14 @@ def _run(plan: Plan, directory: Path, lock: int, console: Console, options: RunO
     # The results need pandas and plotly; they load while the cells run.
     threading.Thread(target=_load_results, daemon=True).start()
     try:
-        with live_page(directory, console) if options.live else contextlib.nullcontext() as say_ended:
+        with (
+            groups_for(plan, options) as groups,  # before the page: a group with processes in it cannot be divided
+            live_page(directory, console) if options.live else contextlib.nullcontext() as say_ended,
+        ):
             if options.on:
                 code = options.on.run(plan, directory, Console(quiet=True) if options.quiet else console)
             else:
-                code = run_cells(plan, directory, lock, console, quiet=options.quiet)
+                code = run_cells(plan, directory, lock, console, groups, quiet=options.quiet)
             verdict = finish(directory, console, interrupted=code == EXIT_INTERRUPTED)
             if say_ended is not None and code != EXIT_INTERRUPTED:
                 say_ended()
@@ -203,12 +206,27 @@ def _run(plan: Plan, directory: Path, lock: int, console: Console, options: RunO
             console.print(fault, markup=False, soft_wrap=True)
 
 
-def run_cells(plan: Plan, directory: Path, lock: int, console: Console, only: Collection[str] = (), quiet: bool = False) -> int:
-    """Run the cells that are not done, or ``only`` those, on this machine; returns the exit code, whatever their verdict."""
+def groups_for(plan: Plan, options: RunOptions = _PLAIN) -> contextlib.AbstractContextManager[Mapping[str, Path]]:
+    """The groups in which the netns lab limits its hosts, if it runs here (``labs.cgroups.groups_of_run``)."""
+    return groups_of_run(plan.limits if plan.lab == "netns" and options.on is None else ())
+
+
+def run_cells(
+    plan: Plan,
+    directory: Path,
+    lock: int,
+    console: Console,
+    groups: Mapping[str, Path],
+    only: Collection[str] = (),
+    quiet: bool = False,
+) -> int:
+    """Run the cells that are not done, or ``only`` those, on this machine; returns the exit code, whatever their verdict.
+
+    groups: from ``groups_for``.
+    """
     if plan.lab == "netns":
         output = subprocess.DEVNULL if quiet else 2 if console.stderr else None
-        with groups_of_run(plan.limits) as groups:
-            code = execute_enclosed(directory, lock, only, output, groups)
+        code = execute_enclosed(directory, lock, only, output, groups)
         if code < 0:
             console.print(f"testbed: the lab was ended by signal {-code}", style="red")
             return EXIT_FAILED

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pandas as pd
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import testbed
 from testbed.labs.netns import enclosure
 from testbed.results import validity
+from testbed.results.tolerances import LATE_S
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.netns, pytest.mark.alone]
@@ -52,6 +54,7 @@ with open(out / "steps.jsonl", "a", buffering=1) as steps:
         say(type="heartbeat", step=step + 1)
 print("rank", rank, "is done")
 (out / "model.bin").write_bytes(bytes(3_000_000))
+(out / "notes.jsonl").write_text('{"t_s": 5, "mine": 1}\\n{"half')
 say(type="done", steps=step + 1, parameters="same", accuracy=None, loss=None)
 """
 
@@ -205,6 +208,7 @@ def test_a_cell_over_nodes_is_whole_and_valid(found) -> None:
     logs = Path(found["run"], "cells", cell["cell"], "logs")
     assert (logs / "w1.log").read_text() == "rank 1 is done\n"
     assert (logs.parent / "hosts/w1/model.bin").stat().st_size == 3_000_000
+    assert (logs.parent / "hosts/w1/notes.jsonl").read_text() == '{"t_s": 5, "mine": 1}\n{"half'
     assert found["left"] == [[], [], []] and found["left_later"] == []
 
 
@@ -212,13 +216,15 @@ def test_changes_are_made_on_time_whatever_a_nodes_clock_says(found) -> None:
     cell, of = tables(found, 0)
     assert found["clocks"]["n2"][0] == pytest.approx(-OFFSET_S, abs=1) and found["clocks"]["n2"][1] < 0.01
     changes = of["events"][of["events"]["kind"] == "schedule"]
-    assert len(changes) == 5 and (changes["applied_s"] - changes["planned_s"]).between(0, 0.01).all()
-    assert changes["unsure_s"].between(1e-6, 0.01).all()
-    t0_s = found["t0"][cell["cell"]]
+    late_s = changes["applied_s"] - changes["planned_s"]
+    assert len(changes) == 5 and late_s.median() < 0.01 and late_s.between(0, LATE_S).all()
+    assert changes["unsure_s"].median() < 0.01 and changes["unsure_s"].between(1e-6, LATE_S).all()
+    t0_s, off_s = found["t0"][cell["cell"]], []
     for number, planned_s in enumerate([[0.5], [0.5, 1.2], [0.5, 1.2]]):
         log = (found["scratch"] / f"n{number + 1}.log").read_text().splitlines()
         applied_s = [when - t0_s for when, links in map(json.loads, log) if links == [f"w{number}"]]
-        assert [s for s in applied_s if 0.3 < s < 3] == pytest.approx(planned_s, abs=0.01)
+        off_s += [abs(s - planned) for s, planned in zip([s for s in applied_s if 0.3 < s < 3], planned_s, strict=True)]
+    assert median(off_s) < 0.01 and max(off_s) <= LATE_S
 
 
 def test_what_programs_write_is_in_the_orchestrators_time(found) -> None:
@@ -235,6 +241,7 @@ def test_a_clock_that_is_known_badly_makes_the_cell_invalid(found) -> None:
     [problem] = validity.unplaced_changes(of["events"])
     assert "cannot be placed within 50 ms" in problem and "the machine of w2 was known only to 1" in problem
     assert problem in validity.cell_problems({**cell, "workload": {}}, of)
+    assert "samples of w2 cannot be placed within 50 ms" in "".join(validity.unplaced_samples(of["links"], of["host"]))
 
 
 def test_a_lost_node_is_named_and_its_records_are_kept(found) -> None:

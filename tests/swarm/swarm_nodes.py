@@ -114,6 +114,16 @@ class Node:
         """The daemon's process. Raises OSError or ValueError if there is none."""
         return int((self.directory / "pid").read_text())
 
+    def overlays(self) -> list[str]:
+        """Namespaces of overlay networks that are there, by the names of their files.
+
+        Docker leaves the file for up to a minute after the namespace, which is mounted on it (nsfs), has gone.
+        """
+        mounts = Path(f"/proc/{self.daemon}/mountinfo").read_text().splitlines()
+        mounted = [line.split()[4] for line in mounts if " - nsfs " in line]
+        names = sorted(path.name for path in (self.directory / "exec" / "netns").glob("1-*"))
+        return [name for name in names if any(place.endswith(f"/netns/{name}") for place in mounted)]
+
 
 def end_all_in(namespace: str) -> None:
     """SIGKILL for all processes in a network namespace, such as shims of containers that lost their daemon."""
@@ -173,8 +183,7 @@ class Nodes:
             found += [f"{node.name}: volume {name}" for name in node.docker("volume", "ls", "-q").split()]
             names = node.docker("network", "ls", "--filter", "name=netsense", "--format", "{{.Name}}").split()
             found += [f"{node.name}: network {name}" for name in names]
-            spaces = (node.directory / "exec" / "netns").glob("1-*")
-            found += [f"{node.name}: namespace {one.name}" for one in spaces if not ingress.startswith(one.name[2:])]
+            found += [f"{node.name}: namespace {name}" for name in node.overlays() if not ingress.startswith(name[2:])]
         found += [f"service {name}" for name in self.manager.docker("service", "ls", "-q").split()]
         found += [f"secret {name}" for name in self.manager.docker("secret", "ls", "-q").split()]
         return found

@@ -1,5 +1,5 @@
 """The swarm lab on three nodes of this machine, as users run it. What the agents promise for themselves is in
-tests/integration/test_agent.py."""
+tests/testbed/test_agent.py and tests/integration/test_remote_lab.py."""
 
 import io
 import json
@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import testbed
+from testbed.results.tolerances import LATE_S
 
 pytestmark = [pytest.mark.swarm, pytest.mark.alone]
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,8 @@ def test_smoke_over_three_nodes_is_valid_and_as_fast_as_on_one_machine(swarm, te
     for placed in tmp_path.glob("*/cells/*/placement.json"):
         assert set(json.loads(placed.read_text()).values()) == {"node1", "node2", "node3"}
     changes = run.events[run.events["kind"] == "schedule"]
-    assert ((changes["applied_s"] - changes["planned_s"]).abs() < 0.01).all(), "though node2's clock is another"
+    late_s = (changes["applied_s"] - changes["planned_s"]).abs()
+    assert late_s.median() < 0.01 and late_s.max() <= LATE_S, "though node2's clock is another"
     for method in ("allreduce", "topk-0.1", "netsense"):
         # What netsense chooses differs from run to run, and so few steps do not level that out.
         tolerance = 0.25 if method == "netsense" else 0.1

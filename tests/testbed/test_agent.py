@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import queue
 import random
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testbed.agent import messages
-from testbed.agent.channel import make_secret, secured
+from testbed.agent.channel import LOST_S, Channel, make_secret, secured
 from testbed.agent.clock import MeasuredClock
 from testbed.agent.program import Agent, connect
 from testbed.clock import Clock
 from testbed.labs.base import LabError, LabPlan, View
-from testbed.labs.remote import NodeLost, Nodes, RemoteLab
+from testbed.labs.remote import NodeLost, NodeRefused, Nodes, RemoteLab
 from testbed.links.state import LinkState
 
 pytestmark = pytest.mark.fast
@@ -122,7 +124,51 @@ def test_who_talks_nonsense_is_cut_off() -> None:
         for words in (HELLO + HELLO, b"{}\n", b'{"type": "ask_time", "number": 1}\n', b"[" * 2000 + b"\n", b"x" * (1 << 21)):
             sock = secured(call(nodes), nodes.secret, server=False)
             with sock:
-                assert b"answer" not in heard(sock, words)
+                begun_s = time.monotonic()
+                assert heard(sock, words) == b""
+                assert time.monotonic() - begun_s < LOST_S, "it was not cut off, but given up"
+
+
+def test_what_nobody_has_foreseen_ends_the_connection_and_nobody_waits_for_it() -> None:
+    def stumble(*_: object) -> None:
+        raise KeyError("x")
+
+    reasons: queue.Queue[str] = queue.Queue()
+    with Nodes("127.0.0.1") as nodes:
+        sock = secured(call(nodes), nodes.secret, server=False)
+        channel = Channel(sock, messages.FROM_ORCHESTRATOR, stumble, reasons.put)
+        channel.start()
+        channel.send(messages.Hello(node="n1"))
+        channel.send(messages.AskTime(number=1))
+        assert reasons.get(timeout=LOST_S) == "KeyError: 'x'"
+        for _ in range(3):
+            channel.send(messages.Grown(path="logs/w0.log"), b"x" * (1 << 20))
+
+
+def test_what_time_it_is_overtakes_the_files_that_wait() -> None:
+    secret = make_secret()
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: secured(server.accept()[0], secret, server=True))
+        sock = connect(f"127.0.0.1:{server.getsockname()[1]}", secret, patience_s=0)
+        channel = Channel(sock, messages.FROM_ORCHESTRATOR, lambda *_: None, lambda _: None)
+        channel.send(messages.Grown(path="logs/w0.log"), b"x" * 1000)
+        channel.send(messages.AskTime(number=7))
+        channel.start()
+        with other.result() as end:
+            told = b""
+            while told.count(b"\n") < 2:
+                told += end.recv(4096)
+        channel.close()
+    assert [json.loads(line)["type"] for line in told.splitlines()[:2]] == ["ask_time", "grown"]
+
+
+@pytest.mark.parametrize(
+    "clock", ["[NaN, 0, 0, 0, 0]", "[0, 0, 0, Infinity, 0]", "[0, 0.5, 0, 0, 0]", "[0, 0, 0, -1, 0]", "[0]"]
+)
+def test_a_clock_that_no_machine_has_is_not_believed(clock: str) -> None:
+    with pytest.raises(ValueError, match="clock"):
+        messages.parse(f'{{"type": "status", "clock": {clock}}}'.encode(), messages.FROM_AGENT)
+    assert messages.parse(b'{"type": "status", "clock": [1e6, 1e-4, 5, 0.001, 0]}', messages.FROM_AGENT).clock[1] == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -172,6 +218,9 @@ def test_what_a_node_cannot_make_is_said_with_its_name(tmp_path: Path) -> None:
         with pytest.raises(LabError, match=r"^node n1: the kernel has no veth$"), RemoteLab(plan, run, found, place):
             pass
         assert list((tmp_path / "n1").iterdir()) == []
+        node = found["n1"]
+        with pytest.raises(NodeRefused, match=r"^node n1: there is no cell$"):  # once a lab is made, that ends its cell alone
+            node.answer(node.ask(messages.Count(request=node.number())))
     made = ["cells", "cells/c", "cells/c/control.sock", "cells/c/hosts", "cells/c/hosts/w0", "cells/c/logs", "cells/c/shared"]
     assert seen == [[*made, "script", "script/train.py"]]
     with pytest.raises(NodeLost, match="node n1 is lost"):

@@ -590,6 +590,17 @@ def test_changes_that_a_clock_cannot_place_are_blamed() -> None:
     )
 
 
+def test_samples_that_a_clock_cannot_place_are_blamed_where_there_are_several_machines() -> None:
+    """A few are an accident."""
+    links = pd.DataFrame({"link": "w0", "t_s": np.arange(40) / 10, "reading_s": 0.12})
+    nodes, here = pd.DataFrame({"node": ["n1"]}), pd.DataFrame({"node": [""]})
+    [problem] = validity.unplaced_samples(links, nodes)
+    assert problem.startswith("40 samples of w0 cannot be placed within 50 ms: the clock of its machine")
+    assert validity.unplaced_samples(links, here) == validity.unplaced_samples(links, here.iloc[:0]) == []
+    assert validity.unplaced_samples(links.iloc[:10], nodes) == []
+    assert validity.unplaced_samples(links.assign(reading_s=0.08), nodes) == []
+
+
 def test_changes_by_hand_are_no_evidence_for_a_spec(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", methods=("allreduce",))
     events = path / "cells" / "allreduce-s0" / "events.jsonl"
