@@ -29,7 +29,7 @@ from testbed import protocol
 from testbed.clock import HERE
 from testbed.files import everything_in
 from testbed.labs.base import LabError, LabPlan, make_shaper
-from testbed.labs.containers import ContainerProcess, KeeperLine, change_interface, interfaces, open_log
+from testbed.labs.containers import ContainerProcess, KeeperLine, change_interface, interfaces
 from testbed.links.neighbours import forwarding, neighbour
 from testbed.links.netlink import NetlinkSocket, back_to_own_namespace, decode, encode, setns
 from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
@@ -115,11 +115,7 @@ class ContainerHost:
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> ContainerProcess:
         assert self._line is not None
-        output = open_log(log)
-        try:
-            return ContainerProcess(self._line, self._line.start(argv, env, output))
-        finally:
-            os.close(output)
+        return self._line.start(argv, env, log)
 
     def seen(self, path: Path) -> str:
         return str(self._seen / path.relative_to(self._directory))

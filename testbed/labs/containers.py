@@ -30,12 +30,16 @@ class KeeperLine:
         self._gone = False
         self._lock = threading.Lock()
 
-    def start(self, argv: Sequence[str], env: Mapping[str, str], log: int) -> int:
-        """log: descriptor that output goes to."""
-        with self._lock:
-            self._started += 1
-            self._send({"start": self._started, "argv": list(argv), "env": dict(env)}, [log])
-            return self._started
+    def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> "ContainerProcess":
+        """Start a program. Its output goes to a file that is ours; a program there has no more of it than the descriptor."""
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            with self._lock:
+                self._started += 1
+                self._send({"start": self._started, "argv": list(argv), "env": dict(env)}, [output])
+                return ContainerProcess(self, self._started)
+        finally:
+            os.close(output)
 
     def kill(self, number: int) -> None:
         with self._lock:
@@ -84,11 +88,6 @@ class ContainerProcess:
     def kill(self) -> None:
         if self.poll() is None:
             self.line.kill(self.number)
-
-
-def open_log(log: Path) -> int:
-    """A descriptor that output goes to. The file is ours; a program in a container has no more of it than that."""
-    return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
 
 
 def interfaces(sock: NetlinkSocket) -> list[ifinfmsg]:

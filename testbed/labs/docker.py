@@ -43,7 +43,7 @@ from testbed.clock import HERE
 from testbed.files import everything_in
 from testbed.labs.base import OOM_SCORE_ADJ, LabError, LabPlan, make_shaper
 from testbed.labs.capabilities import lacking_capabilities
-from testbed.labs.containers import ContainerProcess, KeeperLine, change_interface, interfaces, open_log
+from testbed.labs.containers import ContainerProcess, KeeperLine, change_interface, interfaces
 from testbed.labs.owner import owner_lives, owner_mark
 from testbed.links.delayline import DelayLine, DelayLineDied
 from testbed.links.neighbours import forwarding, neighbour
@@ -99,11 +99,7 @@ class DockerHost:
         self._line = line
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> ContainerProcess:
-        output = open_log(log)
-        try:
-            return ContainerProcess(self._line, self._line.start(argv, env, output))
-        finally:
-            os.close(output)
+        return self._line.start(argv, env, log)
 
     def seen(self, path: Path) -> str:
         return str(_RUN_DIR / path.resolve().relative_to(self._directory))

@@ -355,7 +355,7 @@ class RemoteLinks:
 
 
 class RemoteRecorder:
-    """The recorders of all nodes (``run.recorder.Recorder``); the timeline of each is sent before anything begins."""
+    """The recorders of all nodes (``recording.recorder.Recorder``); the timeline of each is sent before anything begins."""
 
     def __init__(self, recording: Recording, links: RemoteLinks, hosts: Mapping[str, RemoteHost]) -> None:
         self._recording, self._links = recording, links
