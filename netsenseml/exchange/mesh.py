@@ -199,6 +199,8 @@ def new_group(group: dist.ProcessGroup, name: str, ranks: Sequence[int]) -> dist
 
     It is not registered with torch.distributed: it ends with its last reference, and leaves nothing that a later group of the
     same ranks could mistake for its own. Both ``new_group`` and ``destroy_process_group`` of torch do, for part of the ranks.
+
+    Returns when all of them have it: who lets go of it at once would fail those that are still connecting.
     """
     rank = group.rank()
     store = store_of(group)
@@ -214,6 +216,8 @@ def new_group(group: dist.ProcessGroup, name: str, ranks: Sequence[int]) -> dist
     prefix: Any = c10d.PrefixStore(f"netsenseml/{name}", store)  # type: ignore[attr-defined]
     before = _connections()
     made: dist.ProcessGroup = gloo(prefix, ranks.index(rank), len(ranks), options)
+    prefix.set(f"connected/{rank}", "")
+    prefix.wait([f"connected/{other}" for other in ranks], timeout(group))
     found = {inode: descriptor for inode, descriptor in _connections().items() if inode not in before}
     peers = len(ranks) - 1
     if len(found) == peers * len(options._devices):  # else another thread has connected meanwhile, to nobody knows whom

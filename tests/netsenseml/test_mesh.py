@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,12 @@ import torch.distributed as dist
 from groups import run_group, wait_for_others
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from netsenseml import attach
 from netsenseml.compress.codec import Codec
+from netsenseml.exchange import mesh as mesh_of_exchange
 from netsenseml.exchange.collective import all_reduce_mean
 from netsenseml.exchange.communicators import DirectAllReduce, Hierarchical, parse
 from netsenseml.exchange.mesh import Mesh, Peer, Shape, _card, abort, timeout
@@ -263,6 +268,48 @@ def abort_over_two_connections(rank: int) -> tuple[int, float]:
 def test_a_group_with_several_connections_between_two_ranks_can_be_aborted() -> None:
     for made, took_s in run_group(abort_over_two_connections, 2):
         assert made == 2 and took_s < 20
+
+
+class SlowStore(dist.Store):
+    """So that the rank that meets the others in it is the last to connect."""
+
+    def __init__(self, store: dist.Store) -> None:
+        super().__init__()
+        self._store = store
+
+    def set(self, *arguments: Any) -> None:
+        self._store.set(*arguments)
+
+    def add(self, key: str, amount: int) -> int:
+        return self._store.add(key, amount)
+
+    def check(self, keys: list[str]) -> bool:
+        return self._store.check(keys)
+
+    def wait(self, *arguments: Any) -> None:
+        self._store.wait(*arguments)
+
+    def get(self, key: str) -> bytes:
+        time.sleep(0.1)
+        return self._store.get(key)
+
+
+def attach_and_close(rank: int) -> list[str]:
+    if rank == 1:
+        met = mesh_of_exchange.store_of
+        mesh_of_exchange.store_of = lambda group: SlowStore(met(group))
+    failed = []
+    for method in ("powersgd", "netsense"):
+        try:
+            attach(DistributedDataParallel(nn.Linear(3, 3)), method).close()
+        except RuntimeError as error:
+            failed.append(f"{method}: {error}")
+        wait_for_others(method)
+    return failed
+
+
+def test_a_session_may_be_closed_while_other_ranks_still_connect() -> None:
+    assert run_group(attach_and_close, 3, timeout_s=20) == [[]] * 3
 
 
 def look_at_connections(rank: int) -> bool:
