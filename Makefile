@@ -18,8 +18,9 @@ PYTEST_ARGS ?=
 KILLS ?= 20
 LAB ?= netns
 
-# Tests of labs, and others that are about time, need the machine to themselves. Of the rest two files run at once.
-ALONE = docker or netns or alone
+# Tests of figures that labs give, and others that are about time, need the machine to themselves. Of the rest two files run at
+# once.
+ALONE = alone or ((docker or netns) and not shared)
 
 .PHONY: run test lint fast docs docs-serve dist test-netem test-delayline test-swarm test-chaos check setup clean
 

@@ -13,6 +13,8 @@ from test_run_netns import no_control_groups
 import testbed
 from testbed.labs.cgroups import clean
 
+pytestmark = pytest.mark.shared
+
 RUNS = Path(__file__).parents[2] / "runs"
 
 ATTACKS = """

@@ -16,7 +16,7 @@ from test_run_netns import ROOT, descendants_of, only_run, rows_written, wait_un
 
 import testbed
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.shared]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 SPEC = {
     "name": "faulty",

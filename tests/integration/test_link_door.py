@@ -14,7 +14,7 @@ import yaml
 import testbed
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.shared]
 SPEC = {
     "name": "door",
     "workers": 2,

@@ -170,6 +170,7 @@ def test_telemetry_runs_ten_times_a_second(finished):
         assert (series["bytes"].diff().dropna() >= 0).all()
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_within_five_seconds_and_keeps_the_records(tmp_path, number):
     process = launch(tmp_path, workload={**SPEC["workload"], "stop": {"seconds": 60}})
@@ -195,6 +196,7 @@ def no_control_groups():
         return str(error)
 
 
+@pytest.mark.shared
 def test_sigkill_leaves_no_process_and_keeps_the_records_and_resume_finishes(tmp_path):
     limits = {} if no_control_groups() else {"memory": "4GiB", "pids": 1000}
     process = launch(tmp_path, limits=limits)
@@ -222,6 +224,7 @@ def test_sigkill_leaves_no_process_and_keeps_the_records_and_resume_finishes(tmp
     assert clean(dry_run=True) == []
 
 
+@pytest.mark.shared
 def test_a_sweep_that_is_killed_three_times_runs_every_cell_once(tmp_path):
     spec = {**SPEC, "schedule": [], "workload": {**SPEC["workload"], "stop": {"steps": 20}}, "seeds": [0, 1, 2]}
     process = launch(tmp_path, **spec)
@@ -253,6 +256,7 @@ def test_a_sweep_that_is_killed_three_times_runs_every_cell_once(tmp_path):
     assert set(loaded.steps.groupby(["cell", "rank"]).size()) == {20}
 
 
+@pytest.mark.shared
 def test_a_worker_that_dies_fails_its_cell_and_says_why(tmp_path):
     code, out, _ = run(tmp_path, workload={**SPEC["workload"], "model": "no_such_module:build"}, methods=["allreduce"])
     assert code == 1
@@ -407,6 +411,7 @@ def test_without_the_right_to_tap_devices_the_delay_line_is_one_line_and_nothing
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.shared
 def test_a_killed_delay_line_fails_its_cell_in_one_line_and_leaves_nothing(tmp_path):
     process = launch(tmp_path, network={**LONG, "engine": "userspace"}, methods=["allreduce"], calibrate=False)
     end = time.monotonic() + 60
@@ -442,6 +447,7 @@ def test_sixty_four_workers_train(tmp_path):
     assert loaded.summary["cells"][0]["replicas_identical"]
 
 
+@pytest.mark.shared
 def test_workers_talk_ipv6_in_large_frames(tmp_path):
     network = {"link": {"rate": "20mbit"}, "ip": 6, "mtu": 4000}
     traffic = [{"from": "bg0", "to": "w1", "at": "1s", "tcp": {"streams": 2}}]
@@ -455,6 +461,7 @@ def test_workers_talk_ipv6_in_large_frames(tmp_path):
     assert loaded.steps["bandwidth_bps"].notna().any()  # TCP_INFO of IPv6 sockets, too
 
 
+@pytest.mark.shared
 def test_cifar_is_read_from_a_folder_beside_the_spec(tmp_path):
     make_cifar10(tmp_path / "cifar")
     workload = {"model": {"name": "resnet18", "classes": 10}, "data": {"name": "cifar10", "folder": "cifar"}, "batch": 2}
