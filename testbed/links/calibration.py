@@ -56,6 +56,7 @@ class Measurement:
     """What a link, or the way between two hosts, was expected to do, and did.
 
     quantity: "rate" in bits/s on the wire, of a link and direction; or "rtt" in s, from source to target and back.
+    source, target: also of a rate that a single flow fills.
     tolerance: how far ``measured`` may be off, in the same unit. measured is NaN if nothing could be measured.
     """
 
@@ -332,7 +333,8 @@ def measure_rates(gauges: Gauges, plan: LabPlan, flows: Round, effort: int = 1) 
             flood = floods[through[0]]
             events = expected * flood.window_s / 8 / flood.datagram_bytes / (loss.burst or 1)
             tolerance += 3 * expected * math.sqrt(loss.share * (1 - loss.share) / events)
-        results.append(Measurement("rate", expected, measured, tolerance, *side))
+        between = through[0] if len(through) == 1 else ("", "")
+        results.append(Measurement("rate", expected, measured, tolerance, *side, *between))
     return results
 
 

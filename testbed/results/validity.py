@@ -54,7 +54,7 @@ def cell_problems(cell: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], w
         *ended,
         *([] if len(steps) else ["no step was recorded"]),
         *([f"none of its steps came after the warm-up of {warmup}"] if steps["step"].max() < warmup else []),
-        *(uncalibrated_links(tables["calibration"]) if cell["calibrate"] else []),
+        *(uncalibrated_links(tables["calibration"], tables["host"]) if cell["calibrate"] else []),
         *manual_changes(events),
         *late_changes(events),
         *unplaced_changes(events),
@@ -137,7 +137,8 @@ def lost_between_links(host: pd.DataFrame, links: pd.DataFrame, events: pd.DataF
     missing, sent = missing_bytes(links, events)
     if missing <= LOST_SHARE * sent + links["burst_bytes"].fillna(_LARGEST_PACKET_BYTES).max():
         return []
-    return [f"at least {missing / 1e6:.3g} MB that hosts sent came to no other link, of {sent / 1e6:.4g} MB"]
+    why = f", {_BETWEEN_NODES}" if _has_nodes(host) else ""
+    return [f"at least {missing / 1e6:.3g} MB that hosts sent came to no other link, of {sent / 1e6:.4g} MB{why}"]
 
 
 def missing_bytes(links: pd.DataFrame, events: pd.DataFrame) -> tuple[float, float]:
@@ -352,8 +353,11 @@ def end_problems(cell: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def uncalibrated_links(calibration: pd.DataFrame) -> list[str]:
-    """What missed its tolerance before t = 0 in every attempt; of several attempts the best counts."""
+def uncalibrated_links(calibration: pd.DataFrame, host: pd.DataFrame) -> list[str]:
+    """What missed its tolerance before t = 0 in every attempt; of several attempts the best counts.
+
+    Where a flow left one node as it should and did not come to another one so, the network between them is the reason.
+    """
     if calibration.empty:
         return ["the links were not calibrated before the start"]
     error = ((calibration["measured"] - calibration["expected"]).abs() / calibration["tolerance"]).fillna(np.inf)
@@ -368,10 +372,20 @@ def uncalibrated_links(calibration: pd.DataFrame) -> list[str]:
     else:
         what, unit, scale = f"the RTT from {worst['source']} to {worst['target']} was", "ms", 1e3
     found = f"{worst['measured'] * scale:.4g}" if pd.notna(worst["measured"]) else "nothing that could be measured"
+    left = best[(best["link"] == worst["source"]) & (best["direction"] == "up") & best["within"]]
+    between = f"; {worst['source']} had sent as much as it may, {_BETWEEN_NODES}" if len(left) and _has_nodes(host) else ""
     return [
         f"{len(missed)} of {len(best)} calibrated rates and delays are off"
-        f" (the worst: {what} {found} instead of {worst['expected'] * scale:.4g} {unit})"
+        f" (the worst: {what} {found} instead of {worst['expected'] * scale:.4g} {unit}{between})"
     ]
+
+
+_BETWEEN_NODES = "so the network between the nodes is the limit, and not the shaper"
+
+
+def _has_nodes(host: pd.DataFrame) -> bool:
+    """Whether the lab was on several machines."""
+    return len(set(_names(host["node"]))) > 1
 
 
 def manual_changes(events: pd.DataFrame) -> list[str]:

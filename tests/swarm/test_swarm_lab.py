@@ -124,6 +124,41 @@ def test_a_host_goes_to_a_node_with_its_label_and_where_there_is_none_the_run_sa
     assert not swarm.left()
 
 
+def test_a_network_between_the_nodes_that_carries_less_than_the_links_is_named(swarm, testbed_command, tmp_path):
+    tc = ["tc", "qdisc", "add", "dev", "net0", "root", "tbf", "rate", "8mbit", "burst", "16kb", "latency", "50ms"]
+    subprocess.run(swarm.nodes[2].inside(tc), check=True)
+    try:
+        spec = small(tmp_path)
+        code, printed = testbed_command("run", spec, "--out", tmp_path / "runs", "-q", "--set", "workload.stop.seconds=2")
+    finally:
+        subprocess.run(swarm.nodes[2].inside(["tc", "qdisc", "delete", "dev", "net0", "root"]), check=True)
+    assert code == 3, printed
+    [problem, *_] = testbed.load_run(next((tmp_path / "runs").iterdir())).summary["cells"][0]["problems"]
+    assert "calibrated rates and delays are off" in problem
+    assert problem.endswith("so the network between the nodes is the limit, and not the shaper)")
+    assert not swarm.left()
+
+
+def test_hosts_of_traffic_are_on_the_nodes_too(swarm, testbed_command, tmp_path):
+    traffic = [
+        {"from": "bg0", "to": "w1", "at": "1s", "tcp": {"streams": 2}},
+        {"from": "w0", "to": "w2", "udp": {"rate": "2mbit"}},
+    ]
+    spec = small(tmp_path, traffic=traffic, placement={"bg0": {"zone": "t"}})
+    swarm.manager.docker("node", "update", "--label-add", "zone=t", "node2")
+    code, printed = testbed_command("run", spec, "--out", tmp_path / "runs", "-q", "--set", "workload.stop.seconds=4")
+    assert code in (0, 3), printed
+    run = testbed.load_run(next((tmp_path / "runs").iterdir()))
+    assert run.cells["status"].tolist() == ["done"]
+    (placed,) = (tmp_path / "runs").glob("*/cells/*/placement.json")
+    assert json.loads(placed.read_text())["bg0"] == "node2"
+    received = run.traffic.groupby("kind")["bytes"].max()
+    assert received["tcp"] > 1e6 and received["udp"] > 0.5e6
+    begun = run.events[run.events["kind"] == "traffic"]
+    assert ((begun["applied_s"] - begun["planned_s"]).abs() < 0.1).all()
+    assert not swarm.left()
+
+
 def test_doctor_says_what_the_swarm_can_do(swarm, testbed_command):
     code, printed = testbed_command("doctor", "--json")
     findings = {finding["name"]: finding for finding in json.loads(printed)["findings"]}
