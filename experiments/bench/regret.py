@@ -56,6 +56,8 @@ def main() -> None:
     given = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_suffix(".yaml")
     directory = given if given.is_dir() else run_it(given, Path("runs"))
     run = testbed.load_run(directory)
+    if run.summary is None:
+        sys.exit(f"{directory} has no results yet; finish it: testbed run --resume {directory}")
     cells = measured(run)
     rates = list(dict.fromkeys(cells["condition"]))
     table = Table("ms a step (energy lost)", *map(str, rates))
