@@ -418,7 +418,7 @@ def link(
     as_json: AsJson = False,
 ) -> None:
     """Show the links of a live run, or change one by hand; the change enters the event log as manual."""
-    from testbed.recording.door import ask
+    from testbed.recording.link_server import send_request
     from testbed.report.terminal import links_table
     from testbed.spec.errors import SpecError
     from testbed.spec.load import parse_link, with_text
@@ -431,7 +431,7 @@ def link(
     except SpecError as error:
         _fail(str(error), EXIT_BAD_INPUT)
     cell = _live_cell(run)
-    answer = _guarded(lambda: ask(cell, {"links": links or [], "set": wanted}))
+    answer = _guarded(lambda: send_request(cell, {"links": links or [], "set": wanted}))
     if "error" in answer:
         _fail(str(answer["error"]), EXIT_BAD_INPUT)
     if as_json:
@@ -485,7 +485,7 @@ def capture(
 
 
 def _live_cell(run: Path | None) -> Path:
-    from testbed.recording.door import live_cell
+    from testbed.recording.link_server import live_cell
 
     runs = [run] if run else sorted(Path("runs").glob("*/"), key=lambda path: path.stat().st_mtime, reverse=True)
     cell = next((cell for path in runs if (cell := live_cell(path))), None)

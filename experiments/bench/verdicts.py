@@ -41,7 +41,7 @@ from testbed.links.qdiscs import ETHERNET_FRAME_BYTES, Tree, compile_tree, tc_co
 from testbed.links.shaper import Applied, Prepared
 from testbed.links.state import Shape
 from testbed.plan import make_plan
-from testbed.recording import door
+from testbed.recording import link_server
 from testbed.results.load import load_run
 from testbed.results.summary import summarize
 from testbed.run.cell import prepare_cell, run_cell
@@ -212,7 +212,7 @@ class Saboteur:
     def _by_hand(self) -> None:
         rate_bps = round(self._trial.rate_bps * (0.5, 1.0, 1.5)[self._trial.variant % 3])
         request = {"links": ["w1"], "set": {"rate": f"{rate_bps}bit"}}
-        threading.Thread(target=door.ask, args=(self._directory, request), daemon=True).start()
+        threading.Thread(target=link_server.send_request, args=(self._directory, request), daemon=True).start()
 
     def _tc(self, commands: Sequence[str], word: str) -> None:
         (command,) = (command for command in commands if f" {word} " in command)

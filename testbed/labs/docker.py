@@ -192,7 +192,7 @@ class DockerLab:
                     for name in self._plan.hosts
                 }
                 self._answer(listener, starting)
-                # Nobody else must be able to speak for a host, so the door is shut before any program runs.
+                # Nobody else must be able to speak for a host, so the socket is removed before any program runs.
                 rendezvous.unlink()
             containers = {name: future.result() for name, future in starting.items()}
         finally:

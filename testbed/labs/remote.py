@@ -363,8 +363,8 @@ class RemoteRecorder:
         self._node_of = {name: host.node for name, host in hosts.items()}
 
     def __enter__(self) -> Self:
-        if self._recording.door is not None:
-            self._recording.door.refusal = "its links and hosts are on other machines, where nothing can be done by hand"
+        if self._recording.server is not None:
+            self._recording.server.refusal = "its links and hosts are on other machines, where nothing can be done by hand"
         asked = [(node, request) for node in self._nodes for request in self._send_timeline(node)]
         for node, request in asked:
             node.answer(request)

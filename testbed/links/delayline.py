@@ -192,7 +192,7 @@ class DelayLine:
         try:
             code = self._process.wait(_ANSWER_S)
         except subprocess.TimeoutExpired:
-            return "the delay line has closed its door and does not end"
+            return "the delay line has closed its socket and does not end"
         last_words = (self._process.stderr.read().decode(errors="replace").strip().splitlines() or [""])[-1]
         if code < 0:
             return f"the delay line was ended by signal {-code}"

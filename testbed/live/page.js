@@ -3,7 +3,7 @@
 
 const $ = id => document.getElementById(id);
 const NONE = "–", SPACE = "\u00a0";
-const ALL = "";  // the choice that stands for every link, as the door understands an empty list
+const ALL = "";  // the choice that stands for every link, as the link server understands an empty list
 
 // The run, as the server tells it
 

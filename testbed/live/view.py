@@ -25,7 +25,7 @@ from testbed.protocol import (
     ranks_per_worker,
 )
 from testbed.protocol import SOCKET_FILE as CONTROL_FILE
-from testbed.recording.door import SOCKET_FILE as DOOR_FILE
+from testbed.recording.link_server import SOCKET_FILE as LINK_SOCKET_FILE
 from testbed.report.palette import palette
 from testbed.results.names import scenario
 from testbed.results.tolerances import BUSY_SHARE, FOREIGN_SHARE, LATE_S
@@ -126,7 +126,7 @@ class CellView:
         """ "waiting", "starting", "running", or how it ended: "done", "failed", "interrupted"."""
         if self._result_stamp is not None:
             return _text(self._result.get("status") or "damaged", 20)
-        if _exists(self.directory / DOOR_FILE):
+        if _exists(self.directory / LINK_SOCKET_FILE):
             return "running"
         return "starting" if _exists(self.directory / CONTROL_FILE) else "waiting"
 

@@ -158,7 +158,7 @@ def _amount(value: float | None, unit: str) -> str:
 
 
 def links_table(links: Mapping[str, Any]) -> RenderableType:
-    """Links of a live run, as the run's door tells them: limit, carried rate, queue, drops, impairments."""
+    """Links of a live run, as the run's link server tells them: limit, carried rate, queue, drops, impairments."""
     table = Table(box=None, pad_edge=False)
     table.add_column("link")
     for heading in ("", "limit", "carried", "queued", "drops"):

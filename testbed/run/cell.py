@@ -21,7 +21,7 @@ from testbed.files import everything_in, explained, no_room, open_regular, read_
 from testbed.labs.base import Host, HostFailed, Lab, LabPlan, Process, View
 from testbed.links.calibration import calibrate, measurable
 from testbed.plan import Cell, notes
-from testbed.recording.door import LinkDoor
+from testbed.recording.link_server import LinkServer
 from testbed.recording.recorder import Recorder, Recording
 from testbed.run import messages
 from testbed.run.control import ControlServer, Fault, Heard, Lost, Member
@@ -223,8 +223,10 @@ class _CellRunner:
             self._calibrate()
         trunks = tuple(self._cell.lab.trunks)
         with (
-            LinkDoor(self._directory) as door,
-            self._lab.recorder(Recording(self._directory, self._cell.timeline, door, trunks, self._cell.dilation)) as recorder,
+            LinkServer(self._directory) as server,
+            self._lab.recorder(
+                Recording(self._directory, self._cell.timeline, server, trunks, self._cell.dilation)
+            ) as recorder,
         ):
             t0_s = monotonic_s()
             self._control.broadcast({"type": "start", "t0": t0_s})

@@ -1,4 +1,4 @@
-"""The live page: it tells what was recorded, once; who has not its address gets nothing; links move through the door."""
+"""The live page: it tells what was recorded, once; who has not its address gets nothing; links move by requests."""
 
 import contextlib
 import http.client
@@ -36,8 +36,8 @@ from testbed.live.view import RunView
 from testbed.live.watch import under_way
 from testbed.plan import load_plan
 from testbed.protocol import CELL_FILE, EVALS_FILE, RESULT_FILE, host_directory
-from testbed.recording.door import SOCKET_FILE, LinkDoor
 from testbed.recording.driver import LinkDriver
+from testbed.recording.link_server import SOCKET_FILE, LinkServer
 from testbed.results.load import load_run
 from testbed.results.records import finish_cell
 from testbed.results.summary import summarize
@@ -526,14 +526,14 @@ class Links:
         return dict.fromkeys(self.trees, QdiscCounters(bytes=0, packets=0, drops=0, overlimits=0, backlog_bytes=0, qlen=0))
 
 
-def test_a_link_is_moved_through_the_door_and_recorded_as_manual(page: LivePage) -> None:
+def test_a_link_is_moved_by_request_and_recorded_as_manual(page: LivePage) -> None:
     cell = page.directory / "cells" / "netsense-s0"
     for name in ("events.jsonl", "links.jsonl"):
         (cell / name).unlink()
     links: Any = Links()
     with (
-        LinkDoor(cell) as door,
-        LinkDriver(links, [], monotonic_s(), cell, door, dilation=2.0),
+        LinkServer(cell) as server,
+        LinkDriver(links, [], monotonic_s(), cell, server, dilation=2.0),
         contextlib.closing(Listener(page).connection),
     ):
 
@@ -724,21 +724,21 @@ def test_a_browser_draws_a_long_run_in_no_time_and_moves_a_link(long_run: Path, 
     asked: list[Any] = []
     ended = threading.Event()
 
-    def answer(door: LinkDoor) -> None:
-        while (visit := door.visits.get()).request:
-            asked.append(visit.request)
+    def answer(server: LinkServer) -> None:
+        while (request := server.requests.get()).request:
+            asked.append(request.body)
             state = LinkState(Shape(20_000_000), Shape(20_000_000)).to_json()
             now = monotonic_s()
             change = {"planned_s": 600.0, "applied_s": 600.0 + now * 1e-9, "link": "w1", "state": state}
             append(cell / "events.jsonl", [{**change, "kind": "manual", "verified": True}])
-            visit.answer.put({"links": {"w1": {"state": state, "up": {}, "down": {}}}})
+            request.answer.put({"links": {"w1": {"state": state, "up": {}, "down": {}}}})
 
     with (
-        LinkDoor(cell) as door,
+        LinkServer(cell) as server,
         LivePage(long_run, "127.0.0.1", 0, lambda: not ended.is_set()) as page,
         Browser(tmp_path / "profile") as browser,
     ):
-        threading.Thread(target=answer, args=(door,), daemon=True).start()
+        threading.Thread(target=answer, args=(server,), daemon=True).start()
         stop = threading.Event()
         threading.Thread(target=lambda: [page.tick() for _ in iter(lambda: stop.wait(0.25), True)], daemon=True).start()
         browser.tell("Page.navigate", url=page.url)
@@ -777,5 +777,5 @@ def test_a_browser_draws_a_long_run_in_no_time_and_moves_a_link(long_run: Path, 
         browser.wait_for("document.title === 'the report null'")
         assert browser.messages == []
         stop.set()
-        door.visits.put(type("End", (), {"request": None})())  # type: ignore[arg-type]
+        server.requests.put(type("End", (), {"body": None})())  # type: ignore[arg-type]
     assert not (cell / SOCKET_FILE).exists()

@@ -1,4 +1,4 @@
-"""Specs through the command line's door: good ones load, bad ones get one line with the place and the mend."""
+"""Specs through the command line: good ones load, bad ones get one line with the place and the mend."""
 
 import copy
 import functools
