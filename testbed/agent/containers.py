@@ -6,7 +6,7 @@ network, at the bridge that leads to the containers beside it and, through VXLAN
 
     worker: eth0 (up) ── veth (down), br0, vxlan0 ── the nodes' own network
 
-The first process of each container (``labs.keeper``) waits to be called in there. When the agent hangs up, it ends.
+The first process of each container (``labs.container_init``) listens in there. When the agent hangs up, it ends.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from testbed import protocol
 from testbed.clock import HERE
 from testbed.files import everything_in
 from testbed.labs.base import LabError, LabPlan, make_shaper
-from testbed.labs.containers import ContainerProcess, KeeperLine, change_interface, interfaces
+from testbed.labs.containers import ContainerProcess, InitConnection, change_interface, interfaces
 from testbed.links.neighbours import forwarding, neighbour
 from testbed.links.netlink import NetlinkSocket, back_to_own_namespace, decode, encode, setns
 from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
@@ -39,12 +39,12 @@ from testbed.links.shaper import Port
 DOCKER = Path("/var/run/docker")
 """Docker's own directory, in the agent's container as on the node; what is below it, Docker makes with the first container."""
 NAMESPACES = DOCKER / "netns"
-KEEPER = "@netsense-keeper"
+INIT_SOCKET = "@netsense-init"
 _OVERLAY = "1-"
 """What the name of an overlay network's namespace begins with; the beginning of the network's id follows."""
 _PATIENCE_S = 15.0
 """So long the hosts have to find each other: Docker tells the nodes of each other's containers when it gets to it."""
-_CALL_S = 10.0
+_CONNECT_S = 10.0
 _FIRST_PAUSE_S, _PAUSE_S = 0.01, 0.3
 _CLOSED_PORT = 9
 
@@ -59,7 +59,7 @@ class ContainerHost:
         self.interface, self.index = interface.get_attr("IFLA_IFNAME"), interface["index"]
         self.mac = interface.get_attr("IFLA_ADDRESS")
         self.namespace = os.dup(namespace)
-        self._line: KeeperLine | None = None
+        self._init: InitConnection | None = None
         self._seen, self._directory = PurePosixPath(), Path()
         self._counter = -1
         self._usage_s = 0.0
@@ -74,14 +74,14 @@ class ContainerHost:
             setns(self.namespace)
             return socket.socket(family, kind | socket.SOCK_CLOEXEC)
 
-    def call(self, directory: Path) -> None:
-        """Call the keeper, and give it the directory. Raises OSError, LookupError or ValueError."""
+    def connect(self, directory: Path) -> None:
+        """Connect to the init, and give it the directory. Raises OSError, LookupError or ValueError."""
         channel = self.open_socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        channel.settimeout(_CALL_S)
-        given_up_s = time.monotonic() + _CALL_S
+        channel.settimeout(_CONNECT_S)
+        given_up_s = time.monotonic() + _CONNECT_S
         while True:
             try:
-                channel.connect("\0" + KEEPER[1:])
+                channel.connect("\0" + INIT_SOCKET[1:])
                 break
             except ConnectionRefusedError:  # a container begins before its first process has come so far
                 if time.monotonic() > given_up_s:
@@ -99,7 +99,7 @@ class ContainerHost:
         number = int(protocol.decode_message(channel.recv(4096))["directory"])
         self._seen, self._directory = PurePosixPath(f"/proc/1/fd/{number}"), directory
         channel.settimeout(None)
-        self._line = KeeperLine(channel)
+        self._init = InitConnection(channel)
 
     @property
     def usage_s(self) -> float:
@@ -114,15 +114,15 @@ class ContainerHost:
         return self._usage_s
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> ContainerProcess:
-        assert self._line is not None
-        return self._line.start(argv, env, log)
+        assert self._init is not None
+        return self._init.start(argv, env, log)
 
     def seen(self, path: Path) -> str:
         return str(self._seen / path.relative_to(self._directory))
 
     def close(self) -> None:
-        if self._line is not None:
-            self._line.close()
+        if self._init is not None:
+            self._init.close()
         if self._counter >= 0:
             os.close(self._counter)
         self.socket.close()
@@ -184,7 +184,7 @@ class ContainerPart:
                     raise LabError(f"there is no container with the address {address} of {name} here")
                 host = self._wire(name, address, int(prefix_bits), found[address], ports)
                 try:
-                    host.call(self._directory)
+                    host.connect(self._directory)
                 except (OSError, LookupError, ValueError) as error:
                     raise LabError(f"the container of {name} does not answer: {error}") from None
         finally:

@@ -8,7 +8,7 @@ Where the kernel has no netem, a worker's cable to the bridge is put out of use,
 line between them takes its place: one in the container, with the address of the cable's end, one at the bridge.
 
 Everything made carries labels. ``LABEL`` names the lab, ``OWNER`` the process that made it, so that ``clean`` never
-touches a lab whose orchestrator lives. Containers end with their orchestrator by themselves (``labs.keeper``).
+touches a lab whose orchestrator lives. Containers end with their orchestrator by themselves (``labs.container_init``).
 """
 
 import contextlib
@@ -43,7 +43,7 @@ from testbed.clock import HERE
 from testbed.files import everything_in
 from testbed.labs.base import OOM_SCORE_ADJ, LabError, LabPlan, make_shaper
 from testbed.labs.capabilities import lacking_capabilities
-from testbed.labs.containers import ContainerProcess, KeeperLine, change_interface, interfaces
+from testbed.labs.containers import ContainerProcess, InitConnection, change_interface, interfaces
 from testbed.labs.owner import owner_lives, owner_mark
 from testbed.links.delayline import DelayLine, DelayLineDied
 from testbed.links.neighbours import forwarding, neighbour
@@ -84,7 +84,7 @@ class DockerHost:
     """A container with one interface that is in use (``labs.base.Host``)."""
 
     def __init__(
-        self, name: str, address: str, mac: str, container: str, directory: Path, line: KeeperLine, sock: NetlinkSocket
+        self, name: str, address: str, mac: str, container: str, directory: Path, init: InitConnection, sock: NetlinkSocket
     ) -> None:
         self.name = name
         self.way_in: Mapping[str, int | str] = {"container": container}
@@ -96,10 +96,10 @@ class DockerHost:
         """Of its interface, once that is known."""
         self.socket = sock
         self._directory = directory
-        self._line = line
+        self._init = init
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> ContainerProcess:
-        return self._line.start(argv, env, log)
+        return self._init.start(argv, env, log)
 
     def seen(self, path: Path) -> str:
         return str(_RUN_DIR / path.resolve().relative_to(self._directory))
@@ -124,7 +124,7 @@ class DockerLab:
         self._token = secrets.token_hex(4)
         self._labels = {LABEL: self._token, OWNER: owner_mark()}
         self._client: docker.DockerClient | None = None
-        self._lines: dict[str, KeeperLine] = {}
+        self._inits: dict[str, InitConnection] = {}
         self._switch: NetlinkSocket | None = None
         self._taps: list[int] = []
         self._line = ExitStack()
@@ -226,11 +226,11 @@ class DockerLab:
         devices: list[DeviceRequest],
         user: tuple[int, int],
     ) -> Container:
-        keeper = Path(__file__).with_name("keeper.py").read_text()
+        init = Path(__file__).with_name("container_init.py").read_text()
         rendezvous = str(_RUN_DIR / f".hosts-{self._token}.sock")
         container = client.containers.run(
             self._image,
-            entrypoint=["python", "-I", "-S", "-c", keeper, rendezvous, name],
+            entrypoint=["python", "-I", "-S", "-c", init, rendezvous, name],
             command=[],
             name=f"netsense-{self._token}-{name}",
             hostname=name,
@@ -261,12 +261,12 @@ class DockerLab:
         """Wait until every host has called; raises what went wrong with a container, or LabError."""
         listener.settimeout(0.2)
         deadline = time.monotonic() + _READY_S
-        while len(self._lines) < len(starting):
+        while len(self._inits) < len(starting):
             for name, future in starting.items():
-                if future.done() and not (future.exception() is None and name in self._lines):
+                if future.done() and not (future.exception() is None and name in self._inits):
                     self._expect_alive(name, future.result())
             if time.monotonic() > deadline:
-                missing = ", ".join(name for name in starting if name not in self._lines)
+                missing = ", ".join(name for name in starting if name not in self._inits)
                 raise LabError(f"no answer from the container of {missing} within {_READY_S:g} s")
             try:
                 connection, _ = listener.accept()
@@ -277,11 +277,11 @@ class DockerLab:
                 host = str(protocol.decode_message(connection.recv(4096)).get("host"))
             except (OSError, ValueError):
                 host = ""
-            if host not in starting or host in self._lines:
+            if host not in starting or host in self._inits:
                 connection.close()
                 continue
             connection.settimeout(None)
-            self._lines[host] = KeeperLine(connection)
+            self._inits[host] = InitConnection(connection)
 
     def _expect_alive(self, name: str, container: Container) -> None:
         with contextlib.suppress(NotFound):
@@ -302,7 +302,7 @@ class DockerLab:
             inner = _enter(self.pids[-1])
             address, mac = attached["IPAddress"], attached["MacAddress"]
             host = self.hosts[name] = DockerHost(
-                name, address, mac, str(containers[name].name), self._directory, self._lines[name], inner
+                name, address, mac, str(containers[name].name), self._directory, self._inits[name], inner
             )
             mine, peer = _cable(host, outside)
             up = Port(inner, mine["index"], INTERFACE)
@@ -370,11 +370,11 @@ class DockerLab:
             for tap in self._taps:
                 os.close(tap)
             self._taps.clear()
-            for line in self._lines.values():
-                line.close()
+            for init in self._inits.values():
+                init.close()
             for host in self.hosts.values():
                 host.close()
-            self._lines.clear()
+            self._inits.clear()
             self.hosts.clear()
             if self._switch is not None:
                 self._switch.close()

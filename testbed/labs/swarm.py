@@ -28,7 +28,7 @@ from typing import Any, Self
 import docker
 from docker.errors import APIError, NotFound
 
-from testbed.agent.containers import DOCKER, KEEPER
+from testbed.agent.containers import DOCKER, INIT_SOCKET
 from testbed.labs.base import OOM_SCORE_ADJ, LabError, LabPlan, Limits, View
 from testbed.labs.docker import (
     DEFAULT_IMAGE,
@@ -322,10 +322,10 @@ class SwarmLab(RemoteLab):
         return path.resolve().relative_to(self._directory).as_posix()
 
     def _container(self, host: str, user: int) -> dict[str, Any]:
-        keeper = Path(__file__).with_name("keeper.py").read_text()
+        init = Path(__file__).with_name("container_init.py").read_text()
         return {
             "Image": self._swarm.image,
-            "Command": ["python", "-I", "-S", "-c", keeper, KEEPER, host],
+            "Command": ["python", "-I", "-S", "-c", init, INIT_SOCKET, host],
             "Hostname": host,
             "User": f"{user}:{user}",
             "ReadOnly": True,
