@@ -57,7 +57,7 @@ def missing(need: str) -> str | None:
             return None  # make test-delayline
         if "User Mode Linux" not in Path("/proc/cpuinfo").read_text():
             return "these tests run under User-Mode Linux; run them with: make test-netem"
-        from testbed.links.probe import missing_kinds
+        from testbed.links.kernel_support import missing_kinds
 
         if missing_kinds(["netem"]):
             return "this kernel of User-Mode Linux has no netem"

@@ -21,7 +21,7 @@ from netsenseml.records import monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab, enclosure
-from testbed.links import gauge
+from testbed.links import measurement_programs
 from testbed.links.qdiscs import compile_tree, tc_commands
 from testbed.links.state import LinkState, Shape
 from testbed.recording.driver import LinkDriver
@@ -83,9 +83,9 @@ def lateness(server: ForkServer, links: int, seconds: float, scratch: Path) -> N
 
 def start_flood(lab: NetnsLab, log: Path) -> None:
     """w0 sends UDP to w1 at more than the higher rate."""
-    lab.hosts["w1"].start(gauge.command("ignore"), {}, log)
-    words = (lab.hosts["w1"].address, monotonic_s(), 60, 1.3 * FAST, gauge.UDP_HEADERS_BYTES + 1448)
-    lab.hosts["w0"].start(gauge.command("flood", *words), {}, log)
+    lab.hosts["w1"].start(measurement_programs.command("ignore"), {}, log)
+    words = (lab.hosts["w1"].address, monotonic_s(), 60, 1.3 * FAST, measurement_programs.UDP_HEADERS_BYTES + 1448)
+    lab.hosts["w0"].start(measurement_programs.command("flood", *words), {}, log)
     time.sleep(1)
 
 

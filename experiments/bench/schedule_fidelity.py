@@ -25,8 +25,8 @@ from netsenseml.records import monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab, enclosure
-from testbed.links import gauge
-from testbed.links.probe import missing_kinds
+from testbed.links import measurement_programs
+from testbed.links.kernel_support import missing_kinds
 from testbed.links.qdiscs import burst_bytes
 from testbed.links.state import LinkState, Shape
 from testbed.recording.driver import LinkDriver
@@ -70,10 +70,10 @@ def replay(server: ForkServer, schedules: Mapping[str, tuple[Mapping[str, Any], 
     with NetnsLab(plan, server) as lab, tempfile.TemporaryDirectory() as scratch:
         for link in links:
             top = max(change.state.down.rate_bps or 0 for change in timeline if change.link == link)
-            lab.hosts[link].start(gauge.command("ignore"), {}, Path(scratch, "log"))
+            lab.hosts[link].start(measurement_programs.command("ignore"), {}, Path(scratch, "log"))
             segments = max(1, min(40, top // 1000 // 8 // 1514))
             words = lab.hosts[link].address, 0, 1e6, 1.2 * top, 1514, segments
-            lab.hosts[f"bg{link[1:]}"].start(gauge.command("flood", *words), {}, Path(scratch, "log"))
+            lab.hosts[f"bg{link[1:]}"].start(measurement_programs.command("flood", *words), {}, Path(scratch, "log"))
         time.sleep(0.5)
         with LinkDriver(lab.links, timeline, monotonic_s(), Path(scratch)) as driver:
             time.sleep(BEGIN_S + seconds + 0.2)

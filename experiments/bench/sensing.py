@@ -31,7 +31,7 @@ from netsenseml.records import RecordFile, monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab, enclosure
-from testbed.links.probe import missing_kinds
+from testbed.links.kernel_support import missing_kinds
 from testbed.links.state import LinkState, Shape
 from testbed.traffic import tcp as traffic
 from testbed.traffic.flows import Flow, Phase

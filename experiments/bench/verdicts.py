@@ -36,7 +36,7 @@ from testbed import protocol
 from testbed.labs import open_labs
 from testbed.labs.base import LabPlan
 from testbed.labs.netns import NetnsLab, enclosure
-from testbed.links import gauge, shaper
+from testbed.links import measurement_programs, shaper
 from testbed.links.qdiscs import ETHERNET_FRAME_BYTES, Tree, compile_tree, tc_commands
 from testbed.links.shaper import Applied, Prepared
 from testbed.links.state import Shape
@@ -257,10 +257,10 @@ def load(kind: str, rate_bps: str) -> None:
     t0_s = control.ready("none")
     segments = 1 if float(rate_bps) < 50e6 else 40
     programs: Mapping[tuple[str, int], tuple[Callable[..., Any], Sequence[Any]]] = {
-        ("udp", 0): (gauge.flood, (target, monotonic_s(), 60, 1.3 * float(rate_bps), 1514, segments)),
-        ("udp", 1): (gauge.ignore, ()),
-        ("tcp", 0): (gauge.source, (target, "cubic")),
-        ("tcp", 1): (gauge.sink, (0, 60)),
+        ("udp", 0): (measurement_programs.flood, (target, monotonic_s(), 60, 1.3 * float(rate_bps), 1514, segments)),
+        ("udp", 1): (measurement_programs.ignore, ()),
+        ("tcp", 0): (measurement_programs.source, (target, "cubic")),
+        ("tcp", 1): (measurement_programs.sink, (0, 60)),
     }
     program, arguments = programs[kind, rank]
     threading.Thread(target=program, args=arguments, daemon=True).start()

@@ -18,7 +18,7 @@ from testbed.files import no_room
 from testbed.labs.base import LabError
 from testbed.labs.cgroups import groups_of_run
 from testbed.labs.netns import enclosure, why_it_failed
-from testbed.links.probe import missing_kinds, require_taps
+from testbed.links.kernel_support import missing_kinds, require_taps
 from testbed.live.beside import live_page
 from testbed.plan import Plan
 from testbed.run import directory as run_directory
@@ -114,7 +114,7 @@ def choose_engine(lab: str, wanted: str, impaired: bool, qdiscs: Iterable[str]) 
 
 def _missing_kinds(lab: str, needed: Sequence[str]) -> list[str]:
     if lab == "netns":
-        return _run_enclosed("testbed.links.probe", *needed).split()
+        return _run_enclosed("testbed.links.kernel_support", *needed).split()
     try:
         return missing_kinds(needed)
     except OSError as error:
@@ -135,7 +135,7 @@ def _check_taps(lab: str) -> None:
 
 
 def _run_enclosed(module: str, *arguments: str) -> str:
-    """What a probe prints inside private namespaces; raises LabError with its last words."""
+    """What a module of checks prints inside private namespaces; raises LabError with its last words."""
     command = [*enclosure(), sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:

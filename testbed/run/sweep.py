@@ -18,7 +18,7 @@ from testbed.files import read_json
 from testbed.labs import open_labs
 from testbed.labs.cgroups import ENV_GROUPS, encode_groups
 from testbed.labs.netns import enclosure
-from testbed.links.probe import missing_kinds
+from testbed.links.kernel_support import missing_kinds
 from testbed.plan import Cell, Plan, make_plan
 from testbed.protocol import CELL_FILE
 from testbed.run.cell import prepare_cell, read_result, run_cell

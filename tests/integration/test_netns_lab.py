@@ -16,7 +16,7 @@ from pathlib import Path
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab
-from testbed.links import gauge
+from testbed.links import measurement_programs
 from testbed.links.netlink import back_to_own_namespace, setns
 from testbed.links.routes import Tcp
 from testbed.links.state import LinkState, Shape
@@ -255,12 +255,12 @@ every_s, pairs = {every_s}, {{"w0": ("w1", 10**6), "w2": ("w3", 10**7), "w4": ("
 tops = {{name: top for source, (sink, top) in pairs.items() for name in (source, sink)}}
 with NetnsLab(LabPlan({{name: both(top) for name, top in tops.items()}}), server) as lab:
     for source, (sink, top) in pairs.items():
-        lab.hosts[sink].start(gauge.command("ignore"), {{}}, tmp / f"{{sink}}.log")
+        lab.hosts[sink].start(measurement_programs.command("ignore"), {{}}, tmp / f"{{sink}}.log")
     time.sleep(0.3)
     for source, (sink, top) in pairs.items():
         segments = max(1, top // 1000 // 8 // 1514)  # a call a millisecond
         words = lab.hosts[sink].address, 0, 30, 1.2 * top, 1514, segments
-        lab.hosts[source].start(gauge.command("flood", *words), {{}}, tmp / f"{{source}}.log")
+        lab.hosts[source].start(measurement_programs.command("flood", *words), {{}}, tmp / f"{{source}}.log")
     time.sleep(1)
     best = {{}}
     for attempt in range(3):  # a machine that stalls carries less, and never more

@@ -351,7 +351,7 @@ def kernel_has_netem():
     from testbed.labs.netns import enclosure
 
     asked = subprocess.run(
-        [*enclosure(), sys.executable, "-m", "testbed.links.probe", "htb", "netem"],
+        [*enclosure(), sys.executable, "-m", "testbed.links.kernel_support", "htb", "netem"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -1,4 +1,6 @@
-"""What this kernel offers for links, found out by asking it: ``python -m testbed.links.probe KIND…`` prints what is missing.
+"""What this kernel offers for links, found out by asking it.
+
+``python -m testbed.links.kernel_support KIND…`` prints what is missing.
 
 Runs in a scratch network namespace that ends with the process, so it needs the right to make one and touches nothing.
 """
@@ -20,7 +22,7 @@ from testbed.links.tap import open_tap
 
 _LOOPBACK_INDEX = 1
 _LIMITED = Shape(rate_bps=10**7)
-_SHAPES = {
+_PARAMETERS_BY_KIND = {
     "tbf": _LIMITED,
     "htb": _LIMITED,
     "netem": Shape(delay_s=0.001),
@@ -59,8 +61,8 @@ def require_taps() -> None:
 
 
 def _requests(kind: str) -> list[Request]:
-    if kind in _SHAPES:
-        tree = qdiscs.compile_tree(_SHAPES[kind], shaper="tbf" if kind == "tbf" else "htb")
+    if kind in _PARAMETERS_BY_KIND:
+        tree = qdiscs.compile_tree(_PARAMETERS_BY_KIND[kind], shaper="tbf" if kind == "tbf" else "htb")
         return [request for _, request in qdiscs.requests(tree, _LOOPBACK_INDEX, "lo")]
     message = ifinfmsg()
     message["attrs"] = [("IFLA_IFNAME", f"probe-{kind}"), ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", kind)]})]
