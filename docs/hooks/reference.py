@@ -40,7 +40,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 SCHEMA: Json = json.loads((ROOT / "testbed/spec/schema.json").read_text())
 DEFINITIONS: Mapping[str, Json] = SCHEMA["definitions"]
 TITLES = {"Spec": "The experiment", "LinkSpec": "Links", "MethodSpec": "methods", "Entry": "schedule"}
-"""Of sections, where it is not the definition's own name or, of a shape of a schedule, the key that it has."""
+"""Of sections, where it is not the definition's own name or, of a pattern of a schedule, the key that it has."""
 
 
 def spec() -> str:

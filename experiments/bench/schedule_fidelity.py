@@ -1,4 +1,4 @@
-"""Does a link carry what its schedule says, in every second? Every shape of schedule and every trace that is shipped.
+"""Does a link carry what its schedule says, in every second? Every pattern of a schedule and every trace that is shipped.
 
     python experiments/bench/schedule_fidelity.py [SECONDS]
 
@@ -32,27 +32,27 @@ from testbed.links.state import LinkState, Shape
 from testbed.recording.driver import LinkDriver
 from testbed.spec.files import reader
 from testbed.timeline import Change, expand
-from testbed.timeline.shapes import parse_entry
+from testbed.timeline.patterns import parse_entry
 
 TRACES = Path(__file__).parents[1] / "traces"
 TOPS = (1, 10, 50, 500)
 EVERY_MS = (20, 100, 1000)
-SHAPES = ("square", "sawtooth", "walk")
+PATTERNS = ("square", "sawtooth", "walk")
 BEGIN_S = 1.0
 _WINDOW_S = 1.0
 
 
-def entry(shape: str, top_mbps: int, every_ms: int) -> Mapping[str, Any]:
+def entry(pattern: str, top_mbps: int, every_ms: int) -> Mapping[str, Any]:
     """One line of a schedule between four fifths of a rate and the whole of it."""
-    span = [f"{top_mbps * 0.8:g}mbit", f"{top_mbps}mbit"]
+    pair = [f"{top_mbps * 0.8:g}mbit", f"{top_mbps}mbit"]
     every = f"{every_ms}ms"
-    match shape:
+    match pattern:
         case "square":
-            return {"square": {"rate": span}, "period": f"{2 * every_ms}ms"}
+            return {"square": {"rate": pair}, "period": f"{2 * every_ms}ms"}
         case "sawtooth":
-            return {"sawtooth": {"rate": span}, "period": f"{5 * every_ms}ms", "every": every}
+            return {"sawtooth": {"rate": pair}, "period": f"{5 * every_ms}ms", "every": every}
         case _:
-            return {"walk": {"rate": span}, "every": every}
+            return {"walk": {"rate": pair}, "every": every}
 
 
 def replay(server: ForkServer, schedules: Mapping[str, tuple[Mapping[str, Any], int]], seconds: float) -> dict[str, list[Any]]:
@@ -126,13 +126,13 @@ def main() -> None:
     table = Table("schedule", "most", "a change every", "carried", "worst seconds", "a packet and rises may take", box=None)
     console = Console(width=130)
     with ForkServer() as server, console.status("replaying"):
-        for shape in SHAPES:
+        for pattern in PATTERNS:
             for every_ms in EVERY_MS:
-                schedules = {f"{top}": (entry(shape, top, every_ms), top * 10**6) for top in TOPS}
+                schedules = {f"{top}": (entry(pattern, top, every_ms), top * 10**6) for top in TOPS}
                 for top, found in replay(server, schedules, seconds).items():
                     total, low, high, granted = judged(*found)
                     row = f"{top} Mbit/s", f"{every_ms} ms", f"{total:.4f}", f"{low:.3f} … {high:.3f}", f"{granted:.1%}"
-                    table.add_row(shape, *row)
+                    table.add_row(pattern, *row)
         names = sorted(path.name for path in TRACES.iterdir() if path.suffix in (".csv", ".packets"))
         traces = {name: ({"trace": name, "repeat": True}, 100 * 10**6) for name in names}
         for name, found in replay(server, traces, 5 * seconds).items():

@@ -28,7 +28,7 @@ from testbed.links.state import LinkState, Shape
 from testbed.recording.driver import LinkDriver
 from testbed.spec.files import reader
 from testbed.timeline import Change, expand
-from testbed.timeline.shapes import parse_entry
+from testbed.timeline.patterns import parse_entry
 
 WARM_S = 2.0
 UDP_SINK = "import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.bind(('', 5001))\nwhile s.recv(2048): pass"

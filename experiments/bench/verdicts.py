@@ -2,7 +2,7 @@
 
     python experiments/bench/verdicts.py [CELLS OF EACH] [SEED]
 
-Every trial is a cell of about 3 s as ``testbed run`` runs it: real namespaces, links that follow a schedule of some shape at
+Every trial is a cell of about 3 s as ``testbed run`` runs it: real namespaces, links that follow a schedule of some pattern at
 1, 10, 50 or 500 Mbit/s, calibrated before t = 0, and the verdict of the summary. A flood, a TCP flow or a training loads the
 link of w1. In half of the cells something is wrong behind the testbed's back:
 
@@ -54,7 +54,7 @@ PLANTED_AT_S = 0.5
 LATE_S = 0.08
 LOW = 0.5
 RATES = (1_000_000, 10_000_000, 50_000_000, 500_000_000)
-SHAPES = ("constant", "fall", "square", "ramp", "walk", "trace")
+PATTERNS = ("constant", "fall", "square", "ramp", "walk", "trace")
 LOADS = ("udp", "tcp", "training")
 DEVIATIONS = ("too fast", "too slow", "late", "lossy", "by hand")
 EXPECTED = {
@@ -75,14 +75,14 @@ class Trial:
     number: int
     deviation: str
     variant: int
-    shape: str
+    pattern: str
     rate_bps: int
     load: str
 
     @classmethod
     def draw(cls, number: int, deviation: str, variant: int, source: random.Random) -> "Trial":
         """A trial in which its deviation, if any, matters."""
-        shape, rate_bps, load = source.choice(SHAPES), source.choice(RATES), source.choice(LOADS)
+        pattern, rate_bps, load = source.choice(PATTERNS), source.choice(RATES), source.choice(LOADS)
         match deviation:
             case "too fast":
                 load = source.choice(("udp", "tcp"))
@@ -90,16 +90,16 @@ class Trial:
                 load = "udp"
             case "lossy":
                 # The next change of the link would make its queue right again.
-                shape = shape if variant % 2 else source.choice(("constant", "fall"))
+                pattern = pattern if variant % 2 else source.choice(("constant", "fall"))
                 load = "udp"
             case "late":
                 # That a fall was recorded as if it had been on time shows in what was carried; of a rise nobody could tell.
-                shape = "fall" if variant % 2 else source.choice(SHAPES[1:])
+                pattern = "fall" if variant % 2 else source.choice(PATTERNS[1:])
                 load = "udp" if variant % 2 else load
-        return cls(number, deviation, variant, shape, rate_bps, load)
+        return cls(number, deviation, variant, pattern, rate_bps, load)
 
     def __str__(self) -> str:
-        return f"{self.number:3} {self.deviation or 'clean':9} {self.shape:9} {self.rate_bps / 1e6:4g} Mbit/s  {self.load:9}"
+        return f"{self.number:3} {self.deviation or 'clean':9} {self.pattern:9} {self.rate_bps / 1e6:4g} Mbit/s  {self.load:9}"
 
 
 def spec_of(trial: Trial, source: random.Random, directory: Path) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def spec_of(trial: Trial, source: random.Random, directory: Path) -> dict[str, A
     step_ms = shortest_ms * source.choice((1, 2, 5))
     step = {"every": f"{step_ms}ms"}
     entry: dict[str, Any] = {"at": "0s", "links": "w1"}
-    match trial.shape:
+    match trial.pattern:
         case "constant":
             schedule = []
         case "fall":

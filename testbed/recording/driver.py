@@ -21,7 +21,7 @@ from testbed.recording.link_server import LinkServer
 from testbed.spec.errors import did_you_mean
 from testbed.spec.load import parse_link
 from testbed.timeline import Change
-from testbed.timeline.possible import impossible
+from testbed.timeline.validation import state_error
 
 SAMPLE_S = 0.1
 _READ_BACK_S = 1.0
@@ -179,7 +179,7 @@ class LinkDriver:
                 for name in names
             }
             for name, state in wished.items():
-                if fault := impossible(state):
+                if fault := state_error(state):
                     raise ValueError(f"{name}: {fault}")
             changes = {name: slowed_link(state, self._dilation) for name, state in wished.items()}
             impaired = {(link, side) for link, state in changes.items() for side in DIRECTIONS if getattr(state, side).impaired}

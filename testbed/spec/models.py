@@ -32,7 +32,7 @@ from testbed.spec.errors import did_you_mean
 from testbed.traffic.flows import MAX_STREAMS, ONE_STREAM, Duration, Streams
 
 if TYPE_CHECKING:
-    from testbed.timeline.moves import Move, Start
+    from testbed.timeline.updates import StartContext, Update
 
 
 class Queue(NamedTuple):
@@ -407,7 +407,7 @@ class WorkerEntry(Entry):
 
 
 class ScheduleEntry(Entry, ABC):
-    """From a time on, some links follow a shape. The shapes are in ``testbed.timeline.shapes``."""
+    """From a time on, some links follow a pattern. The patterns are in ``testbed.timeline.patterns``."""
 
     links: Annotated[list[str], BeforeValidator(_links), written_as("links")] = Field(
         default_factory=lambda: ["all"], min_length=1, examples=["[w1, w2]"]
@@ -415,18 +415,18 @@ class ScheduleEntry(Entry, ABC):
     """Names of links, or all: those of all workers."""
 
     @abstractmethod
-    def moves(self, start: "Start") -> "Iterator[Move]":
+    def updates(self, start: "StartContext") -> "Iterator[Update]":
         """What it does to one link, in order of time; may go on for ever. Raises SpecError with a place within the entry."""
 
 
-def _shaped(entry: object) -> object:
-    # The shapes are built from the models above, so they cannot be imported before these are complete.
-    from testbed.timeline.shapes import parse_entry
+def _parsed_entry(entry: object) -> object:
+    # The patterns are built from the models above, so they cannot be imported before these are complete.
+    from testbed.timeline.patterns import parse_entry
 
     return parse_entry(entry)
 
 
-AnyEntry = Annotated[SerializeAsAny[Entry], BeforeValidator(_shaped)]
+AnyEntry = Annotated[SerializeAsAny[Entry], BeforeValidator(_parsed_entry)]
 
 
 _SHORTEST_PHASE_S = 0.1
@@ -806,7 +806,7 @@ def small_queues(part: Any, mtu: int) -> Iterator[tuple[list[str | int], str]]:
         inside = (([key], value) for key, value in part.items())
     elif isinstance(part, list):
         inside = (([index], value) for index, value in enumerate(part))
-    elif isinstance(part, tuple):  # the two ends of a span, which have one place in the spec
+    elif isinstance(part, tuple):  # a pair of values, which have one place in the spec
         inside = (([], value) for value in part)
     for place, value in inside:
         yield from ((place + below, text) for below, text in small_queues(value, mtu))

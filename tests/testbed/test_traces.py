@@ -16,8 +16,8 @@ from testbed.run.directory import create
 from testbed.spec.errors import SpecError
 from testbed.spec.load import load_spec
 from testbed.timeline import expand
+from testbed.timeline.patterns import parse_entry
 from testbed.timeline.recording import PACKET_BITS, parse_recording
-from testbed.timeline.shapes import parse_entry
 
 pytestmark = pytest.mark.fast
 

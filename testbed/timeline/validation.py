@@ -10,12 +10,12 @@ for. With 2 that is 0.4 % of a normal distribution's, and nothing of the others'
 the mean would be four tenths of the jitter."""
 
 
-def impossible(state: LinkState) -> str | None:
+def state_error(state: LinkState) -> str | None:
     """What is wrong with a link in such a state, or None."""
-    return next((fault for side in DIRECTIONS if (fault := _fault(getattr(state, side)))), None)
+    return next((error for side in DIRECTIONS if (error := _error(getattr(state, side)))), None)
 
 
-def _fault(shape: Shape) -> str | None:
+def _error(shape: Shape) -> str | None:
     if shape.jitter_s * (1 - 1e-9) > shape.delay_s / _DEVIATIONS:
         jitter, least = format_time(shape.jitter_s), format_time(shape.jitter_s * _DEVIATIONS)
         return f"a jitter of {jitter} needs a delay of {least} or more, as no packet arrives before it was sent"
