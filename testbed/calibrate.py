@@ -30,7 +30,7 @@ from testbed.labs.base import LabError, LabPlan
 from testbed.labs.netns import enclosure
 from testbed.links.calibration import RATE_TOLERANCE, Measurement, MeasurementPrograms, Pair, attempts, closest, delay_tolerance
 from testbed.links.qdiscs import ETHERNET_FRAME_BYTES
-from testbed.links.state import DIRECTIONS, LinkState, Loss, Shape
+from testbed.links.state import DIRECTIONS, LinkParameters, LinkState, Loss
 from testbed.network import packet_bytes
 from testbed.spec.units import format_rate
 
@@ -106,7 +106,7 @@ def _calibrate_here(conditions: Conditions, lab: str) -> Iterator[dict[str, Any]
         logs.mkdir()
         for rate_bps in conditions.rates_bps:
             # A queue of a round trip's length, which TCP needs to go on at full speed after a loss.
-            plain = Shape(rate_bps, queue_s=max(Shape().queue_s, 2 * conditions.delay_s))
+            plain = LinkParameters(rate_bps, queue_s=max(LinkParameters().queue_s, 2 * conditions.delay_s))
             worse = replace(
                 plain,
                 delay_s=conditions.delay_s,
@@ -123,10 +123,10 @@ def _calibrate_here(conditions: Conditions, lab: str) -> Iterator[dict[str, Any]
 
 def _lab_plan(state: LinkState, engine: str) -> LabPlan:
     links = dict.fromkeys(HOSTS, state)
-    shapes = [(link, side, getattr(state, side)) for link in links for side in DIRECTIONS]
-    impaired = frozenset((link, side) for link, side, shape in shapes if shape.impaired)
+    directions = [(link, side, getattr(state, side)) for link in links for side in DIRECTIONS]
+    impaired = frozenset((link, side) for link, side, parameters in directions if parameters.impaired)
     plan = LabPlan(links, impaired=impaired, engine=engine)
-    return replace(plan, packet_bytes=packet_bytes(plan, shapes))
+    return replace(plan, packet_bytes=packet_bytes(plan, directions))
 
 
 def _row(rate_bps: int, best: Measurement, tries: int) -> dict[str, Any]:
@@ -137,10 +137,10 @@ def _row(rate_bps: int, best: Measurement, tries: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Bench:
-    """Measures a scratch lab whose links are all the same; ``down`` is the shape that impairs."""
+    """Measures a scratch lab whose links are all the same; ``down`` has the impairments."""
 
     programs: MeasurementPrograms
-    down: Shape
+    down: LinkParameters
 
     def tests(self) -> list[Callable[[int], list[Measurement]]]:
         if not self.down.impaired:

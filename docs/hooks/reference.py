@@ -79,7 +79,7 @@ def _references(node: Any) -> Iterator[str]:
 
 def _is_of_links(name: str) -> bool:
     """Whether its keys are those of a link, or some of them."""
-    return name != "LinkSpec" and name.endswith(("Change", "Pairs", "ShapeSpec"))
+    return name != "LinkSpec" and name.endswith(("Change", "Pairs", "LinkParametersSpec"))
 
 
 def _title(name: str) -> str:

@@ -23,7 +23,7 @@ from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab, enclosure
 from testbed.links import measurement_programs
 from testbed.links.qdiscs import compile_tree, tc_commands
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkParameters, LinkState
 from testbed.recording.driver import LinkDriver
 from testbed.timeline import Change
 
@@ -39,7 +39,7 @@ SLOW, FAST = 20_000_000, 100_000_000
 
 
 def both(rate_bps: int) -> LinkState:
-    return LinkState(Shape(rate_bps=rate_bps), Shape(rate_bps=rate_bps))
+    return LinkState(LinkParameters(rate_bps=rate_bps), LinkParameters(rate_bps=rate_bps))
 
 
 def plan(names: Sequence[str], *rates: int) -> LabPlan:
@@ -118,7 +118,7 @@ def cost(server: ForkServer, links: int, scratch: Path) -> None:
             begin = time.perf_counter()
             assert all(applied.verified for applied in lab.links.apply(changes).values())
             ours.append(time.perf_counter() - begin)
-            (command,) = tc_commands(compile_tree(Shape(rate_bps=HIGH + step)), "lo")
+            (command,) = tc_commands(compile_tree(LinkParameters(rate_bps=HIGH + step)), "lo")
             begin = time.perf_counter()
             for _ in range(2 * links):
                 subprocess.run(command.split(), check=True)

@@ -28,7 +28,7 @@ from testbed.labs.netns import NetnsLab, enclosure
 from testbed.links import measurement_programs
 from testbed.links.kernel_support import missing_kinds
 from testbed.links.qdiscs import burst_bytes
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkParameters, LinkState
 from testbed.recording.driver import LinkDriver
 from testbed.spec.files import reader
 from testbed.timeline import Change, expand
@@ -61,7 +61,7 @@ def replay(server: ForkServer, schedules: Mapping[str, tuple[Mapping[str, Any], 
     schedules: by name, the entry and the highest rate in bits/s.
     """
     links = {f"w{number}": name for number, name in enumerate(schedules)}
-    first = {link: LinkState(Shape(), Shape(rate_bps=schedules[name][1])) for link, name in links.items()}
+    first = {link: LinkState(LinkParameters(), LinkParameters(rate_bps=schedules[name][1])) for link, name in links.items()}
     entries = [parse_entry({"at": f"{BEGIN_S}s", "links": link, **schedules[name][0]}) for link, name in links.items()]
     timeline = expand(entries, first, end_s=BEGIN_S + seconds, read=reader(TRACES))
     states = {**first, **{f"bg{link[1:]}": LinkState() for link in links}}

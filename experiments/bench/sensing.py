@@ -32,7 +32,7 @@ from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab, enclosure
 from testbed.links.kernel_support import missing_kinds
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkParameters, LinkState
 from testbed.traffic import tcp as traffic
 from testbed.traffic.flows import Flow, Phase
 
@@ -97,8 +97,8 @@ def compete(end: str, address: str, directory: Path) -> None:
 
 
 def both(rate_bps: float, rtt_s: float) -> LinkState:
-    shape = Shape(rate_bps=round(rate_bps), queue_s=max(0.05, rtt_s))
-    return LinkState(shape, replace(shape, delay_s=rtt_s / 2))
+    parameters = LinkParameters(rate_bps=round(rate_bps), queue_s=max(0.05, rtt_s))
+    return LinkState(parameters, replace(parameters, delay_s=rtt_s / 2))
 
 
 def measure(server: ForkServer, seconds: float, scratch: Path, rtt_s: float) -> list[float]:

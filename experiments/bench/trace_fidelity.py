@@ -24,7 +24,7 @@ from netsenseml.records import monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab, enclosure
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkParameters, LinkState
 from testbed.recording.driver import LinkDriver
 from testbed.spec.files import reader
 from testbed.timeline import Change, expand
@@ -61,7 +61,7 @@ while True:
 def planned(trace: Path, seconds: float) -> tuple[Change, ...]:
     """The timeline of link w1: the trace after a time in which flows find their speed."""
     entry = parse_entry({"at": f"{WARM_S}s", "links": "w1", "trace": trace.name, "repeat": True})
-    first = LinkState(Shape(rate_bps=10_000_000), Shape(rate_bps=10_000_000))
+    first = LinkState(LinkParameters(rate_bps=10_000_000), LinkParameters(rate_bps=10_000_000))
     return expand([entry], {"w1": first}, end_s=WARM_S + seconds, read=reader(trace.parent))
 
 

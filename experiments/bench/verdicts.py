@@ -2,7 +2,7 @@
 
     python experiments/bench/verdicts.py [CELLS OF EACH] [SEED]
 
-Every trial is a cell of about 3 s as ``testbed run`` runs it: real namespaces, links that follow a schedule of some pattern at
+Every trial is a cell of about 3 s as ``testbed run`` runs it: real namespaces, links that follow some pattern of a schedule at
 1, 10, 50 or 500 Mbit/s, calibrated before t = 0, and the verdict of the summary. A flood, a TCP flow or a training loads the
 link of w1. In half of the cells something is wrong behind the testbed's back:
 
@@ -39,7 +39,7 @@ from testbed.labs.netns import NetnsLab, enclosure
 from testbed.links import measurement_programs, shaper
 from testbed.links.qdiscs import ETHERNET_FRAME_BYTES, Tree, compile_tree, tc_commands
 from testbed.links.shaper import Applied, Prepared
-from testbed.links.state import Shape
+from testbed.links.state import LinkParameters
 from testbed.plan import make_plan
 from testbed.recording import link_server
 from testbed.results.load import load_run
@@ -178,8 +178,10 @@ class Saboteur:
     def _deviate(self, factor: float) -> None:
         """From now on w1's limits are not those that the testbed records, although the kernel confirms what it is sent."""
 
-        def scaled(shape: Shape, **options: Any) -> Tree:
-            return self._compiled(replace(shape, rate_bps=max(8000, round((shape.rate_bps or 0) * factor))), **options)
+        def scaled(parameters: LinkParameters, **options: Any) -> Tree:
+            return self._compiled(
+                replace(parameters, rate_bps=max(8000, round((parameters.rate_bps or 0) * factor))), **options
+            )
 
         assert self._lab is not None
         shaper.compile_tree = scaled  # type: ignore[attr-defined]

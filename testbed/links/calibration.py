@@ -24,7 +24,7 @@ from testbed.links import measurement_programs
 from testbed.links.measurement_programs import LARGEST_FLOOD_BYTES, SMALLEST_DATAGRAM_BYTES
 from testbed.links.qdiscs import QdiscCounters, burst_bytes, frame_bytes
 from testbed.links.shaper import Place
-from testbed.links.state import Shape
+from testbed.links.state import LinkParameters
 
 RATE_TOLERANCE = 0.03
 DELAY_TOLERANCE, DELAY_TOLERANCE_S = 0.03, 1e-3
@@ -108,19 +108,19 @@ def carried_bps(plan: LabPlan, pairs: Iterable[Pair]) -> dict[Place, float]:
     arriving: dict[Pair, float | None] = {pair: _flood_bps(plan, way) for pair, way in routes.items()}
     carried: dict[Place, float] = {}
     for side in sorted({side for way in routes.values() for side in way}, key=lambda one: _stage(plan, one)):
-        shape = _shape(plan, side)
+        parameters = _parameters(plan, side)
         members = [pair for pair, way in routes.items() if side in way]
         rates = [rate for pair in members if (rate := arriving[pair]) is not None]
         # netem loses packets before they come to the limiter, the delay line after it.
-        surviving = (1 - shape.loss.share) * (1 + shape.duplicate)
+        surviving = (1 - parameters.loss.share) * (1 + parameters.duplicate)
         before, after = (1.0, surviving) if side[0] in plan.lined else (surviving, 1.0)
         offered = sum(rates) * before
         known = len(rates) == len(members)
-        if shape.rate_bps is None:
+        if parameters.rate_bps is None:
             passed = offered
         else:
-            passed = min(offered, shape.rate_bps)
-            if known or offered >= shape.rate_bps:
+            passed = min(offered, parameters.rate_bps)
+            if known or offered >= parameters.rate_bps:
                 carried[side] = passed
         alone = len(members) == 1 or passed == offered
         for pair in members:
@@ -171,8 +171,8 @@ def _filling(plan: LabPlan, hosts: Sequence[str], limits: Mapping[Place, int]) -
 
 def expected_rtt(plan: LabPlan, source: str, target: str) -> tuple[float, float]:
     """(mean, standard deviation) in s of the RTT between two hosts whose links are idle: the sum of all one-way delays."""
-    shapes = [_shape(plan, side) for way in (plan.route(source, target), plan.route(target, source)) for side in way]
-    return sum(shape.delay_s for shape in shapes), math.sqrt(sum(shape.jitter_s**2 for shape in shapes))
+    hops = [_parameters(plan, side) for way in (plan.route(source, target), plan.route(target, source)) for side in way]
+    return sum(hop.delay_s for hop in hops), math.sqrt(sum(hop.jitter_s**2 for hop in hops))
 
 
 def delayed_pairs(plan: LabPlan) -> list[Pair]:
@@ -327,7 +327,7 @@ def measure_rates(programs: MeasurementPrograms, plan: LabPlan, flows: Round, ef
             last_s = min(clock.reference(report["end_s"]) for _, report, clock in done)
             measured = _rate_between(samples, side, first_s, last_s)
         tolerance = RATE_TOLERANCE * expected
-        loss = max((_shape(plan, one).loss for pair in through for one in ways[pair]), key=lambda one: one.share)
+        loss = max((_parameters(plan, one).loss for pair in through for one in ways[pair]), key=lambda one: one.share)
         if loss.share:
             # Three standard deviations of a binomial share; losses in bursts are so many fewer events.
             flood = floods[through[0]]
@@ -349,7 +349,7 @@ class _Flood:
 
     @classmethod
     def on(cls, plan: LabPlan, way: Sequence[Place], crowding: float, effort: int) -> "_Flood":
-        limits = [rate for side in way if (rate := _shape(plan, side).rate_bps) is not None]
+        limits = [rate for side in way if (rate := _parameters(plan, side).rate_bps) is not None]
         slowest = min(limits)
         # Packets of 2 ms cost few calls of the kernel and still leave the counters fine-grained.
         size = max(round(slowest * _CHUNK_S * crowding / 8), SMALLEST_DATAGRAM_BYTES)
@@ -386,7 +386,7 @@ def _rate_between(
 
 def _drain(lab: Lab, plan: LabPlan) -> None:
     """Wait until nothing is under way any more, so that the cell begins on idle links."""
-    time.sleep(max(_shape(plan, side).delay_s + 4 * _shape(plan, side).jitter_s for side in _sides(plan)))
+    time.sleep(max(_parameters(plan, side).delay_s + 4 * _parameters(plan, side).jitter_s for side in _sides(plan)))
     deadline_s = monotonic_s() + _DRAIN_S
     while any(one.backlog_bytes for one in lab.links.counters().values()) and monotonic_s() < deadline_s:
         time.sleep(0.005)
@@ -406,14 +406,14 @@ def _sides(plan: LabPlan) -> list[Place]:
     return [(link, direction) for link in plan.links for direction in ("up", "down")]
 
 
-def _shape(plan: LabPlan, side: Place) -> Shape:
-    shape: Shape = getattr(plan.links[side[0]], side[1])
-    return shape
+def _parameters(plan: LabPlan, side: Place) -> LinkParameters:
+    parameters: LinkParameters = getattr(plan.links[side[0]], side[1])
+    return parameters
 
 
 def _limits(plan: LabPlan) -> dict[Place, int]:
     """Limits in bits/s of the directions that have one and are not cut off."""
-    limits = {side: _shape(plan, side).rate_bps for side in _sides(plan) if plan.links[side[0]].connected}
+    limits = {side: _parameters(plan, side).rate_bps for side in _sides(plan) if plan.links[side[0]].connected}
     return {side: rate for side, rate in limits.items() if rate}
 
 
@@ -424,4 +424,4 @@ def _within_reach(plan: LabPlan) -> list[str]:
 
 
 def _flood_bps(plan: LabPlan, way: Sequence[Place]) -> float:
-    return _OVERLOAD * next((rate for side in way if (rate := _shape(plan, side).rate_bps) is not None), 0)
+    return _OVERLOAD * next((rate for side in way if (rate := _parameters(plan, side).rate_bps) is not None), 0)

@@ -17,15 +17,15 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from testbed.links import qdiscs
 from testbed.links.netlink import NetlinkError, NetlinkSocket, Request, back_to_own_namespace, encode, unshare_network
-from testbed.links.state import AQMS, Shape
+from testbed.links.state import AQMS, LinkParameters
 from testbed.links.tap import open_tap
 
 _LOOPBACK_INDEX = 1
-_LIMITED = Shape(rate_bps=10**7)
+_LIMITED = LinkParameters(rate_bps=10**7)
 _PARAMETERS_BY_KIND = {
     "tbf": _LIMITED,
     "htb": _LIMITED,
-    "netem": Shape(delay_s=0.001),
+    "netem": LinkParameters(delay_s=0.001),
     **{aqm: replace(_LIMITED, aqm=aqm) for aqm in AQMS if aqm != "fifo"},
 }
 _UNKNOWN = (errno.ENOENT, errno.EOPNOTSUPP)

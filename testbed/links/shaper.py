@@ -17,7 +17,7 @@ from testbed.links import qdiscs
 from testbed.links.delayline import DelayLine, LineCounters
 from testbed.links.netlink import BATCH, NetlinkSocket, Packed, Request, decode, encode
 from testbed.links.qdiscs import QdiscCounters, compile_tree
-from testbed.links.state import DIRECTIONS, LinkState, Shape
+from testbed.links.state import DIRECTIONS, LinkParameters, LinkState
 
 AF_BRIDGE = 7
 BR_STATE_DISABLED, BR_STATE_FORWARDING = 0, 3  # <linux/if_bridge.h>
@@ -194,10 +194,10 @@ class Shaper:
                     port = self._ports[link, direction]
                     port.socket.nudge(port.interface)
 
-    def _tree(self, place: Place, shape: Shape, before: qdiscs.Tree | None) -> qdiscs.Tree:
+    def _tree(self, place: Place, parameters: LinkParameters, before: qdiscs.Tree | None) -> qdiscs.Tree:
         def compiled(seed: int) -> qdiscs.Tree:
             return compile_tree(
-                shape,
+                parameters,
                 impaired=place in self._impaired,
                 shaper=self._shaper,
                 mtu=self.mtu,

@@ -361,8 +361,8 @@ class CellView:
         else:
             self._events.append({**shown, "links": [link]})
 
-    def _rate(self, shape: Mapping[str, Any]) -> float | None:
-        rate_bps = number(shape.get("rate_bps"))
+    def _rate(self, parameters: Mapping[str, Any]) -> float | None:
+        rate_bps = number(parameters.get("rate_bps"))
         return None if rate_bps is None else _short(rate_bps * self._dilation)
 
     def _take_failure(self, row: Mapping[str, Any]) -> None:

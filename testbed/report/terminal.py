@@ -166,20 +166,20 @@ def links_table(links: Mapping[str, Any]) -> RenderableType:
     table.add_column("also", overflow="fold")
     for name, link in links.items():
         for direction in ("up", "down"):
-            shape, now = link["state"][direction], link[direction]
+            parameters, now = link["state"][direction], link[direction]
             table.add_row(
                 Text(name if direction == "up" else ""),
                 direction,
-                "unlimited" if shape["rate_bps"] is None else text.si(shape["rate_bps"], "bit/s"),
+                "unlimited" if parameters["rate_bps"] is None else text.si(parameters["rate_bps"], "bit/s"),
                 text.si(now["carried_bps"], "bit/s"),
                 text.si(now["backlog_bytes"], "B"),
                 str(now["drops"]),
-                _impairments(shape) if link["state"]["connected"] else Text("cut off", style="red"),
+                _impairments(parameters) if link["state"]["connected"] else Text("cut off", style="red"),
             )
     return table
 
 
-def _impairments(shape: Mapping[str, Any]) -> str:
-    words = [f"{name} {1e3 * shape[f'{name}_s']:g} ms" for name in ("delay", "jitter") if shape[f"{name}_s"]]
-    shares = {"loss": shape["loss"]["share"]} | {name: shape[name] for name in ("duplicate", "corrupt", "reorder")}
+def _impairments(parameters: Mapping[str, Any]) -> str:
+    words = [f"{name} {1e3 * parameters[f'{name}_s']:g} ms" for name in ("delay", "jitter") if parameters[f"{name}_s"]]
+    shares = {"loss": parameters["loss"]["share"]} | {name: parameters[name] for name in ("duplicate", "corrupt", "reorder")}
     return ", ".join(words + [f"{name} {100 * share:g} %" for name, share in shares.items() if share])

@@ -251,10 +251,10 @@ def _pair(schema: Json) -> Json:
 
 def _changes(definitions: Json) -> Json:
     """What may change of a link in use, also as two values of each property; and what of that gradually."""
-    shape, link, loss = (definitions[name]["properties"] for name in ("ShapeSpec", "LinkSpec", "LossSpec"))
+    parameters, link, loss = (definitions[name]["properties"] for name in ("LinkParametersSpec", "LinkSpec", "LossSpec"))
     out: Json = {"LossPairs": _object({key: _pair(value) for key, value in loss.items()}, required=["share"])}
-    for prefix, kept in (("", set(shape) - set(KEPT)), ("Gradual", CONTINUOUS)):
-        values = {key: value for key, value in shape.items() if key in kept}
+    for prefix, kept in (("", set(parameters) - set(KEPT)), ("Gradual", CONTINUOUS)):
+        values = {key: value for key, value in parameters.items() if key in kept}
         pairs = {key: _pair(value) for key, value in values.items()}
         pairs["loss"] = {"anyOf": [pairs["loss"], _ref("LossPairs")]}
         one, two = f"{prefix}ShapeChange", f"{prefix}ShapePairs"
@@ -343,7 +343,7 @@ def _add_rules(definitions: Json) -> None:
                 _if({"ip": {"const": 6}}, {"properties": {"mtu": {"minimum": MIN_IPV6_MTU}}}, "ip"),
             ]
         },
-        "ShapeSpec": _if({"aqm": {"const": "fifo"}}, {"properties": {"ecn": {"const": False}}}, "aqm"),
+        "LinkParametersSpec": _if({"aqm": {"const": "fifo"}}, {"properties": {"ecn": {"const": False}}}, "aqm"),
         "LinkSpec": _if({"aqm": {"const": "fifo"}}, {"properties": {"ecn": {"const": False}}}, "aqm"),
         "TrafficSpec": {
             "oneOf": [{"required": ["tcp"]}, {"required": ["udp"]}],

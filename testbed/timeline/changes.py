@@ -84,9 +84,9 @@ def _check_first(initial: Mapping[str, LinkState]) -> None:
 def _check_rates(initial: Mapping[str, LinkState], tracks: Mapping[str, _Tracks]) -> None:
     for link, state in initial.items():
         for side in DIRECTIONS:
-            shape = getattr(state, side)
-            if shape.aqm != "fifo" and shape.rate_bps is None and (side, "rate_bps") not in tracks[link]:
-                fault = f"link {link}: {shape.aqm} has nothing to manage where no rate makes packets wait; give it a rate, too"
+            aqm, rate_bps = getattr(state, side).aqm, getattr(state, side).rate_bps
+            if aqm != "fifo" and rate_bps is None and (side, "rate_bps") not in tracks[link]:
+                fault = f"link {link}: {aqm} has nothing to manage where no rate makes packets wait; give it a rate, too"
                 raise SpecError([("network", fault)])
 
 

@@ -6,7 +6,7 @@ from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
 from testbed.links.state import DIRECTIONS
-from testbed.spec.models import LinkSpec, ShapeSpec, Time, written_as
+from testbed.spec.models import LinkParametersSpec, LinkSpec, Time, written_as
 from testbed.timeline.updates import values_of
 
 MIN_INTERVAL_S = 0.001
@@ -39,7 +39,7 @@ def check_changes(spec: LinkSpec, key: str) -> None:
 def check_continuous(spec: LinkSpec, *, at: tuple[str, ...] = (), instead: str) -> None:
     """Raise an error, ``at`` a place, if a property cannot change gradually. instead: the pattern that can have it."""
     for path, part in (((), spec), (("up",), spec.up), (("down",), spec.down)):
-        if isinstance(part, ShapeSpec):
+        if isinstance(part, LinkParametersSpec):
             given = {name for name in part.model_fields_set if getattr(part, name) is not None}
             bad = [(*path, name) for name in sorted(given - CONTINUOUS - {*DIRECTIONS})]
         else:

@@ -9,7 +9,7 @@ from testbed.spec.models import LinkSpec
 
 LINK = "link"
 PropertyKey = tuple[str, str]
-"""(direction, property of ``Shape``), or (LINK, property of ``LinkState``)."""
+"""(direction, property of ``LinkParameters``), or (LINK, property of ``LinkState``)."""
 Update = tuple[float, Mapping[PropertyKey, Any]]
 """(seconds after the start of the entry, new values). All updates of a pattern have the same keys."""
 

@@ -317,8 +317,8 @@ def test_one_that_dies_while_a_lab_is_made_is_no_fault_of_the_machine(tmp_path):
         from testbed.labs.base import LabPlan
         from testbed.labs.forkserver import ForkServer
         from testbed.labs.netns import NetnsLab
-        from testbed.links.state import LinkState, Shape
-        late = LinkState(Shape(rate_bps=10_000_000, delay_s=0.01), Shape(rate_bps=10_000_000, delay_s=0.01))
+        from testbed.links.state import LinkState, LinkParameters
+        late = LinkState(LinkParameters(rate_bps=10_000_000, delay_s=0.01), LinkParameters(rate_bps=10_000_000, delay_s=0.01))
         impaired = frozenset((name, direction) for name in ("w0", "w1") for direction in ("up", "down"))
         plan = LabPlan({"w0": late, "w1": late}, impaired=impaired, engine="userspace")
         with ForkServer() as server:

@@ -19,10 +19,10 @@ from testbed.labs.netns import NetnsLab
 from testbed.links import measurement_programs
 from testbed.links.netlink import back_to_own_namespace, setns
 from testbed.links.routes import Tcp
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkState, LinkParameters
 
 def both(rate_bps, **more):
-    return LinkState(Shape(rate_bps=rate_bps, **more), Shape(rate_bps=rate_bps, **more))
+    return LinkState(LinkParameters(rate_bps=rate_bps, **more), LinkParameters(rate_bps=rate_bps, **more))
 
 def lab_of(names, rate_bps):
     return NetnsLab(LabPlan({name: both(rate_bps) for name in names}), server)
@@ -177,7 +177,7 @@ def test_a_link_of_one_host_leaves_the_others_alone(tmp_path):
         """
 with lab_of(["w0", "w1", "w2"], 50_000_000) as lab:
     before = lab.links.states["w2"]
-    lab.links.apply({"w0": both(5_000_000), "w1": LinkState(Shape(rate_bps=1_000_000), Shape())})
+    lab.links.apply({"w0": both(5_000_000), "w1": LinkState(LinkParameters(rate_bps=1_000_000), LinkParameters())})
     print(json.dumps([before == lab.links.states["w2"], sorted(map(list, lab.links.counters()))]))
 """,
     )
@@ -515,7 +515,7 @@ from testbed.recording.driver import LinkDriver
 with lab_of(["w0", "w1"], 50_000_000) as lab:
     before = lab.links.deviating()
     port = lab.links._ports["w1", "down"]
-    faster = qdiscs.compile_tree(Shape(rate_bps=60_000_000))
+    faster = qdiscs.compile_tree(LinkParameters(rate_bps=60_000_000))
     with LinkDriver(lab.links, [], monotonic_s(), tmp):
         time.sleep(1.5)
         port.socket.batch(request for _, request in qdiscs.requests(faster, port.ifindex, "w1", lab.links.trees["w1", "down"]))

@@ -51,10 +51,10 @@ from pathlib import Path
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkState, LinkParameters
 
 nodes, per_node, rate_bps, steps = map(int, sys.argv[1:])
-side = Shape(rate_bps=rate_bps, queue_s=0.05)
+side = LinkParameters(rate_bps=rate_bps, queue_s=0.05)
 with ForkServer(["torch.distributed.run"]) as server:
     with NetnsLab(LabPlan({f"n{number}": LinkState(up=side, down=side) for number in range(nodes)}), server) as lab:
         head = lab.hosts["n0"].address

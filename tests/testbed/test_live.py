@@ -27,7 +27,7 @@ from netsenseml.records import RecordFile, monotonic_s, read_records
 from testbed.cli import app
 from testbed.links.qdiscs import QdiscCounters, compile_tree
 from testbed.links.shaper import Applied
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkParameters, LinkState
 from testbed.live.beside import live_page
 from testbed.live.bins import Bins
 from testbed.live.server import CannotServe, LivePage
@@ -512,8 +512,8 @@ class Links:
     mtu = 1500
 
     def __init__(self) -> None:
-        self.states = {name: LinkState(Shape(50_000_000), Shape(50_000_000)) for name in ("w0", "w1")}
-        self.trees = {(name, side): compile_tree(Shape(50_000_000)) for name in self.states for side in ("up", "down")}
+        self.states = {name: LinkState(LinkParameters(50_000_000), LinkParameters(50_000_000)) for name in ("w0", "w1")}
+        self.trees = {(name, side): compile_tree(LinkParameters(50_000_000)) for name in self.states for side in ("up", "down")}
 
     def apply(self, changes: Mapping[str, LinkState]) -> dict[str, Applied]:
         self.states.update(changes)
@@ -713,7 +713,7 @@ def long_run(tmp_path: Path) -> Path:
 
 
 def first_states(workers: int) -> Iterator[dict[str, Any]]:
-    state = LinkState(Shape(50_000_000), Shape(50_000_000)).to_json()
+    state = LinkState(LinkParameters(50_000_000), LinkParameters(50_000_000)).to_json()
     for rank in range(workers):
         yield {"planned_s": 0.0, "applied_s": 0.0, "link": f"w{rank}", "state": state, "kind": "initial", "verified": True}
 
@@ -727,7 +727,7 @@ def test_a_browser_draws_a_long_run_in_no_time_and_moves_a_link(long_run: Path, 
     def answer(server: LinkServer) -> None:
         while (request := server.requests.get()).request:
             asked.append(request.body)
-            state = LinkState(Shape(20_000_000), Shape(20_000_000)).to_json()
+            state = LinkState(LinkParameters(20_000_000), LinkParameters(20_000_000)).to_json()
             now = monotonic_s()
             change = {"planned_s": 600.0, "applied_s": 600.0 + now * 1e-9, "link": "w1", "state": state}
             append(cell / "events.jsonl", [{**change, "kind": "manual", "verified": True}])

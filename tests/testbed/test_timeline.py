@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from testbed.links.state import LinkState, Loss, Shape
+from testbed.links.state import LinkParameters, LinkState, Loss
 from testbed.spec.errors import SpecError
 from testbed.spec.models import LinkSpec
 from testbed.timeline import expand
@@ -20,7 +20,9 @@ from testbed.timeline.updates import interpolate
 
 pytestmark = pytest.mark.fast
 
-LINKS = {name: LinkState(Shape(rate_bps=50_000_000), Shape(rate_bps=50_000_000)) for name in ("w0", "w1", "w2")}
+LINKS = {
+    name: LinkState(LinkParameters(rate_bps=50_000_000), LinkParameters(rate_bps=50_000_000)) for name in ("w0", "w1", "w2")
+}
 ONE = {"w0": LINKS["w0"]}
 
 times = st.integers(0, 10_000).map(lambda ms: f"{ms}ms")
@@ -141,7 +143,7 @@ def test_changing_one_property_keeps_the_others():
     )
     state = changes[-2].state
     assert changes[-2].link == "w1"
-    assert state == LinkState(Shape(rate_bps=9_000_000), Shape(rate_bps=9_000_000, delay_s=0.005))
+    assert state == LinkState(LinkParameters(rate_bps=9_000_000), LinkParameters(rate_bps=9_000_000, delay_s=0.005))
 
 
 def test_a_partition_stays_until_it_is_ended_and_touches_nothing_else():
@@ -159,7 +161,7 @@ def test_on_a_trunk_everything_holds_in_both_directions_and_all_means_what_it_is
     schedule = entries([{"at": "1s", "set": {"rate": "9mbit"}}, {"at": "2s", "links": "trunk", "set": {"delay": "5ms"}}])
     changes = expand(schedule, {"w0": LINKS["w0"], "trunk": LINKS["w1"]}, ["w0"], trunks={"trunk"})
     assert [change.link for change in changes] == ["w0", "trunk"]
-    assert changes[1].state.up == changes[1].state.down == Shape(rate_bps=50_000_000, delay_s=0.005)
+    assert changes[1].state.up == changes[1].state.down == LinkParameters(rate_bps=50_000_000, delay_s=0.005)
 
 
 def test_a_ramp_needs_a_rate_to_start_from():
@@ -332,7 +334,7 @@ def test_a_move_that_changes_nothing_is_left_out():
 
 
 def test_jitter_never_needs_a_packet_that_arrives_before_it_was_sent():
-    delayed = {"w0": LinkState(Shape(), Shape(delay_s=0.05, jitter_s=0.02))}
+    delayed = {"w0": LinkState(LinkParameters(), LinkParameters(delay_s=0.05, jitter_s=0.02))}
     raw = {"at": "0s", "ramp": {"delay": "0s"}, "over": "1s", "every": "100ms"}
     with pytest.raises(SpecError, match=r"schedule: link w0 at 0.3s: a jitter of 20ms needs a delay of 40ms or more"):
         expand([parse_entry(raw)], delayed)
