@@ -31,7 +31,7 @@ from testbed.labs.netns import enclosure
 from testbed.links.calibration import RATE_TOLERANCE, Measurement, MeasurementPrograms, Pair, attempts, closest, delay_tolerance
 from testbed.links.qdiscs import ETHERNET_FRAME_BYTES
 from testbed.links.state import DIRECTIONS, LinkParameters, LinkState, Loss
-from testbed.network import packet_bytes
+from testbed.network import max_gso_bytes
 from testbed.spec.units import format_rate
 
 HOSTS = ("w0", "w1", "w2", "w3")
@@ -126,7 +126,7 @@ def _lab_plan(state: LinkState, engine: str) -> LabPlan:
     directions = [(link, side, getattr(state, side)) for link in links for side in DIRECTIONS]
     impaired = frozenset((link, side) for link, side, parameters in directions if parameters.impaired)
     plan = LabPlan(links, impaired=impaired, engine=engine)
-    return replace(plan, packet_bytes=packet_bytes(plan, directions))
+    return replace(plan, max_gso_bytes=max_gso_bytes(plan, directions))
 
 
 def _row(rate_bps: int, best: Measurement, tries: int) -> dict[str, Any]:

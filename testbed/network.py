@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from testbed.labs.base import LabPlan
-from testbed.links.qdiscs import UNCUT_PACKET_BYTES, burst_bytes, frame_bytes, largest_packet_bytes
+from testbed.links.qdiscs import UNCUT_PACKET_BYTES, burst_bytes, frame_bytes, tbf_max_packet_bytes
 from testbed.links.routes import Tcp
 from testbed.links.state import LinkParameters, LinkState
 from testbed.spec.errors import SpecError, did_you_mean, place_of
@@ -44,7 +44,7 @@ def plan_network(network: NetworkSpec, workers: Sequence[str], background: Seque
     )
 
 
-def packet_bytes(plan: LabPlan, directions: Iterable[tuple[str, str, LinkParameters]]) -> dict[str, int]:
+def max_gso_bytes(plan: LabPlan, directions: Iterable[tuple[str, str, LinkParameters]]) -> dict[str, int]:
     """The largest packet that each host may send, on the wire.
 
     directions: (link, direction, parameters) of every state of the run.
@@ -55,7 +55,7 @@ def packet_bytes(plan: LabPlan, directions: Iterable[tuple[str, str, LinkParamet
     directions = list(directions)
     frame = frame_bytes(plan.mtu)
     if plan.shaper == "tbf":
-        largest = dict.fromkeys(plan.hosts, largest_packet_bytes((parameters.rate_bps for *_, parameters in directions), frame))
+        largest = dict.fromkeys(plan.hosts, tbf_max_packet_bytes((parameters.rate_bps for *_, parameters in directions), frame))
     else:
         rates: dict[str, list[int | None]] = {}
         for link, side, parameters in directions:

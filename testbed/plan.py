@@ -18,7 +18,7 @@ from testbed.links.qdiscs import (
     tc_commands,
 )
 from testbed.links.state import DIRECTIONS, LinkParameters, LinkState
-from testbed.network import packet_bytes, plan_network
+from testbed.network import max_gso_bytes, plan_network
 from testbed.spec.errors import SpecError, did_you_mean, place_of
 from testbed.spec.files import data_folder, reader
 from testbed.spec.load import apply_overrides, combinations, load_spec, validate
@@ -217,7 +217,7 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Call
     stop = dilation.slowed_stop(stop, slow)
     folder = data_folder(spec, directory)
     network = replace(network, impaired=frozenset((link, side) for link, side, parameters in directions if parameters.impaired))
-    network = replace(network, packet_bytes=packet_bytes(network, directions))
+    network = replace(network, max_gso_bytes=max_gso_bytes(network, directions))
     return [
         Cell(
             name=_slug("-".join([method.label, *(f"{k.split('.')[-1]}-{v}" for k, v in overrides.items())])) + f"-s{seed}",
@@ -348,7 +348,7 @@ def _tree(cell: Cell, parameters: LinkParameters, impaired: bool = False) -> Tre
         impaired=impaired,
         shaper=cell.lab.shaper,
         mtu=cell.lab.mtu,
-        packet_bytes=min(cell.lab.packet_bytes.values(), default=UNCUT_PACKET_BYTES),
+        max_packet_bytes=min(cell.lab.max_gso_bytes.values(), default=UNCUT_PACKET_BYTES),
     )
 
 

@@ -207,7 +207,7 @@ class ContainerPart:
             raise LabError(f"the interface of {name} has an MTU of {mine.get_attr('IFLA_MTU')} instead of {self._plan.mtu}")
         up = Port(inner, index, host.interface)
         down = Port(self._overlay, peer["index"], peer.get_attr("IFLA_IFNAME"))
-        gso_bytes, gso_segments = gso_limits(self._plan.packet_bytes.get(name, UNCUT_PACKET_BYTES), self._plan.mtu)
+        gso_bytes, gso_segments = gso_limits(self._plan.max_gso_bytes.get(name, UNCUT_PACKET_BYTES), self._plan.mtu)
         limits = ("IFLA_GSO_MAX_SIZE", gso_bytes), ("IFLA_GSO_MAX_SEGS", gso_segments)
         inner.batch([change_interface(up, "largest packet", *limits), tcp_route(index, address, prefix_bits, self._plan.tcp)])
         self._overlay.batch([forwarding(down.ifindex, host.mac)])

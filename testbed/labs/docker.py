@@ -311,7 +311,7 @@ class DockerLab:
                 master = peer.get_attr("IFLA_MASTER")
                 up, down, cables[name] = self._replace_cable(host, attached["IPPrefixLen"], up, down, master)
             host.interface, host.index = up.interface, up.ifindex
-            gso_bytes, gso_segments = gso_limits(self._plan.packet_bytes.get(name, UNCUT_PACKET_BYTES), self._plan.mtu)
+            gso_bytes, gso_segments = gso_limits(self._plan.max_gso_bytes.get(name, UNCUT_PACKET_BYTES), self._plan.mtu)
             inner.batch(
                 [
                     change_interface(

@@ -219,7 +219,7 @@ class NetnsLab:
             switch.ports[host.name] = port
         switch.socket.batch(requests)
         for host in hosts:
-            largest = self._plan.packet_bytes.get(host.name, UNCUT_PACKET_BYTES)
+            largest = self._plan.max_gso_bytes.get(host.name, UNCUT_PACKET_BYTES)
             host.socket.batch(
                 [
                     _link("loopback", _LOOPBACK_INDEX, "lo", up=True),

@@ -354,7 +354,7 @@ class _Flood:
         # Packets of 2 ms cost few calls of the kernel and still leave the counters fine-grained.
         size = max(round(slowest * _CHUNK_S * crowding / 8), SMALLEST_DATAGRAM_BYTES)
         frame = frame_bytes(plan.mtu)
-        size = min(size, plan.packet_bytes.get(way[0][0], LARGEST_FLOOD_BYTES), LARGEST_FLOOD_BYTES)
+        size = min(size, plan.max_gso_bytes.get(way[0][0], LARGEST_FLOOD_BYTES), LARGEST_FLOOD_BYTES)
         segments = min(max(1, size // frame), _MOST_SEGMENTS)
         datagram = frame if segments > 1 else min(size, frame)
         shortest_s = max(_FEWEST_CHUNKS * datagram * segments * 8 / slowest, _FEWEST_SAMPLES * _SAMPLE_S * crowding)

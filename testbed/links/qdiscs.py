@@ -107,7 +107,7 @@ def burst_bytes(rate_bps: int, frame: int = ETHERNET_FRAME_BYTES, shaper: str = 
     return max(math.ceil(rate_bps / 8 * share_s), frames * frame)
 
 
-def largest_packet_bytes(rates_bps: Iterable[int | None], frame: int = ETHERNET_FRAME_BYTES) -> int:
+def tbf_max_packet_bytes(rates_bps: Iterable[int | None], frame: int = ETHERNET_FRAME_BYTES) -> int:
     """Wire size that no packet may exceed with tbf, so that it fits the bucket of every rate that a lab's links will ever have.
 
     tbf cuts a packet that is larger than the bucket when it is queued, but not one that was queued before the bucket became
@@ -117,9 +117,9 @@ def largest_packet_bytes(rates_bps: Iterable[int | None], frame: int = ETHERNET_
     return min((burst_bytes(rate, frame, "tbf") for rate in limited), default=UNCUT_PACKET_BYTES)
 
 
-def gso_limits(packet_bytes: int, mtu: int = 1500) -> tuple[int, int]:
+def gso_limits(max_gso_bytes: int, mtu: int = 1500) -> tuple[int, int]:
     """(IFLA_GSO_MAX_SIZE, IFLA_GSO_MAX_SEGS) for an interface whose packets must not exceed a wire size."""
-    frames = max(1, packet_bytes // frame_bytes(mtu))
+    frames = max(1, max_gso_bytes // frame_bytes(mtu))
     return min(frames * (mtu - _TCP_HEADERS_BYTES), 65536), min(frames, 65535)
 
 
@@ -310,16 +310,16 @@ def compile_tree(
     impaired: bool = False,
     shaper: str = "htb",
     mtu: int = 1500,
-    packet_bytes: int = 0,
+    max_packet_bytes: int = 0,
     seed: int = 0,
 ) -> Tree:
     """The qdisc tree of one direction.
 
-    packet_bytes: largest packet that can arrive; the bucket of a tbf is never smaller (``largest_packet_bytes``).
+    max_packet_bytes: largest packet that can arrive; the bucket of a tbf is never smaller (``tbf_max_packet_bytes``).
     impaired: put netem into the tree even if these parameters do not need it, because later ones on the same link will; so
     that no change ever has to replace the root and lose what is queued.
     """
-    below, waiting = _limiter(parameters, shaper, frame_bytes(mtu), packet_bytes)
+    below, waiting = _limiter(parameters, shaper, frame_bytes(mtu), max_packet_bytes)
     if not (impaired or parameters.impaired):
         return below
     # Room for a bandwidth-delay product of the smallest frames; older kernels count the packets of the child, too.
@@ -339,18 +339,18 @@ def compile_tree(
     return (netem, *below)
 
 
-def _limiter(parameters: LinkParameters, shaper: str, frame: int, packet_bytes: int) -> tuple[Tree, int]:
+def _limiter(parameters: LinkParameters, shaper: str, frame: int, max_packet_bytes: int) -> tuple[Tree, int]:
     """What limits rate and queue, and how many packets may wait in it."""
     if parameters.rate_bps is None:
         return (Pfifo(_UNLIMITED_PACKETS),), _UNLIMITED_PACKETS
     if parameters.rate_bps == 0:
-        return _outage(parameters, shaper, frame, packet_bytes)
+        return _outage(parameters, shaper, frame, max_packet_bytes)
     burst = burst_bytes(parameters.rate_bps, frame, shaper)
     limit = queue_bytes(parameters, parameters.rate_bps, frame)
     waiting = limit // _SMALLEST_FRAME_BYTES
     if shaper == "tbf":
         # A tbf holds what waits for its bucket, so a queue below that could never fill the bucket.
-        burst = max(burst, min(packet_bytes, UNCUT_PACKET_BYTES))
+        burst = max(burst, min(max_packet_bytes, UNCUT_PACKET_BYTES))
         limit = max(limit, burst + frame)
         return (Tbf(parameters.rate_bps, burst, limit),), waiting
     whole = math.ceil(parameters.rate_bps / 8 * _WHOLE_S) if parameters.rate_bps >= _WHOLE_BPS else 0
@@ -359,13 +359,13 @@ def _limiter(parameters: LinkParameters, shaper: str, frame: int, packet_bytes: 
     return (Htb(), HtbClass(parameters.rate_bps, burst), cut, _queue(parameters, parameters.rate_bps, limit, frame)), waiting
 
 
-def _outage(parameters: LinkParameters, shaper: str, frame: int, packet_bytes: int) -> tuple[Tree, int]:
+def _outage(parameters: LinkParameters, shaper: str, frame: int, max_packet_bytes: int) -> tuple[Tree, int]:
     """Nothing passes and what comes waits; htb alone could not be told so without a debt that outlasts the outage.
 
     A frame that leaves at a low rate leaves a debt of its time at that rate, 1.5 s at 8 kbit/s, which no rise shortens. So the
     class keeps a rate, and it is the tbf that is shut. A queue given as a time holds as many bytes as at ``_OUTAGE_BPS``.
     """
-    tree, waiting = _limiter(parameters.with_changes({"rate_bps": _OUTAGE_BPS}), shaper, frame, packet_bytes)
+    tree, waiting = _limiter(parameters.with_changes({"rate_bps": _OUTAGE_BPS}), shaper, frame, max_packet_bytes)
     return tuple(_shut(node) for node in tree), waiting
 
 

@@ -75,7 +75,7 @@ class Shaper:
     """All links of a lab. Ports are added once, then states are applied and counters read for many links at a time.
 
     impaired: (link, direction) that carries netem from the start, because some state of it will need it.
-    shaper, mtu, packet_bytes: see ``qdiscs.compile_tree``. seed: of the random impairments.
+    shaper, mtu, max_packet_bytes: see ``qdiscs.compile_tree``. seed: of the random impairments.
     line: the delay line that stands for netem; None: the kernel's netem impairs.
     """
 
@@ -85,14 +85,14 @@ class Shaper:
         *,
         shaper: str = "htb",
         mtu: int = 1500,
-        packet_bytes: int = qdiscs.UNCUT_PACKET_BYTES,
+        max_packet_bytes: int = qdiscs.UNCUT_PACKET_BYTES,
         seed: int = 0,
     ) -> None:
         self.line: DelayLine | None = None
         self.line_counters: LineCounters | None = None
         self._impaired = frozenset(impaired)
         self.mtu = mtu
-        self._shaper, self._packet_bytes, self._seed = shaper, packet_bytes, seed
+        self._shaper, self._max_packet_bytes, self._seed = shaper, max_packet_bytes, seed
         self._changes = 0
         self._version = 0
         self._ports: dict[Place, Port] = {}
@@ -201,7 +201,7 @@ class Shaper:
                 impaired=place in self._impaired,
                 shaper=self._shaper,
                 mtu=self.mtu,
-                packet_bytes=self._packet_bytes,
+                max_packet_bytes=self._max_packet_bytes,
                 seed=seed,
             )
 

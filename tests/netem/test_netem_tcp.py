@@ -12,7 +12,7 @@ from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab
 from testbed.links.state import LinkParameters, LinkState, Loss
-from testbed.network import packet_bytes
+from testbed.network import max_gso_bytes
 
 pytestmark = pytest.mark.netem
 MSS_BITS = 1448 * 8
@@ -32,7 +32,7 @@ def flows():
     plan = LabPlan(links, impaired=frozenset((sink, "down") for _, sink in ends.values()), engine=ENGINE)
     # Links as a plan would make them, with packets as large as a plan allows.
     directions = [(link, side, getattr(state, side)) for link, state in links.items() for side in ("up", "down")]
-    lab = NetnsLab(replace(plan, packet_bytes=packet_bytes(plan, directions)), ForkServer())
+    lab = NetnsLab(replace(plan, max_gso_bytes=max_gso_bytes(plan, directions)), ForkServer())
     with lab, ThreadPoolExecutor() as threads:
 
         def measured(percent):

@@ -25,10 +25,10 @@ from testbed.links.qdiscs import (
     distribution_table,
     frame_bytes,
     gso_limits,
-    largest_packet_bytes,
     place_of,
     queue_of,
     requests,
+    tbf_max_packet_bytes,
     tc_commands,
 )
 from testbed.links.state import AQMS, DISTRIBUTIONS, LinkParameters, Loss
@@ -59,9 +59,9 @@ AQM_NODES = {"fifo": Bfifo, "codel": Codel, "fq_codel": Codel, "cake": Cake}
 @given(st.lists(rates, min_size=1, max_size=10))
 def test_every_packet_fits_every_bucket_of_a_run_with_tbf(run_rates):
     # A queued packet larger than a bucket that has shrunk would stop the link for good.
-    largest = largest_packet_bytes(run_rates)
+    largest = tbf_max_packet_bytes(run_rates)
     for rate in run_rates:
-        (tbf,) = compile_tree(LinkParameters(rate_bps=rate), packet_bytes=largest, shaper="tbf")
+        (tbf,) = compile_tree(LinkParameters(rate_bps=rate), max_packet_bytes=largest, shaper="tbf")
         assert tbf.burst_bytes >= min(largest, UNCUT_PACKET_BYTES)
         assert tbf.limit_bytes >= tbf.burst_bytes + ETHERNET_FRAME_BYTES
     size, segments = gso_limits(largest)
@@ -70,8 +70,8 @@ def test_every_packet_fits_every_bucket_of_a_run_with_tbf(run_rates):
 
 
 def test_a_rate_outside_the_plan_cannot_shrink_the_bucket_of_a_tbf_below_the_packets():
-    largest = largest_packet_bytes([10**9])
-    (tbf,) = compile_tree(LinkParameters(rate_bps=10**6), packet_bytes=largest, shaper="tbf")
+    largest = tbf_max_packet_bytes([10**9])
+    (tbf,) = compile_tree(LinkParameters(rate_bps=10**6), max_packet_bytes=largest, shaper="tbf")
     assert tbf.burst_bytes >= UNCUT_PACKET_BYTES
 
 
