@@ -27,7 +27,7 @@ from typing import Any
 from netsenseml.records import monotonic_s
 from testbed.labs import open_labs
 from testbed.labs.base import LabError, LabPlan
-from testbed.labs.netns import enclosure
+from testbed.labs.netns import sandbox_command
 from testbed.links.calibration import RATE_TOLERANCE, Measurement, MeasurementPrograms, Pair, attempts, closest, delay_tolerance
 from testbed.links.qdiscs import ETHERNET_FRAME_BYTES
 from testbed.links.state import DIRECTIONS, LinkParameters, LinkState, Loss
@@ -79,15 +79,15 @@ def calibrate(conditions: Conditions, lab: str, progress: Callable[[str], None])
     progress: told what has been measured.
     """
     rows = []
-    for row in _calibrate_enclosed(conditions) if lab == "netns" else _calibrate_here(conditions, lab):
+    for row in _calibrate_in_sandbox(conditions) if lab == "netns" else _calibrate_here(conditions, lab):
         rows.append(row)
         progress(f"{row['quantity']} at {format_rate(row['rate_bps'])} measured")
     shortfalls = [1 - (row["measured"] or 0) / row["expected"] for row in rows if row["quantity"].startswith("goodput")]
     return {"lab": lab, "valid": all(row["within"] for row in rows), "worst_goodput": max(shortfalls), "rows": rows}
 
 
-def _calibrate_enclosed(conditions: Conditions) -> Iterator[dict[str, Any]]:
-    command = [*enclosure(), sys.executable, "-m", "testbed.calibrate", json.dumps(asdict(conditions))]
+def _calibrate_in_sandbox(conditions: Conditions) -> Iterator[dict[str, Any]]:
+    command = [*sandbox_command(), sys.executable, "-m", "testbed.calibrate", json.dumps(asdict(conditions))]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         try:
@@ -244,7 +244,7 @@ def _scratch_directory(lab: str) -> Iterator[Path]:
 
 
 def main() -> int:
-    """Inside the enclosure: one row a line; exit code 0, or 4 with the reason on standard error."""
+    """Inside the sandbox: one row a line; exit code 0, or 4 with the reason on standard error."""
     try:
         for row in _calibrate_here(Conditions(**json.loads(sys.argv[1])), "netns"):
             print(json.dumps(row), flush=True)

@@ -24,7 +24,7 @@ from testbed import gpus
 from testbed.labs.base import HostFailed, LabError
 from testbed.labs.capabilities import CAPABILITIES, lacking_capabilities
 from testbed.labs.cgroups import groups_of_run
-from testbed.labs.netns import enclosure, why_it_failed
+from testbed.labs.netns import sandbox_command, why_it_failed
 
 Verdict = Literal["ok", "limited", "missing"]
 KERNEL_KINDS = ("htb", "tbf", "netem", "codel", "fq_codel", "cake", "veth", "bridge")
@@ -174,7 +174,7 @@ def machine(system: System) -> list[Finding]:
 def netns_lab(system: System) -> tuple[Finding, list[str] | None]:
     """Whether rootless labs work; and which of ``KERNEL_KINDS`` the kernel lacks, None if it could not be asked."""
     try:
-        prefix = enclosure()
+        prefix = sandbox_command()
     except LabError as error:
         reason = str(error).partition(";")[0]
         settings = {name: _read(f"/proc/sys/{name.replace('.', '/')}").strip() for name in _USER_NAMESPACE_SETTINGS}
@@ -224,7 +224,7 @@ def delay_line(system: System) -> Finding:
     """Whether a program can stand in for netem."""
     name = "delay line"
     try:
-        prefix = enclosure()
+        prefix = sandbox_command()
     except LabError:
         return Finding(name, "limited", "cannot be tried without a network namespace", "mend lab netns first")
     command = [*prefix, sys.executable, "-m", "testbed.links.tap"]

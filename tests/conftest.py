@@ -26,10 +26,10 @@ def missing(need: str) -> str | None:
     """Why a need is not met on this machine; None if it is met."""
     if need == "netns":
         from testbed.labs.base import LabError
-        from testbed.labs.netns import enclosure
+        from testbed.labs.netns import sandbox_command
 
         try:
-            enclosure()
+            sandbox_command()
         except LabError as error:
             return str(error)
     elif need == "docker":

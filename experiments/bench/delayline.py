@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from testbed.labs.netns import enclosure
+from testbed.labs.netns import sandbox_command
 from testbed.links.delayline import DelayLine, DirectionCounters, LineCounters
 from testbed.links.netlink import back_to_own_namespace, setns, unshare_network
 from testbed.links.qdiscs import Netem
@@ -265,7 +265,7 @@ def lateness(bench: Bench) -> None:
 
 def main() -> None:
     if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe("env", ["env", "BENCH_INSIDE=1", *enclosure(), sys.executable, *sys.argv], os.environ)
+        os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
     with back_to_own_namespace():
         near, far = Host(1), Host(2)
     with DelayLine({"cable": (near.tap, far.tap)}) as line:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
-from testbed.labs.netns import NetnsLab, enclosure
+from testbed.labs.netns import NetnsLab, sandbox_command
 from testbed.links.qdiscs import compile_tree, tc_commands
 from testbed.links.state import LinkParameters, LinkState
 
@@ -72,7 +72,7 @@ def main() -> None:
     hosts = int(sys.argv[1]) if len(sys.argv) > 1 else 64
     repetitions = int(sys.argv[2]) if len(sys.argv) > 2 else 5
     if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe("env", ["env", "BENCH_INSIDE=1", *enclosure(), sys.executable, *sys.argv], os.environ)
+        os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True)
     print(f"{hosts} hosts, tbf on both ends of each cable, median of {repetitions}")
     with ForkServer() as server:

@@ -20,7 +20,7 @@ from pathlib import Path
 from netsenseml.records import monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
-from testbed.labs.netns import NetnsLab, enclosure
+from testbed.labs.netns import NetnsLab, sandbox_command
 from testbed.links import measurement_programs
 from testbed.links.qdiscs import compile_tree, tc_commands
 from testbed.links.state import LinkParameters, LinkState
@@ -131,7 +131,7 @@ def main() -> None:
     links = int(sys.argv[1]) if len(sys.argv) > 1 else 64
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 60
     if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe("env", ["env", "BENCH_INSIDE=1", *enclosure(), sys.executable, *sys.argv], os.environ)
+        os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
     with ForkServer() as server, tempfile.TemporaryDirectory() as scratch:
         cost(server, links, Path(scratch))
         rate_after_change(server, start_flood, "UDP", Path(scratch))

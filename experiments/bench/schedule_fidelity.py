@@ -24,7 +24,7 @@ from rich.table import Table
 from netsenseml.records import monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
-from testbed.labs.netns import NetnsLab, enclosure
+from testbed.labs.netns import NetnsLab, sandbox_command
 from testbed.links import measurement_programs
 from testbed.links.kernel_support import missing_kinds
 from testbed.links.qdiscs import burst_bytes
@@ -122,7 +122,7 @@ def judged(samples: Sequence[tuple[float, int]], timeline: Sequence[Change]) -> 
 def main() -> None:
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 8.0
     if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe("env", ["env", "BENCH_INSIDE=1", *enclosure(), sys.executable, *sys.argv], os.environ)
+        os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
     table = Table("schedule", "most", "a change every", "carried", "worst seconds", "a packet and rises may take", box=None)
     console = Console(width=130)
     with ForkServer() as server, console.status("replaying"):

@@ -23,7 +23,7 @@ from pathlib import Path
 from netsenseml.records import monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
-from testbed.labs.netns import NetnsLab, enclosure
+from testbed.labs.netns import NetnsLab, sandbox_command
 from testbed.links.state import LinkParameters, LinkState
 from testbed.recording.driver import LinkDriver
 from testbed.spec.files import reader
@@ -117,7 +117,7 @@ def main() -> None:
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 60
     flows = sys.argv[3:] or ["udp", "tcp4", "tcp1"]
     if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe("env", ["env", "BENCH_INSIDE=1", *enclosure(), sys.executable, *sys.argv], os.environ)
+        os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
     timeline = planned(trace, seconds)
     print(f"{trace.name}: {len(timeline)} changes in {seconds:g} s")
     with ForkServer() as server:

@@ -35,7 +35,7 @@ from netsenseml.records import RecordFile, monotonic_s
 from testbed import protocol
 from testbed.labs import open_labs
 from testbed.labs.base import LabPlan
-from testbed.labs.netns import NetnsLab, enclosure
+from testbed.labs.netns import NetnsLab, sandbox_command
 from testbed.links import measurement_programs, shaper
 from testbed.links.qdiscs import ETHERNET_FRAME_BYTES, Tree, compile_tree, tc_commands
 from testbed.links.shaper import Applied, Prepared
@@ -289,7 +289,7 @@ def main() -> int:
     each = int(sys.argv[1]) if len(sys.argv) > 1 else 40
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe("env", ["env", "BENCH_INSIDE=1", *enclosure(), sys.executable, *sys.argv], os.environ)
+        os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
     source = random.Random(seed)
     kinds = [DEVIATIONS[n % len(DEVIATIONS)] for n in range(each)] + [""] * each
     trials = [Trial.draw(n, kind, n // len(DEVIATIONS), source) for n, kind in enumerate(kinds)]

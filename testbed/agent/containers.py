@@ -129,8 +129,8 @@ class ContainerHost:
         os.close(self.namespace)
 
 
-class ContainerPart:
-    """This node's hosts and links (``agent.program.Part``).
+class ContainerNodeLab:
+    """This node's hosts and links (``agent.program.NodeLab``).
 
     plan: with the links of this node's hosts. details: of each of these, ``address`` with its prefix, ``overlay``, the id of
     the network, ``user``, as whom its programs run, ``others``, the addresses of all other hosts of the lab by name, and what
@@ -174,7 +174,7 @@ class ContainerPart:
         overlay = next((path for path in NAMESPACES.glob(f"{_OVERLAY}*") if overlay_id.startswith(path.name[2:])), None)
         if overlay is None:
             raise LabError(f"Docker has no namespace of the overlay network {overlay_id[:12]} in {NAMESPACES}")
-        self._overlay = NetlinkSocket.inside(str(overlay))
+        self._overlay = NetlinkSocket.in_namespace(str(overlay))
         ports = {link["index"]: link for link in interfaces(self._overlay)}
         found = dict(_namespaces())
         try:
@@ -193,7 +193,7 @@ class ContainerPart:
 
     def _wire(self, name: str, address: str, prefix_bits: int, namespace: int, ports: Mapping[int, ifinfmsg]) -> ContainerHost:
         assert self._overlay is not None
-        inner = NetlinkSocket.inside(namespace)
+        inner = NetlinkSocket.in_namespace(namespace)
         index = next(index for one, index in _addresses(inner) if one == address)
         mine = next(link for link in interfaces(inner) if link["index"] == index)
         host = self.hosts[name] = ContainerHost(name, address, namespace, mine, inner)
@@ -292,7 +292,7 @@ def _namespaces() -> Iterator[tuple[str, int]]:
         except (OSError, ValueError):
             continue
         try:
-            with contextlib.closing(NetlinkSocket.inside(descriptor)) as sock:
+            with contextlib.closing(NetlinkSocket.in_namespace(descriptor)) as sock:
                 addresses = list(_addresses(sock))
         except OSError:  # its container has just ended
             os.close(descriptor)

@@ -3,7 +3,7 @@
     <the group we are in>/netsense-<owner>/self                version 2 only: we, and all programs that are on no host
                                           /host-w0/programs    those of a host; the limits stand one above
 
-The outer group is made, and removed, by the process that owns the run; those of hosts by each lab, within the enclosure. Where
+The outer group is made, and removed, by the process that owns the run; those of hosts by each lab, within the sandbox. Where
 that process was killed, the next run or ``clean`` removes what is left. We never go above the group that we are in, so what
 limits that holds for all of it. In version 2 a group that is divided has no processes itself: we move into a part of it, and it
 must be ours alone, such as one that systemd delegated, or the whole machine's. In version 1 only root may make groups. Programs

@@ -486,7 +486,7 @@ def _remove(client: docker.DockerClient, containers: Sequence[Container], networ
 
 def _enter(pid: int) -> NetlinkSocket:
     try:
-        return NetlinkSocket.inside(f"/proc/{pid}/ns/net")
+        return NetlinkSocket.in_namespace(f"/proc/{pid}/ns/net")
     except PermissionError:
         raise LabError(f"this process may not enter a container's network; run: {_COMPOSE}, or use sudo") from None
     except FileNotFoundError:

@@ -1,6 +1,6 @@
 """The rootless lab: every host a network namespace, joined by a bridge in a namespace of its own.
 
-It lives inside private user, network, mount and PID namespaces (``enclosure`` gives the command), so it needs no root, touches
+It lives inside private user, network, mount and PID namespaces, its sandbox (``sandbox_command``), so it needs no root, touches
 nothing on the machine, and whatever way its first process dies the kernel removes it all.
 """
 
@@ -43,7 +43,7 @@ _NOBODY = 65534
 _NEW = NLM_F_CREATE | NLM_F_EXCL
 
 
-def enclosure() -> list[str]:
+def sandbox_command() -> list[str]:
     """The command prefix that runs a program in fresh private namespaces; raises LabError with the mend."""
     if shutil.which("unshare") is None:
         raise LabError(

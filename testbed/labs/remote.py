@@ -104,17 +104,17 @@ class RemoteNode:
         """A number that no request and no program of this node has had."""
         return next(self._numbers)
 
-    def send(self, message: messages.Message, part: bytes = b"") -> None:
+    def send(self, message: messages.Message, payload: bytes = b"") -> None:
         """Send what needs no answer."""
         if self._lost:
             raise NodeLost(self.lost)
-        self._channel.send(message, part)
+        self._channel.send(message, payload)
 
-    def ask(self, message: messages.Request, part: bytes = b"") -> int:
+    def ask(self, message: messages.Request, payload: bytes = b"") -> int:
         """Send a request; its number is for ``answer``."""
         with self._changed:
             self._asked.add(message.request)
-        self.send(message, part)
+        self.send(message, payload)
         return message.request
 
     def answer(self, request: int, timeout_s: float = _ANSWER_S, most_s: float = 0.0) -> Mapping[str, Any]:
@@ -165,7 +165,7 @@ class RemoteNode:
             self._lost = protocol.one_line(reason) or "its connection has ended"
             self._changed.notify_all()
 
-    def _heard(self, message: Any, part: bytes) -> None:
+    def _heard(self, message: Any, payload: bytes) -> None:
         now_s = monotonic_s()
         cell = self._cell  # another thread may detach it meanwhile
         if not self.name and not isinstance(message, messages.Hello):
@@ -194,13 +194,13 @@ class RemoteNode:
             case messages.Grown(path=path):
                 self._grown_s = now_s
                 try:
-                    cell.append(path, part)
+                    cell.append(path, payload)
                 except OSError as error:
                     self.failure = self.failure or f"records could not be written: {explained(error)}"
             case messages.Call(connection=connection):
                 cell.connect(connection)
             case messages.Data(connection=connection):
-                cell.say(connection, part)
+                cell.say(connection, payload)
             case messages.HangUp(connection=connection):
                 cell.hang_up(connection)
 
@@ -478,9 +478,9 @@ class RemoteLab:
             details = {host: dict(more) for host, (where, more) in placement.items() if where == name}
             self._homes[name].expect(path for host in details for path in self._view.own[host])
             links = {host: self._plan.links[host] for host in details}
-            part = replace(self._plan, links=links, switches={}, view=None)
+            plan = replace(self._plan, links=links, switches={}, view=None)
             request = messages.Open(request=node.number(), details=details)
-            asked.append((node, details, node.ask(request, _PLAN.dump_json(part))))
+            asked.append((node, details, node.ask(request, _PLAN.dump_json(plan))))
         for node, details, number in asked:
             made = node.result(number, _Made)
             if not details.keys() == made.hosts.keys() == made.root.keys():

@@ -55,7 +55,7 @@ _AGENT_DIRECTORY = "/run/netsense"
 _SECRET = "netsense"  # noqa: S105  (a file's name)
 _AGENT = (
     'exec python -m testbed.agent "$0" --name "$NODE" --secret /run/secrets/' + _SECRET + " "
-    f"--lab testbed.agent.containers:ContainerPart --directory {_AGENT_DIRECTORY}"
+    f"--lab testbed.agent.containers:ContainerNodeLab --directory {_AGENT_DIRECTORY}"
 )
 _AGENT_CAPABILITIES = ("SYS_ADMIN", "NET_ADMIN", "NET_RAW", "CHOWN", "FOWNER", "DAC_OVERRIDE")
 """To enter the namespaces of containers, to shape what is in there, to wake a link, to hand files over to the programs."""

@@ -129,7 +129,7 @@ class NetlinkSocket:
         self._frames: socket.socket | None = None
 
     @classmethod
-    def inside(cls, namespace: str | int) -> Self:
+    def in_namespace(cls, namespace: str | int) -> Self:
         """A socket in another namespace, given as a path such as /proc/<pid>/ns/net or as an open descriptor."""
         fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC) if isinstance(namespace, str) else namespace
         try:

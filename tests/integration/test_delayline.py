@@ -1,4 +1,4 @@
-"""The delay line with real TAP devices and real traffic; run inside the enclosure as a child process."""
+"""The delay line with real TAP devices and real traffic; run inside the sandbox as a child process."""
 
 import errno
 import json
@@ -6,7 +6,7 @@ import os
 import textwrap
 
 import pytest
-from enclosed import run_enclosed
+from sandbox import run_in_sandbox
 
 from testbed.links.tap import NoTapError, open_tap
 
@@ -101,7 +101,7 @@ def transfer(size):
 def inside(tmp_path, body):
     """Run Python code in private namespaces, with a cable between two hosts; it prints one JSON value."""
     code = PRELUDE + f"tmp = Path({str(tmp_path)!r})\n" + textwrap.dedent(body)
-    return json.loads(run_enclosed(code, tmp_path).splitlines()[-1])
+    return json.loads(run_in_sandbox(code, tmp_path).splitlines()[-1])
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""The netns lab as a real lab: real namespaces, real qdiscs, real traffic; run inside the enclosure as a child process."""
+"""The netns lab as a real lab: real namespaces, real qdiscs, real traffic; run inside the sandbox as a child process."""
 
 import json
 import textwrap
 from pathlib import Path
 
 import pytest
-from enclosed import run_enclosed
+from sandbox import run_in_sandbox
 
 pytestmark = pytest.mark.netns
 
@@ -105,7 +105,7 @@ print(struct.unpack_from("=I", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO,
 def in_lab(tmp_path, body):
     """Run Python code inside private namespaces; it prints one JSON value."""
     code = PRELUDE + f"tmp = Path({str(tmp_path)!r})\n" + "with ForkServer() as server:\n" + textwrap.indent(body, "    ")
-    return json.loads(run_enclosed(code, tmp_path).splitlines()[-1])
+    return json.loads(run_in_sandbox(code, tmp_path).splitlines()[-1])
 
 
 def test_a_program_runs_on_its_host_with_its_environment_and_its_exit_code_comes_back(tmp_path):

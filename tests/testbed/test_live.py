@@ -28,9 +28,9 @@ from testbed.cli import app
 from testbed.links.qdiscs import QdiscCounters, compile_tree
 from testbed.links.shaper import Applied
 from testbed.links.state import LinkParameters, LinkState
-from testbed.live.beside import live_page
 from testbed.live.bins import Bins
 from testbed.live.server import CannotServe, LivePage
+from testbed.live.server_process import live_page
 from testbed.live.tail import Tail
 from testbed.live.view import RunView
 from testbed.live.watch import under_way
@@ -620,7 +620,7 @@ def test_the_page_ends_with_whoever_started_it_however_that_ends(tmp_path: Path)
     run = write_run(tmp_path / "run", methods=(), t_end_s=3.0)
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom rich.console import Console\n"
-        "from testbed.live.beside import live_page\n"
+        "from testbed.live.server_process import live_page\n"
         "with live_page(Path(sys.argv[1]), Console(width=200)):\n    sys.stdout.flush()\n    time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
