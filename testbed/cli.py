@@ -384,14 +384,14 @@ def compare(
     """Say what became slower or faster from one run to another; exit code 1 if something became slower or is missing."""
     from dataclasses import asdict
 
-    from testbed.report.terminal import differences_table
-    from testbed.results.difference import differences, unlike
+    from testbed.report.terminal import run_comparison_table
     from testbed.results.load import NotARun, load_run
+    from testbed.results.run_comparison import compare_runs, differing_keys
     from testbed.spec.units import parse_share
 
     try:
         runs = load_run(before), load_run(after)
-        found = differences(*runs, parse_share(tolerance))
+        found = compare_runs(*runs, parse_share(tolerance))
     except (NotARun, ValueError) as error:
         _fail(str(error), EXIT_BAD_INPUT)
     if not found:
@@ -399,8 +399,8 @@ def compare(
     if as_json:
         _print_json([asdict(difference) for difference in found])
     else:
-        _print(differences_table(found))
-    if keys := unlike(*runs):
+        _print(run_comparison_table(found))
+    if keys := differing_keys(*runs):
         typer.echo(f"The specs differ in {', '.join(keys)}: this compares two experiments.", err=True)
     if any(difference.verdict in ("slower", "missing") for difference in found):
         raise typer.Exit(EXIT_FAILED)

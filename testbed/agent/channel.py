@@ -23,7 +23,7 @@ from testbed.agent.messages import AskTime, Hello, Message, Status, Time, parse
 
 LOST_S = 3.5
 """An end that is not heard for so long is lost."""
-MOST_PART_BYTES = 1 << 20
+MAX_PAYLOAD_BYTES = 1 << 20
 """Behind one message."""
 _MOST_LINE_BYTES = 1 << 20
 _MOST_MESSAGES_PER_S = 20_000

@@ -26,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 from netsenseml.records import monotonic_s
 from testbed import protocol
 from testbed.agent import messages
-from testbed.agent.channel import LOST_S, MOST_PART_BYTES, Channel, secured
+from testbed.agent.channel import LOST_S, MAX_PAYLOAD_BYTES, Channel, secured
 from testbed.agent.clock import MeasuredClock
 from testbed.files import explained, is_regular, open_regular, remove_tree
 from testbed.labs.base import Host, HostFailed, LabError, LabPlan, Process
@@ -389,7 +389,7 @@ class _Sender:
             offset = self._sent.get(path, 0)
             file.seek(offset)
             # Converted times may be longer than what stands there.
-            while offset < limit and (data := file.read(MOST_PART_BYTES // 2)):
+            while offset < limit and (data := file.read(MAX_PAYLOAD_BYTES // 2)):
                 if lines:
                     whole = data[: data.rfind(b"\n") + 1]
                     if not whole and not last:
@@ -403,8 +403,8 @@ class _Sender:
 
 
 def _chunks(data: bytes) -> Iterable[bytes]:
-    while len(data) > MOST_PART_BYTES:
-        cut = data.rfind(b"\n", 0, MOST_PART_BYTES) + 1 or MOST_PART_BYTES
+    while len(data) > MAX_PAYLOAD_BYTES:
+        cut = data.rfind(b"\n", 0, MAX_PAYLOAD_BYTES) + 1 or MAX_PAYLOAD_BYTES
         yield data[:cut]
         data = data[cut:]
     if data:

@@ -24,7 +24,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from netsenseml.records import monotonic_s
 from testbed import protocol
 from testbed.agent import messages
-from testbed.agent.channel import MOST_PART_BYTES, Channel, make_secret, secured
+from testbed.agent.channel import MAX_PAYLOAD_BYTES, Channel, make_secret, secured
 from testbed.clock import Clock
 from testbed.files import everything_in, explained
 from testbed.labs.base import HostFailed, LabError, LabPlan
@@ -465,10 +465,10 @@ class RemoteLab:
         message = messages.Put(path=_relative(path, self._directory), executable=executable)
         with open(path, "rb") as file:
             while True:
-                data = file.read(MOST_PART_BYTES)
+                data = file.read(MAX_PAYLOAD_BYTES)
                 for node in self._nodes.values():
                     node.send(message, data)
-                if len(data) < MOST_PART_BYTES:
+                if len(data) < MAX_PAYLOAD_BYTES:
                     return
 
     def _open(self, placement: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:

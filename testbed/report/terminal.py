@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from testbed.report import text
-from testbed.results.difference import Difference
+from testbed.results.run_comparison import MethodComparison
 
 if TYPE_CHECKING:
     from testbed.run.listing import Listed
@@ -64,7 +64,7 @@ def runs_table(runs: "Sequence[Listed]") -> RenderableType:
     return table
 
 
-def differences_table(differences: Sequence[Difference]) -> RenderableType:
+def run_comparison_table(comparisons: Sequence[MethodComparison]) -> RenderableType:
     """What ``testbed compare`` found: one row a method and scenario, the worst first, and a sentence."""
     table = Table(box=None, pad_edge=False)
     table.add_column("method", overflow="fold")
@@ -72,7 +72,7 @@ def differences_table(differences: Sequence[Difference]) -> RenderableType:
     for heading in ("step time", "95 % interval", "accuracy"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for found in sorted(differences, key=lambda found: -(found.ratio or float("inf"))):
+    for found in sorted(comparisons, key=lambda found: -(found.ratio or float("inf"))):
         style = {"slower": "red", "missing": "red", "faster": "green"}.get(found.verdict, "")
         table.add_row(
             Text(found.method),
@@ -82,7 +82,7 @@ def differences_table(differences: Sequence[Difference]) -> RenderableType:
             text.NONE if found.accuracy is None else f"{100 * found.accuracy:+.1f}",
             Text(found.verdict + ("" if found.valid else ", not valid"), style=style),
         )
-    worse = [found for found in differences if found.verdict in ("slower", "missing")]
+    worse = [found for found in comparisons if found.verdict in ("slower", "missing")]
     named = ", ".join(f"{found.method} ({found.scenario})" if found.scenario else found.method for found in worse)
     return Group(table, "", Text(f"Slower or missing: {named}." if worse else "Nothing became slower.", style="bold"))
 
