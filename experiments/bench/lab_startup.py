@@ -2,7 +2,7 @@
 
     python experiments/bench/lab_startup.py [HOSTS] [REPETITIONS]
 
-Both ways make the same namespaces, cables, addresses and tbf on both ends of every cable, in the same private namespaces,
+Both ways make the same namespaces, veth pairs, addresses and tbf on both ends of every pair, in the same private namespaces,
 in turn. The ratio is what counts; the machine may be busy.
 """
 
@@ -74,7 +74,7 @@ def main() -> None:
     if os.environ.get("BENCH_INSIDE") != "1":
         os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True)
-    print(f"{hosts} hosts, tbf on both ends of each cable, median of {repetitions}")
+    print(f"{hosts} hosts, tbf on both ends of each veth pair, median of {repetitions}")
     with ForkServer() as server:
         mine = report("testbed (netlink batches)", lambda: ours(server, hosts), repetitions)
     theirs = report("ip and tc programs", lambda: with_programs(hosts), repetitions)

@@ -60,12 +60,12 @@ class ContainerHost:
         self.mac = interface.get_attr("IFLA_ADDRESS")
         self.namespace = os.dup(namespace)
         self._init: InitConnection | None = None
-        self._seen, self._directory = PurePosixPath(), Path()
+        self._root, self._directory = PurePosixPath(), Path()
         self._counter = -1
         self._usage_s = 0.0
 
     @property
-    def way_in(self) -> Mapping[str, int | str]:
+    def nsenter_target(self) -> Mapping[str, int | str]:
         return {}
 
     def open_socket(self, family: int, kind: int) -> socket.socket:
@@ -97,7 +97,7 @@ class ContainerHost:
         finally:
             os.close(own)
         number = int(protocol.decode_message(channel.recv(4096))["directory"])
-        self._seen, self._directory = PurePosixPath(f"/proc/1/fd/{number}"), directory
+        self._root, self._directory = PurePosixPath(f"/proc/1/fd/{number}"), directory
         channel.settimeout(None)
         self._init = InitConnection(channel)
 
@@ -117,8 +117,8 @@ class ContainerHost:
         assert self._init is not None
         return self._init.start(argv, env, log)
 
-    def seen(self, path: Path) -> str:
-        return str(self._seen / path.relative_to(self._directory))
+    def path_on_host(self, path: Path) -> str:
+        return str(self._root / path.relative_to(self._directory))
 
     def close(self) -> None:
         if self._init is not None:
@@ -169,7 +169,7 @@ class ContainerNodeLab:
         self._close()
 
     def _attach(self) -> None:
-        """Find the hosts, and the other ends of their cables."""
+        """Find the hosts, and the other ends of their veth pairs."""
         overlay_id = next(iter(self._details.values()))["overlay"]
         overlay = next((path for path in NAMESPACES.glob(f"{_OVERLAY}*") if overlay_id.startswith(path.name[2:])), None)
         if overlay is None:
@@ -200,7 +200,7 @@ class ContainerNodeLab:
         peer = ports.get(mine.get_attr("IFLA_LINK"))
         # Indices mean other interfaces in other namespaces, so both ends have to name each other.
         if peer is None or peer.get_attr("IFLA_LINK") != index or not peer.get_attr("IFLA_MASTER"):
-            raise LabError(f"the cable of {name} does not lead into the overlay network")
+            raise LabError(f"the veth pair of {name} does not lead into the overlay network")
         if {mine.get_attr("IFLA_QDISC"), peer.get_attr("IFLA_QDISC")} != {"noqueue"}:
             raise LabError(f"something else shapes the link of {name}; end that first")
         if mine.get_attr("IFLA_MTU") != self._plan.mtu:

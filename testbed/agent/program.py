@@ -254,7 +254,7 @@ class _Cell:
         lab = make(plan, details, self._root)
         self._lab = self._running.enter_context(lab)
         return {
-            "root": {name: host.seen(self._root) for name, host in lab.hosts.items()},
+            "root": {name: host.path_on_host(self._root) for name, host in lab.hosts.items()},
             "hosts": {name: [host.address, host.interface] for name, host in lab.hosts.items()},
         }
 

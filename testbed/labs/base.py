@@ -145,7 +145,7 @@ class Host(Protocol):
         """Of the machine that the host is on."""
 
     @property
-    def way_in(self) -> Mapping[str, int | str]:
+    def nsenter_target(self) -> Mapping[str, int | str]:
         """How a program gets there that is not started by us: ``namespace``, a descriptor of this process for its network, or
         ``container``, a name."""
 
@@ -155,7 +155,7 @@ class Host(Protocol):
         ``argv[0]`` of "python" means the Python that has the packages. Raises HostFailed.
         """
 
-    def seen(self, path: Path) -> str:
+    def path_on_host(self, path: Path) -> str:
         """Path under which the host sees a file of the run directory."""
 
 

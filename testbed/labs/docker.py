@@ -1,11 +1,11 @@
 """The Docker lab: every host a container, joined by a network of the daemon, links shaped from outside.
 
 Workers have no privileges at all. The orchestrator enters a worker's network namespace to shape the worker's egress (up),
-and finds the other end of its cable among the daemon's interfaces to shape the way back (down). That needs root in the
+and finds the other end of its veth pair among the daemon's interfaces to shape the way back (down). That needs root in the
 daemon's own PID and network namespaces, which is what ``docker compose up experiment`` gives it.
 
-Where the kernel has no netem, a worker's cable to the bridge is put out of use, and a pair of TAP devices with the delay
-line between them takes its place: one in the container, with the address of the cable's end, one at the bridge.
+Where the kernel has no netem, a worker's veth pair to the bridge is put out of use, and a pair of TAP devices with the delay
+line between them takes its place: one in the container, with the address of the veth, one at the bridge.
 
 Everything made carries labels. ``LABEL`` names the lab, ``OWNER`` the process that made it, so that ``clean`` never
 touches a lab whose orchestrator lives. Containers end with their orchestrator by themselves (``labs.container_init``).
@@ -59,7 +59,7 @@ OWNER = "netsense.testbed.owner"
 DEFAULT_IMAGE = "netsense-testbed:local"
 ENV_IMAGE = "TESTBED_IMAGE"
 INTERFACE = "eth0"
-"""The cable's end in a container; Docker's own name, and it looks for it when the container ends."""
+"""The veth in a container; Docker's own name, and it looks for it when the container ends."""
 LINED_INTERFACE = "eth1"
 """The delay line's end in a container."""
 
@@ -87,7 +87,7 @@ class DockerHost:
         self, name: str, address: str, mac: str, container: str, directory: Path, init: InitConnection, sock: NetlinkSocket
     ) -> None:
         self.name = name
-        self.way_in: Mapping[str, int | str] = {"container": container}
+        self.nsenter_target: Mapping[str, int | str] = {"container": container}
         self.address = address
         self.mac = mac
         self.interface = INTERFACE
@@ -101,7 +101,7 @@ class DockerHost:
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> ContainerProcess:
         return self._init.start(argv, env, log)
 
-    def seen(self, path: Path) -> str:
+    def path_on_host(self, path: Path) -> str:
         return str(_RUN_DIR / path.resolve().relative_to(self._directory))
 
     def close(self) -> None:
@@ -295,7 +295,7 @@ class DockerLab:
     def _wire(self, network: Network, containers: Mapping[str, Container]) -> None:
         self._switch = NetlinkSocket()
         outside = {link["index"]: link for link in interfaces(self._switch)}
-        cables: dict[str, tuple[int, int]] = {}
+        tap_pairs: dict[str, tuple[int, int]] = {}
         for name in self._plan.hosts:
             attached = containers[name].attrs["NetworkSettings"]["Networks"][network.name]
             self.pids.append(containers[name].attrs["State"]["Pid"])
@@ -304,12 +304,12 @@ class DockerLab:
             host = self.hosts[name] = DockerHost(
                 name, address, mac, str(containers[name].name), self._directory, self._inits[name], inner
             )
-            mine, peer = _cable(host, outside)
+            mine, peer = _veth_pair(host, outside)
             up = Port(inner, mine["index"], INTERFACE)
             down = Port(self._switch, peer["index"], peer.get_attr("IFLA_IFNAME"))
             if name in self._plan.lined:
                 master = peer.get_attr("IFLA_MASTER")
-                up, down, cables[name] = self._replace_cable(host, attached["IPPrefixLen"], up, down, master)
+                up, down, tap_pairs[name] = self._replace_veth(host, attached["IPPrefixLen"], up, down, master)
             host.interface, host.index = up.interface, up.ifindex
             gso_bytes, gso_segments = gso_limits(self._plan.max_gso_bytes.get(name, UNCUT_PACKET_BYTES), self._plan.mtu)
             inner.batch(
@@ -326,20 +326,20 @@ class DockerLab:
         for host in self.hosts.values():
             others = [other for other in self.hosts.values() if other is not host]
             host.socket.batch(neighbour(host.index, other.address, other.mac) for other in others)
-        if cables:
+        if tap_pairs:
             self._taps.clear()  # they are the line's now
-            self.links.line = self._line.enter_context(DelayLine(cables))
+            self.links.line = self._line.enter_context(DelayLine(tap_pairs))
 
-    def _replace_cable(
+    def _replace_veth(
         self, host: DockerHost, prefix_bits: int, inner: Port, outer: Port, bridge: int
     ) -> tuple[Port, Port, tuple[int, int]]:
-        """Put TAP devices in the place of a cable's ends; returns their ports, and their descriptors."""
+        """Put TAP devices in the place of a veth pair; returns their ports, and their descriptors."""
         mtu, silent = ("IFLA_MTU", self._plan.mtu), ("IFLA_AF_SPEC", _NO_IPV6_ADDRESS)
         first, up = self._tap(LINED_INTERFACE, inner.socket, self.pids[-1])
         second, down = self._tap(f"tap{self._token}{len(self.hosts) - 1}", outer.socket)
         inner.socket.batch(
             [
-                change_interface(inner, "cable", up=False),
+                change_interface(inner, "veth", up=False),
                 _address(RTM_DELADDR, inner, host.address, prefix_bits),
                 change_interface(up, "TAP device", ("IFLA_ADDRESS", host.mac), mtu, silent),
                 change_interface(up, "TAP device", up=True),
@@ -348,7 +348,7 @@ class DockerLab:
         )
         outer.socket.batch(
             [
-                change_interface(outer, "cable", up=False),
+                change_interface(outer, "veth", up=False),
                 change_interface(down, "TAP device", ("IFLA_MASTER", bridge), mtu, silent),
                 change_interface(down, "TAP device", up=True),
             ]
@@ -493,8 +493,8 @@ def _enter(pid: int) -> NetlinkSocket:
         raise LabError(f"cannot see the containers: {_OTHER_NAMESPACE}") from None
 
 
-def _cable(host: DockerHost, outside: Mapping[int, ifinfmsg]) -> tuple[ifinfmsg, ifinfmsg]:
-    """The ends of a new container's cable: in the container, and at the bridge. outside: all interfaces there, by index."""
+def _veth_pair(host: DockerHost, outside: Mapping[int, ifinfmsg]) -> tuple[ifinfmsg, ifinfmsg]:
+    """The ends of a new container's veth pair: in the container, and at the bridge. outside: all interfaces there, by index."""
     # The daemon's word is checked: a PID means another process if we do not share its PID namespace, and an index
     # another interface if we do not share its network namespace.
     mine = next((x for x in interfaces(host.socket) if x.get_attr("IFLA_IFNAME") == INTERFACE), None)
@@ -502,8 +502,8 @@ def _cable(host: DockerHost, outside: Mapping[int, ifinfmsg]) -> tuple[ifinfmsg,
         raise LabError(f"cannot see the container of {host.name}: {_OTHER_NAMESPACE}")
     peer = outside.get(mine.get_attr("IFLA_LINK"))
     if peer is None or peer.get_attr("IFLA_LINK") != mine["index"] or not peer.get_attr("IFLA_MASTER"):
-        raise LabError(f"cannot see the cable of {host.name}: {_OTHER_NAMESPACE}")
-    # A new cable has no queue. What has one is being shaped by some other tool, which matches containers by itself.
+        raise LabError(f"cannot see the veth pair of {host.name}: {_OTHER_NAMESPACE}")
+    # A new veth has no queue. What has one is being shaped by some other tool, which matches containers by itself.
     if {mine.get_attr("IFLA_QDISC"), peer.get_attr("IFLA_QDISC")} != {"noqueue"}:
         raise LabError(f"something else shapes the link of {host.name}; end that first")
     return mine, peer

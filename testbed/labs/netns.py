@@ -116,7 +116,7 @@ class NetnsHost:
         self._processes: list[Process] = []
 
     @property
-    def way_in(self) -> Mapping[str, int | str]:
+    def nsenter_target(self) -> Mapping[str, int | str]:
         return {"namespace": self.namespace}
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> Process:
@@ -133,7 +133,7 @@ class NetnsHost:
         self._processes.append(process)
         return process
 
-    def seen(self, path: Path) -> str:
+    def path_on_host(self, path: Path) -> str:
         return str(path.resolve())
 
     def close(self) -> None:
@@ -158,7 +158,7 @@ class NetnsLab:
         self._groups = groups
         self._switches: dict[str, _Switch] = {}
         self.hosts: dict[str, NetnsHost] = {}
-        self._cables: dict[str, tuple[int, int]] = {}
+        self._tap_pairs: dict[str, tuple[int, int]] = {}
         self._taps: list[int] = []
         self._line = ExitStack()
         self.links = make_shaper(plan)
@@ -180,9 +180,9 @@ class NetnsLab:
                 self._wire_hosts(self._switches[switch], [self.hosts[name] for name in hosts])
             self._wire_trunks()
             self._introduce()
-            if self._cables:
+            if self._tap_pairs:
                 self._taps.clear()  # they are the line's now
-                self.links.line = self._line.enter_context(DelayLine(self._cables))
+                self.links.line = self._line.enter_context(DelayLine(self._tap_pairs))
             self.links.apply(self._plan.links)
         except BaseException as error:
             self._close()
@@ -204,7 +204,7 @@ class NetnsLab:
         for host in hosts:
             port = switch.next_port()
             if host.name in self._plan.lined:
-                self._cables[host.name] = (
+                self._tap_pairs[host.name] = (
                     self._tap(host.namespace, INTERFACE, _ETH0_INDEX),
                     self._tap(switch.namespace, host.name, port),
                 )
@@ -237,7 +237,7 @@ class NetnsLab:
             ports = first.next_port(), second.next_port()
             interface = f"trunk{number}"
             if name in self._plan.lined:
-                self._cables[name] = (
+                self._tap_pairs[name] = (
                     self._tap(first.namespace, interface, ports[0]),
                     self._tap(second.namespace, interface, ports[1]),
                 )
@@ -372,7 +372,7 @@ def _veth(name: str, index: int, peer_name: str, peer_index: int, peer_namespace
             {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", {"attrs": [("VETH_INFO_PEER", peer)]})]},
         ),
     ]
-    return encode(message, RTM_NEWLINK, _NEW, f"cable of {name}")
+    return encode(message, RTM_NEWLINK, _NEW, f"veth pair of {name}")
 
 
 def _address(address: str) -> Request:

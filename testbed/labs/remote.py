@@ -315,7 +315,7 @@ class RemoteHost:
         return self.node.clock
 
     @property
-    def way_in(self) -> Mapping[str, int | str]:
+    def nsenter_target(self) -> Mapping[str, int | str]:
         raise ValueError(f"{self.name} is on another machine, {self.node.name}, where programs of this one cannot run")
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> RemoteProcess:
@@ -327,7 +327,7 @@ class RemoteHost:
         self.node.send(wanted)
         return RemoteProcess(self.node, number)
 
-    def seen(self, path: Path) -> str:
+    def path_on_host(self, path: Path) -> str:
         return f"{self._root}/{_relative(path, self._directory)}"
 
 

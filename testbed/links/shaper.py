@@ -192,7 +192,7 @@ class Shaper:
                 before = getattr(self._states[link], direction).rate_bps if link in self._states else None
                 if before == 0 and getattr(state, direction).rate_bps != 0:
                     port = self._ports[link, direction]
-                    port.socket.nudge(port.interface)
+                    port.socket.send_wakeup_frame(port.interface)
 
     def _tree(self, place: Place, parameters: LinkParameters, before: qdiscs.Tree | None) -> qdiscs.Tree:
         def compiled(seed: int) -> qdiscs.Tree:
@@ -222,7 +222,7 @@ class Shaper:
         """
         port = self._ports[link, "down"]
         wanted = BR_STATE_FORWARDING if connected else BR_STATE_DISABLED
-        port.socket.settle(port.interface)  # the bridge enables a port anew when it hears, late, that it has a carrier
+        port.socket.flush_carrier(port.interface)  # the bridge enables a port anew when it hears, late, that it has a carrier
         port.socket.batch([set_port(port.ifindex, link, "IFLA_BRPORT_STATE", wanted)])
         ((answer,),) = port.socket.batch([_interface_request(port)])
         found = decode(answer, ifinfmsg).get_nested("IFLA_LINKINFO", "IFLA_INFO_SLAVE_DATA", "IFLA_BRPORT_STATE")

@@ -40,7 +40,7 @@ class Reachable(Protocol):
     interface: str
 
     @property
-    def way_in(self) -> Mapping[str, int | str]: ...
+    def nsenter_target(self) -> Mapping[str, int | str]: ...
 
 
 class LinkDriver:
@@ -153,18 +153,18 @@ class LinkDriver:
             try:
                 asked_host = request.body.get("host")
                 if asked_host is not None:
-                    request.answer.put({"host": self._way_to(str(asked_host))})
+                    request.answer.put({"host": self._host_info(str(asked_host))})
                 else:
                     request.answer.put({"links": self._answer_links(request.body)})
             except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
                 request.answer.put({"error": str(error)})
 
-    def _way_to(self, name: str) -> Mapping[str, Any]:
+    def _host_info(self, name: str) -> Mapping[str, Any]:
         if name not in self._hosts:
             raise ValueError(f"there is no host {name!r}; {did_you_mean(name, self._hosts)}")
         host = self._hosts[name]
         addresses = {other: self._hosts[other].address for other in self._hosts}
-        return {"interface": host.interface, "addresses": addresses, **host.way_in}
+        return {"interface": host.interface, "addresses": addresses, **host.nsenter_target}
 
     def _answer_links(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         states = self._links.states

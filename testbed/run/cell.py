@@ -252,7 +252,7 @@ class _CellRunner:
         per_host = self._cell.ranks_per_worker
         for rank in self._ranks:
             host = hosts[rank // per_host]
-            directory, met = host.seen(self._directory), f"{protocol.SHARED}/rendezvous-{self._restarts}"
+            directory, met = host.path_on_host(self._directory), f"{protocol.SHARED}/rendezvous-{self._restarts}"
             env = {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank % per_host),
@@ -268,7 +268,7 @@ class _CellRunner:
                 ENV_LISTENER: protocol.LISTENER,
             }
             if self._cell.program:
-                script = host.seen(self._directory.parents[1] / self._cell.program[0])
+                script = host.path_on_host(self._directory.parents[1] / self._cell.program[0])
                 argv = ["python", script, *self._cell.program[1:]]
             else:
                 argv = ["python", "-m", "testbed.worker.program"]
@@ -286,8 +286,8 @@ class _CellRunner:
         """What every program finds the control socket by, and the place for what it writes."""
         output = protocol.host_directory(self._directory, self._name(member) if isinstance(member, int) else host.name)
         return {
-            protocol.ENV_CELL_DIR: host.seen(self._directory),
-            protocol.ENV_OUTPUT_DIR: host.seen(output),
+            protocol.ENV_CELL_DIR: host.path_on_host(self._directory),
+            protocol.ENV_OUTPUT_DIR: host.path_on_host(output),
             protocol.ENV_TOKEN: self._control.tokens[member],
         }
 

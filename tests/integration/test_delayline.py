@@ -99,7 +99,7 @@ def transfer(size):
 
 
 def inside(tmp_path, body):
-    """Run Python code in private namespaces, with a cable between two hosts; it prints one JSON value."""
+    """Run Python code in private namespaces, with a link between two hosts; it prints one JSON value."""
     code = PRELUDE + f"tmp = Path({str(tmp_path)!r})\n" + textwrap.dedent(body)
     return json.loads(run_in_sandbox(code, tmp_path).splitlines()[-1])
 

@@ -137,12 +137,12 @@ def test_programs_run_without_any_privilege_and_write_to_the_run_directory_only(
         assert uid != 0
         assert f"Uid:\t{uid}\t" in status
         target = directory / "cells" / "made"
-        run(host, directory, f"open({host.seen(target)!r}, 'w').write('x'); open('/tmp/x', 'w').write('x')")
+        run(host, directory, f"open({host.path_on_host(target)!r}, 'w').write('x'); open('/tmp/x', 'w').write('x')")
         assert (target.stat().st_uid, target.stat().st_gid) == (uid, gid)
         refused = "import errno\ntry: open('/opt/x', 'w')\nexcept OSError as e: print(errno.errorcode[e.errno])"
         assert run(host, directory, refused) == "EROFS\n"
         with closing(connect()) as client:  # as a daemon sees it
-            granted = client.containers.get(host.way_in["container"]).attrs["HostConfig"]
+            granted = client.containers.get(host.nsenter_target["container"]).attrs["HostConfig"]
             assert granted["CapDrop"] == ["ALL"] and not granted["CapAdd"] and not granted["Privileged"]
             assert granted["ReadonlyRootfs"] and 0 < granted["PidsLimit"] <= 4096 and granted["PidMode"] == ""
             assert not any("docker.sock" in mount.get("Source", "") for mount in granted["Mounts"])
@@ -152,7 +152,7 @@ def test_programs_run_without_any_privilege_and_write_to_the_run_directory_only(
 def test_a_program_of_ours_gets_into_a_host_of_a_live_run(directory: Path) -> None:
     with DockerLab(plan(2), directory) as lab, closing(connect()) as client:
         for host in lab.hosts.values():
-            container = client.containers.get(host.way_in["container"])
+            container = client.containers.get(host.nsenter_target["container"])
             assert host.address in container.exec_run(["cat", "/proc/net/fib_trie"]).output.decode()
 
 
@@ -219,7 +219,7 @@ print(min(taken), sorted(taken)[10])
 """
 
 
-def test_a_delay_line_takes_the_place_of_the_cable_and_leaves_with_the_lab(directory: Path) -> None:
+def test_a_delay_line_takes_the_place_of_the_veth_pair_and_leaves_with_the_lab(directory: Path) -> None:
     state = LinkState(LinkParameters(rate_bps=50_000_000), LinkParameters(rate_bps=20_000_000, delay_s=0.02))
     impaired = frozenset({("w0", "down"), ("w1", "down")})
     lined = LabPlan({"w0": state, "w1": state, "w2": LINK}, impaired=impaired, engine="userspace")
