@@ -178,7 +178,7 @@ def netns_lab(system: System) -> tuple[Finding, list[str] | None]:
     except LabError as error:
         reason = str(error).partition(";")[0]
         settings = {name: _read(f"/proc/sys/{name.replace('.', '/')}").strip() for name in _USER_NAMESPACE_SETTINGS}
-        mend = user_namespaces_mend(system, settings, shutil.which("unshare") is not None)
+        mend = user_namespaces_fix(system, settings, shutil.which("unshare") is not None)
         return Finding("lab netns", "missing", reason, mend), _missing_here()
     command = [*prefix, sys.executable, "-m", "testbed.links.kernel_support", *KERNEL_KINDS]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
@@ -207,7 +207,7 @@ _USER_NAMESPACE_SETTINGS: Mapping[str, str] = {
 """Kernel settings that forbid user namespaces, with the value that does."""
 
 
-def user_namespaces_mend(system: System, settings: Mapping[str, str], unshare: bool) -> str:
+def user_namespaces_fix(system: System, settings: Mapping[str, str], unshare: bool) -> str:
     """How to allow rootless namespaces. settings: values of ``_USER_NAMESPACE_SETTINGS`` here; unshare: if it is installed."""
     if not unshare:
         return system.install("util-linux")

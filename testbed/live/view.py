@@ -137,8 +137,8 @@ class CellView:
         return _short(min(1.0, max(0.0, *shares))) if shares else None
 
     @property
-    def told_s(self) -> float:
-        """Up to this time all workers have told of their steps."""
+    def reported_s(self) -> float:
+        """Up to this time all workers have reported their steps."""
         return _short(min(self._ranks_end_s.values(), default=0.0)) or 0.0
 
     @property
@@ -439,7 +439,7 @@ class RunView:
 
     def _series(self, cell: CellView, first: int) -> dict[str, Any]:
         bins = cell.bins
-        return {"width_s": bins.width_s, "from": first, "told_s": cell.told_s, "columns": bins.values(first)}
+        return {"width_s": bins.width_s, "from": first, "reported_s": cell.reported_s, "columns": bins.values(first)}
 
     def _parts(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         current = self._current(rows)

@@ -24,7 +24,7 @@ from testbed.plan import Cell, notes
 from testbed.recording.link_server import LinkServer
 from testbed.recording.recorder import Recorder, Recording
 from testbed.run import messages
-from testbed.run.control import ControlServer, Fault, Heard, Lost, Member
+from testbed.run.control import ControlServer, Heard, Lost, Member, ProtocolViolation
 from testbed.run.directory import DATA, SCRIPT, is_nearly_full, machine, release_reserve
 from testbed.spec.units import format_size, format_time
 from testbed.timeline.workers import Kills
@@ -462,13 +462,13 @@ class _CellRunner:
         if heard.token != self._control.tokens[member]:
             return  # a last word of one that has been started again since
         self._heard_s[member] = heard.at_s
-        if not isinstance(member, int) and not isinstance(heard.message, messages.Ready | Fault | Lost):
+        if not isinstance(member, int) and not isinstance(heard.message, messages.Ready | ProtocolViolation | Lost):
             self._note(member, _Failure(heard.at_s, "said what is for workers to say"))
             return
         match heard.message:
             case Lost():
                 self._lost_s.setdefault(member, heard.at_s)
-            case Fault(error):
+            case ProtocolViolation(error):
                 self._note(member, _Failure(heard.at_s, f"sent something that is no message: {error}"))
             case messages.Failed(error=error, by_peer=by_peer):
                 self._note(member, _Failure(heard.at_s, f"failed: {protocol.one_line(error, 500)}", by_peer))

@@ -744,7 +744,7 @@ def test_a_browser_draws_a_long_run_in_no_time_and_moves_a_link(long_run: Path, 
         browser.tell("Page.navigate", url=page.url)
         browser.wait_for("document.querySelectorAll('#links tr').length === 64")
         browser.wait_for("run.series['netsense-s0']?.columns.carried_bps?.length >= 298")
-        browser.wait_for("run.series['netsense-s0'].told_s > 590 && run.series['topk-s0']?.told_s > 55")
+        browser.wait_for("run.series['netsense-s0'].reported_s > 590 && run.series['topk-s0']?.reported_s > 55")
         assert browser.value("document.querySelectorAll('img').length") == 0
         browser.value("$('scenario').selectedIndex = 2; schedule()")
         browser.wait_for(f"document.getElementById('methods').textContent.includes({json.dumps(MISCHIEF)})")
