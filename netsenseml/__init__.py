@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from netsenseml.api import attach
     from netsenseml.compress.codec import Codec
-    from netsenseml.door import attach
     from netsenseml.exchange.collective import all_reduce_mean
     from netsenseml.exchange.communicators import DirectAllReduce, Hierarchical, RingAllReduce, SparseAllGather
     from netsenseml.exchange.mesh import Mesh
@@ -23,7 +23,7 @@ _WHERE = {
     **dict.fromkeys(("DirectAllReduce", "Hierarchical", "RingAllReduce", "SparseAllGather"), "exchange.communicators"),
     "Codec": "compress.codec",
     "Mesh": "exchange.mesh",
-    "attach": "door",
+    "attach": "api",
     "PeerFailed": "failure",
     "all_reduce_mean": "exchange.collective",
 }

@@ -27,11 +27,11 @@ from typing import Any
 from netsenseml.records import monotonic_s
 from testbed.labs import open_labs
 from testbed.labs.base import LabError, LabPlan
-from testbed.labs.netns import enclosure
-from testbed.links.calibration import RATE_TOLERANCE, Gauges, Measurement, Pair, attempts, closest, delay_tolerance
+from testbed.labs.netns import sandbox_command
+from testbed.links.calibration import RATE_TOLERANCE, Measurement, MeasurementPrograms, Pair, attempts, closest, delay_tolerance
 from testbed.links.qdiscs import ETHERNET_FRAME_BYTES
-from testbed.links.state import DIRECTIONS, LinkState, Loss, Shape
-from testbed.network import packet_bytes
+from testbed.links.state import DIRECTIONS, LinkParameters, LinkState, Loss
+from testbed.network import max_gso_bytes
 from testbed.spec.units import format_rate
 
 HOSTS = ("w0", "w1", "w2", "w3")
@@ -79,15 +79,15 @@ def calibrate(conditions: Conditions, lab: str, progress: Callable[[str], None])
     progress: told what has been measured.
     """
     rows = []
-    for row in _calibrate_enclosed(conditions) if lab == "netns" else _calibrate_here(conditions, lab):
+    for row in _calibrate_in_sandbox(conditions) if lab == "netns" else _calibrate_here(conditions, lab):
         rows.append(row)
         progress(f"{row['quantity']} at {format_rate(row['rate_bps'])} measured")
     shortfalls = [1 - (row["measured"] or 0) / row["expected"] for row in rows if row["quantity"].startswith("goodput")]
     return {"lab": lab, "valid": all(row["within"] for row in rows), "worst_goodput": max(shortfalls), "rows": rows}
 
 
-def _calibrate_enclosed(conditions: Conditions) -> Iterator[dict[str, Any]]:
-    command = [*enclosure(), sys.executable, "-m", "testbed.calibrate", json.dumps(asdict(conditions))]
+def _calibrate_in_sandbox(conditions: Conditions) -> Iterator[dict[str, Any]]:
+    command = [*sandbox_command(), sys.executable, "-m", "testbed.calibrate", json.dumps(asdict(conditions))]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         try:
@@ -106,7 +106,7 @@ def _calibrate_here(conditions: Conditions, lab: str) -> Iterator[dict[str, Any]
         logs.mkdir()
         for rate_bps in conditions.rates_bps:
             # A queue of a round trip's length, which TCP needs to go on at full speed after a loss.
-            plain = Shape(rate_bps, queue_s=max(Shape().queue_s, 2 * conditions.delay_s))
+            plain = LinkParameters(rate_bps, queue_s=max(LinkParameters().queue_s, 2 * conditions.delay_s))
             worse = replace(
                 plain,
                 delay_s=conditions.delay_s,
@@ -116,17 +116,17 @@ def _calibrate_here(conditions: Conditions, lab: str) -> Iterator[dict[str, Any]
             for down in (plain, worse) if worse.impaired else (plain,):
                 plan = _lab_plan(LinkState(plain, down), conditions.engine)
                 with open_lab(plan) as scratch:
-                    for test in _Bench(Gauges(scratch, logs), down).tests():
+                    for test in _Bench(MeasurementPrograms(scratch, logs), down).tests():
                         for best in closest(results := attempts(test)):
                             yield _row(rate_bps, best, len({one.attempt for one in results}))
 
 
 def _lab_plan(state: LinkState, engine: str) -> LabPlan:
     links = dict.fromkeys(HOSTS, state)
-    shapes = [(link, side, getattr(state, side)) for link in links for side in DIRECTIONS]
-    impaired = frozenset((link, side) for link, side, shape in shapes if shape.impaired)
+    directions = [(link, side, getattr(state, side)) for link in links for side in DIRECTIONS]
+    impaired = frozenset((link, side) for link, side, parameters in directions if parameters.impaired)
     plan = LabPlan(links, impaired=impaired, engine=engine)
-    return replace(plan, packet_bytes=packet_bytes(plan, shapes))
+    return replace(plan, max_gso_bytes=max_gso_bytes(plan, directions))
 
 
 def _row(rate_bps: int, best: Measurement, tries: int) -> dict[str, Any]:
@@ -137,10 +137,10 @@ def _row(rate_bps: int, best: Measurement, tries: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Bench:
-    """Measures a scratch lab whose links are all the same; ``down`` is the shape that impairs."""
+    """Measures a scratch lab whose links are all the same; ``down`` has the impairments."""
 
-    gauges: Gauges
-    down: Shape
+    programs: MeasurementPrograms
+    down: LinkParameters
 
     def tests(self) -> list[Callable[[int], list[Measurement]]]:
         if not self.down.impaired:
@@ -168,12 +168,14 @@ class _Bench:
         self, quantity: str, pairs: Sequence[Pair], share: float, effort: int, streams: int = 1, warm_s: float = _WARM_S
     ) -> list[Measurement]:
         """The slowest flow of some that run at the same time."""
-        hosts = self.gauges.lab.hosts
-        sinks = [self.gauges.start(target, "sink", warm_s, effort * _SECONDS, streams) for _, target in pairs]
-        sources = [self.gauges.start(source, "source", hosts[target].address, CONGESTION, streams) for source, target in pairs]
-        reports = [self.gauges.report(sink, warm_s + effort * _SECONDS) for sink in sinks]
+        hosts = self.programs.lab.hosts
+        sinks = [self.programs.start(target, "sink", warm_s, effort * _SECONDS, streams) for _, target in pairs]
+        sources = [
+            self.programs.start(source, "source", hosts[target].address, CONGESTION, streams) for source, target in pairs
+        ]
+        reports = [self.programs.report(sink, warm_s + effort * _SECONDS) for sink in sinks]
         for one in sources:
-            self.gauges.stop(one)
+            self.programs.stop(one)
         rates = [report["bytes"] * 8 / report["seconds"] if report and report["bytes"] else math.nan for report in reports]
         slowest = math.nan if any(map(math.isnan, rates)) else min(rates)
         expected = share * (self.down.rate_bps or math.nan)
@@ -185,11 +187,11 @@ class _Bench:
         interval_s = max(_PING_INTERVAL_S, 10 * _PROBE_BYTES * 8 / (self.down.rate_bps or math.inf))
         seconds = effort * (_PINGS_OF_JITTER if self.down.jitter_s else _PINGS) * _PING_INTERVAL_S
         patience_s = expected_s + 10 * self.down.jitter_s + 0.5
-        echo = self.gauges.start(target, "echo")
-        address = self.gauges.lab.hosts[target].address
-        ping = self.gauges.start(source, "ping", address, round(seconds / interval_s), interval_s, patience_s)
-        report = self.gauges.report(ping, seconds + patience_s)
-        self.gauges.stop(echo)
+        echo = self.programs.start(target, "echo")
+        address = self.programs.lab.hosts[target].address
+        ping = self.programs.start(source, "ping", address, round(seconds / interval_s), interval_s, patience_s)
+        report = self.programs.report(ping, seconds + patience_s)
+        self.programs.stop(echo)
         rtts_s = sorted(report["rtts_s"]) if report else []
         if len(rtts_s) < _PINGS // 4:
             rtts_s = [math.nan]
@@ -205,18 +207,18 @@ class _Bench:
     def loss(self, effort: int) -> list[Measurement]:
         """Small packets one way at half the rate, so that no queue overflows; counted on the way, and where they arrive."""
         source, target = RING[0]
-        links = self.gauges.lab.links
+        links = self.programs.lab.links
         per_s = min(_PROBES_PER_S, (self.down.rate_bps or math.inf) / 2 / 8 / _PROBE_BYTES)
         number, patience_s = round(min(_PROBES, per_s * _PROBE_S)), 10 * _PROBE_S
-        tallying = self.gauges.start(target, "tally", 1 + 2 * self.down.delay_s)
-        address, begin_s = self.gauges.lab.hosts[target].address, monotonic_s() + 0.5 + 2 * self.down.delay_s
+        tallying = self.programs.start(target, "tally", 1 + 2 * self.down.delay_s)
+        address, begin_s = self.programs.lab.hosts[target].address, monotonic_s() + 0.5 + 2 * self.down.delay_s
         before = links.counters()
-        at_s = self.gauges.lab.hosts[source].clock.own(begin_s)
+        at_s = self.programs.lab.hosts[source].clock.own(begin_s)
         words = (address, at_s, patience_s, per_s * 8 * _PROBE_BYTES, _PROBE_BYTES, 1, number)
-        report = self.gauges.report(self.gauges.start(source, "flood", *words), patience_s)
+        report = self.programs.report(self.programs.start(source, "flood", *words), patience_s)
         time.sleep(0.1 + self.down.delay_s + 4 * self.down.jitter_s)
         after = links.counters()
-        tally = self.gauges.report(tallying, 2.0)
+        tally = self.programs.report(tallying, 2.0)
         sent = after[source, "up"].packets - before[source, "up"].packets
         expected = self.down.loss.share
         lost = ((after[target, "down"].lost or 0) - (before[target, "down"].lost or 0)) / sent if report else math.nan
@@ -242,7 +244,7 @@ def _scratch_directory(lab: str) -> Iterator[Path]:
 
 
 def main() -> int:
-    """Inside the enclosure: one row a line; exit code 0, or 4 with the reason on standard error."""
+    """Inside the sandbox: one row a line; exit code 0, or 4 with the reason on standard error."""
     try:
         for row in _calibrate_here(Conditions(**json.loads(sys.argv[1])), "netns"):
             print(json.dumps(row), flush=True)

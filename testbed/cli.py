@@ -384,14 +384,14 @@ def compare(
     """Say what became slower or faster from one run to another; exit code 1 if something became slower or is missing."""
     from dataclasses import asdict
 
-    from testbed.report.terminal import differences_table
-    from testbed.results.difference import differences, unlike
+    from testbed.report.terminal import run_comparison_table
     from testbed.results.load import NotARun, load_run
+    from testbed.results.run_comparison import compare_runs, differing_keys
     from testbed.spec.units import parse_share
 
     try:
         runs = load_run(before), load_run(after)
-        found = differences(*runs, parse_share(tolerance))
+        found = compare_runs(*runs, parse_share(tolerance))
     except (NotARun, ValueError) as error:
         _fail(str(error), EXIT_BAD_INPUT)
     if not found:
@@ -399,8 +399,8 @@ def compare(
     if as_json:
         _print_json([asdict(difference) for difference in found])
     else:
-        _print(differences_table(found))
-    if keys := unlike(*runs):
+        _print(run_comparison_table(found))
+    if keys := differing_keys(*runs):
         typer.echo(f"The specs differ in {', '.join(keys)}: this compares two experiments.", err=True)
     if any(difference.verdict in ("slower", "missing") for difference in found):
         raise typer.Exit(EXIT_FAILED)
@@ -418,7 +418,7 @@ def link(
     as_json: AsJson = False,
 ) -> None:
     """Show the links of a live run, or change one by hand; the change enters the event log as manual."""
-    from testbed.recording.door import ask
+    from testbed.recording.link_server import send_request
     from testbed.report.terminal import links_table
     from testbed.spec.errors import SpecError
     from testbed.spec.load import parse_link, with_text
@@ -431,7 +431,7 @@ def link(
     except SpecError as error:
         _fail(str(error), EXIT_BAD_INPUT)
     cell = _live_cell(run)
-    answer = _guarded(lambda: ask(cell, {"links": links or [], "set": wanted}))
+    answer = _guarded(lambda: send_request(cell, {"links": links or [], "set": wanted}))
     if "error" in answer:
         _fail(str(answer["error"]), EXIT_BAD_INPUT)
     if as_json:
@@ -485,7 +485,7 @@ def capture(
 
 
 def _live_cell(run: Path | None) -> Path:
-    from testbed.recording.door import live_cell
+    from testbed.recording.link_server import live_cell
 
     runs = [run] if run else sorted(Path("runs").glob("*/"), key=lambda path: path.stat().st_mtime, reverse=True)
     cell = next((cell for path in runs if (cell := live_cell(path))), None)

@@ -24,10 +24,10 @@ from testbed import gpus
 from testbed.labs.base import HostFailed, LabError
 from testbed.labs.capabilities import CAPABILITIES, lacking_capabilities
 from testbed.labs.cgroups import groups_of_run
-from testbed.labs.netns import enclosure, why_it_failed
+from testbed.labs.netns import sandbox_command, why_it_failed
 
 Verdict = Literal["ok", "limited", "missing"]
-PROBED = ("htb", "tbf", "netem", "codel", "fq_codel", "cake", "veth", "bridge")
+KERNEL_KINDS = ("htb", "tbf", "netem", "codel", "fq_codel", "cake", "veth", "bridge")
 NEEDED = frozenset({"htb", "tbf", "veth", "bridge"})
 """Of these, what no lab can do without."""
 MOST_WORKERS = 64
@@ -123,12 +123,12 @@ class System:
 def examine() -> dict[str, Any]:
     """Look at everything: {"system": …, "labs": {name: works}, "findings": [{"name", "verdict", "found", "mend"}]}."""
     system = System.of_this_machine()
-    netns, probed = netns_lab(system)
+    netns, missing = netns_lab(system)
     docker = docker_lab(system)
     swarm = swarm_lab()
     findings = [
         *machine(system),
-        *qdiscs(system, probed, line := delay_line(system)),
+        *qdiscs(system, missing, line := delay_line(system)),
         line,
         netns,
         limits(),
@@ -142,13 +142,13 @@ def examine() -> dict[str, Any]:
         *packages(),
         user_mode_linux(system),
     ]
-    absent = set(probed or ())
+    absent = set(missing or ())
     labs = {
         "netns": netns.verdict == "ok" and not absent & NEEDED,
         "docker": docker[0].verdict == "ok" and not absent & {"htb", "tbf"},
         "swarm": swarm[0].verdict == "ok",
     }
-    engine = "netem" if probed is not None and "netem" not in probed else "userspace" if line.verdict == "ok" else None
+    engine = "netem" if missing is not None and "netem" not in missing else "userspace" if line.verdict == "ok" else None
     found = [asdict(finding) for finding in findings]
     return {"system": asdict(system), "labs": labs, "engine": engine, "findings": found}
 
@@ -172,15 +172,15 @@ def machine(system: System) -> list[Finding]:
 
 
 def netns_lab(system: System) -> tuple[Finding, list[str] | None]:
-    """Whether rootless labs work; and which of ``PROBED`` the kernel lacks, None if it could not be asked."""
+    """Whether rootless labs work; and which of ``KERNEL_KINDS`` the kernel lacks, None if it could not be asked."""
     try:
-        prefix = enclosure()
+        prefix = sandbox_command()
     except LabError as error:
         reason = str(error).partition(";")[0]
         settings = {name: _read(f"/proc/sys/{name.replace('.', '/')}").strip() for name in _USER_NAMESPACE_SETTINGS}
-        mend = user_namespaces_mend(system, settings, shutil.which("unshare") is not None)
+        mend = user_namespaces_fix(system, settings, shutil.which("unshare") is not None)
         return Finding("lab netns", "missing", reason, mend), _missing_here()
-    command = [*prefix, sys.executable, "-m", "testbed.links.probe", *PROBED]
+    command = [*prefix, sys.executable, "-m", "testbed.links.kernel_support", *KERNEL_KINDS]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         reason = f"no network namespace can be made: {why_it_failed(done)}"
@@ -191,10 +191,10 @@ def netns_lab(system: System) -> tuple[Finding, list[str] | None]:
 
 
 def _missing_here() -> list[str] | None:
-    from testbed.links.probe import missing_kinds
+    from testbed.links.kernel_support import missing_kinds
 
     try:
-        return missing_kinds(PROBED)
+        return missing_kinds(KERNEL_KINDS)
     except OSError:
         return None
 
@@ -207,7 +207,7 @@ _USER_NAMESPACE_SETTINGS: Mapping[str, str] = {
 """Kernel settings that forbid user namespaces, with the value that does."""
 
 
-def user_namespaces_mend(system: System, settings: Mapping[str, str], unshare: bool) -> str:
+def user_namespaces_fix(system: System, settings: Mapping[str, str], unshare: bool) -> str:
     """How to allow rootless namespaces. settings: values of ``_USER_NAMESPACE_SETTINGS`` here; unshare: if it is installed."""
     if not unshare:
         return system.install("util-linux")
@@ -224,7 +224,7 @@ def delay_line(system: System) -> Finding:
     """Whether a program can stand in for netem."""
     name = "delay line"
     try:
-        prefix = enclosure()
+        prefix = sandbox_command()
     except LabError:
         return Finding(name, "limited", "cannot be tried without a network namespace", "mend lab netns first")
     command = [*prefix, sys.executable, "-m", "testbed.links.tap"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.labs.base import LabError
-from testbed.recording import door
+from testbed.recording import link_server
 
 
 def on_host(cell: Path, host: str, argv: Sequence[str]) -> list[str]:
@@ -36,7 +36,7 @@ def capture(cell: Path, host: str, out: Path) -> list[str]:
 
 
 def _ask(cell: Path, host: str) -> Mapping[str, Any]:
-    answer = door.ask(cell, {"host": host})
+    answer = link_server.send_request(cell, {"host": host})
     if "error" in answer:
         raise ValueError(answer["error"])
     found: Mapping[str, Any] = answer["host"]
@@ -51,7 +51,7 @@ def _into(cell: Path, found: Mapping[str, Any]) -> list[str]:
         if not pid or os.geteuid() != 0:
             raise LabError("entering a container's network needs root, and a Docker daemon on this machine; use sudo")
         return ["nsenter", f"--net=/proc/{pid}/ns/net", "--"]
-    pid = str(door.listening_pid(cell))
+    pid = str(link_server.listening_pid(cell))
     ours, theirs = (Path(f"/proc/{process}/ns/user").readlink() for process in ("self", pid))
     private = ["--user", "--preserve-credentials"] if ours != theirs else []
     network = f"--net=/proc/{pid}/fd/{found['namespace']}"

@@ -8,9 +8,9 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from testbed.labs.base import LabPlan
-from testbed.links.qdiscs import UNCUT_PACKET_BYTES, burst_bytes, frame_bytes, largest_packet_bytes
+from testbed.links.qdiscs import UNCUT_PACKET_BYTES, burst_bytes, frame_bytes, tbf_max_packet_bytes
 from testbed.links.routes import Tcp
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkParameters, LinkState
 from testbed.spec.errors import SpecError, did_you_mean, place_of
 from testbed.spec.models import LinkSpec, NetworkSpec
 
@@ -31,7 +31,7 @@ def plan_network(network: NetworkSpec, workers: Sequence[str], background: Seque
             fault = f"there is no worker {name!r} among {len(workers)}; {did_you_mean(name, links)}"
             raise SpecError([(place_of(["network", "links", name]), fault)])
         links[name] = spec.applied_to(links[name], trunk=name in trunks)
-    marks = any(shape.ecn for state in links.values() for shape in (state.up, state.down))
+    marks = any(parameters.ecn for state in links.values() for parameters in (state.up, state.down))
     return LabPlan(
         links,
         switches=switches,
@@ -44,29 +44,30 @@ def plan_network(network: NetworkSpec, workers: Sequence[str], background: Seque
     )
 
 
-def packet_bytes(plan: LabPlan, shapes: Iterable[tuple[str, str, Shape]]) -> dict[str, int]:
-    """The largest packet that each host may send, on the wire. shapes: (link, direction, shape) of every state of the run.
+def max_gso_bytes(plan: LabPlan, directions: Iterable[tuple[str, str, LinkParameters]]) -> dict[str, int]:
+    """The largest packet that each host may send, on the wire.
 
+    directions: (link, direction, parameters) of every state of the run.
     One frame, where netem meets single packets with a fate of their own somewhere on the way: it would lose 64 KiB at once.
     (For the delay line the kernel cuts them.) Otherwise as much as the host's own link takes at once when it is fastest, as
     thinner links on the way cut for themselves; but with tbf no more than what the smallest of all buckets holds.
     """
-    shapes = list(shapes)
+    directions = list(directions)
     frame = frame_bytes(plan.mtu)
     if plan.shaper == "tbf":
-        largest = dict.fromkeys(plan.hosts, largest_packet_bytes((shape.rate_bps for *_, shape in shapes), frame))
+        largest = dict.fromkeys(plan.hosts, tbf_max_packet_bytes((parameters.rate_bps for *_, parameters in directions), frame))
     else:
         rates: dict[str, list[int | None]] = {}
-        for link, side, shape in shapes:
+        for link, side, parameters in directions:
             if side == "up":
-                rates.setdefault(link, []).append(shape.rate_bps)
+                rates.setdefault(link, []).append(parameters.rate_bps)
         largest = {
             host: UNCUT_PACKET_BYTES
             if None in rates[host]
             else min(UNCUT_PACKET_BYTES, burst_bytes(max(rate for rate in rates[host] if rate is not None), frame))
             for host in plan.hosts
         }
-    fateful = {(link, side) for link, side, shape in shapes if shape.impairs_frames}
+    fateful = {(link, side) for link, side, parameters in directions if parameters.impairs_frames}
     if fateful and plan.engine != "userspace":
         for source in plan.hosts:
             if any(fateful.intersection(plan.route(source, target)) for target in plan.hosts if target != source):

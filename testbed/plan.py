@@ -17,8 +17,8 @@ from testbed.links.qdiscs import (
     queue_of,
     tc_commands,
 )
-from testbed.links.state import DIRECTIONS, LinkState, Shape
-from testbed.network import packet_bytes, plan_network
+from testbed.links.state import DIRECTIONS, LinkParameters, LinkState
+from testbed.network import max_gso_bytes, plan_network
 from testbed.spec.errors import SpecError, did_you_mean, place_of
 from testbed.spec.files import data_folder, reader
 from testbed.spec.load import apply_overrides, combinations, load_spec, validate
@@ -143,7 +143,7 @@ class Plan:
     def qdiscs(self) -> set[str]:
         """Kinds of qdiscs that the kernel must have, besides netem."""
         states = [state for cell in self.cells for state in cell.lab.links.values()]
-        aqms = {shape.aqm for state in states for shape in (state.up, state.down)} - {"fifo"}
+        aqms = {parameters.aqm for state in states for parameters in (state.up, state.down)} - {"fifo"}
         return {"tbf", *aqms, *(cell.lab.shaper for cell in self.cells)}
 
 
@@ -199,14 +199,15 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Call
     killed = [dilation.slowed_kills(kill, spec.dilation) for kill in kills(spec.schedule, end_s)]
     slowed = [dilation.slowed_slowdown(one, spec.dilation) for one in slowdowns(spec.schedule, end_s, paced)]
     states = [*network.links.items(), *((change.link, change.state) for change in timeline)]
-    shapes = [(link, side, getattr(state, side)) for link, state in states for side in DIRECTIONS]
+    directions = [(link, side, getattr(state, side)) for link, state in states for side in DIRECTIONS]
     slow = spec.dilation
-    if too_slow := [shape.rate_bps for *_, shape in shapes if shape.rate_bps and shape.rate_bps / slow < MIN_RATE_BPS]:
+    rates_bps = [parameters.rate_bps for *_, parameters in directions if parameters.rate_bps]
+    if too_slow := [rate_bps for rate_bps in rates_bps if rate_bps / slow < MIN_RATE_BPS]:
         fault = f"{slow:g} makes {format_rate(min(too_slow))} slower than {format_rate(MIN_RATE_BPS)}, the least of a link"
         raise SpecError([("dilation", fault)])
     network = replace(network, links={link: dilation.slowed_link(state, slow) for link, state in network.links.items()})
     timeline = tuple(dilation.slowed_change(change, slow) for change in timeline)
-    shapes = [(link, side, dilation.slowed_shape(shape, slow)) for link, side, shape in shapes]
+    directions = [(link, side, dilation.slowed_parameters(parameters, slow)) for link, side, parameters in directions]
     flows = tuple(dilation.slowed_flow(flow, slow) for flow in flows)
     tcp = dilation.slowed_tcp(network.tcp, slow)
     for number, flow in enumerate(flows):
@@ -215,8 +216,8 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Call
             raise SpecError([(place_of(["traffic", number, "tcp", "congestion"]), fault)])
     stop = dilation.slowed_stop(stop, slow)
     folder = data_folder(spec, directory)
-    network = replace(network, impaired=frozenset((link, side) for link, side, shape in shapes if shape.impaired))
-    network = replace(network, packet_bytes=packet_bytes(network, shapes))
+    network = replace(network, impaired=frozenset((link, side) for link, side, parameters in directions if parameters.impaired))
+    network = replace(network, max_gso_bytes=max_gso_bytes(network, directions))
     return [
         Cell(
             name=_slug("-".join([method.label, *(f"{k.split('.')[-1]}-{v}" for k, v in overrides.items())])) + f"-s{seed}",
@@ -319,34 +320,35 @@ def notes(cell: Cell) -> list[str]:
 
 
 def _raised_queues(cell: Cell) -> Iterator[str]:
-    least: dict[str, tuple[float, Shape]] = {}
+    least: dict[str, tuple[float, LinkParameters]] = {}
     states = [*cell.lab.links.items(), *((change.link, change.state) for change in cell.timeline)]
     for link, state in states:
-        for shape in (state.up, state.down):
-            if not shape.rate_bps:
+        for parameters in (state.up, state.down):
+            if not parameters.rate_bps:
                 continue
-            asked = shape.queue_bytes if shape.queue_bytes is not None else shape.rate_bps / 8 * shape.queue_s
-            made = queue_of(_tree(cell, shape)) or 0
-            if made > asked + 1 and (link not in least or shape.rate_bps < (least[link][1].rate_bps or 0)):
-                least[link] = made * 8 / shape.rate_bps, shape
-    by_queue: dict[tuple[float, Shape], list[str]] = {}
+            by_time = parameters.rate_bps / 8 * parameters.queue_s
+            asked = by_time if parameters.queue_bytes is None else parameters.queue_bytes
+            made = queue_of(_tree(cell, parameters)) or 0
+            if made > asked + 1 and (link not in least or parameters.rate_bps < (least[link][1].rate_bps or 0)):
+                least[link] = made * 8 / parameters.rate_bps, parameters
+    by_queue: dict[tuple[float, LinkParameters], list[str]] = {}
     for link, found in least.items():
         by_queue.setdefault(found, []).append(link)
-    for (made_s, shape), links in by_queue.items():
-        rate = format_rate(shape.rate_bps or 0)
-        wanted = format_time(shape.queue_s) if shape.queue_bytes is None else format_size(shape.queue_bytes)
+    for (made_s, parameters), links in by_queue.items():
+        rate = format_rate(parameters.rate_bps or 0)
+        wanted = format_time(parameters.queue_s) if parameters.queue_bytes is None else format_size(parameters.queue_bytes)
         least_held = "a frame" if cell.lab.shaper == "htb" else "a bucket and a frame"
         holds = f"the queue of {', '.join(links)} holds {format_time(round(made_s, 6))} at {rate}"
         yield f"{holds} instead of {wanted}: {least_held} must fit"
 
 
-def _tree(cell: Cell, shape: Shape, impaired: bool = False) -> Tree:
+def _tree(cell: Cell, parameters: LinkParameters, impaired: bool = False) -> Tree:
     return compile_tree(
-        shape,
+        parameters,
         impaired=impaired,
         shaper=cell.lab.shaper,
         mtu=cell.lab.mtu,
-        packet_bytes=min(cell.lab.packet_bytes.values(), default=UNCUT_PACKET_BYTES),
+        max_packet_bytes=min(cell.lab.max_gso_bytes.values(), default=UNCUT_PACKET_BYTES),
     )
 
 

@@ -26,10 +26,10 @@ def missing(need: str) -> str | None:
     """Why a need is not met on this machine; None if it is met."""
     if need == "netns":
         from testbed.labs.base import LabError
-        from testbed.labs.netns import enclosure
+        from testbed.labs.netns import sandbox_command
 
         try:
-            enclosure()
+            sandbox_command()
         except LabError as error:
             return str(error)
     elif need == "docker":
@@ -57,7 +57,7 @@ def missing(need: str) -> str | None:
             return None  # make test-delayline
         if "User Mode Linux" not in Path("/proc/cpuinfo").read_text():
             return "these tests run under User-Mode Linux; run them with: make test-netem"
-        from testbed.links.probe import missing_kinds
+        from testbed.links.kernel_support import missing_kinds
 
         if missing_kinds(["netem"]):
             return "this kernel of User-Mode Linux has no netem"

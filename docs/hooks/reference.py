@@ -40,7 +40,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 SCHEMA: Json = json.loads((ROOT / "testbed/spec/schema.json").read_text())
 DEFINITIONS: Mapping[str, Json] = SCHEMA["definitions"]
 TITLES = {"Spec": "The experiment", "LinkSpec": "Links", "MethodSpec": "methods", "Entry": "schedule"}
-"""Of sections, where it is not the definition's own name or, of a shape of a schedule, the key that it has."""
+"""Of sections, where it is not the definition's own name or, of a pattern of a schedule, the key that it has."""
 
 
 def spec() -> str:
@@ -79,7 +79,7 @@ def _references(node: Any) -> Iterator[str]:
 
 def _is_of_links(name: str) -> bool:
     """Whether its keys are those of a link, or some of them."""
-    return name != "LinkSpec" and name.endswith(("Change", "Pairs", "ShapeSpec"))
+    return name != "LinkSpec" and name.endswith(("Change", "Pairs", "LinkParametersSpec"))
 
 
 def _title(name: str) -> str:
@@ -327,7 +327,7 @@ def _assigned(path: Path, name: str) -> Any:
     raise LookupError(name)
 
 
-# The doors of the two packages, from their sources
+# The public names of the two packages, from their sources
 
 
 MORE = {"Method": "netsenseml.methods.base", "StepStatistics": "netsenseml.statistics", "Listener": "netsenseml.listener"}
@@ -336,21 +336,21 @@ MORE = {"Method": "netsenseml.methods.base", "StepStatistics": "netsenseml.stati
 
 def python_testbed() -> str:
     """What ``testbed`` exports."""
-    return "\n\n".join(_door(f"testbed.{testbed._WHERE[name]}", name, "testbed") for name in testbed.__all__)
+    return "\n\n".join(_public(f"testbed.{testbed._WHERE[name]}", name, "testbed") for name in testbed.__all__)
 
 
 def python_netsenseml() -> str:
     """What ``netsenseml`` exports."""
     order = sorted(netsenseml.__all__, key=lambda name: (list(netsenseml._WHERE).index(name), name))
-    return "\n\n".join(_door(f"netsenseml.{netsenseml._WHERE[name]}", name, "netsenseml") for name in order)
+    return "\n\n".join(_public(f"netsenseml.{netsenseml._WHERE[name]}", name, "netsenseml") for name in order)
 
 
 def python_more() -> str:
     """What one implements or is handed in a method of one's own."""
-    return "\n\n".join(_door(module, name, module.removesuffix(".base")) for name, module in MORE.items())
+    return "\n\n".join(_public(module, name, module.removesuffix(".base")) for name, module in MORE.items())
 
 
-def _door(module: str, name: str, package: str) -> str:
+def _public(module: str, name: str, package: str) -> str:
     tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
     node = next(one for one in tree.body if getattr(one, "name", None) == name)
     head = f"### `{package}.{name}` {{ #{name.lower().replace('_', '-')} }}"

@@ -44,7 +44,7 @@ def begin(rank: int, name: str, directory: str, results: Any) -> None:
     dist.barrier()
     if method is not None:
         began_s = time.perf_counter()
-        import netsenseml.door
+        import netsenseml.api
 
         found["import"] = time.perf_counter() - began_s
         dist.barrier()

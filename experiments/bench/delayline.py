@@ -2,7 +2,7 @@
 
     python experiments/bench/delayline.py
 
-Two hosts with one cable between them: a TAP device at each, the delay line in the middle, htb on both. Times are the kernel's
+Two hosts with one link between them: a TAP device at each, the delay line in the middle, htb on both. Times are the kernel's
 own, of the same frame where it leaves the one interface and where it enters the other (packet(7), PACKET_RX_RING): what they
 say more than the delay is what the delay line, and the scheduler that runs it, add.
 """
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from testbed.labs.netns import enclosure
+from testbed.labs.netns import sandbox_command
 from testbed.links.delayline import DelayLine, DirectionCounters, LineCounters
 from testbed.links.netlink import back_to_own_namespace, setns, unshare_network
 from testbed.links.qdiscs import Netem
@@ -51,11 +51,11 @@ COMPUTE = "while True: pass"
 _SOL_PACKET, _PACKET_RX_RING, _PACKET_STATISTICS, _PACKET_VERSION = 263, 5, 6, 10
 _TPACKET_V2, _OUTGOING, _ETH_P_ALL = 1, 4, 3
 _SLOT_BYTES, _SLOTS = 128, 1 << 18
-_LINE = ("cable", "up"), ("cable", "down")
+_LINE = ("link", "up"), ("link", "down")
 
 
 class Host:
-    """A network namespace with one end of the cable."""
+    """A network namespace with one end of the link."""
 
     def __init__(self, number: int) -> None:
         unshare_network()
@@ -243,7 +243,7 @@ def lateness(bench: Bench) -> None:
                     with Capture(bench.near) as near, Capture(bench.far) as far:
                         took_s, before, after = bench.watch(3)
                         late_ms = crossings_ms(near, far) - 20
-            a, b = before.directions["cable", "up"], after.directions["cable", "up"]
+            a, b = before.directions["link", "up"], after.directions["link", "up"]
             frames, bits, cpu_s = b.frames - a.frames, 8 * (b.bytes - a.bytes), after.cpu_s - before.cpu_s
             rows.append([f"{rate_mbit}", f"{computing}", f"{bits / took_s / 1e6:.1f}", f"{frames / took_s:.0f}"])
             rows[-1] += [*percentiles(late_ms), f"{np.mean(late_ms > 1):.2%}", f"{(b.late - a.late) / frames:.2%}"]
@@ -265,10 +265,10 @@ def lateness(bench: Bench) -> None:
 
 def main() -> None:
     if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe("env", ["env", "BENCH_INSIDE=1", *enclosure(), sys.executable, *sys.argv], os.environ)
+        os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
     with back_to_own_namespace():
         near, far = Host(1), Host(2)
-    with DelayLine({"cable": (near.tap, far.tap)}) as line:
+    with DelayLine({"link": (near.tap, far.tap)}) as line:
         bench = Bench(near, far, line)
         added_latency(bench)
         ceilings(bench)

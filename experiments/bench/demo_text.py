@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import netsenseml.api  # before the ranks are forked
 import netsenseml.compress.arrays
-import netsenseml.door  # before the ranks are forked
 from testbed.worker.zoo import Dataset, make_data, make_model
 
 RANKS, BATCH = 2, 16

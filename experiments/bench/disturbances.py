@@ -188,7 +188,7 @@ def hosts_with_torch() -> list[list[psutil.Process]]:
     for process in psutil.Process().children(recursive=True):
         with suppress(OSError, psutil.NoSuchProcess):
             network = str(Path(f"/proc/{process.pid}/ns/net").readlink())
-            if "testbed.run.inside" in process.cmdline():
+            if "testbed.run.sandbox_main" in process.cmdline():
                 others.add(network)
             if "libtorch_cpu" in Path(f"/proc/{process.pid}/maps").read_text():
                 found.setdefault(network, []).append(process)

@@ -2,7 +2,7 @@
 
     python experiments/bench/lab_startup.py [HOSTS] [REPETITIONS]
 
-Both ways make the same namespaces, cables, addresses and tbf on both ends of every cable, in the same private namespaces,
+Both ways make the same namespaces, veth pairs, addresses and tbf on both ends of every pair, in the same private namespaces,
 in turn. The ratio is what counts; the machine may be busy.
 """
 
@@ -15,16 +15,16 @@ from collections.abc import Callable
 
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
-from testbed.labs.netns import NetnsLab, enclosure
+from testbed.labs.netns import NetnsLab, sandbox_command
 from testbed.links.qdiscs import compile_tree, tc_commands
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkParameters, LinkState
 
-SHAPE = Shape(rate_bps=100_000_000)
+PARAMETERS = LinkParameters(rate_bps=100_000_000)
 
 
 def ours(server: ForkServer, hosts: int) -> tuple[float, float]:
     """(seconds up, seconds down) of our lab, every qdisc read back."""
-    plan = LabPlan({f"w{i}": LinkState(SHAPE, SHAPE) for i in range(hosts)})
+    plan = LabPlan({f"w{i}": LinkState(PARAMETERS, PARAMETERS) for i in range(hosts)})
     begin = time.perf_counter()
     with NetnsLab(plan, server) as lab:
         up = time.perf_counter()
@@ -50,9 +50,9 @@ def with_programs(hosts: int) -> tuple[float, float]:
         call(f"ip -n w{i} address add 10.77.{i // 250}.{i % 250 + 1}/16 dev eth0")
         call(f"ip -n w{i} link set lo up")
         call(f"ip -n w{i} link set eth0 up")
-        for command in tc_commands(compile_tree(SHAPE), "eth0"):
+        for command in tc_commands(compile_tree(PARAMETERS), "eth0"):
             call(command.replace("tc ", f"tc -n w{i} ", 1))
-        for command in tc_commands(compile_tree(SHAPE), f"w{i}"):
+        for command in tc_commands(compile_tree(PARAMETERS), f"w{i}"):
             call(command.replace("tc ", "tc -n switch ", 1))
     up = time.perf_counter()
     for name in ["switch", *(f"w{i}" for i in range(hosts))]:
@@ -72,9 +72,9 @@ def main() -> None:
     hosts = int(sys.argv[1]) if len(sys.argv) > 1 else 64
     repetitions = int(sys.argv[2]) if len(sys.argv) > 2 else 5
     if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe("env", ["env", "BENCH_INSIDE=1", *enclosure(), sys.executable, *sys.argv], os.environ)
+        os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True)
-    print(f"{hosts} hosts, tbf on both ends of each cable, median of {repetitions}")
+    print(f"{hosts} hosts, tbf on both ends of each veth pair, median of {repetitions}")
     with ForkServer() as server:
         mine = report("testbed (netlink batches)", lambda: ours(server, hosts), repetitions)
     theirs = report("ip and tc programs", lambda: with_programs(hosts), repetitions)

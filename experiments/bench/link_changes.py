@@ -20,10 +20,10 @@ from pathlib import Path
 from netsenseml.records import monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
-from testbed.labs.netns import NetnsLab, enclosure
-from testbed.links import gauge
+from testbed.labs.netns import NetnsLab, sandbox_command
+from testbed.links import measurement_programs
 from testbed.links.qdiscs import compile_tree, tc_commands
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkParameters, LinkState
 from testbed.recording.driver import LinkDriver
 from testbed.timeline import Change
 
@@ -39,7 +39,7 @@ SLOW, FAST = 20_000_000, 100_000_000
 
 
 def both(rate_bps: int) -> LinkState:
-    return LinkState(Shape(rate_bps=rate_bps), Shape(rate_bps=rate_bps))
+    return LinkState(LinkParameters(rate_bps=rate_bps), LinkParameters(rate_bps=rate_bps))
 
 
 def plan(names: Sequence[str], *rates: int) -> LabPlan:
@@ -83,9 +83,9 @@ def lateness(server: ForkServer, links: int, seconds: float, scratch: Path) -> N
 
 def start_flood(lab: NetnsLab, log: Path) -> None:
     """w0 sends UDP to w1 at more than the higher rate."""
-    lab.hosts["w1"].start(gauge.command("ignore"), {}, log)
-    words = (lab.hosts["w1"].address, monotonic_s(), 60, 1.3 * FAST, gauge.UDP_HEADERS_BYTES + 1448)
-    lab.hosts["w0"].start(gauge.command("flood", *words), {}, log)
+    lab.hosts["w1"].start(measurement_programs.command("ignore"), {}, log)
+    words = (lab.hosts["w1"].address, monotonic_s(), 60, 1.3 * FAST, measurement_programs.UDP_HEADERS_BYTES + 1448)
+    lab.hosts["w0"].start(measurement_programs.command("flood", *words), {}, log)
     time.sleep(1)
 
 
@@ -118,7 +118,7 @@ def cost(server: ForkServer, links: int, scratch: Path) -> None:
             begin = time.perf_counter()
             assert all(applied.verified for applied in lab.links.apply(changes).values())
             ours.append(time.perf_counter() - begin)
-            (command,) = tc_commands(compile_tree(Shape(rate_bps=HIGH + step)), "lo")
+            (command,) = tc_commands(compile_tree(LinkParameters(rate_bps=HIGH + step)), "lo")
             begin = time.perf_counter()
             for _ in range(2 * links):
                 subprocess.run(command.split(), check=True)
@@ -131,7 +131,7 @@ def main() -> None:
     links = int(sys.argv[1]) if len(sys.argv) > 1 else 64
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 60
     if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe("env", ["env", "BENCH_INSIDE=1", *enclosure(), sys.executable, *sys.argv], os.environ)
+        os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
     with ForkServer() as server, tempfile.TemporaryDirectory() as scratch:
         cost(server, links, Path(scratch))
         rate_after_change(server, start_flood, "UDP", Path(scratch))

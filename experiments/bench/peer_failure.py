@@ -29,8 +29,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import netsenseml.api  # before the ranks are forked
 import netsenseml.compress.arrays
-import netsenseml.door  # before the ranks are forked
 
 RANKS, PATIENCE_S = 3, 45.0
 OPTIONS: dict[str, dict[str, Any]] = {

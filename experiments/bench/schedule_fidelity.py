@@ -1,4 +1,4 @@
-"""Does a link carry what its schedule says, in every second? Every shape of schedule and every trace that is shipped.
+"""Does a link carry what its schedule says, in every second? Every pattern of a schedule and every trace that is shipped.
 
     python experiments/bench/schedule_fidelity.py [SECONDS]
 
@@ -24,35 +24,35 @@ from rich.table import Table
 from netsenseml.records import monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
-from testbed.labs.netns import NetnsLab, enclosure
-from testbed.links import gauge
-from testbed.links.probe import missing_kinds
+from testbed.labs.netns import NetnsLab, sandbox_command
+from testbed.links import measurement_programs
+from testbed.links.kernel_support import missing_kinds
 from testbed.links.qdiscs import burst_bytes
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkParameters, LinkState
 from testbed.recording.driver import LinkDriver
 from testbed.spec.files import reader
 from testbed.timeline import Change, expand
-from testbed.timeline.shapes import parse_entry
+from testbed.timeline.patterns import parse_entry
 
 TRACES = Path(__file__).parents[1] / "traces"
 TOPS = (1, 10, 50, 500)
 EVERY_MS = (20, 100, 1000)
-SHAPES = ("square", "sawtooth", "walk")
+PATTERNS = ("square", "sawtooth", "walk")
 BEGIN_S = 1.0
 _WINDOW_S = 1.0
 
 
-def entry(shape: str, top_mbps: int, every_ms: int) -> Mapping[str, Any]:
+def entry(pattern: str, top_mbps: int, every_ms: int) -> Mapping[str, Any]:
     """One line of a schedule between four fifths of a rate and the whole of it."""
-    span = [f"{top_mbps * 0.8:g}mbit", f"{top_mbps}mbit"]
+    pair = [f"{top_mbps * 0.8:g}mbit", f"{top_mbps}mbit"]
     every = f"{every_ms}ms"
-    match shape:
+    match pattern:
         case "square":
-            return {"square": {"rate": span}, "period": f"{2 * every_ms}ms"}
+            return {"square": {"rate": pair}, "period": f"{2 * every_ms}ms"}
         case "sawtooth":
-            return {"sawtooth": {"rate": span}, "period": f"{5 * every_ms}ms", "every": every}
+            return {"sawtooth": {"rate": pair}, "period": f"{5 * every_ms}ms", "every": every}
         case _:
-            return {"walk": {"rate": span}, "every": every}
+            return {"walk": {"rate": pair}, "every": every}
 
 
 def replay(server: ForkServer, schedules: Mapping[str, tuple[Mapping[str, Any], int]], seconds: float) -> dict[str, list[Any]]:
@@ -61,7 +61,7 @@ def replay(server: ForkServer, schedules: Mapping[str, tuple[Mapping[str, Any], 
     schedules: by name, the entry and the highest rate in bits/s.
     """
     links = {f"w{number}": name for number, name in enumerate(schedules)}
-    first = {link: LinkState(Shape(), Shape(rate_bps=schedules[name][1])) for link, name in links.items()}
+    first = {link: LinkState(LinkParameters(), LinkParameters(rate_bps=schedules[name][1])) for link, name in links.items()}
     entries = [parse_entry({"at": f"{BEGIN_S}s", "links": link, **schedules[name][0]}) for link, name in links.items()]
     timeline = expand(entries, first, end_s=BEGIN_S + seconds, read=reader(TRACES))
     states = {**first, **{f"bg{link[1:]}": LinkState() for link in links}}
@@ -70,10 +70,10 @@ def replay(server: ForkServer, schedules: Mapping[str, tuple[Mapping[str, Any], 
     with NetnsLab(plan, server) as lab, tempfile.TemporaryDirectory() as scratch:
         for link in links:
             top = max(change.state.down.rate_bps or 0 for change in timeline if change.link == link)
-            lab.hosts[link].start(gauge.command("ignore"), {}, Path(scratch, "log"))
+            lab.hosts[link].start(measurement_programs.command("ignore"), {}, Path(scratch, "log"))
             segments = max(1, min(40, top // 1000 // 8 // 1514))
             words = lab.hosts[link].address, 0, 1e6, 1.2 * top, 1514, segments
-            lab.hosts[f"bg{link[1:]}"].start(gauge.command("flood", *words), {}, Path(scratch, "log"))
+            lab.hosts[f"bg{link[1:]}"].start(measurement_programs.command("flood", *words), {}, Path(scratch, "log"))
         time.sleep(0.5)
         with LinkDriver(lab.links, timeline, monotonic_s(), Path(scratch)) as driver:
             time.sleep(BEGIN_S + seconds + 0.2)
@@ -122,17 +122,17 @@ def judged(samples: Sequence[tuple[float, int]], timeline: Sequence[Change]) -> 
 def main() -> None:
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 8.0
     if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe("env", ["env", "BENCH_INSIDE=1", *enclosure(), sys.executable, *sys.argv], os.environ)
+        os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
     table = Table("schedule", "most", "a change every", "carried", "worst seconds", "a packet and rises may take", box=None)
     console = Console(width=130)
     with ForkServer() as server, console.status("replaying"):
-        for shape in SHAPES:
+        for pattern in PATTERNS:
             for every_ms in EVERY_MS:
-                schedules = {f"{top}": (entry(shape, top, every_ms), top * 10**6) for top in TOPS}
+                schedules = {f"{top}": (entry(pattern, top, every_ms), top * 10**6) for top in TOPS}
                 for top, found in replay(server, schedules, seconds).items():
                     total, low, high, granted = judged(*found)
                     row = f"{top} Mbit/s", f"{every_ms} ms", f"{total:.4f}", f"{low:.3f} … {high:.3f}", f"{granted:.1%}"
-                    table.add_row(shape, *row)
+                    table.add_row(pattern, *row)
         names = sorted(path.name for path in TRACES.iterdir() if path.suffix in (".csv", ".packets"))
         traces = {name: ({"trace": name, "repeat": True}, 100 * 10**6) for name in names}
         for name, found in replay(server, traces, 5 * seconds).items():

@@ -30,9 +30,9 @@ from typing import Any
 from netsenseml.records import RecordFile, monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
-from testbed.labs.netns import NetnsLab, enclosure
-from testbed.links.probe import missing_kinds
-from testbed.links.state import LinkState, Shape
+from testbed.labs.netns import NetnsLab, sandbox_command
+from testbed.links.kernel_support import missing_kinds
+from testbed.links.state import LinkParameters, LinkState
 from testbed.traffic import tcp as traffic
 from testbed.traffic.flows import Flow, Phase
 
@@ -97,8 +97,8 @@ def compete(end: str, address: str, directory: Path) -> None:
 
 
 def both(rate_bps: float, rtt_s: float) -> LinkState:
-    shape = Shape(rate_bps=round(rate_bps), queue_s=max(0.05, rtt_s))
-    return LinkState(shape, replace(shape, delay_s=rtt_s / 2))
+    parameters = LinkParameters(rate_bps=round(rate_bps), queue_s=max(0.05, rtt_s))
+    return LinkState(parameters, replace(parameters, delay_s=rtt_s / 2))
 
 
 def measure(server: ForkServer, seconds: float, scratch: Path, rtt_s: float) -> list[float]:
@@ -207,7 +207,7 @@ def main() -> None:
     target = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parents[2] / "runs" / "sensing.html"
     rtt_s = float(sys.argv[3]) / 1e3 if len(sys.argv) > 3 else 0.0
     if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe("env", ["env", "BENCH_INSIDE=1", *enclosure(), sys.executable, *sys.argv], os.environ)
+        os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
     with ForkServer() as server, tempfile.TemporaryDirectory() as scratch:
         begins = measure(server, seconds, Path(scratch), rtt_s)
         steps, windows, rival = (

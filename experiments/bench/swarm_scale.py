@@ -16,7 +16,7 @@ import pandas as pd
 from netsenseml.records import monotonic_s
 from testbed.labs.base import LabPlan, View
 from testbed.labs.swarm import Swarm, SwarmLab
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkParameters, LinkState
 from testbed.recording.recorder import Recording
 from testbed.spec.models import OVERLAY_MTU
 from testbed.timeline import Change
@@ -41,7 +41,7 @@ def measure(count: int, swarm: Swarm, directory: Path) -> None:
     cell = directory / "cells" / "scale"
     cell.mkdir(parents=True)
     view = View(directory, (), cell / "shared", {host: (cell / "hosts" / host,) for host in hosts})
-    states = [LinkState(Shape(rate), Shape(rate)) for rate in (10_000_000, 20_000_000)]
+    states = [LinkState(LinkParameters(rate), LinkParameters(rate)) for rate in (10_000_000, 20_000_000)]
     plan = LabPlan(dict.fromkeys(hosts, states[0]), mtu=OVERLAY_MTU, view=view)
     moments = range(1, SECONDS * PER_SECOND + 1)
     timeline = [Change(one / PER_SECOND, host, states[one % 2]) for one in moments for host in hosts]

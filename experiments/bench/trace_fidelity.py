@@ -23,12 +23,12 @@ from pathlib import Path
 from netsenseml.records import monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
-from testbed.labs.netns import NetnsLab, enclosure
-from testbed.links.state import LinkState, Shape
+from testbed.labs.netns import NetnsLab, sandbox_command
+from testbed.links.state import LinkParameters, LinkState
 from testbed.recording.driver import LinkDriver
 from testbed.spec.files import reader
 from testbed.timeline import Change, expand
-from testbed.timeline.shapes import parse_entry
+from testbed.timeline.patterns import parse_entry
 
 WARM_S = 2.0
 UDP_SINK = "import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.bind(('', 5001))\nwhile s.recv(2048): pass"
@@ -61,7 +61,7 @@ while True:
 def planned(trace: Path, seconds: float) -> tuple[Change, ...]:
     """The timeline of link w1: the trace after a time in which flows find their speed."""
     entry = parse_entry({"at": f"{WARM_S}s", "links": "w1", "trace": trace.name, "repeat": True})
-    first = LinkState(Shape(rate_bps=10_000_000), Shape(rate_bps=10_000_000))
+    first = LinkState(LinkParameters(rate_bps=10_000_000), LinkParameters(rate_bps=10_000_000))
     return expand([entry], {"w1": first}, end_s=WARM_S + seconds, read=reader(trace.parent))
 
 
@@ -117,7 +117,7 @@ def main() -> None:
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 60
     flows = sys.argv[3:] or ["udp", "tcp4", "tcp1"]
     if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe("env", ["env", "BENCH_INSIDE=1", *enclosure(), sys.executable, *sys.argv], os.environ)
+        os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
     timeline = planned(trace, seconds)
     print(f"{trace.name}: {len(timeline)} changes in {seconds:g} s")
     with ForkServer() as server:

@@ -2,7 +2,7 @@
 
     python experiments/bench/verdicts.py [CELLS OF EACH] [SEED]
 
-Every trial is a cell of about 3 s as ``testbed run`` runs it: real namespaces, links that follow a schedule of some shape at
+Every trial is a cell of about 3 s as ``testbed run`` runs it: real namespaces, links that follow some pattern of a schedule at
 1, 10, 50 or 500 Mbit/s, calibrated before t = 0, and the verdict of the summary. A flood, a TCP flow or a training loads the
 link of w1. In half of the cells something is wrong behind the testbed's back:
 
@@ -35,13 +35,13 @@ from netsenseml.records import RecordFile, monotonic_s
 from testbed import protocol
 from testbed.labs import open_labs
 from testbed.labs.base import LabPlan
-from testbed.labs.netns import NetnsLab, enclosure
-from testbed.links import gauge, shaper
+from testbed.labs.netns import NetnsLab, sandbox_command
+from testbed.links import measurement_programs, shaper
 from testbed.links.qdiscs import ETHERNET_FRAME_BYTES, Tree, compile_tree, tc_commands
 from testbed.links.shaper import Applied, Prepared
-from testbed.links.state import Shape
+from testbed.links.state import LinkParameters
 from testbed.plan import make_plan
-from testbed.recording import door
+from testbed.recording import link_server
 from testbed.results.load import load_run
 from testbed.results.summary import summarize
 from testbed.run.cell import prepare_cell, run_cell
@@ -54,7 +54,7 @@ PLANTED_AT_S = 0.5
 LATE_S = 0.08
 LOW = 0.5
 RATES = (1_000_000, 10_000_000, 50_000_000, 500_000_000)
-SHAPES = ("constant", "fall", "square", "ramp", "walk", "trace")
+PATTERNS = ("constant", "fall", "square", "ramp", "walk", "trace")
 LOADS = ("udp", "tcp", "training")
 DEVIATIONS = ("too fast", "too slow", "late", "lossy", "by hand")
 EXPECTED = {
@@ -75,14 +75,14 @@ class Trial:
     number: int
     deviation: str
     variant: int
-    shape: str
+    pattern: str
     rate_bps: int
     load: str
 
     @classmethod
     def draw(cls, number: int, deviation: str, variant: int, source: random.Random) -> "Trial":
         """A trial in which its deviation, if any, matters."""
-        shape, rate_bps, load = source.choice(SHAPES), source.choice(RATES), source.choice(LOADS)
+        pattern, rate_bps, load = source.choice(PATTERNS), source.choice(RATES), source.choice(LOADS)
         match deviation:
             case "too fast":
                 load = source.choice(("udp", "tcp"))
@@ -90,16 +90,16 @@ class Trial:
                 load = "udp"
             case "lossy":
                 # The next change of the link would make its queue right again.
-                shape = shape if variant % 2 else source.choice(("constant", "fall"))
+                pattern = pattern if variant % 2 else source.choice(("constant", "fall"))
                 load = "udp"
             case "late":
                 # That a fall was recorded as if it had been on time shows in what was carried; of a rise nobody could tell.
-                shape = "fall" if variant % 2 else source.choice(SHAPES[1:])
+                pattern = "fall" if variant % 2 else source.choice(PATTERNS[1:])
                 load = "udp" if variant % 2 else load
-        return cls(number, deviation, variant, shape, rate_bps, load)
+        return cls(number, deviation, variant, pattern, rate_bps, load)
 
     def __str__(self) -> str:
-        return f"{self.number:3} {self.deviation or 'clean':9} {self.shape:9} {self.rate_bps / 1e6:4g} Mbit/s  {self.load:9}"
+        return f"{self.number:3} {self.deviation or 'clean':9} {self.pattern:9} {self.rate_bps / 1e6:4g} Mbit/s  {self.load:9}"
 
 
 def spec_of(trial: Trial, source: random.Random, directory: Path) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def spec_of(trial: Trial, source: random.Random, directory: Path) -> dict[str, A
     step_ms = shortest_ms * source.choice((1, 2, 5))
     step = {"every": f"{step_ms}ms"}
     entry: dict[str, Any] = {"at": "0s", "links": "w1"}
-    match trial.shape:
+    match trial.pattern:
         case "constant":
             schedule = []
         case "fall":
@@ -178,8 +178,10 @@ class Saboteur:
     def _deviate(self, factor: float) -> None:
         """From now on w1's limits are not those that the testbed records, although the kernel confirms what it is sent."""
 
-        def scaled(shape: Shape, **options: Any) -> Tree:
-            return self._compiled(replace(shape, rate_bps=max(8000, round((shape.rate_bps or 0) * factor))), **options)
+        def scaled(parameters: LinkParameters, **options: Any) -> Tree:
+            return self._compiled(
+                replace(parameters, rate_bps=max(8000, round((parameters.rate_bps or 0) * factor))), **options
+            )
 
         assert self._lab is not None
         shaper.compile_tree = scaled  # type: ignore[attr-defined]
@@ -212,7 +214,7 @@ class Saboteur:
     def _by_hand(self) -> None:
         rate_bps = round(self._trial.rate_bps * (0.5, 1.0, 1.5)[self._trial.variant % 3])
         request = {"links": ["w1"], "set": {"rate": f"{rate_bps}bit"}}
-        threading.Thread(target=door.ask, args=(self._directory, request), daemon=True).start()
+        threading.Thread(target=link_server.send_request, args=(self._directory, request), daemon=True).start()
 
     def _tc(self, commands: Sequence[str], word: str) -> None:
         (command,) = (command for command in commands if f" {word} " in command)
@@ -257,10 +259,10 @@ def load(kind: str, rate_bps: str) -> None:
     t0_s = control.ready("none")
     segments = 1 if float(rate_bps) < 50e6 else 40
     programs: Mapping[tuple[str, int], tuple[Callable[..., Any], Sequence[Any]]] = {
-        ("udp", 0): (gauge.flood, (target, monotonic_s(), 60, 1.3 * float(rate_bps), 1514, segments)),
-        ("udp", 1): (gauge.ignore, ()),
-        ("tcp", 0): (gauge.source, (target, "cubic")),
-        ("tcp", 1): (gauge.sink, (0, 60)),
+        ("udp", 0): (measurement_programs.flood, (target, monotonic_s(), 60, 1.3 * float(rate_bps), 1514, segments)),
+        ("udp", 1): (measurement_programs.ignore, ()),
+        ("tcp", 0): (measurement_programs.source, (target, "cubic")),
+        ("tcp", 1): (measurement_programs.sink, (0, 60)),
     }
     program, arguments = programs[kind, rank]
     threading.Thread(target=program, args=arguments, daemon=True).start()
@@ -287,7 +289,7 @@ def main() -> int:
     each = int(sys.argv[1]) if len(sys.argv) > 1 else 40
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe("env", ["env", "BENCH_INSIDE=1", *enclosure(), sys.executable, *sys.argv], os.environ)
+        os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
     source = random.Random(seed)
     kinds = [DEVIATIONS[n % len(DEVIATIONS)] for n in range(each)] + [""] * each
     trials = [Trial.draw(n, kind, n // len(DEVIATIONS), source) for n, kind in enumerate(kinds)]

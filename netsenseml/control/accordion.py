@@ -56,13 +56,13 @@ class Accordion(ByteBudget):
     def _begin_window(self) -> None:
         self._sum, self._steps, self._lr = torch.zeros(()), 0, 1.0
 
-    def budget_bytes(self, seen: Observation) -> float:
-        if seen.elements != self._of:  # other elements are looked at
-            self._of, self._old = seen.elements, math.nan
+    def budget_bytes(self, observation: Observation) -> float:
+        if observation.elements != self._of:  # other elements are looked at
+            self._of, self._old = observation.elements, math.nan
             self._begin_window()
-        self._lr *= seen.lr_change
-        if seen.gradients:
-            self._sum = self._sum + torch.cat(list(seen.gradients))
+        self._lr *= observation.lr_change
+        if observation.gradients:
+            self._sum = self._sum + torch.cat(list(observation.gradients))
             self._steps += 1
         if self._steps == self._window:
             self._end_window(float(self._sum.norm()))

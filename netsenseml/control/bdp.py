@@ -34,12 +34,12 @@ class BdpPolicy:
         self._bandwidths: deque[float] = deque(maxlen=window)
         self.plan = self._plan()
 
-    def decide(self, seen: Observation) -> None:
-        if seen.communication_s > 0 and seen.payload_bytes > 0:
-            self._rtts_s.append(seen.communication_s)
-            self._bandwidths.append(seen.payload_bytes / seen.communication_s)
+    def decide(self, observation: Observation) -> None:
+        if observation.communication_s > 0 and observation.payload_bytes > 0:
+            self._rtts_s.append(observation.communication_s)
+            self._bandwidths.append(observation.payload_bytes / observation.communication_s)
             product_bytes = max(self._bandwidths) * min(self._rtts_s)
-            if seen.payload_bytes > self._threshold * product_bytes:
+            if observation.payload_bytes > self._threshold * product_bytes:
                 self._ratio = max(self._floor, self._fall * self._ratio)
             else:
                 self._ratio = min(1.0, self._ratio + self._rise)

@@ -46,21 +46,22 @@ class ByteBudget:
     def smallest_bytes(self) -> float:
         return min(size for _, size in self._levels)
 
-    def budget_bytes(self, seen: Observation) -> float:
+    def budget_bytes(self, observation: Observation) -> float:
         """Learn from a step; how many bytes a later one may send."""
         raise NotImplementedError
 
-    def sent_bytes(self, seen: Observation) -> float:
+    def sent_bytes(self, observation: Observation) -> float:
         """What a step has sent."""
-        return self._bytes(self._plan(seen.plan))
+        return self._bytes(self._plan(observation.plan))
 
-    def latency_s(self, seen: Observation) -> float:
+    def latency_s(self, observation: Observation) -> float:
         """What its exchange would have taken with nothing in it."""
-        return (seen.latency_s or 0.0) * self._plan(seen.plan).cost(max(seen.elements), self._shape).latency_terms
+        cost = self._plan(observation.plan).cost(max(observation.elements), self._shape)
+        return (observation.latency_s or 0.0) * cost.latency_terms
 
-    def decide(self, seen: Observation) -> None:
-        self._buckets(seen.elements)
-        self.plan = self._within(self.budget_bytes(seen))
+    def decide(self, observation: Observation) -> None:
+        self._buckets(observation.elements)
+        self.plan = self._within(self.budget_bytes(observation))
 
     def state_dict(self) -> dict[str, Any]:
         return {"plan": self.plan}

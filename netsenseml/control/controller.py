@@ -110,15 +110,15 @@ class Controller:
         self.plan = self.names[int(gains.argmax())]
         self.adaptive = True
 
-    def decide(self, seen: Observation) -> None:
-        self._learn(seen)
-        if seen.plan != self.plan:  # a step from before the newest decision
+    def decide(self, observation: Observation) -> None:
+        self._learn(observation)
+        if observation.plan != self.plan:  # a step from before the newest decision
             return
         gains, deviations = self._gains()
         other = self._kinds != _kind(*split_when(self.plan)[1:])
         if other.any():
             best = int(np.where(other, gains, -np.inf).argmax())
-            if self._worth_a_switch(best, float(gains[best] - gains[~other].max()), seen):
+            if self._worth_a_switch(best, float(gains[best] - gains[~other].max()), observation):
                 self.plan, self._settled = self.names[best], False
                 return
         gains[other] = -np.inf
@@ -130,15 +130,15 @@ class Controller:
         if not self._settled:
             self.plan = self.names[int(gains.argmax())]
 
-    def _worth_a_switch(self, there: int, better: float, seen: Observation) -> bool:
+    def _worth_a_switch(self, there: int, better: float, observation: Observation) -> bool:
         """To a plan of another kind, number ``there``. better: logarithm of the progress per second there over here."""
-        (_, interval, delay), (_, other_interval, other_delay) = split_when(seen.plan), split_when(self.names[there])
+        (_, interval, delay), (_, other_interval, other_delay) = split_when(observation.plan), split_when(self.names[there])
         farther = _kind(other_interval, other_delay) > _kind(interval, delay)
         if better <= (RESOLUTION if farther else 0.0):  # in doubt every step, and at once
             self._missed_s = 0.0
             return False
-        self._missed_s += (1 - np.exp(-better)) * (max(interval, 1) * seen.compute_s + seen.exposed_s)
-        price_s = 0.0 if delay == other_delay else seen.compute_s + seen.exposed_s
+        self._missed_s += (1 - np.exp(-better)) * (max(interval, 1) * observation.compute_s + observation.exposed_s)
+        price_s = 0.0 if delay == other_delay else observation.compute_s + observation.exposed_s
         if (interval > 0) != (other_interval > 0):
             price_s += self._back_s() * (1.0 if interval else _EAGER)
         if self._missed_s < price_s:
@@ -154,27 +154,28 @@ class Controller:
         exposed = self.network.forecast([0.0] * (1 + moments), np.zeros((len(self._plans), 1 + moments)))[0]
         return float(exposed[row, 4])
 
-    def _learn(self, seen: Observation) -> None:
-        name, interval, delay = split_when(seen.plan)
-        total, plan = sum(seen.elements), self.names.index(with_when(name, *self._whens[0]))
-        for name, share in seen.lost.items():  # the first look replaces what was only thought; later ones differ by chance
+    def _learn(self, observation: Observation) -> None:
+        name, interval, delay = split_when(observation.plan)
+        total, plan = sum(observation.elements), self.names.index(with_when(name, *self._whens[0]))
+        for name, share in observation.lost.items():
+            # The first look replaces what was only thought; later ones differ by chance.
             self._lost[name] = (self._lost[name] + share) / 2 if self._looked else share
-        self._looked = self._looked or bool(seen.lost)
-        self._elements = seen.elements
-        self._ready = tuple(ready_s / max(seen.compute_s, 1e-9) for ready_s in seen.ready_s)
+        self._looked = self._looked or bool(observation.lost)
+        self._elements = observation.elements
+        self._ready = tuple(ready_s / max(observation.compute_s, 1e-9) for ready_s in observation.ready_s)
         coded = self._scarce and (not interval or delay > 0)  # else nothing is coded meanwhile
-        beside_s = seen.encode_s / max(interval, 1) * coded
-        self._compute.add(max(seen.compute_s - beside_s, 0.3 * seen.compute_s))
+        beside_s = observation.encode_s / max(interval, 1) * coded
+        self._compute.add(max(observation.compute_s - beside_s, 0.3 * observation.compute_s))
         for dense, factor in self._coding.items():  # what is not seen returns to what was measured at first
             coded_s = self._coding_s[plan] * total * (self._plans[plan].dense == dense)
-            factor.add(seen.encode_s / coded_s if coded_s else factor.value ** (1 - 10 * FORGETTING))
-        self.network.ring_share = seen.ring_share
-        if seen.latency_s is not None and not (delay and seen.latency_s > self.network.latency.value):
-            self.network.latency.add(seen.latency_s)  # with a delay, it is that of a queue in which the next exchange is
-        parts, ready_s = (seen.elements, seen.ready_s) if not interval else ((total,), (0.0,))
+            factor.add(observation.encode_s / coded_s if coded_s else factor.value ** (1 - 10 * FORGETTING))
+        self.network.ring_share = observation.ring_share
+        if observation.latency_s is not None and not (delay and observation.latency_s > self.network.latency.value):
+            self.network.latency.add(observation.latency_s)  # with a delay, it is that of a queue in which the next exchange is
+        parts, ready_s = (observation.elements, observation.ready_s) if not interval else ((total,), (0.0,))
         self.network.buckets(parts)
-        coding_s = [seen.encode_s * elements / total for elements in parts]
-        self.network.learn(plan, ready_s, coding_s, seen.communication_s)
+        coding_s = [observation.encode_s * elements / total for elements in parts]
+        self.network.learn(plan, ready_s, coding_s, observation.communication_s)
 
     def _forecast(self) -> tuple[Array, Array]:
         """Of a step with every name: what the network adds to it, by cause, shape (names, 5), and what it takes in all, s."""

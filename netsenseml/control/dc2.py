@@ -35,9 +35,9 @@ class Dc2(ByteBudget):
         super().__init__(plans, shape, elements, start=start)
         self._target_delay, self._log_ratio = target_delay, math.log(start)
 
-    def budget_bytes(self, seen: Observation) -> float:
-        target_s = self._target_delay or seen.compute_s
-        aim = self.sent_bytes(seen) / self.dense_bytes * target_s / max(seen.communication_s, 1e-9)
+    def budget_bytes(self, observation: Observation) -> float:
+        target_s = self._target_delay or observation.compute_s
+        aim = self.sent_bytes(observation) / self.dense_bytes * target_s / max(observation.communication_s, 1e-9)
         log_aim = math.log(min(max(aim, self.smallest_bytes / self.dense_bytes), _MOST))
         self._log_ratio = min(self._log_ratio + _WEIGHT * (log_aim - self._log_ratio), 0.0)
         return math.exp(self._log_ratio) * self.dense_bytes

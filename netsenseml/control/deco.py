@@ -34,9 +34,9 @@ class Deco(ByteBudget):
         super().__init__(plans, shape, elements, start=start)
         self._recent = Recent()
 
-    def budget_bytes(self, seen: Observation) -> float:
-        recent, latency_s = self._recent, self.latency_s(seen)
-        recent.add(self.sent_bytes(seen), seen.communication_s, latency_s, seen.compute_s)
+    def budget_bytes(self, observation: Observation) -> float:
+        recent, latency_s = self._recent, self.latency_s(observation)
+        recent.add(self.sent_bytes(observation), observation.communication_s, latency_s, observation.compute_s)
         self.bandwidth_bps = 8 * recent.bytes_per_s
         return recent.bytes_per_s * (recent.compute_s - latency_s)
 

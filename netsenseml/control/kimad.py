@@ -34,9 +34,11 @@ class Kimad(ByteBudget):
         super().__init__(plans, shape, elements, start=start)
         self._time_budget, self._recent = time_budget, Recent()
 
-    def budget_bytes(self, seen: Observation) -> float:
+    def budget_bytes(self, observation: Observation) -> float:
         recent = self._recent
-        recent.add(self.sent_bytes(seen), seen.communication_s, self.latency_s(seen), seen.compute_s)
+        recent.add(
+            self.sent_bytes(observation), observation.communication_s, self.latency_s(observation), observation.compute_s
+        )
         self.bandwidth_bps = 8 * recent.bytes_per_s
         time_budget = self._time_budget or _OF_COMPUTE * recent.compute_s
         return recent.bytes_per_s * (time_budget - recent.compute_s)

@@ -78,7 +78,7 @@ class Policy(Protocol):
     def may_skip_reports(self) -> bool:
         """Whether it would not matter if some of the next steps were not told."""
 
-    def decide(self, seen: Observation) -> None:
+    def decide(self, observation: Observation) -> None:
         """Take a step into account, and decide."""
 
     def state_dict(self) -> dict[str, Any]:

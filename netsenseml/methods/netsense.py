@@ -135,7 +135,7 @@ class NetSense(Coded):
                 candidates = plans(self.mesh.shape, floor, item_bytes)
                 self._policy = _PUBLISHED[policy](candidates, self.mesh.shape, elements, **own)
         self._answers: deque[tuple[int, Future[torch.Tensor]]] = deque()
-        self._told: deque[tuple[str, tuple[int, ...], int, list[torch.Tensor], float]] = deque()
+        self._pending_reports: deque[tuple[str, tuple[int, ...], int, list[torch.Tensor], float]] = deque()
         """Of the reports under way: name of the plan, elements of every bucket, bytes, looks, change of the learning rate."""
         self._looks: list[torch.Tensor] = []
         self._next_report, self._next_look, self._every = 0, 0, 1
@@ -273,7 +273,7 @@ class NetSense(Coded):
         tcp, last_s = statistics.tcp, max(spent.ready_s)
         if self.mesh.rank == 0:
             sent = scheme, tuple(spent.bucket_elements), spent.payload_bytes
-            self._told.append((*sent, looks, self._lr_change))
+            self._pending_reports.append((*sent, looks, self._lr_change))
             self._lr_change = 1.0
         measured = [spent.exposed_s, spent.compute_s, spent.encode_s, spent.communication_s, self._channel.latency_s]
         rtt_s = (tcp.min_rtt_s if tcp is not None else None) or 0.0
@@ -340,7 +340,7 @@ class NetSense(Coded):
     def _decide(self, rows: list[list[float]]) -> bytes:
         """On rank 0: what comes of the ranks' reports of a step. The slowest rank is the one that all waited for."""
         assert not isinstance(self._policy, FixedPolicy)
-        plan, elements, payload_bytes, looks, lr_change = self._told.popleft()
+        plan, elements, payload_bytes, looks, lr_change = self._pending_reports.popleft()
         exposed_s, compute_s, encode_s, communication_s, latency_s, rtt_s, *ready_s = zip(*rows, strict=True)
         self._step_s = min(exposed_s) + max(compute_s)
         self._policy.decide(

@@ -13,7 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
-from testbed.agent.program import Agent, MakePart, connect
+from testbed.agent.program import Agent, MakeNodeLab, connect
 from testbed.protocol import one_line
 
 _END_S = 1.2
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--directory", required=True, type=Path, help="for this node's copy of the run directory")
     given = parser.parse_args()
     module, _, name = given.lab.partition(":")
-    make_part: MakePart = getattr(importlib.import_module(module), name)
+    make_lab: MakeNodeLab = getattr(importlib.import_module(module), name)
     # Each host takes some sockets, and each program that connects one more.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):
@@ -41,7 +41,7 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"testbed: the orchestrator at {given.orchestrator} does not answer: {one_line(str(error))}", file=sys.stderr)
         return 1
-    agent = Agent(given.name, make_part, given.directory)
+    agent = Agent(given.name, make_lab, given.directory)
     serving = threading.Thread(target=agent.serve, args=(sock,), name="agent", daemon=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: agent.lost.set())

@@ -23,7 +23,7 @@ from testbed.agent.messages import AskTime, Hello, Message, Status, Time, parse
 
 LOST_S = 3.5
 """An end that is not heard for so long is lost."""
-MOST_PART_BYTES = 1 << 20
+MAX_PAYLOAD_BYTES = 1 << 20
 """Behind one message."""
 _MOST_LINE_BYTES = 1 << 20
 _MOST_MESSAGES_PER_S = 20_000
@@ -131,16 +131,16 @@ class Channel:
         self._socket.setblocking(False)
         self._thread.start()
 
-    def send(self, message: Message, part: bytes = b"") -> None:
+    def send(self, message: Message, payload: bytes = b"") -> None:
         """Send a message with bytes behind it. Waits while too much is under way, but not on the channel's own thread.
 
         What tells that this end lives, and what time it is, overtakes all else, and does not wait.
 
         What is sent over a connection that has ended is gone: ``lost`` has told of that.
         """
-        if part:
-            message = message.model_copy(update={"bytes": len(part)})
-        data = message.model_dump_json(exclude_defaults=False).encode() + b"\n" + part
+        if payload:
+            message = message.model_copy(update={"bytes": len(payload)})
+        data = message.model_dump_json(exclude_defaults=False).encode() + b"\n" + payload
         urgent = isinstance(message, Hello | AskTime | Time | Status)
         with self._room:
             if not urgent and threading.current_thread() is not self._thread:
@@ -253,10 +253,10 @@ class Channel:
                 self._count()
             if len(self._buffer) < self._head.bytes:
                 return
-            part = bytes(self._buffer[: self._head.bytes])
+            payload = bytes(self._buffer[: self._head.bytes])
             del self._buffer[: self._head.bytes]
             head, self._head = self._head, None
-            self._heard(head, part)
+            self._heard(head, payload)
 
     def _count(self) -> None:
         now_s = monotonic_s()

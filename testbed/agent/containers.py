@@ -6,7 +6,7 @@ network, at the bridge that leads to the containers beside it and, through VXLAN
 
     worker: eth0 (up) ── veth (down), br0, vxlan0 ── the nodes' own network
 
-The first process of each container (``labs.keeper``) waits to be called in there. When the agent hangs up, it ends.
+The first process of each container (``labs.container_init``) listens in there. When the agent hangs up, it ends.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from testbed import protocol
 from testbed.clock import HERE
 from testbed.files import everything_in
 from testbed.labs.base import LabError, LabPlan, make_shaper
-from testbed.labs.containers import ContainerProcess, KeeperLine, change_interface, interfaces
+from testbed.labs.containers import ContainerProcess, InitConnection, change_interface, interfaces
 from testbed.links.neighbours import forwarding, neighbour
 from testbed.links.netlink import NetlinkSocket, back_to_own_namespace, decode, encode, setns
 from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
@@ -39,12 +39,12 @@ from testbed.links.shaper import Port
 DOCKER = Path("/var/run/docker")
 """Docker's own directory, in the agent's container as on the node; what is below it, Docker makes with the first container."""
 NAMESPACES = DOCKER / "netns"
-KEEPER = "@netsense-keeper"
+INIT_SOCKET = "@netsense-init"
 _OVERLAY = "1-"
 """What the name of an overlay network's namespace begins with; the beginning of the network's id follows."""
 _PATIENCE_S = 15.0
 """So long the hosts have to find each other: Docker tells the nodes of each other's containers when it gets to it."""
-_CALL_S = 10.0
+_CONNECT_S = 10.0
 _FIRST_PAUSE_S, _PAUSE_S = 0.01, 0.3
 _CLOSED_PORT = 9
 
@@ -59,13 +59,13 @@ class ContainerHost:
         self.interface, self.index = interface.get_attr("IFLA_IFNAME"), interface["index"]
         self.mac = interface.get_attr("IFLA_ADDRESS")
         self.namespace = os.dup(namespace)
-        self._line: KeeperLine | None = None
-        self._seen, self._directory = PurePosixPath(), Path()
+        self._init: InitConnection | None = None
+        self._root, self._directory = PurePosixPath(), Path()
         self._counter = -1
         self._usage_s = 0.0
 
     @property
-    def way_in(self) -> Mapping[str, int | str]:
+    def nsenter_target(self) -> Mapping[str, int | str]:
         return {}
 
     def open_socket(self, family: int, kind: int) -> socket.socket:
@@ -74,14 +74,14 @@ class ContainerHost:
             setns(self.namespace)
             return socket.socket(family, kind | socket.SOCK_CLOEXEC)
 
-    def call(self, directory: Path) -> None:
-        """Call the keeper, and give it the directory. Raises OSError, LookupError or ValueError."""
+    def connect(self, directory: Path) -> None:
+        """Connect to the init, and give it the directory. Raises OSError, LookupError or ValueError."""
         channel = self.open_socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        channel.settimeout(_CALL_S)
-        given_up_s = time.monotonic() + _CALL_S
+        channel.settimeout(_CONNECT_S)
+        given_up_s = time.monotonic() + _CONNECT_S
         while True:
             try:
-                channel.connect("\0" + KEEPER[1:])
+                channel.connect("\0" + INIT_SOCKET[1:])
                 break
             except ConnectionRefusedError:  # a container begins before its first process has come so far
                 if time.monotonic() > given_up_s:
@@ -97,9 +97,9 @@ class ContainerHost:
         finally:
             os.close(own)
         number = int(protocol.decode_message(channel.recv(4096))["directory"])
-        self._seen, self._directory = PurePosixPath(f"/proc/1/fd/{number}"), directory
+        self._root, self._directory = PurePosixPath(f"/proc/1/fd/{number}"), directory
         channel.settimeout(None)
-        self._line = KeeperLine(channel)
+        self._init = InitConnection(channel)
 
     @property
     def usage_s(self) -> float:
@@ -114,23 +114,23 @@ class ContainerHost:
         return self._usage_s
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> ContainerProcess:
-        assert self._line is not None
-        return self._line.start(argv, env, log)
+        assert self._init is not None
+        return self._init.start(argv, env, log)
 
-    def seen(self, path: Path) -> str:
-        return str(self._seen / path.relative_to(self._directory))
+    def path_on_host(self, path: Path) -> str:
+        return str(self._root / path.relative_to(self._directory))
 
     def close(self) -> None:
-        if self._line is not None:
-            self._line.close()
+        if self._init is not None:
+            self._init.close()
         if self._counter >= 0:
             os.close(self._counter)
         self.socket.close()
         os.close(self.namespace)
 
 
-class ContainerPart:
-    """This node's hosts and links (``agent.program.Part``).
+class ContainerNodeLab:
+    """This node's hosts and links (``agent.program.NodeLab``).
 
     plan: with the links of this node's hosts. details: of each of these, ``address`` with its prefix, ``overlay``, the id of
     the network, ``user``, as whom its programs run, ``others``, the addresses of all other hosts of the lab by name, and what
@@ -169,12 +169,12 @@ class ContainerPart:
         self._close()
 
     def _attach(self) -> None:
-        """Find the hosts, and the other ends of their cables."""
+        """Find the hosts, and the other ends of their veth pairs."""
         overlay_id = next(iter(self._details.values()))["overlay"]
         overlay = next((path for path in NAMESPACES.glob(f"{_OVERLAY}*") if overlay_id.startswith(path.name[2:])), None)
         if overlay is None:
             raise LabError(f"Docker has no namespace of the overlay network {overlay_id[:12]} in {NAMESPACES}")
-        self._overlay = NetlinkSocket.inside(str(overlay))
+        self._overlay = NetlinkSocket.in_namespace(str(overlay))
         ports = {link["index"]: link for link in interfaces(self._overlay)}
         found = dict(_namespaces())
         try:
@@ -184,7 +184,7 @@ class ContainerPart:
                     raise LabError(f"there is no container with the address {address} of {name} here")
                 host = self._wire(name, address, int(prefix_bits), found[address], ports)
                 try:
-                    host.call(self._directory)
+                    host.connect(self._directory)
                 except (OSError, LookupError, ValueError) as error:
                     raise LabError(f"the container of {name} does not answer: {error}") from None
         finally:
@@ -193,21 +193,21 @@ class ContainerPart:
 
     def _wire(self, name: str, address: str, prefix_bits: int, namespace: int, ports: Mapping[int, ifinfmsg]) -> ContainerHost:
         assert self._overlay is not None
-        inner = NetlinkSocket.inside(namespace)
+        inner = NetlinkSocket.in_namespace(namespace)
         index = next(index for one, index in _addresses(inner) if one == address)
         mine = next(link for link in interfaces(inner) if link["index"] == index)
         host = self.hosts[name] = ContainerHost(name, address, namespace, mine, inner)
         peer = ports.get(mine.get_attr("IFLA_LINK"))
         # Indices mean other interfaces in other namespaces, so both ends have to name each other.
         if peer is None or peer.get_attr("IFLA_LINK") != index or not peer.get_attr("IFLA_MASTER"):
-            raise LabError(f"the cable of {name} does not lead into the overlay network")
+            raise LabError(f"the veth pair of {name} does not lead into the overlay network")
         if {mine.get_attr("IFLA_QDISC"), peer.get_attr("IFLA_QDISC")} != {"noqueue"}:
             raise LabError(f"something else shapes the link of {name}; end that first")
         if mine.get_attr("IFLA_MTU") != self._plan.mtu:
             raise LabError(f"the interface of {name} has an MTU of {mine.get_attr('IFLA_MTU')} instead of {self._plan.mtu}")
         up = Port(inner, index, host.interface)
         down = Port(self._overlay, peer["index"], peer.get_attr("IFLA_IFNAME"))
-        gso_bytes, gso_segments = gso_limits(self._plan.packet_bytes.get(name, UNCUT_PACKET_BYTES), self._plan.mtu)
+        gso_bytes, gso_segments = gso_limits(self._plan.max_gso_bytes.get(name, UNCUT_PACKET_BYTES), self._plan.mtu)
         limits = ("IFLA_GSO_MAX_SIZE", gso_bytes), ("IFLA_GSO_MAX_SEGS", gso_segments)
         inner.batch([change_interface(up, "largest packet", *limits), tcp_route(index, address, prefix_bits, self._plan.tcp)])
         self._overlay.batch([forwarding(down.ifindex, host.mac)])
@@ -292,7 +292,7 @@ def _namespaces() -> Iterator[tuple[str, int]]:
         except (OSError, ValueError):
             continue
         try:
-            with contextlib.closing(NetlinkSocket.inside(descriptor)) as sock:
+            with contextlib.closing(NetlinkSocket.in_namespace(descriptor)) as sock:
                 addresses = list(_addresses(sock))
         except OSError:  # its container has just ended
             os.close(descriptor)

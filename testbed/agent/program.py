@@ -26,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 from netsenseml.records import monotonic_s
 from testbed import protocol
 from testbed.agent import messages
-from testbed.agent.channel import LOST_S, MOST_PART_BYTES, Channel, secured
+from testbed.agent.channel import LOST_S, MAX_PAYLOAD_BYTES, Channel, secured
 from testbed.agent.clock import MeasuredClock
 from testbed.files import explained, is_regular, open_regular, remove_tree
 from testbed.labs.base import Host, HostFailed, LabError, LabPlan, Process
@@ -54,7 +54,7 @@ _TIMELINE: TypeAdapter[list[Change]] = TypeAdapter(list[Change])
 _PLAN: TypeAdapter[LabPlan] = TypeAdapter(LabPlan)
 
 
-class Part(Protocol):
+class NodeLab(Protocol):
     """What a node has of a lab: hosts and links, made on entering; leaving it ends all programs and removes every trace.
 
     usage_s: processor time so far of the programs on its hosts, unless they descend from this process.
@@ -74,7 +74,7 @@ class Part(Protocol):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
 
-MakePart = Callable[[LabPlan, Mapping[str, Mapping[str, Any]], Path], Part]
+MakeNodeLab = Callable[[LabPlan, Mapping[str, Mapping[str, Any]], Path], NodeLab]
 """Makes it from the plan, whose links are those of this node's hosts alone; from what the orchestrator says of each host; and
 from the directory that stands for the run directory here."""
 
@@ -85,8 +85,8 @@ class Agent:
     name: of the node. directory: for its copy of the run directory; what is in it is removed.
     """
 
-    def __init__(self, name: str, make_part: MakePart, directory: Path) -> None:
-        self._name, self._make_part, self._directory = name, make_part, directory.resolve()
+    def __init__(self, name: str, make_lab: MakeNodeLab, directory: Path) -> None:
+        self._name, self._make_lab, self._directory = name, make_lab, directory.resolve()
         self._clock = MeasuredClock()
         self._asked_s: dict[int, float] = {}
         self._requests: queue.Queue[tuple[Any, bytes] | None] = queue.Queue()
@@ -118,7 +118,7 @@ class Agent:
         self.lost.set()
         self._requests.put(None)
 
-    def _heard(self, message: Any, part: bytes) -> None:
+    def _heard(self, message: Any, payload: bytes) -> None:
         cell = self._cell  # which may end meanwhile, on another thread
         match message:
             case messages.Time(number=number, at_s=at_s):
@@ -127,11 +127,11 @@ class Agent:
                 if sent_s is not None:
                     self._clock.add(sent_s, at_s, came_s)
             case messages.Data(connection=connection) if cell is not None:
-                cell.relay.say(connection, part)
+                cell.relay.say(connection, payload)
             case messages.HangUp(connection=connection) if cell is not None:
                 cell.relay.hang_up(connection)
             case _:
-                self._requests.put((message, part))
+                self._requests.put((message, payload))
 
     def _keep_time(self) -> None:
         status_s = 0.0
@@ -151,11 +151,11 @@ class Agent:
         arrived, failure = (cell.arrived(), cell.failure) if cell else ({}, "")
         self._channel.send(messages.Status(clock=clock, arrived=arrived, failure=failure[:2000]))
 
-    def _fulfil(self, message: Any, part: bytes) -> None:
+    def _fulfil(self, message: Any, payload: bytes) -> None:
         """Do what is asked. What cannot be done is told; only a message that is none of the protocol ends the conversation."""
         request = getattr(message, "request", None)
         try:
-            result = self._do(message, part)
+            result = self._do(message, payload)
         except Exception as error:  # whoever asked is told, also of what nobody has foreseen
             text = explained(error) if isinstance(error, OSError) else str(error)
             if not isinstance(error, LabError | HostFailed | ValueError | OSError):
@@ -168,19 +168,19 @@ class Agent:
             if request is not None:
                 self._channel.send(messages.Answer(request=request, result=result))
 
-    def _do(self, message: Any, part: bytes) -> dict[str, Any]:
+    def _do(self, message: Any, payload: bytes) -> dict[str, Any]:
         match message:
             case messages.Provide():
                 self._leave()
                 self._cell = _Cell(self._channel, self._clock, self._name, self._directory, message)
             case messages.Put(path=path, executable=executable):
-                _append(self._directory / path, part, executable)
+                _append(self._directory / path, payload, executable)
             case messages.Close():
                 self._leave()
             case _ if self._cell is None:
                 raise ValueError("there is no cell")
             case messages.Open(details=details):
-                return self._cell.open(self._make_part, _PLAN.validate_json(part), details)
+                return self._cell.open(self._make_lab, _PLAN.validate_json(payload), details)
             case messages.Start():
                 self._cell.start(message)
             case messages.Kill(number=number):
@@ -188,7 +188,7 @@ class Agent:
             case messages.Count():
                 return self._cell.counters()
             case messages.Timeline(last=last):
-                self._cell.plan(_changes(part), last)
+                self._cell.plan(_changes(payload), last)
             case messages.Begin(t0_s=t0_s):
                 self._cell.begin(t0_s)
             case messages.End():
@@ -201,9 +201,9 @@ class Agent:
             cell.close()
 
 
-def _changes(part: bytes) -> list[Change]:
+def _changes(payload: bytes) -> list[Change]:
     try:
-        return _TIMELINE.validate_json(part)
+        return _TIMELINE.validate_json(payload)
     except ValidationError as error:
         raise ValueError(f"the timeline is none: {protocol.one_line(str(error))}") from None
 
@@ -231,7 +231,7 @@ class _Cell:
         self._root, self._directory = directory, directory / wanted.cell
         self.failure = ""
         self._running = contextlib.ExitStack()
-        self._part: Part | None = None
+        self._lab: NodeLab | None = None
         self._processes: dict[int, Process] = {}
         self._lock = threading.Lock()
         self._timeline: list[Change] = []
@@ -249,13 +249,13 @@ class _Cell:
         self._watcher = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._watcher.start()
 
-    def open(self, make: MakePart, plan: LabPlan, details: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def open(self, make: MakeNodeLab, plan: LabPlan, details: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Make the part of the lab; returns what the orchestrator has to know of each host."""
-        part = make(plan, details, self._root)
-        self._part = self._running.enter_context(part)
+        lab = make(plan, details, self._root)
+        self._lab = self._running.enter_context(lab)
         return {
-            "root": {name: host.seen(self._root) for name, host in part.hosts.items()},
-            "hosts": {name: [host.address, host.interface] for name, host in part.hosts.items()},
+            "root": {name: host.path_on_host(self._root) for name, host in lab.hosts.items()},
+            "hosts": {name: [host.address, host.interface] for name, host in lab.hosts.items()},
         }
 
     def start(self, wanted: messages.Start) -> None:
@@ -287,13 +287,13 @@ class _Cell:
         if len(self._timeline) > MAX_CHANGES:
             raise ValueError(f"more than {MAX_CHANGES} changes")
         if last:
-            part = self._made
+            lab = self._made
             recording = Recording(self._directory, self._timeline)
             recorder = LocalRecorder(
                 recording,
-                part.links,
-                part.hosts,
-                usage_s=lambda: part.usage_s,
+                lab.links,
+                lab.hosts,
+                usage_s=lambda: lab.usage_s,
                 node=self._node,
                 clock=lambda: self._clock.now,
             )
@@ -310,9 +310,9 @@ class _Cell:
         self._sender.send_growth()
 
     def arrived(self) -> dict[str, int]:
-        part, recorder = self._part, self._recorder
-        # The hosts of a part that is being removed become fewer, on another thread.
-        return {} if recorder is None or part is None else {link: recorder.arrived_bytes([link]) for link in list(part.hosts)}
+        lab, recorder = self._lab, self._recorder
+        # The hosts of a lab that is being removed become fewer, on another thread.
+        return {} if recorder is None or lab is None else {link: recorder.arrived_bytes([link]) for link in list(lab.hosts)}
 
     def close(self) -> None:
         self._stopping.set()
@@ -327,10 +327,10 @@ class _Cell:
             _empty(self._root)
 
     @property
-    def _made(self) -> Part:
-        if self._part is None:
+    def _made(self) -> NodeLab:
+        if self._lab is None:
             raise ValueError("the lab has not been made")
-        return self._part
+        return self._lab
 
     def _watch(self) -> None:
         """Tell of the ends of programs, and send what grows."""
@@ -389,7 +389,7 @@ class _Sender:
             offset = self._sent.get(path, 0)
             file.seek(offset)
             # Converted times may be longer than what stands there.
-            while offset < limit and (data := file.read(MOST_PART_BYTES // 2)):
+            while offset < limit and (data := file.read(MAX_PAYLOAD_BYTES // 2)):
                 if lines:
                     whole = data[: data.rfind(b"\n") + 1]
                     if not whole and not last:
@@ -398,13 +398,13 @@ class _Sender:
                     file.seek(offset + len(data))
                 offset += len(data)
                 self._sent[path] = offset
-                for part in _parts(b"".join(map(self._relay.converted, data.splitlines(True))) if convert else data):
-                    self._channel.send(messages.Grown(path=str(path.relative_to(self._cell))), part)
+                for chunk in _chunks(b"".join(map(self._relay.converted, data.splitlines(True))) if convert else data):
+                    self._channel.send(messages.Grown(path=str(path.relative_to(self._cell))), chunk)
 
 
-def _parts(data: bytes) -> Iterable[bytes]:
-    while len(data) > MOST_PART_BYTES:
-        cut = data.rfind(b"\n", 0, MOST_PART_BYTES) + 1 or MOST_PART_BYTES
+def _chunks(data: bytes) -> Iterable[bytes]:
+    while len(data) > MAX_PAYLOAD_BYTES:
+        cut = data.rfind(b"\n", 0, MAX_PAYLOAD_BYTES) + 1 or MAX_PAYLOAD_BYTES
         yield data[:cut]
         data = data[cut:]
     if data:

@@ -14,7 +14,7 @@ PROGRAMS_OF_A_RUN = ("testbed.worker.program", TRAFFIC_PROGRAM)
 def open_labs(kind: str, run_directory: Path, preload: Sequence[str] = PROGRAMS_OF_A_RUN) -> Iterator[Callable[[LabPlan], Lab]]:
     """A factory of labs that share what is dear to make, such as one process that has imported torch.
 
-    kind: "netns" (the caller is inside ``netns.enclosure``), "docker" or "swarm".
+    kind: "netns" (the caller is inside the sandbox of ``netns.sandbox_command``), "docker" or "swarm".
     preload: modules that the hosts of netns labs will run as programs.
     """
     if kind == "netns":

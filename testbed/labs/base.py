@@ -61,7 +61,7 @@ class LabPlan:
     impaired: (link, direction) that delays, loses or spoils packets at some time of the run, and so needs what does that from
         the start. engine: what does it (``ENGINES``); "auto": not chosen yet.
     shaper: what limits rates, "htb" or "tbf". mtu: of all interfaces, in bytes.
-    packet_bytes: by host, the wire size that no packet it sends may exceed; those left out may send whole GSO packets.
+    max_gso_bytes: by host, the wire size that no GSO packet it sends may exceed; those left out may send whole ones.
     folders: what programs on the hosts read besides the run directory, absolute; they see it under the same path.
     view: None: the programs see all of the run directory, and may write there.
     device: what programs compute on: "cpu", "cuda", or "auto", a GPU if there is any.
@@ -78,7 +78,7 @@ class LabPlan:
     engine: str = "auto"
     shaper: str = "htb"
     mtu: int = 1500
-    packet_bytes: Mapping[str, int] = field(default_factory=dict)
+    max_gso_bytes: Mapping[str, int] = field(default_factory=dict)
     folders: tuple[Path, ...] = ()
     view: View | None = None
     device: str = "cpu"
@@ -118,7 +118,7 @@ def make_shaper(plan: LabPlan) -> Shaper:
         plan.impaired,
         shaper=plan.shaper,
         mtu=plan.mtu,
-        packet_bytes=min(plan.packet_bytes.values(), default=UNCUT_PACKET_BYTES),
+        max_packet_bytes=min(plan.max_gso_bytes.values(), default=UNCUT_PACKET_BYTES),
         seed=plan.seed,
     )
 
@@ -145,7 +145,7 @@ class Host(Protocol):
         """Of the machine that the host is on."""
 
     @property
-    def way_in(self) -> Mapping[str, int | str]:
+    def nsenter_target(self) -> Mapping[str, int | str]:
         """How a program gets there that is not started by us: ``namespace``, a descriptor of this process for its network, or
         ``container``, a name."""
 
@@ -155,7 +155,7 @@ class Host(Protocol):
         ``argv[0]`` of "python" means the Python that has the packages. Raises HostFailed.
         """
 
-    def seen(self, path: Path) -> str:
+    def path_on_host(self, path: Path) -> str:
         """Path under which the host sees a file of the run directory."""
 
 

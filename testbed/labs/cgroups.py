@@ -3,7 +3,7 @@
     <the group we are in>/netsense-<owner>/self                version 2 only: we, and all programs that are on no host
                                           /host-w0/programs    those of a host; the limits stand one above
 
-The outer group is made, and removed, by the process that owns the run; those of hosts by each lab, within the enclosure. Where
+The outer group is made, and removed, by the process that owns the run; those of hosts by each lab, within the sandbox. Where
 that process was killed, the next run or ``clean`` removes what is left. We never go above the group that we are in, so what
 limits that holds for all of it. In version 2 a group that is divided has no processes itself: we move into a part of it, and it
 must be ours alone, such as one that systemd delegated, or the whole machine's. In version 1 only root may make groups. Programs
@@ -44,7 +44,7 @@ def groups_of_run(controllers: Collection[str]) -> Iterator[Mapping[str, Path]]:
                 together[_group_of_this_process(controller)].append(controller)
             made = {above: stack.enter_context(_group_in(above, these)) for above, these in together.items()}
         except OSError as error:
-            raise LabError(f"limits: no control group can be made ({error.strerror}); {_mend()}") from None
+            raise LabError(f"limits: no control group can be made ({error.strerror}); {_how_to_fix()}") from None
         yield {controller: made[above] for above, these in together.items() for controller in these}
 
 
@@ -120,7 +120,7 @@ def _group_of_this_process(controller: str) -> Path:
                 group = mount / os.path.relpath(path, root)
                 if options is not None or controller in (group / "cgroup.controllers").read_text().split():
                     return group
-    raise LabError(f"limits: this machine offers no control group to limit {controller} by; {_mend()}")
+    raise LabError(f"limits: this machine offers no control group to limit {controller} by; {_how_to_fix()}")
 
 
 def _mounts() -> list[tuple[Path, str, Sequence[str] | None]]:
@@ -173,7 +173,7 @@ def _enter(group: Path) -> None:
     (group / "cgroup.procs").write_text("0")
 
 
-def _mend() -> str:
+def _how_to_fix() -> str:
     if Path("/run/systemd/system").is_dir():
         user = "" if os.geteuid() == 0 else "--user "
         return f"start it with: systemd-run {user}--scope --property=Delegate=yes testbed …, or use --lab docker"

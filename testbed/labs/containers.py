@@ -19,8 +19,8 @@ from testbed.links.shaper import Port
 _IFF_UP = 1
 
 
-class KeeperLine:
-    """Our end of the connection to one container's keeper."""
+class InitConnection:
+    """Our end of the connection to one container's init."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -57,7 +57,7 @@ class KeeperLine:
                 try:
                     for message in self._incoming.feed(data):
                         self._codes[int(message["exited"])] = int(message["code"])
-                except (ValueError, LookupError, TypeError):  # no keeper says that
+                except (ValueError, LookupError, TypeError):  # no init says that
                     data = b""
                 self._gone = not data
             # With the container everything in it has been killed.
@@ -79,15 +79,15 @@ class KeeperLine:
 class ContainerProcess:
     """A program in a container (``labs.base.Process``)."""
 
-    line: KeeperLine
+    init: InitConnection
     number: int
 
     def poll(self) -> int | None:
-        return self.line.poll(self.number)
+        return self.init.poll(self.number)
 
     def kill(self) -> None:
         if self.poll() is None:
-            self.line.kill(self.number)
+            self.init.kill(self.number)
 
 
 def interfaces(sock: NetlinkSocket) -> list[ifinfmsg]:

@@ -1,14 +1,14 @@
 """The Docker lab: every host a container, joined by a network of the daemon, links shaped from outside.
 
 Workers have no privileges at all. The orchestrator enters a worker's network namespace to shape the worker's egress (up),
-and finds the other end of its cable among the daemon's interfaces to shape the way back (down). That needs root in the
+and finds the other end of its veth pair among the daemon's interfaces to shape the way back (down). That needs root in the
 daemon's own PID and network namespaces, which is what ``docker compose up experiment`` gives it.
 
-Where the kernel has no netem, a worker's cable to the bridge is put out of use, and a pair of TAP devices with the delay
-line between them takes its place: one in the container, with the address of the cable's end, one at the bridge.
+Where the kernel has no netem, a worker's veth pair to the bridge is put out of use, and a pair of TAP devices with the delay
+line between them takes its place: one in the container, with the address of the veth, one at the bridge.
 
 Everything made carries labels. ``LABEL`` names the lab, ``OWNER`` the process that made it, so that ``clean`` never
-touches a lab whose orchestrator lives. Containers end with their orchestrator by themselves (``labs.keeper``).
+touches a lab whose orchestrator lives. Containers end with their orchestrator by themselves (``labs.container_init``).
 """
 
 import contextlib
@@ -43,7 +43,7 @@ from testbed.clock import HERE
 from testbed.files import everything_in
 from testbed.labs.base import OOM_SCORE_ADJ, LabError, LabPlan, make_shaper
 from testbed.labs.capabilities import lacking_capabilities
-from testbed.labs.containers import ContainerProcess, KeeperLine, change_interface, interfaces
+from testbed.labs.containers import ContainerProcess, InitConnection, change_interface, interfaces
 from testbed.labs.owner import owner_lives, owner_mark
 from testbed.links.delayline import DelayLine, DelayLineDied
 from testbed.links.neighbours import forwarding, neighbour
@@ -59,7 +59,7 @@ OWNER = "netsense.testbed.owner"
 DEFAULT_IMAGE = "netsense-testbed:local"
 ENV_IMAGE = "TESTBED_IMAGE"
 INTERFACE = "eth0"
-"""The cable's end in a container; Docker's own name, and it looks for it when the container ends."""
+"""The veth in a container; Docker's own name, and it looks for it when the container ends."""
 LINED_INTERFACE = "eth1"
 """The delay line's end in a container."""
 
@@ -84,10 +84,10 @@ class DockerHost:
     """A container with one interface that is in use (``labs.base.Host``)."""
 
     def __init__(
-        self, name: str, address: str, mac: str, container: str, directory: Path, line: KeeperLine, sock: NetlinkSocket
+        self, name: str, address: str, mac: str, container: str, directory: Path, init: InitConnection, sock: NetlinkSocket
     ) -> None:
         self.name = name
-        self.way_in: Mapping[str, int | str] = {"container": container}
+        self.nsenter_target: Mapping[str, int | str] = {"container": container}
         self.address = address
         self.mac = mac
         self.interface = INTERFACE
@@ -96,12 +96,12 @@ class DockerHost:
         """Of its interface, once that is known."""
         self.socket = sock
         self._directory = directory
-        self._line = line
+        self._init = init
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> ContainerProcess:
-        return self._line.start(argv, env, log)
+        return self._init.start(argv, env, log)
 
-    def seen(self, path: Path) -> str:
+    def path_on_host(self, path: Path) -> str:
         return str(_RUN_DIR / path.resolve().relative_to(self._directory))
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class DockerLab:
         self._token = secrets.token_hex(4)
         self._labels = {LABEL: self._token, OWNER: owner_mark()}
         self._client: docker.DockerClient | None = None
-        self._lines: dict[str, KeeperLine] = {}
+        self._inits: dict[str, InitConnection] = {}
         self._switch: NetlinkSocket | None = None
         self._taps: list[int] = []
         self._line = ExitStack()
@@ -192,7 +192,7 @@ class DockerLab:
                     for name in self._plan.hosts
                 }
                 self._answer(listener, starting)
-                # Nobody else must be able to speak for a host, so the door is shut before any program runs.
+                # Nobody else must be able to speak for a host, so the socket is removed before any program runs.
                 rendezvous.unlink()
             containers = {name: future.result() for name, future in starting.items()}
         finally:
@@ -226,11 +226,11 @@ class DockerLab:
         devices: list[DeviceRequest],
         user: tuple[int, int],
     ) -> Container:
-        keeper = Path(__file__).with_name("keeper.py").read_text()
+        init = Path(__file__).with_name("container_init.py").read_text()
         rendezvous = str(_RUN_DIR / f".hosts-{self._token}.sock")
         container = client.containers.run(
             self._image,
-            entrypoint=["python", "-I", "-S", "-c", keeper, rendezvous, name],
+            entrypoint=["python", "-I", "-S", "-c", init, rendezvous, name],
             command=[],
             name=f"netsense-{self._token}-{name}",
             hostname=name,
@@ -261,12 +261,12 @@ class DockerLab:
         """Wait until every host has called; raises what went wrong with a container, or LabError."""
         listener.settimeout(0.2)
         deadline = time.monotonic() + _READY_S
-        while len(self._lines) < len(starting):
+        while len(self._inits) < len(starting):
             for name, future in starting.items():
-                if future.done() and not (future.exception() is None and name in self._lines):
+                if future.done() and not (future.exception() is None and name in self._inits):
                     self._expect_alive(name, future.result())
             if time.monotonic() > deadline:
-                missing = ", ".join(name for name in starting if name not in self._lines)
+                missing = ", ".join(name for name in starting if name not in self._inits)
                 raise LabError(f"no answer from the container of {missing} within {_READY_S:g} s")
             try:
                 connection, _ = listener.accept()
@@ -277,11 +277,11 @@ class DockerLab:
                 host = str(protocol.decode_message(connection.recv(4096)).get("host"))
             except (OSError, ValueError):
                 host = ""
-            if host not in starting or host in self._lines:
+            if host not in starting or host in self._inits:
                 connection.close()
                 continue
             connection.settimeout(None)
-            self._lines[host] = KeeperLine(connection)
+            self._inits[host] = InitConnection(connection)
 
     def _expect_alive(self, name: str, container: Container) -> None:
         with contextlib.suppress(NotFound):
@@ -295,23 +295,23 @@ class DockerLab:
     def _wire(self, network: Network, containers: Mapping[str, Container]) -> None:
         self._switch = NetlinkSocket()
         outside = {link["index"]: link for link in interfaces(self._switch)}
-        cables: dict[str, tuple[int, int]] = {}
+        tap_pairs: dict[str, tuple[int, int]] = {}
         for name in self._plan.hosts:
             attached = containers[name].attrs["NetworkSettings"]["Networks"][network.name]
             self.pids.append(containers[name].attrs["State"]["Pid"])
             inner = _enter(self.pids[-1])
             address, mac = attached["IPAddress"], attached["MacAddress"]
             host = self.hosts[name] = DockerHost(
-                name, address, mac, str(containers[name].name), self._directory, self._lines[name], inner
+                name, address, mac, str(containers[name].name), self._directory, self._inits[name], inner
             )
-            mine, peer = _cable(host, outside)
+            mine, peer = _veth_pair(host, outside)
             up = Port(inner, mine["index"], INTERFACE)
             down = Port(self._switch, peer["index"], peer.get_attr("IFLA_IFNAME"))
             if name in self._plan.lined:
                 master = peer.get_attr("IFLA_MASTER")
-                up, down, cables[name] = self._replace_cable(host, attached["IPPrefixLen"], up, down, master)
+                up, down, tap_pairs[name] = self._replace_veth(host, attached["IPPrefixLen"], up, down, master)
             host.interface, host.index = up.interface, up.ifindex
-            gso_bytes, gso_segments = gso_limits(self._plan.packet_bytes.get(name, UNCUT_PACKET_BYTES), self._plan.mtu)
+            gso_bytes, gso_segments = gso_limits(self._plan.max_gso_bytes.get(name, UNCUT_PACKET_BYTES), self._plan.mtu)
             inner.batch(
                 [
                     change_interface(
@@ -326,20 +326,20 @@ class DockerLab:
         for host in self.hosts.values():
             others = [other for other in self.hosts.values() if other is not host]
             host.socket.batch(neighbour(host.index, other.address, other.mac) for other in others)
-        if cables:
+        if tap_pairs:
             self._taps.clear()  # they are the line's now
-            self.links.line = self._line.enter_context(DelayLine(cables))
+            self.links.line = self._line.enter_context(DelayLine(tap_pairs))
 
-    def _replace_cable(
+    def _replace_veth(
         self, host: DockerHost, prefix_bits: int, inner: Port, outer: Port, bridge: int
     ) -> tuple[Port, Port, tuple[int, int]]:
-        """Put TAP devices in the place of a cable's ends; returns their ports, and their descriptors."""
+        """Put TAP devices in the place of a veth pair; returns their ports, and their descriptors."""
         mtu, silent = ("IFLA_MTU", self._plan.mtu), ("IFLA_AF_SPEC", _NO_IPV6_ADDRESS)
         first, up = self._tap(LINED_INTERFACE, inner.socket, self.pids[-1])
         second, down = self._tap(f"tap{self._token}{len(self.hosts) - 1}", outer.socket)
         inner.socket.batch(
             [
-                change_interface(inner, "cable", up=False),
+                change_interface(inner, "veth", up=False),
                 _address(RTM_DELADDR, inner, host.address, prefix_bits),
                 change_interface(up, "TAP device", ("IFLA_ADDRESS", host.mac), mtu, silent),
                 change_interface(up, "TAP device", up=True),
@@ -348,7 +348,7 @@ class DockerLab:
         )
         outer.socket.batch(
             [
-                change_interface(outer, "cable", up=False),
+                change_interface(outer, "veth", up=False),
                 change_interface(down, "TAP device", ("IFLA_MASTER", bridge), mtu, silent),
                 change_interface(down, "TAP device", up=True),
             ]
@@ -370,11 +370,11 @@ class DockerLab:
             for tap in self._taps:
                 os.close(tap)
             self._taps.clear()
-            for line in self._lines.values():
-                line.close()
+            for init in self._inits.values():
+                init.close()
             for host in self.hosts.values():
                 host.close()
-            self._lines.clear()
+            self._inits.clear()
             self.hosts.clear()
             if self._switch is not None:
                 self._switch.close()
@@ -486,15 +486,15 @@ def _remove(client: docker.DockerClient, containers: Sequence[Container], networ
 
 def _enter(pid: int) -> NetlinkSocket:
     try:
-        return NetlinkSocket.inside(f"/proc/{pid}/ns/net")
+        return NetlinkSocket.in_namespace(f"/proc/{pid}/ns/net")
     except PermissionError:
         raise LabError(f"this process may not enter a container's network; run: {_COMPOSE}, or use sudo") from None
     except FileNotFoundError:
         raise LabError(f"cannot see the containers: {_OTHER_NAMESPACE}") from None
 
 
-def _cable(host: DockerHost, outside: Mapping[int, ifinfmsg]) -> tuple[ifinfmsg, ifinfmsg]:
-    """The ends of a new container's cable: in the container, and at the bridge. outside: all interfaces there, by index."""
+def _veth_pair(host: DockerHost, outside: Mapping[int, ifinfmsg]) -> tuple[ifinfmsg, ifinfmsg]:
+    """The ends of a new container's veth pair: in the container, and at the bridge. outside: all interfaces there, by index."""
     # The daemon's word is checked: a PID means another process if we do not share its PID namespace, and an index
     # another interface if we do not share its network namespace.
     mine = next((x for x in interfaces(host.socket) if x.get_attr("IFLA_IFNAME") == INTERFACE), None)
@@ -502,8 +502,8 @@ def _cable(host: DockerHost, outside: Mapping[int, ifinfmsg]) -> tuple[ifinfmsg,
         raise LabError(f"cannot see the container of {host.name}: {_OTHER_NAMESPACE}")
     peer = outside.get(mine.get_attr("IFLA_LINK"))
     if peer is None or peer.get_attr("IFLA_LINK") != mine["index"] or not peer.get_attr("IFLA_MASTER"):
-        raise LabError(f"cannot see the cable of {host.name}: {_OTHER_NAMESPACE}")
-    # A new cable has no queue. What has one is being shaped by some other tool, which matches containers by itself.
+        raise LabError(f"cannot see the veth pair of {host.name}: {_OTHER_NAMESPACE}")
+    # A new veth has no queue. What has one is being shaped by some other tool, which matches containers by itself.
     if {mine.get_attr("IFLA_QDISC"), peer.get_attr("IFLA_QDISC")} != {"noqueue"}:
         raise LabError(f"something else shapes the link of {host.name}; end that first")
     return mine, peer

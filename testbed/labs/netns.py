@@ -1,6 +1,6 @@
 """The rootless lab: every host a network namespace, joined by a bridge in a namespace of its own.
 
-It lives inside private user, network, mount and PID namespaces (``enclosure`` gives the command), so it needs no root, touches
+It lives inside private user, network, mount and PID namespaces, its sandbox (``sandbox_command``), so it needs no root, touches
 nothing on the machine, and whatever way its first process dies the kernel removes it all.
 """
 
@@ -43,7 +43,7 @@ _NOBODY = 65534
 _NEW = NLM_F_CREATE | NLM_F_EXCL
 
 
-def enclosure() -> list[str]:
+def sandbox_command() -> list[str]:
     """The command prefix that runs a program in fresh private namespaces; raises LabError with the mend."""
     if shutil.which("unshare") is None:
         raise LabError(
@@ -116,7 +116,7 @@ class NetnsHost:
         self._processes: list[Process] = []
 
     @property
-    def way_in(self) -> Mapping[str, int | str]:
+    def nsenter_target(self) -> Mapping[str, int | str]:
         return {"namespace": self.namespace}
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> Process:
@@ -133,7 +133,7 @@ class NetnsHost:
         self._processes.append(process)
         return process
 
-    def seen(self, path: Path) -> str:
+    def path_on_host(self, path: Path) -> str:
         return str(path.resolve())
 
     def close(self) -> None:
@@ -158,7 +158,7 @@ class NetnsLab:
         self._groups = groups
         self._switches: dict[str, _Switch] = {}
         self.hosts: dict[str, NetnsHost] = {}
-        self._cables: dict[str, tuple[int, int]] = {}
+        self._tap_pairs: dict[str, tuple[int, int]] = {}
         self._taps: list[int] = []
         self._line = ExitStack()
         self.links = make_shaper(plan)
@@ -180,9 +180,9 @@ class NetnsLab:
                 self._wire_hosts(self._switches[switch], [self.hosts[name] for name in hosts])
             self._wire_trunks()
             self._introduce()
-            if self._cables:
+            if self._tap_pairs:
                 self._taps.clear()  # they are the line's now
-                self.links.line = self._line.enter_context(DelayLine(self._cables))
+                self.links.line = self._line.enter_context(DelayLine(self._tap_pairs))
             self.links.apply(self._plan.links)
         except BaseException as error:
             self._close()
@@ -204,7 +204,7 @@ class NetnsLab:
         for host in hosts:
             port = switch.next_port()
             if host.name in self._plan.lined:
-                self._cables[host.name] = (
+                self._tap_pairs[host.name] = (
                     self._tap(host.namespace, INTERFACE, _ETH0_INDEX),
                     self._tap(switch.namespace, host.name, port),
                 )
@@ -219,7 +219,7 @@ class NetnsLab:
             switch.ports[host.name] = port
         switch.socket.batch(requests)
         for host in hosts:
-            largest = self._plan.packet_bytes.get(host.name, UNCUT_PACKET_BYTES)
+            largest = self._plan.max_gso_bytes.get(host.name, UNCUT_PACKET_BYTES)
             host.socket.batch(
                 [
                     _link("loopback", _LOOPBACK_INDEX, "lo", up=True),
@@ -237,7 +237,7 @@ class NetnsLab:
             ports = first.next_port(), second.next_port()
             interface = f"trunk{number}"
             if name in self._plan.lined:
-                self._cables[name] = (
+                self._tap_pairs[name] = (
                     self._tap(first.namespace, interface, ports[0]),
                     self._tap(second.namespace, interface, ports[1]),
                 )
@@ -372,7 +372,7 @@ def _veth(name: str, index: int, peer_name: str, peer_index: int, peer_namespace
             {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", {"attrs": [("VETH_INFO_PEER", peer)]})]},
         ),
     ]
-    return encode(message, RTM_NEWLINK, _NEW, f"cable of {name}")
+    return encode(message, RTM_NEWLINK, _NEW, f"veth pair of {name}")
 
 
 def _address(address: str) -> Request:

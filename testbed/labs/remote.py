@@ -24,7 +24,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from netsenseml.records import monotonic_s
 from testbed import protocol
 from testbed.agent import messages
-from testbed.agent.channel import MOST_PART_BYTES, Channel, make_secret, secured
+from testbed.agent.channel import MAX_PAYLOAD_BYTES, Channel, make_secret, secured
 from testbed.clock import Clock
 from testbed.files import everything_in, explained
 from testbed.labs.base import HostFailed, LabError, LabPlan
@@ -104,17 +104,17 @@ class RemoteNode:
         """A number that no request and no program of this node has had."""
         return next(self._numbers)
 
-    def send(self, message: messages.Message, part: bytes = b"") -> None:
+    def send(self, message: messages.Message, payload: bytes = b"") -> None:
         """Send what needs no answer."""
         if self._lost:
             raise NodeLost(self.lost)
-        self._channel.send(message, part)
+        self._channel.send(message, payload)
 
-    def ask(self, message: messages.Request, part: bytes = b"") -> int:
+    def ask(self, message: messages.Request, payload: bytes = b"") -> int:
         """Send a request; its number is for ``answer``."""
         with self._changed:
             self._asked.add(message.request)
-        self.send(message, part)
+        self.send(message, payload)
         return message.request
 
     def answer(self, request: int, timeout_s: float = _ANSWER_S, most_s: float = 0.0) -> Mapping[str, Any]:
@@ -165,7 +165,7 @@ class RemoteNode:
             self._lost = protocol.one_line(reason) or "its connection has ended"
             self._changed.notify_all()
 
-    def _heard(self, message: Any, part: bytes) -> None:
+    def _heard(self, message: Any, payload: bytes) -> None:
         now_s = monotonic_s()
         cell = self._cell  # another thread may detach it meanwhile
         if not self.name and not isinstance(message, messages.Hello):
@@ -194,13 +194,13 @@ class RemoteNode:
             case messages.Grown(path=path):
                 self._grown_s = now_s
                 try:
-                    cell.append(path, part)
+                    cell.append(path, payload)
                 except OSError as error:
                     self.failure = self.failure or f"records could not be written: {explained(error)}"
             case messages.Call(connection=connection):
                 cell.connect(connection)
             case messages.Data(connection=connection):
-                cell.say(connection, part)
+                cell.say(connection, payload)
             case messages.HangUp(connection=connection):
                 cell.hang_up(connection)
 
@@ -315,7 +315,7 @@ class RemoteHost:
         return self.node.clock
 
     @property
-    def way_in(self) -> Mapping[str, int | str]:
+    def nsenter_target(self) -> Mapping[str, int | str]:
         raise ValueError(f"{self.name} is on another machine, {self.node.name}, where programs of this one cannot run")
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> RemoteProcess:
@@ -327,7 +327,7 @@ class RemoteHost:
         self.node.send(wanted)
         return RemoteProcess(self.node, number)
 
-    def seen(self, path: Path) -> str:
+    def path_on_host(self, path: Path) -> str:
         return f"{self._root}/{_relative(path, self._directory)}"
 
 
@@ -363,8 +363,8 @@ class RemoteRecorder:
         self._node_of = {name: host.node for name, host in hosts.items()}
 
     def __enter__(self) -> Self:
-        if self._recording.door is not None:
-            self._recording.door.refusal = "its links and hosts are on other machines, where nothing can be done by hand"
+        if self._recording.server is not None:
+            self._recording.server.refusal = "its links and hosts are on other machines, where nothing can be done by hand"
         asked = [(node, request) for node in self._nodes for request in self._send_timeline(node)]
         for node, request in asked:
             node.answer(request)
@@ -465,10 +465,10 @@ class RemoteLab:
         message = messages.Put(path=_relative(path, self._directory), executable=executable)
         with open(path, "rb") as file:
             while True:
-                data = file.read(MOST_PART_BYTES)
+                data = file.read(MAX_PAYLOAD_BYTES)
                 for node in self._nodes.values():
                     node.send(message, data)
-                if len(data) < MOST_PART_BYTES:
+                if len(data) < MAX_PAYLOAD_BYTES:
                     return
 
     def _open(self, placement: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
@@ -478,9 +478,9 @@ class RemoteLab:
             details = {host: dict(more) for host, (where, more) in placement.items() if where == name}
             self._homes[name].expect(path for host in details for path in self._view.own[host])
             links = {host: self._plan.links[host] for host in details}
-            part = replace(self._plan, links=links, switches={}, view=None)
+            plan = replace(self._plan, links=links, switches={}, view=None)
             request = messages.Open(request=node.number(), details=details)
-            asked.append((node, details, node.ask(request, _PLAN.dump_json(part))))
+            asked.append((node, details, node.ask(request, _PLAN.dump_json(plan))))
         for node, details, number in asked:
             made = node.result(number, _Made)
             if not details.keys() == made.hosts.keys() == made.root.keys():

@@ -28,7 +28,7 @@ from typing import Any, Self
 import docker
 from docker.errors import APIError, NotFound
 
-from testbed.agent.containers import DOCKER, KEEPER
+from testbed.agent.containers import DOCKER, INIT_SOCKET
 from testbed.labs.base import OOM_SCORE_ADJ, LabError, LabPlan, Limits, View
 from testbed.labs.docker import (
     DEFAULT_IMAGE,
@@ -55,7 +55,7 @@ _AGENT_DIRECTORY = "/run/netsense"
 _SECRET = "netsense"  # noqa: S105  (a file's name)
 _AGENT = (
     'exec python -m testbed.agent "$0" --name "$NODE" --secret /run/secrets/' + _SECRET + " "
-    f"--lab testbed.agent.containers:ContainerPart --directory {_AGENT_DIRECTORY}"
+    f"--lab testbed.agent.containers:ContainerNodeLab --directory {_AGENT_DIRECTORY}"
 )
 _AGENT_CAPABILITIES = ("SYS_ADMIN", "NET_ADMIN", "NET_RAW", "CHOWN", "FOWNER", "DAC_OVERRIDE")
 """To enter the namespaces of containers, to shape what is in there, to wake a link, to hand files over to the programs."""
@@ -322,10 +322,10 @@ class SwarmLab(RemoteLab):
         return path.resolve().relative_to(self._directory).as_posix()
 
     def _container(self, host: str, user: int) -> dict[str, Any]:
-        keeper = Path(__file__).with_name("keeper.py").read_text()
+        init = Path(__file__).with_name("container_init.py").read_text()
         return {
             "Image": self._swarm.image,
-            "Command": ["python", "-I", "-S", "-c", keeper, KEEPER, host],
+            "Command": ["python", "-I", "-S", "-c", init, INIT_SOCKET, host],
             "Hostname": host,
             "User": f"{user}:{user}",
             "ReadOnly": True,

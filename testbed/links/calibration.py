@@ -20,10 +20,11 @@ from typing import Any
 
 from netsenseml.records import monotonic_s
 from testbed.labs.base import Lab, LabPlan, Process
-from testbed.links import gauge
+from testbed.links import measurement_programs
+from testbed.links.measurement_programs import LARGEST_FLOOD_BYTES, SMALLEST_DATAGRAM_BYTES
 from testbed.links.qdiscs import QdiscCounters, burst_bytes, frame_bytes
 from testbed.links.shaper import Place
-from testbed.links.state import Shape
+from testbed.links.state import LinkParameters
 
 RATE_TOLERANCE = 0.03
 DELAY_TOLERANCE, DELAY_TOLERANCE_S = 0.03, 1e-3
@@ -108,19 +109,19 @@ def carried_bps(plan: LabPlan, pairs: Iterable[Pair]) -> dict[Place, float]:
     arriving: dict[Pair, float | None] = {pair: _flood_bps(plan, way) for pair, way in routes.items()}
     carried: dict[Place, float] = {}
     for side in sorted({side for way in routes.values() for side in way}, key=lambda one: _stage(plan, one)):
-        shape = _shape(plan, side)
+        parameters = _parameters(plan, side)
         members = [pair for pair, way in routes.items() if side in way]
         rates = [rate for pair in members if (rate := arriving[pair]) is not None]
         # netem loses packets before they come to the limiter, the delay line after it.
-        surviving = (1 - shape.loss.share) * (1 + shape.duplicate)
+        surviving = (1 - parameters.loss.share) * (1 + parameters.duplicate)
         before, after = (1.0, surviving) if side[0] in plan.lined else (surviving, 1.0)
         offered = sum(rates) * before
         known = len(rates) == len(members)
-        if shape.rate_bps is None:
+        if parameters.rate_bps is None:
             passed = offered
         else:
-            passed = min(offered, shape.rate_bps)
-            if known or offered >= shape.rate_bps:
+            passed = min(offered, parameters.rate_bps)
+            if known or offered >= parameters.rate_bps:
                 carried[side] = passed
         alone = len(members) == 1 or passed == offered
         for pair in members:
@@ -171,8 +172,8 @@ def _filling(plan: LabPlan, hosts: Sequence[str], limits: Mapping[Place, int]) -
 
 def expected_rtt(plan: LabPlan, source: str, target: str) -> tuple[float, float]:
     """(mean, standard deviation) in s of the RTT between two hosts whose links are idle: the sum of all one-way delays."""
-    shapes = [_shape(plan, side) for way in (plan.route(source, target), plan.route(target, source)) for side in way]
-    return sum(shape.delay_s for shape in shapes), math.sqrt(sum(shape.jitter_s**2 for shape in shapes))
+    hops = [_parameters(plan, side) for way in (plan.route(source, target), plan.route(target, source)) for side in way]
+    return sum(hop.delay_s for hop in hops), math.sqrt(sum(hop.jitter_s**2 for hop in hops))
 
 
 def delayed_pairs(plan: LabPlan) -> list[Pair]:
@@ -194,11 +195,11 @@ def calibrate(lab: Lab, plan: LabPlan, logs: Path) -> list[Measurement]:
 
     logs: a directory that the hosts can write to.
     """
-    gauges = Gauges(lab, logs)
+    programs = MeasurementPrograms(lab, logs)
     delayed = delayed_pairs(plan)
     tests = [
-        *([partial(measure_rtts, gauges, plan, delayed)] if delayed else []),
-        *(partial(measure_rates, gauges, plan, flows) for flows in rounds(plan)),
+        *([partial(measure_rtts, programs, plan, delayed)] if delayed else []),
+        *(partial(measure_rates, programs, plan, flows) for flows in rounds(plan)),
     ]
     return [measurement for test in tests for measurement in attempts(test)]
 
@@ -226,8 +227,8 @@ def closest(results: Iterable[Measurement]) -> list[Measurement]:
     return list(best.values())
 
 
-class Gauges:
-    """Runs programs of ``gauge`` on the hosts of a lab and reads what they report."""
+class MeasurementPrograms:
+    """Runs ``measurement_programs`` on the hosts of a lab and reads what they report."""
 
     def __init__(self, lab: Lab, logs: Path) -> None:
         self.lab = lab
@@ -238,7 +239,7 @@ class Gauges:
         """Start a program with a log of its own."""
         self._started += 1
         log = self._logs / f"calibration-{host}-{program}-{self._started}.log"
-        return self.lab.hosts[host].start(gauge.command(program, *arguments), {}, log), log
+        return self.lab.hosts[host].start(measurement_programs.command(program, *arguments), {}, log), log
 
     def report(self, running: tuple[Process, Path], seconds: float = 0.0) -> dict[str, Any] | None:
         """What a program that takes some seconds printed at its end; None if it failed, or is killed as it does not end."""
@@ -261,18 +262,18 @@ class Gauges:
             log.unlink(missing_ok=True)
 
 
-def measure_rtts(gauges: Gauges, plan: LabPlan, pairs: Sequence[Pair], effort: int = 1) -> list[Measurement]:
+def measure_rtts(programs: MeasurementPrograms, plan: LabPlan, pairs: Sequence[Pair], effort: int = 1) -> list[Measurement]:
     """RTT of every pair at the same time: the least of some, or with jitter, which adds to the tolerance, their mean."""
     interval_s = _PING_INTERVAL_S * _crowding(len(pairs))
-    echoes = [gauges.start(host, "echo") for host in dict.fromkeys(target for _, target in pairs)]
+    echoes = [programs.start(host, "echo") for host in dict.fromkeys(target for _, target in pairs)]
     pings = {}
     for source, target in pairs:
         mean_s, deviation_s = expected_rtt(plan, source, target)
-        address, patience_s = gauges.lab.hosts[target].address, mean_s + 4 * deviation_s + _PING_PATIENCE_S
-        pings[source, target] = gauges.start(source, "ping", address, effort * _PINGS, interval_s, patience_s)
+        address, patience_s = programs.lab.hosts[target].address, mean_s + 4 * deviation_s + _PING_PATIENCE_S
+        pings[source, target] = programs.start(source, "ping", address, effort * _PINGS, interval_s, patience_s)
     results = []
     for (source, target), running in pings.items():
-        report = gauges.report(running, effort * _PINGS * interval_s + expected_rtt(plan, source, target)[0])
+        report = programs.report(running, effort * _PINGS * interval_s + expected_rtt(plan, source, target)[0])
         rtts_s = report["rtts_s"] if report else []
         expected_s, deviation_s = expected_rtt(plan, source, target)
         tolerance_s = delay_tolerance(expected_s)
@@ -282,7 +283,7 @@ def measure_rtts(gauges: Gauges, plan: LabPlan, pairs: Sequence[Pair], effort: i
             measured_s = min(rtts_s, default=math.nan)
         results.append(Measurement("rtt", expected_s, measured_s, tolerance_s, source=source, target=target))
     for running in echoes:
-        gauges.stop(running)
+        programs.stop(running)
     return results
 
 
@@ -291,20 +292,20 @@ def delay_tolerance(expected_s: float) -> float:
     return max(DELAY_TOLERANCE * expected_s, DELAY_TOLERANCE_S)
 
 
-def measure_rates(gauges: Gauges, plan: LabPlan, flows: Round, effort: int = 1) -> list[Measurement]:
+def measure_rates(programs: MeasurementPrograms, plan: LabPlan, flows: Round, effort: int = 1) -> list[Measurement]:
     """Flood all pairs of a round and read the kernel's counters until the floods end and the queues are empty."""
-    lab = gauges.lab
+    lab = programs.lab
     crowding = _crowding(len(flows.pairs))
     ways = {pair: plan.route(*pair) for pair in flows.pairs}
     floods = {pair: _Flood.on(plan, way, crowding, effort) for pair, way in ways.items()}
-    ignoring = [gauges.start(host, "ignore") for host in dict.fromkeys(target for _, target in flows.pairs)]
+    ignoring = [programs.start(host, "ignore") for host in dict.fromkeys(target for _, target in flows.pairs)]
     begin_s = monotonic_s() + _SETTLE_S + _START_S * len(floods) + max(expected_rtt(plan, *pair)[0] for pair in floods)
     running = {}
     for (source, target), flood in floods.items():
         seconds = flood.warm_s + flood.window_s + 2 * _SAMPLE_S * crowding
         address = lab.hosts[target].address
         words = (address, lab.hosts[source].clock.own(begin_s), seconds, flood.rate_bps, flood.datagram_bytes, flood.segments)
-        running[source, target] = gauges.start(source, "flood", *words)
+        running[source, target] = programs.start(source, "flood", *words)
     samples: list[tuple[float, Mapping[Place, QdiscCounters]]] = []
     deadline_s = begin_s + max(flood.warm_s + flood.window_s for flood in floods.values()) + _PATIENCE_S
     while any(process.poll() is None for process, _ in running.values()) and monotonic_s() < deadline_s:
@@ -312,9 +313,9 @@ def measure_rates(gauges: Gauges, plan: LabPlan, flows: Round, effort: int = 1) 
         counters = lab.links.counters()
         samples.append(((before_s + monotonic_s()) / 2, counters))
         time.sleep(_SAMPLE_S * crowding)
-    reports = {pair: gauges.report(process) for pair, process in running.items()}
+    reports = {pair: programs.report(process) for pair, process in running.items()}
     for target_program in ignoring:
-        gauges.stop(target_program)
+        programs.stop(target_program)
     _drain(lab, plan)
 
     results = []
@@ -327,7 +328,7 @@ def measure_rates(gauges: Gauges, plan: LabPlan, flows: Round, effort: int = 1) 
             last_s = min(clock.reference(report["end_s"]) for _, report, clock in done)
             measured = _rate_between(samples, side, first_s, last_s)
         tolerance = RATE_TOLERANCE * expected
-        loss = max((_shape(plan, one).loss for pair in through for one in ways[pair]), key=lambda one: one.share)
+        loss = max((_parameters(plan, one).loss for pair in through for one in ways[pair]), key=lambda one: one.share)
         if loss.share:
             # Three standard deviations of a binomial share; losses in bursts are so many fewer events.
             flood = floods[through[0]]
@@ -350,12 +351,12 @@ class _Flood:
 
     @classmethod
     def on(cls, plan: LabPlan, way: Sequence[Place], crowding: float, effort: int) -> "_Flood":
-        limits = [rate for side in way if (rate := _shape(plan, side).rate_bps) is not None]
+        limits = [rate for side in way if (rate := _parameters(plan, side).rate_bps) is not None]
         slowest = min(limits)
         # Packets of 2 ms cost few calls of the kernel and still leave the counters fine-grained.
-        size = max(round(slowest * _CHUNK_S * crowding / 8), gauge.SMALLEST_DATAGRAM_BYTES)
+        size = max(round(slowest * _CHUNK_S * crowding / 8), SMALLEST_DATAGRAM_BYTES)
         frame = frame_bytes(plan.mtu)
-        size = min(size, plan.packet_bytes.get(way[0][0], gauge.LARGEST_FLOOD_BYTES), gauge.LARGEST_FLOOD_BYTES)
+        size = min(size, plan.max_gso_bytes.get(way[0][0], LARGEST_FLOOD_BYTES), LARGEST_FLOOD_BYTES)
         segments = min(max(1, size // frame), _MOST_SEGMENTS)
         datagram = frame if segments > 1 else min(size, frame)
         shortest_s = max(_FEWEST_CHUNKS * datagram * segments * 8 / slowest, _FEWEST_SAMPLES * _SAMPLE_S * crowding)
@@ -387,7 +388,7 @@ def _rate_between(
 
 def _drain(lab: Lab, plan: LabPlan) -> None:
     """Wait until nothing is under way any more, so that the cell begins on idle links."""
-    time.sleep(max(_shape(plan, side).delay_s + 4 * _shape(plan, side).jitter_s for side in _sides(plan)))
+    time.sleep(max(_parameters(plan, side).delay_s + 4 * _parameters(plan, side).jitter_s for side in _sides(plan)))
     deadline_s = monotonic_s() + _DRAIN_S
     while any(one.backlog_bytes for one in lab.links.counters().values()) and monotonic_s() < deadline_s:
         time.sleep(0.005)
@@ -407,14 +408,14 @@ def _sides(plan: LabPlan) -> list[Place]:
     return [(link, direction) for link in plan.links for direction in ("up", "down")]
 
 
-def _shape(plan: LabPlan, side: Place) -> Shape:
-    shape: Shape = getattr(plan.links[side[0]], side[1])
-    return shape
+def _parameters(plan: LabPlan, side: Place) -> LinkParameters:
+    parameters: LinkParameters = getattr(plan.links[side[0]], side[1])
+    return parameters
 
 
 def _limits(plan: LabPlan) -> dict[Place, int]:
     """Limits in bits/s of the directions that have one and are not cut off."""
-    limits = {side: _shape(plan, side).rate_bps for side in _sides(plan) if plan.links[side[0]].connected}
+    limits = {side: _parameters(plan, side).rate_bps for side in _sides(plan) if plan.links[side[0]].connected}
     return {side: rate for side, rate in limits.items() if rate}
 
 
@@ -425,4 +426,4 @@ def _within_reach(plan: LabPlan) -> list[str]:
 
 
 def _flood_bps(plan: LabPlan, way: Sequence[Place]) -> float:
-    return _OVERLOAD * next((rate for side in way if (rate := _shape(plan, side).rate_bps) is not None), 0)
+    return _OVERLOAD * next((rate for side in way if (rate := _parameters(plan, side).rate_bps) is not None), 0)

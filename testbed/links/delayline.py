@@ -99,20 +99,20 @@ class LineCounters:
 class DelayLine:
     """Starts the program on entering, ends it on leaving.
 
-    cables: for each link, the descriptor of the TAP at the host, or first switch, and of that at the switch, or second switch.
+    tap_pairs: for each link, descriptors of two TAP devices, at the host, or first switch, and at the switch, or second switch.
     "up" is what is read from the first and written to the second. Entering closes them here, whatever comes of it, so that the
     devices vanish with the program. Directions without conditions pass their frames at once.
 
     Enter it in a thread that lives as long as the line: the kernel ends the program when that thread ends (prctl(2)).
     """
 
-    def __init__(self, cables: Mapping[str, tuple[int, int]]) -> None:
-        self._cables = dict(cables)
+    def __init__(self, tap_pairs: Mapping[str, tuple[int, int]]) -> None:
+        self._tap_pairs = dict(tap_pairs)
         self._tables: set[str] = set()
         self.pid = 0
 
     def __enter__(self) -> Self:
-        taps = [fd for pair in self._cables.values() for fd in pair]
+        taps = [fd for pair in self._tap_pairs.values() for fd in pair]
         try:
             self._start(taps)
         finally:
@@ -135,7 +135,7 @@ class DelayLine:
             )
         self.pid = self._process.pid
         try:
-            self._ask({"cables": self._cables})
+            self._ask({"tap_pairs": self._tap_pairs})
         except BaseException:
             self._close()
             raise
@@ -192,7 +192,7 @@ class DelayLine:
         try:
             code = self._process.wait(_ANSWER_S)
         except subprocess.TimeoutExpired:
-            return "the delay line has closed its door and does not end"
+            return "the delay line has closed its socket and does not end"
         last_words = (self._process.stderr.read().decode(errors="replace").strip().splitlines() or [""])[-1]
         if code < 0:
             return f"the delay line was ended by signal {-code}"
@@ -264,7 +264,7 @@ class _Lane:
         self.tolerance_ns = max(round(LATE_TOLERANCE_S * 1e9), round(LATE_TOLERANCE_SHARE * conditions.delay_ns))
 
     def refuse(self, error: OSError) -> None:
-        """Count a frame that the interface at its end did not take; one that is down takes none, as no cable would."""
+        """Count a frame that the interface at its end did not take; one that is down takes none."""
         if error.errno != errno.EIO:
             self.impairment.overflowed += 1
 
@@ -281,9 +281,9 @@ class _Control:
     def __init__(self, control: socket.socket) -> None:
         self._socket = control
         self._tables: dict[str, Sequence[int]] = {}
-        cables = json.loads(control.recv(_DATAGRAM_BYTES))["cables"]
+        tap_pairs = json.loads(control.recv(_DATAGRAM_BYTES))["tap_pairs"]
         self.lanes: dict[tuple[str, str], _Lane] = {}
-        for link, (first, second) in cables.items():
+        for link, (first, second) in tap_pairs.items():
             self.lanes[link, "up"] = _Lane(first, second)
             self.lanes[link, "down"] = _Lane(second, first)
         control.send(b"{}")

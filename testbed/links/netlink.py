@@ -106,7 +106,7 @@ def back_to_own_namespace() -> Iterator[None]:
             os.close(home)
 
 
-_NUDGE = bytes.fromhex("0180c200000e 020000000001 88b5") + bytes(46)
+_WAKEUP_FRAME = bytes.fromhex("0180c200000e 020000000001 88b5") + bytes(46)
 """The shortest frame, of a type that IEEE 802 keeps for experiments, to an address that no bridge forwards."""
 
 
@@ -129,7 +129,7 @@ class NetlinkSocket:
         self._frames: socket.socket | None = None
 
     @classmethod
-    def inside(cls, namespace: str | int) -> Self:
+    def in_namespace(cls, namespace: str | int) -> Self:
         """A socket in another namespace, given as a path such as /proc/<pid>/ns/net or as an open descriptor."""
         fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC) if isinstance(namespace, str) else namespace
         try:
@@ -145,7 +145,7 @@ class NetlinkSocket:
         if self._frames is not None:
             self._frames.close()
 
-    def nudge(self, interface: str) -> None:
+    def send_wakeup_frame(self, interface: str) -> None:
         """Send one short frame out of an interface, so that its qdisc looks after its queue. Needs CAP_NET_RAW."""
         try:
             if self._frames is None:  # made late, as the kernel waits 16 ms when one is closed
@@ -156,11 +156,11 @@ class NetlinkSocket:
                         self._frames = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
                 finally:
                     os.close(namespace)
-            self._frames.sendto(_NUDGE, (interface, 0))
+            self._frames.sendto(_WAKEUP_FRAME, (interface, 0))
         except OSError:
             pass  # a full queue has been looked after all the same; an interface that is down has none
 
-    def settle(self, interface: str) -> None:
+    def flush_carrier(self, interface: str) -> None:
         """Have the kernel pass on what it has seen of an interface's carrier, which it puts off for up to a second."""
         value = ctypes.create_string_buffer(struct.pack("=II", _ETHTOOL_GLINK, 0))
         request = struct.pack("16sP", interface.encode(), ctypes.addressof(value)).ljust(40, b"\0")

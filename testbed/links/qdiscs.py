@@ -34,7 +34,7 @@ from pyroute2.netlink import NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST
 from pyroute2.netlink.rtnl import RTM_NEWQDISC, RTM_NEWTCLASS, TC_H_ROOT
 
 from testbed.links.netlink import Request, attributes
-from testbed.links.state import Loss, Shape
+from testbed.links.state import LinkParameters, Loss
 
 MAJOR = 0x7E50
 """Handles 7e50: to 7e5f: mark the qdiscs that are ours (Pumba's habit)."""
@@ -107,7 +107,7 @@ def burst_bytes(rate_bps: int, frame: int = ETHERNET_FRAME_BYTES, shaper: str = 
     return max(math.ceil(rate_bps / 8 * share_s), frames * frame)
 
 
-def largest_packet_bytes(rates_bps: Iterable[int | None], frame: int = ETHERNET_FRAME_BYTES) -> int:
+def tbf_max_packet_bytes(rates_bps: Iterable[int | None], frame: int = ETHERNET_FRAME_BYTES) -> int:
     """Wire size that no packet may exceed with tbf, so that it fits the bucket of every rate that a lab's links will ever have.
 
     tbf cuts a packet that is larger than the bucket when it is queued, but not one that was queued before the bucket became
@@ -117,15 +117,15 @@ def largest_packet_bytes(rates_bps: Iterable[int | None], frame: int = ETHERNET_
     return min((burst_bytes(rate, frame, "tbf") for rate in limited), default=UNCUT_PACKET_BYTES)
 
 
-def gso_limits(packet_bytes: int, mtu: int = 1500) -> tuple[int, int]:
+def gso_limits(max_gso_bytes: int, mtu: int = 1500) -> tuple[int, int]:
     """(IFLA_GSO_MAX_SIZE, IFLA_GSO_MAX_SEGS) for an interface whose packets must not exceed a wire size."""
-    frames = max(1, packet_bytes // frame_bytes(mtu))
+    frames = max(1, max_gso_bytes // frame_bytes(mtu))
     return min(frames * (mtu - _TCP_HEADERS_BYTES), 65536), min(frames, 65535)
 
 
-def queue_bytes(shape: Shape, rate_bps: int, frame: int = ETHERNET_FRAME_BYTES) -> int:
+def queue_bytes(parameters: LinkParameters, rate_bps: int, frame: int = ETHERNET_FRAME_BYTES) -> int:
     """Bytes that may wait at a rate: the time or size asked for, but never less than one frame."""
-    wanted = shape.queue_bytes if shape.queue_bytes is not None else math.ceil(rate_bps / 8 * shape.queue_s)
+    wanted = parameters.queue_bytes if parameters.queue_bytes is not None else math.ceil(rate_bps / 8 * parameters.queue_s)
     return min(max(wanted, frame), 2**32 - 1)
 
 
@@ -305,67 +305,67 @@ Tree = tuple[Node, ...]
 
 
 def compile_tree(
-    shape: Shape,
+    parameters: LinkParameters,
     *,
     impaired: bool = False,
     shaper: str = "htb",
     mtu: int = 1500,
-    packet_bytes: int = 0,
+    max_packet_bytes: int = 0,
     seed: int = 0,
 ) -> Tree:
     """The qdisc tree of one direction.
 
-    packet_bytes: largest packet that can arrive; the bucket of a tbf is never smaller (``largest_packet_bytes``).
-    impaired: put netem into the tree even if this shape does not need it, because a later one on the same link will; so
+    max_packet_bytes: largest packet that can arrive; the bucket of a tbf is never smaller (``tbf_max_packet_bytes``).
+    impaired: put netem into the tree even if these parameters do not need it, because later ones on the same link will; so
     that no change ever has to replace the root and lose what is queued.
     """
-    below, waiting = _limiter(shape, shaper, frame_bytes(mtu), packet_bytes)
-    if not (impaired or shape.impaired):
+    below, waiting = _limiter(parameters, shaper, frame_bytes(mtu), max_packet_bytes)
+    if not (impaired or parameters.impaired):
         return below
     # Room for a bandwidth-delay product of the smallest frames; older kernels count the packets of the child, too.
-    flying = (shape.rate_bps or 10**10) / 8 * (shape.delay_s + 4 * shape.jitter_s) / _SMALLEST_FRAME_BYTES
+    flying = (parameters.rate_bps or 10**10) / 8 * (parameters.delay_s + 4 * parameters.jitter_s) / _SMALLEST_FRAME_BYTES
     netem = Netem(
-        delay_ns=round(shape.delay_s * 1e9),
-        jitter_ns=round(shape.jitter_s * 1e9),
-        distribution=shape.distribution,
-        loss=shape.loss,
-        duplicate=shape.duplicate,
-        corrupt=shape.corrupt,
-        reorder=shape.reorder,
+        delay_ns=round(parameters.delay_s * 1e9),
+        jitter_ns=round(parameters.jitter_s * 1e9),
+        distribution=parameters.distribution,
+        loss=parameters.loss,
+        duplicate=parameters.duplicate,
+        corrupt=parameters.corrupt,
+        reorder=parameters.reorder,
         limit_packets=min(math.ceil(flying) + waiting + 1000, 2**31),
         seed=seed,
-        in_order=shape.in_order,
+        in_order=parameters.in_order,
     )
     return (netem, *below)
 
 
-def _limiter(shape: Shape, shaper: str, frame: int, packet_bytes: int) -> tuple[Tree, int]:
+def _limiter(parameters: LinkParameters, shaper: str, frame: int, max_packet_bytes: int) -> tuple[Tree, int]:
     """What limits rate and queue, and how many packets may wait in it."""
-    if shape.rate_bps is None:
+    if parameters.rate_bps is None:
         return (Pfifo(_UNLIMITED_PACKETS),), _UNLIMITED_PACKETS
-    if shape.rate_bps == 0:
-        return _outage(shape, shaper, frame, packet_bytes)
-    burst = burst_bytes(shape.rate_bps, frame, shaper)
-    limit = queue_bytes(shape, shape.rate_bps, frame)
+    if parameters.rate_bps == 0:
+        return _outage(parameters, shaper, frame, max_packet_bytes)
+    burst = burst_bytes(parameters.rate_bps, frame, shaper)
+    limit = queue_bytes(parameters, parameters.rate_bps, frame)
     waiting = limit // _SMALLEST_FRAME_BYTES
     if shaper == "tbf":
         # A tbf holds what waits for its bucket, so a queue below that could never fill the bucket.
-        burst = max(burst, min(packet_bytes, UNCUT_PACKET_BYTES))
+        burst = max(burst, min(max_packet_bytes, UNCUT_PACKET_BYTES))
         limit = max(limit, burst + frame)
-        return (Tbf(shape.rate_bps, burst, limit),), waiting
-    whole = math.ceil(shape.rate_bps / 8 * _WHOLE_S) if shape.rate_bps >= _WHOLE_BPS else 0
+        return (Tbf(parameters.rate_bps, burst, limit),), waiting
+    whole = math.ceil(parameters.rate_bps / 8 * _WHOLE_S) if parameters.rate_bps >= _WHOLE_BPS else 0
     # What is larger than the queue could never enter it.
     cut = Cut(max(frame, min(max(burst, min(whole, UNCUT_PACKET_BYTES)), limit)), limit)
-    return (Htb(), HtbClass(shape.rate_bps, burst), cut, _queue(shape, shape.rate_bps, limit, frame)), waiting
+    return (Htb(), HtbClass(parameters.rate_bps, burst), cut, _queue(parameters, parameters.rate_bps, limit, frame)), waiting
 
 
-def _outage(shape: Shape, shaper: str, frame: int, packet_bytes: int) -> tuple[Tree, int]:
+def _outage(parameters: LinkParameters, shaper: str, frame: int, max_packet_bytes: int) -> tuple[Tree, int]:
     """Nothing passes and what comes waits; htb alone could not be told so without a debt that outlasts the outage.
 
     A frame that leaves at a low rate leaves a debt of its time at that rate, 1.5 s at 8 kbit/s, which no rise shortens. So the
     class keeps a rate, and it is the tbf that is shut. A queue given as a time holds as many bytes as at ``_OUTAGE_BPS``.
     """
-    tree, waiting = _limiter(shape.with_changes({"rate_bps": _OUTAGE_BPS}), shaper, frame, packet_bytes)
+    tree, waiting = _limiter(parameters.with_changes({"rate_bps": _OUTAGE_BPS}), shaper, frame, max_packet_bytes)
     return tuple(_shut(node) for node in tree), waiting
 
 
@@ -379,16 +379,16 @@ def _shut(node: Node) -> Node:
             return node
 
 
-def _queue(shape: Shape, rate_bps: int, limit: int, frame: int) -> Bfifo | Codel | Cake:
-    if shape.aqm == "fifo":
+def _queue(parameters: LinkParameters, rate_bps: int, limit: int, frame: int) -> Bfifo | Codel | Cake:
+    if parameters.aqm == "fifo":
         return Bfifo(limit)
     # One frame must be able to wait for the one before it (RFC 8289, section 4.4).
     target_s = max(_CODEL_TARGET_S, 1.5 * frame * 8 / rate_bps)
     interval_s = max(_CODEL_INTERVAL_S, 10 * target_s)
     target_us, interval_us, packets = round(target_s * 1e6), round(interval_s * 1e6), max(1, limit // frame)
-    if shape.aqm == "cake":
+    if parameters.aqm == "cake":
         return Cake(target_us, interval_us, min(packets * (frame + _SKB_BYTES), 0xFFFFFFFF))
-    return Codel(shape.aqm == "fq_codel", target_us, interval_us, packets, shape.ecn)
+    return Codel(parameters.aqm == "fq_codel", target_us, interval_us, packets, parameters.ecn)
 
 
 def bucket_of(tree: Tree) -> int | None:

@@ -17,7 +17,7 @@ from testbed.links import qdiscs
 from testbed.links.delayline import DelayLine, LineCounters
 from testbed.links.netlink import BATCH, NetlinkSocket, Packed, Request, decode, encode
 from testbed.links.qdiscs import QdiscCounters, compile_tree
-from testbed.links.state import DIRECTIONS, LinkState, Shape
+from testbed.links.state import DIRECTIONS, LinkParameters, LinkState
 
 AF_BRIDGE = 7
 BR_STATE_DISABLED, BR_STATE_FORWARDING = 0, 3  # <linux/if_bridge.h>
@@ -75,7 +75,7 @@ class Shaper:
     """All links of a lab. Ports are added once, then states are applied and counters read for many links at a time.
 
     impaired: (link, direction) that carries netem from the start, because some state of it will need it.
-    shaper, mtu, packet_bytes: see ``qdiscs.compile_tree``. seed: of the random impairments.
+    shaper, mtu, max_packet_bytes: see ``qdiscs.compile_tree``. seed: of the random impairments.
     line: the delay line that stands for netem; None: the kernel's netem impairs.
     """
 
@@ -85,14 +85,14 @@ class Shaper:
         *,
         shaper: str = "htb",
         mtu: int = 1500,
-        packet_bytes: int = qdiscs.UNCUT_PACKET_BYTES,
+        max_packet_bytes: int = qdiscs.UNCUT_PACKET_BYTES,
         seed: int = 0,
     ) -> None:
         self.line: DelayLine | None = None
         self.line_counters: LineCounters | None = None
         self._impaired = frozenset(impaired)
         self.mtu = mtu
-        self._shaper, self._packet_bytes, self._seed = shaper, packet_bytes, seed
+        self._shaper, self._max_packet_bytes, self._seed = shaper, max_packet_bytes, seed
         self._changes = 0
         self._version = 0
         self._ports: dict[Place, Port] = {}
@@ -192,16 +192,16 @@ class Shaper:
                 before = getattr(self._states[link], direction).rate_bps if link in self._states else None
                 if before == 0 and getattr(state, direction).rate_bps != 0:
                     port = self._ports[link, direction]
-                    port.socket.nudge(port.interface)
+                    port.socket.send_wakeup_frame(port.interface)
 
-    def _tree(self, place: Place, shape: Shape, before: qdiscs.Tree | None) -> qdiscs.Tree:
+    def _tree(self, place: Place, parameters: LinkParameters, before: qdiscs.Tree | None) -> qdiscs.Tree:
         def compiled(seed: int) -> qdiscs.Tree:
             return compile_tree(
-                shape,
+                parameters,
                 impaired=place in self._impaired,
                 shaper=self._shaper,
                 mtu=self.mtu,
-                packet_bytes=self._packet_bytes,
+                max_packet_bytes=self._max_packet_bytes,
                 seed=seed,
             )
 
@@ -222,7 +222,7 @@ class Shaper:
         """
         port = self._ports[link, "down"]
         wanted = BR_STATE_FORWARDING if connected else BR_STATE_DISABLED
-        port.socket.settle(port.interface)  # the bridge enables a port anew when it hears, late, that it has a carrier
+        port.socket.flush_carrier(port.interface)  # the bridge enables a port anew when it hears, late, that it has a carrier
         port.socket.batch([set_port(port.ifindex, link, "IFLA_BRPORT_STATE", wanted)])
         ((answer,),) = port.socket.batch([_interface_request(port)])
         found = decode(answer, ifinfmsg).get_nested("IFLA_LINKINFO", "IFLA_INFO_SLAVE_DATA", "IFLA_BRPORT_STATE")

@@ -38,7 +38,7 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class LinkParameters:
     """Conditions in one direction of a link.
 
     rate_bps: bits/s on the wire, Ethernet header included; None: not limited; 0: an outage, in which what comes waits.
@@ -68,7 +68,7 @@ class Shape:
 
     @property
     def impaired(self) -> bool:
-        """True if a shaper alone cannot make this shape: something must delay, lose or spoil packets."""
+        """True if a shaper alone cannot do this: something must delay, lose or spoil packets."""
         return bool(self.delay_s or self.jitter_s or self.impairs_frames)
 
     @property
@@ -76,7 +76,7 @@ class Shape:
         """True if single frames meet a fate of their own, so that no packet may be larger than a frame."""
         return bool(self.loss.share or self.duplicate or self.corrupt or self.reorder)
 
-    def with_changes(self, changes: dict[str, Any]) -> "Shape":
+    def with_changes(self, changes: dict[str, Any]) -> "LinkParameters":
         """A copy with some properties replaced; all others stay as they are."""
         return replace(self, **changes)
 
@@ -90,8 +90,8 @@ class LinkState:
     connected: False is a partition; nothing passes in either direction, and nobody is told.
     """
 
-    up: Shape = Shape()
-    down: Shape = Shape()
+    up: LinkParameters = LinkParameters()
+    down: LinkParameters = LinkParameters()
     connected: bool = True
 
     def to_json(self) -> dict[str, Any]:

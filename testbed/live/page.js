@@ -3,7 +3,7 @@
 
 const $ = id => document.getElementById(id);
 const NONE = "–", SPACE = "\u00a0";
-const ALL = "";  // the choice that stands for every link, as the door understands an empty list
+const ALL = "";  // the choice that stands for every link, as the link server understands an empty list
 
 // The run, as the server tells it
 
@@ -28,7 +28,7 @@ function extended(before, told) {
     while (values.length && column.length < told.from) column.push(null);
     columns[name] = column.concat(values);
   }
-  return {width_s: told.width_s, told_s: told.told_s, columns};
+  return {width_s: told.width_s, reported_s: told.reported_s, columns};
 }
 
 // Numbers as people read them
@@ -215,7 +215,7 @@ function drawEvents() {
 // Figures
 
 const throughput = series => {
-  const whole = Math.floor(series.told_s / series.width_s);
+  const whole = Math.floor(series.reported_s / series.width_s);
   return (series.columns.samples || []).slice(0, whole).map(value => value == null ? null : value / series.width_s);
 };
 const PAYLOAD = 1448 / 1514 * 0.98;  // as in the report: TCP payload of a full frame, less the acknowledgements

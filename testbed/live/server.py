@@ -3,7 +3,7 @@
     GET  /TOKEN/             the page, or while nothing is under way, the report
     GET  /TOKEN/page.js, page.css
     GET  /TOKEN/events       server-sent events: all there is, then once a second what has changed
-    POST /TOKEN/link         {"cell", "links": [...], "set": {"rate", "delay", "up"}} → the answer of the cell's door
+    POST /TOKEN/link         {"cell", "links": [...], "set": {"rate", "delay", "up"}} → the answer of the cell's link server
     GET  /TOKEN/report.html  the report
 
 The token is part of the path, so that a browser sends it with nothing that the page itself did not ask for. A cookie would do
@@ -35,7 +35,7 @@ from typing import Any
 from testbed.files import LARGEST_BYTES, open_regular
 from testbed.live.view import RunView
 from testbed.protocol import decode_message, one_line
-from testbed.recording.door import ask
+from testbed.recording.link_server import send_request
 
 UPDATE_S = 1.0
 _READ_S = 0.2
@@ -92,7 +92,7 @@ class LivePage:
         self._lock = threading.Lock()
         self._pages: set[queue.Queue[str | None]] = set()
         self._reports = 0
-        self._door = threading.Lock()
+        self._link_requests = threading.Lock()
         self._rendering = threading.Lock()
         self.loopback = True
         try:
@@ -194,7 +194,7 @@ class LivePage:
             self._reports += 1
 
     def move(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Change links through the door of the cell that runs. Raises _Refused, one line."""
+        """Change links of the cell that runs. Raises _Refused, one line."""
         name, links, wanted = body.get("cell"), body.get("links"), body.get("set")
         cell = self._view.cells.get(name) if isinstance(name, str) else None
         if cell is None:
@@ -204,8 +204,8 @@ class LivePage:
         if not isinstance(wanted, dict) or not wanted or not all(_is_settable(*one) for one in wanted.items()):
             raise _Refused(HTTPStatus.BAD_REQUEST, f"set must have some of {', '.join(_SETTABLE)}")
         try:
-            with self._door:  # one at a time: the thread that answers is the one that keeps the links on time
-                return ask(cell.directory, {"links": links, "set": wanted})
+            with self._link_requests:  # one at a time: the thread that answers is the one that keeps the links on time
+                return send_request(cell.directory, {"links": links, "set": wanted})
         except (OSError, ValueError):
             raise _Refused(HTTPStatus.CONFLICT, f"{cell.name} does not run any more, or not yet") from None
 

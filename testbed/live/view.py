@@ -25,7 +25,7 @@ from testbed.protocol import (
     ranks_per_worker,
 )
 from testbed.protocol import SOCKET_FILE as CONTROL_FILE
-from testbed.recording.door import SOCKET_FILE as DOOR_FILE
+from testbed.recording.link_server import SOCKET_FILE as LINK_SOCKET_FILE
 from testbed.report.palette import palette
 from testbed.results.names import scenario
 from testbed.results.tolerances import BUSY_SHARE, FOREIGN_SHARE, LATE_S
@@ -126,7 +126,7 @@ class CellView:
         """ "waiting", "starting", "running", or how it ended: "done", "failed", "interrupted"."""
         if self._result_stamp is not None:
             return _text(self._result.get("status") or "damaged", 20)
-        if _exists(self.directory / DOOR_FILE):
+        if _exists(self.directory / LINK_SOCKET_FILE):
             return "running"
         return "starting" if _exists(self.directory / CONTROL_FILE) else "waiting"
 
@@ -137,8 +137,8 @@ class CellView:
         return _short(min(1.0, max(0.0, *shares))) if shares else None
 
     @property
-    def told_s(self) -> float:
-        """Up to this time all workers have told of their steps."""
+    def reported_s(self) -> float:
+        """Up to this time all workers have reported their steps."""
         return _short(min(self._ranks_end_s.values(), default=0.0)) or 0.0
 
     @property
@@ -361,8 +361,8 @@ class CellView:
         else:
             self._events.append({**shown, "links": [link]})
 
-    def _rate(self, shape: Mapping[str, Any]) -> float | None:
-        rate_bps = number(shape.get("rate_bps"))
+    def _rate(self, parameters: Mapping[str, Any]) -> float | None:
+        rate_bps = number(parameters.get("rate_bps"))
         return None if rate_bps is None else _short(rate_bps * self._dilation)
 
     def _take_failure(self, row: Mapping[str, Any]) -> None:
@@ -439,7 +439,7 @@ class RunView:
 
     def _series(self, cell: CellView, first: int) -> dict[str, Any]:
         bins = cell.bins
-        return {"width_s": bins.width_s, "from": first, "told_s": cell.told_s, "columns": bins.values(first)}
+        return {"width_s": bins.width_s, "from": first, "reported_s": cell.reported_s, "columns": bins.values(first)}
 
     def _parts(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         current = self._current(rows)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from testbed.live.server import LivePage, serve
-from testbed.recording.door import live_cell
+from testbed.recording.link_server import live_cell
 from testbed.run.directory import LOCK_FILE, SPEC_FILE
 
 

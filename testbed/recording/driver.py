@@ -17,11 +17,11 @@ from testbed.dilation import slowed_link
 from testbed.links.qdiscs import QdiscCounters, bucket_of, queue_of
 from testbed.links.shaper import Applied, Prepared, Shaper
 from testbed.links.state import DIRECTIONS, LinkState
-from testbed.recording.door import LinkDoor
+from testbed.recording.link_server import LinkServer
 from testbed.spec.errors import did_you_mean
 from testbed.spec.load import parse_link
 from testbed.timeline import Change
-from testbed.timeline.possible import impossible
+from testbed.timeline.validation import state_error
 
 SAMPLE_S = 0.1
 _READ_BACK_S = 1.0
@@ -34,22 +34,22 @@ _OVERDUE_S = 0.5
 
 
 class Reachable(Protocol):
-    """What visitors may ask of a host (``labs.base.Host``)."""
+    """What a request may ask of a host (``labs.base.Host``)."""
 
     address: str
     interface: str
 
     @property
-    def way_in(self) -> Mapping[str, int | str]: ...
+    def nsenter_target(self) -> Mapping[str, int | str]: ...
 
 
 class LinkDriver:
     """Runs from entering to leaving. Records go to events.jsonl (every change), and ten times a second to links.jsonl, and to
     delayline.jsonl where there is a delay line.
 
-    One thread does both, and answers the visitors of the door, so the netlink sockets need no lock. ``failure`` has the error
+    One thread does both, and answers the requests of the server, so the netlink sockets need no lock. ``failure`` has the error
     that ended it early, if any. trunks: names of the links on which all properties hold in both directions.
-    dilation: visitors name and see rates and delays as they would be without it. hosts: that visitors may ask the way to.
+    dilation: requests and answers have rates and delays as they would be without it. hosts: that requests may ask the way to.
     clock: this machine's against the orchestrator's, on which ``t0_s`` is, and by which changes are due.
     """
 
@@ -59,7 +59,7 @@ class LinkDriver:
         timeline: Sequence[Change],
         t0_s: float,
         directory: Path,
-        door: LinkDoor | None = None,
+        server: LinkServer | None = None,
         trunks: Collection[str] = (),
         dilation: float = 1.0,
         hosts: Mapping[str, Reachable] = MappingProxyType({}),
@@ -68,7 +68,7 @@ class LinkDriver:
         self._hosts = hosts
         self._clock = clock
         self.failure: Exception | None = None
-        self._door = door
+        self._server = server
         self._trunks = trunks
         self._dilation = dilation
         self._carried = CarriedRates()
@@ -121,7 +121,7 @@ class LinkDriver:
                 # regularly an idle time of each step could fall between them every time.
                 slot = max(slot + 1, int(now / SAMPLE_S))
                 next_sample = max(SAMPLE_S * (slot + random.random()), now)
-                self._answer_visitors()
+                self._answer_requests()
                 reading_s = self._since_t0(monotonic_s()) - now
                 if now >= next_read_back and (due is None or due.at_s - now > _READ_BACK_GUARD * reading_s):
                     self._read_back()
@@ -144,29 +144,29 @@ class LinkDriver:
         if events:
             self._events.append(events)
 
-    def _answer_visitors(self) -> None:
-        while self._door is not None:
+    def _answer_requests(self) -> None:
+        while self._server is not None:
             try:
-                visit = self._door.visits.get_nowait()
+                request = self._server.requests.get_nowait()
             except queue.Empty:
                 return
             try:
-                asked_host = visit.request.get("host")
+                asked_host = request.body.get("host")
                 if asked_host is not None:
-                    visit.answer.put({"host": self._way_to(str(asked_host))})
+                    request.answer.put({"host": self._host_info(str(asked_host))})
                 else:
-                    visit.answer.put({"links": self._visited(visit.request)})
+                    request.answer.put({"links": self._answer_links(request.body)})
             except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-                visit.answer.put({"error": str(error)})
+                request.answer.put({"error": str(error)})
 
-    def _way_to(self, name: str) -> Mapping[str, Any]:
+    def _host_info(self, name: str) -> Mapping[str, Any]:
         if name not in self._hosts:
             raise ValueError(f"there is no host {name!r}; {did_you_mean(name, self._hosts)}")
         host = self._hosts[name]
         addresses = {other: self._hosts[other].address for other in self._hosts}
-        return {"interface": host.interface, "addresses": addresses, **host.way_in}
+        return {"interface": host.interface, "addresses": addresses, **host.nsenter_target}
 
-    def _visited(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _answer_links(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         states = self._links.states
         names = list(request.get("links") or states)
         for name in names:
@@ -179,7 +179,7 @@ class LinkDriver:
                 for name in names
             }
             for name, state in wished.items():
-                if fault := impossible(state):
+                if fault := state_error(state):
                     raise ValueError(f"{name}: {fault}")
             changes = {name: slowed_link(state, self._dilation) for name, state in wished.items()}
             impaired = {(link, side) for link, state in changes.items() for side in DIRECTIONS if getattr(state, side).impaired}

@@ -11,9 +11,9 @@ from typing import Protocol, Self
 from testbed.clock import HERE, Clock
 from testbed.files import no_room
 from testbed.links.shaper import Shaper
-from testbed.recording.door import LinkDoor
 from testbed.recording.driver import LinkDriver, Reachable
 from testbed.recording.host import HostMonitor
+from testbed.recording.link_server import LinkServer
 from testbed.timeline import Change
 
 
@@ -21,13 +21,13 @@ from testbed.timeline import Change
 class Recording:
     """What is to be done and recorded in a cell.
 
-    directory: of the cell, for the records. timeline: changes of links, in order. door: whose visitors are answered.
+    directory: of the cell, for the records. timeline: changes of links, in order. server: whose requests are answered.
     trunks, dilation: see ``LinkDriver``.
     """
 
     directory: Path
     timeline: Sequence[Change]
-    door: LinkDoor | None = None
+    server: LinkServer | None = None
     trunks: Sequence[str] = ()
     dilation: float = 1.0
 
@@ -86,7 +86,7 @@ class LocalRecorder:
             self._recording.timeline,
             t0_s,
             directory,
-            self._recording.door,
+            self._recording.server,
             trunks=self._recording.trunks,
             dilation=self._recording.dilation,
             hosts=self._hosts,

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from testbed.report import text
-from testbed.results.difference import Difference
+from testbed.results.run_comparison import MethodComparison
 
 if TYPE_CHECKING:
     from testbed.run.listing import Listed
@@ -64,7 +64,7 @@ def runs_table(runs: "Sequence[Listed]") -> RenderableType:
     return table
 
 
-def differences_table(differences: Sequence[Difference]) -> RenderableType:
+def run_comparison_table(comparisons: Sequence[MethodComparison]) -> RenderableType:
     """What ``testbed compare`` found: one row a method and scenario, the worst first, and a sentence."""
     table = Table(box=None, pad_edge=False)
     table.add_column("method", overflow="fold")
@@ -72,7 +72,7 @@ def differences_table(differences: Sequence[Difference]) -> RenderableType:
     for heading in ("step time", "95 % interval", "accuracy"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for found in sorted(differences, key=lambda found: -(found.ratio or float("inf"))):
+    for found in sorted(comparisons, key=lambda found: -(found.ratio or float("inf"))):
         style = {"slower": "red", "missing": "red", "faster": "green"}.get(found.verdict, "")
         table.add_row(
             Text(found.method),
@@ -82,7 +82,7 @@ def differences_table(differences: Sequence[Difference]) -> RenderableType:
             text.NONE if found.accuracy is None else f"{100 * found.accuracy:+.1f}",
             Text(found.verdict + ("" if found.valid else ", not valid"), style=style),
         )
-    worse = [found for found in differences if found.verdict in ("slower", "missing")]
+    worse = [found for found in comparisons if found.verdict in ("slower", "missing")]
     named = ", ".join(f"{found.method} ({found.scenario})" if found.scenario else found.method for found in worse)
     return Group(table, "", Text(f"Slower or missing: {named}." if worse else "Nothing became slower.", style="bold"))
 
@@ -158,7 +158,7 @@ def _amount(value: float | None, unit: str) -> str:
 
 
 def links_table(links: Mapping[str, Any]) -> RenderableType:
-    """Links of a live run, as the run's door tells them: limit, carried rate, queue, drops, impairments."""
+    """Links of a live run, as the run's link server tells them: limit, carried rate, queue, drops, impairments."""
     table = Table(box=None, pad_edge=False)
     table.add_column("link")
     for heading in ("", "limit", "carried", "queued", "drops"):
@@ -166,20 +166,20 @@ def links_table(links: Mapping[str, Any]) -> RenderableType:
     table.add_column("also", overflow="fold")
     for name, link in links.items():
         for direction in ("up", "down"):
-            shape, now = link["state"][direction], link[direction]
+            parameters, now = link["state"][direction], link[direction]
             table.add_row(
                 Text(name if direction == "up" else ""),
                 direction,
-                "unlimited" if shape["rate_bps"] is None else text.si(shape["rate_bps"], "bit/s"),
+                "unlimited" if parameters["rate_bps"] is None else text.si(parameters["rate_bps"], "bit/s"),
                 text.si(now["carried_bps"], "bit/s"),
                 text.si(now["backlog_bytes"], "B"),
                 str(now["drops"]),
-                _impairments(shape) if link["state"]["connected"] else Text("cut off", style="red"),
+                _impairments(parameters) if link["state"]["connected"] else Text("cut off", style="red"),
             )
     return table
 
 
-def _impairments(shape: Mapping[str, Any]) -> str:
-    words = [f"{name} {1e3 * shape[f'{name}_s']:g} ms" for name in ("delay", "jitter") if shape[f"{name}_s"]]
-    shares = {"loss": shape["loss"]["share"]} | {name: shape[name] for name in ("duplicate", "corrupt", "reorder")}
+def _impairments(parameters: Mapping[str, Any]) -> str:
+    words = [f"{name} {1e3 * parameters[f'{name}_s']:g} ms" for name in ("delay", "jitter") if parameters[f"{name}_s"]]
+    shares = {"loss": parameters["loss"]["share"]} | {name: parameters[name] for name in ("duplicate", "corrupt", "reorder")}
     return ", ".join(words + [f"{name} {100 * share:g} %" for name, share in shares.items() if share])

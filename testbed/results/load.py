@@ -12,7 +12,7 @@ import yaml
 from testbed.files import read_json, read_text
 from testbed.protocol import CELL_FILE, RESULT_FILE, one_line
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES
-from testbed.results.dilated import reported
+from testbed.results.dilation import undilated
 from testbed.results.records import identity, read_table, to_frame
 
 SUMMARY_FILE = "summary.json"
@@ -86,8 +86,8 @@ def load_run(path: str | Path) -> Run:
         spec=spec,
         environment=read_json(path / "environment.json") or {},
         summary=read_json(path / SUMMARY_FILE),
-        cells=reported(pd.DataFrame(cells, columns=list(_CELL_DEFAULTS)), factors),
-        **{name: reported(table, factors) for name, table in tables.items()},
+        cells=undilated(pd.DataFrame(cells, columns=list(_CELL_DEFAULTS)), factors),
+        **{name: undilated(table, factors) for name, table in tables.items()},
     )
 
 

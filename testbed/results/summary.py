@@ -26,7 +26,7 @@ import pandas as pd
 from testbed.files import replacing
 from testbed.protocol import one_line
 from testbed.results.columns import TABLES
-from testbed.results.dilated import reported
+from testbed.results.dilation import undilated
 from testbed.results.load import SUMMARY_FILE, Run
 from testbed.results.names import method_order, scenario
 from testbed.results.phases import oracle, phases
@@ -249,7 +249,7 @@ def _as_clocked(
     if cell["dilation"] == 1:
         return cell, tables
     own = {**cell, "t_end_s": cell["t_end_s"] and cell["t_end_s"] * cell["dilation"]}
-    return own, {name: reported(table, factors, inverse=True) for name, table in tables.items()}
+    return own, {name: undilated(table, factors, inverse=True) for name, table in tables.items()}
 
 
 def target_accuracy(spec: Mapping[str, Any]) -> float | None:

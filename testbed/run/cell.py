@@ -21,10 +21,10 @@ from testbed.files import everything_in, explained, no_room, open_regular, read_
 from testbed.labs.base import Host, HostFailed, Lab, LabPlan, Process, View
 from testbed.links.calibration import calibrate, measurable
 from testbed.plan import Cell, notes
-from testbed.recording.door import LinkDoor
+from testbed.recording.link_server import LinkServer
 from testbed.recording.recorder import Recorder, Recording
 from testbed.run import messages
-from testbed.run.control import ControlServer, Fault, Heard, Lost, Member
+from testbed.run.control import ControlServer, Heard, Lost, Member, ProtocolViolation
 from testbed.run.directory import DATA, SCRIPT, is_nearly_full, machine, release_reserve
 from testbed.spec.units import format_size, format_time
 from testbed.timeline.workers import Kills
@@ -223,8 +223,10 @@ class _CellRunner:
             self._calibrate()
         trunks = tuple(self._cell.lab.trunks)
         with (
-            LinkDoor(self._directory) as door,
-            self._lab.recorder(Recording(self._directory, self._cell.timeline, door, trunks, self._cell.dilation)) as recorder,
+            LinkServer(self._directory) as server,
+            self._lab.recorder(
+                Recording(self._directory, self._cell.timeline, server, trunks, self._cell.dilation)
+            ) as recorder,
         ):
             t0_s = monotonic_s()
             self._control.broadcast({"type": "start", "t0": t0_s})
@@ -250,7 +252,7 @@ class _CellRunner:
         per_host = self._cell.ranks_per_worker
         for rank in self._ranks:
             host = hosts[rank // per_host]
-            directory, met = host.seen(self._directory), f"{protocol.SHARED}/rendezvous-{self._restarts}"
+            directory, met = host.path_on_host(self._directory), f"{protocol.SHARED}/rendezvous-{self._restarts}"
             env = {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank % per_host),
@@ -266,7 +268,7 @@ class _CellRunner:
                 ENV_LISTENER: protocol.LISTENER,
             }
             if self._cell.program:
-                script = host.seen(self._directory.parents[1] / self._cell.program[0])
+                script = host.path_on_host(self._directory.parents[1] / self._cell.program[0])
                 argv = ["python", script, *self._cell.program[1:]]
             else:
                 argv = ["python", "-m", "testbed.worker.program"]
@@ -284,8 +286,8 @@ class _CellRunner:
         """What every program finds the control socket by, and the place for what it writes."""
         output = protocol.host_directory(self._directory, self._name(member) if isinstance(member, int) else host.name)
         return {
-            protocol.ENV_CELL_DIR: host.seen(self._directory),
-            protocol.ENV_OUTPUT_DIR: host.seen(output),
+            protocol.ENV_CELL_DIR: host.path_on_host(self._directory),
+            protocol.ENV_OUTPUT_DIR: host.path_on_host(output),
             protocol.ENV_TOKEN: self._control.tokens[member],
         }
 
@@ -460,13 +462,13 @@ class _CellRunner:
         if heard.token != self._control.tokens[member]:
             return  # a last word of one that has been started again since
         self._heard_s[member] = heard.at_s
-        if not isinstance(member, int) and not isinstance(heard.message, messages.Ready | Fault | Lost):
+        if not isinstance(member, int) and not isinstance(heard.message, messages.Ready | ProtocolViolation | Lost):
             self._note(member, _Failure(heard.at_s, "said what is for workers to say"))
             return
         match heard.message:
             case Lost():
                 self._lost_s.setdefault(member, heard.at_s)
-            case Fault(error):
+            case ProtocolViolation(error):
                 self._note(member, _Failure(heard.at_s, f"sent something that is no message: {error}"))
             case messages.Failed(error=error, by_peer=by_peer):
                 self._note(member, _Failure(heard.at_s, f"failed: {protocol.one_line(error, 500)}", by_peer))

@@ -1,7 +1,7 @@
 """A sweep over several machines: the cells of a run as tasks of a Dask cluster.
 
 Dask (distributed) brings the machines, by SSH, Slurm, PBS or Kubernetes. One that offers ``--resources testbed=1`` runs one
-part of the sweep at a time: all cells of one combination of the matrix, since methods are compared on one machine, or one cell.
+job at a time: all cells of one combination of the matrix, since methods are compared on one machine, or one cell.
 A cell comes home when it has ended, into the run directory here. When a machine is lost, the cells that it had not sent are run
 elsewhere.
 """
@@ -38,7 +38,7 @@ _POLL_S = 0.5
 _NO_MACHINE_S = 15.0
 """So long the first machine is waited for."""
 _LEAVE_S = 12.0
-"""An interrupted part has cleaned up after so long."""
+"""An interrupted job has cleaned up after so long."""
 
 
 def execute_on(address: str, plan: Plan, directory: Path, console: Console, *, spread: bool = False) -> int:
@@ -99,9 +99,9 @@ class _Sweep:
         files, links = _packed(self._directory, [SPEC_FILE, SCRIPT, TRACES]), _links(self._directory / DATA)
         tasks = [
             self._client.submit(
-                run_part, self._name, files, links, cells, _version(), resources={RESOURCE: 1}, pure=False, retries=0
+                run_job, self._name, files, links, cells, _version(), resources={RESOURCE: 1}, pure=False, retries=0
             )
-            for cells in _parts(pending, spread)
+            for cells in _jobs(pending, spread)
         ]
         failed = False
         with _bar(self._console) as bar:
@@ -147,7 +147,7 @@ class _Sweep:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _wait_until_left(self, tasks: Sequence[Any]) -> None:
-        """A part that is told to stop takes its lab down first."""
+        """A job that is told to stop takes its lab down first."""
         keys = {task.key for task in tasks}
         given_up_s = time.monotonic() + _LEAVE_S - 2
         while time.monotonic() < given_up_s:
@@ -162,12 +162,12 @@ def _busy_with(dask_worker: Any) -> list[str]:
     return list(dask_worker.active_keys)
 
 
-def _parts(cells: Sequence[Cell], spread: bool) -> list[list[str]]:
+def _jobs(cells: Sequence[Cell], spread: bool) -> list[list[str]]:
     """What a machine runs at a time: the cells of one combination of the matrix."""
-    parts: dict[str, list[str]] = {}
+    jobs: dict[str, list[str]] = {}
     for cell in cells:
-        parts.setdefault(cell.name if spread else repr(sorted(cell.overrides.items())), []).append(cell.name)
-    return list(parts.values())
+        jobs.setdefault(cell.name if spread else repr(sorted(cell.overrides.items())), []).append(cell.name)
+    return list(jobs.values())
 
 
 def _version() -> str:
@@ -207,7 +207,7 @@ def _links(folder: Path) -> dict[str, str]:
     return {link.name: str(link.readlink()) for link in folder.glob("*") if link.is_symlink()}
 
 
-def run_part(name: str, files: bytes, links: dict[str, str], cells: list[str], version: str) -> str:
+def run_job(name: str, files: bytes, links: dict[str, str], cells: list[str], version: str) -> str:
     """On a machine of the cluster: run some cells, and send each home when it has ended; returns what went wrong, or "".
 
     name: of Dask's queue that takes (machine, cell, archive), and of the variable with the cells that are home already.
@@ -235,8 +235,8 @@ def run_part(name: str, files: bytes, links: dict[str, str], cells: list[str], v
         with (
             open(Path(temporary) / "log", "w+") as log,
             subprocess.Popen(
-                [sys.executable, "-m", "testbed.run.part", str(directory), *left],
-                stdin=subprocess.PIPE,  # which ends with this process, and then the part does
+                [sys.executable, "-m", "testbed.run.cluster_job", str(directory), *left],
+                stdin=subprocess.PIPE,  # which ends with this process, and then the job does
                 stdout=log,
                 stderr=log,
             ) as process,

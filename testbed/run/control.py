@@ -21,12 +21,12 @@ Member = int | tuple[str, str]
 """Who speaks: a rank, or the flow and the end ("send", "receive") of a program of traffic."""
 
 MOST_MESSAGES_PER_S = 2000
-"""Of one connection; more is a fault, as nobody who follows the protocol has so much to say."""
+"""Of one connection; more is a violation, as nobody who follows the protocol has so much to say."""
 _SPARE_CONNECTIONS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class ProtocolViolation:
     """A member sent something that is no message."""
 
     error: str
@@ -42,7 +42,7 @@ class Heard:
     """What came from a member, and when (CLOCK_MONOTONIC). token: by which it had shown who it is."""
 
     member: Member
-    message: Message | Fault | Lost
+    message: Message | ProtocolViolation | Lost
     at_s: float
     token: str = ""
 
@@ -157,7 +157,7 @@ class ControlServer:
                 self._take(connection, parse_message(content), now_s)
         except ValueError as error:
             if connection.member is not None:
-                self.inbox.put(Heard(connection.member, Fault(str(error)), now_s, connection.token))
+                self.inbox.put(Heard(connection.member, ProtocolViolation(str(error)), now_s, connection.token))
             data = b""
         if not data:
             self._close(selector, connection)

@@ -17,9 +17,9 @@ from testbed.doctor import System
 from testbed.files import no_room
 from testbed.labs.base import LabError
 from testbed.labs.cgroups import groups_of_run
-from testbed.labs.netns import enclosure, why_it_failed
-from testbed.links.probe import missing_kinds, require_taps
-from testbed.live.beside import live_page
+from testbed.labs.netns import sandbox_command, why_it_failed
+from testbed.links.kernel_support import missing_kinds, require_taps
+from testbed.live.server_process import live_page
 from testbed.plan import Plan
 from testbed.run import directory as run_directory
 from testbed.run.sweep import (
@@ -28,7 +28,7 @@ from testbed.run.sweep import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     execute,
-    execute_enclosed,
+    execute_in_sandbox,
     interrupt_main_thread_once,
     no_room_left,
 )
@@ -114,7 +114,7 @@ def choose_engine(lab: str, wanted: str, impaired: bool, qdiscs: Iterable[str]) 
 
 def _missing_kinds(lab: str, needed: Sequence[str]) -> list[str]:
     if lab == "netns":
-        return _run_enclosed("testbed.links.probe", *needed).split()
+        return _run_in_sandbox("testbed.links.kernel_support", *needed).split()
     try:
         return missing_kinds(needed)
     except OSError as error:
@@ -126,7 +126,7 @@ def _missing_kinds(lab: str, needed: Sequence[str]) -> list[str]:
 
 def _check_taps(lab: str) -> None:
     if lab == "netns":
-        _run_enclosed("testbed.links.tap")
+        _run_in_sandbox("testbed.links.tap")
         return
     try:
         require_taps()
@@ -134,9 +134,9 @@ def _check_taps(lab: str) -> None:
         raise LabError(f"cannot make a delay line: {error}") from None
 
 
-def _run_enclosed(module: str, *arguments: str) -> str:
-    """What a probe prints inside private namespaces; raises LabError with its last words."""
-    command = [*enclosure(), sys.executable, "-m", module, *arguments]
+def _run_in_sandbox(module: str, *arguments: str) -> str:
+    """What a module of checks prints inside private namespaces; raises LabError with its last words."""
+    command = [*sandbox_command(), sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         raise LabError(f"cannot make a lab: {why_it_failed(done)}")
@@ -226,7 +226,7 @@ def run_cells(
     """
     if plan.lab == "netns":
         output = subprocess.DEVNULL if quiet else 2 if console.stderr else None
-        code = execute_enclosed(directory, lock, only, output, groups)
+        code = execute_in_sandbox(directory, lock, only, output, groups)
         if code < 0:
             console.print(f"testbed: the lab was ended by signal {-code}", style="red")
             return EXIT_FAILED

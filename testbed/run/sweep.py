@@ -17,8 +17,8 @@ from rich.console import Console
 from testbed.files import read_json
 from testbed.labs import open_labs
 from testbed.labs.cgroups import ENV_GROUPS, encode_groups
-from testbed.labs.netns import enclosure
-from testbed.links.probe import missing_kinds
+from testbed.labs.netns import sandbox_command
+from testbed.links.kernel_support import missing_kinds
 from testbed.plan import Cell, Plan, make_plan
 from testbed.protocol import CELL_FILE
 from testbed.run.cell import prepare_cell, read_result, run_cell
@@ -40,7 +40,7 @@ _GRACE_S = 4.0
 
 
 def execute(directory: Path, console: Console, only: Collection[str] = ()) -> None:
-    """Run every cell of a run directory that is not done yet; for netns the caller is inside the enclosure.
+    """Run every cell of a run directory that is not done yet; for netns the caller is inside the sandbox.
 
     only: of these, if there are any.
     """
@@ -114,7 +114,7 @@ def in_turn(plan: Plan) -> list[Cell]:
     return cells
 
 
-def execute_enclosed(
+def execute_in_sandbox(
     directory: Path,
     lock: int,
     only: Collection[str] = (),
@@ -128,24 +128,24 @@ def execute_enclosed(
     The child's standard input is a pipe that only we hold open. When we end, in whatever way, it reads the end of the pipe
     and stops in an orderly way; and when its first process ends, the kernel removes the rest.
     """
-    command = [*enclosure(), sys.executable, "-m", "testbed.run.inside", str(directory), str(lock), *only]
-    read_end, lifeline = os.pipe2(os.O_CLOEXEC)
+    command = [*sandbox_command(), sys.executable, "-m", "testbed.run.sandbox_main", str(directory), str(lock), *only]
+    read_end, parent_pipe = os.pipe2(os.O_CLOEXEC)
     # A process group of its own, or a signal to ours would end the child before it can clean up.
     environment = {**os.environ, ENV_GROUPS: encode_groups(groups)}
     with subprocess.Popen(command, stdin=read_end, stdout=progress, pass_fds=[lock], process_group=0, env=environment) as child:
         os.close(read_end)
-        with _closing_on_signal(lifeline) as close_lifeline:
+        with _closing_on_signal(parent_pipe) as close_parent_pipe:
             try:
                 return child.wait()
             finally:
-                close_lifeline()
+                close_parent_pipe()
 
 
 class _closing_on_signal:  # noqa: N801
-    """While active, signals that would end this process close the lifeline instead."""
+    """While active, signals that would end this process close the pipe to the child instead."""
 
-    def __init__(self, lifeline: int) -> None:
-        self._lifeline = lifeline
+    def __init__(self, parent_pipe: int) -> None:
+        self._parent_pipe = parent_pipe
 
     def __enter__(self) -> Callable[[], None]:
         self._before = {number: signal.signal(number, self._interrupted) for number in _ending_signals()}
@@ -159,9 +159,9 @@ class _closing_on_signal:  # noqa: N801
         self._close()
 
     def _close(self) -> None:
-        if self._lifeline >= 0:
-            os.close(self._lifeline)
-            self._lifeline = -1
+        if self._parent_pipe >= 0:
+            os.close(self._parent_pipe)
+            self._parent_pipe = -1
 
 
 def interrupt_main_thread_once(grace_s: float = _GRACE_S) -> tuple[Callable[[], None], threading.Event]:

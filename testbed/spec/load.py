@@ -136,7 +136,7 @@ def parse_link(raw: Mapping[str, Any], mtu: int | None = None) -> LinkChange:
     try:
         change = LinkChange.model_validate(raw)
     except ValidationError as error:
-        raise SpecError([_fault(detail) for detail in error.errors(include_url=False)]) from None
+        raise SpecError([_place_and_text(detail) for detail in error.errors(include_url=False)]) from None
     if mtu is not None and (faults := [(place_of(place), text) for place, text in small_queues(change, mtu)]):
         raise SpecError(faults)
     return change
@@ -147,7 +147,7 @@ def validate(raw: Mapping[str, Any]) -> Spec:
     try:
         return Spec.model_validate(raw)
     except ValidationError as error:
-        raise SpecError([_fault(detail) for detail in error.errors(include_url=False)]) from None
+        raise SpecError([_place_and_text(detail) for detail in error.errors(include_url=False)]) from None
 
 
 _WORDING = {
@@ -166,7 +166,7 @@ _WORDING = {
 }
 
 
-def _fault(detail: Any) -> tuple[str, str]:
+def _place_and_text(detail: Any) -> tuple[str, str]:
     path = [part for part in detail["loc"] if part != "[key]"]
     context = detail.get("ctx") or {}
     path += context.get("path", [])

@@ -32,7 +32,7 @@ from testbed.spec.errors import did_you_mean
 from testbed.traffic.flows import MAX_STREAMS, ONE_STREAM, Duration, Streams
 
 if TYPE_CHECKING:
-    from testbed.timeline.moves import Move, Start
+    from testbed.timeline.updates import StartContext, Update
 
 
 class Queue(NamedTuple):
@@ -171,7 +171,7 @@ class LossSpec(Model):
 NO_ECN = "needs a queue that marks packets, and fifo only drops them"
 
 
-class ShapeSpec(Model):
+class LinkParametersSpec(Model):
     """Properties of one direction of a link; what is left out stays as it is."""
 
     rate: Rate | None = Field(default=None, examples=["50mbit"])
@@ -208,7 +208,7 @@ class ShapeSpec(Model):
         return self
 
     def changes(self) -> dict[str, Any]:
-        """The given properties under the names of ``Shape``."""
+        """The given properties under the names of ``LinkParameters``."""
         out: dict[str, Any] = {}
         if self.queue is not None:
             out["queue_bytes"] = self.queue.bytes
@@ -238,11 +238,11 @@ _BOTH_DIRECTIONS = ("rate_bps", "queue_s", "queue_bytes", "aqm", "ecn")
 
 
 def _up(value: Any) -> Any:
-    # A union would report the faults of both its sides; a bool is itself, all else must be a shape.
-    return value if isinstance(value, bool | ShapeSpec) or value is None else ShapeSpec.model_validate(value)
+    # A union would report the faults of both its sides; a bool is itself, all else must be link parameters.
+    return value if isinstance(value, bool | LinkParametersSpec) or value is None else LinkParametersSpec.model_validate(value)
 
 
-class LinkSpec(ShapeSpec):
+class LinkSpec(LinkParametersSpec):
     """Properties of a link: both directions, then what differs in one of them.
 
     Rate, queue, aqm and ecn hold in both directions. All else is put on down, where netem does not get in the way of TCP's
@@ -250,17 +250,17 @@ class LinkSpec(ShapeSpec):
     ``up: false`` is a partition, ``up: true`` ends it.
     """
 
-    up: Annotated[ShapeSpec | bool | None, BeforeValidator(_up)] = None
+    up: Annotated[LinkParametersSpec | bool | None, BeforeValidator(_up)] = None
     """What differs from the worker to the switch; false cuts the link off, of which nobody is told, and true joins it again."""
-    down: ShapeSpec | None = None
+    down: LinkParametersSpec | None = None
     """What differs from the switch to the worker."""
 
     def changes_by_direction(self, trunk: bool = False) -> dict[str, dict[str, Any]]:
-        """{"up": …, "down": …} under the names of ``Shape``; on a trunk everything holds in both directions."""
+        """{"up": …, "down": …} under the names of ``LinkParameters``; on a trunk everything holds in both directions."""
         both = self.changes()
         up = both if trunk else {name: value for name, value in both.items() if name in _BOTH_DIRECTIONS}
         return {
-            "up": up | (self.up.changes() if isinstance(self.up, ShapeSpec) else {}),
+            "up": up | (self.up.changes() if isinstance(self.up, LinkParametersSpec) else {}),
             "down": both | (self.down.changes() if self.down else {}),
         }
 
@@ -278,7 +278,7 @@ class LinkChange(LinkSpec):
     def _keeps_its_queue(self) -> Self:
         for path, part in (((), self), (("up",), self.up), (("down",), self.down)):
             for key, reason in KEPT.items():
-                if isinstance(part, ShapeSpec) and getattr(part, key) is not None:
+                if isinstance(part, LinkParametersSpec) and getattr(part, key) is not None:
                     text = f"cannot change while a link is in use, as {reason}; give it under network"
                     raise PydanticCustomError("at_key", text, {"path": [*path, key]})
         return self
@@ -407,7 +407,7 @@ class WorkerEntry(Entry):
 
 
 class ScheduleEntry(Entry, ABC):
-    """From a time on, some links follow a shape. The shapes are in ``testbed.timeline.shapes``."""
+    """From a time on, some links follow a pattern. The patterns are in ``testbed.timeline.patterns``."""
 
     links: Annotated[list[str], BeforeValidator(_links), written_as("links")] = Field(
         default_factory=lambda: ["all"], min_length=1, examples=["[w1, w2]"]
@@ -415,18 +415,18 @@ class ScheduleEntry(Entry, ABC):
     """Names of links, or all: those of all workers."""
 
     @abstractmethod
-    def moves(self, start: "Start") -> "Iterator[Move]":
+    def updates(self, start: "StartContext") -> "Iterator[Update]":
         """What it does to one link, in order of time; may go on for ever. Raises SpecError with a place within the entry."""
 
 
-def _shaped(entry: object) -> object:
-    # The shapes are built from the models above, so they cannot be imported before these are complete.
-    from testbed.timeline.shapes import parse_entry
+def _parsed_entry(entry: object) -> object:
+    # The patterns are built from the models above, so they cannot be imported before these are complete.
+    from testbed.timeline.patterns import parse_entry
 
     return parse_entry(entry)
 
 
-AnyEntry = Annotated[SerializeAsAny[Entry], BeforeValidator(_shaped)]
+AnyEntry = Annotated[SerializeAsAny[Entry], BeforeValidator(_parsed_entry)]
 
 
 _SHORTEST_PHASE_S = 0.1
@@ -796,8 +796,9 @@ _ETHERNET_BYTES = 14
 
 def small_queues(part: Any, mtu: int) -> Iterator[tuple[list[str | int], str]]:
     """(place, what is wrong) for each queue in a part of a spec whose bytes hold no frame, so that nothing would pass."""
-    if isinstance(part, ShapeSpec) and part.queue and part.queue.bytes is not None and part.queue.bytes < mtu + _ETHERNET_BYTES:
-        text = f"{units.format_size(part.queue.bytes)} do not hold one frame; with this mtu give it at least"
+    queue = part.queue if isinstance(part, LinkParametersSpec) else None
+    if queue and queue.bytes is not None and queue.bytes < mtu + _ETHERNET_BYTES:
+        text = f"{units.format_size(queue.bytes)} do not hold one frame; with this mtu give it at least"
         yield ["queue"], f"{text} {mtu + _ETHERNET_BYTES}B"
     inside: Iterable[tuple[list[str | int], Any]] = ()
     if isinstance(part, Model):
@@ -806,7 +807,7 @@ def small_queues(part: Any, mtu: int) -> Iterator[tuple[list[str | int], str]]:
         inside = (([key], value) for key, value in part.items())
     elif isinstance(part, list):
         inside = (([index], value) for index, value in enumerate(part))
-    elif isinstance(part, tuple):  # the two ends of a span, which have one place in the spec
+    elif isinstance(part, tuple):  # a pair of values, which have one place in the spec
         inside = (([], value) for value in part)
     for place, value in inside:
         yield from ((place + below, text) for below, text in small_queues(value, mtu))

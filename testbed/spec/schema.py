@@ -1,4 +1,4 @@
-"""JSON Schema of a spec, for editors: made from the models, the shapes of a schedule and the catalogues of names.
+"""JSON Schema of a spec, for editors: made from the models, the patterns of a schedule and the catalogues of names.
 
 ``testbed schema`` prints it, and it lies as ``schema.json`` beside this file. It takes whatever ``validate`` takes. Of what
 that refuses it cannot say: how large a text with a unit is (a rate of 1bit), sums (a burst that cannot make up its loss), names
@@ -23,8 +23,8 @@ from testbed.links.state import DIRECTIONS
 from testbed.spec import units
 from testbed.spec.load import NOT_COMPARED, NOT_VARIED
 from testbed.spec.models import KEPT, MIN_IPV6_MTU, Spec, WorkloadSpec
-from testbed.timeline.keys import CONTINUOUS
-from testbed.timeline.shapes import ENTRIES
+from testbed.timeline.field_types import CONTINUOUS
+from testbed.timeline.patterns import ENTRIES
 from testbed.traffic.flows import MAX_STREAMS
 
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
@@ -73,7 +73,7 @@ def json_schema(registered: Iterable[str] = ()) -> Json:
     _add_rules(definitions)
     definitions |= _QUANTITIES | _changes(definitions)
     definitions["Entry"] = {
-        "description": "From a time on, some links follow a shape, or something happens to workers.",
+        "description": "From a time on, some links follow a pattern, or something happens to workers.",
         "anyOf": [_ref(entry.__name__) for entry in ENTRIES.values()],
     }
     for name, short in {
@@ -251,10 +251,10 @@ def _pair(schema: Json) -> Json:
 
 def _changes(definitions: Json) -> Json:
     """What may change of a link in use, also as two values of each property; and what of that gradually."""
-    shape, link, loss = (definitions[name]["properties"] for name in ("ShapeSpec", "LinkSpec", "LossSpec"))
+    parameters, link, loss = (definitions[name]["properties"] for name in ("LinkParametersSpec", "LinkSpec", "LossSpec"))
     out: Json = {"LossPairs": _object({key: _pair(value) for key, value in loss.items()}, required=["share"])}
-    for prefix, kept in (("", set(shape) - set(KEPT)), ("Gradual", CONTINUOUS)):
-        values = {key: value for key, value in shape.items() if key in kept}
+    for prefix, kept in (("", set(parameters) - set(KEPT)), ("Gradual", CONTINUOUS)):
+        values = {key: value for key, value in parameters.items() if key in kept}
         pairs = {key: _pair(value) for key, value in values.items()}
         pairs["loss"] = {"anyOf": [pairs["loss"], _ref("LossPairs")]}
         one, two = f"{prefix}ShapeChange", f"{prefix}ShapePairs"
@@ -343,7 +343,7 @@ def _add_rules(definitions: Json) -> None:
                 _if({"ip": {"const": 6}}, {"properties": {"mtu": {"minimum": MIN_IPV6_MTU}}}, "ip"),
             ]
         },
-        "ShapeSpec": _if({"aqm": {"const": "fifo"}}, {"properties": {"ecn": {"const": False}}}, "aqm"),
+        "LinkParametersSpec": _if({"aqm": {"const": "fifo"}}, {"properties": {"ecn": {"const": False}}}, "aqm"),
         "LinkSpec": _if({"aqm": {"const": "fifo"}}, {"properties": {"ecn": {"const": False}}}, "aqm"),
         "TrafficSpec": {
             "oneOf": [{"required": ["tcp"]}, {"required": ["udp"]}],

@@ -11,12 +11,12 @@ from testbed.links.state import DIRECTIONS, LinkState
 from testbed.spec.errors import SpecError, did_you_mean, place_of
 from testbed.spec.models import Entry, ScheduleEntry
 from testbed.spec.units import format_time
-from testbed.timeline.moves import Key, Start, with_values
-from testbed.timeline.possible import impossible
+from testbed.timeline.updates import PropertyKey, StartContext, with_values
+from testbed.timeline.validation import state_error
 
 MAX_CHANGES = 300_000
 """Of one timeline: eight links, ten times a second, for an hour. A change is one moment of one link."""
-_Tracks = dict[Key, list[tuple[float, Any]]]  # of one link: values by time (s after t = 0, to the microsecond)
+_Tracks = dict[PropertyKey, list[tuple[float, Any]]]  # of one link: values by time (s after t = 0, to the microsecond)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,8 @@ def expand(
 ) -> tuple[Change, ...]:
     """All changes of links in a schedule in order of time, one for each moment and link.
 
-    Entries act in order of their time, then of their place in the file; a later one takes the properties that it moves over
-    from whatever moved them. Nothing happens at or after ``end_s``, the end of the run in seconds if that is known.
+    Entries act in order of their time, then of their place in the file; a later one takes the properties that it sets over
+    from whatever set them before. Nothing happens at or after ``end_s``, the end of the run in seconds if that is known.
     initial: the links in their first state. workers: the links that ``all`` stands for; left out: every link. trunks: links on
     which every property holds in both directions. read: gives the text of a file named in the spec.
     Raises SpecError with the place of what cannot be done.
@@ -58,7 +58,7 @@ def expand(
         with placed(index):
             check_end(entry, end_s)
             for link in _named_links(entry, initial, workers):
-                start = Start(
+                start = StartContext(
                     link=link,
                     state=_state_at(entry.at, tracks[link], initial[link]),
                     left_s=None if end_s is None else end_s - entry.at,
@@ -70,35 +70,35 @@ def expand(
     changes = [change for link, track in tracks.items() for change in _changes(link, track, initial[link])]
     changes.sort(key=attrgetter("at_s", "link"))
     for change in changes:
-        if fault := impossible(change.state):
+        if fault := state_error(change.state):
             raise SpecError([("schedule", f"link {change.link} at {format_time(change.at_s)}: {fault}")])
     return tuple(changes)
 
 
 def _check_first(initial: Mapping[str, LinkState]) -> None:
     for link, state in initial.items():
-        if fault := impossible(state):
+        if fault := state_error(state):
             raise SpecError([("network", f"link {link}: {fault}")])
 
 
 def _check_rates(initial: Mapping[str, LinkState], tracks: Mapping[str, _Tracks]) -> None:
     for link, state in initial.items():
         for side in DIRECTIONS:
-            shape = getattr(state, side)
-            if shape.aqm != "fifo" and shape.rate_bps is None and (side, "rate_bps") not in tracks[link]:
-                fault = f"link {link}: {shape.aqm} has nothing to manage where no rate makes packets wait; give it a rate, too"
+            aqm, rate_bps = getattr(state, side).aqm, getattr(state, side).rate_bps
+            if aqm != "fifo" and rate_bps is None and (side, "rate_bps") not in tracks[link]:
+                fault = f"link {link}: {aqm} has nothing to manage where no rate makes packets wait; give it a rate, too"
                 raise SpecError([("network", fault)])
 
 
-def _record(entry: ScheduleEntry, start: Start, tracks: _Tracks, end_s: float | None, left: int) -> int:
-    """Add the moves of one entry on one link to its tracks; returns how many more there may be.
+def _record(entry: ScheduleEntry, start: StartContext, tracks: _Tracks, end_s: float | None, left: int) -> int:
+    """Add the updates of one entry on one link to its tracks; returns how many more there may be.
 
-    A move that changes nothing is left out, as the kernel may give a free burst with every change; but it is counted, or a
+    An update that changes nothing is left out, as the kernel may give a free burst with every change; but it is counted, or a
     pattern of nothing else would never end.
     """
     taken: _Tracks = {}
-    last: Mapping[Key, Any] | None = None
-    for offset_s, values in entry.moves(start):
+    last: Mapping[PropertyKey, Any] | None = None
+    for offset_s, values in entry.updates(start):
         at_s = round(entry.at + offset_s, 6)
         if end_s is not None and at_s >= end_s:
             break
@@ -128,7 +128,7 @@ def _state_at(at_s: float, tracks: _Tracks, initial: LinkState) -> LinkState:
 
 
 def _changes(link: str, tracks: _Tracks, state: LinkState) -> Iterator[Change]:
-    moments: dict[float, dict[Key, Any]] = {}
+    moments: dict[float, dict[PropertyKey, Any]] = {}
     for key, track in tracks.items():
         for at_s, value in track:
             moments.setdefault(at_s, {})[key] = value

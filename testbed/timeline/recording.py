@@ -33,8 +33,8 @@ _Lines = Sequence[tuple[int, str]]  # numbers from 1
 class Recording:
     """Conditions over time.
 
-    times_s: when each row begins; from 0, increasing. columns: the values of its rows by property of ``Shape``, in its units;
-    loss as a share. length_s: the end of the last row. counted: True if made from single packets.
+    times_s: when each row begins; from 0, increasing. columns: the values of its rows by property of ``LinkParameters``, in its
+    units; loss as a share. length_s: the end of the last row. counted: True if made from single packets.
     """
 
     times_s: tuple[float, ...]

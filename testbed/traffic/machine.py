@@ -6,7 +6,7 @@ from collections.abc import Collection
 from testbed.labs.base import LabError
 from testbed.traffic.flows import Flow
 from testbed.traffic.iperf3 import PROGRAM
-from testbed.traffic.tcp import congestion_fault
+from testbed.traffic.tcp import congestion_error
 
 _BUILTIN = "leave engine out: the built-in one needs nothing"
 
@@ -17,7 +17,7 @@ def check_congestion(names: Collection[str | None], *, privileged: bool) -> None
     privileged: who chooses it has CAP_NET_ADMIN in the network namespace.
     """
     for name in sorted(filter(None, names)):
-        if fault := congestion_fault(name, privileged=privileged):
+        if fault := congestion_error(name, privileged=privileged):
             raise LabError(fault)
 
 

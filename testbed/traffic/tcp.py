@@ -129,11 +129,11 @@ def set_congestion_control(stream: socket.socket, name: str) -> None:
     try:
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
     except OSError as error:
-        fault = congestion_fault(name, privileged=not isinstance(error, PermissionError))
+        fault = congestion_error(name, privileged=not isinstance(error, PermissionError))
         raise OSError(fault or f"congestion control {name!r}: {error.strerror}") from None
 
 
-def congestion_fault(name: str, *, privileged: bool) -> str | None:
+def congestion_error(name: str, *, privileged: bool) -> str | None:
     """Why programs of this machine cannot use a congestion control, and the mend; None if they can.
 
     privileged: they have CAP_NET_ADMIN in their network namespace.

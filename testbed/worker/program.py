@@ -28,8 +28,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import netsenseml.compress.kernels  # noqa: F401  compiled here, if need be: a confined worker may not keep them
+from netsenseml.api import attach
 from netsenseml.catalog import check_method
-from netsenseml.door import attach
 from netsenseml.failure import blames_peer
 from netsenseml.hook import Session
 from netsenseml.records import monotonic_s

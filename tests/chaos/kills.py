@@ -31,7 +31,7 @@ from testbed import load_run
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-TARGETS = ("orchestrator", "group", "inside", "fork server", "worker", "traffic", "delay line", "container")
+TARGETS = ("orchestrator", "group", "sandbox", "fork server", "worker", "traffic", "delay line", "container")
 _END_S = 15.0
 SPEC = {
     "name": "chaos",
@@ -106,7 +106,7 @@ def _victims(orchestrator: int, wanted: str, draw: random.Random) -> list[int]:
         if wanted == "container":
             return [draw.choice(found)] if (found := _containers()) else []
         words = {
-            "inside": "testbed.run.inside",
+            "sandbox": "testbed.run.sandbox_main",
             "fork server": "testbed.labs.forkserver",
             "delay line": "testbed.links.delayline",
         }
@@ -178,7 +178,7 @@ def _faults(outcome: Outcome, directory: Path, printed: str, must_load: int) -> 
     if outcome.target in ("orchestrator", "group") and outcome.signal != "SIGKILL" and outcome.phase != "start":
         if outcome.code not in (130, 0, 3):
             yield f"exit code {outcome.code}"
-    elif outcome.target == "inside" and outcome.signal != "SIGKILL" and outcome.code == 130:
+    elif outcome.target == "sandbox" and outcome.signal != "SIGKILL" and outcome.code == 130:
         pass  # it ends in order, as when the orchestrator is asked to
     elif outcome.target not in ("orchestrator", "group") and outcome.code not in (0, 1, 3):
         yield f"exit code {outcome.code}"

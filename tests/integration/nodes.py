@@ -3,7 +3,7 @@
     nodes' own network   a bridge, 10.90.0.254 here, 10.90.0.<n> on node n<n>
     links of the lab     a bridge of each node, with a port for each of its hosts and one to a bridge that joins them all
 
-The caller is inside ``testbed.labs.netns.enclosure``: with its first process everything here ends.
+The caller is inside ``testbed.labs.netns.sandbox_command``: with its first process everything here ends.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _FIRST_PORT = 100
 
 
 class NodePart:
-    """A node's part of a lab (``testbed.agent.program.Part``). details: by host, {"number": of its address}."""
+    """A node's part of a lab (``testbed.agent.program.NodeLab``). details: by host, {"number": of its address}."""
 
     usage_s = 0.0
 

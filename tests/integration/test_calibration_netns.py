@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import testbed
-from testbed.labs.netns import enclosure
+from testbed.labs.netns import sandbox_command
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.netns
@@ -103,7 +103,7 @@ with HostMonitor([os.getpid()], monotonic_s(), Path({str(tmp_path)!r})):
     time.sleep(2.5)
 burner.kill()
 """)
-    subprocess.run([*enclosure(), sys.executable, str(script)], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    subprocess.run([*sandbox_command(), sys.executable, str(script)], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     rows = [json.loads(line) for line in (tmp_path / "host.jsonl").read_text().splitlines()]
     cores = os.cpu_count() or 1
     own = [row["cpu_busy_share"] - row["cpu_foreign_share"] for row in rows[10:]]

@@ -1,4 +1,4 @@
-"""The delay line with real TAP devices and real traffic; run inside the enclosure as a child process."""
+"""The delay line with real TAP devices and real traffic; run inside the sandbox as a child process."""
 
 import errno
 import json
@@ -6,7 +6,7 @@ import os
 import textwrap
 
 import pytest
-from enclosed import run_enclosed
+from sandbox import run_in_sandbox
 
 from testbed.links.tap import NoTapError, open_tap
 
@@ -99,9 +99,9 @@ def transfer(size):
 
 
 def inside(tmp_path, body):
-    """Run Python code in private namespaces, with a cable between two hosts; it prints one JSON value."""
+    """Run Python code in private namespaces, with a link between two hosts; it prints one JSON value."""
     code = PRELUDE + f"tmp = Path({str(tmp_path)!r})\n" + textwrap.dedent(body)
-    return json.loads(run_enclosed(code, tmp_path).splitlines()[-1])
+    return json.loads(run_in_sandbox(code, tmp_path).splitlines()[-1])
 
 
 @pytest.mark.parametrize(
@@ -317,8 +317,8 @@ def test_one_that_dies_while_a_lab_is_made_is_no_fault_of_the_machine(tmp_path):
         from testbed.labs.base import LabPlan
         from testbed.labs.forkserver import ForkServer
         from testbed.labs.netns import NetnsLab
-        from testbed.links.state import LinkState, Shape
-        late = LinkState(Shape(rate_bps=10_000_000, delay_s=0.01), Shape(rate_bps=10_000_000, delay_s=0.01))
+        from testbed.links.state import LinkState, LinkParameters
+        late = LinkState(LinkParameters(rate_bps=10_000_000, delay_s=0.01), LinkParameters(rate_bps=10_000_000, delay_s=0.01))
         impaired = frozenset((name, direction) for name in ("w0", "w1") for direction in ("up", "down"))
         plan = LabPlan({"w0": late, "w1": late}, impaired=impaired, engine="userspace")
         with ForkServer() as server:

@@ -25,12 +25,12 @@ from testbed.labs.docker import LABEL, OWNER, DockerHost, DockerLab, clean, conn
 from testbed.labs.owner import owner_lives, owner_mark
 from testbed.links.delayline import DelayLineDied
 from testbed.links.routes import Tcp
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkParameters, LinkState
 
 pytestmark = pytest.mark.docker
 
 RUNS = Path(__file__).parents[2] / "runs"
-LINK = LinkState(Shape(rate_bps=50_000_000), Shape(rate_bps=20_000_000))
+LINK = LinkState(LinkParameters(rate_bps=50_000_000), LinkParameters(rate_bps=20_000_000))
 
 
 @pytest.fixture
@@ -87,10 +87,10 @@ def orchestrator(directory: Path) -> Iterator[subprocess.Popen[str]]:
         from pathlib import Path
         from testbed.labs.base import LabPlan
         from testbed.labs.docker import DockerLab
-        from testbed.links.state import LinkState, Shape
+        from testbed.links.state import LinkState, LinkParameters
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
         print("ready", flush=True)
-        plan = LabPlan({{"w0": LinkState(Shape(10**7), Shape(10**7)), "w1": LinkState()}})
+        plan = LabPlan({{"w0": LinkState(LinkParameters(10**7), LinkParameters(10**7)), "w1": LinkState()}})
         with DockerLab(plan, Path({str(directory)!r})) as lab:
             lab.hosts["w0"].start(["sleep", "600"], {{}}, Path({str(directory / "cells" / "log")!r}))
             print("open", flush=True)
@@ -137,12 +137,12 @@ def test_programs_run_without_any_privilege_and_write_to_the_run_directory_only(
         assert uid != 0
         assert f"Uid:\t{uid}\t" in status
         target = directory / "cells" / "made"
-        run(host, directory, f"open({host.seen(target)!r}, 'w').write('x'); open('/tmp/x', 'w').write('x')")
+        run(host, directory, f"open({host.path_on_host(target)!r}, 'w').write('x'); open('/tmp/x', 'w').write('x')")
         assert (target.stat().st_uid, target.stat().st_gid) == (uid, gid)
         refused = "import errno\ntry: open('/opt/x', 'w')\nexcept OSError as e: print(errno.errorcode[e.errno])"
         assert run(host, directory, refused) == "EROFS\n"
         with closing(connect()) as client:  # as a daemon sees it
-            granted = client.containers.get(host.way_in["container"]).attrs["HostConfig"]
+            granted = client.containers.get(host.nsenter_target["container"]).attrs["HostConfig"]
             assert granted["CapDrop"] == ["ALL"] and not granted["CapAdd"] and not granted["Privileged"]
             assert granted["ReadonlyRootfs"] and 0 < granted["PidsLimit"] <= 4096 and granted["PidMode"] == ""
             assert not any("docker.sock" in mount.get("Source", "") for mount in granted["Mounts"])
@@ -152,7 +152,7 @@ def test_programs_run_without_any_privilege_and_write_to_the_run_directory_only(
 def test_a_program_of_ours_gets_into_a_host_of_a_live_run(directory: Path) -> None:
     with DockerLab(plan(2), directory) as lab, closing(connect()) as client:
         for host in lab.hosts.values():
-            container = client.containers.get(host.way_in["container"])
+            container = client.containers.get(host.nsenter_target["container"])
             assert host.address in container.exec_run(["cat", "/proc/net/fib_trie"]).output.decode()
 
 
@@ -219,8 +219,8 @@ print(min(taken), sorted(taken)[10])
 """
 
 
-def test_a_delay_line_takes_the_place_of_the_cable_and_leaves_with_the_lab(directory: Path) -> None:
-    state = LinkState(Shape(rate_bps=50_000_000), Shape(rate_bps=20_000_000, delay_s=0.02))
+def test_a_delay_line_takes_the_place_of_the_veth_pair_and_leaves_with_the_lab(directory: Path) -> None:
+    state = LinkState(LinkParameters(rate_bps=50_000_000), LinkParameters(rate_bps=20_000_000, delay_s=0.02))
     impaired = frozenset({("w0", "down"), ("w1", "down")})
     lined = LabPlan({"w0": state, "w1": state, "w2": LINK}, impaired=impaired, engine="userspace")
     with DockerLab(lined, directory) as lab:
@@ -250,7 +250,7 @@ def test_a_delay_line_takes_the_place_of_the_cable_and_leaves_with_the_lab(direc
 
 
 def test_a_killed_delay_line_ends_with_its_devices(directory: Path) -> None:
-    state = LinkState(Shape(rate_bps=50_000_000), Shape(rate_bps=20_000_000, delay_s=0.02))
+    state = LinkState(LinkParameters(rate_bps=50_000_000), LinkParameters(rate_bps=20_000_000, delay_s=0.02))
     lined = LabPlan({"w0": state}, impaired=frozenset({("w0", "down")}), engine="userspace")
     with DockerLab(lined, directory) as lab:
         assert lab.links.line is not None

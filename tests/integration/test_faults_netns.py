@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 import yaml
-from enclosed import run_enclosed
+from sandbox import run_in_sandbox
 from test_run_netns import ROOT, descendants_of, only_run, rows_written, wait_until
 
 import testbed
@@ -234,7 +234,7 @@ def test_the_end_of_a_run_is_obeyed_though_a_link_is_cut_for_good(tmp_path):
     cell._CUT_S = 3.0  # instead of half a minute
     sweep.execute(directory.create(load_spec(Path("faulty.yaml")), Path("runs"), Path()), Console())
     """
-    run_enclosed(textwrap.dedent(code), tmp_path)
+    run_in_sandbox(textwrap.dedent(code), tmp_path)
     [[problem]] = testbed.load_run(only_run(tmp_path)).cells["problems"]
     assert "and w1 is cut off" in problem and problem.startswith("the last step has not ended"), problem
 

@@ -1,11 +1,11 @@
-"""The netns lab as a real lab: real namespaces, real qdiscs, real traffic; run inside the enclosure as a child process."""
+"""The netns lab as a real lab: real namespaces, real qdiscs, real traffic; run inside the sandbox as a child process."""
 
 import json
 import textwrap
 from pathlib import Path
 
 import pytest
-from enclosed import run_enclosed
+from sandbox import run_in_sandbox
 
 pytestmark = pytest.mark.netns
 
@@ -16,13 +16,13 @@ from pathlib import Path
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab
-from testbed.links import gauge
+from testbed.links import measurement_programs
 from testbed.links.netlink import back_to_own_namespace, setns
 from testbed.links.routes import Tcp
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkState, LinkParameters
 
 def both(rate_bps, **more):
-    return LinkState(Shape(rate_bps=rate_bps, **more), Shape(rate_bps=rate_bps, **more))
+    return LinkState(LinkParameters(rate_bps=rate_bps, **more), LinkParameters(rate_bps=rate_bps, **more))
 
 def lab_of(names, rate_bps):
     return NetnsLab(LabPlan({name: both(rate_bps) for name in names}), server)
@@ -105,7 +105,7 @@ print(struct.unpack_from("=I", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO,
 def in_lab(tmp_path, body):
     """Run Python code inside private namespaces; it prints one JSON value."""
     code = PRELUDE + f"tmp = Path({str(tmp_path)!r})\n" + "with ForkServer() as server:\n" + textwrap.indent(body, "    ")
-    return json.loads(run_enclosed(code, tmp_path).splitlines()[-1])
+    return json.loads(run_in_sandbox(code, tmp_path).splitlines()[-1])
 
 
 def test_a_program_runs_on_its_host_with_its_environment_and_its_exit_code_comes_back(tmp_path):
@@ -177,7 +177,7 @@ def test_a_link_of_one_host_leaves_the_others_alone(tmp_path):
         """
 with lab_of(["w0", "w1", "w2"], 50_000_000) as lab:
     before = lab.links.states["w2"]
-    lab.links.apply({"w0": both(5_000_000), "w1": LinkState(Shape(rate_bps=1_000_000), Shape())})
+    lab.links.apply({"w0": both(5_000_000), "w1": LinkState(LinkParameters(rate_bps=1_000_000), LinkParameters())})
     print(json.dumps([before == lab.links.states["w2"], sorted(map(list, lab.links.counters()))]))
 """,
     )
@@ -255,12 +255,12 @@ every_s, pairs = {every_s}, {{"w0": ("w1", 10**6), "w2": ("w3", 10**7), "w4": ("
 tops = {{name: top for source, (sink, top) in pairs.items() for name in (source, sink)}}
 with NetnsLab(LabPlan({{name: both(top) for name, top in tops.items()}}), server) as lab:
     for source, (sink, top) in pairs.items():
-        lab.hosts[sink].start(gauge.command("ignore"), {{}}, tmp / f"{{sink}}.log")
+        lab.hosts[sink].start(measurement_programs.command("ignore"), {{}}, tmp / f"{{sink}}.log")
     time.sleep(0.3)
     for source, (sink, top) in pairs.items():
         segments = max(1, top // 1000 // 8 // 1514)  # a call a millisecond
         words = lab.hosts[sink].address, 0, 30, 1.2 * top, 1514, segments
-        lab.hosts[source].start(gauge.command("flood", *words), {{}}, tmp / f"{{source}}.log")
+        lab.hosts[source].start(measurement_programs.command("flood", *words), {{}}, tmp / f"{{source}}.log")
     time.sleep(1)
     best = {{}}
     for attempt in range(3):  # a machine that stalls carries less, and never more
@@ -515,7 +515,7 @@ from testbed.recording.driver import LinkDriver
 with lab_of(["w0", "w1"], 50_000_000) as lab:
     before = lab.links.deviating()
     port = lab.links._ports["w1", "down"]
-    faster = qdiscs.compile_tree(Shape(rate_bps=60_000_000))
+    faster = qdiscs.compile_tree(LinkParameters(rate_bps=60_000_000))
     with LinkDriver(lab.links, [], monotonic_s(), tmp):
         time.sleep(1.5)
         port.socket.batch(request for _, request in qdiscs.requests(faster, port.ifindex, "w1", lab.links.trees["w1", "down"]))

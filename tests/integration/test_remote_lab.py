@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import testbed
-from testbed.labs.netns import enclosure
+from testbed.labs.netns import sandbox_command
 from testbed.results import validity
 from testbed.results.tolerances import LATE_S
 
@@ -180,7 +180,7 @@ def found(tmp_path_factory):
     scratch = tmp_path_factory.mktemp("nodes")
     for name, text in {"spec.yaml": SPEC, "worker.py": WORKER, "agent.py": AGENT, "orchestrator.py": ORCHESTRATOR}.items():
         (scratch / name).write_text(text)
-    command = [*enclosure(), sys.executable, str(scratch / "orchestrator.py"), str(scratch), str(OFFSET_S)]
+    command = [*sandbox_command(), sys.executable, str(scratch / "orchestrator.py"), str(scratch), str(OFFSET_S)]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
     assert done.returncode == 0, done.stderr + done.stdout

@@ -348,10 +348,10 @@ LONG = {"link": {"rate": "20mbit", "delay": "20ms"}}
 
 
 def kernel_has_netem():
-    from testbed.labs.netns import enclosure
+    from testbed.labs.netns import sandbox_command
 
     asked = subprocess.run(
-        [*enclosure(), sys.executable, "-m", "testbed.links.probe", "htb", "netem"],
+        [*sandbox_command(), sys.executable, "-m", "testbed.links.kernel_support", "htb", "netem"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from enclosed import run_enclosed
+from sandbox import run_in_sandbox
 
 pytestmark = pytest.mark.netns
 NODES, PER_NODE, RATE_BPS = 3, 2, 50e6
@@ -51,10 +51,10 @@ from pathlib import Path
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkState, LinkParameters
 
 nodes, per_node, rate_bps, steps = map(int, sys.argv[1:])
-side = Shape(rate_bps=rate_bps, queue_s=0.05)
+side = LinkParameters(rate_bps=rate_bps, queue_s=0.05)
 with ForkServer(["torch.distributed.run"]) as server:
     with NetnsLab(LabPlan({f"n{number}": LinkState(up=side, down=side) for number in range(nodes)}), server) as lab:
         head = lab.hosts["n0"].address
@@ -75,7 +75,7 @@ def train(tmp_path, per_node, steps):
     """What every rank has to say, in order of rank."""
     (tmp_path / "train.py").write_text(TRAIN)
     numbers = map(str, (NODES, per_node, int(RATE_BPS), steps))
-    run_enclosed(MACHINES, tmp_path, *numbers)
+    run_in_sandbox(MACHINES, tmp_path, *numbers)
     return [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(NODES * per_node)]
 
 

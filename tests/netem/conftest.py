@@ -10,7 +10,7 @@ from wire import RATE_BPS, ping
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkParameters, LinkState
 
 ENGINE = os.environ.get("NETSENSE_ENGINE", "netem")
 _figures: list[tuple[str, str, str]] = []
@@ -18,7 +18,7 @@ _figures: list[tuple[str, str, str]] = []
 
 def pair_state(**impairments: object) -> LinkState:
     """A link of the tests' usual rate, with impairments on its down direction."""
-    return LinkState(Shape(rate_bps=RATE_BPS), Shape(rate_bps=RATE_BPS, **impairments))  # type: ignore[arg-type]
+    return LinkState(LinkParameters(rate_bps=RATE_BPS), LinkParameters(rate_bps=RATE_BPS, **impairments))  # type: ignore[arg-type]
 
 
 class Pair(NetnsLab):

@@ -10,7 +10,7 @@ from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab
 from testbed.links.routes import Tcp
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkParameters, LinkState
 
 pytestmark = pytest.mark.netem
 AQMS = ("codel", "fq_codel", "cake")
@@ -19,11 +19,12 @@ AQMS = ("codel", "fq_codel", "cake")
 @pytest.fixture(scope="module", params=[False, True], ids=["drops", "marks"])
 def found(request):
     """What one flow meets at each managed queue, and the queue's counters at its end; the flows have links of their own."""
-    fast = Shape(100_000_000)
+    fast = LinkParameters(100_000_000)
     ends = {aqm: (f"w{2 * number}", f"w{2 * number + 1}") for number, aqm in enumerate(AQMS)}
     links = {source: LinkState(fast, fast) for source, _ in ends.values()}
     links |= {
-        sink: LinkState(fast, Shape(20_000_000, queue_s=0.5, aqm=aqm, ecn=request.param)) for aqm, (_, sink) in ends.items()
+        sink: LinkState(fast, LinkParameters(20_000_000, queue_s=0.5, aqm=aqm, ecn=request.param))
+        for aqm, (_, sink) in ends.items()
     }
     one_asks = Lock()
     with NetnsLab(LabPlan(links, tcp=Tcp(ecn=request.param)), ForkServer()) as lab, ThreadPoolExecutor() as threads:

@@ -39,12 +39,12 @@ def test_every_pair_of_regions_gets_its_delay_and_its_rate(figure, engine):
     with NetnsLab(replace(plan, impaired=impaired, engine=engine), ForkServer()) as lab:
         w0, w1, w2 = lab.hosts.values()
         pairs = {"eu-us": (w0, w1), "us-as": (w1, w2), "eu-as": (w2, w0)}
-        shapes = {name: plan.links[name].up for name in pairs}
+        limits = {name: plan.links[name].up for name in pairs}
         rtt_ms = {name: ping(first, second.address, 20)[1:].min() * 1e3 for name, (first, second) in pairs.items()}
         with ThreadPoolExecutor() as threads:  # none of them takes anything from another
             rates_bps = dict(zip(pairs, threads.map(measured, pairs.values()), strict=True))
-        for name, shape in shapes.items():
-            wanted_ms, wanted_bps = 2 * shape.delay_s * 1e3, shape.rate_bps * TCP_SHARE
+        for name, up in limits.items():
+            wanted_ms, wanted_bps = 2 * up.delay_s * 1e3, up.rate_bps * TCP_SHARE
             found = [rates_bps[name]]
             while abs(found[-1] / wanted_bps - 1) > 0.045 and len(found) < 3:  # a machine may stall
                 found.append(measured(pairs[name]))

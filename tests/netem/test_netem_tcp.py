@@ -11,8 +11,8 @@ from wire import transfer
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
 from testbed.labs.netns import NetnsLab
-from testbed.links.state import LinkState, Loss, Shape
-from testbed.network import packet_bytes
+from testbed.links.state import LinkParameters, LinkState, Loss
+from testbed.network import max_gso_bytes
 
 pytestmark = pytest.mark.netem
 MSS_BITS = 1448 * 8
@@ -24,15 +24,15 @@ PERCENTS = (0.1, 1)
 @pytest.fixture(scope="module")
 def flows():
     """By percent of loss, what a flow gets, and how many packets were lost to it; each has a link of its own."""
-    fast = Shape(200_000_000)
+    fast = LinkParameters(200_000_000)
     ends = {percent: (f"w{2 * number}", f"w{2 * number + 1}") for number, percent in enumerate(PERCENTS)}
     links = {source: LinkState(fast, fast) for source, _ in ends.values()}
     for percent, (_, sink) in ends.items():
         links[sink] = LinkState(fast, replace(fast, delay_s=0.01, loss=Loss(percent / 100)))
     plan = LabPlan(links, impaired=frozenset((sink, "down") for _, sink in ends.values()), engine=ENGINE)
     # Links as a plan would make them, with packets as large as a plan allows.
-    shapes = [(link, side, getattr(state, side)) for link, state in links.items() for side in ("up", "down")]
-    lab = NetnsLab(replace(plan, packet_bytes=packet_bytes(plan, shapes)), ForkServer())
+    directions = [(link, side, getattr(state, side)) for link, state in links.items() for side in ("up", "down")]
+    lab = NetnsLab(replace(plan, max_gso_bytes=max_gso_bytes(plan, directions)), ForkServer())
     with lab, ThreadPoolExecutor() as threads:
 
         def measured(percent):

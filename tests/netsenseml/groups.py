@@ -13,7 +13,7 @@ from typing import Any
 
 # A server that has imported torch once and forks the ranks: this is also how the testbed starts workers.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["testbed.worker.program", "netsenseml.door", "torch._dynamo"])
+_PROCESSES.set_forkserver_preload(["testbed.worker.program", "netsenseml.api", "torch._dynamo"])
 
 
 class Ranks:

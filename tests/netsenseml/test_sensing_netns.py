@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from enclosed import run_enclosed
+from sandbox import run_in_sandbox
 
 pytestmark = pytest.mark.netns
 
@@ -72,7 +72,7 @@ with ForkServer() as server:
 
 @pytest.mark.parametrize("ip", ["4", "6"])
 def test_only_connections_to_the_peers_count_and_stay_blocking(tmp_path, ip):
-    run_enclosed(CUT_LAB, tmp_path, ip)
+    run_in_sandbox(CUT_LAB, tmp_path, ip)
     (acked, blocking, *addresses), (before, samples, after) = map(
         json.loads, (tmp_path / "chooser.log").read_text().splitlines()
     )

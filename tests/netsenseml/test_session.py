@@ -672,7 +672,7 @@ def train_on_two_hosts(rank: int, options: dict[str, Any]) -> tuple[str, list[st
         session.step()
         assert session.last is not None
         schemes.append(session.last["scheme"])
-    told = len(session.method._told)  # type: ignore[attr-defined]
+    told = len(session.method._pending_reports)  # type: ignore[attr-defined]
     session.close()
     return parameters_hash(ddp.module), schemes, told
 

@@ -199,8 +199,8 @@ def link_rows(steps: list[dict[str, Any]], workers: int, t_end_s: float) -> Iter
 def event_rows(workers: int, t_end_s: float, late_s: float) -> Iterator[dict[str, Any]]:
     """The first state of every link, then the two changes of the schedule."""
     for kind, at_s in (("initial", 0.0), ("schedule", t_end_s / 3), ("schedule", 2 * t_end_s / 3)):
-        shape = {"rate_bps": rate_at(at_s, t_end_s), "queue_s": 0.05, "delay_s": 0.0, "jitter_s": 0.0, "loss": 0.0}
+        parameters = {"rate_bps": rate_at(at_s, t_end_s), "queue_s": 0.05, "delay_s": 0.0, "jitter_s": 0.0, "loss": 0.0}
         applied_s = -0.1 if kind == "initial" else at_s + late_s
         for rank in range(workers):
-            change = {"link": f"w{rank}", "state": {"up": shape, "down": shape}, "kind": kind, "verified": True}
+            change = {"link": f"w{rank}", "state": {"up": parameters, "down": parameters}, "kind": kind, "verified": True}
             yield {"planned_s": at_s, "applied_s": applied_s, **change}

@@ -31,10 +31,10 @@ HELLO = b'{"type": "hello", "node": "n1"}\n'
 
 
 @contextlib.contextmanager
-def agent_in_thread(address: str, secret: bytes, directory: Path, make_part: Any = None) -> Iterator[Agent]:
+def agent_in_thread(address: str, secret: bytes, directory: Path, make_lab: Any = None) -> Iterator[Agent]:
     directory.mkdir(exist_ok=True)
     sock = connect(address, secret, patience_s=0)
-    agent = Agent("n1", make_part, directory)
+    agent = Agent("n1", make_lab, directory)
     thread = threading.Thread(target=agent.serve, args=(sock,))
     thread.start()
     try:

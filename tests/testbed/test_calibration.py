@@ -17,14 +17,14 @@ from testbed.links.calibration import (
     measurable,
     rounds,
 )
-from testbed.links.state import LinkState, Loss, Shape
+from testbed.links.state import LinkParameters, LinkState, Loss
 
 pytestmark = pytest.mark.fast
 
 
 def both(rate_mbps: float | None, **more: float) -> LinkState:
     rate = None if rate_mbps is None else round(rate_mbps * 1e6)
-    return LinkState(Shape(rate_bps=rate), Shape(rate_bps=rate, **more))
+    return LinkState(LinkParameters(rate_bps=rate), LinkParameters(rate_bps=rate, **more))
 
 
 def star(*rates_mbps: float | None) -> LabPlan:
@@ -102,7 +102,13 @@ def test_floods_share_a_trunk_but_nobody_knows_how():
 
 
 def test_a_partition_is_left_alone():
-    plan = LabPlan({"w0": both(50), "w1": both(50), "w2": LinkState(Shape(50_000_000), Shape(50_000_000), connected=False)})
+    plan = LabPlan(
+        {
+            "w0": both(50),
+            "w1": both(50),
+            "w2": LinkState(LinkParameters(50_000_000), LinkParameters(50_000_000), connected=False),
+        }
+    )
     assert all("w2" not in pair for one in rounds(plan) for pair in one.pairs)
     assert all(link != "w2" for link, _ in judged(plan))
 
@@ -115,7 +121,7 @@ def test_rtt_is_the_sum_of_all_delays_there_and_back():
 
 def test_every_delayed_trunk_is_measured():
     trunks = {"a-b": ("a", "b"), "a-c": ("a", "c"), "b-c": ("b", "c")}
-    delayed = LinkState(Shape(delay_s=0.01), Shape(delay_s=0.01))
+    delayed = LinkState(LinkParameters(delay_s=0.01), LinkParameters(delay_s=0.01))
     plan = LabPlan(
         {**dict.fromkeys(("w0", "w1", "w2"), both(None)), **dict.fromkeys(trunks, delayed)},
         switches={"a": ("w0",), "b": ("w1",), "c": ("w2",)},

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from testbed import protocol
 from testbed.run import messages
-from testbed.run.control import MOST_MESSAGES_PER_S, ControlServer, Fault, Heard, Lost
+from testbed.run.control import MOST_MESSAGES_PER_S, ControlServer, Heard, Lost, ProtocolViolation
 
 
 class Member:
@@ -79,7 +79,7 @@ def test_what_is_no_message_is_a_fault_of_its_sender_alone(server: ControlServer
     odd.say(wrong)
     got = heard(server)
     assert got.member == 0
-    assert isinstance(got.message, Fault)
+    assert isinstance(got.message, ProtocolViolation)
     assert len(got.message.error) < 300 and "\n" not in got.message.error
     assert isinstance(heard(server).message, Lost)
     good.say(HEARTBEAT)
@@ -91,7 +91,7 @@ def test_what_is_no_message_is_a_fault_of_its_sender_alone(server: ControlServer
 )
 def test_bytes_that_are_no_lines_of_json_are_a_fault(server: ControlServer, tmp_path: Path, data: bytes) -> None:
     Member(tmp_path, server.tokens[0]).send(data)
-    assert isinstance(heard(server).message, Fault)
+    assert isinstance(heard(server).message, ProtocolViolation)
 
 
 def test_strangers_are_shut_out_without_a_word(server: ControlServer, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_flood_is_a_fault(server: ControlServer, tmp_path: Path) -> None:
     Member(tmp_path, server.tokens[0]).send(b'{"type": "heartbeat", "step": 1}\n' * (2 * MOST_MESSAGES_PER_S))
     while isinstance((got := heard(server)).message, messages.Heartbeat):
         pass
-    assert isinstance(got.message, Fault)
+    assert isinstance(got.message, ProtocolViolation)
     assert "messages a second" in got.message.error
 
 

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from testbed.doctor import Finding, System, qdiscs, user_namespaces_mend
+from testbed.doctor import Finding, System, qdiscs, user_namespaces_fix
 from testbed.report.terminal import doctor_table
 
 pytestmark = pytest.mark.fast
@@ -89,7 +89,7 @@ def test_the_last_line_says_what_makes_delays(engine, words):
     ],
 )
 def test_forbidden_user_namespaces_have_the_mend_of_what_forbids_them(here, settings, unshare, words):
-    assert words in user_namespaces_mend(here, settings, unshare)
+    assert words in user_namespaces_fix(here, settings, unshare)
 
 
 def test_a_kernel_that_could_not_be_asked_is_no_pass():

@@ -11,7 +11,7 @@ import pytest
 from netsenseml.records import monotonic_s, read_records
 from testbed.links.qdiscs import QdiscCounters, compile_tree
 from testbed.links.shaper import Applied, Prepared
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkParameters, LinkState
 from testbed.recording.driver import LinkDriver
 from testbed.timeline import Change
 
@@ -29,7 +29,7 @@ class SlowLinks:
 
     def __init__(self) -> None:
         self.states = {"w0": LinkState()}
-        self.trees = dict.fromkeys((("w0", "up"), ("w0", "down")), compile_tree(Shape()))
+        self.trees = dict.fromkeys((("w0", "up"), ("w0", "down")), compile_tree(LinkParameters()))
 
     def prepare(self, changes: dict[str, LinkState]) -> Prepared:
         return Prepared(changes, {}, [], {}, 0)
@@ -49,7 +49,9 @@ class SlowLinks:
 
 def drive(directory: Path, every_s: float, seconds: float) -> tuple[list[float], list[float]]:
     """Lateness of each change, in s, and the gaps between samples."""
-    timeline = [Change(round(0.1 + i * every_s, 6), "w0", LinkState(Shape(10**7 + i))) for i in range(int(seconds / every_s))]
+    timeline = [
+        Change(round(0.1 + i * every_s, 6), "w0", LinkState(LinkParameters(10**7 + i))) for i in range(int(seconds / every_s))
+    ]
     links: Any = SlowLinks()
     with LinkDriver(links, timeline, monotonic_s(), directory) as driver:
         time.sleep(seconds + 0.3)

@@ -22,7 +22,7 @@ def cell_of(network, **more):
 
 
 def packets(network, **more):
-    return dict(cell_of(network, **more).lab.packet_bytes)
+    return dict(cell_of(network, **more).lab.max_gso_bytes)
 
 
 def test_a_host_sends_packets_as_large_as_its_own_link_takes_in_a_millisecond_whatever_others_have():

@@ -147,7 +147,7 @@ def test_a_comparison_is_there_for_programs_too(folder):
 def test_a_run_is_told_with_progress_without_it_or_as_json(monkeypatch, tmp_path, capfd, option):
     """The lab is left out here: in its place, records are written as a lab's workers would have."""
 
-    def enclosed(directory, lock, only, progress, groups):
+    def in_sandbox(directory, lock, only, progress, groups):
         subprocess.run(["echo", "a line of progress"], stdout=progress, check=True)
         for method in ("allreduce", "topk", "netsense"):
             write_cell(directory / "cells" / f"{method}-s0", method, t_end_s=2.0)
@@ -155,7 +155,7 @@ def test_a_run_is_told_with_progress_without_it_or_as_json(monkeypatch, tmp_path
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("testbed.run.start.check_machine", lambda plan: "netem")
-    monkeypatch.setattr("testbed.run.start.execute_enclosed", enclosed)
+    monkeypatch.setattr("testbed.run.start.execute_in_sandbox", in_sandbox)
     monkeypatch.setattr("testbed.report.html.write_report", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
         app(["run", str(SMOKE), *filter(None, [option])], prog_name="testbed")

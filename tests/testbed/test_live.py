@@ -1,4 +1,4 @@
-"""The live page: it tells what was recorded, once; who has not its address gets nothing; links move through the door."""
+"""The live page: it tells what was recorded, once; who has not its address gets nothing; links move by requests."""
 
 import contextlib
 import http.client
@@ -27,17 +27,17 @@ from netsenseml.records import RecordFile, monotonic_s, read_records
 from testbed.cli import app
 from testbed.links.qdiscs import QdiscCounters, compile_tree
 from testbed.links.shaper import Applied
-from testbed.links.state import LinkState, Shape
-from testbed.live.beside import live_page
+from testbed.links.state import LinkParameters, LinkState
 from testbed.live.bins import Bins
 from testbed.live.server import CannotServe, LivePage
+from testbed.live.server_process import live_page
 from testbed.live.tail import Tail
 from testbed.live.view import RunView
 from testbed.live.watch import under_way
 from testbed.plan import load_plan
 from testbed.protocol import CELL_FILE, EVALS_FILE, RESULT_FILE, host_directory
-from testbed.recording.door import SOCKET_FILE, LinkDoor
 from testbed.recording.driver import LinkDriver
+from testbed.recording.link_server import SOCKET_FILE, LinkServer
 from testbed.results.load import load_run
 from testbed.results.records import finish_cell
 from testbed.results.summary import summarize
@@ -512,8 +512,8 @@ class Links:
     mtu = 1500
 
     def __init__(self) -> None:
-        self.states = {name: LinkState(Shape(50_000_000), Shape(50_000_000)) for name in ("w0", "w1")}
-        self.trees = {(name, side): compile_tree(Shape(50_000_000)) for name in self.states for side in ("up", "down")}
+        self.states = {name: LinkState(LinkParameters(50_000_000), LinkParameters(50_000_000)) for name in ("w0", "w1")}
+        self.trees = {(name, side): compile_tree(LinkParameters(50_000_000)) for name in self.states for side in ("up", "down")}
 
     def apply(self, changes: Mapping[str, LinkState]) -> dict[str, Applied]:
         self.states.update(changes)
@@ -526,14 +526,14 @@ class Links:
         return dict.fromkeys(self.trees, QdiscCounters(bytes=0, packets=0, drops=0, overlimits=0, backlog_bytes=0, qlen=0))
 
 
-def test_a_link_is_moved_through_the_door_and_recorded_as_manual(page: LivePage) -> None:
+def test_a_link_is_moved_by_request_and_recorded_as_manual(page: LivePage) -> None:
     cell = page.directory / "cells" / "netsense-s0"
     for name in ("events.jsonl", "links.jsonl"):
         (cell / name).unlink()
     links: Any = Links()
     with (
-        LinkDoor(cell) as door,
-        LinkDriver(links, [], monotonic_s(), cell, door, dilation=2.0),
+        LinkServer(cell) as server,
+        LinkDriver(links, [], monotonic_s(), cell, server, dilation=2.0),
         contextlib.closing(Listener(page).connection),
     ):
 
@@ -620,7 +620,7 @@ def test_the_page_ends_with_whoever_started_it_however_that_ends(tmp_path: Path)
     run = write_run(tmp_path / "run", methods=(), t_end_s=3.0)
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom rich.console import Console\n"
-        "from testbed.live.beside import live_page\n"
+        "from testbed.live.server_process import live_page\n"
         "with live_page(Path(sys.argv[1]), Console(width=200)):\n    sys.stdout.flush()\n    time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -713,7 +713,7 @@ def long_run(tmp_path: Path) -> Path:
 
 
 def first_states(workers: int) -> Iterator[dict[str, Any]]:
-    state = LinkState(Shape(50_000_000), Shape(50_000_000)).to_json()
+    state = LinkState(LinkParameters(50_000_000), LinkParameters(50_000_000)).to_json()
     for rank in range(workers):
         yield {"planned_s": 0.0, "applied_s": 0.0, "link": f"w{rank}", "state": state, "kind": "initial", "verified": True}
 
@@ -724,27 +724,27 @@ def test_a_browser_draws_a_long_run_in_no_time_and_moves_a_link(long_run: Path, 
     asked: list[Any] = []
     ended = threading.Event()
 
-    def answer(door: LinkDoor) -> None:
-        while (visit := door.visits.get()).request:
-            asked.append(visit.request)
-            state = LinkState(Shape(20_000_000), Shape(20_000_000)).to_json()
+    def answer(server: LinkServer) -> None:
+        while (request := server.requests.get()).request:
+            asked.append(request.body)
+            state = LinkState(LinkParameters(20_000_000), LinkParameters(20_000_000)).to_json()
             now = monotonic_s()
             change = {"planned_s": 600.0, "applied_s": 600.0 + now * 1e-9, "link": "w1", "state": state}
             append(cell / "events.jsonl", [{**change, "kind": "manual", "verified": True}])
-            visit.answer.put({"links": {"w1": {"state": state, "up": {}, "down": {}}}})
+            request.answer.put({"links": {"w1": {"state": state, "up": {}, "down": {}}}})
 
     with (
-        LinkDoor(cell) as door,
+        LinkServer(cell) as server,
         LivePage(long_run, "127.0.0.1", 0, lambda: not ended.is_set()) as page,
         Browser(tmp_path / "profile") as browser,
     ):
-        threading.Thread(target=answer, args=(door,), daemon=True).start()
+        threading.Thread(target=answer, args=(server,), daemon=True).start()
         stop = threading.Event()
         threading.Thread(target=lambda: [page.tick() for _ in iter(lambda: stop.wait(0.25), True)], daemon=True).start()
         browser.tell("Page.navigate", url=page.url)
         browser.wait_for("document.querySelectorAll('#links tr').length === 64")
         browser.wait_for("run.series['netsense-s0']?.columns.carried_bps?.length >= 298")
-        browser.wait_for("run.series['netsense-s0'].told_s > 590 && run.series['topk-s0']?.told_s > 55")
+        browser.wait_for("run.series['netsense-s0'].reported_s > 590 && run.series['topk-s0']?.reported_s > 55")
         assert browser.value("document.querySelectorAll('img').length") == 0
         browser.value("$('scenario').selectedIndex = 2; schedule()")
         browser.wait_for(f"document.getElementById('methods').textContent.includes({json.dumps(MISCHIEF)})")
@@ -777,5 +777,5 @@ def test_a_browser_draws_a_long_run_in_no_time_and_moves_a_link(long_run: Path, 
         browser.wait_for("document.title === 'the report null'")
         assert browser.messages == []
         stop.set()
-        door.visits.put(type("End", (), {"request": None})())  # type: ignore[arg-type]
+        server.requests.put(type("End", (), {"body": None})())  # type: ignore[arg-type]
     assert not (cell / SOCKET_FILE).exists()

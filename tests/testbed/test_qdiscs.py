@@ -25,19 +25,19 @@ from testbed.links.qdiscs import (
     distribution_table,
     frame_bytes,
     gso_limits,
-    largest_packet_bytes,
     place_of,
     queue_of,
     requests,
+    tbf_max_packet_bytes,
     tc_commands,
 )
-from testbed.links.state import AQMS, DISTRIBUTIONS, Loss, Shape
+from testbed.links.state import AQMS, DISTRIBUTIONS, LinkParameters, Loss
 
 pytestmark = pytest.mark.fast
 
 rates = st.integers(8_000, 100 * 10**9)
-shapes = st.builds(
-    Shape,
+link_parameters = st.builds(
+    LinkParameters,
     rate_bps=st.none() | rates,
     queue_s=st.floats(0, 2),
     queue_bytes=st.none() | st.integers(1, 2**31),
@@ -59,9 +59,9 @@ AQM_NODES = {"fifo": Bfifo, "codel": Codel, "fq_codel": Codel, "cake": Cake}
 @given(st.lists(rates, min_size=1, max_size=10))
 def test_every_packet_fits_every_bucket_of_a_run_with_tbf(run_rates):
     # A queued packet larger than a bucket that has shrunk would stop the link for good.
-    largest = largest_packet_bytes(run_rates)
+    largest = tbf_max_packet_bytes(run_rates)
     for rate in run_rates:
-        (tbf,) = compile_tree(Shape(rate_bps=rate), packet_bytes=largest, shaper="tbf")
+        (tbf,) = compile_tree(LinkParameters(rate_bps=rate), max_packet_bytes=largest, shaper="tbf")
         assert tbf.burst_bytes >= min(largest, UNCUT_PACKET_BYTES)
         assert tbf.limit_bytes >= tbf.burst_bytes + ETHERNET_FRAME_BYTES
     size, segments = gso_limits(largest)
@@ -70,41 +70,41 @@ def test_every_packet_fits_every_bucket_of_a_run_with_tbf(run_rates):
 
 
 def test_a_rate_outside_the_plan_cannot_shrink_the_bucket_of_a_tbf_below_the_packets():
-    largest = largest_packet_bytes([10**9])
-    (tbf,) = compile_tree(Shape(rate_bps=10**6), packet_bytes=largest, shaper="tbf")
+    largest = tbf_max_packet_bytes([10**9])
+    (tbf,) = compile_tree(LinkParameters(rate_bps=10**6), max_packet_bytes=largest, shaper="tbf")
     assert tbf.burst_bytes >= UNCUT_PACKET_BYTES
 
 
 @given(rates, mtus)
 def test_a_bucket_is_a_millisecond_or_a_frame(rate, mtu):
-    tree = compile_tree(Shape(rate_bps=rate), mtu=mtu)
+    tree = compile_tree(LinkParameters(rate_bps=rate), mtu=mtu)
     assert bucket_of(tree) == max(-(-rate // 8000), frame_bytes(mtu))
 
 
-@given(shapes, mtus)
-def test_the_queue_is_what_was_asked_for_but_holds_a_frame_and_nothing_larger_than_itself_enters_it(shape, mtu):
-    tree = compile_tree(shape, mtu=mtu)
-    if shape.rate_bps is None or shape.aqm != "fifo":
+@given(link_parameters, mtus)
+def test_the_queue_is_what_was_asked_for_but_holds_a_frame_and_nothing_larger_than_itself_enters_it(parameters, mtu):
+    tree = compile_tree(parameters, mtu=mtu)
+    if parameters.rate_bps is None or parameters.aqm != "fifo":
         assert queue_of(tree) is None
         return
-    asked = shape.queue_bytes if shape.queue_bytes is not None else shape.rate_bps / 8 * shape.queue_s
+    asked = parameters.queue_bytes if parameters.queue_bytes is not None else parameters.rate_bps / 8 * parameters.queue_s
     assert queue_of(tree) == pytest.approx(min(max(asked, frame_bytes(mtu)), 2**32 - 1), abs=1)
     (cut,) = (node for node in tree if isinstance(node, Cut))
     assert frame_bytes(mtu) <= cut.largest_bytes <= max(frame_bytes(mtu), queue_of(tree))
 
 
-@given(shapes, st.booleans())
-def test_a_tree_limits_and_impairs_as_asked(shape, impaired):
-    tree = compile_tree(shape, impaired=impaired)
+@given(link_parameters, st.booleans())
+def test_a_tree_limits_and_impairs_as_asked(parameters, impaired):
+    tree = compile_tree(parameters, impaired=impaired)
     kinds = [type(node) for node in tree]
-    limiter = [Pfifo] if shape.rate_bps is None else [Htb, HtbClass, Cut, AQM_NODES[shape.aqm]]
-    assert kinds == ([Netem] if impaired or shape.impaired else []) + limiter
+    limiter = [Pfifo] if parameters.rate_bps is None else [Htb, HtbClass, Cut, AQM_NODES[parameters.aqm]]
+    assert kinds == ([Netem] if impaired or parameters.impaired else []) + limiter
     assert len(requests(tree, 7, "w0")) == len(tc_commands(tree, "w0")) == len(tree)
 
 
-@given(shapes, shapes, st.booleans())
+@given(link_parameters, link_parameters, st.booleans())
 def test_only_what_changes_is_sent_and_below_a_new_qdisc_everything(first, second, impaired):
-    before, after = (compile_tree(shape, impaired=impaired) for shape in (first, second))
+    before, after = (compile_tree(parameters, impaired=impaired) for parameters in (first, second))
     levels = changed(after, before)
     assert changed(after, after) == []
     kinds = [(type(node), node.kind) for node in before] == [(type(node), node.kind) for node in after]
@@ -118,9 +118,9 @@ def test_only_what_changes_is_sent_and_below_a_new_qdisc_everything(first, secon
     assert [node for node, _ in requests(after, 7, "w0", before)] == [after[level] for level in levels]
 
 
-@given(shapes, st.booleans(), st.sampled_from(["htb", "tbf"]))
-def test_every_handle_is_ours_and_every_parent_is_the_one_above(shape, impaired, shaper):
-    tree = compile_tree(shape, impaired=impaired, shaper=shaper)
+@given(link_parameters, st.booleans(), st.sampled_from(["htb", "tbf"]))
+def test_every_handle_is_ours_and_every_parent_is_the_one_above(parameters, impaired, shaper):
+    tree = compile_tree(parameters, impaired=impaired, shaper=shaper)
     places = [place_of(tree, level) for level in range(len(tree))]
     assert len({handle for handle, _ in places}) == len(tree)
     for (above, _), (handle, parent) in pairwise(places):
@@ -145,8 +145,8 @@ def test_a_delay_distribution_has_mean_zero_and_deviation_one(name):
 
 
 def test_tc_commands_are_the_ones_a_person_would_type():
-    shape = Shape(rate_bps=10_000_000, delay_s=0.01, jitter_s=0.001, loss=Loss(0.01, burst=4), duplicate=0.001)
-    tree = compile_tree(shape, seed=7)
+    parameters = LinkParameters(rate_bps=10_000_000, delay_s=0.01, jitter_s=0.001, loss=Loss(0.01, burst=4), duplicate=0.001)
+    tree = compile_tree(parameters, seed=7)
     assert tc_commands(tree, "w1") == [
         "tc qdisc replace dev w1 root handle 7e51: netem limit 2333 delay 10000us 1000us distribution normal "
         "loss gemodel 0.252525% 25% 100% 0% duplicate 0.1% seed 7",
@@ -156,14 +156,14 @@ def test_tc_commands_are_the_ones_a_person_would_type():
         "tc qdisc replace dev w1 parent 7e52:1 handle 7e53: tbf rate 8000000000000000bit burst 1514 limit 62500",
         "tc qdisc replace dev w1 parent 7e53:1 handle 7e54: bfifo limit 62500",
     ]
-    slower = compile_tree(shape.with_changes({"rate_bps": 5_000_000, "queue_bytes": 62500}), seed=7)
+    slower = compile_tree(parameters.with_changes({"rate_bps": 5_000_000, "queue_bytes": 62500}), seed=7)
     (_, only) = tc_commands(slower, "w1", before=tree)  # netem holds fewer packets; the queue stays
     assert only.startswith("tc class replace dev w1 parent 7e52: classid 7e52:1 htb rate 5000000bit")
 
 
 @given(st.sampled_from(["htb", "tbf"]), st.booleans())
 def test_in_an_outage_nothing_passes_and_the_end_of_it_replaces_no_qdisc(shaper, impaired):
-    usual, outage = (compile_tree(Shape(rate_bps=rate), shaper=shaper, impaired=impaired) for rate in (20_000_000, 0))
+    usual, outage = (compile_tree(LinkParameters(rate_bps=rate), shaper=shaper, impaired=impaired) for rate in (20_000_000, 0))
     assert [type(node) for node in usual] == [type(node) for node in outage]
     (shut,) = (node for node in outage if isinstance(node, Cut | Tbf))
     assert shut.rate_bps < 100

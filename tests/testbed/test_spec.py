@@ -1,4 +1,4 @@
-"""Specs through the command line's door: good ones load, bad ones get one line with the place and the mend."""
+"""Specs through the command line: good ones load, bad ones get one line with the place and the mend."""
 
 import copy
 import functools
@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from testbed.cli import app
 from testbed.labs.base import Limits
-from testbed.links.state import LinkState, Shape
+from testbed.links.state import LinkParameters, LinkState
 from testbed.plan import describe, make_plan
 from testbed.spec.errors import SpecError
 from testbed.spec.load import apply_overrides, combinations, dump_spec, load_spec, parse_link, validate
@@ -433,10 +433,10 @@ def test_what_belongs_to_the_queue_holds_in_both_directions_and_what_belongs_to_
     (cell, *_) = make_plan(load_spec(write(tmp_path, None, network=network, schedule=[]))).cells
     codel = {"rate_bps": 5_000_000, "queue_bytes": 1514, "aqm": "codel", "ecn": True}
     links = cell.lab.links
-    assert links["w0"] == LinkState(Shape(**codel), Shape(**codel, delay_s=0.001, in_order=True))
+    assert links["w0"] == LinkState(LinkParameters(**codel), LinkParameters(**codel, delay_s=0.001, in_order=True))
     assert (links["w1"].up.aqm, links["w1"].up.in_order, links["w1"].up.ecn) == ("fq_codel", True, False)
     assert (links["w1"].down.aqm, links["w1"].down.in_order, links["w1"].down.ecn) == ("codel", True, False)
-    trunk = Shape(9_000_000, queue_s=1e-6, in_order=True, aqm="codel")
+    trunk = LinkParameters(9_000_000, queue_s=1e-6, in_order=True, aqm="codel")
     assert links["trunk"] == LinkState(trunk, trunk)
 
 

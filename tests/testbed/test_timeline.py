@@ -1,4 +1,4 @@
-"""Properties of timelines: order, completeness, exact ends, takeover; and what each shape promises."""
+"""Properties of timelines: order, completeness, exact ends, takeover; and what each pattern promises."""
 
 import itertools
 from bisect import bisect_right
@@ -9,18 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from testbed.links.state import LinkState, Loss, Shape
+from testbed.links.state import LinkParameters, LinkState, Loss
 from testbed.spec.errors import SpecError
 from testbed.spec.models import LinkSpec
 from testbed.timeline import expand
-from testbed.timeline.moves import between
+from testbed.timeline.pairs import values_at
+from testbed.timeline.patterns import PATTERNS, parse_entry
 from testbed.timeline.recording import Recording
-from testbed.timeline.shapes import SHAPES, parse_entry
-from testbed.timeline.span import values_at
+from testbed.timeline.updates import interpolate
 
 pytestmark = pytest.mark.fast
 
-LINKS = {name: LinkState(Shape(rate_bps=50_000_000), Shape(rate_bps=50_000_000)) for name in ("w0", "w1", "w2")}
+LINKS = {
+    name: LinkState(LinkParameters(rate_bps=50_000_000), LinkParameters(rate_bps=50_000_000)) for name in ("w0", "w1", "w2")
+}
 ONE = {"w0": LINKS["w0"]}
 
 times = st.integers(0, 10_000).map(lambda ms: f"{ms}ms")
@@ -28,16 +30,18 @@ lengths = st.integers(1, 3000).map(lambda ms: f"{ms}ms")
 rates = st.integers(1, 1000).map(lambda mbit: f"{mbit}mbit")
 pairs = st.lists(rates, min_size=2, max_size=2, unique=True)
 properties = st.fixed_dictionaries({"rate": rates}, optional={"delay": times, "up": st.fixed_dictionaries({"rate": rates})})
-spans = st.one_of(
+pairs = st.one_of(
     st.fixed_dictionaries({"rate": pairs}, optional={"delay": st.lists(times, min_size=2, max_size=2)}),
     st.fixed_dictionaries({"down": st.fixed_dictionaries({"rate": pairs})}),
 )
 links = st.one_of(st.just("all"), st.lists(st.sampled_from(sorted(LINKS)), min_size=1, max_size=3, unique=True))
 
 
-def of(shape, optional=None, **keys):
+def of(pattern, optional=None, **keys):
     head = {"at": times, "links": links}
-    return st.fixed_dictionaries({**head, **keys, shape: properties if shape in ("set", "ramp") else spans}, optional=optional)
+    return st.fixed_dictionaries(
+        {**head, **keys, pattern: properties if pattern in ("set", "ramp") else pairs}, optional=optional
+    )
 
 
 sets = of("set")
@@ -139,7 +143,7 @@ def test_changing_one_property_keeps_the_others():
     )
     state = changes[-2].state
     assert changes[-2].link == "w1"
-    assert state == LinkState(Shape(rate_bps=9_000_000), Shape(rate_bps=9_000_000, delay_s=0.005))
+    assert state == LinkState(LinkParameters(rate_bps=9_000_000), LinkParameters(rate_bps=9_000_000, delay_s=0.005))
 
 
 def test_a_partition_stays_until_it_is_ended_and_touches_nothing_else():
@@ -157,7 +161,7 @@ def test_on_a_trunk_everything_holds_in_both_directions_and_all_means_what_it_is
     schedule = entries([{"at": "1s", "set": {"rate": "9mbit"}}, {"at": "2s", "links": "trunk", "set": {"delay": "5ms"}}])
     changes = expand(schedule, {"w0": LINKS["w0"], "trunk": LINKS["w1"]}, ["w0"], trunks={"trunk"})
     assert [change.link for change in changes] == ["w0", "trunk"]
-    assert changes[1].state.up == changes[1].state.down == Shape(rate_bps=50_000_000, delay_s=0.005)
+    assert changes[1].state.up == changes[1].state.down == LinkParameters(rate_bps=50_000_000, delay_s=0.005)
 
 
 def test_a_ramp_needs_a_rate_to_start_from():
@@ -225,10 +229,10 @@ def test_a_walk_is_the_same_for_a_seed_everywhere_and_another_on_every_link():
     assert values[len(values) * 3 // 4] == pytest.approx(38.75e6, rel=0.15)
 
 
-@pytest.mark.parametrize("shape", sorted(set(SHAPES) - {"set", "ramp", "trace"}))
-def test_a_shape_ends_with_its_time_or_with_the_run_and_needs_one_of_them(shape):
-    keys = {shape: {"rate": ["10mbit", "50mbit"]}}
-    keys |= {"every": "100ms"} if shape == "walk" else {"period": "400ms"}
+@pytest.mark.parametrize("pattern", sorted(set(PATTERNS) - {"set", "ramp", "trace"}))
+def test_a_pattern_ends_with_its_time_or_with_the_run_and_needs_one_of_them(pattern):
+    keys = {pattern: {"rate": ["10mbit", "50mbit"]}}
+    keys |= {"every": "100ms"} if pattern == "walk" else {"period": "400ms"}
     assert one(end_s=3, **keys)[0][-1] < 3
     timed = one(**keys, **{"for": "2s"})
     assert timed[0][-1] < 2
@@ -240,17 +244,17 @@ def test_a_shape_ends_with_its_time_or_with_the_run_and_needs_one_of_them(shape)
 
 
 @given(st.floats(0, 1), st.floats(0, 1e9), st.floats(0, 1e9))
-def test_between_stays_between_and_meets_its_ends(share, first, second):
-    assert between(first, second, 0.0) == first
-    assert between(first, second, 1.0) == second
-    assert min(first, second) * (1 - 1e-9) <= between(first, second, share) <= max(first, second) * (1 + 1e-9)
+def test_interpolation_stays_between_and_meets_its_ends(share, first, second):
+    assert interpolate(first, second, 0.0) == first
+    assert interpolate(first, second, 1.0) == second
+    assert min(first, second) * (1 - 1e-9) <= interpolate(first, second, share) <= max(first, second) * (1 + 1e-9)
 
 
 def test_loss_moves_with_its_bursts():
-    assert between(Loss(), Loss(0.1), 0.5) == Loss(0.05)
-    assert between(Loss(), Loss(0.1, burst=8.0), 0.5) == Loss(0.05, burst=8.0)
-    assert between(Loss(0.1, burst=8.0), Loss(), 0.5) == Loss(0.05, burst=8.0)
-    assert between(Loss(0.25, burst=8.0), Loss(0.5, burst=4.0, bad_loss=0.5), 0.5) == Loss(0.375, burst=6.0, bad_loss=0.75)
+    assert interpolate(Loss(), Loss(0.1), 0.5) == Loss(0.05)
+    assert interpolate(Loss(), Loss(0.1, burst=8.0), 0.5) == Loss(0.05, burst=8.0)
+    assert interpolate(Loss(0.1, burst=8.0), Loss(), 0.5) == Loss(0.05, burst=8.0)
+    assert interpolate(Loss(0.25, burst=8.0), Loss(0.5, burst=4.0, bad_loss=0.5), 0.5) == Loss(0.375, burst=6.0, bad_loss=0.75)
 
 
 @given(anything)
@@ -262,8 +266,8 @@ def test_an_entry_survives_a_round_trip(raw):
 
 
 def test_loss_as_a_mapping_survives_a_round_trip():
-    span = {"loss": [{"share": "1%", "burst": 8}, {"share": "5%", "burst": 8}], "rate": ["1mbit", "2mbit"]}
-    entry = parse_entry({"at": "0s", "sawtooth": span, "period": "1s"})
+    pair = {"loss": [{"share": "1%", "burst": 8}, {"share": "5%", "burst": 8}], "rate": ["1mbit", "2mbit"]}
+    entry = parse_entry({"at": "0s", "sawtooth": pair, "period": "1s"})
     assert parse_entry(entry.model_dump(mode="json", exclude_none=True, by_alias=True)) == entry
     changes = expand([entry], ONE, end_s=1)
     assert (changes[0].state.down.loss, changes[-1].state.down.loss) == (Loss(0.01, burst=8.0), Loss(0.05, burst=8.0))
@@ -306,14 +310,14 @@ def test_nothing_that_a_schedule_asks_for_goes_on_and_on(entry, monkeypatch):
         assert next(pulled) < 8000, "goes on and on"
 
     def counted(make):
-        return lambda *given, **keys: (once_more() or move for move in make(*given, **keys))
+        return lambda *given, **keys: (once_more() or update for update in make(*given, **keys))
 
     monkeypatch.setattr("testbed.timeline.changes.MAX_CHANGES", 1000)
     monkeypatch.setattr(Recording, "replay", counted(Recording.replay))
-    for shape in SHAPES.values():
-        monkeypatch.setattr(shape, "moves", counted(shape.moves))
+    for pattern in PATTERNS.values():
+        monkeypatch.setattr(pattern, "updates", counted(pattern.updates))
     for name in ("sawtooth", "walk"):
-        monkeypatch.setattr(f"testbed.timeline.shapes.{name}.values_at", lambda *given: once_more() or values_at(*given))
+        monkeypatch.setattr(f"testbed.timeline.patterns.{name}.values_at", lambda *given: once_more() or values_at(*given))
     try:
         assert len(expand([parse_entry({"at": "0s", **entry})], ONE, end_s=1e7, read=lambda text: text)) == 1
     except SpecError as error:
@@ -330,7 +334,7 @@ def test_a_move_that_changes_nothing_is_left_out():
 
 
 def test_jitter_never_needs_a_packet_that_arrives_before_it_was_sent():
-    delayed = {"w0": LinkState(Shape(), Shape(delay_s=0.05, jitter_s=0.02))}
+    delayed = {"w0": LinkState(LinkParameters(), LinkParameters(delay_s=0.05, jitter_s=0.02))}
     raw = {"at": "0s", "ramp": {"delay": "0s"}, "over": "1s", "every": "100ms"}
     with pytest.raises(SpecError, match=r"schedule: link w0 at 0.3s: a jitter of 20ms needs a delay of 40ms or more"):
         expand([parse_entry(raw)], delayed)

@@ -10,19 +10,19 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.links.state import LinkState, Loss, Shape
+from testbed.links.state import LinkParameters, LinkState, Loss
 from testbed.plan import make_plan
 from testbed.run.directory import create
 from testbed.spec.errors import SpecError
 from testbed.spec.load import load_spec
 from testbed.timeline import expand
+from testbed.timeline.patterns import parse_entry
 from testbed.timeline.recording import PACKET_BITS, parse_recording
-from testbed.timeline.shapes import parse_entry
 
 pytestmark = pytest.mark.fast
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-ONE = {"w0": LinkState(Shape(rate_bps=50_000_000), Shape(rate_bps=50_000_000))}
+ONE = {"w0": LinkState(LinkParameters(rate_bps=50_000_000), LinkParameters(rate_bps=50_000_000))}
 EXAMPLE = "t_s,rate_mbps\n0,10\n1,0\n1.5,0\n2,30\n3,40\n"
 
 steps = st.lists(st.integers(1, 5000), min_size=2, max_size=30)
@@ -146,8 +146,8 @@ def test_an_offset_begins_inside_the_recording(text, share, repeat):
 def test_all_columns_are_replayed_each_in_its_direction():
     text = "t_s,rate_mbps,delay_ms,jitter_ms,loss_percent\n0,10,5,1,1\n1,20,6,2,60\n"
     first, second = replay(text, scale={"rate": 2, "delay": 3, "loss": 2})
-    assert first.state.up == Shape(rate_bps=20_000_000)
-    assert first.state.down == Shape(
+    assert first.state.up == LinkParameters(rate_bps=20_000_000)
+    assert first.state.down == LinkParameters(
         rate_bps=20_000_000, delay_s=pytest.approx(0.015), jitter_s=pytest.approx(0.003), loss=Loss(0.02)
     )
     assert second.state.down.loss == Loss(1.0)

@@ -250,14 +250,14 @@ def events_of(changes: dict[str, list[tuple[float, float, float | None]]], **opt
     rows = []
     for link, list_of_changes in changes.items():
         for planned_s, applied_s, rate_bps in list_of_changes:
-            shape = {
+            parameters = {
                 "delay_s": options.get("delay_s", 0.0),
                 "jitter_s": 0.0,
                 "queue_s": 0.05,
                 "rate_bps": rate_bps,
                 "reorder": 0.0,
             }
-            state = json.dumps({"connected": options.get("connected", True), "down": shape, "up": shape})
+            state = json.dumps({"connected": options.get("connected", True), "down": parameters, "up": parameters})
             kind = options.get("kind", "schedule")
             row = {"planned_s": planned_s, "applied_s": applied_s, "link": link, "state": state, "kind": kind, "verified": True}
             rows.append(row)

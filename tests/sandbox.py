@@ -5,17 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from testbed.labs.netns import enclosure
+from testbed.labs.netns import sandbox_command
 
 ROOT = Path(__file__).parents[1]
 
 
-def run_enclosed(code: str, directory: Path, *arguments: str, timeout_s: float = 120) -> str:
+def run_in_sandbox(code: str, directory: Path, *arguments: str, timeout_s: float = 120) -> str:
     """Run it in a directory, as a file there; returns what it prints. Raises AssertionError with its errors and all logs."""
-    script = directory / "enclosed.py"
+    script = directory / "sandboxed.py"
     script.write_text(code)
     done = subprocess.run(
-        [*enclosure(), sys.executable, str(script), *arguments],
+        [*sandbox_command(), sys.executable, str(script), *arguments],
         capture_output=True,
         text=True,
         cwd=directory,

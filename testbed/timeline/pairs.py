@@ -8,35 +8,35 @@ from pydantic_core import PydanticCustomError
 
 from testbed.links.state import DIRECTIONS
 from testbed.spec.models import LinkChange, empty, written_as
-from testbed.timeline.keys import check_continuous
-from testbed.timeline.moves import Key, between, values_of
+from testbed.timeline.field_types import check_continuous
+from testbed.timeline.updates import PropertyKey, interpolate, values_of
 
 
-class Span(NamedTuple):
+class LinkChangePair(NamedTuple):
     """The same properties twice."""
 
     first: LinkChange
     second: LinkChange
 
-    def pairs(self, trunk: bool) -> dict[Key, tuple[Any, Any]]:
+    def pairs(self, trunk: bool) -> dict[PropertyKey, tuple[Any, Any]]:
         """The two values of each property."""
         first, second = (values_of(part, trunk) for part in self)
         return {key: (first[key], second[key]) for key in first}
 
 
-def values_at(pairs: Mapping[Key, tuple[Any, Any]], share: float) -> dict[Key, Any]:
-    """The values at a share (0 to 1) of the way from the first to the second."""
-    return {key: between(first, second, share) for key, (first, second) in pairs.items()}
+def values_at(pairs: Mapping[PropertyKey, tuple[Any, Any]], fraction: float) -> dict[PropertyKey, Any]:
+    """The values at a fraction (0 to 1) of the way from the first to the second."""
+    return {key: interpolate(first, second, fraction) for key, (first, second) in pairs.items()}
 
 
-def parse_span(value: Any) -> Span:
-    """A span from the mapping of properties to pairs."""
-    if isinstance(value, Span):
+def parse_pair(value: Any) -> LinkChangePair:
+    """A pair from the mapping of properties to pairs."""
+    if isinstance(value, LinkChangePair):
         return value
     first, second = (LinkChange.model_validate(_half(value, position, ())) for position in (0, 1))
     if not values_of(first, trunk=True):
-        raise PydanticCustomError("span", "changes nothing; name a property, for example rate: [10mbit, 50mbit]")
-    return Span(first, second)
+        raise PydanticCustomError("pair", "changes nothing; name a property, for example rate: [10mbit, 50mbit]")
+    return LinkChangePair(first, second)
 
 
 def _half(value: Any, position: int, path: tuple[str, ...]) -> Any:
@@ -44,7 +44,7 @@ def _half(value: Any, position: int, path: tuple[str, ...]) -> Any:
         return {key: _half(part, position, (*path, key)) for key, part in value.items()}
     if not path:
         text = f"must be a mapping of properties to two values, for example {{rate: [10mbit, 50mbit]}}, not {value!r:.40}"
-        raise PydanticCustomError("span", text)
+        raise PydanticCustomError("pair", text)
     if not isinstance(value, list) or len(value) != 2:
         wrong = f"must be two values, for example [10mbit, 50mbit], not {value!r:.40}"
         text = empty("[10mbit, 50mbit]") if value is None else wrong
@@ -52,15 +52,15 @@ def _half(value: Any, position: int, path: tuple[str, ...]) -> Any:
     return value[position]
 
 
-def parse_continuous_span(value: Any) -> Span:
-    """A span of properties that have values in between."""
-    span = parse_span(value)
-    check_continuous(span.first, instead="square")
-    return span
+def parse_continuous_pair(value: Any) -> LinkChangePair:
+    """A pair for properties that have values in between."""
+    pair = parse_pair(value)
+    check_continuous(pair.first, instead="square")
+    return pair
 
 
-def _format_span(span: Span) -> dict[str, Any]:
-    first, second = (part.model_dump(mode="json", exclude_none=True) for part in span)
+def _format_pair(pair: LinkChangePair) -> dict[str, Any]:
+    first, second = (part.model_dump(mode="json", exclude_none=True) for part in pair)
     return _paired(first, second)
 
 
@@ -70,6 +70,6 @@ def _paired(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return {key: _paired(value, second[key]) if key in nested else [value, second[key]] for key, value in first.items()}
 
 
-_AS_PAIRS = PlainSerializer(_format_span, return_type=dict[str, Any])
-AnySpan = Annotated[Span, BeforeValidator(parse_span), _AS_PAIRS, written_as("LinkPairs")]
-ContinuousSpan = Annotated[Span, BeforeValidator(parse_continuous_span), _AS_PAIRS, written_as("GradualLinkPairs")]
+_AS_PAIRS = PlainSerializer(_format_pair, return_type=dict[str, Any])
+AnyPair = Annotated[LinkChangePair, BeforeValidator(parse_pair), _AS_PAIRS, written_as("LinkPairs")]
+ContinuousPair = Annotated[LinkChangePair, BeforeValidator(parse_continuous_pair), _AS_PAIRS, written_as("GradualLinkPairs")]

@@ -1,4 +1,4 @@
-"""The first process of a netns lab: ``python -m testbed.run.inside RUN_DIRECTORY LOCK [CELL …]``.
+"""The first process of a netns lab: ``python -m testbed.run.sandbox_main RUN_DIRECTORY LOCK [CELL …]``.
 
 Not for people: ``testbed run`` starts it inside private namespaces, with a pipe as standard input whose end means stop.
 """
@@ -23,7 +23,7 @@ def main() -> int:
     stop, interrupted = interrupt_main_thread_once()
     try:
         # It may say so at once: whoever started us can have ended while this process was loading.
-        threading.Thread(target=watch_lifeline, args=(stop,), daemon=True).start()
+        threading.Thread(target=watch_parent_pipe, args=(stop,), daemon=True).start()
         execute(Path(sys.argv[1]), Console(), sys.argv[3:])
     except (Exception, KeyboardInterrupt) as error:
         if interrupted.is_set():
@@ -44,7 +44,7 @@ def _one_line(error: Exception) -> str:
     return explained(error) if isinstance(error, OSError) else str(error)
 
 
-def watch_lifeline(stop: Callable[[], None]) -> None:
+def watch_parent_pipe(stop: Callable[[], None]) -> None:
     """Call ``stop`` when standard input ends, and so whoever started this process, in whatever way."""
     while os.read(0, 1):
         pass

@@ -10,10 +10,10 @@ from testbed.links.state import DIRECTIONS, Loss
 from testbed.spec.errors import SpecError
 from testbed.spec.models import Model, Time
 from testbed.spec.units import MAX_DELAY_S, MAX_RATE_BPS, MIN_RATE_BPS, format_time
-from testbed.timeline.keys import SHORTEST_S, Interval
-from testbed.timeline.lasting import LastingEntry
-from testbed.timeline.moves import Key, Move, Start
+from testbed.timeline.duration import DurationEntry
+from testbed.timeline.field_types import MIN_INTERVAL_S, Interval
 from testbed.timeline.recording import DEFAULT_WINDOW_S, Recording, parse_recording
+from testbed.timeline.updates import PropertyKey, StartContext, Update
 
 Factor = Annotated[StrictFloat, Field(gt=0, le=1e6, allow_inf_nan=False)]
 _BOTH_DIRECTIONS = ("rate_bps",)
@@ -39,7 +39,7 @@ class Scale(Model):
         return {"rate": data} if isinstance(data, int | float) else data
 
 
-class Trace(LastingEntry):
+class Trace(DurationEntry):
     """Replay of a file (``timeline.recording`` has the formats), which is named relative to the spec.
 
     A rate of 0 is an outage: nothing passes, and what comes waits in the queue. Any other rate below 8kbit becomes 8kbit, the
@@ -59,17 +59,17 @@ class Trace(LastingEntry):
     direction: Literal[*DIRECTIONS] | None = None  # type: ignore[valid-type]
     """Replay it in this direction only. Otherwise the rate holds in both, all else on down (on a trunk in both)."""
 
-    def endless(self, start: Start) -> bool:
+    def endless(self, start: StartContext) -> bool:
         """True if it begins again and again; a recording of a constant, such as Mahimahi's of 12 Mbit/s, has no need to."""
         return self.repeat and any(len(set(values)) > 1 for values in self._columns(self._recording(start), start).values())
 
-    def pattern(self, start: Start) -> Iterator[Move]:
+    def unbounded_updates(self, start: StartContext) -> Iterator[Update]:
         recording = self._recording(start)
         columns = self._columns(recording, start)
         for at_s, index in recording.replay(self.offset, repeat=self.endless(start)):
             yield at_s * self.scale.time, {key: values[index] for key, values in columns.items()}
 
-    def _recording(self, start: Start) -> Recording:
+    def _recording(self, start: StartContext) -> Recording:
         try:
             recording = parse_recording(start.read(self.trace), self.every or DEFAULT_WINDOW_S)
         except ValueError as error:
@@ -88,7 +88,7 @@ class Trace(LastingEntry):
                 "offset",
                 f"{format_time(self.offset)} is not within {self.trace}, which ends at {recording.length_s:g}s",
             )
-        elif recording.shortest_s * self.scale.time < SHORTEST_S - 1e-9:
+        elif recording.shortest_s * self.scale.time < MIN_INTERVAL_S - 1e-9:
             key, fault = "trace", f"{self.trace} has rows less than 1ms apart; scale its time or thin it out"
         elif max(recording.columns.get("rate_bps", (0.0,))) * self.scale.rate > MAX_RATE_BPS:
             key, fault = "trace", f"{self.trace} has rates above 100gbit; scale them down"
@@ -101,7 +101,7 @@ class Trace(LastingEntry):
         if key:
             raise SpecError([(key, fault)])
 
-    def _columns(self, recording: Recording, start: Start) -> dict[Key, Sequence[Any]]:
+    def _columns(self, recording: Recording, start: StartContext) -> dict[PropertyKey, Sequence[Any]]:
         columns = {name: [self._scaled(name, value) for value in values] for name, values in recording.columns.items()}
         sides = (self.direction,) if self.direction else DIRECTIONS
         return {

@@ -6,8 +6,8 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from testbed.spec.models import LinkChange, ScheduleEntry, written_as
-from testbed.timeline.keys import check_changes
-from testbed.timeline.moves import Move, Start, values_of
+from testbed.timeline.field_types import check_changes
+from testbed.timeline.updates import StartContext, Update, values_of
 
 
 class Step(ScheduleEntry):
@@ -21,5 +21,5 @@ class Step(ScheduleEntry):
         check_changes(self.set, "set")
         return self
 
-    def moves(self, start: Start) -> Iterator[Move]:
+    def updates(self, start: StartContext) -> Iterator[Update]:
         yield 0.0, values_of(self.set, start.trunk)

@@ -7,16 +7,16 @@ from typing import Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from testbed.timeline.keys import Interval, PositiveTime
-from testbed.timeline.lasting import LastingEntry
-from testbed.timeline.moves import Move, Start
-from testbed.timeline.span import ContinuousSpan, values_at
+from testbed.timeline.duration import DurationEntry
+from testbed.timeline.field_types import Interval, PositiveTime
+from testbed.timeline.pairs import ContinuousPair, values_at
+from testbed.timeline.updates import StartContext, Update
 
 
-class Sawtooth(LastingEntry):
+class Sawtooth(DurationEntry):
     """Equal steps of equal length: the first has the first value, the last the second one, so their mean is the middle."""
 
-    sawtooth: ContinuousSpan = Field(examples=["{rate: [10mbit, 50mbit]}"])
+    sawtooth: ContinuousPair = Field(examples=["{rate: [10mbit, 50mbit]}"])
     """From the first value of a property straight to the second, then back at once."""
     period: PositiveTime = Field(examples=["4s"])
     """From jump to jump."""
@@ -34,7 +34,7 @@ class Sawtooth(LastingEntry):
     def _steps(self) -> int:
         return int(self.period / self.every + 1e-9)
 
-    def pattern(self, start: Start) -> Iterator[Move]:
+    def unbounded_updates(self, start: StartContext) -> Iterator[Update]:
         steps = self._steps
         pairs = self.sawtooth.pairs(start.trunk)
         for cycle in count():

@@ -16,7 +16,7 @@ import testbed
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.netns, pytest.mark.shared]
 SPEC = {
-    "name": "door",
+    "name": "links",
     "workers": 2,
     "network": {"link": {"rate": "20mbit"}},
     "workload": {"batch": 32, "stop": {"seconds": 10}, "compute": {"pace": "10ms"}},
@@ -55,7 +55,7 @@ def on_host(run, host, *argv):
 
 
 def test_show_and_change_a_link_of_a_live_run(tmp_path):
-    path = tmp_path / "door.yaml"
+    path = tmp_path / "links.yaml"
     path.write_text(yaml.safe_dump(SPEC))
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(

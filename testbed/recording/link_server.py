@@ -1,5 +1,5 @@
-"""The door to the links and hosts of a running cell: ``testbed link``, ``exec`` and ``capture`` ask here, over a Unix socket in
-the cell's directory.
+"""The server for the links and hosts of a running cell: ``testbed link``, ``exec`` and ``capture`` ask it, over a Unix socket
+in the cell's directory.
 
 One request a connection, one JSON object each way:
 
@@ -28,22 +28,22 @@ _TIMEOUT_S = 5.0
 
 
 @dataclass
-class Visit:
-    """A request that waits for the thread that owns the links; ``answer`` takes one reply."""
+class Request:
+    """What waits for the thread that owns the links; ``answer`` takes one reply."""
 
-    request: Mapping[str, Any]
+    body: Mapping[str, Any]
     answer: "queue.Queue[Mapping[str, Any]]" = field(default_factory=lambda: queue.Queue(1))
 
 
-class LinkDoor:
-    """Listens from entering to leaving and puts every request into ``visits``."""
+class LinkServer:
+    """Listens from entering to leaving and puts every request into ``requests``."""
 
     def __init__(self, directory: Path) -> None:
-        self.visits: queue.Queue[Visit] = queue.Queue()
+        self.requests: queue.Queue[Request] = queue.Queue()
         self.refusal = ""
-        """What visitors are told instead, where nothing can be done for them."""
+        """What every request gets as its answer instead, where nothing can be done for them."""
         self._path = directory / SOCKET_FILE
-        self._thread = threading.Thread(target=self._serve, name="door", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="link requests", daemon=True)
         self._closing = False
 
     def __enter__(self) -> Self:
@@ -71,12 +71,12 @@ class LinkDoor:
                 if _is_confined(connection):
                     continue
                 connection.settimeout(_TIMEOUT_S)
-                visit = Visit(_receive(connection))
+                request = Request(_receive(connection))
                 if self.refusal:
                     connection.sendall(protocol.encode_message({"error": self.refusal}))
                     continue
-                self.visits.put(visit)
-                connection.sendall(protocol.encode_message(visit.answer.get(timeout=_TIMEOUT_S)))
+                self.requests.put(request)
+                connection.sendall(protocol.encode_message(request.answer.get(timeout=_TIMEOUT_S)))
 
 
 def _pid_of_peer(connection: socket.socket) -> int:
@@ -92,7 +92,7 @@ def _is_confined(connection: socket.socket) -> bool:
     return pid > 0 and own.stat().st_ino != theirs.stat().st_ino  # 0: outside of ours, as the caller is
 
 
-def ask(directory: Path, request: Mapping[str, Any]) -> Mapping[str, Any]:
+def send_request(directory: Path, request: Mapping[str, Any]) -> Mapping[str, Any]:
     """Put a request to the cell that runs in ``directory``; raises OSError if none does."""
     with protocol.connect_unix(directory / SOCKET_FILE) as connection:
         connection.settimeout(2 * _TIMEOUT_S)

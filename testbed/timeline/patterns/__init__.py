@@ -1,4 +1,4 @@
-"""What an entry of a schedule can be. A new shape of links is one file here and one line in ``SHAPES``."""
+"""What an entry of a schedule can be. A new pattern of links is one file here and one line in ``PATTERNS``."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,15 +7,15 @@ from pydantic_core import PydanticCustomError
 
 from testbed.spec.errors import did_you_mean
 from testbed.spec.models import Entry, ScheduleEntry
-from testbed.timeline.shapes.ramp import Ramp
-from testbed.timeline.shapes.sawtooth import Sawtooth
-from testbed.timeline.shapes.square import Square
-from testbed.timeline.shapes.step import Step
-from testbed.timeline.shapes.trace import Trace
-from testbed.timeline.shapes.walk import Walk
+from testbed.timeline.patterns.ramp import Ramp
+from testbed.timeline.patterns.sawtooth import Sawtooth
+from testbed.timeline.patterns.square import Square
+from testbed.timeline.patterns.step import Step
+from testbed.timeline.patterns.trace import Trace
+from testbed.timeline.patterns.walk import Walk
 from testbed.timeline.workers import WORKER_ENTRIES
 
-SHAPES: Mapping[str, type[ScheduleEntry]] = {
+PATTERNS: Mapping[str, type[ScheduleEntry]] = {
     "set": Step,
     "ramp": Ramp,
     "sawtooth": Sawtooth,
@@ -23,8 +23,8 @@ SHAPES: Mapping[str, type[ScheduleEntry]] = {
     "walk": Walk,
     "trace": Trace,
 }
-"""By the key that tells an entry's shape."""
-ENTRIES: Mapping[str, type[Entry]] = {**SHAPES, **WORKER_ENTRIES}
+"""By the key that tells an entry's pattern."""
+ENTRIES: Mapping[str, type[Entry]] = {**PATTERNS, **WORKER_ENTRIES}
 """All entries of a schedule."""
 
 

@@ -1,4 +1,4 @@
-"""Types and checks of keys that several shapes have."""
+"""Types and checks of the fields that several patterns have."""
 
 from typing import Annotated
 
@@ -6,10 +6,10 @@ from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
 from testbed.links.state import DIRECTIONS
-from testbed.spec.models import LinkSpec, ShapeSpec, Time, written_as
-from testbed.timeline.moves import values_of
+from testbed.spec.models import LinkParametersSpec, LinkSpec, Time, written_as
+from testbed.timeline.updates import values_of
 
-SHORTEST_S = 0.001
+MIN_INTERVAL_S = 0.001
 """Between two changes of a link: no driver is on time more often."""
 CONTINUOUS = frozenset({"rate", "delay", "jitter", "loss", "duplicate", "corrupt", "reorder"})
 
@@ -21,7 +21,7 @@ def _positive(time_s: float) -> float:
 
 
 def _not_too_often(time_s: float) -> float:
-    if time_s < SHORTEST_S:
+    if time_s < MIN_INTERVAL_S:
         raise ValueError("changes are at least 1ms apart")
     return time_s
 
@@ -37,9 +37,9 @@ def check_changes(spec: LinkSpec, key: str) -> None:
 
 
 def check_continuous(spec: LinkSpec, *, at: tuple[str, ...] = (), instead: str) -> None:
-    """Raise an error, ``at`` a place, if a property cannot move gradually. instead: the shape that can have it."""
+    """Raise an error, ``at`` a place, if a property cannot change gradually. instead: the pattern that can have it."""
     for path, part in (((), spec), (("up",), spec.up), (("down",), spec.down)):
-        if isinstance(part, ShapeSpec):
+        if isinstance(part, LinkParametersSpec):
             given = {name for name in part.model_fields_set if getattr(part, name) is not None}
             bad = [(*path, name) for name in sorted(given - CONTINUOUS - {*DIRECTIONS})]
         else:

@@ -4,20 +4,20 @@ The orchestrator sends this file's text with the container (``python -c``), so i
 Both ends speak JSON, one object a line, over a Unix socket in the run directory:
 
     orchestrator: {"start": id, "argv": [..], "env": {..}}     {"kill": id}
-    keeper:       {"host": name}, once     {"exited": id, "code": int}      code as in subprocess: -9 for SIGKILL
+    init:         {"host": name}, once     {"exited": id, "code": int}      code as in subprocess: -9 for SIGKILL
 
 With each start comes the descriptor of the log.
 
-A task of a swarm shares no files with anybody. There the keeper waits to be called, by a name that begins with "@", in the
+A task of a swarm shares no files with anybody. There the init listens at a name that begins with "@", in the
 network namespace of its container (unix(7), abstract); the node's agent enters that and is let in because it is root, which
 nobody in the container is. Descriptors then take the place of shared files:
 
     agent:        {"directory": true}, once, with a descriptor of its copy of the run directory
-    keeper:       {"directory": number}    programs find it as /proc/1/fd/number
+    init:         {"directory": number}    programs find it as /proc/1/fd/number
 
-and with the keeper's {"host": name} comes one of the file in which the kernel counts the container's processor time.
+and with the init's {"host": name} comes one of the file in which the kernel counts the container's processor time.
 
-The connection is also the lease. When the orchestrator dies, in whatever way, the kernel closes it; the keeper then ends,
+The connection is also the lease. When the orchestrator dies, in whatever way, the kernel closes it; the init then ends,
 and as it is the first process of the container's PID namespace, everything else in the container ends too.
 """
 
@@ -31,8 +31,8 @@ import struct
 import sys
 from typing import Any
 
-_CALLED_S = 120.0
-"""Nobody will call any more after so long."""
+_ACCEPT_S = 120.0
+"""Nobody will connect any more after so long."""
 _PROCESSOR_TIME = (
     "/sys/fs/cgroup/cpu.stat",
     "/sys/fs/cgroup/cpuacct/cpuacct.usage",
@@ -47,7 +47,7 @@ def main(path: str, host: str) -> None:
     # The orchestrator must be on time while the workers are busy.
     os.nice(5)
     if path.startswith("@"):
-        channel = _called(path)
+        channel = _accept_agent(path)
         counters = [os.open(name, os.O_RDONLY) for name in _PROCESSOR_TIME if os.path.exists(name)]  # noqa: PTH110
         socket.send_fds(channel, [json.dumps({"host": host}).encode() + b"\n"], counters[:1])
     else:
@@ -78,12 +78,12 @@ def main(path: str, host: str) -> None:
                 _serve(channel, programs, json.loads(line), logs)
 
 
-def _called(name: str) -> socket.socket:
-    """Wait to be called by root."""
+def _accept_agent(name: str) -> socket.socket:
+    """Wait for the agent of the node: whoever connects must be root."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         server.bind("\0" + name[1:])
         server.listen()
-        server.settimeout(_CALLED_S)
+        server.settimeout(_ACCEPT_S)
         while True:
             try:
                 channel, _ = server.accept()

@@ -1,4 +1,6 @@
-"""What this kernel offers for links, found out by asking it: ``python -m testbed.links.probe KIND…`` prints what is missing.
+"""What this kernel offers for links, found out by asking it.
+
+``python -m testbed.links.kernel_support KIND…`` prints what is missing.
 
 Runs in a scratch network namespace that ends with the process, so it needs the right to make one and touches nothing.
 """
@@ -15,15 +17,15 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from testbed.links import qdiscs
 from testbed.links.netlink import NetlinkError, NetlinkSocket, Request, back_to_own_namespace, encode, unshare_network
-from testbed.links.state import AQMS, Shape
+from testbed.links.state import AQMS, LinkParameters
 from testbed.links.tap import open_tap
 
 _LOOPBACK_INDEX = 1
-_LIMITED = Shape(rate_bps=10**7)
-_SHAPES = {
+_LIMITED = LinkParameters(rate_bps=10**7)
+_PARAMETERS_BY_KIND = {
     "tbf": _LIMITED,
     "htb": _LIMITED,
-    "netem": Shape(delay_s=0.001),
+    "netem": LinkParameters(delay_s=0.001),
     **{aqm: replace(_LIMITED, aqm=aqm) for aqm in AQMS if aqm != "fifo"},
 }
 _UNKNOWN = (errno.ENOENT, errno.EOPNOTSUPP)
@@ -59,8 +61,8 @@ def require_taps() -> None:
 
 
 def _requests(kind: str) -> list[Request]:
-    if kind in _SHAPES:
-        tree = qdiscs.compile_tree(_SHAPES[kind], shaper="tbf" if kind == "tbf" else "htb")
+    if kind in _PARAMETERS_BY_KIND:
+        tree = qdiscs.compile_tree(_PARAMETERS_BY_KIND[kind], shaper="tbf" if kind == "tbf" else "htb")
         return [request for _, request in qdiscs.requests(tree, _LOOPBACK_INDEX, "lo")]
     message = ifinfmsg()
     message["attrs"] = [("IFLA_IFNAME", f"probe-{kind}"), ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", kind)]})]

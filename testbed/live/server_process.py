@@ -22,7 +22,7 @@ def live_page(directory: Path, console: Console) -> Iterator[Callable[[], None]]
     The child's standard input is a pipe that only we hold open, so it ends when we do, in whatever way. It is a process of its
     own and in no hurry, lest it disturb the cells; and whatever befalls it, the run goes on without a page.
     """
-    read_end, lifeline = os.pipe2(os.O_CLOEXEC)
+    read_end, parent_pipe = os.pipe2(os.O_CLOEXEC)
     command = [sys.executable, "-m", "testbed.live", str(directory.resolve()), "127.0.0.1", "0"]
     # A process group of its own: Ctrl-C is for us, and then the pipe tells it. What goes wrong there is nothing for a terminal.
     child = subprocess.Popen(
@@ -31,9 +31,9 @@ def live_page(directory: Path, console: Console) -> Iterator[Callable[[], None]]
     os.close(read_end)
     try:
         console.print(f"live page: {_first_line(child)}", markup=False, highlight=False, soft_wrap=True)
-        yield lambda: _say_ended(lifeline)
+        yield lambda: _say_ended(parent_pipe)
     finally:
-        os.close(lifeline)
+        os.close(parent_pipe)
         _wait(child)
 
 
@@ -45,9 +45,9 @@ def _first_line(child: "subprocess.Popen[str]") -> str:
     return line or "none, as its server did not start; the run goes on without"
 
 
-def _say_ended(lifeline: int) -> None:
+def _say_ended(parent_pipe: int) -> None:
     with contextlib.suppress(BrokenPipeError):  # it has gone
-        os.write(lifeline, b"\n")
+        os.write(parent_pipe, b"\n")
 
 
 def _wait(child: "subprocess.Popen[str]") -> None:

@@ -1,6 +1,6 @@
 """What no link can be, however each of its properties came about."""
 
-from testbed.links.state import DIRECTIONS, LinkState, Shape
+from testbed.links.state import DIRECTIONS, LinkParameters, LinkState
 from testbed.spec.models import NO_ECN
 from testbed.spec.units import format_time
 
@@ -10,17 +10,17 @@ for. With 2 that is 0.4 % of a normal distribution's, and nothing of the others'
 the mean would be four tenths of the jitter."""
 
 
-def impossible(state: LinkState) -> str | None:
+def state_error(state: LinkState) -> str | None:
     """What is wrong with a link in such a state, or None."""
-    return next((fault for side in DIRECTIONS if (fault := _fault(getattr(state, side)))), None)
+    return next((error for side in DIRECTIONS if (error := _error(getattr(state, side)))), None)
 
 
-def _fault(shape: Shape) -> str | None:
-    if shape.jitter_s * (1 - 1e-9) > shape.delay_s / _DEVIATIONS:
-        jitter, least = format_time(shape.jitter_s), format_time(shape.jitter_s * _DEVIATIONS)
+def _error(parameters: LinkParameters) -> str | None:
+    if parameters.jitter_s * (1 - 1e-9) > parameters.delay_s / _DEVIATIONS:
+        jitter, least = format_time(parameters.jitter_s), format_time(parameters.jitter_s * _DEVIATIONS)
         return f"a jitter of {jitter} needs a delay of {least} or more, as no packet arrives before it was sent"
-    if shape.reorder and not shape.delay_s:
+    if parameters.reorder and not parameters.delay_s:
         return "packets cannot overtake where nothing is delayed; give it a delay, too"
-    if shape.ecn and shape.aqm == "fifo":
+    if parameters.ecn and parameters.aqm == "fifo":
         return f"ecn {NO_ECN}; give it aqm: codel, fq_codel or cake, too"
     return None

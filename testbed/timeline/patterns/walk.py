@@ -7,19 +7,19 @@ from itertools import count
 from pydantic import Field, StrictInt
 
 from testbed.spec.models import Share
-from testbed.timeline.keys import Interval
-from testbed.timeline.lasting import LastingEntry
-from testbed.timeline.moves import Move, Start
-from testbed.timeline.span import ContinuousSpan, values_at
+from testbed.timeline.duration import DurationEntry
+from testbed.timeline.field_types import Interval
+from testbed.timeline.pairs import ContinuousPair, values_at
+from testbed.timeline.updates import StartContext, Update
 
 
-class Walk(LastingEntry):
+class Walk(DurationEntry):
     """Steps of a random size up or down, reflected at the bounds; each value between them is equally likely at any time.
 
     Each link walks on its own; all properties of a link, and both its directions, walk together.
     """
 
-    walk: ContinuousSpan = Field(examples=["{rate: [5mbit, 50mbit]}"])
+    walk: ContinuousPair = Field(examples=["{rate: [5mbit, 50mbit]}"])
     """Bounds of the properties that walk."""
     every: Interval = 0.5
     """The time between two steps."""
@@ -28,7 +28,7 @@ class Walk(LastingEntry):
     seed: StrictInt = Field(0, ge=0, lt=2**31)
     """The same one gives the same walk on every machine."""
 
-    def pattern(self, start: Start) -> Iterator[Move]:
+    def unbounded_updates(self, start: StartContext) -> Iterator[Update]:
         # Only a text as seed and random() itself are promised to be the same in all versions and on all platforms.
         pairs = self.walk.pairs(start.trunk)
         numbers = random.Random(f"{self.seed} {start.link}")

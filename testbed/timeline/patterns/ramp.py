@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from testbed.spec.errors import SpecError
 from testbed.spec.models import LinkChange, ScheduleEntry, written_as
-from testbed.timeline.keys import Interval, PositiveTime, check_changes, check_continuous
-from testbed.timeline.moves import Move, Start, between, value_in, values_of
+from testbed.timeline.field_types import Interval, PositiveTime, check_changes, check_continuous
+from testbed.timeline.updates import StartContext, Update, interpolate, value_in, values_of
 
 
 class Ramp(ScheduleEntry):
@@ -35,7 +35,7 @@ class Ramp(ScheduleEntry):
         """Seconds from its start to its end."""
         return self.over
 
-    def moves(self, start: Start) -> Iterator[Move]:
+    def updates(self, start: StartContext) -> Iterator[Update]:
         targets = values_of(self.ramp, start.trunk)
         origins = {key: value_in(start.state, key) for key in targets}
         if None in origins.values():
@@ -43,5 +43,5 @@ class Ramp(ScheduleEntry):
             raise SpecError([("ramp.rate", fault)])
         steps = max(1, math.ceil(self.over / self.every - 1e-9))
         for step in range(1, steps + 1):
-            share = step * self.every / self.over if step < steps else 1.0
-            yield self.over * share, {key: between(origins[key], targets[key], share) for key in targets}
+            fraction = step * self.every / self.over if step < steps else 1.0
+            yield self.over * fraction, {key: interpolate(origins[key], targets[key], fraction) for key in targets}

@@ -15,7 +15,7 @@ WINDOWS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class MethodComparison:
     """One method under one set of overrides, in both runs.
 
     ratio: time of a step in the second run ÷ in the first, as long as both ran; geometric mean over the seeds that both have.
@@ -33,22 +33,22 @@ class Difference:
     verdict: str
 
 
-def differences(before: Run, after: Run, tolerance: float) -> list[Difference]:
+def compare_runs(before: Run, after: Run, tolerance: float) -> list[MethodComparison]:
     """Every method and scenario of the first run. Slower, or faster: by more than ``tolerance``, and the interval agrees."""
-    return list(_differences(before, after, tolerance))
+    return list(_compare_runs(before, after, tolerance))
 
 
-def _differences(before: Run, after: Run, tolerance: float) -> Iterator[Difference]:
+def _compare_runs(before: Run, after: Run, tolerance: float) -> Iterator[MethodComparison]:
     first, second = (_cells(run) for run in (before, after))
     for method, name in dict.fromkeys((method, name) for method, name, _ in first):
         seeds = [seed for m, n, seed in first if (m, n) == (method, name)]
         shared = [seed for seed in seeds if (method, name, seed) in second]
         pairs = [(first[method, name, seed], second[method, name, seed]) for seed in shared]
-        paces = [pace for a, b in pairs if (pace := _paces(before, a["cell"], after, b["cell"]))]
+        windows = [counts for a, b in pairs if (counts := _steps_by_window(before, a["cell"], after, b["cell"]))]
         accuracies = [b["final_accuracy"] - a["final_accuracy"] for a, b in pairs if _both(a, b, "final_accuracy")]
-        ratio = geometric_mean([a.sum() / b.sum() for a, b in paces])
-        ci95 = _interval(paces)
-        yield Difference(
+        ratio = geometric_mean([a.sum() / b.sum() for a, b in windows])
+        ci95 = _interval(windows)
+        yield MethodComparison(
             method=method,
             scenario=name,
             seeds=len(shared),
@@ -56,11 +56,11 @@ def _differences(before: Run, after: Run, tolerance: float) -> Iterator[Differen
             ci95=ci95,
             accuracy=float(np.mean(accuracies)) if accuracies else None,
             valid=all(cell["valid"] for pair in pairs for cell in pair),
-            verdict="missing" if len(paces) < len(seeds) else _verdict(ratio, ci95, tolerance),
+            verdict="missing" if len(windows) < len(seeds) else _verdict(ratio, ci95, tolerance),
         )
 
 
-def unlike(before: Run, after: Run) -> list[str]:
+def differing_keys(before: Run, after: Run) -> list[str]:
     """Keys of the specs at the top that differ, but for the name: what is compared then is not the same experiment."""
     keys = {*before.spec, *after.spec} - {"name"}
     return sorted(key for key in keys if before.spec.get(key) != after.spec.get(key))
@@ -74,7 +74,7 @@ def _both(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> bool:
     return a[key] is not None and b[key] is not None
 
 
-def _paces(before: Run, first: str, after: Run, second: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _steps_by_window(before: Run, first: str, after: Run, second: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Steps in every window, of either run; None if one of them has no step."""
     ends = [np.sort(run.steps.loc[run.steps["cell"] == cell, "t_s"]) for run, cell in ((before, first), (after, second))]
     if not all(len(end) for end in ends):
@@ -89,14 +89,14 @@ def _paces(before: Run, first: str, after: Run, second: str) -> tuple[np.ndarray
     return a, b
 
 
-def _interval(paces: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float] | None:
-    if not paces:
+def _interval(windows: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float] | None:
+    if not windows:
         return None
-    low, high = bootstrap_ci95([a.sum() / b.sum() for a, b in paces])
+    low, high = bootstrap_ci95([a.sum() / b.sum() for a, b in windows])
     if low is not None and high is not None:
         return low, high
     drawn = np.random.default_rng(0).integers(WINDOWS, size=(RESAMPLES, WINDOWS))
-    logs = sum(np.log(a[drawn].sum(axis=1) / b[drawn].sum(axis=1)) for a, b in paces) / len(paces)
+    logs = sum(np.log(a[drawn].sum(axis=1) / b[drawn].sum(axis=1)) for a, b in windows) / len(windows)
     low, high = np.exp(np.quantile(logs, [0.025, 0.975])).tolist()
     return low, high
 

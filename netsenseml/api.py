@@ -1,4 +1,4 @@
-"""``attach``: the door of the package, for models of DDP and of FSDP2."""
+"""``attach``: the entry point of the package, for models of DDP and of FSDP2."""
 
 import os
 from typing import Any

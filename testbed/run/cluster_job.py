@@ -1,4 +1,4 @@
-"""Some cells of a run: ``python -m testbed.run.part RUN_DIRECTORY CELL …``.
+"""Some cells of a run: ``python -m testbed.run.cluster_job RUN_DIRECTORY CELL …``.
 
 Not for people: ``testbed.run.cluster`` starts it on another machine, with a pipe as standard input whose end means stop.
 """
@@ -14,7 +14,7 @@ from rich.console import Console
 from testbed.labs.base import LabError
 from testbed.plan import make_plan
 from testbed.run import directory as run_directory
-from testbed.run.inside import watch_lifeline
+from testbed.run.sandbox_main import watch_parent_pipe
 from testbed.run.start import check_machine, groups_for, run_cells
 from testbed.run.sweep import EXIT_CANNOT
 from testbed.spec.load import load_spec
@@ -23,7 +23,7 @@ from testbed.spec.load import load_spec
 def main() -> int:
     """Run the cells; the exit codes of ``testbed run``, less those of the results."""
     directory, cells = Path(sys.argv[1]), sys.argv[2:]
-    threading.Thread(target=watch_lifeline, args=(lambda: os.kill(os.getpid(), signal.SIGINT),), daemon=True).start()
+    threading.Thread(target=watch_parent_pipe, args=(lambda: os.kill(os.getpid(), signal.SIGINT),), daemon=True).start()
     plan = make_plan(load_spec(directory / run_directory.SPEC_FILE), directory)
     try:
         check_machine(plan)

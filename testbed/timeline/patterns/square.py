@@ -8,16 +8,16 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from testbed.spec.models import Share
-from testbed.timeline.keys import PositiveTime
-from testbed.timeline.lasting import LastingEntry
-from testbed.timeline.moves import Move, Start
-from testbed.timeline.span import AnySpan
+from testbed.timeline.duration import DurationEntry
+from testbed.timeline.field_types import PositiveTime
+from testbed.timeline.pairs import AnyPair
+from testbed.timeline.updates import StartContext, Update
 
 
-class Square(LastingEntry):
+class Square(DurationEntry):
     """The first value, then the second, again and again; ``square: {up: [true, false]}`` is a link that flaps."""
 
-    square: AnySpan = Field(examples=["{rate: [50mbit, 10mbit]}"])
+    square: AnyPair = Field(examples=["{rate: [50mbit, 10mbit]}"])
     """To and fro between two values of a property."""
     period: PositiveTime = Field(examples=["10s"])
     """Length of both together."""
@@ -31,7 +31,7 @@ class Square(LastingEntry):
             raise PydanticCustomError("at_key", text, {"path": ["period"]})
         return self
 
-    def pattern(self, start: Start) -> Iterator[Move]:
+    def unbounded_updates(self, start: StartContext) -> Iterator[Update]:
         pairs = self.square.pairs(start.trunk)
         first, second = ({key: pair[position] for key, pair in pairs.items()} for position in (0, 1))
         for cycle in count():

@@ -1,4 +1,4 @@
-"""What the shapes that go on for some time have in common."""
+"""What the entries that go on for some time have in common."""
 
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from pydantic import Field
 
 from testbed.spec.errors import SpecError
 from testbed.spec.models import ScheduleEntry
-from testbed.timeline.keys import PositiveTime
-from testbed.timeline.moves import Move, Start
+from testbed.timeline.field_types import PositiveTime
+from testbed.timeline.updates import StartContext, Update
 
 
-class LastingEntry(ScheduleEntry):
-    """A shape that goes on until the end of the run, or for a time."""
+class DurationEntry(ScheduleEntry):
+    """A pattern that goes on until the end of the run, or for a time."""
 
     LENGTH: ClassVar[str] = "for"
 
@@ -26,18 +26,18 @@ class LastingEntry(ScheduleEntry):
         """Seconds from its start to its last possible change."""
         return self.duration or 0.0
 
-    def endless(self, start: Start) -> bool:
+    def endless(self, start: StartContext) -> bool:
         """True if the pattern never ends by itself."""
         return True
 
     @abstractmethod
-    def pattern(self, start: Start) -> Iterator[Move]:
-        """The moves, not yet cut off at any end."""
+    def unbounded_updates(self, start: StartContext) -> Iterator[Update]:
+        """The updates, not yet cut off at any end."""
 
-    def moves(self, start: Start) -> Iterator[Move]:
+    def updates(self, start: StartContext) -> Iterator[Update]:
         duration_s = self.duration if self.duration is not None else start.left_s
         if duration_s is None and self.endless(start):
             raise SpecError(
                 [("for", "is missing, as the run has no stop.seconds to end it; say how long, for example for: 60s")]
             )
-        return takewhile(lambda move: duration_s is None or round(move[0], 6) < duration_s, self.pattern(start))
+        return takewhile(lambda update: duration_s is None or round(update[0], 6) < duration_s, self.unbounded_updates(start))

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 
-def reported(table: pd.DataFrame, factors: Mapping[str, float], *, inverse: bool = False) -> pd.DataFrame:
+def undilated(table: pd.DataFrame, factors: Mapping[str, float], *, inverse: bool = False) -> pd.DataFrame:
     """A table of records with times (``*_s``) divided and rates (``*_bps``) multiplied by the factor of each row's cell.
 
     factors: by name of the cell. inverse: what the clocks said, from what was reported.
