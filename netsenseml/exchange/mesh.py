@@ -216,13 +216,33 @@ def new_group(group: dist.ProcessGroup, name: str, ranks: Sequence[int]) -> dist
     prefix: Any = c10d.PrefixStore(f"netsenseml/{name}", store)  # type: ignore[attr-defined]
     before = _connections()
     made: dist.ProcessGroup = gloo(prefix, ranks.index(rank), len(ranks), options)
-    prefix.set(f"connected/{rank}", "")
-    prefix.wait([f"connected/{other}" for other in ranks], timeout(group))
     found = {inode: descriptor for inode, descriptor in _connections().items() if inode not in before}
     peers = len(ranks) - 1
-    if len(found) == peers * len(options._devices):  # else another thread has connected meanwhile, to nobody knows whom
+    if len(found) == peers * len(options._devices):
         _connections_of.setdefault(group, []).append(found)
+    else:  # another thread has connected meanwhile, to nobody knows whom
+        found = {}
+    prefix.set(f"connected/{rank}", "")
+    _wait_until_connected(prefix, {other: f"connected/{other}" for other in ranks}, found, timeout(group))
     return made
+
+
+def _wait_until_connected(store: Any, keys: Mapping[int, str], own: Mapping[int, int], patience: timedelta) -> None:
+    """Until all ranks have set their keys. own: this rank's connections to them, which end with a rank that ends, or with
+    ``abort``.
+
+    Raises RuntimeError, one line, when one has ended, or after so long.
+    """
+    given_up_s, pause_s = monotonic_s() + patience.total_seconds(), 0.001
+    while not store.check(list(keys.values())):
+        ended = not own.keys() <= _connections().keys()
+        late = [rank for rank, key in keys.items() if not store.check([key])]
+        if late and ended:
+            raise RuntimeError(f"a connection ended while ranks {_listed(late)} were still connecting")
+        if late and monotonic_s() > given_up_s:
+            raise RuntimeError(f"ranks {_listed(late)} did not connect within {patience.total_seconds():g} s")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.05)
 
 
 def new_nccl(group: dist.ProcessGroup, name: str, ranks: Sequence[int]) -> dist.ProcessGroup:

@@ -137,8 +137,7 @@ def lost_between_links(host: pd.DataFrame, links: pd.DataFrame, events: pd.DataF
     missing, sent = missing_bytes(links, events)
     if missing <= LOST_SHARE * sent + links["burst_bytes"].fillna(_LARGEST_PACKET_BYTES).max():
         return []
-    why = f", {_BETWEEN_NODES}" if _has_nodes(host) else ""
-    return [f"at least {missing / 1e6:.3g} MB that hosts sent came to no other link, of {sent / 1e6:.4g} MB{why}"]
+    return [f"at least {missing / 1e6:.3g} MB that hosts sent came to no other link, of {sent / 1e6:.4g} MB"]
 
 
 def missing_bytes(links: pd.DataFrame, events: pd.DataFrame) -> tuple[float, float]:
@@ -356,7 +355,8 @@ def end_problems(cell: Mapping[str, Any]) -> list[str]:
 def uncalibrated_links(calibration: pd.DataFrame, host: pd.DataFrame) -> list[str]:
     """What missed its tolerance before t = 0 in every attempt; of several attempts the best counts.
 
-    Where a flow left one node as it should and did not come to another one so, the network between them is the reason.
+    Where a flow left a host as it should and less came to another one, something between them is the reason: over several
+    nodes their network.
     """
     if calibration.empty:
         return ["the links were not calibrated before the start"]
@@ -373,14 +373,17 @@ def uncalibrated_links(calibration: pd.DataFrame, host: pd.DataFrame) -> list[st
         what, unit, scale = f"the RTT from {worst['source']} to {worst['target']} was", "ms", 1e3
     found = f"{worst['measured'] * scale:.4g}" if pd.notna(worst["measured"]) else "nothing that could be measured"
     left = best[(best["link"] == worst["source"]) & (best["direction"] == "up") & best["within"]]
-    between = f"; {worst['source']} had sent as much as it may, {_BETWEEN_NODES}" if len(left) and _has_nodes(host) else ""
+    less = worst["quantity"] == "rate" and worst["measured"] < worst["expected"]
+    between = (
+        f"; {worst['source']} had sent as much as it may, so {_BETWEEN}" if less and len(left) and _has_nodes(host) else ""
+    )
     return [
         f"{len(missed)} of {len(best)} calibrated rates and delays are off"
         f" (the worst: {what} {found} instead of {worst['expected'] * scale:.4g} {unit}{between})"
     ]
 
 
-_BETWEEN_NODES = "so the network between the nodes is the limit, and not the shaper"
+_BETWEEN = "if they are on two nodes, the network between these is the limit, and not the shaper"
 
 
 def _has_nodes(host: pd.DataFrame) -> bool:

@@ -35,7 +35,13 @@ def _pair(server: ForkServer) -> Iterator[Pair]:
     links = dict.fromkeys(("w0", "w1"), pair_state())
     impaired = frozenset((name, "down") for name in links)
     with Pair(LabPlan(links, impaired=impaired, engine=ENGINE), server) as lab:
-        ping(lab.hosts["w0"], lab.hosts["w1"].address, 1)
+        for attempt in range(3):  # a guest kernel that gets no processor for a while answers late
+            try:
+                ping(lab.hosts["w0"], lab.hosts["w1"].address, 1)
+                break
+            except TimeoutError:
+                if attempt == 2:
+                    raise
         yield lab
 
 
