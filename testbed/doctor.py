@@ -282,7 +282,7 @@ def qdiscs(system: System, missing: Sequence[str] | None, line: Finding) -> list
         "fq_codel": ("manages queues (aqm: fq_codel)", "sch_fq_codel"),
         "cake": ("manages queues (aqm: cake)", "sch_cake"),
         "netem": ("makes delay, jitter and loss", "sch_netem"),
-        "veth": ("makes cables", "veth"),
+        "veth": ("makes veth pairs", "veth"),
         "bridge": ("makes switches", "bridge"),
     }
     findings = []
