@@ -2,7 +2,7 @@
 
     python experiments/bench/regret.py [RUN | SPEC]
 
-RUN: a run directory of regret.yaml or regret-wan.yaml. SPEC: which of the two is run first (about 15 minutes); regret.yaml if
+RUN: a run directory of regret.yaml or regret-wan.yaml. SPEC: which of the two is run first (15 to 20 minutes); regret.yaml if
 nothing is named. Prints the median step time of every method at every rate or delay, over the second half of its steps, the
 share of the gradients' energy that it did not send, and the regret of netsense: its step time against that of the best method
 that loses no more energy than netsense did. Of cells that all train for the same time also the accuracy at their end, which
