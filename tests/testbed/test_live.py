@@ -725,7 +725,7 @@ def test_a_browser_draws_a_long_run_in_no_time_and_moves_a_link(long_run: Path, 
     ended = threading.Event()
 
     def answer(server: LinkServer) -> None:
-        while (request := server.requests.get()).request:
+        while (request := server.requests.get()).body:
             asked.append(request.body)
             state = LinkState(LinkParameters(20_000_000), LinkParameters(20_000_000)).to_json()
             now = monotonic_s()
