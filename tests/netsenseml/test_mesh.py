@@ -312,6 +312,37 @@ def test_a_session_may_be_closed_while_other_ranks_still_connect() -> None:
     assert run_group(attach_and_close, 3, timeout_s=20) == [[]] * 3
 
 
+class LeavingStore(SlowStore):
+    """The rank that meets the others in it leaves when it has connected, before it says so."""
+
+    def set(self, key: str, value: str) -> None:
+        if "connected" in key:
+            raise RuntimeError("left")
+        super().set(key, value)
+
+
+def leave_while_others_connect(rank: int) -> tuple[str, float]:
+    mesh, began_s, said = Mesh(world()), time.monotonic(), ""
+    if rank == 1:
+        met = mesh_of_exchange.store_of
+        mesh_of_exchange.store_of = lambda group: LeavingStore(met(group))
+    try:
+        mesh.stage(0)
+    except RuntimeError as error:
+        said = str(error)
+    if rank == 1:
+        mesh.leave()
+    took_s = time.monotonic() - began_s
+    wait_for_others("left")
+    return said, took_s
+
+
+def test_who_leaves_while_others_connect_does_not_keep_them_until_the_time_out() -> None:
+    for rank, (said, took_s) in enumerate(run_group(leave_while_others_connect, 3, timeout_s=60)):
+        assert "left" in said if rank == 1 else said == "a connection ended while ranks 1 were still connecting"
+        assert took_s < 30
+
+
 def look_at_connections(rank: int) -> bool:
     socket.setdefaulttimeout(5)
     ours, theirs = socket.socketpair()
