@@ -372,23 +372,18 @@ def uncalibrated_links(calibration: pd.DataFrame, host: pd.DataFrame) -> list[st
     else:
         what, unit, scale = f"the RTT from {worst['source']} to {worst['target']} was", "ms", 1e3
     found = f"{worst['measured'] * scale:.4g}" if pd.notna(worst["measured"]) else "nothing that could be measured"
+    reason = ""
     left = best[(best["link"] == worst["source"]) & (best["direction"] == "up") & best["within"]]
     less = worst["quantity"] == "rate" and worst["measured"] < worst["expected"]
-    between = (
-        f"; {worst['source']} had sent as much as it may, so {_BETWEEN}" if less and len(left) and _has_nodes(host) else ""
-    )
+    if less and len(left) and len(set(_names(host["node"]))) > 1:
+        reason = (
+            f"; {worst['source']} had sent as much as it may, so if they are on two nodes, the network between these is the"
+            " limit, and not the shaper"
+        )
     return [
         f"{len(missed)} of {len(best)} calibrated rates and delays are off"
-        f" (the worst: {what} {found} instead of {worst['expected'] * scale:.4g} {unit}{between})"
+        f" (the worst: {what} {found} instead of {worst['expected'] * scale:.4g} {unit}{reason})"
     ]
-
-
-_BETWEEN = "if they are on two nodes, the network between these is the limit, and not the shaper"
-
-
-def _has_nodes(host: pd.DataFrame) -> bool:
-    """Whether the lab was on several machines."""
-    return len(set(_names(host["node"]))) > 1
 
 
 def manual_changes(events: pd.DataFrame) -> list[str]:
