@@ -102,6 +102,7 @@ class ShardedSession(Session):
         """At the end of a backward, after FSDP's own callback, in which some of the exchanges may be."""
         if self._clock.immediate:
             self._statistics.nothing_overlapped()
+        self._catch_up()
         self._end_backward()
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -95,7 +95,7 @@ class Session:
         self._peers = agree(self._group, {"netsenseml": _version(), "method": method, **options})
         self.method: Method = make_method(method, exchanged, self._group, options)
         self.last: Mapping[str, Any] | None = None
-        """The newest row of the records. With an accelerator, that of a step comes when the next backward begins."""
+        """The newest row of the records. With an accelerator, that of a step comes when the next backward ends."""
         self.steps = 0
         """Steps that are done."""
         self.blocked_s = 0.0
@@ -116,9 +116,11 @@ class Session:
         self._sample_due_s = 0.0
         self._lock = threading.Lock()
         self._clock = Clock(next((p.device for p in exchanged.parameters() if p.requires_grad), torch.device("cpu")))
-        self._unsettled: tuple[StepStatistics, Mark] | None = None
+        self._unsettled: _Backward | None = None
+        self._landed_s = 0.0
         self._unrecorded: list[Callable[[], dict[str, Any]]] = []
-        self._paused_s = 0.0
+        self._paused_s = self._paused_before_s = 0.0
+        """Since the newest backward has begun, and from the one before until then."""
         self._in_backward = False
         self._failure: str | None = None
         self._exchanges: list[Future[torch.Tensor]] = []
@@ -180,14 +182,14 @@ class Session:
             )
         began_for_s = 0.0
         if first:
-            self._settle()
             if not self._closed_by_step and self._statistics.elements:
                 self._close_step(arrived_s, None, None)
-            self._record()
+            if self._unsettled is not None and self._unsettled.statistics is self._statistics:
+                self._settle()
             with self._lock:
                 self._pending, self._all_launched = 0, False  # whatever an earlier backward that raised has left behind
             self._in_backward = True
-            self._exchanged_s, self._paused_s = self._exchanged_s + self._paused_s, 0.0
+            self._paused_before_s, self._paused_s = self._paused_s, 0.0
             self._statistics.begin_backward()
             self._exchanges = []
             began_s = monotonic_s()
@@ -195,6 +197,8 @@ class Session:
                 self._follow_learning_rate()  # which may wait, too
                 self.method.begin()
             began_for_s = monotonic_s() - began_s
+        if last:
+            self._catch_up()
         statistics = self._statistics
         statistics.arrive(bucket.buffer().numel(), ready)
         with self._lock:
@@ -256,22 +260,35 @@ class Session:
         return result
 
     def _end_backward(self) -> None:
-        self._unsettled, self._in_backward = (self._statistics, self._clock.mark()), False
+        finish = self.method.end_backward()
+        self._unsettled = _Backward(self._statistics, self._clock.mark(), self._paused_before_s, finish)
+        self._in_backward = False
         self._statistics.tcp = self._sensed()
         if self._clock.immediate:
             self._settle()
 
+    def _catch_up(self) -> None:
+        """Take the backward before this one into account, and tell of the step that it was part of.
+
+        Not before this backward's work was submitted: a device that is behind has enough to do then while the CPU waits for it
+        here, and so never runs out of work.
+        """
+        self._settle()
+        self._record()
+
     def _settle(self) -> None:
-        """Take the last backward into account: at once, or where a device is behind, when the next one begins."""
+        """Take the last backward into account: at once, or where a device is behind, when the next one ends."""
         ended, self._unsettled = self._unsettled, None
         if ended is None:
             return
-        statistics, exchanged = ended
+        statistics = ended.statistics
+        statistics.landed_s = max(statistics.landed_s, self._landed_s)  # an exchange may outlast its step
         statistics.settle()
-        before_s, self._exchanged_s, ready_s = self._exchanged_s, self._clock.seconds(exchanged), statistics.ready_s[-1]
+        before_s, self._exchanged_s = self._exchanged_s + ended.paused_s, self._clock.seconds(ended.exchanged)
+        ready_s, self._landed_s = statistics.ready_s[-1], statistics.landed_s
         statistics.compute_s += ready_s - before_s
         statistics.exposed_s += self._exchanged_s - ready_s
-        self.method.finish(statistics)
+        ended.finish(statistics)
 
     def _failed(self, error: BaseException) -> str:
         with self._lock:
@@ -397,7 +414,7 @@ class Session:
 
     def _settle_last(self) -> None:
         ended = self._unsettled
-        if ended is not None and not self._clock.reached(ended[1], _LAST_S):  # with NCCL, a peer that is gone
+        if ended is not None and not self._clock.reached(ended.exchanged, _LAST_S):  # with NCCL, a peer that is gone
             self._unsettled, self._unrecorded = None, []
         self._settle()
         if self._statistics.elements:
@@ -501,6 +518,15 @@ class Session:
             "min_rtt_s": sensed and sensed.min_rtt_s,
             "retransmits": tcp and tcp.retransmits,
         }
+
+
+class _Backward(NamedTuple):
+    """One that has ended. exchanged: when. paused_s: between the one before and this one. finish: learns from its times."""
+
+    statistics: StepStatistics
+    exchanged: Mark
+    paused_s: float
+    finish: Callable[[StepStatistics], None]
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:

@@ -4,10 +4,11 @@
 
 Needs torch and numba only. Codecs: milliseconds between two events of the device, medians, for N elements (ResNet-18's); the
 baseline of the sparse ones is torch.topk of the magnitudes, unsorted, with the values gathered. Hook: milliseconds of a step of
-a GPT-like model, medians, of DDP without a hook and with each method in turn: one rank over NCCL, two ranks that share the
-device over Gloo, through the loopback, and one rank a device over NCCL where there are several devices. Where there are, also
-milliseconds of an exchange of N elements by two hosts, as far as the plan knows, that have two ranks each on the same two
-devices: int8 and 1 %, flat, and by host, within it over NCCL and over Gloo. OUT/gpu.json has the same figures.
+a GPT-like model, medians of blocks of steps, of DDP without a hook and with each method, taking turns, and the median ratio of
+the two: one rank over NCCL, two ranks that share the device over Gloo, through the loopback, and one rank a device over NCCL
+where there are several devices. Then also milliseconds of an exchange of N elements by two hosts, as far as the plan knows,
+that have two ranks each on the same two devices: int8 and 1 %, flat, and by host, within it over NCCL and over Gloo.
+OUT/gpu.json has the same figures.
 """
 
 import argparse
@@ -38,9 +39,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "netsense": ("netsense", {}),
     "topk": ("topk", {"ratio": 0.01}),
     "quantized": ("quantized", {"values": "int8"}),
-    "plain again": None,
-    "netsense again": ("netsense", {}),
 }
+SHAPES = {"wide": (2048, 3, 16), "deep": (1024, 8, 24), "small": (256, 4, 64)}
+"""Width, layers and batch of the model. To launch a step of the deep one, a CPU may need as long as the device to do it."""
+ROUNDS, BLOCK = 5, 15
+"""Steps are timed in blocks, with and without a hook in turn."""
 
 
 def milliseconds(work: Callable[[], object], repetitions: int) -> float:
@@ -102,43 +105,56 @@ class Transformer(nn.Module):
         return self.blocks(self.embed(tokens)) @ self.embed.weight.T
 
 
-def train(rank: int, ranks: int, backend: str, directory: str, steps: int, results: Any) -> None:
+class Training:
+    """A model of random tokens, exchanged by a method or by DDP without a hook."""
+
+    def __init__(self, method: tuple[str, dict[str, Any]] | None, width: int, layers: int, batch: int) -> None:
+        torch.manual_seed(0)
+        self.ddp = DistributedDataParallel(Transformer(width, layers).cuda(), gradient_as_bucket_view=True)
+        self.optimizer = torch.optim.SGD(self.ddp.parameters(), lr=1e-3)
+        self.tokens = torch.randint(0, 8192, (batch, 256), device="cuda")
+        began_s = time.perf_counter()
+        self.session = attach(self.ddp, method[0], **method[1]) if method is not None else None
+        self.attach_ms = 1e3 * (time.perf_counter() - began_s)
+
+    def step_ms(self) -> float:
+        """Of ``BLOCK`` steps, from an idle device to an idle device."""
+        began_s = time.perf_counter()
+        for _ in range(BLOCK):
+            self.optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(self.ddp(self.tokens).flatten(0, 1), self.tokens.flatten())
+            loss.backward()
+            self.optimizer.step()
+            if self.session is not None:
+                self.session.step(loss, samples=len(self.tokens))
+        torch.cuda.current_stream().synchronize()
+        return 1e3 * (time.perf_counter() - began_s) / BLOCK
+
+
+def train(rank: int, ranks: int, backend: str, shape: tuple[int, int, int], directory: str, results: Any) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(backend, init_method=f"file://{directory}/rendezvous", rank=rank, world_size=ranks)
-    width, layers, batch = (1024, 8, 24) if backend == "nccl" else (256, 4, 64)
     found: dict[str, dict[str, float | str]] = {}
     for name, method in METHODS.items():
-        torch.manual_seed(0)
-        ddp = DistributedDataParallel(Transformer(width, layers).cuda(), gradient_as_bucket_view=True)
-        optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3)
-        began_s = time.perf_counter()
-        session = attach(ddp, method[0], **method[1]) if method is not None else None
-        attached_s = time.perf_counter() - began_s
-        tokens = torch.randint(0, 8192, (batch, 256), device="cuda")
-        took, blocked_s = [], 0.0
-        for step in range(steps):
-            if step == steps // 4:
-                blocked_s = session.blocked_s if session is not None else 0.0
-            began_s = time.perf_counter()
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(ddp(tokens).flatten(0, 1), tokens.flatten())
-            loss.backward()
-            optimizer.step()
-            if session is not None:
-                session.step(loss, samples=batch)
-            if step >= steps // 4:
-                took.append(time.perf_counter() - began_s)
-        torch.cuda.current_stream().synchronize()
-        found[name] = {"step_ms": 1e3 * statistics.median(took), "attach_ms": 1e3 * attached_s}
-        if session is not None:
-            found[name]["in_hook_ms"] = 1e3 * (session.blocked_s - blocked_s) / len(took)
-            session.close()
-            last = session.last or {}
+        plain, hooked = Training(None, *shape), Training(method, *shape)
+        plain.step_ms(), hooked.step_ms()
+        blocked_s = hooked.session.blocked_s if hooked.session is not None else 0.0
+        took = [(plain.step_ms(), hooked.step_ms()) for _ in range(ROUNDS)]
+        found[name] = {
+            "plain_ms": statistics.median(without for without, _ in took),
+            "step_ms": statistics.median(with_hook for _, with_hook in took),
+            "ratio": statistics.median(with_hook / without for without, with_hook in took),
+            "attach_ms": hooked.attach_ms,
+        }
+        if hooked.session is not None:
+            found[name]["in_hook_ms"] = 1e3 * (hooked.session.blocked_s - blocked_s) / (ROUNDS * BLOCK)
+            hooked.session.close()
+            last = hooked.session.last or {}
             found[name] |= {f"{column}_ms": 1e3 * last[f"{column}_s"] for column in ("comm", "encode", "compute")}
             found[name]["scheme"] = last["scheme"]
-        del ddp, session, optimizer
+        del plain, hooked
     dist.destroy_process_group()
     if rank == 0:
         results.put(found)
@@ -204,11 +220,13 @@ def main() -> None:
         decode = f"{row['decode_ms']:12.3f}" if "decode_ms" in row else " " * 12
         print(f"{codec:24}{row['encode_ms']:12.3f}{decode}{total / of_codecs['copy']['encode_ms']:9.1f}", flush=True)
     of_steps, devices = {}, torch.cuda.device_count()
-    for backend, ranks in (("nccl", 1), ("gloo", 2), *([("nccl", min(devices, 8))] if devices > 1 else [])):
-        of_steps[f"{backend}, {ranks}"] = found = run_ranks(train, ranks, ranks, backend, "DIRECTORY", 40)
+    several = [("nccl", min(devices, 8), "wide")] if devices > 1 else []
+    for backend, ranks, shape in (("nccl", 1, "wide"), ("nccl", 1, "deep"), ("gloo", 2, "small"), *several):
+        found = run_ranks(train, ranks, ranks, backend, SHAPES[shape], "DIRECTORY")
+        of_steps[f"{backend}, {ranks}, {shape}"] = found
         for method, figures in found.items():
-            texts = (f"{what} {value:.2f}" if isinstance(value, float) else value for what, value in figures.items())
-            print(f"{backend}, ranks: {ranks}, {method:15}", *texts, flush=True)
+            texts = (f"{what} {value:.3f}" if isinstance(value, float) else value for what, value in figures.items())
+            print(f"{backend}, ranks: {ranks}, {shape}, {method:12}", *texts, flush=True)
     of_hosts = {}
     for within in ("nccl", "gloo") if devices > 1 else ():
         found = run_ranks(exchange_by_hosts, 4, within, "DIRECTORY", given.elements, given.repetitions)

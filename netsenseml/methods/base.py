@@ -1,7 +1,7 @@
 """What a method of exchanging gradients is."""
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ class Method:
     """How gradients cross the network.
 
     The session calls, on every rank in the same order: ``begin`` before the first bucket of a backward that
-    synchronises, ``exchange`` for every bucket, ``finish`` when all buckets have been exchanged (on a thread of the
-    process group or of the method: never wait there), with gradients on an accelerator just before the next ``begin``.
+    synchronises, ``exchange`` for every bucket, ``end_backward`` when all buckets have been exchanged (on a thread of the
+    process group or of the method: never wait there), and ``finish`` once the times of that are known: at once, or with
+    gradients on an accelerator, which is behind, before the last ``exchange`` of the next backward.
     Replicas stay equal only if every rank computes the same result bit by bit. A method may also leave the gradients as they
     are, and exchange what came of them in ``after_step``.
     """
@@ -70,6 +71,10 @@ class Method:
             gradient is lost (``lose``), without which a report cannot compare the method with those that lose no more.
         """
         raise NotImplementedError
+
+    def end_backward(self) -> Callable[[StepStatistics], None]:
+        """What is to be called as ``finish``: another one where that needs to know what the next backward changes."""
+        return self.finish
 
     def finish(self, statistics: StepStatistics) -> None:
         """Learn from a finished exchange."""

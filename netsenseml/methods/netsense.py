@@ -5,7 +5,7 @@ import os
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from statistics import fmean
 from typing import Any
 
@@ -34,6 +34,7 @@ from netsenseml.methods.coded import Coded
 from netsenseml.methods.late import Late
 from netsenseml.methods.local import STEP_IS_MISSING, done, refuse_sharded
 from netsenseml.records import monotonic_s
+from netsenseml.sensing.tcp import TcpSample
 from netsenseml.statistics import BackwardCosts, StepStatistics
 from netsenseml.streams import start_to_host
 
@@ -41,7 +42,7 @@ _ANSWER = struct.Struct("<64sHd")
 """Name of a plan, steps until the next report, bandwidth estimate in bits/s or 0."""
 _LAG = 2
 """Steps until a decision is in force, so that over long paths nobody waits for it; one more where ranks have accelerators,
-which report a step when the next one is under way."""
+which report a step when the next one ends."""
 _PUBLISHED: Mapping[str, Callable[..., Policy]] = {"accordion": Accordion, "dc2": Dc2, "deco": Deco, "kimad": Kimad}
 _REPORT_S, _MOST_STEPS = 0.05, 4
 """While the network bears all-reduce with ease, ranks report so often at most; a change is known so many steps later."""
@@ -116,8 +117,6 @@ class NetSense(Coded):
         """When the buckets of the first one were ready, and how many elements they have."""
         self._waited_s = self._before_s = 0.0
         """In the exchange behind the newest step, and in that between the newest backward and the one before."""
-        self._landed_s = 0.0
-        """When the newest delayed exchange had landed."""
         self._channel = ControlChannel(self.mesh, self._decide, _ANSWER.size)
         self._candidates: list[Plan] = []
         self._policy: Policy | FixedPolicy
@@ -246,39 +245,51 @@ class NetSense(Coded):
         if self._looking:
             self._looks.append(start_to_host(look(bucket.buffer())))
         if self._late is not None and self._delay:
-            statistics.scheme, statistics.landed_s = self._scheme, max(statistics.landed_s, self._landed_s)
+            statistics.scheme = self._scheme
             return self._late.exchange(bucket, self.plan, statistics)
         return super().exchange(bucket, statistics)
 
-    def finish(self, statistics: StepStatistics) -> None:
-        spent = statistics.of_backward()
-        scheme, waited_s = self._scheme, 0.0
-        if self._late is not None and not self._alone:
-            self._landed_s = statistics.landed_s
-            scheme, waited_s = self._late.measured(self._scheme), self._late.waited_s
-        spent = spent._replace(compute_s=max(0.0, spent.compute_s - self._before_s - waited_s))
+    def end_backward(self) -> Callable[[StepStatistics], None]:
         if self._alone:
-            self._computed_s.append(spent.compute_s)
-            if self.steps == self._first:
-                self._arrived = spent.ready_s, spent.bucket_elements
-            return
-        if self.steps < self._next_report or not spent.ready_s or not scheme:
-            return
+            return partial(self._end_local_step, self._before_s, self.steps == self._first)
+        scheme, waited_s = self._scheme, self._before_s
+        if self._late is not None:
+            scheme, waited_s = self._late.measured(scheme), waited_s + self._late.waited_s
+        if self.steps < self._next_report or not scheme or isinstance(self._policy, FixedPolicy):
+            return lambda _: None
         self._next_report = self.steps + self._every
-        self._report(scheme, spent, self._looks, statistics)
+        lr_change, self._lr_change = self._lr_change, 1.0
+        return partial(self._end_step, self.steps, scheme, waited_s, self._looks, lr_change)
 
-    def _report(self, scheme: str, spent: BackwardCosts, looks: list[torch.Tensor], statistics: StepStatistics) -> None:
-        if isinstance(self._policy, FixedPolicy):
-            return
-        tcp, last_s = statistics.tcp, max(spent.ready_s)
+    def _end_local_step(self, waited_s: float, first: bool, statistics: StepStatistics) -> None:
+        spent = statistics.of_backward()
+        self._computed_s.append(max(0.0, spent.compute_s - waited_s))
+        if first:
+            self._arrived = spent.ready_s, spent.bucket_elements
+
+    def _end_step(
+        self, step: int, scheme: str, waited_s: float, looks: list[torch.Tensor], lr_change: float, statistics: StepStatistics
+    ) -> None:
+        spent = statistics.of_backward()
+        spent = spent._replace(compute_s=max(0.0, spent.compute_s - waited_s))
+        self._report(step, scheme, spent, looks, statistics.tcp, lr_change)
+
+    def _report(
+        self,
+        step: int,
+        scheme: str,
+        spent: BackwardCosts,
+        looks: list[torch.Tensor],
+        tcp: TcpSample | None,
+        lr_change: float = 1.0,
+    ) -> None:
+        last_s = max(spent.ready_s)
         if self.mesh.rank == 0:
-            sent = scheme, tuple(spent.bucket_elements), spent.payload_bytes
-            self._pending_reports.append((*sent, looks, self._lr_change))
-            self._lr_change = 1.0
+            self._pending_reports.append((scheme, tuple(spent.bucket_elements), spent.payload_bytes, looks, lr_change))
         measured = [spent.exposed_s, spent.compute_s, spent.encode_s, spent.communication_s, self._channel.latency_s]
         rtt_s = (tcp.min_rtt_s if tcp is not None else None) or 0.0
         ready_s = [ready_s - last_s for ready_s in spent.ready_s]
-        self._answers.append((self.steps, self._channel.report([*measured, rtt_s, *ready_s])))
+        self._answers.append((step, self._channel.report([*measured, rtt_s, *ready_s])))
 
     def after_step(self, statistics: StepStatistics) -> None:
         self._ended = -1
@@ -307,14 +318,15 @@ class NetSense(Coded):
         elif landed is None:
             statistics.lose(1.0, 1.0)
         backwards, self._backwards = self._backwards, 0
-        # Ranks with an accelerator do not know of the newest one yet, and all must report alike.
-        if landed is not None and landed.spent.payload_bytes and (backwards > 1 or self._interval == 1):
+        if landed is None or not landed.spent.payload_bytes or isinstance(self._policy, FixedPolicy):
+            return
+        if backwards > 1 or self._interval == 1:  # ranks with an accelerator do not know of the newest one yet
             landed.spent.settle()
             ready_s, elements = self._arrived
             spent = landed.spent.of_backward()._replace(
                 exposed_s=self._waited_s, compute_s=fmean(self._computed_s), ready_s=ready_s, bucket_elements=elements
             )
-            self._report(landed.scheme, spent, landed.looks, statistics)
+            self._report(self.steps, landed.scheme, spent, landed.looks, statistics.tcp)
 
     def synchronize(self, statistics: StepStatistics) -> None:
         apart, statistics.scheme = self._apart, statistics.scheme or self._scheme

@@ -786,7 +786,7 @@ def test_of_a_late_device_records_are_complete_and_replicas_equal(stepping: bool
     first, *others = run_group(train_all_on_a_late_device, 3, str(tmp_path), stepping)
     for number, method in enumerate(("allreduce", "topk12", "netsense")):
         assert all(other[number] == first[number] for other in others), method
-        assert first[number][1] == [*range(-1, 39), 39], "a row comes when the next backward begins, the last one at the end"
+        assert first[number][1] == [*range(-1, 39), 39], "a row comes when the next backward ends, the last one at the end"
         for rank in range(3):
             rows = list(read_records(tmp_path / f"{method}-{rank}"))
             assert [row["step"] for row in rows] == list(range(40))
@@ -794,3 +794,33 @@ def test_of_a_late_device_records_are_complete_and_replicas_equal(stepping: bool
             assert all((row["loss"] is not None) == stepping for row in rows)
             if stepping:  # pauses belong to no step
                 assert sum(row["step_s"] for row in rows) < rows[-1]["t_s"] - 39 * 0.002
+
+
+def ask_a_late_device(rank: int) -> list[bool]:
+    """Whenever a moment of the device was asked for: had the newest backward handed over its last bucket?"""
+    handed_over, asked = [False], []
+
+    class Asked(LateClock):
+        def seconds(self, mark: Any) -> float:
+            asked.append(handed_over[-1])
+            return super().seconds(mark)
+
+    def hook(session, bucket):  # DDP refuses other annotations than its own
+        handed_over.append(bucket.is_last())
+        return comm_hook(session, bucket)
+
+    for method in ("allreduce", "netsense"):
+        with mock.patch.object(netsenseml.hook, "Clock", Asked):
+            ddp = make_ddp()
+            session = Session(ddp, method)
+        ddp.register_comm_hook(session, hook)
+        for batch in batches(rank, 6):
+            session.step(backward(ddp, batch), samples=8)
+        session.close()
+    assert handed_over.count(False) > 2 * 6, "one bucket tells nothing"
+    return asked
+
+
+def test_the_cpu_waits_for_a_late_device_only_when_all_of_a_backward_is_submitted() -> None:
+    for asked in run_group(ask_a_late_device, 2):
+        assert len(asked) > 6 and all(asked)
