@@ -140,7 +140,7 @@ class StepStatistics:
             with self._lock:
                 self._waited.append((began, self._clock.mark()))
 
-    def apart(self) -> "StepStatistics":
+    def separate(self) -> "StepStatistics":
         """An account of its own for an exchange that may outlast the step; ``include`` takes it in where it ends."""
         return StepStatistics(self.ranks, self._clock)
 

@@ -10,7 +10,7 @@ import torch
 from netsenseml.control.budget import ByteBudget
 from netsenseml.control.policy import Observation
 from netsenseml.exchange.communicators import Plan
-from netsenseml.exchange.mesh import Shape
+from netsenseml.exchange.mesh import Topology
 
 _FALL = 0.5
 
@@ -28,18 +28,18 @@ class Accordion(ByteBudget):
     before; here a window is a number of steps, and compared with the one before, since a training may be shorter than ten
     epochs and nobody tells us of these. Levels are shares of all-reduce's bytes in place of K of top-k. The authors decide
     layer by layer, as their compressors work so; here one decision is for all, from the norm over all buckets. D is of rank
-    0's own gradients, at up to 16384 elements of every bucket (``control.plans.look``), not of the mean of all ranks. The
-    learning rate has fallen if it is at most half of what it was at the beginning of the window; in the paper any decay
-    counts, which with schedules that decay in every step would make all of a training critical. A change of a loss scale looks
-    like a critical regime.
+    0's own gradients, at up to 16384 elements of every bucket (``control.plans.gradient_sample``), not of the mean of all
+    ranks. The learning rate has fallen if it is at most half of what it was at the beginning of the window; in the paper any
+    decay counts, which with schedules that decay in every step would make all of a training critical. A change of a loss scale
+    looks like a critical regime.
     """
 
-    look_every = 1
+    sample_every = 1
 
     def __init__(
         self,
         plans: Sequence[Plan],
-        shape: Shape,
+        topology: Topology,
         elements: int,
         *,
         l_low: float,
@@ -47,7 +47,7 @@ class Accordion(ByteBudget):
         eta: float,
         window: int,
     ) -> None:
-        super().__init__(plans, shape, elements, start=l_low)
+        super().__init__(plans, topology, elements, start=l_low)
         self._l_low, self._l_high, self._eta, self._window = l_low, l_high, eta, window
         self._critical, self._old = True, math.nan
         self._of: tuple[int, ...] = ()

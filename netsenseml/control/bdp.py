@@ -23,7 +23,7 @@ class BdpPolicy:
 
     may_skip_reports = False
     bandwidth_bps = None
-    look_every = 0
+    sample_every = 0
 
     def __init__(
         self, *, start: float, floor: float, threshold: float = 0.9, fall: float = 0.95, rise: float = 0.001, window: int = 100

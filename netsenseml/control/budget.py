@@ -7,7 +7,7 @@ from typing import Any
 
 from netsenseml.control.policy import Observation
 from netsenseml.exchange.communicators import BySize, DirectAllReduce, Hierarchical, Plan, RingAllReduce, SparseAllGather, parse
-from netsenseml.exchange.mesh import Shape
+from netsenseml.exchange.mesh import Topology
 
 _WINDOW = 8
 
@@ -26,12 +26,12 @@ class ByteBudget:
 
     may_skip_reports = False
     bandwidth_bps: float | None = None
-    look_every = 0
+    sample_every = 0
 
-    def __init__(self, plans: Sequence[Plan], shape: Shape, elements: int, *, start: float) -> None:
+    def __init__(self, plans: Sequence[Plan], topology: Topology, elements: int, *, start: float) -> None:
         """plans: ordered by what they lose, as ``control.plans.plans`` does. elements: of all buckets. start: share of
         all-reduce's bytes in the first steps, of which nothing is known."""
-        self._shape, self._plans = shape, [plan for plan in plans if not plan.name.endswith("-ring")]
+        self._topology, self._plans = topology, [plan for plan in plans if not plan.name.endswith("-ring")]
         self._elements: tuple[int, ...] = ()
         self._levels: list[tuple[str, float]] = []
         self._buckets((elements,))
@@ -56,7 +56,7 @@ class ByteBudget:
 
     def latency_s(self, observation: Observation) -> float:
         """What its exchange would have taken with nothing in it."""
-        cost = self._plan(observation.plan).cost(max(observation.elements), self._shape)
+        cost = self._plan(observation.plan).cost(max(observation.elements), self._topology)
         return (observation.latency_s or 0.0) * cost.latency_terms
 
     def decide(self, observation: Observation) -> None:
@@ -79,12 +79,12 @@ class ByteBudget:
         inner = plan.inner if isinstance(plan, Hierarchical) else plan
         if not isinstance(inner, DirectAllReduce | SparseAllGather):
             return plan
-        ranks = self._shape.ranks if inner is plan else self._shape.of_hosts.ranks
+        ranks = self._topology.ranks if inner is plan else self._topology.of_hosts.ranks
         form = BySize(inner).chosen(max(self._elements), ranks)
         return form if inner is plan else Hierarchical(form)
 
     def _bytes(self, plan: Plan) -> float:
-        return sum(plan.cost(elements, self._shape).host_bytes for elements in self._elements)
+        return sum(plan.cost(elements, self._topology).host_bytes for elements in self._elements)
 
     def _plan(self, name: str) -> Plan:
         return self._plans[0] if name == RingAllReduce.name else parse(name)  # that has an element's bytes, too

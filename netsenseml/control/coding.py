@@ -7,14 +7,14 @@ import torch
 from netsenseml.clock import Clock
 from netsenseml.compress.codec import Codec, add_decoded
 from netsenseml.exchange.communicators import DirectAllReduce, Hierarchical, Plan, SparseAllGather
-from netsenseml.exchange.mesh import Shape
+from netsenseml.exchange.mesh import Topology
 
 _ELEMENTS, _DEVICE_ELEMENTS = 1 << 18, 1 << 23
 """An accelerator takes as long for few elements as for many."""
 _REPETITIONS = 3
 
 
-def coding_costs(plans: Sequence[Plan], shape: Shape, device: torch.device) -> dict[str, float]:
+def coding_costs(plans: Sequence[Plan], topology: Topology, device: torch.device) -> dict[str, float]:
     """Seconds per element of a tensor that a rank spends on encoding and decoding, by name of the plan.
 
     Measured on normal numbers, for sparse codecs only at the ends: in between the cost is a line over the density, as one
@@ -29,7 +29,7 @@ def coding_costs(plans: Sequence[Plan], shape: Shape, device: torch.device) -> d
     costs = {}
     for name, plan in inner.items():
         by_host = name != plan.name
-        ranks, share = (shape.of_hosts.ranks, 1 / shape.ranks_per_host) if by_host else (shape.ranks, 1.0)
+        ranks, share = (topology.of_hosts.ranks, 1 / topology.ranks_per_host) if by_host else (topology.ranks, 1.0)
         if isinstance(plan, DirectAllReduce):
             # All of the tensor once each way, and the own chunk once more: decoded from every rank, encoded once.
             encode_s, decode_s = dense[plan.codec]

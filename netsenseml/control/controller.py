@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from netsenseml.control.plans import worth
-from netsenseml.control.policy import Observation, split_when, with_when
+from netsenseml.control.plans import step_progress
+from netsenseml.control.policy import Observation, split_timing, with_timing
 from netsenseml.exchange.communicators import Plan, RingAllReduce
-from netsenseml.exchange.mesh import Shape
+from netsenseml.exchange.mesh import Topology
 from netsenseml.sensing.network import FORGETTING, RESOLUTION, Array, NetworkModel, Smooth
 
 OPTIMISM = 0.7  # standard deviations: what would be better with so much luck is tried
@@ -23,9 +23,9 @@ where links are so thin that a model takes half of one; nothing of it, and they 
 class Controller:
     """Choose the plan with the largest progress per second:
 
-        progress per second = worth / seconds
-        worth   = what a step is worth after what it loses    ``control.plans.worth``
-        seconds = compute + exposed communication             forecast by ``NetworkModel``
+        progress per second = progress of a step / seconds
+        progress of a step  = what is left of it by what it loses    ``control.plans.step_progress``
+        seconds             = compute + exposed communication        forecast by ``NetworkModel``
 
     1. Every step corrects what is known of network, compute and coding.
     2. The best plan is taken if it is better than the present one by ``RESOLUTION``, below which nothing can be told.
@@ -37,10 +37,10 @@ class Controller:
         seconds = compute + (coding + communication) / interval
 
     From a plan with an interval to one without all of the model and of the optimizer's moments has to be exchanged in float32
-    (``methods.apart``). So that step is taken when as much time has been lost by not taking it, as skis are bought when so much
-    has been spent on hiring them: then it was never more than twice the time that it had to be (Karlin, Manasse, Rudolph and
-    Sleator, Competitive snoopy caching, Algorithmica 3, 1988). The other way costs nothing at once, and is taken when a share
-    ``_EAGER`` of that is lost; in the beginning, at once.
+    (``methods.local_steps``). So that step is taken when as much time has been lost by not taking it, as skis are bought when
+    so much has been spent on hiring them: then it was never more than twice the time that it had to be (Karlin, Manasse,
+    Rudolph and Sleator, Competitive snoopy caching, Algorithmica 3, 1988). The other way costs nothing at once, and is taken
+    when a share ``_EAGER`` of that is lost; in the beginning, at once.
 
     With ``delays`` a plan may also be to apply a mean one exchange later. As its exchange then has as long as the next one is
     away,
@@ -52,37 +52,37 @@ class Controller:
     delay or none; only between these one is tried for luck.
     """
 
-    look_every = 8  # what plans would lose changes slowly
+    sample_every = 8  # what plans would lose changes slowly
 
     def __init__(
         self,
         plans: Sequence[Plan],
-        shape: Shape,
+        topology: Topology,
         coding_s: Mapping[str, float],
         lost: Mapping[str, float],
         *,
         latency_s: float,
         byte_s: float,
         scarce: bool,
-        whens: Sequence[tuple[int, int]] = ((0, 0),),
+        timings: Sequence[tuple[int, int]] = ((0, 0),),
     ) -> None:
         """What is known before the training: latency_s, byte_s of the network. coding_s: seconds an element of encoding and
         decoding, by plan. lost: share of a gradient's energy that is not sent, by plan. whens: intervals and delays
-        that plans may have (``policy.whens``).
+        that plans may have (``policy.timings``).
 
         scarce: ranks share cores, so that coding takes its time from compute instead of running beside it.
         """
-        self._plans, self._whens = list(plans), list(whens)
-        self.names = [with_when(plan.name, *when) for when in self._whens for plan in plans]
+        self._plans, self._timings = list(plans), list(timings)
+        self.names = [with_timing(plan.name, *when) for when in self._timings for plan in plans]
         """Of all that there is to choose from: plans, with every interval and delay."""
-        self._kinds = np.repeat([_kind(*when) for when in self._whens], len(plans))
+        self._kinds = np.repeat([_kind(*when) for when in self._timings], len(plans))
         self._missed_s = 0.0
         """By not taking the best plan of another kind, as long as there is a better one."""
         self._scarce, self._lost, self._looked = scarce, dict(lost), False
         self._coding_s = np.array([coding_s.get(plan.name, 0.0) for plan in plans])
         # What a communicator does in memory may take about as long as coding does.
         element_s = float(np.mean([*coding_s.values(), 1e-10]))
-        self.network = NetworkModel(plans, shape, latency_s, byte_s, element_s)
+        self.network = NetworkModel(plans, topology, latency_s, byte_s, element_s)
         self._compute, self._coding = Smooth(0.0), {dense: Smooth(1.0) for dense in (True, False)}
         self.adaptive = True
         """Whether the optimizer is, which bears less; so it is taken to be until it is seen."""
@@ -115,7 +115,7 @@ class Controller:
         if observation.plan != self.plan:  # a step from before the newest decision
             return
         gains, deviations = self._gains()
-        other = self._kinds != _kind(*split_when(self.plan)[1:])
+        other = self._kinds != _kind(*split_timing(self.plan)[1:])
         if other.any():
             best = int(np.where(other, gains, -np.inf).argmax())
             if self._worth_a_switch(best, float(gains[best] - gains[~other].max()), observation):
@@ -123,7 +123,7 @@ class Controller:
                 return
         gains[other] = -np.inf
         if gains.max() <= RESOLUTION:
-            if split_when(self.plan)[2]:
+            if split_timing(self.plan)[2]:
                 gains[gains < -_RISK] = -np.inf
             gains += OPTIMISM * deviations
         self._settled = bool(gains.max() <= RESOLUTION)
@@ -132,7 +132,7 @@ class Controller:
 
     def _worth_a_switch(self, there: int, better: float, observation: Observation) -> bool:
         """To a plan of another kind, number ``there``. better: logarithm of the progress per second there over here."""
-        (_, interval, delay), (_, other_interval, other_delay) = split_when(observation.plan), split_when(self.names[there])
+        (_, interval, delay), (_, other_interval, other_delay) = split_timing(observation.plan), split_timing(self.names[there])
         farther = _kind(other_interval, other_delay) > _kind(interval, delay)
         if better <= (RESOLUTION if farther else 0.0):  # in doubt every step, and at once
             self._missed_s = 0.0
@@ -155,8 +155,8 @@ class Controller:
         return float(exposed[row, 4])
 
     def _learn(self, observation: Observation) -> None:
-        name, interval, delay = split_when(observation.plan)
-        total, plan = sum(observation.elements), self.names.index(with_when(name, *self._whens[0]))
+        name, interval, delay = split_timing(observation.plan)
+        total, plan = sum(observation.elements), self.names.index(with_timing(name, *self._timings[0]))
         for name, share in observation.lost.items():
             # The first look replaces what was only thought; later ones differ by chance.
             self._lost[name] = (self._lost[name] + share) / 2 if self._looked else share
@@ -182,12 +182,12 @@ class Controller:
         coding_s = self._coding_s * [self._coding[plan.dense].value for plan in self._plans]
         total = sum(self._elements)
         at_once = np.zeros((len(self._plans), 5))  # what an exchange takes that no backward hides
-        if any(interval for interval, _ in self._whens):
+        if any(interval for interval, _ in self._timings):
             self.network.buckets([total])
             at_once = self.network.forecast([0.0], coding_s[:, None] * total)[0]
         self.network.buckets(self._elements)
         found = []
-        for interval, delay in self._whens:
+        for interval, delay in self._timings:
             coded = self._scarce and (not interval or delay > 0)
             busy_s = coding_s * total / max(interval, 1) * coded + 1e-9
             halves = []
@@ -209,8 +209,8 @@ class Controller:
         """log(progress per second of every plan / of the present one), and its standard deviations."""
         (parts, seconds), here = self._forecast(), self.names.index(self.plan)
         worths = [
-            worth(plan, self._lost.get(plan.name, 0.0), adaptive=self.adaptive, interval=interval, delay=delay)
-            for interval, delay in self._whens
+            step_progress(plan, self._lost.get(plan.name, 0.0), adaptive=self.adaptive, interval=interval, delay=delay)
+            for interval, delay in self._timings
             for plan in self._plans
         ]
         gains = np.log(worths / seconds)

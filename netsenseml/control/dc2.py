@@ -8,7 +8,7 @@ from typing import Any
 from netsenseml.control.budget import ByteBudget
 from netsenseml.control.policy import Observation
 from netsenseml.exchange.communicators import Plan
-from netsenseml.exchange.mesh import Shape
+from netsenseml.exchange.mesh import Topology
 
 _WEIGHT, _MOST = 0.25, 2.0
 
@@ -30,9 +30,9 @@ class Dc2(ByteBudget):
     delay was measured, so a decision that comes into force steps later is not counted twice.
     """
 
-    def __init__(self, plans: Sequence[Plan], shape: Shape, elements: int, *, start: float, target_delay: float) -> None:
+    def __init__(self, plans: Sequence[Plan], topology: Topology, elements: int, *, start: float, target_delay: float) -> None:
         """target_delay: s; 0 leaves it to what a step computes."""
-        super().__init__(plans, shape, elements, start=start)
+        super().__init__(plans, topology, elements, start=start)
         self._target_delay, self._log_ratio = target_delay, math.log(start)
 
     def budget_bytes(self, observation: Observation) -> float:

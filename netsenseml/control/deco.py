@@ -7,7 +7,7 @@ from typing import Any
 from netsenseml.control.budget import ByteBudget, Recent
 from netsenseml.control.policy import Observation
 from netsenseml.exchange.communicators import Plan
-from netsenseml.exchange.mesh import Shape
+from netsenseml.exchange.mesh import Topology
 
 
 class Deco(ByteBudget):
@@ -30,8 +30,8 @@ class Deco(ByteBudget):
     anew in every step.
     """
 
-    def __init__(self, plans: Sequence[Plan], shape: Shape, elements: int, *, start: float) -> None:
-        super().__init__(plans, shape, elements, start=start)
+    def __init__(self, plans: Sequence[Plan], topology: Topology, elements: int, *, start: float) -> None:
+        super().__init__(plans, topology, elements, start=start)
         self._recent = Recent()
 
     def budget_bytes(self, observation: Observation) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 from netsenseml.control.budget import ByteBudget, Recent
 from netsenseml.control.policy import Observation
 from netsenseml.exchange.communicators import Plan
-from netsenseml.exchange.mesh import Shape
+from netsenseml.exchange.mesh import Topology
 
 _OF_COMPUTE = 1.5
 
@@ -29,9 +29,9 @@ class Kimad(ByteBudget):
     whatever layer they are of. Among buckets there is no such choice: a plan is that of all buckets of a step.
     """
 
-    def __init__(self, plans: Sequence[Plan], shape: Shape, elements: int, *, start: float, time_budget: float) -> None:
+    def __init__(self, plans: Sequence[Plan], topology: Topology, elements: int, *, start: float, time_budget: float) -> None:
         """time_budget: t, s; 0 leaves it to T."""
-        super().__init__(plans, shape, elements, start=start)
+        super().__init__(plans, topology, elements, start=start)
         self._time_budget, self._recent = time_budget, Recent()
 
     def budget_bytes(self, observation: Observation) -> float:

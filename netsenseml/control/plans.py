@@ -6,7 +6,7 @@ import torch
 
 from netsenseml.compress.codec import Codec
 from netsenseml.exchange.communicators import DirectAllReduce, Hierarchical, Plan, RingAllReduce, SparseAllGather
-from netsenseml.exchange.mesh import Shape
+from netsenseml.exchange.mesh import Topology
 
 _DENSEST, _STEP = 0.2, 0.7
 """Densities from the largest down, each so many times the one before."""
@@ -16,7 +16,7 @@ too small and what is small too large in every step, and with a momentum of 0.9 
 _ROWS, _RUN = 64, 256
 
 
-def plans(shape: Shape, floor: float, item_bytes: int = 4, *, by_host: bool = True) -> list[Plan]:
+def plans(topology: Topology, floor: float, item_bytes: int = 4, *, by_host: bool = True) -> list[Plan]:
     """The gradients as they are, of ``item_bytes`` an element; all of them in fewer bits; ever fewer elements, down to the
     share ``floor``. Each by every communicator that may be the fastest. by_host: once a host where hosts have several ranks.
 
@@ -33,9 +33,9 @@ def plans(shape: Shape, floor: float, item_bytes: int = 4, *, by_host: bool = Tr
     for codec in codecs:
         kind = DirectAllReduce if codec.density == 1 else SparseAllGather
         flat = [kind(codec), kind(codec, ring=True)]
-        found += [Hierarchical(plan) for plan in flat] if by_host and shape.ranks_per_host > 1 else flat
-    most = found[0].cost(_MANY, shape).host_bytes
-    return [plan for plan in found if plan.cost(_MANY, shape).host_bytes <= 1.01 * most]
+        found += [Hierarchical(plan) for plan in flat] if by_host and topology.ranks_per_host > 1 else flat
+    most = found[0].cost(_MANY, topology).host_bytes
+    return [plan for plan in found if plan.cost(_MANY, topology).host_bytes <= 1.01 * most]
 
 
 _KAPPA, _ADAPTIVE_KAPPA, _ADAPTIVE_DENSITY = 0.7, 1.0, 0.14
@@ -43,12 +43,11 @@ _APART, _ADAPTIVE_APART, _STEP_APART = 0.05, 0.3, 0.006
 _LATE, _ADAPTIVE_LATE, _LATE_APART = 0.8, 0.15, 0.05
 
 
-def worth(plan: Plan, lost: float, *, adaptive: bool, interval: int = 0, delay: int = 0) -> float:
-    """What a step with a plan is worth of one that loses nothing, if it does not send the share ``lost`` of a gradient's
-    energy.
+def step_progress(plan: Plan, lost: float, *, adaptive: bool, interval: int = 0, delay: int = 0) -> float:
+    """Progress of a step with a plan, 1 for one that loses nothing, if the share ``lost`` of a gradient's energy is not sent.
 
     Error feedback sends it later: what is lost is late, and the number of steps grows with 1 / (1 - lost) (Stich and
-    Karimireddy, JMLR 2020). So with SGD worth = 1 / (1 + 0.7 x lost / (1 - lost)). With an adaptive optimizer, which divides
+    Karimireddy, JMLR 2020). So with SGD progress = 1 / (1 + 0.7 x lost / (1 - lost)). With an adaptive optimizer, which divides
     by a running second moment, it is at most 1 / (1 + 0.14 x (1 / sqrt(d) - 1)): presumably as an element that is sent every 1
     / d steps looks 1 / d as large, and so its steps are smaller by sqrt(d). Fitted to ``experiments/bench/progress.py`` (an
     MLP, a CNN and a small GPT, three seeds, up to 225 steps): of 24 numbers of steps to a target each was 0.67 to 1.27 of what
@@ -90,9 +89,9 @@ def worth(plan: Plan, lost: float, *, adaptive: bool, interval: int = 0, delay: 
     density = inner.codec.density if isinstance(inner, SparseAllGather) else 1.0
     late = (_ADAPTIVE_KAPPA if adaptive else _KAPPA) * lost / max(1 - lost, 1e-6)
     late = max(late, _ADAPTIVE_DENSITY * (density**-0.5 - 1) if adaptive else 0.0)
-    apart = 0.0 if not interval else (_ADAPTIVE_APART if adaptive else _APART) + _STEP_APART * (interval - 1)
+    of_interval = 0.0 if not interval else (_ADAPTIVE_APART if adaptive else _APART) + _STEP_APART * (interval - 1)
     of_delay = delay * (_LATE_APART * interval if interval else _ADAPTIVE_LATE if adaptive else _LATE)
-    return 1 / ((1 + late) * (1 + apart) * (1 + of_delay))
+    return 1 / ((1 + late) * (1 + of_interval) * (1 + of_delay))
 
 
 _MANY = 1 << 22
@@ -102,7 +101,7 @@ def _bits(values: str) -> int:
     return {"fp32": 32, "bf16": 16}.get(values, 8)
 
 
-def look(gradient: torch.Tensor) -> torch.Tensor:
+def gradient_sample(gradient: torch.Tensor) -> torch.Tensor:
     """Runs of neighbours from all over a flat gradient, some 16 Ki elements: what ``lost`` needs; a copy in float32."""
     rows = min(_ROWS, gradient.numel() // _RUN)
     if rows < 2:
@@ -111,12 +110,12 @@ def look(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.detach()[starts[:, None] + torch.arange(_RUN, device=gradient.device)].float().reshape(-1)
 
 
-def lost(looks: Sequence[torch.Tensor], candidates: Sequence[Plan]) -> dict[str, float]:
-    """By name of a plan the share of the gradients' energy that it would not send, from looks at all buckets.
+def lost(gradient_samples: Sequence[torch.Tensor], candidates: Sequence[Plan]) -> dict[str, float]:
+    """By name of a plan the share of the gradients' energy that it would not send, from samples of all buckets.
 
     For densities from one list of magnitudes in descending order, for bits by coding. 0 where there is no energy.
     """
-    gradient = torch.cat(list(looks)).cpu()
+    gradient = torch.cat(list(gradient_samples)).cpu()
     energies = gradient.double().square()
     total = float(energies.sum())
     if not 0 < total < float("inf"):

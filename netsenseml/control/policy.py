@@ -19,8 +19,8 @@ class Observation:
     communication_s: time in which something was under way; of the rank that waited least for the others.
     encode_s: spent on coding. payload_bytes: what a rank sent.
     latency_s: of an empty direct exchange among all ranks. ring_share: mean of the ranks' round-trip times over the largest.
-    lost: by name of a plan, share of the newest gradients' energy that it would not send; empty if nobody looked.
-    gradients: looks at rank 0's own gradients, of every bucket (``control.plans.look``); empty if nobody looked.
+    lost: by name of a plan, share of the newest gradients' energy that it would not send; empty if none was taken.
+    gradients: samples of rank 0's own gradients, of every bucket (``control.plans.gradient_sample``); empty if none was taken.
     lr_change: the learning rate over that of the step that was told before.
     """
 
@@ -39,20 +39,20 @@ class Observation:
     lr_change: float = 1.0
 
 
-def with_when(plan: str, interval: int = 0, delay: int = 0) -> str:
+def with_timing(plan: str, interval: int = 0, delay: int = 0) -> str:
     """Name of a plan by which parameters are exchanged every ``interval`` steps, or gradients in every step, if that is 0. The
     mean is applied so many exchanges later as ``delay`` says: int8, int8/4, int8+1, int8/4+1."""
     return plan + (f"/{interval}" if interval else "") + (f"+{delay}" if delay else "")
 
 
-def split_when(name: str) -> tuple[str, int, int]:
-    """Inverse of ``with_when``."""
+def split_timing(name: str) -> tuple[str, int, int]:
+    """Inverse of ``with_timing``."""
     rest, _, delay = name.partition("+")
     plan, _, interval = rest.partition("/")
     return plan, int(interval or 0), int(delay or 0)
 
 
-def whens(intervals: Sequence[int], delays: Sequence[int]) -> list[tuple[int, int]]:
+def timings(intervals: Sequence[int], delays: Sequence[int]) -> list[tuple[int, int]]:
     """(interval, delay), as names have them, of all that the options leave to choose from.
 
     intervals: 1 for every step, in which gradients are exchanged, or parameters with a delay: without one that is no different.
@@ -67,8 +67,8 @@ class Policy(Protocol):
     plan: str
     """Name of the plan to use from now on."""
 
-    look_every: int
-    """Steps between two looks at the gradients; 0 for none."""
+    sample_every: int
+    """Steps between two samples of the gradients; 0 for none."""
 
     @property
     def bandwidth_bps(self) -> float | None:

@@ -26,7 +26,7 @@ from netsenseml.exchange.collectives import (
     all_reduce_mean,
     all_to_all_chunks,
 )
-from netsenseml.exchange.mesh import Mesh, Shape
+from netsenseml.exchange.mesh import Mesh, Topology
 from netsenseml.exchange.scheduler import Exchange
 from netsenseml.statistics import StepStatistics
 
@@ -90,7 +90,7 @@ class Plan(Protocol):
     def dense(self) -> bool:
         """Whether all elements are sent."""
 
-    def cost(self, elements: int, shape: Shape) -> Cost:
+    def cost(self, elements: int, topology: Topology) -> Cost:
         """Of exchanging so many elements."""
 
     def exchange(self, compensated: torch.Tensor, context: Context) -> Exchange:
@@ -110,9 +110,9 @@ class RingAllReduce:
     communicator: ClassVar[str] = "ring"
     dense: ClassVar[bool] = True
 
-    def cost(self, elements: int, shape: Shape) -> Cost:
-        sent = all_reduce_bytes(self.item_bytes * elements, shape.ranks)
-        return Cost(sent, sent, 2 * (shape.ranks - 1))
+    def cost(self, elements: int, topology: Topology) -> Cost:
+        sent = all_reduce_bytes(self.item_bytes * elements, topology.ranks)
+        return Cost(sent, sent, 2 * (topology.ranks - 1))
 
     def exchange(self, compensated: torch.Tensor, context: Context) -> Exchange:
         mean = context.out.copy_(compensated)
@@ -147,13 +147,13 @@ class DirectAllReduce:
     def communicator(self) -> str:
         return "direct" + _RING * self.ring
 
-    def cost(self, elements: int, shape: Shape) -> Cost:
-        chunks = [self.codec.nbytes(size) for size in chunk_sizes(elements, shape.ranks)]
-        scattered = sum(chunks) * (shape.ranks - 1) / shape.ranks
-        gathered = all_gather_bytes(chunks[0], shape.ranks)
-        crossing = shape.ranks_crossing
+    def cost(self, elements: int, topology: Topology) -> Cost:
+        chunks = [self.codec.nbytes(size) for size in chunk_sizes(elements, topology.ranks)]
+        scattered = sum(chunks) * (topology.ranks - 1) / topology.ranks
+        gathered = all_gather_bytes(chunks[0], topology.ranks)
+        crossing = topology.ranks_crossing
         host_bytes = crossing * scattered + (1 if self.ring else crossing) * gathered
-        return Cost(scattered + gathered, host_bytes, 1 + (shape.ranks - 1 if self.ring else 1))
+        return Cost(scattered + gathered, host_bytes, 1 + (topology.ranks - 1 if self.ring else 1))
 
     def exchange(self, compensated: torch.Tensor, context: Context) -> Exchange:
         statistics, rank, ranks = context.statistics, context.rank, context.ranks
@@ -214,9 +214,9 @@ class SparseAllGather:
     def dense(self) -> bool:
         return self.codec.density == 1
 
-    def cost(self, elements: int, shape: Shape) -> Cost:
-        sent = all_gather_bytes(self.codec.nbytes(elements), shape.ranks)
-        return gather_cost(sent, shape, self.ring)
+    def cost(self, elements: int, topology: Topology) -> Cost:
+        sent = all_gather_bytes(self.codec.nbytes(elements), topology.ranks)
+        return gather_cost(sent, topology, self.ring)
 
     def exchange(self, compensated: torch.Tensor, context: Context) -> Exchange:
         statistics, ranks = context.statistics, context.ranks
@@ -265,13 +265,13 @@ class Hierarchical:
     def dense(self) -> bool:
         return self.inner.dense
 
-    def cost(self, elements: int, shape: Shape) -> Cost:
-        shares = [self.inner.cost(share, shape.of_hosts) for share in chunk_sizes(elements, shape.ranks_per_host)]
+    def cost(self, elements: int, topology: Topology) -> Cost:
+        shares = [self.inner.cost(share, topology.of_hosts) for share in chunk_sizes(elements, topology.ranks_per_host)]
         sent, across, terms = zip(*shares, strict=True)
         return Cost(sum(sent) / len(shares), sum(across), max(terms))
 
     def exchange(self, compensated: torch.Tensor, context: Context) -> Exchange:
-        mesh, statistics, ranks = context.mesh, context.statistics, context.mesh.shape.ranks_per_host
+        mesh, statistics, ranks = context.mesh, context.statistics, context.mesh.topology.ranks_per_host
         if ranks == 1 or not len(compensated):  # Gloo exchanges no tensors without elements
             return (yield from self.inner.exchange(compensated, context))
         number, sizes = mesh.host_ranks.index(mesh.rank), chunk_sizes(len(compensated), ranks)
@@ -296,9 +296,9 @@ class Hierarchical:
         return context.out
 
 
-def gather_cost(sent: float, shape: Shape, ring: bool) -> Cost:
+def gather_cost(sent: float, topology: Topology, ring: bool) -> Cost:
     """Of an all-gather in which every rank sends so many bytes in all: round a ring, or directly to all others."""
-    return Cost(sent, sent if ring else shape.ranks_crossing * sent, shape.ranks - 1 if ring else 1)
+    return Cost(sent, sent if ring else topology.ranks_crossing * sent, topology.ranks - 1 if ring else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,9 +321,9 @@ class WideAllGather:
     def communicator(self) -> str:
         return self.name
 
-    def cost(self, elements: int, shape: Shape) -> Cost:
-        sent = _WIDE_BYTES * (shape.ranks - 1) * sum(kept_elements(size, self.density) for size in self._pieces(elements))
-        return Cost(sent, shape.ranks_crossing * sent, len(self._pieces(elements)))
+    def cost(self, elements: int, topology: Topology) -> Cost:
+        sent = _WIDE_BYTES * (topology.ranks - 1) * sum(kept_elements(size, self.density) for size in self._pieces(elements))
+        return Cost(sent, topology.ranks_crossing * sent, len(self._pieces(elements)))
 
     def _pieces(self, elements: int) -> list[int]:
         whole, rest = divmod(elements, self.piece)
@@ -379,8 +379,8 @@ class BySize:
         gathered = chunk_sizes(elements, ranks)[0] if isinstance(inner, DirectAllReduce) else elements
         return replace(inner, ring=all_gather_bytes(inner.codec.nbytes(gathered), ranks) > DIRECT_BYTES)
 
-    def cost(self, elements: int, shape: Shape) -> Cost:
-        return self.chosen(elements, shape.ranks).cost(elements, shape)
+    def cost(self, elements: int, topology: Topology) -> Cost:
+        return self.chosen(elements, topology.ranks).cost(elements, topology)
 
     def exchange(self, compensated: torch.Tensor, context: Context) -> Exchange:
         return self.chosen(len(compensated), context.ranks).exchange(compensated, context)
@@ -404,8 +404,8 @@ class RandomK:
     def communicator(self) -> str:
         return self.name
 
-    def cost(self, elements: int, shape: Shape) -> Cost:
-        return RingAllReduce().cost(kept_elements(elements, self.density), shape)
+    def cost(self, elements: int, topology: Topology) -> Cost:
+        return RingAllReduce().cost(kept_elements(elements, self.density), topology)
 
     def chosen(self, elements: int, seed: int) -> torch.Tensor:
         """Indices of the elements, ascending, int64."""

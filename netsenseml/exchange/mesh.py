@@ -39,7 +39,7 @@ class Peer:
     card: str | None = None
 
 
-class Shape(NamedTuple):
+class Topology(NamedTuple):
     """How many ranks there are, and how many of them share a host; what costs depend on."""
 
     ranks: int
@@ -51,9 +51,9 @@ class Shape(NamedTuple):
         return self.ranks_per_host * (self.ranks - self.ranks_per_host) / max(self.ranks - 1, 1)
 
     @property
-    def of_hosts(self) -> "Shape":
+    def of_hosts(self) -> "Topology":
         """Of one rank a host."""
-        return Shape(self.ranks // self.ranks_per_host)
+        return Topology(self.ranks // self.ranks_per_host)
 
 
 class Mesh:
@@ -104,13 +104,13 @@ class Mesh:
         return self._schedulers[-1]
 
     @property
-    def shape(self) -> Shape:
+    def topology(self) -> Topology:
         """Hosts of unequal size, or whose ranks are not numbered one after another, count as hosts of one rank each."""
         if len(set(self.hosts)) == 1:  # what joins them is the network
-            return Shape(self.ranks)
+            return Topology(self.ranks)
         size = self.hosts.count(self.hosts[0])
         regular = all(host == self.hosts[i // size * size] for i, host in enumerate(self.hosts)) and self.ranks % size == 0
-        return Shape(self.ranks, size if regular and len(set(self.hosts)) == self.ranks // size else 1)
+        return Topology(self.ranks, size if regular and len(set(self.hosts)) == self.ranks // size else 1)
 
     @property
     def machine_ranks(self) -> list[int]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from netsenseml.catalog import check_method, is_import_path, load, registered_methods
 from netsenseml.methods.base import Method
-from netsenseml.methods.coded import Dgc, Qsgd, Quantized, Random, SignSgd, TopK, WideTopK
+from netsenseml.methods.compressed import Dgc, Qsgd, Quantized, Random, SignSgd, TopK, WideTopK
 from netsenseml.methods.demo import DeMo
 from netsenseml.methods.diloco import DiLoCo
 from netsenseml.methods.localsgd import LocalSgd

@@ -48,7 +48,7 @@ class Method:
     waits = False
     """Whether ``exchange`` waits for other ranks."""
 
-    steps_apart = 1
+    steps_until_exchange = 1
     """How many steps a rank may make at most while another has stopped: until the next exchange."""
 
     optimizers: Collection[torch.optim.Optimizer] = ()

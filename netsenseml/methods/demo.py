@@ -17,13 +17,13 @@ from netsenseml.compress.sparsify import largest_in_chunks
 from netsenseml.exchange.collective import all_reduce_mean
 from netsenseml.exchange.collectives import all_gather, all_gather_bytes
 from netsenseml.exchange.communicators import DIRECT_BYTES, Context, Cost, gather_cost
-from netsenseml.exchange.mesh import Shape
+from netsenseml.exchange.mesh import Topology
 from netsenseml.exchange.scheduler import Exchange
-from netsenseml.methods.coded import Coded
+from netsenseml.methods.compressed import Compressed
 from netsenseml.statistics import StepStatistics
 
 
-class DeMo(Coded):
+class DeMo(Compressed):
     """DeMo (Peng, Quesnelle and Kingma, arXiv 2411.19870): every rank has its own momentum, and shares what is largest in it.
 
         m_r <- decay m_r + g_r,  q_r = the topk largest DCT coefficients of every square of m_r,  m_r <- m_r - q_r
@@ -112,7 +112,7 @@ class Coefficients:
 
     @property
     def _squares(self) -> "list[Squares]":
-        return [squares(shape, self.chunk) for shape in self.shapes if shape.numel()]
+        return [squares(topology, self.chunk) for topology in self.shapes if topology.numel()]
 
     def _parts(self, tensor: torch.Tensor) -> "list[tuple[Squares, torch.Tensor]]":
         """Of the tensor: a parameter each."""
@@ -126,11 +126,11 @@ class Coefficients:
     @property
     def codec(self) -> Codec:
         """Of the coefficients."""
-        return Codec(self.values, self.elements / sum(shape.numel() for shape in self.shapes))
+        return Codec(self.values, self.elements / sum(topology.numel() for topology in self.shapes))
 
-    def cost(self, elements: int, shape: Shape) -> Cost:
-        sent = all_gather_bytes(self.codec.nbytes(elements), shape.ranks)
-        return gather_cost(sent, shape, ring=sent > DIRECT_BYTES)
+    def cost(self, elements: int, topology: Topology) -> Cost:
+        sent = all_gather_bytes(self.codec.nbytes(elements), topology.ranks)
+        return gather_cost(sent, topology, ring=sent > DIRECT_BYTES)
 
     def exchange(self, compensated: torch.Tensor, context: Context) -> Exchange:
         statistics, ranks = context.statistics, context.ranks
@@ -200,10 +200,10 @@ class Squares:
 
 
 @cache
-def squares(shape: torch.Size, chunk: int) -> Squares:
+def squares(topology: torch.Size, chunk: int) -> Squares:
     """How a parameter, which is not empty, is cut: sides are the largest divisors of its own up to ``chunk``."""
-    rows = shape[0] if len(shape) > 1 else 1
-    columns = shape.numel() // rows
+    rows = topology[0] if len(topology) > 1 else 1
+    columns = topology.numel() // rows
     return Squares(rows, columns, *(next(n for n in range(chunk, 0, -1) if side % n == 0) for side in (rows, columns)))
 
 

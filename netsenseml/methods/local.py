@@ -70,7 +70,7 @@ class LocalUpdates(Method):
         super().__init__(module, group)
         self._scheme = scheme
         self._inner_steps, self._overlap, self._mixing = inner_steps, overlap, mixing
-        self.steps_apart = inner_steps + overlap
+        self.steps_until_exchange = inner_steps + overlap
         self._outer_lr, self._outer_momentum = outer_lr, outer_momentum
         trained, self._buffers = exchanged(module)
         if fragments > len(trained):
@@ -88,8 +88,8 @@ class LocalUpdates(Method):
         """Steps that ended without ``after_step``. One may, as a script may load a checkpoint after a first backward."""
         self._aside: list[torch.Tensor] | None = None
         """What this rank has made of the model, while that has what is in common."""
-        self._fragments: list[Common] = []
-        self._of_buffers: Common | None = None
+        self._fragments: list[SharedState] = []
+        self._of_buffers: SharedState | None = None
         self._under_way: deque[_UnderWay] = deque()
         self._before_training = module.register_forward_pre_hook(torch.compiler.disable(self._begin_training))
 
@@ -101,8 +101,8 @@ class LocalUpdates(Method):
     def _take_over(self) -> None:
         """All ranks have the same parameters now."""
         self._before_training.remove()
-        self._fragments = [Common(part) for part in self.parts]
-        self._of_buffers = Common(self._buffers) if self._buffers else None
+        self._fragments = [SharedState(part) for part in self.parts]
+        self._of_buffers = SharedState(self._buffers) if self._buffers else None
 
     def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
         """Nothing: the gradient is this rank's alone."""
@@ -166,35 +166,35 @@ class LocalUpdates(Method):
                 common.put(values)
 
     @property
-    def _all(self) -> list["Common"]:
+    def _all(self) -> list["SharedState"]:
         return [*self._fragments, *([self._of_buffers] if self._of_buffers is not None else [])]
 
     def _launch(self, number: int, statistics: StepStatistics) -> None:
-        fragment, spent, apart = self._fragments[number], statistics.apart(), statistics.apart()
+        fragment, spent, of_buffers = self._fragments[number], statistics.separate(), statistics.separate()
         gradient = self.exchange_mean(fragment, spent)
         buffers = None
         if self._of_buffers is not None and number == len(self._fragments) - 1:
             drift = self._of_buffers.drift().nan_to_num_(nan=0.0)  # of an infinite one, as masks have
-            buffers = all_reduce_mean(drift, "buffers", RingAllReduce(), self.mesh, apart, feedback=False)
-        self._under_way.append(_UnderWay(self.steps + self._overlap, number, gradient, buffers, spent, apart))
+            buffers = all_reduce_mean(drift, "buffers", RingAllReduce(), self.mesh, of_buffers, feedback=False)
+        self._under_way.append(_UnderWay(self.steps + self._overlap, number, gradient, buffers, spent, of_buffers))
 
-    def exchange_mean(self, fragment: "Common", statistics: StepStatistics) -> Future[torch.Tensor]:
+    def exchange_mean(self, fragment: "SharedState", statistics: StepStatistics) -> Future[torch.Tensor]:
         """Launch the exchange of a fragment's pseudo-gradient; the future has the mean."""
         drift = fragment.drift()
         return all_reduce_mean(drift, tuple(fragment.tensors), self.plan, self.mesh, statistics)
 
     def _land(self, statistics: StepStatistics, mixing: float) -> None:
         """Wait for the oldest exchange that is under way, and take the outer step."""
-        _, number, gradient, buffers, spent, apart = self._under_way.popleft()
+        _, number, gradient, buffers, spent, of_buffers = self._under_way.popleft()
         fragment = self._fragments[number]
         fragment.descend(gradient.wait(), self._outer_lr, self._outer_momentum)
         fragment.put(fragment.shared, mixing)
         if buffers is not None and self._of_buffers is not None:
             self._of_buffers.descend(buffers.wait(), 1.0, 0.0)
             self._of_buffers.put(self._of_buffers.shared)
-        apart.elements_sent = 0  # of gradients
+        of_buffers.elements_sent = 0  # of gradients
         statistics.include(spent)
-        statistics.include(apart)
+        statistics.include(of_buffers)
         if statistics.lost_energy is None:
             statistics.lose(0.0, 1.0)
         statistics.scheme = f"{self._scheme}, {self._overlap} late" if self._overlap else self._scheme
@@ -273,7 +273,7 @@ def exchanged(module: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]
     return trained, buffers
 
 
-class Common:
+class SharedState:
     """Tensors of this rank, and what all ranks have had in common of them last.
 
     shared: shape (n,), all of them after one another, in float32 or the widest of their types; velocity likewise, of the outer
@@ -323,14 +323,14 @@ def plan_of(values: str) -> Plan:
 
 class _UnderWay(NamedTuple):
     """An exchange. until: step after which it is waited for. number: of the fragment. gradient, buffers: means to come. spent,
-    apart: what they cost."""
+    of_buffers: what they cost."""
 
     until: int
     number: int
     gradient: Future[torch.Tensor]
     buffers: Future[torch.Tensor] | None
     spent: StepStatistics
-    apart: StepStatistics
+    of_buffers: StepStatistics
 
 
 def _nothing(ranks: int) -> tuple[StepStatistics, StepStatistics]:

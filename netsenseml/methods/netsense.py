@@ -24,15 +24,15 @@ from netsenseml.control.dc2 import Dc2
 from netsenseml.control.deco import Deco
 from netsenseml.control.fixed import FixedPolicy
 from netsenseml.control.kimad import Kimad
-from netsenseml.control.plans import look, lost, plans
-from netsenseml.control.policy import Observation, Policy, split_when, whens, with_when
+from netsenseml.control.plans import gradient_sample, lost, plans
+from netsenseml.control.policy import Observation, Policy, split_timing, timings, with_timing
 from netsenseml.exchange.collective import add_residual
 from netsenseml.exchange.communicators import Plan, RingAllReduce, parse
 from netsenseml.exchange.control import ControlChannel
-from netsenseml.methods.apart import Apart
-from netsenseml.methods.coded import Coded
-from netsenseml.methods.late import Late
+from netsenseml.methods.compressed import Compressed
+from netsenseml.methods.delayed_means import DelayedMeans
 from netsenseml.methods.local import STEP_IS_MISSING, done, refuse_sharded
+from netsenseml.methods.local_steps import LocalSteps
 from netsenseml.records import monotonic_s
 from netsenseml.sensing.tcp import TcpSample
 from netsenseml.statistics import BackwardCosts, StepStatistics
@@ -48,7 +48,7 @@ _REPORT_S, _MOST_STEPS = 0.05, 4
 """While the network bears all-reduce with ease, ranks report so often at most; a change is known so many steps later."""
 
 
-class NetSense(Coded):
+class NetSense(Compressed):
     """Every step is exchanged by the plan that makes the most progress per second on the network that is there.
 
     1. When a step's exchange is over, every rank reports what it measured: how long its collectives took, when its buckets
@@ -61,13 +61,13 @@ class NetSense(Coded):
     ``dc2``, ``deco``, ``accordion``: each says there what is of its paper and what of us), or a list (``control.fixed``).
 
     With a delay (int8+1) the mean of a step's gradients is applied in the next step, so that its exchange has as long as that
-    computes (see ``Late``).
+    computes (see ``DelayedMeans``).
 
     A plan may have an interval H (int8/8): then the ranks make H local steps, and exchange parameters behind the last one (see
-    ``Apart``). What error feedback has kept of gradients goes into each rank's own local steps meanwhile, as in an exchange of
-    all elements. A decision on H counts from the newest exchange; where it is for an exchange in every step, parameters and
-    optimizers are made equal behind the step that is under way. With a delay (int8/8+1) what an exchange has brought is taken
-    behind the next one. Every session.step() counts as a step.
+    ``LocalSteps``). What error feedback has kept of gradients goes into each rank's own local steps meanwhile, as in an
+    exchange of all elements. A decision on H counts from the newest exchange; where it is for an exchange in every step,
+    parameters and optimizers are made equal behind the step that is under way. With a delay (int8/8+1) what an exchange has
+    brought is taken behind the next one. Every session.step() counts as a step.
     """
 
     senses = True
@@ -88,22 +88,22 @@ class NetSense(Coded):
     ) -> None:
         """published: options of published policies (``catalog.POLICIES``)."""
         super().__init__(module, group, RingAllReduce(), limit=_LIMIT)
-        self._whens = whens(
+        self._timings = timings(
             _INTERVALS if isinstance(interval, str) else (interval,), _DELAYS if isinstance(delay, str) else (delay,)
         )
-        self._apart: Apart | None = None
-        self._late: Late | None = None
+        self._local_steps: LocalSteps | None = None
+        self._delayed_means: DelayedMeans | None = None
         if self.mesh.ranks > 1:
-            possible = {*self._whens, *(split_when(name)[1:] for name in schemes)}
+            possible = {*self._timings, *(split_timing(name)[1:] for name in schemes)}
             if any(interval for interval, _ in possible):
-                self._apart, self.shares_buffers = Apart(module, self.mesh), False
+                self._local_steps, self.shares_buffers = LocalSteps(module, self.mesh), False
             if (0, 1) in possible:
-                self._late = Late(module.named_parameters(), self.mesh)
-            self.takes_shards = self.takes_scaler = self._apart is None and self._late is None
-            self.steps_apart = max(max(interval, 1) * (1 + delay) for interval, delay in possible)
+                self._delayed_means = DelayedMeans(module.named_parameters(), self.mesh)
+            self.takes_shards = self.takes_scaler = self._local_steps is None and self._delayed_means is None
+            self.steps_until_exchange = max(max(interval, 1) * (1 + delay) for interval, delay in possible)
         self._interval, self._delay = 0, 0
         """In force, as names have them; the ranks may still be apart when the first is 0."""
-        self._optimizers_fit = self._apart is None
+        self._optimizers_fit = self._local_steps is None
         """Whether local steps are known to be possible with them, or there are none."""
         self._alone = False
         """Whether this backward's gradients are this rank's alone."""
@@ -131,49 +131,49 @@ class NetSense(Coded):
             else:
                 own = {key: value for key, value in {"start": start, **published}.items() if key in POLICIES[policy]}
                 elements, item_bytes = sum(g.numel() for g in gradients), max(g.element_size() for g in gradients)
-                candidates = plans(self.mesh.shape, floor, item_bytes)
-                self._policy = _PUBLISHED[policy](candidates, self.mesh.shape, elements, **own)
+                candidates = plans(self.mesh.topology, floor, item_bytes)
+                self._policy = _PUBLISHED[policy](candidates, self.mesh.topology, elements, **own)
         self._answers: deque[tuple[int, Future[torch.Tensor]]] = deque()
         self._pending_reports: deque[tuple[str, tuple[int, ...], int, list[torch.Tensor], float]] = deque()
-        """Of the reports under way: name of the plan, elements of every bucket, bytes, looks, change of the learning rate."""
-        self._looks: list[torch.Tensor] = []
-        self._next_report, self._next_look, self._every = 0, 0, 1
+        """Of the reports under way: name of the plan, elements of every bucket, bytes, samples, change of the learning rate."""
+        self._gradient_samples: list[torch.Tensor] = []
+        self._next_report, self._next_sample, self._every = 0, 0, 1
         self._step_s = 0.0
         self._lr_change = 1.0
         self._lag = (
-            _LAG + any(peer.device != "cpu" for peer in self.mesh.peers) + _LATE_LAG * any(delay for _, delay in self._whens)
+            _LAG + any(peer.device != "cpu" for peer in self.mesh.peers) + _LATE_LAG * any(delay for _, delay in self._timings)
         )
         if not isinstance(self._policy, FixedPolicy):
             self._follow(self._policy.plan)
 
     def _follow(self, name: str) -> None:
-        plan, self._interval, self._delay = split_when(name)
+        plan, self._interval, self._delay = split_timing(name)
         self.plan = _plan(plan)
 
     @property
     def _scheme(self) -> str:
-        return with_when(self.plan.name, self._interval if self._alone else 0, self._delay)
+        return with_timing(self.plan.name, self._interval if self._alone else 0, self._delay)
 
     def _controller(self, gradients: Sequence[torch.Tensor], floor: float, *, by_host: bool) -> Controller:
         """Ours, with what a few messages and some coding tell beforehand: the same on all ranks, though only rank 0's is
         used."""
         mesh, channel = self.mesh, self._channel
         item_bytes = max((gradient.element_size() for gradient in gradients), default=4)
-        self._candidates = plans(mesh.shape, floor, item_bytes, by_host=by_host)
-        costs = coding_costs(self._candidates, mesh.shape, gradients[0].device)
+        self._candidates = plans(mesh.topology, floor, item_bytes, by_host=by_host)
+        costs = coding_costs(self._candidates, mesh.topology, gradients[0].device)
         costs = dict(zip(costs, channel.largest(list(costs.values())), strict=True))
         latency_s = min(self._probe(1) for _ in range(3))
         size, took_s = _LEAST_PROBE, latency_s
         while size <= _MOST_PROBE and took_s - latency_s < _PROBE_S:
             took_s = min(self._probe(size) for _ in range(2))  # the first one widens TCP's windows
             size *= 4
-        crossing_bytes = mesh.shape.ranks_crossing * size / 4 * (mesh.ranks - 1) / mesh.ranks
+        crossing_bytes = mesh.topology.ranks_crossing * size / 4 * (mesh.ranks - 1) / mesh.ranks
         controller = Controller(
             self._candidates,
-            mesh.shape,
+            mesh.topology,
             costs,
             lost([_heavy_tailed()], self._candidates),
-            whens=self._whens,
+            timings=self._timings,
             latency_s=latency_s,
             byte_s=max(took_s - latency_s, took_s / 10) / crossing_bytes,
             scarce=gradients[0].device.type == "cpu" and len(os.sched_getaffinity(0)) < 2 * len(mesh.machine_ranks),
@@ -197,8 +197,8 @@ class NetSense(Coded):
             self._policy.adaptive = adaptive
 
     def rescale(self, factor: float, *, gradients: bool) -> None:
-        if self._late is not None:
-            self._late.rescale(factor)
+        if self._delayed_means is not None:
+            self._delayed_means.rescale(factor)
         super().rescale(factor, gradients=gradients)
         if not gradients:
             self._lr_change /= factor
@@ -211,22 +211,22 @@ class NetSense(Coded):
             self.bandwidth_bps = bandwidth_bps or None
         if isinstance(self._policy, FixedPolicy):
             self._follow(self._policy.plan_at(self.steps - 1))
-        if self._apart is not None:
-            self._begin_apart(self._apart)
-        if self._late is not None:
+        if self._local_steps is not None:
+            self._begin_local_steps(self._local_steps)
+        if self._delayed_means is not None:
             if self.holds_unused:
                 raise ValueError("with a delay a mean may come when nothing takes it: no find_unused_parameters, or delay=0")
-            self._late.begin(delayed=self._delay > 0 and not self._alone)
-        self._looks = []
-        every, due = self._policy.look_every, self.steps >= max(self._next_report, self._next_look)
-        self._looking = every > 0 and due and self.mesh.rank == 0
-        if self._looking:
-            self._next_look = self.steps + every
+            self._delayed_means.begin(delayed=self._delay > 0 and not self._alone)
+        self._gradient_samples = []
+        every, due = self._policy.sample_every, self.steps >= max(self._next_report, self._next_sample)
+        self._sampling = every > 0 and due and self.mesh.rank == 0
+        if self._sampling:
+            self._next_sample = self.steps + every
 
-    def _begin_apart(self, apart: Apart) -> None:
-        if self._interval and self._between and not apart.under_way:
-            apart.begin(self.optimizers)
-        self._alone, self._between = apart.under_way, False
+    def _begin_local_steps(self, local_steps: LocalSteps) -> None:
+        if self._interval and self._between and not local_steps.under_way:
+            local_steps.begin(self.optimizers)
+        self._alone, self._between = local_steps.under_way, False
         if self._alone:
             if not self._backwards:
                 self._first, self._computed_s = self.steps, self._computed_s[-1:] if self._interval == 1 else []
@@ -234,32 +234,32 @@ class NetSense(Coded):
         self._before_s, self._waited_s = self._waited_s, 0.0
 
     def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
-        if self._late is not None:
-            self._late.charge(statistics)
+        if self._delayed_means is not None:
+            self._delayed_means.charge(statistics)
         if self._alone:
-            statistics.scheme, gradient, spent = self._scheme, bucket.buffer(), statistics.apart()
+            statistics.scheme, gradient, spent = self._scheme, bucket.buffer(), statistics.separate()
             add_residual(gradient, tuple(bucket.parameters()), self.memory, spent)
             spent.residual_ratio = None  # it takes time; but what is lost is told of a whole step, in ``after_step``
             statistics.include(spent)
             return done(gradient)
-        if self._looking:
-            self._looks.append(start_to_host(look(bucket.buffer())))
-        if self._late is not None and self._delay:
+        if self._sampling:
+            self._gradient_samples.append(start_to_host(gradient_sample(bucket.buffer())))
+        if self._delayed_means is not None and self._delay:
             statistics.scheme = self._scheme
-            return self._late.exchange(bucket, self.plan, statistics)
+            return self._delayed_means.exchange(bucket, self.plan, statistics)
         return super().exchange(bucket, statistics)
 
     def end_backward(self) -> Callable[[StepStatistics], None]:
         if self._alone:
             return partial(self._end_local_step, self._before_s, self.steps == self._first)
         scheme, waited_s = self._scheme, self._before_s
-        if self._late is not None:
-            scheme, waited_s = self._late.measured(scheme), waited_s + self._late.waited_s
+        if self._delayed_means is not None:
+            scheme, waited_s = self._delayed_means.measured(scheme), waited_s + self._delayed_means.waited_s
         if self.steps < self._next_report or not scheme or isinstance(self._policy, FixedPolicy):
             return lambda _: None
         self._next_report = self.steps + self._every
         lr_change, self._lr_change = self._lr_change, 1.0
-        return partial(self._end_step, self.steps, scheme, waited_s, self._looks, lr_change)
+        return partial(self._end_step, self.steps, scheme, waited_s, self._gradient_samples, lr_change)
 
     def _end_local_step(self, waited_s: float, first: bool, statistics: StepStatistics) -> None:
         spent = statistics.of_backward()
@@ -268,24 +268,32 @@ class NetSense(Coded):
             self._arrived = spent.ready_s, spent.bucket_elements
 
     def _end_step(
-        self, step: int, scheme: str, waited_s: float, looks: list[torch.Tensor], lr_change: float, statistics: StepStatistics
+        self,
+        step: int,
+        scheme: str,
+        waited_s: float,
+        gradient_samples: list[torch.Tensor],
+        lr_change: float,
+        statistics: StepStatistics,
     ) -> None:
         spent = statistics.of_backward()
         spent = spent._replace(compute_s=max(0.0, spent.compute_s - waited_s))
-        self._report(step, scheme, spent, looks, statistics.tcp, lr_change)
+        self._report(step, scheme, spent, gradient_samples, statistics.tcp, lr_change)
 
     def _report(
         self,
         step: int,
         scheme: str,
         spent: BackwardCosts,
-        looks: list[torch.Tensor],
+        gradient_samples: list[torch.Tensor],
         tcp: TcpSample | None,
         lr_change: float = 1.0,
     ) -> None:
         last_s = max(spent.ready_s)
         if self.mesh.rank == 0:
-            self._pending_reports.append((scheme, tuple(spent.bucket_elements), spent.payload_bytes, looks, lr_change))
+            self._pending_reports.append(
+                (scheme, tuple(spent.bucket_elements), spent.payload_bytes, gradient_samples, lr_change)
+            )
         measured = [spent.exposed_s, spent.compute_s, spent.encode_s, spent.communication_s, self._channel.latency_s]
         rtt_s = (tcp.min_rtt_s if tcp is not None else None) or 0.0
         ready_s = [ready_s - last_s for ready_s in spent.ready_s]
@@ -293,25 +301,25 @@ class NetSense(Coded):
 
     def after_step(self, statistics: StepStatistics) -> None:
         self._ended = -1
-        apart = self._apart
-        if apart is not None and self.optimizers and not self._optimizers_fit:  # soon, though the ranks may part late
-            apart.refuse(self.optimizers)
+        local_steps = self._local_steps
+        if local_steps is not None and self.optimizers and not self._optimizers_fit:  # soon, though the ranks may part late
+            local_steps.refuse(self.optimizers)
             self._optimizers_fit = True
-        if apart is None or not apart.under_way:
+        if local_steps is None or not local_steps.under_way:
             return
         refuse_sharded(self.optimizers)
-        apart.steps += 1
-        if apart.steps < self._interval:
+        local_steps.steps += 1
+        if local_steps.steps < self._interval:
             statistics.lose(1.0, 1.0)  # of this step's gradients nothing was sent
             return
         began_s, landed = monotonic_s(), None
         with statistics.waiting():
             if not self._interval:
                 statistics.scheme = RingAllReduce.name
-                apart.end(self.optimizers, statistics)
+                local_steps.end(self.optimizers, statistics)
             else:
-                looking = bool(self._candidates) and self.mesh.rank == 0 and (self._interval > 1 or self._looking)
-                landed = apart.exchange(self.plan, self._scheme, statistics, delayed=self._delay > 0, looking=looking)
+                sampling = bool(self._candidates) and self.mesh.rank == 0 and (self._interval > 1 or self._sampling)
+                landed = local_steps.exchange(self.plan, self._scheme, statistics, delayed=self._delay > 0, sampling=sampling)
         self._waited_s = monotonic_s() - began_s
         if not self._interval:
             statistics.lose(0.0, 1.0)
@@ -326,25 +334,25 @@ class NetSense(Coded):
             spent = landed.spent.of_backward()._replace(
                 exposed_s=self._waited_s, compute_s=fmean(self._computed_s), ready_s=ready_s, bucket_elements=elements
             )
-            self._report(self.steps, landed.scheme, spent, landed.looks, statistics.tcp)
+            self._report(self.steps, landed.scheme, spent, landed.gradient_samples, statistics.tcp)
 
     def synchronize(self, statistics: StepStatistics) -> None:
-        apart, statistics.scheme = self._apart, statistics.scheme or self._scheme
+        local_steps, statistics.scheme = self._local_steps, statistics.scheme or self._scheme
         with statistics.waiting():
-            if self._late is not None:
-                self._late.synchronize(statistics)
-            if apart is not None:
-                apart.synchronize(self.plan, statistics)
+            if self._delayed_means is not None:
+                self._delayed_means.synchronize(statistics)
+            if local_steps is not None:
+                local_steps.synchronize(self.plan, statistics)
 
     @contextlib.contextmanager
     def synchronized(self) -> Iterator[None]:
-        with self._apart.synchronized() if self._apart is not None else contextlib.nullcontext():
+        with self._local_steps.synchronized() if self._local_steps is not None else contextlib.nullcontext():
             yield
 
     def end_step(self) -> None:
         super().end_step()
         self._between = True
-        if self._apart is not None:
+        if self._local_steps is not None:
             self._ended += 1
             if self._ended > 1 and torch._C._current_graph_task_id() >= 0:  # by a backward, which needs them as they are
                 raise RuntimeError(STEP_IS_MISSING)
@@ -352,7 +360,7 @@ class NetSense(Coded):
     def _decide(self, rows: list[list[float]]) -> bytes:
         """On rank 0: what comes of the ranks' reports of a step. The slowest rank is the one that all waited for."""
         assert not isinstance(self._policy, FixedPolicy)
-        plan, elements, payload_bytes, looks, lr_change = self._pending_reports.popleft()
+        plan, elements, payload_bytes, gradient_samples, lr_change = self._pending_reports.popleft()
         exposed_s, compute_s, encode_s, communication_s, latency_s, rtt_s, *ready_s = zip(*rows, strict=True)
         self._step_s = min(exposed_s) + max(compute_s)
         self._policy.decide(
@@ -367,8 +375,8 @@ class NetSense(Coded):
                 payload_bytes=payload_bytes,
                 latency_s=min(latency_s) or None,
                 ring_share=fmean(rtt_s) / max(rtt_s) if min(rtt_s) > _LAN_S else 1.0,
-                lost=lost(looks, self._candidates) if looks and self._candidates else {},
-                gradients=tuple(looks),
+                lost=lost(gradient_samples, self._candidates) if gradient_samples and self._candidates else {},
+                gradients=tuple(gradient_samples),
                 lr_change=lr_change,
             )
         )
@@ -378,8 +386,8 @@ class NetSense(Coded):
     @property
     def _fits(self) -> list[str]:
         """What must be the same in a checkpoint: the policy, what it keeps and what it chooses from."""
-        names = [with_when(p.name, *when) for when in self._whens for p in self._candidates]
-        kinds = ["apart"] * (self._apart is not None) + ["late"] * (self._late is not None)
+        names = [with_timing(p.name, *when) for when in self._timings for p in self._candidates]
+        kinds = ["apart"] * (self._local_steps is not None) + ["late"] * (self._delayed_means is not None)
         return [type(self._policy).__name__, *self._policy.state_dict(), *names, *kinds]
 
     def close(self) -> None:
@@ -393,13 +401,13 @@ class NetSense(Coded):
         policy = self._policy.state_dict() if self.mesh.rank == 0 else None
         kept = {
             "fits": self._fits,
-            "plan": with_when(self.plan.name, self._interval, self._delay),
+            "plan": with_timing(self.plan.name, self._interval, self._delay),
             "every": self._every,
             "next_report": self._next_report,
             "answers": answers,
             "policy": policy,
-            "apart": None if self._apart is None else self._apart.state_dict(),
-            "late": None if self._late is None else self._late.state_dict(),
+            "apart": None if self._local_steps is None else self._local_steps.state_dict(),
+            "late": None if self._delayed_means is None else self._delayed_means.state_dict(),
         }
         return {**super().state_dict(), **kept}
 
@@ -412,15 +420,15 @@ class NetSense(Coded):
             )
         for _, answer in self._answers:  # of steps that are not part of the checkpoint
             answer.wait()
-        if self._late is not None:  # before what is kept is replaced, as exchanges that are under way work with it
-            self._late.load_state_dict(state["late"])
+        if self._delayed_means is not None:  # before what is kept is replaced, as exchanges that are under way work with it
+            self._delayed_means.load_state_dict(state["late"])
         super().load_state_dict(state)
         if self.mesh.rank == 0:
             self._policy.load_state_dict(state["policy"])
         self._follow(state["plan"])
         self._every, self._next_report = state["every"], state["next_report"]
-        if self._apart is not None:
-            self._apart.load_state_dict(state["apart"])
+        if self._local_steps is not None:
+            self._local_steps.load_state_dict(state["apart"])
         self._backwards = 0
         self._answers.clear()
         for step, answer in state["answers"]:
@@ -430,7 +438,7 @@ class NetSense(Coded):
 
 
 _INTERVALS = (1, 2, 4, 8, 16, 32)
-"""Of interval: auto. Longer ones were not measured (``control.plans.worth``)."""
+"""Of interval: auto. Longer ones were not measured (``control.plans.step_progress``)."""
 _DELAYS = (0, 1)
 _LATE_LAG = 2
 """Steps that a decision takes more where steps may be shorter than a round trip."""

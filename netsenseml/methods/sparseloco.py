@@ -13,9 +13,9 @@ from netsenseml.compress.codec import Codec, add_decoded, positions
 from netsenseml.compress.sparsify import kept_elements, largest_in_chunks
 from netsenseml.exchange.collectives import all_gather, all_gather_bytes
 from netsenseml.exchange.communicators import DIRECT_BYTES, Context, Cost, gather_cost
-from netsenseml.exchange.mesh import Shape
+from netsenseml.exchange.mesh import Topology
 from netsenseml.exchange.scheduler import Exchange
-from netsenseml.methods.local import Common, LocalUpdates
+from netsenseml.methods.local import LocalUpdates, SharedState
 from netsenseml.statistics import StepStatistics
 
 
@@ -44,7 +44,7 @@ class SparseLoCo(LocalUpdates):
         self._decay = decay
         self.plan = TwoBits(tuple(parameter.numel() for parameter in self.parts[0]), ratio, chunk)
 
-    def exchange_mean(self, fragment: Common, statistics: StepStatistics) -> Future[torch.Tensor]:
+    def exchange_mean(self, fragment: SharedState, statistics: StepStatistics) -> Future[torch.Tensor]:
         self.memory.rescale(self._decay)
         return super().exchange_mean(fragment, statistics)
 
@@ -83,9 +83,9 @@ class TwoBits:
         """Coded."""
         return self._codec.nbytes(sum(self.sizes)) + _SIGNS.nbytes(self.elements)
 
-    def cost(self, elements: int, shape: Shape) -> Cost:
-        sent = all_gather_bytes(self.nbytes, shape.ranks)
-        return gather_cost(sent, shape, ring=sent > DIRECT_BYTES)
+    def cost(self, elements: int, topology: Topology) -> Cost:
+        sent = all_gather_bytes(self.nbytes, topology.ranks)
+        return gather_cost(sent, topology, ring=sent > DIRECT_BYTES)
 
     def exchange(self, compensated: torch.Tensor, context: Context) -> Exchange:
         statistics, ranks = context.statistics, context.ranks

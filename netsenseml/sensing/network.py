@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netsenseml.exchange.communicators import Plan
-from netsenseml.exchange.mesh import CONCURRENT, Shape
+from netsenseml.exchange.mesh import CONCURRENT, Topology
 
 Array = NDArray[np.float64]
 
@@ -59,13 +59,13 @@ class NetworkModel:
     forecast may be.
     """
 
-    def __init__(self, plans: Sequence[Plan], shape: Shape, latency_s: float, byte_s: float, element_s: float) -> None:
+    def __init__(self, plans: Sequence[Plan], topology: Topology, latency_s: float, byte_s: float, element_s: float) -> None:
         """latency_s, byte_s: what is thought of the network before any step; element_s: of gamma."""
         self.latency = Smooth(latency_s)
         """Of a direct exchange, s: between the farthest two ranks."""
         self.ring_share = 1.0
         """A ring passes all delays alike: mean of the ranks' round-trip times over the largest."""
-        self._plans, self._shape = list(plans), shape
+        self._plans, self._topology = list(plans), topology
         communicators = list(dict.fromkeys(plan.communicator for plan in plans))
         self._rings = np.array([plan.communicator.endswith("ring") for plan in plans])
         # Logarithms: of a byte's seconds; then of every communicator's hop and byte over the network's, and of its gamma.
@@ -89,7 +89,7 @@ class NetworkModel:
         if self._elements not in self._counts_of:
             counts = self._counts_of[self._elements] = np.zeros((len(self._plans), len(elements), 4))
             for row, plan in zip(counts, self._plans, strict=True):
-                costs = [plan.cost(number, self._shape) for number in elements]
+                costs = [plan.cost(number, self._topology) for number in elements]
                 row[:, 1:] = [(c.latency_terms, c.host_bytes, n) for c, n in zip(costs, elements, strict=True)]
         self._counts = self._counts_of[self._elements]
 

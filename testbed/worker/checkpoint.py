@@ -19,7 +19,7 @@ class Checkpoints:
         """every: steps; None: none is ever due."""
         self._directory = directory
         self._every = every
-        self.steps_apart = 1
+        self.steps_until_exchange = 1
         """So many steps may a rank be ahead of one that has died: as many checkpoints more must be kept as are due in these."""
 
     def due(self, steps: int) -> bool:
@@ -31,7 +31,7 @@ class Checkpoints:
         half = self._directory / "checkpoint.tmp"
         torch.save(state, half)
         half.replace(self._path(steps))
-        kept = 1 + math.ceil(self.steps_apart / (self._every or 1))
+        kept = 1 + math.ceil(self.steps_until_exchange / (self._every or 1))
         for old in self._steps()[:-kept]:
             self._path(old).unlink()
 

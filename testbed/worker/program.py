@@ -137,7 +137,7 @@ class Run:
         )
         torch.manual_seed(self.seed * self.ranks + self.rank)  # from here on dropout differs between ranks
         self.session = session = attach(ddp, **self.method_options)
-        self.checkpoints.steps_apart = session.method.steps_apart
+        self.checkpoints.steps_until_exchange = session.method.steps_until_exchange
         if begun is not None:
             session.load_state_dict(begun["session"])
             torch.set_rng_state(begun["random"])

@@ -13,10 +13,10 @@ import torch
 
 from netsenseml.control import controller
 from netsenseml.control.controller import Controller
-from netsenseml.control.plans import look, lost, plans, worth
-from netsenseml.control.policy import Observation, split_when, whens, with_when
+from netsenseml.control.plans import gradient_sample, lost, plans, step_progress
+from netsenseml.control.policy import Observation, split_timing, timings, with_timing
 from netsenseml.exchange.communicators import Hierarchical, Plan, RingAllReduce
-from netsenseml.exchange.mesh import Shape
+from netsenseml.exchange.mesh import Topology
 from netsenseml.sensing import network
 
 LAG = 2
@@ -35,7 +35,7 @@ class World:
     """rate_bps: of every host's link. delay_s: one way. incast: times as long as a ring that direct exchanges of large pieces
     take. fixed_s: what a bucket takes whatever is sent."""
 
-    shape: Shape
+    topology: Topology
     rate_bps: float
     delay_s: float
     compute_s: float = 0.1
@@ -62,7 +62,7 @@ class World:
         coded = -1e9
         parts = zip(ready, self.elements, strict=True) if not interval else [(0.0, sum(self.elements))]
         for ready_s, elements in parts:
-            cost = plan.cost(elements, self.shape)
+            cost = plan.cost(elements, self.topology)
             coding_s = 0.0 if isinstance(plan, RingAllReduce) else self.coding_s * elements * noise()
             encode_s += coding_s
             coded = max(coded, ready_s) + coding_s / 2
@@ -77,14 +77,14 @@ class World:
         until = [delay * (interval * compute_s if interval else compute_s + ready_s) for ready_s in ready]
         exposed_s = max(0.0, *(done - least for done, least in zip(done_s, until, strict=False))) + late_s
         return Observation(
-            plan=with_when(plan.name, interval, delay),
+            plan=with_timing(plan.name, interval, delay),
             elements=self.elements,
             ready_s=tuple(ready),
             compute_s=compute_s,
             exposed_s=exposed_s,
             communication_s=busy + late_s,
             encode_s=encode_s,
-            payload_bytes=round(sum(plan.cost(n, self.shape).sent_bytes for n in self.elements)),
+            payload_bytes=round(sum(plan.cost(n, self.topology).sent_bytes for n in self.elements)),
             latency_s=hop_s * noise() + (ACCIDENT_S if self.draw.random() < self.accidents / 4 else 0.0),
             ring_share=1.0,
             lost={},
@@ -109,19 +109,19 @@ class Job:
 
     def __post_init__(self) -> None:
         world = self.world
-        self.plans = plans(world.shape, self.floor)
-        self.lost = lost([look(gradient())], self.plans)
+        self.plans = plans(world.topology, self.floor)
+        self.lost = lost([gradient_sample(gradient())], self.plans)
         coding_s = {plan.name: 0.0 if isinstance(plan, RingAllReduce) else world.coding_s for plan in self.plans}
         latency_s, byte_s = 2 * world.delay_s + world.wake_s, 8 * 1.1 / world.rate_bps
         self.controller = Controller(
             self.plans,
-            world.shape,
+            world.topology,
             coding_s,
             self.lost,
             latency_s=latency_s,
             byte_s=byte_s,
             scarce=False,
-            whens=whens(self.intervals, self.delays),
+            timings=timings(self.intervals, self.delays),
         )
         self.controller.begin(world.elements, 0.0)
         self.controller.adaptive = self.adaptive
@@ -129,15 +129,15 @@ class Job:
         self.by_name = {plan.name: plan for plan in self.plans}
         self.number = 0
 
-    def worth(self, name: str) -> float:
-        return worth(self.by_name[name], self.lost[name], adaptive=self.adaptive)
+    def step_progress(self, name: str) -> float:
+        return step_progress(self.by_name[name], self.lost[name], adaptive=self.adaptive)
 
     def run(self, steps: int) -> list[tuple[str, float]]:
         """(plan, seconds but for accidents) of every step; of plans with an interval, of all its steps."""
         taken = []
         for _ in range(steps):
             name = self.in_force.pop(0)
-            plan, interval, delay = split_when(name)
+            plan, interval, delay = split_timing(name)
             seen = self.world.step(self.by_name[plan], self.number, interval, delay)
             self.number += 1
             self.controller.decide(seen)
@@ -154,15 +154,15 @@ def regret(world: World, steps: int = 300, *, adaptive: bool = False) -> tuple[f
     more, that plan, the best fixed one)."""
     job = Job(world, adaptive)
     taken = job.run(steps)
-    rate = sum(job.worth(name) for name, _ in taken) / (
+    rate = sum(job.step_progress(name) for name, _ in taken) / (
         sum(taken_s for _, taken_s in taken) + ACCIDENT_S * world.accidents * steps
     )
     seconds = {plan.name: world.seconds(plan) for plan in job.plans}
-    best = max(seconds, key=lambda name: job.worth(name) / seconds[name])
+    best = max(seconds, key=lambda name: job.step_progress(name) / seconds[name])
     late = [name for name, _ in taken[steps // 2 :]]
     settled = max(set(late), key=late.count)
     rivals = [s for name, s in seconds.items() if job.lost[name] <= job.lost[settled] * 1.001]
-    return rate / (job.worth(best) / seconds[best]), seconds[settled] / min(rivals), settled, best
+    return rate / (job.step_progress(best) / seconds[best]), seconds[settled] / min(rivals), settled, best
 
 
 def worlds() -> list[World]:
@@ -173,7 +173,7 @@ def worlds() -> list[World]:
                 for alternating in (False, True):
                     for accidents in (0.0, 0.1):
                         found.append(
-                            World(Shape(ranks, per_host), rate_bps, delay_s, alternating=alternating, accidents=accidents)
+                            World(Topology(ranks, per_host), rate_bps, delay_s, alternating=alternating, accidents=accidents)
                         )
     return found
 
@@ -182,13 +182,13 @@ def share_of_best(job: Job, steps: int) -> float:
     """Progress per second of the job's next steps over the best fixed plan's."""
     seconds = {plan.name: job.world.seconds(plan, 6) for plan in job.plans}
     names = [name for name, _ in job.run(steps)]
-    made = sum(map(job.worth, names)) / sum(seconds[name] for name in names)
-    return made / max(job.worth(name) / seconds[name] for name in seconds)
+    made = sum(map(job.step_progress, names)) / sum(seconds[name] for name in names)
+    return made / max(job.step_progress(name) / seconds[name] for name in seconds)
 
 
 def known_after(before_bps: float, after_bps: float, accidents: float, most: int = 60) -> int:
     """Steps until a change of the network's rate is known: the bandwidth right within a quarter for a step."""
-    world = World(Shape(4), before_bps, 1e-3, accidents=accidents)
+    world = World(Topology(4), before_bps, 1e-3, accidents=accidents)
     job = Job(world)
     job.run(60)
     world.rate_bps = after_bps

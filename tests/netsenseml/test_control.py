@@ -13,10 +13,10 @@ from simulation import LAG, Job, World, known_after, regret, share_of_best, worl
 from netsenseml.compress.codec import Codec, add_decoded
 from netsenseml.control.bdp import BdpPolicy
 from netsenseml.control.fixed import FixedPolicy
-from netsenseml.control.plans import look, lost, plans, worth
+from netsenseml.control.plans import gradient_sample, lost, plans, step_progress
 from netsenseml.control.policy import Observation, Policy
 from netsenseml.exchange.communicators import DirectAllReduce, RingAllReduce, SparseAllGather, parse
-from netsenseml.exchange.mesh import Shape
+from netsenseml.exchange.mesh import Topology
 
 
 def observation(payload_bytes: int = 0, communication_s: float = 0.0) -> Observation:
@@ -37,39 +37,39 @@ def observation(payload_bytes: int = 0, communication_s: float = 0.0) -> Observa
 
 @given(ranks=st.integers(2, 64), floor=st.floats(1e-4, 0.5))
 def test_plans_are_found_by_their_names_and_end_at_the_floor(ranks: int, floor: float) -> None:
-    found = plans(Shape(ranks), floor)
+    found = plans(Topology(ranks), floor)
     assert isinstance(found[0], RingAllReduce)
     assert [parse(plan.name) for plan in found] == found
     assert len({plan.name for plan in found}) == len(found)
     sparse = [plan.codec.density for plan in found if isinstance(plan, SparseAllGather)]
     if ranks * floor < 0.5:  # else a gather of so many elements is larger than all of them
         assert min(sparse) == floor
-    most = found[0].cost(1 << 20, Shape(ranks)).sent_bytes
-    assert all(plan.cost(1 << 20, Shape(ranks)).sent_bytes <= 1.02 * most for plan in found)
+    most = found[0].cost(1 << 20, Topology(ranks)).sent_bytes
+    assert all(plan.cost(1 << 20, Topology(ranks)).sent_bytes <= 1.02 * most for plan in found)
 
 
 def test_gradients_of_two_bytes_have_no_plan_that_sends_more() -> None:
-    names = {plan.name for plan in plans(Shape(4), 0.001, item_bytes=2)}
+    names = {plan.name for plan in plans(Topology(4), 0.001, item_bytes=2)}
     assert {"allreduce", "bf16", "int8", "int4"} <= names
     assert "fp32" not in names
 
 
 def test_hosts_with_several_ranks_have_plans_that_use_their_interface_once() -> None:
-    found = plans(Shape(64, 8), 0.001)
+    found = plans(Topology(64, 8), 0.001)
     assert all(plan.name == "allreduce" or plan.name.startswith("host-") for plan in found)
-    assert not any(plan.name.startswith("host-") for plan in plans(Shape(64, 8), 0.001, by_host=False))
+    assert not any(plan.name.startswith("host-") for plan in plans(Topology(64, 8), 0.001, by_host=False))
     elements = 1 << 22
-    flat, host = (parse(name).cost(elements, Shape(64, 8)) for name in ("int8", "host-int8"))
+    flat, host = (parse(name).cost(elements, Topology(64, 8)) for name in ("int8", "host-int8"))
     assert host.host_bytes < flat.host_bytes / 4
-    ring = parse("allreduce").cost(elements, Shape(64, 8))
+    ring = parse("allreduce").cost(elements, Topology(64, 8))
     assert flat.host_bytes > ring.host_bytes  # four times fewer bytes, but every rank sends them across
 
 
 def test_what_plans_would_lose_is_what_they_lose() -> None:
     torch.manual_seed(0)
     gradient = torch.distributions.StudentT(3.0).sample((1 << 20,))
-    candidates = plans(Shape(4), 0.001)
-    told = lost([look(gradient)], candidates)
+    candidates = plans(Topology(4), 0.001)
+    told = lost([gradient_sample(gradient)], candidates)
     for name in ("bf16", "int8", "int4", "sparse-int4@20%", "sparse-int4@0.1%"):
         plan = parse(name)
         assert isinstance(plan, DirectAllReduce | SparseAllGather)
@@ -84,7 +84,7 @@ def test_what_plans_would_lose_is_what_they_lose() -> None:
 
 def test_what_the_sparse_plans_send_converges_under_momentum() -> None:
     """Gradient descent with momentum and error feedback on a badly conditioned bowl; signs with a common magnitude diverge."""
-    sparse = next(plan for plan in plans(Shape(4), 0.001) if isinstance(plan, SparseAllGather))
+    sparse = next(plan for plan in plans(Topology(4), 0.001) if isinstance(plan, SparseAllGather))
     codec = Codec(sparse.codec.values, 0.08)
     draw = torch.Generator().manual_seed(0)
     slope = 10 ** (-3 * torch.rand(20_000, generator=draw))
@@ -110,7 +110,7 @@ def test_as_good_as_the_best_fixed_plan_on_any_network(world: World) -> None:
 
 def test_a_long_path_is_exchanged_directly_and_not_round_a_ring() -> None:
     """8 ranks, 50 ms one way, 2 Gbit/s, 66 MB, 0.5 s of compute: a ring takes 14 delays, directly it takes 2."""
-    world = World(Shape(8), 2e9, 0.05, compute_s=0.5, elements=(500_000, 8_000_000, 8_000_000))
+    world = World(Topology(8), 2e9, 0.05, compute_s=0.5, elements=(500_000, 8_000_000, 8_000_000))
     job = Job(world)
     taken = job.run(60)
     name, seconds = taken[-1]
@@ -119,7 +119,7 @@ def test_a_long_path_is_exchanged_directly_and_not_round_a_ring() -> None:
 
 
 def test_nothing_is_compressed_where_the_network_is_no_bottleneck() -> None:
-    world = World(Shape(4), 40e9, 1e-5, compute_s=0.3, elements=(250_000, 800_000), coding_s=2e-9)
+    world = World(Topology(4), 40e9, 1e-5, compute_s=0.3, elements=(250_000, 800_000), coding_s=2e-9)
     job = Job(world, adaptive=True)
     names = [name for name, _ in job.run(80)[40:]]
     assert statistics.mean(job.lost[name] for name in names) < 1e-3
@@ -135,13 +135,13 @@ def test_a_drop_is_known_within_five_steps_and_a_rise_within_twenty(rates: tuple
 
 def test_an_adaptive_optimizer_bears_fewer_elements_less_well_and_fewer_bits_as_well() -> None:
     for name, share in (("sparse-int4@1%", 0.4), ("host-sparse-int4@0.1%", 0.7)):
-        assert worth(parse(name), share, adaptive=True) < 0.8 * worth(parse(name), share, adaptive=False)
-    assert worth(parse("int4"), 0.02, adaptive=True) > 0.97
-    assert worth(parse("allreduce"), 0.0, adaptive=True) == worth(parse("fp32-ring"), 0.0, adaptive=False) == 1
+        assert step_progress(parse(name), share, adaptive=True) < 0.8 * step_progress(parse(name), share, adaptive=False)
+    assert step_progress(parse("int4"), 0.02, adaptive=True) > 0.97
+    assert step_progress(parse("allreduce"), 0.0, adaptive=True) == step_progress(parse("fp32-ring"), 0.0, adaptive=False) == 1
 
 
 def test_a_ring_of_slow_and_fast_paths_counts_their_mean() -> None:
-    job = Job(World(Shape(8), 1e9, 0.05))
+    job = Job(World(Topology(8), 1e9, 0.05))
     job.controller.network.ring_share = 1.0
     far = job.controller.seconds("allreduce")
     job.controller.network.ring_share = 0.2
@@ -149,7 +149,7 @@ def test_a_ring_of_slow_and_fast_paths_counts_their_mean() -> None:
 
 
 def test_trials_in_vain_cost_little() -> None:
-    job = Job(World(Shape(4), 1e7, 1e-3))
+    job = Job(World(Topology(4), 1e7, 1e-3))
     job.run(100)
     assert share_of_best(job, 400) > 0.98
 
@@ -158,13 +158,13 @@ def test_trials_in_vain_cost_little() -> None:
 @pytest.mark.parametrize("fixed_s", [0.005, 0.02, 0.05])
 def test_what_is_fixed_is_not_taken_for_a_thin_link(rate_bps: float, fixed_s: float) -> None:
     """Or the payload would shrink, and with it what is known, down to the floor: 0.3 of the best."""
-    world = World(Shape(4), rate_bps, 1e-4, compute_s=0.06, fixed_s=fixed_s, elements=(250_000, 800_000))
+    world = World(Topology(4), rate_bps, 1e-4, compute_s=0.06, fixed_s=fixed_s, elements=(250_000, 800_000))
     assert regret(world)[0] >= 0.93
 
 
 def test_an_outage_does_not_leave_a_worse_plan_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six steps of 5 s at 5 Gbit/s: another plan was taken, and kept for ever at 0.68 of the best."""
-    job = Job(World(Shape(8), 5e9, 1e-3))
+    job = Job(World(Topology(8), 5e9, 1e-3))
     job.run(80)
     job.world.accidents = 1.0
     monkeypatch.setattr(simulation, "ACCIDENT_S", 5.0)
@@ -176,7 +176,7 @@ def test_an_outage_does_not_leave_a_worse_plan_behind(monkeypatch: pytest.Monkey
 
 def test_coding_that_was_slow_for_a_while_is_tried_again() -> None:
     """All-reduce codes nothing, so nothing told that coding was fast again: 0.61 of the best, for ever."""
-    job = Job(World(Shape(4), 5e9, 1e-3))
+    job = Job(World(Topology(4), 5e9, 1e-3))
     job.run(80)
     job.world.coding_s *= 20
     job.run(25)
@@ -187,7 +187,7 @@ def test_coding_that_was_slow_for_a_while_is_tried_again() -> None:
 
 def test_a_trial_lasts_until_its_own_steps_were_seen() -> None:
     """Reports of steps from before the newest decision arrive for ``LAG`` steps more."""
-    job = Job(World(Shape(4), 1e8, 1e-3))
+    job = Job(World(Topology(4), 1e8, 1e-3))
     decided = []
     for _ in range(200):
         job.run(1)

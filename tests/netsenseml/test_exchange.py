@@ -30,7 +30,7 @@ from netsenseml.exchange.communicators import (
     chunk_sizes,
     parse,
 )
-from netsenseml.exchange.mesh import Mesh, Shape
+from netsenseml.exchange.mesh import Mesh, Topology
 from netsenseml.exchange.scheduler import Exchange, Scheduler
 from netsenseml.statistics import StepStatistics
 
@@ -235,7 +235,7 @@ def test_costs_say_what_is_sent() -> None:
     ranks = run_group(bytes_by_plan, 4)
     for number, (elements, plan) in enumerate(itertools.product(SENT, PLANS)):
         sent = [rank[number][0] for rank in ranks]
-        assert sum(sent) / len(sent) == pytest.approx(plan.cost(elements, Shape(4, 2)).sent_bytes, abs=2), plan.name
+        assert sum(sent) / len(sent) == pytest.approx(plan.cost(elements, Topology(4, 2)).sent_bytes, abs=2), plan.name
         assert all(rank[number][1] > 0 for rank in ranks), plan.name
 
 

@@ -24,7 +24,7 @@ from netsenseml.compress.codec import Codec
 from netsenseml.exchange import mesh as mesh_of_exchange
 from netsenseml.exchange.collective import all_reduce_mean
 from netsenseml.exchange.communicators import DirectAllReduce, Hierarchical, parse
-from netsenseml.exchange.mesh import Mesh, Peer, Shape, _card, abort, timeout
+from netsenseml.exchange.mesh import Mesh, Peer, Topology, _card, abort, timeout
 from netsenseml.sensing.tcp import is_connected
 
 
@@ -43,22 +43,22 @@ class Described(Mesh):
 
 
 @pytest.mark.parametrize(
-    ("hosts", "shape"),
+    ("hosts", "topology"),
     [
-        ([0], Shape(1)),
-        ([0, 0, 0, 0], Shape(4)),  # all on one host: nothing is saved by it
-        ([0, 1, 2, 3], Shape(4)),
-        ([0, 0, 1, 1], Shape(4, 2)),
-        ([5, 5, 5, 2, 2, 2], Shape(6, 3)),
-        ([0, 1, 0, 1], Shape(4)),  # not one after another
-        ([0, 0, 1], Shape(3)),
-        ([0, 0, 1, 1, 1, 1], Shape(6)),
-        ([0, 1, 1, 2], Shape(4)),
-        ([0, 0, 1, 1, 0, 0], Shape(6)),
+        ([0], Topology(1)),
+        ([0, 0, 0, 0], Topology(4)),  # all on one host: nothing is saved by it
+        ([0, 1, 2, 3], Topology(4)),
+        ([0, 0, 1, 1], Topology(4, 2)),
+        ([5, 5, 5, 2, 2, 2], Topology(6, 3)),
+        ([0, 1, 0, 1], Topology(4)),  # not one after another
+        ([0, 0, 1], Topology(3)),
+        ([0, 0, 1, 1, 1, 1], Topology(6)),
+        ([0, 1, 1, 2], Topology(4)),
+        ([0, 0, 1, 1, 0, 0], Topology(6)),
     ],
 )
-def test_hosts_of_equal_size_whose_ranks_follow_each_other_have_several_ranks(hosts: list[int], shape: Shape) -> None:
-    assert Described(hosts).shape == shape
+def test_hosts_of_equal_size_whose_ranks_follow_each_other_have_several_ranks(hosts: list[int], topology: Topology) -> None:
+    assert Described(hosts).topology == topology
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.data())
@@ -81,11 +81,11 @@ def test_every_share_is_exchanged_by_one_rank_of_each_host(hosts: int, ranks_per
 
 @given(st.integers(1, 8), st.integers(1, 8))
 def test_an_interface_carries_what_leaves_its_host(hosts: int, ranks_per_host: int) -> None:
-    shape = Shape(hosts * ranks_per_host, ranks_per_host)
-    pairs = [(a, b) for a in range(shape.ranks) for b in range(shape.ranks) if a != b and a < ranks_per_host]
+    topology = Topology(hosts * ranks_per_host, ranks_per_host)
+    pairs = [(a, b) for a in range(topology.ranks) for b in range(topology.ranks) if a != b and a < ranks_per_host]
     leaving = sum(b // ranks_per_host != 0 for _, b in pairs)
-    assert shape.ranks_crossing * max(shape.ranks - 1, 1) == pytest.approx(leaving)
-    assert shape.of_hosts == Shape(hosts)
+    assert topology.ranks_crossing * max(topology.ranks - 1, 1) == pytest.approx(leaving)
+    assert topology.of_hosts == Topology(hosts)
 
 
 @pytest.mark.parametrize(("properties", "card"), [({"uuid": "GPU-1"}, "GPU-1"), ({}, None)])

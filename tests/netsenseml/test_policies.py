@@ -22,29 +22,29 @@ from netsenseml.control.kimad import Kimad
 from netsenseml.control.plans import plans
 from netsenseml.control.policy import Observation
 from netsenseml.exchange.communicators import parse
-from netsenseml.exchange.mesh import Shape
+from netsenseml.exchange.mesh import Topology
 
-SHAPE, BUCKETS = Shape(2), (400_000, 600_000)
-ALL = plans(SHAPE, 0.001)
+TOPOLOGY, BUCKETS = Topology(2), (400_000, 600_000)
+ALL = plans(TOPOLOGY, 0.001)
 DENSE = 4 * sum(BUCKETS)
 """Bytes of a ring all-reduce of two ranks: 2 b (N - 1) / N n."""
 MADE: dict[str, Callable[[], ByteBudget]] = {
-    "kimad": lambda: Kimad(ALL, SHAPE, sum(BUCKETS), start=0.05, time_budget=0.25),
-    "dc2": lambda: Dc2(ALL, SHAPE, sum(BUCKETS), start=0.05, target_delay=0.05),
-    "deco": lambda: Deco(ALL, SHAPE, sum(BUCKETS), start=0.05),
-    "accordion": lambda: Accordion(ALL, SHAPE, sum(BUCKETS), l_low=0.3, l_high=0.03, eta=0.5, window=2),
+    "kimad": lambda: Kimad(ALL, TOPOLOGY, sum(BUCKETS), start=0.05, time_budget=0.25),
+    "dc2": lambda: Dc2(ALL, TOPOLOGY, sum(BUCKETS), start=0.05, target_delay=0.05),
+    "deco": lambda: Deco(ALL, TOPOLOGY, sum(BUCKETS), start=0.05),
+    "accordion": lambda: Accordion(ALL, TOPOLOGY, sum(BUCKETS), l_low=0.3, l_high=0.03, eta=0.5, window=2),
 }
 
 
 def bytes_of(name: str) -> float:
-    return sum(parse(name).cost(elements, SHAPE).host_bytes for elements in BUCKETS)
+    return sum(parse(name).cost(elements, TOPOLOGY).host_bytes for elements in BUCKETS)
 
 
 def step(
     policy: ByteBudget, *, bandwidth: float = 1e6, latency_s: float = 0.0, compute_s: float = 0.1, **more: Any
 ) -> Observation:
     """What ranks see of a step with the present plan over a link of so many bytes/s."""
-    terms = parse(policy.plan).cost(max(BUCKETS), SHAPE).latency_terms
+    terms = parse(policy.plan).cost(max(BUCKETS), TOPOLOGY).latency_terms
     took_s = bytes_of(policy.plan) / bandwidth + terms * latency_s
     return Observation(
         plan=policy.plan,
@@ -69,7 +69,7 @@ def is_best_within(name: str, budget_bytes: float) -> bool:
 
 
 def test_kimad_sends_what_the_bandwidth_carries_in_the_time_that_is_left() -> None:
-    policy = Kimad(ALL, SHAPE, sum(BUCKETS), start=0.01, time_budget=0.25)
+    policy = Kimad(ALL, TOPOLOGY, sum(BUCKETS), start=0.01, time_budget=0.25)
     assert is_best_within(policy.plan, 0.01 * DENSE)
     policy.decide(step(policy))
     assert is_best_within(policy.plan, 1e6 * (0.25 - 0.1))  # 1 MB/s for 150 ms
@@ -88,19 +88,19 @@ def test_kimad_sends_what_the_bandwidth_carries_in_the_time_that_is_left() -> No
 
 
 def test_kimad_takes_half_of_the_compute_for_its_budget_where_none_is_given() -> None:
-    policy = Kimad(ALL, SHAPE, sum(BUCKETS), start=0.01, time_budget=0.0)
+    policy = Kimad(ALL, TOPOLOGY, sum(BUCKETS), start=0.01, time_budget=0.0)
     policy.decide(step(policy, compute_s=0.2))
     assert is_best_within(policy.plan, 1e6 * 0.1)
 
 
 def test_latency_is_not_taken_for_a_thin_link() -> None:
-    policy = Kimad(ALL, SHAPE, sum(BUCKETS), start=0.01, time_budget=0.25)
+    policy = Kimad(ALL, TOPOLOGY, sum(BUCKETS), start=0.01, time_budget=0.25)
     policy.decide(step(policy, latency_s=0.05))
     assert policy.bandwidth_bps == pytest.approx(8e6)
 
 
 def test_dc2_follows_the_delay_until_that_is_the_target() -> None:
-    policy = Dc2(ALL, SHAPE, sum(BUCKETS), start=0.01, target_delay=0.1)
+    policy = Dc2(ALL, TOPOLOGY, sum(BUCKETS), start=0.01, target_delay=0.1)
     ratio = 0.01
     for _ in range(3):
         seen = step(policy)  # 1 MB/s: whatever was sent, 100 kB would have taken the target
@@ -124,21 +124,21 @@ def test_dc2_follows_the_delay_until_that_is_the_target() -> None:
 
 
 def test_dc2_lets_an_exchange_take_as_long_as_the_compute_where_no_target_is_given() -> None:
-    policy = Dc2(ALL, SHAPE, sum(BUCKETS), start=0.01, target_delay=0.0)
+    policy = Dc2(ALL, TOPOLOGY, sum(BUCKETS), start=0.01, target_delay=0.0)
     for _ in range(40):
         policy.decide(step(policy, compute_s=0.2))
     assert is_best_within(policy.plan, 2e5 * 1.001)
 
 
 def test_deco_fills_the_compute_less_the_latency() -> None:
-    policy = Deco(ALL, SHAPE, sum(BUCKETS), start=0.01)
+    policy = Deco(ALL, TOPOLOGY, sum(BUCKETS), start=0.01)
     policy.decide(step(policy, latency_s=0.02))
     assert is_best_within(policy.plan, 1e6 * (0.1 - 0.02))  # d = (T - b) a / S = 80 kB / 4 MB
     assert policy.bandwidth_bps == pytest.approx(8e6)
     for _ in range(8):
         policy.decide(step(policy, bandwidth=1e8))  # (0.1 s) (100 MB/s) > S
     assert policy.plan == "allreduce"
-    policy = Deco(ALL, SHAPE, sum(BUCKETS), start=0.01)
+    policy = Deco(ALL, TOPOLOGY, sum(BUCKETS), start=0.01)
     policy.decide(step(policy, latency_s=0.2))  # a path longer than a step: nothing fits
     assert bytes_of(policy.plan) == min(bytes_of(plan.name) for plan in ALL)
 
@@ -149,7 +149,7 @@ def gradients(norm: float) -> tuple[torch.Tensor, ...]:
 
 
 def test_accordion_compresses_little_where_the_norm_of_the_gradients_changes_much() -> None:
-    policy = Accordion(ALL, SHAPE, sum(BUCKETS), l_low=0.3, l_high=0.03, eta=0.5, window=2)
+    policy = Accordion(ALL, TOPOLOGY, sum(BUCKETS), l_low=0.3, l_high=0.03, eta=0.5, window=2)
     low, high = "int8", "sparse-int4@9.8%"
     assert is_best_within(low, 0.3 * DENSE) and is_best_within(high, 0.03 * DENSE)
     # Two steps a window, D = 2 x the norm: 2, 4, 4.4, 6.4, 6, 2, 2
@@ -165,7 +165,7 @@ def test_accordion_compresses_little_where_the_norm_of_the_gradients_changes_muc
 
 
 def test_accordion_sums_gradients_so_that_opposite_ones_cancel() -> None:
-    policy = Accordion(ALL, SHAPE, sum(BUCKETS), l_low=0.3, l_high=0.03, eta=0.5, window=2)
+    policy = Accordion(ALL, TOPOLOGY, sum(BUCKETS), l_low=0.3, l_high=0.03, eta=0.5, window=2)
     for first, second in ((1.0, 1.0), (1.0, 1.0), (1.0, -1.0)):
         before = policy.plan
         for norm in (first, second):
@@ -174,7 +174,7 @@ def test_accordion_sums_gradients_so_that_opposite_ones_cancel() -> None:
 
 
 def test_accordion_takes_a_fall_of_the_learning_rate_for_critical() -> None:
-    policy = Accordion(ALL, SHAPE, sum(BUCKETS), l_low=0.3, l_high=0.03, eta=0.5, window=2)
+    policy = Accordion(ALL, TOPOLOGY, sum(BUCKETS), l_low=0.3, l_high=0.03, eta=0.5, window=2)
     seen = []
     for change in (1.0, 1.0, 0.1, 1.0, 0.99):
         policy.decide(step(policy, gradients=gradients(1.0), lr_change=change))
@@ -184,7 +184,7 @@ def test_accordion_takes_a_fall_of_the_learning_rate_for_critical() -> None:
 
 
 def test_accordion_begins_anew_with_other_buckets_and_learns_nothing_from_an_overflow() -> None:
-    policy = Accordion(ALL, SHAPE, sum(BUCKETS), l_low=0.3, l_high=0.03, eta=0.5, window=1)
+    policy = Accordion(ALL, TOPOLOGY, sum(BUCKETS), l_low=0.3, l_high=0.03, eta=0.5, window=1)
     for norm in (1.0, 1.0, math.inf, 1.0):
         policy.decide(step(policy, gradients=gradients(norm)))
     assert policy.plan == "sparse-int4@9.8%"
@@ -195,12 +195,12 @@ def test_accordion_begins_anew_with_other_buckets_and_learns_nothing_from_an_ove
 
 
 def test_large_payloads_go_round_a_ring_and_of_several_ranks_on_a_host_one_exchanges() -> None:
-    for shape, elements, expected in (
-        (Shape(4), 100_000, "int8"),
-        (Shape(4), 100_000_000, "int8-ring"),
-        (Shape(8, 4), 100_000, "host-bf16"),  # 2 n bytes of an all-reduce's 7 n, as only two hosts exchange
+    for topology, elements, expected in (
+        (Topology(4), 100_000, "int8"),
+        (Topology(4), 100_000_000, "int8-ring"),
+        (Topology(8, 4), 100_000, "host-bf16"),  # 2 n bytes of an all-reduce's 7 n, as only two hosts exchange
     ):
-        policy = Accordion(plans(shape, 0.001), shape, elements, l_low=0.3, l_high=0.03, eta=0.5, window=2)
+        policy = Accordion(plans(topology, 0.001), topology, elements, l_low=0.3, l_high=0.03, eta=0.5, window=2)
         assert policy.plan == expected
 
 

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from netsenseml.exchange.communicators import parse
-from netsenseml.exchange.mesh import Shape
+from netsenseml.exchange.mesh import Topology
 from netsenseml.sensing.network import WINDOW, NetworkModel, Smooth
 
-SHAPE = Shape(4)
+TOPOLOGY = Topology(4)
 ELEMENTS = 250_000, 800_000
 DENSE = "allreduce", "fp32-ring", "int8", "int8-ring", "int4-ring"
 NAMES = *DENSE, "sparse-int4@10%", "sparse-int4@1%", "sparse-int4@0.1%", "sparse-int4@1%-ring"
@@ -25,8 +25,8 @@ class Link:
     def __init__(
         self, mbit: float, latency_s: float = 1e-3, fixed_s: float = 0.0, noise: float = 0.03, late: float = 0.1
     ) -> None:
-        self.mbit, self.latency_s, self.fixed_s, self.noise, self.late = mbit, latency_s, fixed_s, noise, late
-        self.model = NetworkModel(PLANS, SHAPE, latency_s, byte_s=1.3 * 8e-6 / mbit, element_s=1e-9)
+        self.mbit, self.latency_s, self.fixed_s, self.noise, self.delayed_means = mbit, latency_s, fixed_s, noise, late
+        self.model = NetworkModel(PLANS, TOPOLOGY, latency_s, byte_s=1.3 * 8e-6 / mbit, element_s=1e-9)
         self.model.buckets(ELEMENTS)
         self.draw = random.Random(0)
 
@@ -34,13 +34,13 @@ class Link:
         plan = PLANS[NAMES.index(name)]
         free, done, busy = -1.0, -1.0, 0.0
         for elements, ready_s in zip(ELEMENTS, READY_S, strict=True):
-            cost = plan.cost(elements, SHAPE)
+            cost = plan.cost(elements, TOPOLOGY)
             free = max(free, ready_s) + self.fixed_s + 8 * cost.host_bytes / (1e6 * self.mbit)
             end = free + cost.latency_terms * self.latency_s
             busy += end - max(ready_s, done)
             done = end
         busy *= 1 + abs(self.draw.gauss(0, self.noise))
-        busy += self.draw.expovariate(20) if self.draw.random() < self.late else 0.0
+        busy += self.draw.expovariate(20) if self.draw.random() < self.delayed_means else 0.0
         self.model.latency.add(self.latency_s * (1 + abs(self.draw.gauss(0, self.noise))))
         self.model.learn(NAMES.index(name), READY_S, [0.0, 0.0], busy)
 
@@ -88,11 +88,11 @@ def test_one_accident_changes_nothing_and_three_together_do() -> None:
     link.steps("int8", 20)
     known = link.bandwidth_mbit("int8")
     for late in (1.0, 0.0, 1.0, 1.0, 0.0):
-        link.late = late
+        link.delayed_means = late
         link.fixed_s = 0.2 * late
         link.step("int8")
         assert link.bandwidth_mbit("int8") == pytest.approx(known, rel=0.05)
-    link.late, link.fixed_s = 0.0, 0.2
+    link.delayed_means, link.fixed_s = 0.0, 0.2
     link.steps("int8", 3)
     assert link.bandwidth_mbit("int8") < 0.7 * known
 

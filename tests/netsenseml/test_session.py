@@ -817,7 +817,7 @@ def ask_a_late_device(rank: int) -> list[bool]:
         for batch in batches(rank, 6):
             session.step(backward(ddp, batch), samples=8)
         session.close()
-    assert handed_over.count(False) > 2 * 6, "one bucket tells nothing"
+    assert handed_over.count(False) > 6, "one bucket tells nothing"
     return asked
 
 

@@ -356,7 +356,7 @@ def test_checkpoints_reach_back_to_where_a_rank_may_have_stopped_and_newer_ones_
 ) -> None:
     """Rank 1 has died behind step 35 of an interval that ends with step 64."""
     mine = checkpoint.Checkpoints(tmp_path, 20)
-    mine.steps_apart = 32
+    mine.steps_until_exchange = 32
     for steps in (20, 40, 60):
         mine.save(steps, {"after": steps})
 

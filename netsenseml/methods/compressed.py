@@ -18,7 +18,7 @@ from netsenseml.methods.base import Method
 from netsenseml.statistics import StepStatistics
 
 
-class Coded(Method):
+class Compressed(Method):
     """Exchange by a plan, beside backward, mostly with error feedback."""
 
     takes_complex = False
@@ -72,14 +72,14 @@ class Coded(Method):
         self.memory.load_state_dict(state["feedback"])
 
 
-class Quantized(Coded):
+class Quantized(Compressed):
     """Two-phase quantised all-reduce: all elements, in 16, 8 or 4 bits."""
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, values: str) -> None:
         super().__init__(module, group, BySize(DirectAllReduce(Codec(values))))
 
 
-class Qsgd(Coded):
+class Qsgd(Compressed):
     """QSGD (Alistarh et al., NeurIPS 2017): stochastic rounding and nothing else, as its error has mean zero.
 
     In its best form: a scale for every block of values, and exchanged in two phases.
@@ -89,7 +89,7 @@ class Qsgd(Coded):
         super().__init__(module, group, BySize(DirectAllReduce(Codec(f"int{bits}", stochastic=True))), feedback=False)
 
 
-class SignSgd(Coded):
+class SignSgd(Compressed):
     """Signs and a mean magnitude for every block, with error feedback (EF-signSGD, Karimireddy et al., ICML 2019).
 
     In two phases, with error feedback in both (DoubleSqueeze, Tang et al., ICML 2019).
@@ -99,14 +99,14 @@ class SignSgd(Coded):
         super().__init__(module, group, BySize(DirectAllReduce(Codec("sign"))))
 
 
-class TopK(Coded):
+class TopK(Compressed):
     """The largest share ``ratio`` of every bucket."""
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, ratio: float, values: str) -> None:
         super().__init__(module, group, BySize(SparseAllGather(Codec(values, ratio))))
 
 
-class WideTopK(Coded):
+class WideTopK(Compressed):
     """The largest share ``ratio`` of every bucket in the form of the paper: 12 bytes a value, and backward waits meanwhile."""
 
     waits = True
@@ -120,14 +120,14 @@ class WideTopK(Coded):
         return done
 
 
-class Random(Coded):
+class Random(Compressed):
     """A random share ``ratio`` of every bucket, the same elements on all ranks."""
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, ratio: float) -> None:
         super().__init__(module, group, RandomK(ratio))
 
 
-class Dgc(Coded):
+class Dgc(Compressed):
     """Deep gradient compression (Lin et al., ICLR 2018): top-k of momentum-corrected gradients, with a warm-up.
 
     Every rank applies the momentum to its own gradients, before the choice, and forgets it where it sent. Over the first

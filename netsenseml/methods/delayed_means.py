@@ -7,7 +7,7 @@ import torch
 from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public, but not declared so
 from torch.futures import Future
 
-from netsenseml.control.policy import with_when
+from netsenseml.control.policy import with_timing
 from netsenseml.exchange.collective import all_reduce_mean
 from netsenseml.exchange.communicators import Plan, RingAllReduce
 from netsenseml.exchange.mesh import Mesh
@@ -16,7 +16,7 @@ from netsenseml.records import monotonic_s
 from netsenseml.statistics import StepStatistics
 
 
-class Late:
+class DelayedMeans:
     """The exchange of a bucket lasts until the next step has computed the same bucket, and its mean is that step's:
 
         step t:  launch the exchange of g_t,  apply m_{t-1}, the mean of g_{t-1};  in the first one zeros
@@ -29,9 +29,9 @@ class Late:
     scaled by the old rate over the new one. After a rate has fallen at once to a tenth, the next step's gradients are ten times
     as large, which clipping would cut away.
 
-    What a step of delay costs is in ``control.plans.worth``: with SGD so much that ``Apart`` with an interval of one step is
-    the better way. To correct for what the parameters have moved meanwhile (DC-ASGD, Zheng et al., ICML 2017) was not tried. A
-    longer delay costs far more, and would need error feedback that lets two exchanges of one bucket be under way.
+    What a step of delay costs is in ``control.plans.step_progress``: with SGD so much that ``LocalSteps`` with an interval of
+    one step is the better way. To correct for what the parameters have moved meanwhile (DC-ASGD, Zheng et al., ICML 2017) was
+    not tried. A longer delay costs far more, and would need error feedback that lets two exchanges of one bucket be under way.
     """
 
     def __init__(self, named: Iterable[tuple[str, torch.Tensor]], mesh: Mesh) -> None:
@@ -73,7 +73,7 @@ class Late:
             self._landed.append(before.scheme if before.spent else "")
             self._spent += before.spent
         self.charge(statistics)
-        scheme, spent = with_when(plan.name, delay=1), statistics.apart()
+        scheme, spent = with_timing(plan.name, delay=1), statistics.separate()
         if isinstance(plan, RingAllReduce):  # residuals are added on this thread then, and so not while another works with them
             for one in self._under_way.values():
                 if one.scheme != scheme:

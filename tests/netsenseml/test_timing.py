@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 import netsenseml.hook
 from netsenseml import attach
 from netsenseml.catalog import check_method
-from netsenseml.control.policy import split_when, with_when
-from netsenseml.exchange.mesh import Shape
+from netsenseml.control.policy import split_timing, with_timing
+from netsenseml.exchange.mesh import Topology
 
 STEPS = 300
 LR, MOMENTUM = 0.05, 0.9
@@ -41,7 +41,7 @@ def at_random(seed: int) -> list[str]:
         scheme = draw.choice(["allreduce", "int8", "int4-ring", "bf16", "sparse-int4@20%", "sparse-int4@5%-ring"])
         interval, delay = draw.choice([0, 0, 1, 2, 3, 5, 8]), draw.choice([0, 1])
         delay = 1 if interval == 1 else delay
-        names += [with_when(scheme, interval, delay)] * draw.randint(1, 12)
+        names += [with_timing(scheme, interval, delay)] * draw.randint(1, 12)
     return names[:STEPS]
 
 
@@ -57,7 +57,7 @@ class Told(NamedTuple):
 
 def synchronised(schemes: list[str]) -> list[Told]:
     found, apart, since, late, under_way = [], False, 0, False, False
-    for _, interval, delay in map(split_when, schemes):
+    for _, interval, delay in map(split_timing, schemes):
         apart, since = apart or interval > 0, since + 1
         if not apart:
             found.append(Told(True, True, late or not delay, False))
@@ -363,15 +363,15 @@ def test_intervals_and_delays_are_kept_to_and_chosen_by_all_alike(done: list[dic
         assert schemes == schemes_too
         assert [size > 0 for size in sent] == [size > 0 for size in sent_too]
         if number == 0:
-            assert {split_when(scheme)[1] for scheme in schemes} == {4}
+            assert {split_timing(scheme)[1] for scheme in schemes} == {4}
             assert [step for step, size in enumerate(sent) if size] == list(range(3, 40, 4))
         if number == 2:
-            kinds = [split_when(scheme)[1:] for scheme in schemes]
+            kinds = [split_timing(scheme)[1:] for scheme in schemes]
             assert set(kinds) <= {(0, 1), (1, 1), (0, 0)}, "the last only on the way back, which is all-reduce"
             for size, kind, before in zip(sent[3:], kinds[3:], kinds[2:-1], strict=True):
                 assert size or kind != before, "nothing has landed only behind a change"
         if number == 3:
-            assert {split_when(scheme)[1:] for scheme in schemes} == {(4, 1)}
+            assert {split_timing(scheme)[1:] for scheme in schemes} == {(4, 1)}
             assert [step for step, size in enumerate(sent) if size] == list(range(7, 40, 4))
 
 
@@ -379,21 +379,21 @@ def test_intervals_and_delays_are_kept_to_and_chosen_by_all_alike(done: list[dic
 def test_the_controller_parts_the_ranks_where_the_network_is_thin_and_not_where_it_is_fast(adaptive: bool) -> None:
     """1.1 million parameters, 60 ms of compute, four ranks."""
     for rate_bps, apart in ((2e6, True), (1e10, False)):
-        world = World(Shape(4), rate_bps, 1e-4, compute_s=0.06, elements=(250_000, 850_000))
+        world = World(Topology(4), rate_bps, 1e-4, compute_s=0.06, elements=(250_000, 850_000))
         job = Job(world, adaptive, intervals=(1, 2, 4, 8, 16, 32))
         job.run(20)
-        found = {split_when(name)[1] for name, _ in job.run(20)}
+        found = {split_timing(name)[1] for name, _ in job.run(20)}
         assert (min(found) > 1) == apart, found
         assert apart or found == {0}
 
 
 def test_ranks_come_back_when_the_network_has_become_fast_but_not_for_a_moment() -> None:
-    world = World(Shape(4), 2e6, 1e-4, compute_s=0.06, elements=(250_000, 850_000))
+    world = World(Topology(4), 2e6, 1e-4, compute_s=0.06, elements=(250_000, 850_000))
     job = Job(world, intervals=(1, 2, 4, 8, 16, 32))
     job.run(10)
     world.rate_bps = 1e10
-    first = [split_when(name)[1] for name, _ in job.run(4)]
-    later = [split_when(name)[1] for name, _ in job.run(400)]
+    first = [split_timing(name)[1] for name, _ in job.run(4)]
+    later = [split_timing(name)[1] for name, _ in job.run(400)]
     assert min(first) > 1
     assert later[-1] == 0
     assert sum(before != 0 and after == 0 for before, after in itertools.pairwise(later)) == 1
@@ -402,18 +402,18 @@ def test_ranks_come_back_when_the_network_has_become_fast_but_not_for_a_moment()
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_the_controller_delays_means_where_latency_is_the_price_and_not_where_nothing_is(adaptive: bool) -> None:
     for delay_s, delayed in ((0.05, True), (1e-4, False)):
-        world = World(Shape(4), 1e10, delay_s, compute_s=0.1, elements=(250_000, 850_000))
+        world = World(Topology(4), 1e10, delay_s, compute_s=0.1, elements=(250_000, 850_000))
         job = Job(world, adaptive, delays=(0, 1))
         job.run(20)
-        assert {split_when(name)[2] for name, _ in job.run(20)} == {int(delayed)}
+        assert {split_timing(name)[2] for name, _ in job.run(20)} == {int(delayed)}
 
 
 def test_means_are_applied_at_once_again_when_the_path_has_become_short_and_it_changes_but_once() -> None:
-    world = World(Shape(4), 1e10, 0.05, compute_s=0.1, elements=(250_000, 850_000))
+    world = World(Topology(4), 1e10, 0.05, compute_s=0.1, elements=(250_000, 850_000))
     job = Job(world, delays=(0, 1))
     job.run(20)
     world.delay_s = 1e-4
-    later = [split_when(name)[2] for name, _ in job.run(200)]
+    later = [split_timing(name)[2] for name, _ in job.run(200)]
     assert later[0] == 1 and later[-1] == 0
     assert sum(before != after for before, after in itertools.pairwise(later)) == 1
 

@@ -10,18 +10,18 @@ from torch import nn
 from torch.futures import Future
 
 from netsenseml.compress.feedback import ErrorFeedback
-from netsenseml.control.plans import look
+from netsenseml.control.plans import gradient_sample
 from netsenseml.exchange.collective import all_reduce_mean
 from netsenseml.exchange.communicators import Plan, RingAllReduce
 from netsenseml.exchange.mesh import Mesh
-from netsenseml.methods.local import Common, done, exchanged, refuse_sharded
+from netsenseml.methods.local import SharedState, done, exchanged, refuse_sharded
 from netsenseml.statistics import StepStatistics
 from netsenseml.streams import start_to_host
 
 _KEY = "parameters"
 
 
-class Apart:
+class LocalSteps:
     """From ``begin`` on every rank steps by its own gradients, until ``end``; in between, ``exchange`` makes the model equal.
 
     x is what all ranks had in common last, y_r what rank r has made of it since, e_r what it has not sent yet:
@@ -48,12 +48,12 @@ class Apart:
         """Raises ValueError, one line, for a model that cannot be exchanged so."""
         self._mesh = mesh
         self._trained, buffers = exchanged(module)
-        self._buffers = Common(buffers) if buffers else None
+        self._buffers = SharedState(buffers) if buffers else None
         self._buffers_met = False
-        """Whether what all ranks had in common last of the buffers is of this time apart."""
+        """Whether what all ranks had in common last of the buffers is of these local steps."""
         self.memory = ErrorFeedback()
         """e_r."""
-        self._common: Common | None = None
+        self._common: SharedState | None = None
         self.steps = 0
         """Since the newest exchange began."""
         self._exchanges: deque[_Exchange] = deque()
@@ -72,17 +72,17 @@ class Apart:
     def begin(self, optimizers: Collection[torch.optim.Optimizer]) -> None:
         """All ranks have the same parameters now. Raises ValueError, one line, where optimizers keep what has no mean."""
         self._moments(optimizers)
-        self._common, self.steps, self._buffers_met = Common(self._trained), 0, False
+        self._common, self.steps, self._buffers_met = SharedState(self._trained), 0, False
 
     def exchange(
-        self, plan: Plan, scheme: str, statistics: StepStatistics, *, delayed: bool = False, looking: bool = False
+        self, plan: Plan, scheme: str, statistics: StepStatistics, *, delayed: bool = False, sampling: bool = False
     ) -> "Landed | None":
         """Wait for the exchange, or, if ``delayed``, for the one before. Returns what the last has cost that was waited for.
 
-        scheme: its name. looking: with a look at what this rank has to send.
+        scheme: its name. sampling: with a sample of what this rank has to send.
         """
         landed = self._land(statistics)
-        self._launch(plan, scheme, statistics, delayed=delayed, looking=looking)
+        self._launch(plan, scheme, statistics, delayed=delayed, sampling=sampling)
         return landed if delayed else self._land(statistics)
 
     def end(self, optimizers: Collection[torch.optim.Optimizer], statistics: StepStatistics) -> None:
@@ -100,7 +100,7 @@ class Apart:
         self._average_buffers(statistics)
         moments = self._moments(optimizers)
         if moments:
-            of_optimizers = Common(moments)
+            of_optimizers = SharedState(moments)
             of_optimizers.put(self._mean(of_optimizers.own(), statistics))
 
     def synchronize(self, plan: Plan, statistics: StepStatistics) -> None:
@@ -114,22 +114,22 @@ class Apart:
         self._mesh.group.allreduce([self._trained[0].new_zeros(1)]).wait()
 
     @property
-    def _every(self) -> list[Common]:
+    def _every(self) -> list[SharedState]:
         return [common for common in (self._common, self._buffers) if common is not None]
 
-    def _drift(self, common: Common) -> torch.Tensor:
+    def _drift(self, common: SharedState) -> torch.Tensor:
         drift = common.drift()
         return drift.nan_to_num_(nan=0.0) if common is self._buffers else drift  # of an infinite one, as masks have
 
-    def _launch(self, plan: Plan, scheme: str, statistics: StepStatistics, *, delayed: bool, looking: bool) -> None:
+    def _launch(self, plan: Plan, scheme: str, statistics: StepStatistics, *, delayed: bool, sampling: bool) -> None:
         """Nothing is under way. Unless ``delayed``, it is landed before the next step, and so nothing is kept for that."""
         own = [self._drift(common) for common in self._every]
-        looks = [start_to_host(look(own[0]))] if looking else []
+        gradient_samples = [start_to_host(gradient_sample(own[0]))] if sampling else []
         trained, *buffers = [drift.clone() for drift in own] if delayed else own
-        spent, apart = statistics.apart(), statistics.apart()
+        spent, of_buffers = statistics.separate(), statistics.separate()
         means = [all_reduce_mean(trained, _KEY, plan, self._mesh, spent, memory=self.memory)]
-        means += [all_reduce_mean(one, None, RingAllReduce(), self._mesh, apart, feedback=False) for one in buffers]
-        self._exchanges.append(_Exchange(own, means, Landed(scheme, spent, looks), apart))
+        means += [all_reduce_mean(one, None, RingAllReduce(), self._mesh, of_buffers, feedback=False) for one in buffers]
+        self._exchanges.append(_Exchange(own, means, Landed(scheme, spent, gradient_samples), of_buffers))
         self.steps = 0
 
     def _land(self, statistics: StepStatistics) -> "Landed | None":
@@ -142,9 +142,9 @@ class Apart:
             common.descend(mean.wait(), 1.0, 0.0)
             common.put(common.shared if unsent is None else common.shared - unsent)
         self._buffers_met = True
-        one.apart.elements_sent = 0  # of gradients
+        one.of_buffers.elements_sent = 0  # of gradients
         statistics.include(one.landed.spent)
-        statistics.include(one.apart)
+        statistics.include(one.of_buffers)
         return one.landed
 
     def _average_buffers(self, statistics: StepStatistics) -> None:
@@ -154,10 +154,10 @@ class Apart:
             self._buffers_met = True
 
     def _mean(self, tensor: torch.Tensor, statistics: StepStatistics) -> torch.Tensor:
-        apart = statistics.apart()
-        mean = all_reduce_mean(tensor, None, RingAllReduce(), self._mesh, apart, feedback=False).wait()
-        apart.elements_sent = 0  # of gradients
-        statistics.include(apart)
+        spent = statistics.separate()
+        mean = all_reduce_mean(tensor, None, RingAllReduce(), self._mesh, spent, feedback=False).wait()
+        spent.elements_sent = 0  # of gradients
+        statistics.include(spent)
         return mean
 
     def _moments(self, optimizers: Collection[torch.optim.Optimizer]) -> list[torch.Tensor]:
@@ -212,15 +212,15 @@ class Apart:
             for mean in one.means:
                 mean.wait()
         self._exchanges.clear()
-        self._common, self.steps = Common(self._trained) if state["under_way"] else None, state["steps"]
+        self._common, self.steps = SharedState(self._trained) if state["under_way"] else None, state["steps"]
         self._buffers_met = state["buffers_met"]
         self.memory.load_state_dict(state["kept"])
         every = self._every
         for own, means, scheme in state["exchanges"]:
             owns = [tensor.to(every[0].shared) for tensor in own]
             futures = [done(mean.to(every[0].shared, copy=True)) for mean in means]
-            spent, apart = StepStatistics(self._mesh.ranks), StepStatistics(self._mesh.ranks)  # nothing is known of it
-            self._exchanges.append(_Exchange(owns, futures, Landed(scheme, spent, []), apart))
+            spent, of_buffers = StepStatistics(self._mesh.ranks), StepStatistics(self._mesh.ranks)  # nothing is known of it
+            self._exchanges.append(_Exchange(owns, futures, Landed(scheme, spent, []), of_buffers))
         for number, (common, shared) in enumerate(zip(every, state["shared"], strict=True)):
             common.shared.copy_(shared)
             if state["own"] is not None:
@@ -228,18 +228,19 @@ class Apart:
 
 
 class Landed(NamedTuple):
-    """An exchange that is over. scheme: its name. looks: at what this rank had to send, if it looked."""
+    """An exchange that is over. scheme: its name. gradient_samples: of what this rank had to
+    send, if one was taken."""
 
     scheme: str
     spent: StepStatistics
-    looks: list[torch.Tensor]
+    gradient_samples: list[torch.Tensor]
 
 
 class _Exchange(NamedTuple):
-    """An exchange, of parameters and of buffers. own: what this rank has put in. means: to come. apart: what that of the
+    """An exchange, of parameters and of buffers. own: what this rank has put in. means: to come. of_buffers: what that of the
     buffers costs."""
 
     own: list[torch.Tensor]
     means: list[Future[torch.Tensor]]
     landed: Landed
-    apart: StepStatistics
+    of_buffers: StepStatistics
