@@ -100,17 +100,17 @@ class Exited(Message):
     code: int
 
 
-class Grown(Message):
+class FileGrew(Message):
     """The bytes that come are new at the end of a file."""
 
-    type: Literal["grown"] = "grown"
+    type: Literal["file_grew"] = "file_grew"
     path: GrownPath
 
 
-class Call(Message):
+class Connected(Message):
     """A program has connected to the control socket."""
 
-    type: Literal["call"] = "call"
+    type: Literal["connected"] = "connected"
     connection: Number
 
 
@@ -124,10 +124,10 @@ class Data(Message):
     connection: Number
 
 
-class HangUp(Message):
+class Disconnected(Message):
     """A connection to the control socket has ended."""
 
-    type: Literal["hang_up"] = "hang_up"
+    type: Literal["disconnected"] = "disconnected"
     connection: Number
 
 
@@ -142,30 +142,30 @@ class Time(Message):
     at_s: Finite
 
 
-class Provide(Request):
+class MakeDirectories(Request):
     """Make a cell's directories, afresh, and its control socket. user: to whom what programs write in is given.
 
     cell: its directory. writable: those in which programs write.
     """
 
-    type: Literal["provide"] = "provide"
+    type: Literal["make_directories"] = "make_directories"
     cell: RelativePath
     writable: list[RelativePath]
     user: tuple[Number, Number] | None = None
 
 
-class Put(Message):
+class AppendFile(Message):
     """Append the bytes that come to a file that programs read."""
 
-    type: Literal["put"] = "put"
+    type: Literal["append_file"] = "append_file"
     path: RelativePath
     executable: bool = False
 
 
-class Open(Request):
+class OpenLab(Request):
     """Make this node's part of the lab. The bytes are its ``LabPlan``; details: by host, what the lab has to know of it."""
 
-    type: Literal["open"] = "open"
+    type: Literal["open_lab"] = "open_lab"
     details: dict[Name, dict[str, Any]]
 
 
@@ -187,10 +187,10 @@ class Kill(Message):
     number: Number
 
 
-class Count(Request):
+class ReadCounters(Request):
     """Read the counters of all links now."""
 
-    type: Literal["count"] = "count"
+    type: Literal["read_counters"] = "read_counters"
 
 
 class Timeline(Request):
@@ -220,10 +220,23 @@ class Close(Request):
 
 
 FromAgent = Annotated[
-    Hello | AskTime | Status | Answer | Refused | Exited | Grown | Call | Data | HangUp, Field(discriminator="type")
+    Hello | AskTime | Status | Answer | Refused | Exited | FileGrew | Connected | Data | Disconnected,
+    Field(discriminator="type"),
 ]
 FromOrchestrator = Annotated[
-    Time | Provide | Put | Open | Start | Kill | Count | Timeline | Begin | End | Close | Data | HangUp,
+    Time
+    | MakeDirectories
+    | AppendFile
+    | OpenLab
+    | Start
+    | Kill
+    | ReadCounters
+    | Timeline
+    | Begin
+    | End
+    | Close
+    | Data
+    | Disconnected,
     Field(discriminator="type"),
 ]
 FROM_AGENT: TypeAdapter[FromAgent] = TypeAdapter(FromAgent)

@@ -128,7 +128,7 @@ class Agent:
                     self._clock.add(sent_s, at_s, came_s)
             case messages.Data(connection=connection) if cell is not None:
                 cell.relay.say(connection, payload)
-            case messages.HangUp(connection=connection) if cell is not None:
+            case messages.Disconnected(connection=connection) if cell is not None:
                 cell.relay.hang_up(connection)
             case _:
                 self._requests.put((message, payload))
@@ -170,22 +170,22 @@ class Agent:
 
     def _do(self, message: Any, payload: bytes) -> dict[str, Any]:
         match message:
-            case messages.Provide():
+            case messages.MakeDirectories():
                 self._leave()
                 self._cell = _Cell(self._channel, self._clock, self._name, self._directory, message)
-            case messages.Put(path=path, executable=executable):
+            case messages.AppendFile(path=path, executable=executable):
                 _append(self._directory / path, payload, executable)
             case messages.Close():
                 self._leave()
             case _ if self._cell is None:
                 raise ValueError("there is no cell")
-            case messages.Open(details=details):
+            case messages.OpenLab(details=details):
                 return self._cell.open(self._make_lab, _PLAN.validate_json(payload), details)
             case messages.Start():
                 self._cell.start(message)
             case messages.Kill(number=number):
                 self._cell.kill(number)
-            case messages.Count():
+            case messages.ReadCounters():
                 return self._cell.counters()
             case messages.Timeline(last=last):
                 self._cell.plan(_changes(payload), last)
@@ -226,7 +226,9 @@ def _append(path: Path, data: bytes, executable: bool = False) -> None:
 class _Cell:
     """What the node has of the cell that runs: its part of the lab, programs, recorder, control socket, files."""
 
-    def __init__(self, channel: Channel, clock: MeasuredClock, node: str, directory: Path, wanted: messages.Provide) -> None:
+    def __init__(
+        self, channel: Channel, clock: MeasuredClock, node: str, directory: Path, wanted: messages.MakeDirectories
+    ) -> None:
         self._channel, self._clock, self._node = channel, clock, node
         self._root, self._directory = directory, directory / wanted.cell
         self.failure = ""
@@ -399,7 +401,7 @@ class _Sender:
                 offset += len(data)
                 self._sent[path] = offset
                 for chunk in _chunks(b"".join(map(self._relay.converted, data.splitlines(True))) if convert else data):
-                    self._channel.send(messages.Grown(path=str(path.relative_to(self._cell))), chunk)
+                    self._channel.send(messages.FileGrew(path=str(path.relative_to(self._cell))), chunk)
 
 
 def _chunks(data: bytes) -> Iterable[bytes]:
@@ -439,7 +441,7 @@ class _Relay:
                     connection.close()
                     continue
                 self._connections[number] = connection, protocol.MessageBuffer()
-            self._channel.send(messages.Call(connection=number))
+            self._channel.send(messages.Connected(connection=number))
             threading.Thread(target=self._listen, args=(number, connection), name="relay", daemon=True).start()
 
     def _listen(self, number: int, connection: socket.socket) -> None:
@@ -451,7 +453,7 @@ class _Relay:
             if not data:
                 break
             self._channel.send(messages.Data(connection=number), data)
-        self._channel.send(messages.HangUp(connection=number))
+        self._channel.send(messages.Disconnected(connection=number))
         with self._lock:
             self._connections.pop(number, None)
             connection.close()

@@ -191,17 +191,17 @@ class RemoteNode:
                 self.codes[number] = code
             case _ if cell is None:
                 pass  # of a cell that has ended
-            case messages.Grown(path=path):
+            case messages.FileGrew(path=path):
                 self._grown_s = now_s
                 try:
                     cell.append(path, payload)
                 except OSError as error:
                     self.failure = self.failure or f"records could not be written: {explained(error)}"
-            case messages.Call(connection=connection):
+            case messages.Connected(connection=connection):
                 cell.connect(connection)
             case messages.Data(connection=connection):
                 cell.say(connection, payload)
-            case messages.HangUp(connection=connection):
+            case messages.Disconnected(connection=connection):
                 cell.hang_up(connection)
 
 
@@ -349,7 +349,7 @@ class RemoteLinks:
         return {**self._plan.links, **{change.link: change.state for change in self._timeline if change.at_s <= now_s}}
 
     def counters(self) -> Mapping[Place, QdiscCounters]:
-        asked = [(node, node.ask(messages.Count(request=node.number()))) for node in self._nodes]
+        asked = [(node, node.ask(messages.ReadCounters(request=node.number()))) for node in self._nodes]
         rows = [row for node, request in asked for row in node.result(request, _Counted).counters]
         return {(link, direction): QdiscCounters(*counted) for link, direction, counted in rows}
 
@@ -449,7 +449,7 @@ class RemoteLab:
         for name, node in self._nodes.items():
             self._homes[name] = _Home(node, cell)
             node.attach(self._homes[name])
-            wanted = messages.Provide(
+            wanted = messages.MakeDirectories(
                 request=node.number(), cell=_relative(cell, self._directory), writable=writable, user=self._user
             )
             asked.append((node, node.ask(wanted)))
@@ -462,7 +462,7 @@ class RemoteLab:
 
     def _put(self, path: Path) -> None:
         executable = bool(path.stat().st_mode & 0o100)
-        message = messages.Put(path=_relative(path, self._directory), executable=executable)
+        message = messages.AppendFile(path=_relative(path, self._directory), executable=executable)
         with open(path, "rb") as file:
             while True:
                 data = file.read(MAX_PAYLOAD_BYTES)
@@ -479,7 +479,7 @@ class RemoteLab:
             self._homes[name].expect(path for host in details for path in self._view.own[host])
             links = {host: self._plan.links[host] for host in details}
             plan = replace(self._plan, links=links, switches={}, view=None)
-            request = messages.Open(request=node.number(), details=details)
+            request = messages.OpenLab(request=node.number(), details=details)
             asked.append((node, details, node.ask(request, _PLAN.dump_json(plan))))
         for node, details, number in asked:
             made = node.result(number, _Made)
@@ -575,7 +575,7 @@ class _Home:
         with connection, contextlib.suppress(OSError, NodeLost):
             while data := connection.recv(1 << 16):
                 self._node.send(messages.Data(connection=number), data)
-            self._node.send(messages.HangUp(connection=number))
+            self._node.send(messages.Disconnected(connection=number))
         with self._lock:
             self._connections.pop(number, None)
 

@@ -142,7 +142,7 @@ def test_what_nobody_has_foreseen_ends_the_connection_and_nobody_waits_for_it() 
         channel.send(messages.AskTime(number=1))
         assert reasons.get(timeout=LOST_S) == "KeyError: 'x'"
         for _ in range(3):
-            channel.send(messages.Grown(path="logs/w0.log"), b"x" * (1 << 20))
+            channel.send(messages.FileGrew(path="logs/w0.log"), b"x" * (1 << 20))
 
 
 def test_what_time_it_is_overtakes_the_files_that_wait() -> None:
@@ -151,7 +151,7 @@ def test_what_time_it_is_overtakes_the_files_that_wait() -> None:
         other = pool.submit(lambda: secured(server.accept()[0], secret, server=True))
         sock = connect(f"127.0.0.1:{server.getsockname()[1]}", secret, patience_s=0)
         channel = Channel(sock, messages.FROM_ORCHESTRATOR, lambda *_: None, lambda _: None)
-        channel.send(messages.Grown(path="logs/w0.log"), b"x" * 1000)
+        channel.send(messages.FileGrew(path="logs/w0.log"), b"x" * 1000)
         channel.send(messages.AskTime(number=7))
         channel.start()
         with other.result() as end:
@@ -159,7 +159,7 @@ def test_what_time_it_is_overtakes_the_files_that_wait() -> None:
             while told.count(b"\n") < 2:
                 told += end.recv(4096)
         channel.close()
-    assert [json.loads(line)["type"] for line in told.splitlines()[:2]] == ["ask_time", "grown"]
+    assert [json.loads(line)["type"] for line in told.splitlines()[:2]] == ["ask_time", "file_grew"]
 
 
 @pytest.mark.parametrize(
@@ -176,13 +176,13 @@ def test_a_clock_that_no_machine_has_is_not_believed(clock: str) -> None:
 )
 def test_a_node_writes_only_where_records_belong(path: str) -> None:
     with pytest.raises(ValueError, match="path"):
-        messages.parse(json.dumps({"type": "grown", "path": path}).encode(), messages.FROM_AGENT)
+        messages.parse(json.dumps({"type": "file_grew", "path": path}).encode(), messages.FROM_AGENT)
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a//b", "a/./b", "a/..", "a\0b", ""])
 def test_an_agent_takes_no_path_that_leads_out(path: str) -> None:
     with pytest.raises(ValueError, match="path"):
-        messages.parse(json.dumps({"type": "put", "path": path}).encode(), messages.FROM_ORCHESTRATOR)
+        messages.parse(json.dumps({"type": "append_file", "path": path}).encode(), messages.FROM_ORCHESTRATOR)
 
 
 @given(st.binary(max_size=200) | st.dictionaries(st.text(max_size=8), st.integers() | st.text(max_size=5)).map(json.dumps))
@@ -220,7 +220,7 @@ def test_what_a_node_cannot_make_is_said_with_its_name(tmp_path: Path) -> None:
         assert list((tmp_path / "n1").iterdir()) == []
         node = found["n1"]
         with pytest.raises(NodeRefused, match=r"^node n1: there is no cell$"):  # once a lab is made, that ends its cell alone
-            node.answer(node.ask(messages.Count(request=node.number())))
+            node.answer(node.ask(messages.ReadCounters(request=node.number())))
     made = ["cells", "cells/c", "cells/c/control.sock", "cells/c/hosts", "cells/c/hosts/w0", "cells/c/logs", "cells/c/shared"]
     assert seen == [[*made, "script", "script/train.py"]]
     with pytest.raises(NodeLost, match="node n1 is lost"):
