@@ -8,6 +8,7 @@ SIGKILL at a random moment of a cell:
     orchestrator   to ``testbed run``
     agent          to the agent of a node
     daemon         to dockerd of a node that is no manager; its containers live on without it
+    manager        to dockerd of the node that is one, where ``testbed run`` goes on
     node           to all processes of such a node at once, as if it lost its power
 
 Then the cell has to end within 15 s, unless it does not need what was killed, with one line that names the node, and is tried
@@ -20,6 +21,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,7 +38,7 @@ from swarm_nodes import Node, Nodes, end_all_in
 from testbed import load_run
 
 ROOT = Path(__file__).parents[2]
-TARGETS = ("orchestrator", "agent", "daemon", "node")
+TARGETS = ("orchestrator", "agent", "daemon", "manager", "node")
 _END_S = 15.0
 _SECOND_TRY_S = 60.0
 SPEC = {
@@ -79,7 +81,7 @@ def one_round(nodes: Nodes, target: str, draw: random.Random, directory: Path) -
         outcome.faults.append("no step in 60 s")
     time.sleep(outcome.at_s)
     before = _rows(directory, older_s=1.0)
-    victim = draw.choice(nodes.nodes[1:])
+    victim = nodes.manager if target == "manager" else draw.choice(nodes.nodes[1:])
     _kill(target, victim, process.pid)
     killed_s = time.monotonic()
     printed = directory / "printed.txt"
@@ -97,7 +99,7 @@ def one_round(nodes: Nodes, target: str, draw: random.Random, directory: Path) -
     outcome.seconds = outcome.seconds or time.monotonic() - killed_s
     if "Traceback" in printed.read_text():
         outcome.faults.append("a traceback")
-    if target in ("daemon", "node"):
+    if target in ("daemon", "manager", "node"):
         victim.process = None
         end_all_in(victim.namespace)
         victim.start()
@@ -117,7 +119,7 @@ def one_round(nodes: Nodes, target: str, draw: random.Random, directory: Path) -
 def _kill(target: str, victim: Node, orchestrator: int) -> None:
     if target == "orchestrator":
         os.kill(orchestrator, signal.SIGKILL)
-    elif target == "daemon":
+    elif target in ("daemon", "manager"):
         os.kill(victim.daemon, signal.SIGKILL)
     elif target == "node":
         end_all_in(victim.namespace)
@@ -152,12 +154,12 @@ def main() -> int:
     options = parser.parse_args()
     targets = options.target or TARGETS
     draw = random.Random(options.seed)
-    failed = 0
+    outcomes = []
     with Nodes(3) as nodes:
         for number in range(options.kills):
             scratch = Path(tempfile.mkdtemp(prefix="swarm-chaos-", dir="/var/tmp"))
             one = one_round(nodes, targets[number % len(targets)], draw, scratch)
-            failed += bool(one.faults)
+            outcomes.append(one)
             verdict = "; ".join(one.faults) or "well"
             ended = f"ended after {one.seconds:.1f} s, exit code {one.code}"
             print(f"{number:3} {one.target:12} at {one.at_s:.1f} s: {ended}; {verdict}")
@@ -166,8 +168,13 @@ def main() -> int:
             sys.stdout.flush()
             if not one.faults:
                 shutil.rmtree(scratch, ignore_errors=True)
-    print(f"{failed} of {options.kills} not well")
-    return 1 if failed else 0
+    print(f"\n{'killed':14}{'rounds':>8}{'well':>8}{'median s':>10}{'most s':>8}")
+    for target in targets:
+        rounds = [one for one in outcomes if one.target == target]
+        seconds = [one.seconds for one in rounds] or [float("nan")]
+        well = sum(not one.faults for one in rounds)
+        print(f"{target:14}{len(rounds):8}{well:8}{statistics.median(seconds):10.1f}{max(seconds):8.1f}")
+    return int(any(one.faults for one in outcomes))
 
 
 if __name__ == "__main__":
