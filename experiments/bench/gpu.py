@@ -1,14 +1,15 @@
 """What the library costs on a CUDA device: codecs beside torch.topk and a copy, and the hook beside DDP without it.
 
-    python experiments/bench/gpu.py [--out DIRECTORY] [--elements N] [--repetitions N]
+    python experiments/bench/gpu.py [--out DIRECTORY] [--elements N] [--repetitions N] [--only codecs|steps]
 
-Needs torch and numba only. Codecs: milliseconds between two events of the device, medians, for N elements (ResNet-18's); the
-baseline of the sparse ones is torch.topk of the magnitudes, unsorted, with the values gathered. Hook: milliseconds of a step of
-a GPT-like model, medians of blocks of steps, of DDP without a hook and with each method, taking turns, and the median ratio of
-the two: one rank over NCCL, two ranks that share the device over Gloo, through the loopback, and one rank a device over NCCL
-where there are several devices. Then also milliseconds of an exchange of N elements by two hosts, as far as the plan knows,
-that have two ranks each on the same two devices: int8 and 1 %, flat, and by host, within it over NCCL and over Gloo.
-OUT/gpu.json has the same figures.
+Needs torch and numba only. Codecs: milliseconds between two events of a device that was idle, and of the host until the call
+has returned, medians, for N elements (ResNet-18's), without the copy of x before an encoding; sparse ones also with
+cooperative_kernels.py, which may take the place of the library's. Their baseline is torch.topk of the magnitudes, unsorted,
+with the values gathered. Hook: milliseconds of a step of a GPT-like model, medians of blocks of steps, of DDP without a hook
+and with each method, taking turns, and the median ratio of the two: one rank over NCCL, two ranks that share the device over
+Gloo, through the loopback, and one rank a device over NCCL where there are several devices. Then also milliseconds of an
+exchange of N elements by two hosts, as far as the plan knows, that have two ranks each on the same two devices: int8 and 1 %,
+flat, and by host, within it over NCCL and over Gloo. OUT/gpu.json has the same figures.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -28,6 +30,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from netsenseml import Mesh, all_reduce_mean, attach
+from netsenseml.compress import codec as codec_module
 from netsenseml.compress.codec import VALUES, Codec, add_decoded
 from netsenseml.exchange.communicators import parse
 
@@ -46,49 +49,64 @@ ROUNDS, BLOCK = 5, 15
 """Steps are timed in blocks, with and without a hook in turn."""
 
 
-def milliseconds(work: Callable[[], object], repetitions: int) -> float:
-    """Median time of the device, after two calls that warm up."""
-    took = []
+def milliseconds(work: Callable[[], object], repetitions: int) -> tuple[float, float]:
+    """Median times between events of the device, and of the host until the call returns, after two calls that warm up."""
+    took, of_host = [], []
     for repetition in range(repetitions + 2):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
+        began_s = time.perf_counter()
         work()
+        host_s = time.perf_counter() - began_s
         end.record()
         end.synchronize()
         if repetition >= 2:
             took.append(begin.elapsed_time(end))
-    return statistics.median(took)
+            of_host.append(1e3 * host_s)
+    return statistics.median(took), statistics.median(of_host)
 
 
 def codecs(elements: int, repetitions: int) -> dict[str, dict[str, float]]:
+    import cooperative_kernels  # these need Triton
+
+    from netsenseml.compress import device_kernels
+
+    backends = {"": device_kernels, ", 1 launch": cooperative_kernels}
     draw = torch.Generator("cuda").manual_seed(0)
     normal = torch.randn(4, elements, device="cuda", generator=draw)
     x = normal[0] / normal[1:].square().mean(dim=0).sqrt()  # Student's t with 3 degrees of freedom
     compensated, out = torch.empty_like(x), torch.zeros_like(x)
-    copy_ms = milliseconds(lambda: compensated.copy_(x), repetitions)
-    rows = {"copy": {"encode_ms": copy_ms}}
+    copy_ms, copy_host_ms = milliseconds(lambda: compensated.copy_(x), repetitions)
+    rows = {"copy": {"encode_ms": copy_ms, "encode_host_ms": copy_host_ms}}
     for density in DENSITIES[1:]:
         k = Codec("fp32", density).elements(elements)
 
         def usual(k: int = k) -> torch.Tensor:
             return x[x.abs().topk(k, sorted=False).indices]
 
-        rows[f"topk@{100 * density:g}%"] = {"encode_ms": milliseconds(usual, repetitions)}
+        topk_ms, topk_host_ms = milliseconds(usual, repetitions)
+        rows[f"topk@{100 * density:g}%"] = {"encode_ms": topk_ms, "encode_host_ms": topk_host_ms}
     for density in DENSITIES:
         for values in VALUES:
             codec = Codec(values, density)
-            buffer = codec.encode(compensated.copy_(x), 0)
 
             def encode(codec: Codec = codec) -> torch.Tensor:
                 return codec.encode(compensated.copy_(x), 0)
 
-            def decode(buffer: torch.Tensor = buffer) -> torch.Tensor:
-                return add_decoded(buffer, out, 0.25)
+            def decode(codec: Codec = codec) -> Callable[[], torch.Tensor]:
+                buffer = codec.encode(compensated.copy_(x), 0)
+                return lambda: add_decoded(buffer, out, 0.25)
 
-            rows[codec.name] = {
-                "encode_ms": milliseconds(encode, repetitions) - copy_ms,
-                "decode_ms": milliseconds(decode, repetitions),
-            }
+            for what, backend in backends.items() if density < 1 else [("", device_kernels)]:
+                with mock.patch.object(codec_module, "_backend", lambda _, backend=backend: backend):
+                    encode_ms, encode_host_ms = milliseconds(encode, repetitions)
+                    decode_ms, decode_host_ms = milliseconds(decode(), repetitions)
+                rows[codec.name + what] = {
+                    "encode_ms": encode_ms - copy_ms,
+                    "encode_host_ms": encode_host_ms - copy_host_ms,
+                    "decode_ms": decode_ms,
+                    "decode_host_ms": decode_host_ms,
+                }
     return rows
 
 
@@ -210,25 +228,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--elements", type=int, default=RESNET18)
     parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--only", choices=("codecs", "steps"))
     given = parser.parse_args()
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}")
-    of_codecs = codecs(given.elements, given.repetitions)
-    print(f"{'codec':24}{'encode ms':>12}{'decode ms':>12}{'x copy':>9}")
+    of_codecs = codecs(given.elements, given.repetitions) if given.only != "steps" else {}
+    if of_codecs:
+        print(f"{'codec':34}{'encode ms':>12}{'host ms':>9}{'decode ms':>12}{'host ms':>9}{'x copy':>9}")
     for codec, row in of_codecs.items():
         total = row["encode_ms"] + row.get("decode_ms", 0.0)
-        decode = f"{row['decode_ms']:12.3f}" if "decode_ms" in row else " " * 12
-        print(f"{codec:24}{row['encode_ms']:12.3f}{decode}{total / of_codecs['copy']['encode_ms']:9.1f}", flush=True)
+        decode = f"{row['decode_ms']:12.3f}{row['decode_host_ms']:9.3f}" if "decode_ms" in row else " " * 21
+        encode = f"{row['encode_ms']:12.3f}{row['encode_host_ms']:9.3f}"
+        print(f"{codec:34}{encode}{decode}{total / of_codecs['copy']['encode_ms']:9.1f}", flush=True)
     of_steps, devices = {}, torch.cuda.device_count()
     several = [("nccl", min(devices, 8), "wide")] if devices > 1 else []
-    for backend, ranks, shape in (("nccl", 1, "wide"), ("nccl", 1, "deep"), ("gloo", 2, "small"), *several):
+    groups = (("nccl", 1, "wide"), ("nccl", 1, "deep"), ("gloo", 2, "small"), *several)
+    for backend, ranks, shape in groups if given.only != "codecs" else ():
         found = run_ranks(train, ranks, ranks, backend, SHAPES[shape], "DIRECTORY")
         of_steps[f"{backend}, {ranks}, {shape}"] = found
         for method, figures in found.items():
             texts = (f"{what} {value:.3f}" if isinstance(value, float) else value for what, value in figures.items())
             print(f"{backend}, ranks: {ranks}, {shape}, {method:12}", *texts, flush=True)
     of_hosts = {}
-    for within in ("nccl", "gloo") if devices > 1 else ():
+    for within in ("nccl", "gloo") if devices > 1 and given.only != "codecs" else ():
         found = run_ranks(exchange_by_hosts, 4, within, "DIRECTORY", given.elements, given.repetitions)
         of_hosts[within] = found
         for plan, figures in found.items():

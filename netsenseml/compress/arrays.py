@@ -14,11 +14,13 @@ from netsenseml.compress.sparsify import sampling
 def encode(
     compensated: torch.Tensor, plan: Layout, key: int | None, buffer: torch.Tensor, chosen: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """Fill the sections of ``buffer``; returns the positions sent, or None for all.
+    """Fill ``buffer``; returns the positions sent, or None for all.
 
     key: of stochastic rounding, or None. chosen: positions in place of the largest.
     """
     x, body = compensated.numpy(), buffer.numpy()
+    body[-8:] = 0  # the padding behind the codes
+    body[: layout.HEADER_BYTES] = np.frombuffer(plan.header(), np.uint8)
     if plan.dense:
         _encode_values(x, plan, key, body)
         return None

@@ -115,10 +115,10 @@ class Codec:
             raise ValueError(f"of {plan.n} elements {plan.k} are to be sent, not {chosen.numel()}")
         # NumPy asks for huge pages. With small ones, the first touch of the buffer takes longer than the rest of the work.
         buffer = torch.from_numpy(np.empty(plan.nbytes, np.uint8)) if cpu else x.new_empty(plan.nbytes, dtype=torch.uint8)
-        buffer[-8:] = 0  # the padding behind the codes
-        buffer[:HEADER_BYTES] = torch.frombuffer(bytearray(plan.header()), dtype=torch.uint8)
-        key = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")
-        positions = _backend(x.device.type).encode(x.detach(), plan, key if self.stochastic else None, buffer, chosen)
+        key = None
+        if self.stochastic:
+            key = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")
+        positions = _backend(x.device.type).encode(x.detach(), plan, key, buffer, chosen)
         if sent is not None:
             sent.positions = positions
         return buffer

@@ -3,6 +3,8 @@
 Triton comes with torch. Products and sums must not be fused, or they would be rounded once instead of twice.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +13,7 @@ from netsenseml.compress import layout
 from netsenseml.compress.layout import (
     BITS,
     BLOCK,
+    HEADER_BYTES,
     LARGEST_SCALE,
     LEVELS,
     ROW,
@@ -30,11 +33,13 @@ _WORD_TYPE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 def encode(
     compensated: torch.Tensor, plan: Layout, key: int | None, buffer: torch.Tensor, chosen: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """Fill the sections of ``buffer``; returns the positions sent, or None for all.
+    """Fill ``buffer``; returns the positions sent, or None for all.
 
     key: of stochastic rounding, or None. chosen: positions in place of the largest.
     """
     with torch.cuda.device_of(compensated):  # where Triton launches
+        buffer[:HEADER_BYTES] = _header(plan.header(), buffer.device)
+        buffer[plan.codes.stop :] = 0
         return _encode(compensated, plan, key, buffer, chosen)
 
 
@@ -103,6 +108,12 @@ def _add(buffer: torch.Tensor, plan: Layout, out: torch.Tensor, scale: float) ->
         _LANES,
         enable_fp_fusion=False,
     )
+
+
+@lru_cache(maxsize=1024)
+def _header(header: bytes, device: torch.device) -> torch.Tensor:
+    """On the device, as a copy from pageable memory waits for it."""
+    return torch.frombuffer(bytearray(header), dtype=torch.uint8).to(device)
 
 
 def _grid(elements: int) -> tuple[int]:

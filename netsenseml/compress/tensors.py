@@ -15,11 +15,13 @@ _NAN_BF16 = 0x7FC0
 def encode(
     compensated: torch.Tensor, plan: layout.Layout, key: int | None, buffer: torch.Tensor, chosen: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """Fill the sections of ``buffer``; returns the positions sent, or None for all.
+    """Fill ``buffer``; returns the positions sent, or None for all.
 
     key: of stochastic rounding, or None. chosen: positions in place of the largest.
     """
     x = compensated
+    buffer[-8:] = 0  # the padding behind the codes
+    buffer[: layout.HEADER_BYTES] = torch.frombuffer(bytearray(plan.header()), dtype=torch.uint8)
     if plan.dense:
         buffer[plan.codes], buffer[plan.scales], x[:] = _coded(x, plan.values, key)
         return None
