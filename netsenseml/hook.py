@@ -180,23 +180,24 @@ class Session:
             raise ValueError(
                 "sparse gradients cannot be exchanged by a communication hook; make their layers dense: sparse=False"
             )
-        began_for_s = 0.0
+        beside = not self._clock.immediate and not self.method.waits
         if first:
             if not self._closed_by_step and self._statistics.elements:
                 self._close_step(arrived_s, None, None)
-            if self._unsettled is not None and self._unsettled.statistics is self._statistics:
+            broken = self._in_backward  # the one before
+            if self._unsettled is not None and (broken or self._unsettled.statistics is self._statistics):
                 self._settle()
             with self._lock:
                 self._pending, self._all_launched = 0, False  # whatever an earlier backward that raised has left behind
             self._in_backward = True
-            self._paused_before_s, self._paused_s = self._paused_s, 0.0
+            self._paused_before_s, self._paused_s = self._paused_s + (self._paused_before_s if broken else 0.0), 0.0
             self._statistics.begin_backward()
             self._exchanges = []
-            began_s = monotonic_s()
-            with self._noticing():
+            # The device computes meanwhile, but may run out of work while ``begin`` waits for others.
+            idle = self._statistics.waiting() if beside and not last else contextlib.nullcontext()
+            with self._noticing(), idle:
                 self._follow_learning_rate()  # which may wait, too
                 self.method.begin()
-            began_for_s = monotonic_s() - began_s
         if last:
             self._catch_up()
         statistics = self._statistics
@@ -211,12 +212,8 @@ class Session:
             torch.autograd.Variable._execution_engine.queue_callback(self._await)
         now_s = monotonic_s()
         self.blocked_s += now_s - arrived_s
-        if last:  # what follows is exposed from when it was ready
-            pass
-        elif self._clock.immediate or self.method.waits:
+        if not last and not beside:  # what follows the last one is exposed from when it was ready
             statistics.exposed_s += now_s - max(arrived_s, statistics.began_s)  # what came before is of the step before
-        else:  # the device computes meanwhile, but may run out of work while ``begin`` waits for others
-            statistics.exposed_s += began_for_s
         return done
 
     @contextlib.contextmanager
@@ -422,7 +419,10 @@ class Session:
         elif self._statistics.payload_bytes:  # after the last step: a row, but no step
             self._statistics.settle()
             ended_s = self._statistics.began_s + self._statistics.exposed_s
-            self._unrecorded.append(partial(self._row, self.steps, self._statistics, ended_s, _number(None), None))
+            bandwidth_bps = self.method.bandwidth_bps
+            self._unrecorded.append(
+                partial(self._row, self.steps, self._statistics, ended_s, bandwidth_bps, _number(None), None)
+            )
         self._record()
 
     def _leave(self, accuracy: float | None, loss: float | None) -> None:
@@ -475,7 +475,8 @@ class Session:
         self._lr, self._scale = state.get("lr", 0.0), state.get("scale")
 
     def _close_step(self, ended_s: float, loss: torch.Tensor | float | None, samples: int | None) -> None:
-        self._unrecorded.append(partial(self._row, self.steps, self._statistics, ended_s, _number(loss), samples))
+        row = partial(self._row, self.steps, self._statistics, ended_s, self.method.bandwidth_bps, _number(loss), samples)
+        self._unrecorded.append(row)
         self.steps += 1
         self.method.end_step()
         self._statistics = StepStatistics(self._group.size(), self._clock)
@@ -491,7 +492,13 @@ class Session:
                 listener.record(self.last)
 
     def _row(
-        self, step: int, done: StepStatistics, ended_s: float, loss: Callable[[], float | None], samples: int | None
+        self,
+        step: int,
+        done: StepStatistics,
+        ended_s: float,
+        bandwidth_bps: float | None,
+        loss: Callable[[], float | None],
+        samples: int | None,
     ) -> dict[str, Any]:
         done.settle()
         tcp = done.tcp
@@ -513,7 +520,7 @@ class Session:
             "ratio": done.ratio,
             "lost_energy": done.lost_energy,
             "residual_ratio": done.residual_ratio,
-            "bandwidth_bps": self.method.bandwidth_bps,
+            "bandwidth_bps": bandwidth_bps,
             "rtt_s": sensed and sensed.rtt_s,
             "min_rtt_s": sensed and sensed.min_rtt_s,
             "retransmits": tcp and tcp.retransmits,

@@ -187,7 +187,7 @@ class Saboteur:
         shaper.compile_tree = scaled  # type: ignore[attr-defined]
         self._tc(tc_commands(scaled(self._lab.links.states["w1"].down), "w1"), "class")
 
-    def _delayed_means(self) -> None:
+    def _late(self) -> None:
         assert self._lab is not None
         commit = self._lab.links.commit
 

@@ -67,7 +67,7 @@ class Controller:
         timings: Sequence[tuple[int, int]] = ((0, 0),),
     ) -> None:
         """What is known before the training: latency_s, byte_s of the network. coding_s: seconds an element of encoding and
-        decoding, by plan. lost: share of a gradient's energy that is not sent, by plan. whens: intervals and delays
+        decoding, by plan. lost: share of a gradient's energy that is not sent, by plan. timings: intervals and delays
         that plans may have (``policy.timings``).
 
         scarce: ranks share cores, so that coding takes its time from compute instead of running beside it.
@@ -208,12 +208,12 @@ class Controller:
     def _gains(self) -> tuple[Array, Array]:
         """log(progress per second of every plan / of the present one), and its standard deviations."""
         (parts, seconds), here = self._forecast(), self.names.index(self.plan)
-        worths = [
+        progress = [
             step_progress(plan, self._lost.get(plan.name, 0.0), adaptive=self.adaptive, interval=interval, delay=delay)
             for interval, delay in self._timings
             for plan in self._plans
         ]
-        gains = np.log(worths / seconds)
+        gains = np.log(progress / seconds)
         return gains - gains[here], self.network.deviations(parts, seconds, here)
 
     def seconds(self, name: str) -> float:

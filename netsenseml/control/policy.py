@@ -14,8 +14,8 @@ class Observation:
     plan: name of the plan that exchanged it. elements, ready_s: of every bucket, how many elements it has and how long
         before the last gradient it was ready, s <= 0.
     compute_s: from the end of the exchange before to the last gradient. exposed_s: from there to the end of the exchange.
-        If the plan has an interval (``with_when``), of a step in between, and of the exchange behind the optimizer. If it has a
-        delay, exposed_s is what was waited for the exchange before, and so are communication_s, encode_s and payload_bytes.
+        If the plan has an interval (``with_timing``), of a step in between, and of the exchange behind the optimizer. If it has
+        a delay, exposed_s is what was waited for the exchange before, and so are communication_s, encode_s and payload_bytes.
     communication_s: time in which something was under way; of the rank that waited least for the others.
     encode_s: spent on coding. payload_bytes: what a rank sent.
     latency_s: of an empty direct exchange among all ranks. ring_share: mean of the ranks' round-trip times over the largest.

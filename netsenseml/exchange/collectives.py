@@ -13,27 +13,16 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch.distributed import AllreduceOptions
 from torch.futures import Future
 
 from netsenseml.streams import start_to_host
 
-_MEAN = AllreduceOptions()
-_MEAN.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG)
-
 
 def all_reduce_mean(tensor: torch.Tensor, group: dist.ProcessGroup) -> Future[torch.Tensor]:
     """Mean over the ranks, in place where that is possible, round a ring. Divides before summing, so that a low-precision sum
-    cannot overflow; NCCL does so itself, without another pass over the tensor."""
-    if by_nccl(group, tensor.device):
-        return _result(group.allreduce([tensor], _MEAN), tensor)
+    cannot overflow."""
     mean = _on_host(tensor.div_(group.size()), group)
     return _result(group.allreduce([mean]), mean)
-
-
-def by_nccl(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether NCCL is what a group exchanges tensors of a device with."""
-    return isinstance(group, dist.ProcessGroup) and group._get_backend(device).name() == dist.Backend.NCCL
 
 
 def all_reduce_bytes(payload_bytes: int, ranks: int) -> float:

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import distributed as c10d
 
 from netsenseml.compress.feedback import ErrorFeedback
-from netsenseml.exchange.collectives import by_nccl
 from netsenseml.exchange.scheduler import Scheduler
 from netsenseml.records import monotonic_s
 from netsenseml.sensing.tcp import is_connected, local_address, shut_down
@@ -136,7 +135,7 @@ class Mesh:
         cards = [self.peers[rank].card for rank in self.host_ranks]
         if None in cards or len(set(cards)) < len(cards) or not hasattr(_NCCL, "abort"):
             return False
-        return by_nccl(self.group, torch.device("cuda"))
+        return self.group._get_backend(torch.device("cuda")).name() == dist.Backend.NCCL
 
     def by_stream(self, device: torch.device) -> bool:
         """Whether collectives of ``group`` itself work in the order of a device's streams, so that nobody waits for these."""

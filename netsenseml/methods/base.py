@@ -19,7 +19,7 @@ class Method:
     The session calls, on every rank in the same order: ``begin`` before the first bucket of a backward that
     synchronises, ``exchange`` for every bucket, ``end_backward`` when all buckets have been exchanged (on a thread of the
     process group or of the method: never wait there), and ``finish`` once the times of that are known: at once, or with
-    gradients on an accelerator, which is behind, before the last ``exchange`` of the next backward.
+    gradients on an accelerator, which is behind, when the next backward has come to its last bucket, or where somebody asks.
     Replicas stay equal only if every rank computes the same result bit by bit. A method may also leave the gradients as they
     are, and exchange what came of them in ``after_step``.
     """

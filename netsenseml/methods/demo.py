@@ -112,7 +112,7 @@ class Coefficients:
 
     @property
     def _squares(self) -> "list[Squares]":
-        return [squares(topology, self.chunk) for topology in self.shapes if topology.numel()]
+        return [squares(shape, self.chunk) for shape in self.shapes if shape.numel()]
 
     def _parts(self, tensor: torch.Tensor) -> "list[tuple[Squares, torch.Tensor]]":
         """Of the tensor: a parameter each."""
@@ -126,7 +126,7 @@ class Coefficients:
     @property
     def codec(self) -> Codec:
         """Of the coefficients."""
-        return Codec(self.values, self.elements / sum(topology.numel() for topology in self.shapes))
+        return Codec(self.values, self.elements / sum(shape.numel() for shape in self.shapes))
 
     def cost(self, elements: int, topology: Topology) -> Cost:
         sent = all_gather_bytes(self.codec.nbytes(elements), topology.ranks)
@@ -200,10 +200,10 @@ class Squares:
 
 
 @cache
-def squares(topology: torch.Size, chunk: int) -> Squares:
+def squares(shape: torch.Size, chunk: int) -> Squares:
     """How a parameter, which is not empty, is cut: sides are the largest divisors of its own up to ``chunk``."""
-    rows = topology[0] if len(topology) > 1 else 1
-    columns = topology.numel() // rows
+    rows = shape[0] if len(shape) > 1 else 1
+    columns = shape.numel() // rows
     return Squares(rows, columns, *(next(n for n in range(chunk, 0, -1) if side % n == 0) for side in (rows, columns)))
 
 

@@ -228,8 +228,7 @@ class LocalSteps:
 
 
 class Landed(NamedTuple):
-    """An exchange that is over. scheme: its name. gradient_samples: of what this rank had to
-    send, if one was taken."""
+    """An exchange that is over. scheme: its name. gradient_samples: of what this rank had to send, if one was taken."""
 
     scheme: str
     spent: StepStatistics

@@ -109,10 +109,11 @@ class NetSense(Compressed):
         """Whether this backward's gradients are this rank's alone."""
         self._between, self._ended = True, 0
         """Whether no backward of a step was yet; steps that ended without ``after_step``."""
+        self._resumed_at = 0
         self._backwards, self._first = 0, 0
         """Of local steps since the newest exchange, or since a checkpoint: how many, and the number of the first."""
         self._computed_s: list[float] = []
-        """Of these; with an accelerator, of all but the newest."""
+        """Of these; with an accelerator, of the last one before them in place of the newest."""
         self._arrived: tuple[list[float], list[int]] = [], []
         """When the buckets of the first one were ready, and how many elements they have."""
         self._waited_s = self._before_s = 0.0
@@ -322,13 +323,15 @@ class NetSense(Compressed):
                 landed = local_steps.exchange(self.plan, self._scheme, statistics, delayed=self._delay > 0, sampling=sampling)
         self._waited_s = monotonic_s() - began_s
         if not self._interval:
+            self._computed_s = []
             statistics.lose(0.0, 1.0)
         elif landed is None:
             statistics.lose(1.0, 1.0)
         backwards, self._backwards = self._backwards, 0
         if landed is None or not landed.spent.payload_bytes or isinstance(self._policy, FixedPolicy):
             return
-        if backwards > 1 or self._interval == 1:  # ranks with an accelerator do not know of the newest one yet
+        # Ranks with an accelerator do not know of the newest one yet; and DDP makes its buckets anew after the first.
+        if backwards > 1 or (self._interval == 1 and self.steps > self._resumed_at + 2):
             landed.spent.settle()
             ready_s, elements = self._arrived
             spent = landed.spent.of_backward()._replace(
@@ -429,7 +432,7 @@ class NetSense(Compressed):
         self._every, self._next_report = state["every"], state["next_report"]
         if self._local_steps is not None:
             self._local_steps.load_state_dict(state["apart"])
-        self._backwards = 0
+        self._backwards, self._resumed_at = 0, self.steps
         self._answers.clear()
         for step, answer in state["answers"]:
             taken: Future[torch.Tensor] = Future()

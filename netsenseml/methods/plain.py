@@ -7,7 +7,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]  # public
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 
-from netsenseml.exchange.collectives import all_reduce_bytes, all_reduce_mean, by_nccl
+from netsenseml.exchange.collectives import all_reduce_bytes, all_reduce_mean
 from netsenseml.methods.base import Method
 from netsenseml.statistics import StepStatistics
 
@@ -19,11 +19,7 @@ class AllReduce(Method):
         statistics.scheme = "allreduce"
         gradient = bucket.buffer()
         sent = all_reduce_bytes(gradient.nbytes, self.group.size())
-        if by_nccl(self.group, gradient.device) and not gradient.is_complex():  # saves a pass over the gradients
-            exchange = partial(all_reduce_mean, gradient, self.group)
-        else:
-            exchange = partial(allreduce_hook, self.group, bucket)
-        return statistics.launch(exchange, sent, elements=gradient.numel())
+        return statistics.launch(partial(allreduce_hook, self.group, bucket), sent, elements=gradient.numel())
 
 
 class Half(Method):

@@ -29,8 +29,8 @@ def _possible(clock: list[float]) -> list[float]:
 
 RelativePath = Annotated[str, Field(max_length=4000), AfterValidator(_inside)]
 _NAME = r"[^/\x00.][^/\x00]*"
-_GROWN = rf"^(?:(?:events|links|host|delayline)\.jsonl|logs/{_NAME}\.log|hosts/{_NAME}/{_NAME})$"
-GrownPath = Annotated[str, Field(pattern=_GROWN, max_length=4000)]
+_LOG_FILE = rf"^(?:(?:events|links|host|delayline)\.jsonl|logs/{_NAME}\.log|hosts/{_NAME}/{_NAME})$"
+LogPath = Annotated[str, Field(pattern=_LOG_FILE, max_length=4000)]
 """In the directory of the cell: what an agent itself records, and where its programs write."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=128)]
 
@@ -104,7 +104,7 @@ class FileGrew(Message):
     """The bytes that come are new at the end of a file."""
 
     type: Literal["file_grew"] = "file_grew"
-    path: GrownPath
+    path: LogPath
 
 
 class Connected(Message):

@@ -372,7 +372,7 @@ def test_an_overflow_is_seen_once_and_forgotten() -> None:
         assert all(steps == [3, 7] for steps in found.values()), found
 
 
-class DelayedMeans(nn.Module):
+class LateGradient(nn.Module):
     """Its second matrix has no gradient before the first has grown, as with low-rank adapters."""
 
     def __init__(self) -> None:
@@ -388,7 +388,7 @@ def train_late(rank: int) -> list[tuple[bool, float]]:
     found = []
     for method, options in METHODS:
         torch.manual_seed(0)
-        ddp = DistributedDataParallel(DelayedMeans(), bucket_cap_mb=0.001)
+        ddp = DistributedDataParallel(LateGradient(), bucket_cap_mb=0.001)
         optimizer = torch.optim.SGD(ddp.parameters(), lr=0.0)
         session = attach(ddp, method, **options)
         finite = True

@@ -303,7 +303,7 @@ def refuse(rank: int) -> list[str]:
 
 
 def resume_with_and_without_a_device(rank: int, interval: int, delay: int) -> tuple[str, int]:
-    """Rank 1 knows of a backward when the next one begins, rank 0 at once; both resume a step before an exchange."""
+    """Rank 1 knows of a backward when the next one ends, rank 0 at once; both resume a step before an exchange."""
     with mock.patch.object(netsenseml.hook, "Clock", LateClock) if rank == 1 else contextlib.nullcontext():
         ddp = make_ddp()
         session = attach(ddp, "netsense", interval=interval, delay=delay)
