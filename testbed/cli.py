@@ -258,12 +258,12 @@ def _written(write: Callable[[], T]) -> T:
 @app.command()
 def validate(spec: SpecPath = None, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Check a spec without running anything."""
-    from testbed import gpus
+    from testbed.run.start import lacking_gpu
 
     path = _spec_or_default(spec, "validate")
     loaded, plan = _plan(path, overrides, None, as_json=as_json)
     workers = len(plan.cells[0].workers)
-    lacking = gpus.lacking(plan)
+    lacking = lacking_gpu(plan)
     if as_json:
         cells = [cell.name for cell in plan.cells]
         found = {"spec": str(path), "name": loaded.name, "lab": plan.lab, "workers": workers, "cells": cells, "faults": []}

@@ -9,7 +9,6 @@ connection's first segment is sent again; and coding, which takes what it takes 
 from dataclasses import replace
 
 from testbed.links.routes import Tcp
-from testbed.links.state import LinkParameters, LinkState
 from testbed.protocol import StopConfig
 from testbed.timeline import Change
 from testbed.timeline.workers import Kills, Slowdown
@@ -32,25 +31,9 @@ def slowed_tcp(tcp: Tcp, factor: float) -> Tcp:
     return tcp if factor == 1 else replace(tcp, congestion=tcp.congestion or "reno", min_rto_s=_MIN_RTO_S * factor)
 
 
-def slowed_parameters(parameters: LinkParameters, factor: float) -> LinkParameters:
-    """One direction of a link, slower; the bytes that its queue holds stay the same."""
-    return replace(
-        parameters,
-        rate_bps=max(1, round(parameters.rate_bps / factor)) if parameters.rate_bps else parameters.rate_bps,
-        queue_s=parameters.queue_s * factor,
-        delay_s=parameters.delay_s * factor,
-        jitter_s=parameters.jitter_s * factor,
-    )
-
-
-def slowed_link(state: LinkState, factor: float) -> LinkState:
-    """Both directions."""
-    return replace(state, up=slowed_parameters(state.up, factor), down=slowed_parameters(state.down, factor))
-
-
 def slowed_change(change: Change, factor: float) -> Change:
     """A change of a link, later and slower."""
-    return Change(round(change.at_s * factor, 6), change.link, slowed_link(change.state, factor))
+    return Change(round(change.at_s * factor, 6), change.link, change.state.slowed(factor))
 
 
 def slowed_kills(kills: Kills, factor: float) -> Kills:

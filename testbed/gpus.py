@@ -1,12 +1,8 @@
 """The GPUs of this machine, as its driver names them, and whether containers get them; nothing here loads the driver."""
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from testbed.plan import Plan
+from typing import Any
 
 _NVIDIA, _NVIDIA_NODES, _AMD_NODE = Path("/proc/driver/nvidia/gpus"), "nvidia[0-9]*", Path("/dev/kfd")
 TOOLKIT = "nvidia-ctk runtime configure --runtime=docker && systemctl restart docker"
@@ -39,23 +35,6 @@ def why_not(device: str, names: list[str], daemon: Mapping[str, Any] | None = No
             f"nvidia-container-toolkit, then: {TOOLKIT}; or use --lab netns"
         )
     return None
-
-
-def lacking(plan: "Plan") -> str | None:
-    """Why a plan that must have a GPU cannot have it on this machine, in its lab; None if nothing is missing."""
-    if all(cell.lab.device != "cuda" for cell in plan.cells):
-        return None
-    names, daemon = found(), None
-    if plan.lab == "docker" and names:
-        from testbed.labs.base import LabError
-        from testbed.labs.docker import connect, docker_errors
-
-        try:
-            with docker_errors(), contextlib.closing(connect()) as client:
-                daemon = client.info()
-        except LabError as error:
-            return str(error)
-    return why_not("cuda", names, daemon)
 
 
 def reach_containers(names: list[str], daemon: Mapping[str, Any]) -> bool:

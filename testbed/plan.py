@@ -205,9 +205,9 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Call
     if too_slow := [rate_bps for rate_bps in rates_bps if rate_bps / slow < MIN_RATE_BPS]:
         fault = f"{slow:g} makes {format_rate(min(too_slow))} slower than {format_rate(MIN_RATE_BPS)}, the least of a link"
         raise SpecError([("dilation", fault)])
-    network = replace(network, links={link: dilation.slowed_link(state, slow) for link, state in network.links.items()})
+    network = replace(network, links={link: state.slowed(slow) for link, state in network.links.items()})
     timeline = tuple(dilation.slowed_change(change, slow) for change in timeline)
-    directions = [(link, side, dilation.slowed_parameters(parameters, slow)) for link, side, parameters in directions]
+    directions = [(link, side, parameters.slowed(slow)) for link, side, parameters in directions]
     flows = tuple(dilation.slowed_flow(flow, slow) for flow in flows)
     tcp = dilation.slowed_tcp(network.tcp, slow)
     for number, flow in enumerate(flows):

@@ -46,6 +46,7 @@ from testbed.results.load import load_run
 from testbed.results.summary import summarize
 from testbed.run.cell import prepare_cell, run_cell
 from testbed.run.directory import SCRIPT
+from testbed.run.sweep import PROGRAMS
 from testbed.spec.load import validate
 from testbed.worker.client import ControlClient
 
@@ -296,7 +297,7 @@ def main() -> int:
     source.shuffle(trials)
     right: Counter[str] = Counter()
     began_s = monotonic_s()
-    with tempfile.TemporaryDirectory() as scratch, open_labs("netns", Path(scratch)) as open_lab:
+    with tempfile.TemporaryDirectory() as scratch, open_labs("netns", Path(scratch), PROGRAMS) as open_lab:
         for trial in trials:
             for attempt in range(TRIES):
                 problems = verdict(trial, seed, open_lab, Path(scratch, f"{trial.number}-{attempt}"))

@@ -29,17 +29,14 @@ from testbed import protocol
 from testbed.clock import HERE
 from testbed.files import everything_in
 from testbed.labs.base import LabError, LabPlan, make_shaper
-from testbed.labs.containers import ContainerProcess, InitConnection, change_interface, interfaces
+from testbed.labs.containers import DOCKER, INIT_SOCKET, ContainerProcess, InitConnection, change_interface, interfaces
 from testbed.links.neighbours import forwarding, neighbour
 from testbed.links.netlink import NetlinkSocket, back_to_own_namespace, decode, encode, setns
 from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
 from testbed.links.routes import tcp_route
 from testbed.links.shaper import Port
 
-DOCKER = Path("/var/run/docker")
-"""Docker's own directory, in the agent's container as on the node; what is below it, Docker makes with the first container."""
 NAMESPACES = DOCKER / "netns"
-INIT_SOCKET = "@netsense-init"
 _OVERLAY = "1-"
 """What the name of an overlay network's namespace begins with; the beginning of the network's id follows."""
 _PATIENCE_S = 15.0

@@ -25,12 +25,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from netsenseml.records import monotonic_s
 from testbed import protocol
-from testbed.agent import messages
-from testbed.agent.channel import LOST_S, MAX_PAYLOAD_BYTES, Channel, secured
-from testbed.agent.clock import MeasuredClock
 from testbed.files import explained, is_regular, open_regular, remove_tree
 from testbed.labs.base import Host, HostFailed, LabError, LabPlan, Process
 from testbed.links.shaper import Shaper
+from testbed.nodes import messages
+from testbed.nodes.channel import LOST_S, MAX_PAYLOAD_BYTES, Channel, secured
+from testbed.nodes.clock import MeasuredClock
 from testbed.recording.recorder import LocalRecorder, Recording
 from testbed.timeline import Change
 from testbed.timeline.changes import MAX_CHANGES

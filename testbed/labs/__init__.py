@@ -5,13 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from testbed.labs.base import Lab, LabPlan
-from testbed.traffic.flows import TRAFFIC_PROGRAM
-
-PROGRAMS_OF_A_RUN = ("testbed.worker.program", TRAFFIC_PROGRAM)
 
 
 @contextmanager
-def open_labs(kind: str, run_directory: Path, preload: Sequence[str] = PROGRAMS_OF_A_RUN) -> Iterator[Callable[[LabPlan], Lab]]:
+def open_labs(kind: str, run_directory: Path, preload: Sequence[str]) -> Iterator[Callable[[LabPlan], Lab]]:
     """A factory of labs that share what is dear to make, such as one process that has imported torch.
 
     kind: "netns" (the caller is inside the sandbox of ``netns.sandbox_command``), "docker" or "swarm".

@@ -16,6 +16,10 @@ from testbed import protocol
 from testbed.links.netlink import NetlinkSocket, Request, decode, encode
 from testbed.links.shaper import Port
 
+DOCKER = Path("/var/run/docker")
+"""Docker's own directory, in an agent's container as on its node; what is below it, Docker makes with the first container."""
+INIT_SOCKET = "@netsense-init"
+"""On which an agent waits for the first processes of its node's containers."""
 _IFF_UP = 1
 
 

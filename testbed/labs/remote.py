@@ -23,14 +23,14 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from netsenseml.records import monotonic_s
 from testbed import protocol
-from testbed.agent import messages
-from testbed.agent.channel import MAX_PAYLOAD_BYTES, Channel, make_secret, secured
 from testbed.clock import Clock
 from testbed.files import everything_in, explained
 from testbed.labs.base import HostFailed, LabError, LabPlan
 from testbed.links.qdiscs import QdiscCounters
 from testbed.links.shaper import Place
 from testbed.links.state import LinkState
+from testbed.nodes import messages
+from testbed.nodes.channel import MAX_PAYLOAD_BYTES, Channel, make_secret, secured
 from testbed.recording.recorder import Recorder, Recording
 from testbed.timeline import Change
 

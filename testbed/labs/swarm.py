@@ -28,8 +28,8 @@ from typing import Any, Self
 import docker
 from docker.errors import APIError, NotFound
 
-from testbed.agent.containers import DOCKER, INIT_SOCKET
 from testbed.labs.base import OOM_SCORE_ADJ, LabError, LabPlan, Limits, View
+from testbed.labs.containers import DOCKER, INIT_SOCKET
 from testbed.labs.docker import (
     DEFAULT_IMAGE,
     ENV_IMAGE,

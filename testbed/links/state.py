@@ -76,6 +76,16 @@ class LinkParameters:
         """True if single frames meet a fate of their own, so that no packet may be larger than a frame."""
         return bool(self.loss.share or self.duplicate or self.corrupt or self.reorder)
 
+    def slowed(self, factor: float) -> "LinkParameters":
+        """So many times as slow; the bytes that the queue holds stay the same."""
+        return replace(
+            self,
+            rate_bps=max(1, round(self.rate_bps / factor)) if self.rate_bps else self.rate_bps,
+            queue_s=self.queue_s * factor,
+            delay_s=self.delay_s * factor,
+            jitter_s=self.jitter_s * factor,
+        )
+
     def with_changes(self, changes: dict[str, Any]) -> "LinkParameters":
         """A copy with some properties replaced; all others stay as they are."""
         return replace(self, **changes)
@@ -93,6 +103,10 @@ class LinkState:
     up: LinkParameters = LinkParameters()
     down: LinkParameters = LinkParameters()
     connected: bool = True
+
+    def slowed(self, factor: float) -> "LinkState":
+        """Both directions so many times as slow, as under dilation."""
+        return replace(self, up=self.up.slowed(factor), down=self.down.slowed(factor))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for records."""

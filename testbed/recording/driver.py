@@ -13,7 +13,6 @@ from typing import Any, Protocol, Self
 
 from netsenseml.records import RecordFile, monotonic_s
 from testbed.clock import HERE, Clock
-from testbed.dilation import slowed_link
 from testbed.links.qdiscs import QdiscCounters, bucket_of, queue_of
 from testbed.links.shaper import Applied, Prepared, Shaper
 from testbed.links.state import DIRECTIONS, LinkState
@@ -175,13 +174,12 @@ class LinkDriver:
         if request.get("set"):
             wanted = parse_link(request["set"], self._links.mtu)
             wished = {
-                name: wanted.applied_to(slowed_link(states[name], 1 / self._dilation), trunk=name in self._trunks)
-                for name in names
+                name: wanted.applied_to(states[name].slowed(1 / self._dilation), trunk=name in self._trunks) for name in names
             }
             for name, state in wished.items():
                 if fault := state_error(state):
                     raise ValueError(f"{name}: {fault}")
-            changes = {name: slowed_link(state, self._dilation) for name, state in wished.items()}
+            changes = {name: state.slowed(self._dilation) for name, state in wished.items()}
             impaired = {(link, side) for link, state in changes.items() for side in DIRECTIONS if getattr(state, side).impaired}
             if missing := impaired - self._links.impaired:
                 raise ValueError(
@@ -190,7 +188,7 @@ class LinkDriver:
                 )
             asked_s = self._since_t0(monotonic_s())
             self._record(asked_s, "manual", changes, self._links.apply(changes))
-        shown = {name: slowed_link(self._links.states[name], 1 / self._dilation).to_json() for name in names}
+        shown = {name: self._links.states[name].slowed(1 / self._dilation).to_json() for name in names}
         return {name: {"state": shown[name], **self._carried.of(name, self._dilation)} for name in names}
 
     def _moments(self) -> Iterator["_Moment"]:

@@ -73,9 +73,25 @@ class RunOptions:
 _PLAIN = RunOptions()
 
 
+def lacking_gpu(plan: Plan) -> str | None:
+    """Why a plan that must have a GPU cannot have it on this machine, in its lab; None if nothing is missing."""
+    if all(cell.lab.device != "cuda" for cell in plan.cells):
+        return None
+    names, daemon = gpus.found(), None
+    if plan.lab == "docker" and names:
+        from testbed.labs.docker import connect, docker_errors
+
+        try:
+            with docker_errors(), contextlib.closing(connect()) as client:
+                daemon = client.info()
+        except LabError as error:
+            return str(error)
+    return gpus.why_not("cuda", names, daemon)
+
+
 def check_machine(plan: Plan) -> str:
     """Raise LabError, before anything is made, if this machine cannot run the plan; returns the engine that impairs links."""
-    if fault := gpus.lacking(plan):
+    if fault := lacking_gpu(plan):
         raise LabError(fault)
     engine = "auto"
     for wanted in sorted(plan.engines or {"auto"}):

@@ -25,6 +25,10 @@ from testbed.run.cell import prepare_cell, read_result, run_cell
 from testbed.run.directory import SPEC_FILE, NoRoom, is_full, release_reserve, reserve_room
 from testbed.run.progress import RunProgress
 from testbed.spec.load import load_spec
+from testbed.traffic.flows import TRAFFIC_PROGRAM
+
+PROGRAMS = ("testbed.worker.program", TRAFFIC_PROGRAM)
+"""What a run starts on hosts; labs may prepare for it."""
 
 EXIT_DONE, EXIT_FAILED, EXIT_CANNOT, EXIT_INTERRUPTED = 0, 1, 4, 130
 
@@ -58,7 +62,7 @@ def execute(directory: Path, console: Console, only: Collection[str] = ()) -> No
     with (
         _room_reserved(directory),
         RunProgress(console, len(wanted), len(pending)) as progress,
-        open_labs(plan.lab, directory) as open_lab,
+        open_labs(plan.lab, directory, PROGRAMS) as open_lab,
     ):
 
         def run(cell: Cell, earlier: Sequence[str] = ()) -> None:

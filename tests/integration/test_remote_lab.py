@@ -82,8 +82,8 @@ from contextlib import ExitStack
 from pathlib import Path
 import psutil
 import nodes
-from testbed.agent import messages
-from testbed.agent.channel import Channel
+from testbed.nodes import messages
+from testbed.nodes.channel import Channel
 from testbed.labs.remote import Nodes, RemoteLab, RemoteRecorder
 from testbed.plan import make_plan
 from testbed.results.records import finish_cell

@@ -17,14 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testbed.agent import messages
-from testbed.agent.channel import LOST_S, Channel, make_secret, secured
-from testbed.agent.clock import MeasuredClock
 from testbed.agent.program import Agent, connect
 from testbed.clock import Clock
 from testbed.labs.base import LabError, LabPlan, View
 from testbed.labs.remote import NodeLost, NodeRefused, Nodes, RemoteLab
 from testbed.links.state import LinkState
+from testbed.nodes import messages
+from testbed.nodes.channel import LOST_S, Channel, make_secret, secured
+from testbed.nodes.clock import MeasuredClock
 
 pytestmark = pytest.mark.fast
 HELLO = b'{"type": "hello", "node": "n1"}\n'

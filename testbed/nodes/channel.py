@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from netsenseml.records import monotonic_s
-from testbed.agent.messages import AskTime, Hello, Message, Status, Time, parse
+from testbed.nodes.messages import AskTime, Hello, Message, Status, Time, parse
 
 LOST_S = 3.5
 """An end that is not heard for so long is lost."""
