@@ -4,11 +4,13 @@ touched; 3 done, but not valid; 4 this machine cannot do it; 130 interrupted.
 What a command needs is imported in it: shells call this at each press of the tab key."""
 
 import importlib.util
+import io
 import json
 import os
 import re
 import shlex
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable
 from enum import StrEnum
@@ -17,11 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from testbed.files import exists, is_directory
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from testbed.plan import Plan
     from testbed.results.load import Run
+    from testbed.results.run_comparison import MethodComparison
     from testbed.spec.models import Spec
 
 T = TypeVar("T")
@@ -59,7 +64,8 @@ def _paths(incomplete: str, keep: Callable[[Path], bool]) -> list[str]:
     except OSError:
         return []
     shown = [path for path in found if path.name.startswith(start) and (start or not path.name.startswith("."))]
-    names = [os.path.join(given, path.name) + "/" * path.is_dir() for path in shown if path.is_dir() or keep(path)]  # noqa: PTH118
+    folders = {path for path in shown if is_directory(path)}
+    names = [os.path.join(given, path.name) + "/" * (path in folders) for path in shown if path in folders or keep(path)]  # noqa: PTH118
     # Shells put a space behind the only choice, which nobody wants behind a directory that goes on.
     return (_paths(names[0], keep) or names) if len(names) == 1 and names[0].endswith("/") else names
 
@@ -147,10 +153,10 @@ def run(
     if resume is not None:
         if spec is not None or overrides or lab is not None or dry_run or out is not None:
             what = "SPEC nor --set, --lab, --out, --dry-run"
-            if spec is not None and (spec / SPEC_FILE).exists():
+            if spec is not None and exists(spec / SPEC_FILE):
                 _fail(f"--resume goes on with one run directory, not with two: {resume} and {spec}", EXIT_BAD_INPUT)
             _fail(f"--resume takes the spec of the run directory and goes on in it; give neither {what}", EXIT_BAD_INPUT)
-        if not (resume / SPEC_FILE).exists():
+        if not exists(resume / SPEC_FILE):
             _fail(f"{resume}: is no run directory; run directories lie in runs, unless --out said otherwise", EXIT_BAD_INPUT)
         directory = resume
         loaded, plan = _plan(resume / SPEC_FILE, [], None)
@@ -171,7 +177,7 @@ def run(
 
 
 def _spec_or_default(spec: Path | None, command: str) -> Path:
-    if spec is None and not DEFAULT_SPEC.exists():
+    if spec is None and not exists(DEFAULT_SPEC):
         example = f"testbed {command} experiments/smoke.yaml"
         _fail(f"SPEC is missing; name a YAML file, for example: {example}, or make one with: testbed init", EXIT_BAD_INPUT)
     return spec or DEFAULT_SPEC
@@ -301,7 +307,7 @@ def runs(
     if is_run(folder):
         _fail(f"{folder}: is one run directory; show it with: testbed show {folder}", EXIT_BAD_INPUT)
     try:
-        found = list_runs(folder) if folder != RUNS or folder.exists() else []
+        found = list_runs(folder) if folder != RUNS or exists(folder) else []
     except NotARun as error:
         _fail(f"{error}; run directories lie in runs, unless --out said otherwise", EXIT_BAD_INPUT)
     if as_json:
@@ -389,11 +395,14 @@ def compare(
     from testbed.results.run_comparison import compare_runs, differing_keys
     from testbed.spec.units import parse_share
 
-    try:
-        runs = load_run(before), load_run(after)
-        found = compare_runs(*runs, parse_share(tolerance))
-    except (NotARun, ValueError) as error:
-        _fail(str(error), EXIT_BAD_INPUT)
+    def read() -> "tuple[tuple[Run, Run], list[MethodComparison]]":
+        try:
+            runs = load_run(before), load_run(after)
+            return runs, compare_runs(*runs, parse_share(tolerance))
+        except (NotARun, ValueError) as error:
+            _fail(str(error), EXIT_BAD_INPUT)
+
+    runs, found = _guarded(read)
     if not found:
         _fail(f"{before}: has no cell that could be compared", EXIT_BAD_INPUT)
     if as_json:
@@ -450,12 +459,15 @@ def watch(
     from testbed.live.server import CannotServe
     from testbed.live.watch import watch as serve
 
-    try:
-        serve(directory, address, port, typer.echo)
-    except (CannotServe, ValueError) as error:
-        _fail(str(error), EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        raise typer.Exit(0) from None
+    def until_interrupted() -> None:
+        try:
+            serve(directory, address, port, typer.echo)
+        except (CannotServe, ValueError) as error:
+            _fail(str(error), EXIT_BAD_INPUT)
+        except KeyboardInterrupt:
+            raise typer.Exit(0) from None
+
+    _guarded(until_interrupted)
 
 
 @app.command(name="exec")
@@ -487,8 +499,13 @@ def capture(
 def _live_cell(run: Path | None) -> Path:
     from testbed.recording.link_server import live_cell
 
-    runs = [run] if run else sorted(Path("runs").glob("*/"), key=lambda path: path.stat().st_mtime, reverse=True)
-    cell = next((cell for path in runs if (cell := live_cell(path))), None)
+    def find() -> Path | None:
+        named = [run] if run else RUNS.iterdir() if is_directory(RUNS) else []
+        found = [path for path in named if is_directory(path)]
+        newest_first = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+        return next((cell for path in newest_first if (cell := live_cell(path))), None)
+
+    cell = _guarded(find)
     if cell is None:
         _fail(f"no cell is running in {run or 'runs'}; start one with: testbed run SPEC", EXIT_BAD_INPUT)
     return cell
@@ -626,6 +643,9 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def main() -> None:
     """Entry point of the console script."""
+    # The name of a file may be no text in any encoding; standard error writes it so in any case.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="testbed")  # also where it is started as a module: completion goes by the name
 
 

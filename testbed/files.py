@@ -18,6 +18,24 @@ LARGEST_BYTES = 64 << 20
 _LEFT_S = 600.0
 
 
+def exists(path: Path) -> bool:
+    """Whether there is something, as far as we may see; like ``is_file`` and ``is_directory``, it raises nothing.
+
+    Those of pathlib raise OSError before Python 3.14 where a name is too long or a folder on the way is closed to us.
+    """
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file, or a link to one."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_directory(path: Path) -> bool:
+    """Whether there is a directory, or a link to one."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def explained(error: OSError) -> str:
     """What went wrong with which file, as one line."""
     return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from testbed.files import read_json
+from testbed.files import is_directory, read_json
 from testbed.live.bins import LONGEST_S, POINTS, Bins, newest
 from testbed.live.tail import Tail, number
 from testbed.protocol import (
@@ -398,9 +398,8 @@ class RunView:
 
     def _find_cells(self) -> None:
         try:
-            found = sorted(
-                (path for path in (self.directory / "cells").iterdir() if path.is_dir() and not path.is_symlink()), key=_natural
-            )
+            paths = (self.directory / "cells").iterdir()
+            found = sorted((path for path in paths if not path.is_symlink() and is_directory(path)), key=_natural)
         except OSError:
             found = []
         self._gone = not self.directory.is_dir()

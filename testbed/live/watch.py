@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from testbed.files import is_directory, is_file
 from testbed.live.server import LivePage, serve
 from testbed.recording.link_server import live_cell
 from testbed.run.directory import LOCK_FILE, SPEC_FILE
@@ -32,7 +33,7 @@ def watch(directory: Path, address: str, port: int, say: Callable[[str], None]) 
 
     Raises ValueError, one line, if there is no run directory, and CannotServe.
     """
-    if not (directory / SPEC_FILE).is_file() and not (directory / "cells").is_dir():
+    if not is_file(directory / SPEC_FILE) and not is_directory(directory / "cells"):
         raise ValueError(f"{directory}: is no run directory; run directories lie in runs, unless --out said otherwise")
     with LivePage(directory.resolve(), address, port, lambda: under_way(directory)) as page:
         say(f"{'live page' if under_way(directory) else 'report'}: {page.url}  (Ctrl-C ends it)")

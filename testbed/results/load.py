@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from testbed.files import read_json, read_text
+from testbed.files import is_directory, is_file, read_json, read_text
 from testbed.protocol import CELL_FILE, RESULT_FILE, one_line
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES
 from testbed.results.dilation import undilated
@@ -65,9 +65,9 @@ class Run:
 
 def require_run(path: Path) -> None:
     """Raise ``NotARun``, one line, if this is no run directory."""
-    if not path.is_dir():
+    if not is_directory(path):
         raise NotARun(f"{path}: no such directory")
-    if not (path / "spec.yaml").is_file() and not (path / "cells").is_dir():
+    if not is_file(path / "spec.yaml") and not is_directory(path / "cells"):
         raise NotARun(f"{path}: not a run directory, it has neither spec.yaml nor cells/")
 
 
@@ -76,7 +76,7 @@ def load_run(path: str | Path) -> Run:
     path = Path(path)
     require_run(path)
     spec = _read_spec(path / "spec.yaml")
-    cell_dirs = sorted((d for d in (path / "cells").glob("*") if d.is_dir() and not d.is_symlink()), key=_natural)
+    cell_dirs = sorted((d for d in (path / "cells").glob("*") if not d.is_symlink() and is_directory(d)), key=_natural)
     cells = [cell_row(d) for d in cell_dirs]
     tables = {name: _all_cells(cell_dirs, name, cells) for name in TABLES}
     factors = {cell["cell"]: cell["dilation"] for cell in cells}

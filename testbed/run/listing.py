@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from testbed.files import is_regular, read_json
+from testbed.files import is_directory, is_regular, read_json
 from testbed.protocol import RESULT_FILE, one_line
 from testbed.report import text
 from testbed.results.load import SUMMARY_FILE, NotARun
@@ -31,7 +31,7 @@ class Listed:
 def list_runs(folder: Path) -> list[Listed]:
     """The run directories in a folder, newest first; what else lies there is left out. Raises NotARun if there is no folder."""
     try:
-        paths = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+        paths = [path for path in folder.iterdir() if not path.is_symlink() and is_directory(path)]
     except OSError as error:
         raise NotARun(f"{folder}: {error.strerror}") from None
     found = [_listed(path) for path in paths if is_run(path)]
@@ -82,5 +82,5 @@ def _verdict(path: Path) -> tuple[str, str]:
 
 def _count(path: Path) -> tuple[int, int]:
     """(cells with a result, all cells)."""
-    cells = [cell for cell in (path / "cells").iterdir() if cell.is_dir()]
+    cells = [cell for cell in (path / "cells").iterdir() if is_directory(cell)]
     return sum(is_regular(cell / RESULT_FILE) for cell in cells), len(cells)

@@ -1,7 +1,9 @@
 """Files and folders that a spec names, relative to the directory in which it lies itself."""
 
 import ast
+import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 from netsenseml.catalog import is_import_path
 from testbed.catalog import check_folder
+from testbed.files import is_file
 from testbed.spec.errors import SpecError, did_you_mean
 from testbed.spec.load import validate
 from testbed.spec.models import Spec
@@ -24,9 +27,12 @@ def reader(directory: Path) -> Callable[[str], str]:
     def read(name: str) -> str:
         path = directory / name
         try:
-            if path.is_dir():
+            found = path.stat()
+            if stat.S_ISDIR(found.st_mode):
                 raise ValueError("is a directory; name the file in it")
-            if path.stat().st_size > MAX_BYTES:
+            if not stat.S_ISREG(found.st_mode):  # a pipe would keep us waiting
+                raise ValueError("is no file")
+            if found.st_size > MAX_BYTES:
                 raise ValueError(f"is larger than {MAX_BYTES >> 20} MiB; cut it, or thin it out")
             return path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
@@ -40,7 +46,10 @@ def reader(directory: Path) -> Callable[[str], str]:
 
 
 def _choices(path: Path) -> str:
-    names = sorted(other.name for other in path.parent.iterdir() if other.is_file()) if path.parent.is_dir() else []
+    try:
+        names = sorted(other.name for other in path.parent.iterdir() if is_file(other))
+    except OSError:
+        names = []
     return did_you_mean(path.name, names) if names else f"there is no file in {path.parent}"
 
 
@@ -54,12 +63,22 @@ def script_files(script: Path, named: Iterable[str] = ()) -> list[Path]:
     while pending:
         for name in sorted(_imported(pending.pop())):
             module, package = folder / f"{name}.py", folder / name
-            inside = sorted(package.rglob("*.py")) if package.is_dir() and any(package.glob("*.py")) else []
+            inside = _modules(package)
             place = package if inside else module
-            if place not in found and (inside or module.is_file()):
+            if place not in found and (inside or is_file(module)):
                 found[place] = None
                 pending += inside or [module]
     return list(dict.fromkeys([*found, *(folder / name for name in named)]))
+
+
+def _modules(package: Path) -> list[Path]:
+    """All modules in a folder and below it, as far as it can be read; none if there is none in the folder itself."""
+    found: list[Path] = []
+    for folder, _, names in os.walk(package):
+        found += [path for name in names if (path := Path(folder, name)).suffix == ".py" and is_file(path)]
+        if not found:
+            break
+    return sorted(found)
 
 
 def _imported(file: Path) -> set[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from testbed.files import exists, is_directory, is_file
 from testbed.spec.errors import SpecError, place_of
 from testbed.spec.models import LinkChange, Spec, empty, small_queues
 
@@ -53,12 +54,14 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
             validate(apply_overrides(raw, combination))
     except SpecError as error:
         raise error.found_in(path.name) from None
-    if spec.script and not (path.parent / spec.script.file).is_file():
+    if spec.script and not is_file(path.parent / spec.script.file):
         fault = ("script", f"there is no file {spec.script.file!r} beside the spec")
         raise SpecError([fault], path.name)
     for index, name in enumerate(spec.script.files if spec.script else ()):
-        if not ((path.parent / spec.script.file).parent / name).exists():  # type: ignore[union-attr]
-            raise SpecError([(f"script.files.{index}", f"there is no {name!r} beside the script")], path.name)
+        named = (path.parent / spec.script.file).parent / name  # type: ignore[union-attr]
+        if not is_file(named) and not is_directory(named):
+            text = "is neither a file nor a folder" if exists(named) else f"there is no {name!r} beside the script"
+            raise SpecError([(f"script.files.{index}", text)], path.name)
     return spec
 
 
@@ -102,21 +105,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise SpecError([("", "is empty; testbed init writes one to begin with")], name)
     if not isinstance(data, dict):
         raise SpecError([("", f"must be a mapping of keys to values, not a {type(data).__name__}")], name)
-    # Aliases let a small file stand for billions of nodes; count before anything walks them.
-    if sum(1 for _ in itertools.islice(_nodes(data), _MAX_NODES)) >= _MAX_NODES:
-        raise SpecError([("", f"has more than {_MAX_NODES} values once its aliases are expanded")], name)
     _check_values(data, name)
     return data
 
 
 def _check_values(data: Any, source: str) -> None:
-    """Raise SpecError for what not every check would bear, and no spec has: huge whole numbers, half characters."""
-    for place, node in _nodes(data):
-        if isinstance(node, int) and abs(node) >= 2**63:
-            raise SpecError([(place_of(place), "is a number that is too large")], source)
-        for text in [node] if isinstance(node, str) else node if isinstance(node, Mapping) else ():
-            if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise SpecError([(place_of(place), f"{text!r:.40} has half a character; write whole ones")], source)
+    """Raise SpecError for what not every check would bear, and no spec has: huge whole numbers, half characters, and aliases
+    by which a small file stands for billions of nodes."""
+    for count, (place, node) in enumerate(_nodes(data), 1):
+        if count >= _MAX_NODES:
+            raise SpecError([("", f"has more than {_MAX_NODES} values once its aliases are expanded")], source)
+        for value in [node, *node] if isinstance(node, Mapping) else [node]:  # before a key becomes part of a place
+            if isinstance(value, int) and abs(value) >= 2**63:
+                fault = "is a number that is too large" if value is node else "has a key that is too large a number"
+                raise SpecError([(place_of(place), fault)], source)
+            if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+                raise SpecError([(place_of(place), f"{value!r:.40} has half a character; write whole ones")], source)
 
 
 def _nodes(data: Any) -> Iterator[tuple[list[str | int], Any]]:

@@ -1,0 +1,111 @@
+"""Names and files that nobody expects, one clear line each: too long, leading nowhere, no files at all, in no encoding."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from testbed.cli import app
+
+pytestmark = pytest.mark.fast
+
+SMOKE = Path(__file__).parents[2] / "experiments" / "smoke.yaml"
+LONG = "a" * 300
+"""Longer than a file system takes; as with a closed folder on the way, looking at it is an error, for root, too."""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("testbed.run.start.check_machine", lambda plan: "auto")
+    monkeypatch.setattr("testbed.run.start._run", lambda *_: 0)
+    shutil.copy(SMOKE, "smoke.yaml")
+
+
+def refused(*arguments, code=2):
+    """The one line by which a command is refused."""
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, (result.output, result.exception)
+    (line,) = result.stderr.splitlines()
+    assert "Traceback" not in line
+    return line
+
+
+def spec(**changes):
+    Path("odd.yaml").write_text(yaml.safe_dump({**yaml.safe_load(SMOKE.read_text()), **changes}))
+    return "odd.yaml"
+
+
+def script_spec(**script):
+    raw = yaml.safe_load(SMOKE.read_text())
+    del raw["workload"]
+    Path("odd.yaml").write_text(yaml.safe_dump({**raw, "script": {"file": "train.py", **script}}))
+    return "odd.yaml"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["validate", f"{LONG}.yaml"],
+        ["run", "--resume", LONG],
+        ["runs", LONG],
+        ["show", LONG],
+        ["report", LONG],
+        ["compare", LONG, LONG],
+        ["watch", LONG],
+        ["link", "--run", LONG],
+    ],
+)
+def test_a_name_that_is_too_long_is_bad_input(arguments):
+    assert "aaa" in refused(*arguments)
+
+
+def test_so_is_that_of_a_script_and_of_a_file_that_it_needs():
+    Path("train.py").touch()
+    for script, words in (
+        ({"file": f"{LONG}.py"}, "there is no file"),
+        ({"files": [LONG]}, "beside the script"),
+    ):
+        for command in ("validate", "run"):
+            assert words in refused(command, script_spec(**script))
+
+
+def test_a_link_that_cannot_be_followed_hides_no_run():
+    Path("runs/one/cells").mkdir(parents=True)
+    shutil.copy(SMOKE, "runs/one/spec.yaml")
+    Path("runs/latest").symlink_to(LONG)
+    assert "no cell is running" in refused("link")
+    Path("runs/one/cells/latest").symlink_to(LONG)
+    result = CliRunner().invoke(app, ["runs"])
+    assert result.exit_code == 0, result.output
+    assert "one" in result.stdout and "unfinished" in result.stdout and "damaged" not in result.stdout
+    assert CliRunner().invoke(app, ["show", "runs/one"]).exit_code == 0
+    asked = {"_TESTBED_COMPLETE": "complete_bash", "COMP_WORDS": "testbed show runs/", "COMP_CWORD": "2"}
+    assert CliRunner().invoke(app, [], prog_name="testbed", env=asked).stdout.split() == ["runs/one/cells/"]
+
+
+def test_nor_the_valid_names_of_a_trace():
+    Path("rates.csv").touch()
+    Path("latest.csv").symlink_to(LONG)
+    os.mkfifo("pipe.csv")
+    assert "did you mean 'rates.csv'" in refused("validate", spec(schedule=[{"at": "0s", "links": "w0", "trace": "rate.csv"}]))
+    assert "is no file" in refused("validate", spec(schedule=[{"at": "0s", "links": "w0", "trace": "pipe.csv"}]))
+
+
+def test_a_key_that_is_a_huge_number_is_bad_input():
+    Path("odd.yaml").write_text(f"a:\n  ? 0x{'f' * 5000}\n  : 1\n")
+    assert refused("validate", "odd.yaml") == "odd.yaml: a: has a key that is too large a number"
+
+
+def test_a_name_in_no_encoding_is_printed():
+    shutil.copy(SMOKE, b"caf\xe9.yaml")
+    command = [sys.executable, "-m", "testbed", "validate", b"caf\xe9.yaml"]
+    environment = {**os.environ, "PYTHONUTF8": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("caf\\udce9.yaml: good")
