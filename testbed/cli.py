@@ -620,13 +620,13 @@ def _plan(path: Path, overrides: list[str], lab: LabKind | None, *, as_json: boo
 def _guarded(call: Callable[[], T]) -> T:
     from testbed.files import explained
     from testbed.labs.base import LabError
-    from testbed.run.directory import RunIsBusy
+    from testbed.run.directory import NoPlace, RunIsBusy
 
     try:
         return call()
     except LabError as error:
         _fail(str(error), EXIT_CANNOT)
-    except RunIsBusy as error:
+    except (RunIsBusy, NoPlace) as error:
         _fail(str(error), EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -38,6 +38,8 @@ def is_directory(path: Path) -> bool:
 
 def explained(error: OSError) -> str:
     """What went wrong with which file, as one line."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of copytree: (from, to, why) of each file
+        return str(error.args[0][0][2])
     return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
 
 

@@ -1,5 +1,6 @@
 """The run directory: made before anything starts, owned by the caller at the end."""
 
+import contextlib
 import errno
 import fcntl
 import itertools
@@ -17,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from testbed import gpus
-from testbed.files import everything_in, no_room, read_json, replacing
+from testbed.files import everything_in, is_directory, is_file, no_room, read_json, remove_tree, replacing
 from testbed.protocol import one_line
 from testbed.spec.files import data_folders, find_folder, script_files, trace_files, with_data_folders, with_trace_files
 from testbed.spec.load import dump_spec
@@ -39,6 +40,10 @@ _PACKAGES = ("netsenseml", "torch", "numpy", "pyroute2", "docker", "pandas", "py
 
 class RunIsBusy(Exception):
     """Another process runs the cells of the directory. The message is one line."""
+
+
+class NoPlace(Exception):
+    """There can be no run directory where one is to be made. The message is one line."""
 
 
 class NoRoom(Exception):
@@ -122,16 +127,28 @@ def create(spec: Spec, parent: Path, spec_directory: Path) -> Path:
     """A new run directory ``<name>-<UTC time>`` with spec.yaml, environment.json and copies of all files that the spec names.
 
     spec_directory: where the spec lies. With the copies a run can be resumed, and read, after script and traces have changed.
-    Folders of data sets are not copied, there are links to them.
+    Folders of data sets are not copied, there are links to them. Raises NoPlace; whatever goes wrong, nothing is left of it.
     """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        what = "is a link that leads nowhere" if parent.is_symlink() else "is no directory, and run directories lie in one"
+        raise NoPlace(f"{parent}: {what}; name another place with --out") from None
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
-        directory = parent / f"{spec.name}-{stamp}{suffix}"
-        try:
-            directory.mkdir(parents=True)
+    for number in itertools.count(1):
+        directory = parent / f"{spec.name}-{stamp}{f'-{number}' if number > 1 else ''}"
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir()
             break
-        except FileExistsError:
-            continue
+    try:
+        _fill(directory, spec, spec_directory)
+    except BaseException:
+        remove_tree(directory)
+        raise
+    return directory
+
+
+def _fill(directory: Path, spec: Spec, spec_directory: Path) -> None:
     (directory / "cells").mkdir()
     if spec.script:
         file = _copy_script(spec.script, spec_directory, directory)
@@ -140,7 +157,6 @@ def create(spec: Spec, parent: Path, spec_directory: Path) -> Path:
     spec = _with_data_linked(spec, spec_directory, directory)
     (directory / SPEC_FILE).write_text(dump_spec(spec))
     (directory / ENVIRONMENT_FILE).write_text(json.dumps(environment(), indent=1))
-    return directory
 
 
 def note_environment(directory: Path) -> list[str]:
@@ -172,12 +188,16 @@ def _copy_script(script: ScriptSpec, spec_directory: Path, directory: Path) -> s
 
 
 def _not_copied(run: Path) -> Callable[[str, list[str]], set[str]]:
-    """For copytree: caches, and the folders of runs, which may lie in a folder that is copied into one of them."""
+    """For copytree: caches, what is neither a file nor a folder, such as a link that leads nowhere (editors lock files so),
+    and the folders of runs, which may lie in a folder that is copied into one of them."""
     runs = run.parent.resolve()
+
+    def is_left_out(path: Path) -> bool:
+        return path.name in ("__pycache__", ".git") or path == runs or not (is_file(path) or is_directory(path))
 
     def ignored(folder: str, names: list[str]) -> set[str]:
         place = Path(folder).resolve()
-        return {name for name in names if name in ("__pycache__", ".git") or place / name == runs or place == runs}
+        return {name for name in names if place == runs or is_left_out(place / name)}
 
     return ignored
 

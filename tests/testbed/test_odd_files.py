@@ -1,5 +1,6 @@
 """Names and files that nobody expects, one clear line each: too long, leading nowhere, no files at all, in no encoding."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -95,6 +96,53 @@ def test_nor_the_valid_names_of_a_trace():
     os.mkfifo("pipe.csv")
     assert "did you mean 'rates.csv'" in refused("validate", spec(schedule=[{"at": "0s", "links": "w0", "trace": "rate.csv"}]))
     assert "is no file" in refused("validate", spec(schedule=[{"at": "0s", "links": "w0", "trace": "pipe.csv"}]))
+
+
+def test_a_package_is_copied_without_what_is_no_file():
+    Path("train.py").write_text("import pkg\n")
+    Path("pkg/inner").mkdir(parents=True)
+    for module in ("pkg/m.py", "pkg/inner/__init__.py"):
+        Path(module).write_text("")
+    Path("pkg/.#m.py").symlink_to("user@host.1:2")  # as Emacs locks a file
+    Path("pkg/same.py").symlink_to("m.py")
+    os.mkfifo("pkg/pipe.py")
+    result = CliRunner().invoke(app, ["run", script_spec()])
+    assert result.exit_code == 0, (result.output, result.exception)
+    (copied,) = Path("runs").glob("*/script/pkg")
+    assert {path.name for path in copied.iterdir()} == {"m.py", "inner", "same.py"}
+    assert "neither a file nor a folder" in refused("run", script_spec(files=["pkg/pipe.py"]))
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"), [(KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, "No space left on device", "x"), 1)]
+)
+def test_a_run_directory_is_made_whole_or_not_at_all(monkeypatch, fault, code):
+    def fails():
+        raise fault
+
+    monkeypatch.setattr("testbed.run.directory.environment", fails)
+    assert CliRunner().invoke(app, ["run", "smoke.yaml"]).exit_code == code
+    assert not list(Path("runs").iterdir())
+
+
+def test_what_cannot_be_copied_is_named_in_one_line():
+    Path("train.py").write_text("import pkg\n")
+    Path("pkg").mkdir()
+    Path("pkg/m.py").touch()
+    Path("pkg/memory").symlink_to("/proc/self/mem")  # a file that not even root can read from its beginning
+    line = refused("run", script_spec(), code=1)
+    assert "Input/output error" in line and "[(" not in line
+    assert not list(Path("runs").iterdir())
+
+
+def test_a_place_for_runs_that_is_no_directory_is_bad_input():
+    Path("file").touch()
+    Path("dangling").symlink_to("nowhere")
+    Path("runs").symlink_to("nowhere")
+    assert "is no directory" in refused("run", "smoke.yaml", "--out", "file")
+    assert "is no directory" in refused("run", "smoke.yaml", "--out", "file/below")
+    assert "leads nowhere" in refused("run", "smoke.yaml", "--out", "dangling")
+    assert refused("run", "smoke.yaml").startswith("runs: is a link that leads nowhere; name another place with --out")
 
 
 def test_a_key_that_is_a_huge_number_is_bad_input():
