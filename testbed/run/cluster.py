@@ -73,8 +73,11 @@ def connected(address: str) -> Iterator[Any]:
                 )
                 address = stack.enter_context(cluster).scheduler_address
             client = stack.enter_context(distributed.Client(address, timeout=5, set_as_default=False))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:  # of what the address needs
             raise LabError(f"--on {address}: no Dask scheduler can be reached there: {one_line(str(error))}") from None
+        except TypeError as error:  # what Dask raises where it has no certificates to show
+            mend = "configure distributed.comm.tls, or use tcp://"
+            raise LabError(f"--on {address}: Dask has no TLS configuration here ({one_line(str(error))}); {mend}") from None
         given_up_s = time.monotonic() + _NO_MACHINE_S
         while not any(RESOURCE in worker["resources"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()):
             if time.monotonic() > given_up_s:

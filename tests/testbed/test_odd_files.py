@@ -150,6 +150,11 @@ def test_a_key_that_is_a_huge_number_is_bad_input():
     assert refused("validate", "odd.yaml") == "odd.yaml: a: has a key that is too large a number"
 
 
+def test_a_scheduler_with_tls_is_refused_where_dask_has_no_certificates():
+    pytest.importorskip("distributed")
+    assert "use tcp://" in refused("run", "smoke.yaml", "--on", "tls://127.0.0.1:1", code=4)
+
+
 def test_a_name_in_no_encoding_is_printed():
     shutil.copy(SMOKE, b"caf\xe9.yaml")
     command = [sys.executable, "-m", "testbed", "validate", b"caf\xe9.yaml"]
