@@ -18,6 +18,7 @@ from testbed.spec.models import LinkChange, Spec, empty, small_queues
 MAX_BYTES = 1 << 20
 _MAX_NODES = 100_000
 _MAX_COMBINATIONS = 10_000
+_MAX_CELLS = 100_000
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -218,6 +219,11 @@ def combinations(spec: Spec) -> list[dict[str, Any]]:
         raise SpecError(
             [("matrix", f"makes {many:,} combinations; {_MAX_COMBINATIONS:,} are possible, make several experiments")]
         )
+    if (cells := many * len(spec.methods) * len(spec.seeds)) > _MAX_CELLS:
+        counts = {"matrix": many, "methods": len(spec.methods), "seeds": len(spec.seeds)}
+        parts = f"{many:,} combinations of the matrix, {len(spec.methods):,} methods and {len(spec.seeds):,} seeds"
+        text = f"{parts} make {cells:,} cells; {_MAX_CELLS:,} are possible, make several experiments"
+        raise SpecError([(max(counts, key=counts.__getitem__), text)])
     return [dict(zip(spec.matrix, values, strict=True)) for values in itertools.product(*spec.matrix.values())]
 
 

@@ -150,6 +150,12 @@ def test_a_key_that_is_a_huge_number_is_bad_input():
     assert refused("validate", "odd.yaml") == "odd.yaml: a: has a key that is too large a number"
 
 
+def test_more_cells_than_anybody_runs_are_refused_before_they_are_made():
+    seeds, rates = list(range(1000)), [f"{number}mbit" for number in range(1, 102)]
+    line = refused("validate", spec(methods=["allreduce"], seeds=seeds, matrix={"network.link.rate": rates}))
+    assert line.startswith("odd.yaml: seeds: ") and "101,000 cells" in line
+
+
 def test_a_scheduler_with_tls_is_refused_where_dask_has_no_certificates():
     pytest.importorskip("distributed")
     assert "use tcp://" in refused("run", "smoke.yaml", "--on", "tls://127.0.0.1:1", code=4)
