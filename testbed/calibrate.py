@@ -25,6 +25,7 @@ from statistics import median
 from typing import Any
 
 from netsenseml.records import monotonic_s
+from testbed.children import module_command
 from testbed.labs import open_labs
 from testbed.labs.base import LabError, LabPlan
 from testbed.labs.netns import sandbox_command
@@ -87,7 +88,7 @@ def calibrate(conditions: Conditions, lab: str, progress: Callable[[str], None])
 
 
 def _calibrate_in_sandbox(conditions: Conditions) -> Iterator[dict[str, Any]]:
-    command = [*sandbox_command(), sys.executable, "-m", "testbed.calibrate", json.dumps(asdict(conditions))]
+    command = [*sandbox_command(), *module_command("testbed.calibrate", json.dumps(asdict(conditions)))]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         try:

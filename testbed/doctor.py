@@ -10,7 +10,6 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from typing import Any, Literal
 import psutil
 
 from testbed import gpus
+from testbed.children import module_command
 from testbed.labs.base import HostFailed, LabError
 from testbed.labs.capabilities import CAPABILITIES, lacking_capabilities
 from testbed.labs.cgroups import groups_of_run
@@ -180,7 +180,7 @@ def netns_lab(system: System) -> tuple[Finding, list[str] | None]:
         settings = {name: _read(f"/proc/sys/{name.replace('.', '/')}").strip() for name in _USER_NAMESPACE_SETTINGS}
         mend = user_namespaces_fix(system, settings, shutil.which("unshare") is not None)
         return Finding("lab netns", "missing", reason, mend), _missing_here()
-    command = [*prefix, sys.executable, "-m", "testbed.links.kernel_support", *KERNEL_KINDS]
+    command = [*prefix, *module_command("testbed.links.kernel_support", *KERNEL_KINDS)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         reason = f"no network namespace can be made: {why_it_failed(done)}"
@@ -227,7 +227,7 @@ def delay_line(system: System) -> Finding:
         prefix = sandbox_command()
     except LabError:
         return Finding(name, "limited", "cannot be tried without a network namespace", "mend lab netns first")
-    command = [*prefix, sys.executable, "-m", "testbed.links.tap"]
+    command = [*prefix, *module_command("testbed.links.tap")]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode == 0:
         return Finding(name, "ok", "makes delay, jitter and loss where the kernel has no netem")

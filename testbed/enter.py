@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from testbed.children import module_command
 from testbed.labs.base import LabError
 from testbed.recording import link_server
 
@@ -32,7 +32,7 @@ def capture(cell: Path, host: str, out: Path) -> list[str]:
     Raises ValueError, one line, if there is no such host; LabError where it may not be done.
     """
     found = _ask(cell, host)
-    return [*_into(cell, found), sys.executable, "-m", "testbed.links.capture", found["interface"], str(out.resolve())]
+    return [*_into(cell, found), *module_command("testbed.links.capture", found["interface"], str(out.resolve()))]
 
 
 def _ask(cell: Path, host: str) -> Mapping[str, Any]:

@@ -34,6 +34,7 @@ from typing import Any, Self
 
 import psutil
 
+from testbed.children import module_command
 from testbed.labs.base import OOM_SCORE_ADJ, HostFailed
 from testbed.labs.cgroups import enter_host_group
 from testbed.labs.confine import (
@@ -101,7 +102,7 @@ class ForkServer:
         with theirs:
             os.set_inheritable(theirs.fileno(), True)
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            argv = [sys.executable, "-m", "testbed.labs.forkserver", str(theirs.fileno()), *self._preload]
+            argv = module_command("testbed.labs.forkserver", str(theirs.fileno()), *self._preload)
             # Ctrl-C is the orchestrator's to handle; until the server can ignore it, it waits.
             # Its input would be the pipe that tells our own process of its parent's end.
             no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
@@ -333,6 +334,8 @@ def _become(request: Mapping[str, Any], namespace: int, environment: int, preloa
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         if argv[0] == "python" and argv[1] == "-m" and argv[2] in preload:
             sys.argv = [argv[2], *argv[3:]]
+            if sys.flags.safe_path:
+                sys.path.insert(0, os.getcwd())  # noqa: PTH109  (where python -m looks first)
             sys.modules.pop(argv[2])  # it is run as __main__ now; runpy would warn of two copies in every log
             runpy.run_module(argv[2], run_name="__main__", alter_sys=False)
             code = 0
@@ -365,7 +368,8 @@ def _run_script(argv: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     path = argv[0]
     folder = str(Path(path).parent)
-    sys.argv[:], sys.path[0] = argv, folder
+    sys.argv[:] = argv
+    sys.path[: not sys.flags.safe_path] = [folder]  # in the place of the working directory, where that is searched
     # Forked processes have the same random numbers ahead of them; Python's own and torch's are as in a fresh one.
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()

@@ -30,6 +30,7 @@ from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from testbed.children import module_command
 from testbed.links.impairment import Conditions, Impairment
 from testbed.links.state import Loss
 from testbed.links.tap import LARGEST_READ_BYTES, VNET_HEADER_BYTES, set_offload
@@ -127,7 +128,7 @@ class DelayLine:
         with theirs:
             # In a session of its own, a Ctrl-C at the terminal does not reach it: the lab ends it, in its own time.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                module_command(__name__, str(theirs.fileno())),
                 pass_fds=[theirs.fileno(), *taps],
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,

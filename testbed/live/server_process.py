@@ -4,12 +4,12 @@ import contextlib
 import os
 import select
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
 
+from testbed.children import module_command
 from testbed.live.server import LINGER_S
 
 _STARTED_S = 15.0
@@ -23,7 +23,7 @@ def live_page(directory: Path, console: Console) -> Iterator[Callable[[], None]]
     own and in no hurry, lest it disturb the cells; and whatever befalls it, the run goes on without a page.
     """
     read_end, parent_pipe = os.pipe2(os.O_CLOEXEC)
-    command = [sys.executable, "-m", "testbed.live", str(directory.resolve()), "127.0.0.1", "0"]
+    command = module_command("testbed.live", str(directory.resolve()), "127.0.0.1", "0")
     # A process group of its own: Ctrl-C is for us, and then the pipe tells it. What goes wrong there is nothing for a terminal.
     child = subprocess.Popen(
         command, stdin=read_end, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, process_group=0

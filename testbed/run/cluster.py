@@ -12,7 +12,6 @@ import platform
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import tempfile
 import time
@@ -25,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from testbed.children import module_command
 from testbed.labs.base import LabError
 from testbed.plan import Cell, Plan
 from testbed.protocol import one_line
@@ -238,7 +238,7 @@ def run_job(name: str, files: bytes, links: dict[str, str], cells: list[str], ve
         with (
             open(Path(temporary) / "log", "w+") as log,
             subprocess.Popen(
-                [sys.executable, "-m", "testbed.run.cluster_job", str(directory), *left],
+                module_command("testbed.run.cluster_job", str(directory), *left),
                 stdin=subprocess.PIPE,  # which ends with this process, and then the job does
                 stdout=log,
                 stderr=log,

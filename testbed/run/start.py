@@ -3,7 +3,6 @@
 import contextlib
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from testbed import gpus, protocol
+from testbed.children import module_command
 from testbed.doctor import System
 from testbed.files import no_room
 from testbed.labs.base import LabError
@@ -152,7 +152,7 @@ def _check_taps(lab: str) -> None:
 
 def _run_in_sandbox(module: str, *arguments: str) -> str:
     """What a module of checks prints inside private namespaces; raises LabError with its last words."""
-    command = [*sandbox_command(), sys.executable, "-m", module, *arguments]
+    command = [*sandbox_command(), *module_command(module, *arguments)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         raise LabError(f"cannot make a lab: {why_it_failed(done)}")

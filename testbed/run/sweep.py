@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from testbed.children import module_command
 from testbed.files import read_json
 from testbed.labs import open_labs
 from testbed.labs.cgroups import ENV_GROUPS, encode_groups
@@ -132,7 +132,7 @@ def execute_in_sandbox(
     The child's standard input is a pipe that only we hold open. When we end, in whatever way, it reads the end of the pipe
     and stops in an orderly way; and when its first process ends, the kernel removes the rest.
     """
-    command = [*sandbox_command(), sys.executable, "-m", "testbed.run.sandbox_main", str(directory), str(lock), *only]
+    command = [*sandbox_command(), *module_command("testbed.run.sandbox_main", str(directory), str(lock), *only)]
     read_end, parent_pipe = os.pipe2(os.O_CLOEXEC)
     # A process group of its own, or a signal to ours would end the child before it can clean up.
     environment = {**os.environ, ENV_GROUPS: encode_groups(groups)}

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 import testbed
+from testbed.cli import app
 from testbed.labs.netns import sandbox_command
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +138,15 @@ def test_bad_input_to_calibrate_is_refused(arguments, words):
     done = command("calibrate", *arguments)
     assert done.returncode == 2
     assert words in done.stderr
+
+
+def test_modules_of_the_working_directory_are_not_taken_for_python_s(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "random.py").write_text('open("ran", "w")')
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert not (tmp_path / "ran").exists()
+    assert "ImportError" not in result.stdout
+    assert json.loads(result.stdout)["labs"]["netns"]
 
 
 def test_the_doctor_says_what_works_here():

@@ -12,6 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from testbed.cli import app
+from testbed.labs.forkserver import ForkServer
 
 pytestmark = pytest.mark.fast
 
@@ -159,6 +160,13 @@ def test_more_cells_than_anybody_runs_are_refused_before_they_are_made():
 def test_a_scheduler_with_tls_is_refused_where_dask_has_no_certificates():
     pytest.importorskip("distributed")
     assert "use tcp://" in refused("run", "smoke.yaml", "--on", "tls://127.0.0.1:1", code=4)
+
+
+def test_a_module_of_the_user_s_is_not_taken_for_python_s_where_workers_are_started():
+    Path("random.py").write_text('open("ran", "w")')
+    with ForkServer():
+        pass
+    assert not Path("ran").exists()
 
 
 def test_a_name_in_no_encoding_is_printed():
