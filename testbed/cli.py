@@ -600,9 +600,15 @@ def clean(
     groups = _guarded(lambda: clean_groups(dry_run))
     for name in groups:  # whether there is a Docker daemon or not
         typer.echo(f"{verb} {name}")
-    removed = _guarded(lambda: [*clean_docker(dry_run), *clean_swarm(dry_run)])
-    nothing = "nothing else to remove" if groups else "nothing to remove"
-    typer.echo("\n".join(f"{verb} {name}" for name in removed) or nothing)
+    removed, left = _guarded(lambda: clean_docker(dry_run))
+    removed += _guarded(lambda: clean_swarm(dry_run))
+    for name in removed:
+        typer.echo(f"{verb} {name}")
+    if left:
+        what = "; ".join(f"{name} ({why})" for name, why in left.items())
+        _fail(f"Docker could not remove {what}; end what uses it, then: testbed clean", EXIT_FAILED)
+    if not removed:
+        typer.echo("nothing else to remove" if groups else "nothing to remove")
 
 
 def _plan(path: Path, overrides: list[str], lab: LabKind | None, *, as_json: bool = False) -> "tuple[Spec, Plan]":

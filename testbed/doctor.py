@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
@@ -25,6 +25,9 @@ from testbed.labs.base import HostFailed, LabError
 from testbed.labs.capabilities import CAPABILITIES, lacking_capabilities
 from testbed.labs.cgroups import groups_of_run
 from testbed.labs.netns import sandbox_command, why_it_failed
+
+if TYPE_CHECKING:
+    from docker import DockerClient
 
 Verdict = Literal["ok", "limited", "missing"]
 KERNEL_KINDS = ("htb", "tbf", "netem", "codel", "fq_codel", "cake", "veth", "bridge")
@@ -303,25 +306,19 @@ def docker_lab(system: System) -> list[Finding]:
     from testbed.labs import docker
 
     try:
-        client = docker.connect()
+        with docker.docker_errors(), contextlib.closing(docker.connect()) as client:
+            findings = [Finding("Docker", "ok", f"server {client.version()['Version']}")]
+            findings += docker_gpus(gpus.found(), client.info())
+            findings.append(_image(client))
     except LabError as error:
         reason, _, mend = str(error).partition("; ")
-        if system.container:
-            mend = "give the container the daemon's socket: docker run -v /var/run/docker.sock:/var/run/docker.sock …"
-        elif "daemon" in reason:
-            start = "systemctl start docker" if shutil.which("systemctl") else "service docker start"
-            mend = system.command(start) if shutil.which("dockerd") else system.install("docker.io", "moby-engine")
+        if reason.startswith("no Docker daemon answers ("):
+            if system.container:
+                mend = "give the container the daemon's socket: docker run -v /var/run/docker.sock:/var/run/docker.sock …"
+            else:
+                start = "systemctl start docker" if shutil.which("systemctl") else "service docker start"
+                mend = system.command(start) if shutil.which("dockerd") else system.install("docker.io", "moby-engine")
         return [Finding("lab docker", "missing", reason, mend)]
-    findings = [Finding("Docker", "ok", f"server {client.version()['Version']}")]
-    findings += docker_gpus(gpus.found(), client.info())
-    image = os.environ.get(docker.ENV_IMAGE, docker.DEFAULT_IMAGE)
-    try:
-        docker.require_image(client, image)
-        findings.append(Finding("image", "ok", image))
-    except LabError as error:
-        findings.append(Finding("image", "missing", *str(error).split("; ", 1)))
-    finally:
-        client.close()
     compose = _output(["docker", "compose", "version", "--short"]) if shutil.which("docker") else ""
     if compose:
         findings.append(Finding("Compose", "ok", compose))
@@ -337,6 +334,18 @@ def docker_lab(system: System) -> list[Finding]:
     if faults:
         return [Finding("lab docker", "missing", "; ".join(faults), f"on the host: {_COMPOSE}"), *findings]
     return [Finding("lab docker", "ok", "with --lab docker" if not lacking_capabilities() else _COMPOSE), *findings]
+
+
+def _image(client: "DockerClient") -> Finding:
+    """Whether the daemon has the image of the hosts."""
+    from testbed.labs import docker
+
+    image = os.environ.get(docker.ENV_IMAGE, docker.DEFAULT_IMAGE)
+    try:
+        docker.require_image(client, image)
+        return Finding("image", "ok", image)
+    except LabError as error:
+        return Finding("image", "missing", *str(error).split("; ", 1))
 
 
 def docker_gpus(names: list[str], daemon: Mapping[str, Any]) -> list[Finding]:

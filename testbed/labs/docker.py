@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from http import HTTPStatus
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
@@ -395,8 +396,13 @@ def connect() -> docker.DockerClient:
     except (DockerException, requests.RequestException) as error:
         if "ermission denied" in str(error):
             raise LabError(f"this user may not use Docker; run with sudo, or: {_COMPOSE}") from None
+        said = str(error).removeprefix("Error while fetching server API version: ")
+        reason = protocol.one_line(said).replace(";", ",")
+        if place := os.environ.get("DOCKER_HOST"):
+            mend = "mend that, or unset the variable, or use --lab netns"
+            raise LabError(f"no Docker daemon answers at DOCKER_HOST={place} ({reason}); {mend}") from None
         raise LabError(
-            "no Docker daemon answers; start it (for example: sudo systemctl start docker), or use --lab netns"
+            f"no Docker daemon answers ({reason}); start it (for example: sudo systemctl start docker), or use --lab netns"
         ) from None
 
 
@@ -441,8 +447,11 @@ def require_image(client: docker.DockerClient, image: str) -> None:
         raise LabError(f"the image {image} is missing; build it with: docker compose build experiment") from None
 
 
-def clean(dry_run: bool, client: docker.DockerClient | None = None) -> list[str]:
-    """Remove what labs have left whose orchestrator is gone; returns what that is. Raises LabError without a daemon."""
+def clean(dry_run: bool, client: docker.DockerClient | None = None) -> tuple[list[str], dict[str, str]]:
+    """Remove what labs have left whose orchestrator is gone; raises LabError without a daemon.
+
+    Returns (what is gone, or would be, {what could not be removed: why}).
+    """
     own = client is None
     if client is None:
         client = connect()
@@ -450,9 +459,9 @@ def clean(dry_run: bool, client: docker.DockerClient | None = None) -> list[str]
         containers, networks = _labelled(client, LABEL)
         containers = [one for one in containers if not owner_lives(one.labels.get(OWNER, ""))]
         networks = [one for one in networks if not owner_lives(one.attrs["Labels"].get(OWNER, ""))]
-        if not dry_run:
-            _remove(client, containers, networks)
-        return [f"container {one.name}" for one in containers] + [f"network {one.name}" for one in networks]
+        left = {} if dry_run else _remove(client, containers, networks)
+        found = [f"container {one.name}" for one in containers] + [f"network {one.name}" for one in networks]
+        return [name for name in found if name not in left], left
     finally:
         if own:
             client.close()
@@ -463,11 +472,17 @@ def _labelled(client: docker.DockerClient, label: str) -> tuple[list[Container],
     return client.containers.list(all=True, filters=chosen, ignore_removed=True), client.networks.list(filters=chosen)
 
 
-def _remove(client: docker.DockerClient, containers: Sequence[Container], networks: Sequence[Network]) -> None:
+def _remove(client: docker.DockerClient, containers: Sequence[Container], networks: Sequence[Network]) -> dict[str, str]:
+    """Returns what could not be removed, and why."""
+    left: dict[str, str] = {}
+
     def remove(container: Container) -> None:
-        # It may be gone, or on its way: containers remove themselves when their orchestrator hangs up.
-        with contextlib.suppress(APIError):
+        try:
             container.remove(force=True, v=True)
+        except APIError as error:
+            # It may be gone, or on its way: containers remove themselves when their orchestrator hangs up.
+            if error.status_code not in (HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT):
+                left[f"container {container.name}"] = protocol.one_line(str(error.explanation or error))
 
     with ThreadPoolExecutor(_START_THREADS) as pool:
         list(pool.map(remove, containers))
@@ -478,10 +493,13 @@ def _remove(client: docker.DockerClient, containers: Sequence[Container], networ
                 network.remove()
             except NotFound:
                 pass
-            except APIError:
+            except APIError as error:
+                left[f"network {network.name}"] = protocol.one_line(str(error.explanation or error))
                 time.sleep(0.1)
                 continue
+            left.pop(f"network {network.name}", None)
             break
+    return left
 
 
 def _enter(pid: int) -> NetlinkSocket:

@@ -288,15 +288,15 @@ def test_killed_orchestrator_leaves_no_container_and_clean_removes_the_network(o
     assert [orchestrator.stdout.readline() for _ in range(2)] == ["ready\n", "open\n"], orchestrator.communicate()
     made = made_by(orchestrator)
     assert len(made) == 3
-    assert not set(clean(dry_run=False)) & {f"container {name}" for name in made}
+    assert not set(clean(dry_run=False)[0]) & {f"container {name}" for name in made}
     assert made_by(orchestrator) == made, "clean touched a living lab"
     orchestrator.kill()
     orchestrator.communicate()
     assert wait_for(lambda: len(made_by(orchestrator)) == 1), made_by(orchestrator)
     (network,) = made_by(orchestrator)
-    assert f"network {network}" in clean(dry_run=True)
+    assert f"network {network}" in clean(dry_run=True)[0]
     assert made_by(orchestrator) == [network]
-    assert f"network {network}" in clean(dry_run=False)
+    assert f"network {network}" in clean(dry_run=False)[0]
     assert not made_by(orchestrator)
 
 
