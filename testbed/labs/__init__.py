@@ -12,7 +12,7 @@ def open_labs(kind: str, run_directory: Path, preload: Sequence[str]) -> Iterato
     """A factory of labs that share what is dear to make, such as one process that has imported torch.
 
     kind: "netns" (the caller is inside the sandbox of ``netns.sandbox_command``), "docker" or "swarm".
-    preload: modules that the hosts of netns labs will run as programs.
+    preload: modules that the hosts of netns labs will run as programs. Raises LabError where there is no daemon, or no image.
     """
     if kind == "netns":
         from testbed.labs.cgroups import inherited_groups
@@ -27,6 +27,7 @@ def open_labs(kind: str, run_directory: Path, preload: Sequence[str]) -> Iterato
         with Swarm() as swarm:
             yield lambda plan: SwarmLab(plan, swarm, run_directory)
     else:
-        from testbed.labs.docker import DockerLab
+        from testbed.labs.docker import DockerLab, require_docker
 
+        require_docker()
         yield lambda plan: DockerLab(plan, run_directory)

@@ -16,9 +16,7 @@ import itertools
 import os
 import re
 import secrets
-import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -54,6 +52,7 @@ from testbed.links.routes import tcp_route
 from testbed.links.shaper import Port
 from testbed.links.tap import open_tap
 from testbed.recording.recorder import LocalRecorder, Recorder, Recording
+from testbed.signals import undisturbed
 
 LABEL = "netsense.testbed"
 OWNER = "netsense.testbed.owner"
@@ -539,6 +538,13 @@ def _require_capabilities() -> None:
         raise LabError(f"shaping containers needs {', '.join(missing)}; run: {_COMPOSE}, or use sudo, or --lab netns")
 
 
+def require_docker() -> None:
+    """Raise LabError with the mend if no lab can be made here."""
+    _require_capabilities()
+    with contextlib.closing(connect()) as client, docker_errors():
+        require_image(client, os.environ.get(ENV_IMAGE, DEFAULT_IMAGE))
+
+
 def _give(path: Path, uid: int, gid: int) -> None:
     """Hand a tree over, if it is there; a link that a worker may have put in its place is not followed."""
     if path.is_symlink():
@@ -574,21 +580,3 @@ def docker_errors() -> Iterator[None]:
     except (DockerException, requests.RequestException) as error:
         words = error.explanation if isinstance(error, APIError) else str(error)
         raise LabError(f"Docker refused: {words}") from error
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Put off Ctrl-C until the lab is removed; only the main thread can, and only it is interrupted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda which, _: came.append(which)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])

@@ -39,12 +39,12 @@ from testbed.labs.docker import (
     connect,
     docker_errors,
     require_image,
-    undisturbed,
 )
 from testbed.labs.owner import boot_id, owner_lives, owner_mark
 from testbed.labs.remote import Nodes, RemoteLab, RemoteNode
 from testbed.links.state import LinkState
 from testbed.protocol import one_line
+from testbed.signals import undisturbed
 from testbed.spec.models import OVERLAY_MTU
 
 LABEL = "netsense.swarm"

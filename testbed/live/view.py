@@ -29,6 +29,7 @@ from testbed.recording.link_server import SOCKET_FILE as LINK_SOCKET_FILE
 from testbed.report.palette import palette
 from testbed.results.names import scenario
 from testbed.results.tolerances import BUSY_SHARE, FOREIGN_SHARE, LATE_S
+from testbed.run.directory import LOCK_FILE
 
 DIRECTIONS = ("up", "down")
 MOST_CELLS = 2000
@@ -461,21 +462,36 @@ class RunView:
         return live[0] if live else ended[-1][1] if ended else next(iter(rows), None)
 
     def _progress(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        done = sum(bool(cell.ended_at_s) for cell in self.cells.values())
+        done = len(self.cells) - len(self._pending())
         running = next((row for row in rows.values() if row["state"] == "running"), None)
         share = (done + ((running["share"] or 0.0) if running else 0.0)) / max(1, len(rows))
         return {"cells": len(rows), "done": done, "share": _short(share), "left_s": self._left_s()}
 
     def _left_s(self) -> float | None:
         """By what cells have taken since the run was started or resumed; before one has ended, by what they are to take."""
-        pending = [cell for cell in self.cells.values() if not cell.ended_at_s]
-        began_s = min((cell.stamp[1] / 1e9 for cell in pending if cell.stamp), default=0.0)  # all are prepared at once
+        pending, began_s = self._pending(), self._began_s()
         ended = [cell.ended_at_s for cell in self.cells.values() if cell.ended_at_s > began_s]
-        if pending and ended:
+        if began_s and pending and ended:
             each_s = (max(ended) - began_s) / len(ended)
             return round(max(0.0, each_s * len(pending) - (time.time() - max(ended))))
-        left_s = [planned_s - min(cell.t_s, planned_s) for cell in pending if (planned_s := cell.planned_s) is not None]
+        left_s = [
+            planned_s - (min(cell.t_s, planned_s) if cell.state == "running" else 0.0)
+            for cell in pending
+            if (planned_s := cell.planned_s) is not None
+        ]
         return round(sum(left_s)) if len(left_s) == len(pending) else None
+
+    def _began_s(self) -> float:
+        """When the run was started, or resumed, as time.time() counts: who runs it has written so into its lock. 0: unknown."""
+        stamp = _stamp(self.directory / LOCK_FILE)
+        return stamp[1] / 1e9 if stamp else 0.0
+
+    def _pending(self) -> list[CellView]:
+        """Cells that are still to run; one that failed in an earlier run is tried again, and keeps its result until then."""
+        began_s = self._began_s()
+        return [
+            cell for cell in self.cells.values() if not cell.ended_at_s or (cell.ended_at_s < began_s and cell.state != "done")
+        ]
 
 
 def _of_rank(rank: int, take: Callable[[Mapping[str, Any]], None]) -> Callable[[Mapping[str, Any]], None]:

@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
@@ -30,7 +30,7 @@ from testbed.plan import Cell, Plan
 from testbed.protocol import one_line
 from testbed.run.cell import read_result
 from testbed.run.directory import DATA, SCRIPT, SPEC_FILE, TRACES
-from testbed.run.sweep import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, in_turn, interrupt_main_thread_once
+from testbed.run.sweep import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, in_turn, interrupt_main_thread_once, not_done
 
 RESOURCE = "testbed"
 """What a machine of the cluster has to offer: ``dask worker ADDRESS --resources testbed=1``."""
@@ -41,16 +41,19 @@ _LEAVE_S = 12.0
 """An interrupted job has cleaned up after so long."""
 
 
-def execute_on(address: str, plan: Plan, directory: Path, console: Console, *, spread: bool = False) -> int:
+def execute_on(
+    address: str, plan: Plan, directory: Path, console: Console, only: Collection[str] = (), *, spread: bool = False
+) -> int:
     """Run every cell of a run directory that is not done yet on a cluster; returns the exit code.
 
-    address: of Dask's scheduler, tcp://host:8786, or ``local:N`` for N workers on this machine. spread: any machine may take
-    any cell, also where methods are compared. Raises LabError if there is no such cluster, or nothing in it offers RESOURCE.
+    address: of Dask's scheduler, tcp://host:8786, or ``local:N`` for N workers on this machine. only: as in ``sweep.execute``.
+    spread: any machine may take any cell, also where methods are compared. Raises LabError if there is no such cluster, or
+    nothing in it offers RESOURCE.
     """
     _, interrupted = interrupt_main_thread_once(_LEAVE_S)
     try:
         with connected(address) as client:
-            return _Sweep(client, plan, directory, console).run(spread)
+            return _Sweep(client, plan, directory, console).run(only, spread)
     except (Exception, KeyboardInterrupt):
         if interrupted.is_set():
             return EXIT_INTERRUPTED
@@ -93,10 +96,11 @@ class _Sweep:
         self._name = uuid.uuid4().hex
         self._home: set[str] = set()
 
-    def run(self, spread: bool) -> int:
+    def run(self, only: Collection[str], spread: bool) -> int:
         from distributed import Queue, Variable
 
-        pending = [c for c in in_turn(self._plan) if (read_result(self._place(c.name)) or {}).get("status") != "done"]
+        cells = in_turn(self._plan)
+        pending = [cell for cell in cells if cell.name in only] if only else not_done(cells, self._directory)
         arrivals, done = Queue(self._name, client=self._client), Variable(self._name, client=self._client)
         done.set([])
         files, links = _packed(self._directory, [SPEC_FILE, SCRIPT, TRACES]), _links(self._directory / DATA)

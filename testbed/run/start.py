@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from testbed import gpus, protocol
+from testbed import gpus
 from testbed.children import module_command
 from testbed.doctor import System
 from testbed.files import no_room
@@ -31,6 +31,7 @@ from testbed.run.sweep import (
     execute_in_sandbox,
     interrupt_main_thread_once,
     no_room_left,
+    not_done,
 )
 from testbed.spec.models import Spec
 from testbed.traffic.machine import check_congestion, check_traffic
@@ -54,11 +55,11 @@ class Cluster:
         with connected(self.address):
             pass
 
-    def run(self, plan: Plan, directory: Path, console: Console) -> int:
-        """Returns the exit code, whatever the verdict of the cells."""
+    def run(self, plan: Plan, directory: Path, console: Console, only: Collection[str]) -> int:
+        """Returns the exit code, whatever the verdict of the cells. only: as in ``sweep.execute``."""
         from testbed.run.cluster import execute_on
 
-        return execute_on(self.address, plan, directory, console, spread=self.spread)
+        return execute_on(self.address, plan, directory, console, only, spread=self.spread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,21 +188,20 @@ def continue_run(plan: Plan, directory: Path, console: Console, options: RunOpti
     with run_directory.run_lock(directory) as lock:
         for line in run_directory.note_environment(directory) if options.on is None else ():
             console.print(f"the cells will not all be of one machine: {line}", markup=False, soft_wrap=True)
-        if again:
-            _forget_invalid(directory)
-        return _run(plan, directory, lock, console, options)
+        return _run(plan, directory, lock, console, options, _not_valid(plan, directory) if again else ())
 
 
-def _forget_invalid(directory: Path) -> None:
+def _not_valid(plan: Plan, directory: Path) -> list[str]:
+    """The cells that are not done, or done and not valid."""
     from testbed.results.load import load_run
     from testbed.results.summary import summarize
 
-    for cell in summarize(load_run(directory))["cells"]:
-        if not cell["valid"]:
-            (directory / "cells" / cell["cell"] / protocol.RESULT_FILE).unlink(missing_ok=True)
+    invalid = {cell["cell"] for cell in summarize(load_run(directory))["cells"] if not cell["valid"]}
+    invalid.update(cell.name for cell in not_done(plan.cells, directory))
+    return sorted(invalid)
 
 
-def _run(plan: Plan, directory: Path, lock: int, console: Console, options: RunOptions) -> int:
+def _run(plan: Plan, directory: Path, lock: int, console: Console, options: RunOptions, only: Collection[str] = ()) -> int:
     # The results need pandas and plotly; they load while the cells run.
     threading.Thread(target=_load_results, daemon=True).start()
     try:
@@ -210,9 +210,9 @@ def _run(plan: Plan, directory: Path, lock: int, console: Console, options: RunO
             live_page(directory, console) if options.live else contextlib.nullcontext() as say_ended,
         ):
             if options.on:
-                code = options.on.run(plan, directory, Console(quiet=True) if options.quiet else console)
+                code = options.on.run(plan, directory, Console(quiet=True) if options.quiet else console, only)
             else:
-                code = run_cells(plan, directory, lock, console, groups, quiet=options.quiet)
+                code = run_cells(plan, directory, lock, console, groups, only, quiet=options.quiet)
             verdict = finish(directory, console, interrupted=code == EXIT_INTERRUPTED)
             if say_ended is not None and code != EXIT_INTERRUPTED:
                 say_ended()
@@ -236,9 +236,9 @@ def run_cells(
     only: Collection[str] = (),
     quiet: bool = False,
 ) -> int:
-    """Run the cells that are not done, or ``only`` those, on this machine; returns the exit code, whatever their verdict.
+    """Run cells on this machine; returns the exit code, whatever their verdict.
 
-    groups: from ``groups_for``.
+    groups: from ``groups_for``. only: as in ``sweep.execute``.
     """
     if plan.lab == "netns":
         output = subprocess.DEVNULL if quiet else 2 if console.stderr else None

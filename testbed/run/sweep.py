@@ -5,7 +5,7 @@ import random
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -20,10 +20,12 @@ from testbed.labs.cgroups import ENV_GROUPS, encode_groups
 from testbed.labs.netns import sandbox_command
 from testbed.links.kernel_support import missing_kinds
 from testbed.plan import Cell, Plan, make_plan
-from testbed.protocol import CELL_FILE
+from testbed.protocol import CELL_FILE, SOCKET_FILE
+from testbed.recording.link_server import SOCKET_FILE as LINK_SOCKET_FILE
 from testbed.run.cell import prepare_cell, read_result, run_cell
 from testbed.run.directory import SPEC_FILE, NoRoom, is_full, release_reserve, reserve_room
 from testbed.run.progress import RunProgress
+from testbed.signals import ending_signals
 from testbed.spec.load import load_spec
 from testbed.traffic.flows import TRAFFIC_PROGRAM
 
@@ -33,12 +35,6 @@ PROGRAMS = ("testbed.worker.program", TRAFFIC_PROGRAM)
 EXIT_DONE, EXIT_FAILED, EXIT_CANNOT, EXIT_INTERRUPTED = 0, 1, 4, 130
 
 
-def _ending_signals() -> list[signal.Signals]:
-    """Those that end a run in order; not a hang-up if the caller, such as nohup(1), has it ignored."""
-    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
-
-
 _GRACE_S = 4.0
 """From the first interrupt to the hard end; users were promised five seconds."""
 
@@ -46,18 +42,20 @@ _GRACE_S = 4.0
 def execute(directory: Path, console: Console, only: Collection[str] = ()) -> None:
     """Run every cell of a run directory that is not done yet; for netns the caller is inside the sandbox.
 
-    only: of these, if there are any.
+    only: these instead, done or not, if there are any. What an earlier try of a cell has left is kept until its turn comes.
     """
     spec = load_spec(directory / SPEC_FILE)
     plan = make_plan(spec, directory)
     if "auto" in plan.engines:  # of a matrix over networks; the others are written down
         plan = make_plan(spec, directory, "userspace" if missing_kinds(["netem"]) else "netem")
-    ended = {cell.name: read_result(directory / "cells" / cell.name) or {} for cell in plan.cells}
     wanted = [cell for cell in in_turn(plan) if not only or cell.name in only]
-    pending = [cell for cell in wanted if ended[cell.name].get("status") != "done"]
-    earlier = {cell.name: _failures(ended[cell.name], directory / "cells" / cell.name) for cell in pending}
+    pending = wanted if only else not_done(wanted, directory)
     for cell in pending:
-        prepare_cell(cell, directory / "cells" / cell.name, earlier[cell.name])
+        place = directory / "cells" / cell.name
+        if not place.is_dir():  # the live page, and the report, are to know of it
+            prepare_cell(cell, place)
+        for left in (SOCKET_FILE, LINK_SOCKET_FILE):  # of a try that was killed: the page would say that it runs
+            (place / left).unlink(missing_ok=True)
     failed: list[Cell] = []
     with (
         _room_reserved(directory),
@@ -65,9 +63,12 @@ def execute(directory: Path, console: Console, only: Collection[str] = ()) -> No
         open_labs(plan.lab, directory, PROGRAMS) as open_lab,
     ):
 
-        def run(cell: Cell, earlier: Sequence[str] = ()) -> None:
+        def run(cell: Cell) -> None:
             progress.begin(cell)
-            result = run_cell(cell, open_lab, directory / "cells" / cell.name, progress.tick, earlier)
+            place = directory / "cells" / cell.name
+            earlier = _failures(read_result(place) or {}, place)
+            prepare_cell(cell, place, earlier)
+            result = run_cell(cell, open_lab, place, progress.tick, earlier)
             text = f"{result.status}, {result.steps} steps in {result.t_end_s:.1f} s"
             progress.end("; ".join([text, *result.problems]))
             if is_full(directory):
@@ -76,13 +77,15 @@ def execute(directory: Path, console: Console, only: Collection[str] = ()) -> No
                 failed.append(cell)
 
         for cell in pending:
-            run(cell, earlier[cell.name])
+            run(cell)
         for cell in list(failed):  # what went wrong once may have been an accident, but it is not forgotten
-            place = directory / "cells" / cell.name
-            before = _failures(read_result(place) or {}, place)
-            prepare_cell(cell, place, before)
             progress.retry()
-            run(cell, before)
+            run(cell)
+
+
+def not_done(cells: Iterable[Cell], directory: Path) -> list[Cell]:
+    """Those that have not come to their end in a run directory."""
+    return [cell for cell in cells if (read_result(directory / "cells" / cell.name) or {}).get("status") != "done"]
 
 
 @contextmanager
@@ -152,7 +155,7 @@ class _closing_on_signal:  # noqa: N801
         self._parent_pipe = parent_pipe
 
     def __enter__(self) -> Callable[[], None]:
-        self._before = {number: signal.signal(number, self._interrupted) for number in _ending_signals()}
+        self._before = {number: signal.signal(number, self._interrupted) for number in ending_signals()}
         return self._close
 
     def __exit__(self, *_: object) -> None:
@@ -188,6 +191,6 @@ def interrupt_main_thread_once(grace_s: float = _GRACE_S) -> tuple[Callable[[], 
         timer.start()
         raise KeyboardInterrupt
 
-    for number in _ending_signals():
+    for number in ending_signals():
         signal.signal(number, handler)
     return lambda: signal.pthread_kill(main, signal.SIGINT), fired

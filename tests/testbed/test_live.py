@@ -42,7 +42,7 @@ from testbed.results.load import load_run
 from testbed.results.records import finish_cell
 from testbed.results.summary import summarize
 from testbed.run import start
-from testbed.run.directory import run_lock
+from testbed.run.directory import LOCK_FILE, run_lock
 
 ROOT = Path(__file__).parents[2]
 MISCHIEF = "</script><img src=x onerror=alert(1)>"
@@ -223,6 +223,24 @@ def test_steps_of_all_ranks_of_a_worker_count(tmp_path: Path) -> None:
     summary = summarize(load_run(run))["cells"][0]
     assert row["samples_per_s"] == pytest.approx(summary["throughput_samples_per_s"], rel=1e-3)
     assert row["accuracy"] is not None
+
+
+def test_what_failed_before_is_still_to_be_done_when_a_run_is_resumed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", methods=("allreduce", "topk", "netsense"))
+    for method, status, ended_at_s in (("allreduce", "done", 100.0), ("topk", "failed", 200.0), ("netsense", "done", 310.0)):
+        result = run / "cells" / f"{method}-s0" / RESULT_FILE
+        result.write_text(json.dumps({**json.loads(result.read_text()), "status": status}))
+        os.utime(result, (ended_at_s, ended_at_s))
+    (run / LOCK_FILE).write_text("1\n")
+    os.utime(run / LOCK_FILE, (300.0, 300.0))
+    view = RunView(run)
+    view.update(60)
+    progress = view.changes()["progress"]
+    assert (progress["cells"], progress["done"], progress["left_s"]) == (3, 2, 0)  # 10 s from the epoch's 310th second on
+    os.utime(run / "cells" / "netsense-s0" / RESULT_FILE, (1e10, 1e10))
+    os.utime(run / LOCK_FILE, (1e10 - 40.0, 1e10 - 40.0))
+    view.update(60)
+    assert view.changes()["progress"]["left_s"] >= 40
 
 
 def test_a_cell_that_is_tried_again_begins_anew(tmp_path: Path) -> None:

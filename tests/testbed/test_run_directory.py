@@ -10,7 +10,7 @@ import pytest
 
 from netsenseml.records import RecordFile, read_records
 from testbed.run.directory import RESERVE_FILE, RunIsBusy, is_full, note_environment, release_reserve, reserve_room, run_lock
-from testbed.run.sweep import _ending_signals
+from testbed.signals import ending_signals, undisturbed
 from testbed.spec.files import script_files
 
 pytestmark = pytest.mark.fast
@@ -43,11 +43,48 @@ def test_an_environment_that_is_a_link_is_neither_read_nor_written(tmp_path: Pat
 def test_who_ignores_a_hang_up_goes_on() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert signal.SIGHUP not in _ending_signals()
+        assert signal.SIGHUP not in ending_signals()
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        assert signal.SIGHUP in _ending_signals()
+        assert signal.SIGHUP in ending_signals()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_must_not_be_disturbed_comes_to_its_end_before_a_signal_does(number: signal.Signals) -> None:
+    reached = False
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt), undisturbed():
+            signal.raise_signal(number)
+            reached = True
+    finally:
+        signal.signal(number, before)
+    assert reached
+
+
+@pytest.mark.parametrize("lab", ["swarm", "docker"])
+def test_what_is_there_stays_if_a_run_cannot_be_resumed(tmp_path: Path, lab: str) -> None:
+    (tmp_path / "spec.yaml").write_text(
+        f"name: kept\nlab: {lab}\nworkload: {{stop: {{steps: 5}}}}\nmethods: [allreduce, bf16]\n"
+    )
+    records = {}
+    for cell, status in (("allreduce-s0", "failed"), ("bf16-s0", "done")):  # and not valid: there is nothing in it
+        place = tmp_path / "cells" / cell
+        (place / "hosts" / "w0").mkdir(parents=True)
+        records[place / "hosts" / "w0" / "steps.jsonl"] = '{"step": 0}\n'
+        records[place / "result.json"] = f'{{"status": "{status}"}}'
+    for path, text in records.items():
+        path.write_text(text)
+    command = [sys.executable, "-m", "testbed.cli", "run", "--resume", str(tmp_path), "--again"]
+    environment = {**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/none"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert {path: path.read_text() for path in records if path.exists()} == records
 
 
 def test_a_script_brings_what_it_imports_from_its_folder(tmp_path: Path) -> None:
