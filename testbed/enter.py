@@ -29,8 +29,10 @@ def on_host(cell: Path, host: str, argv: Sequence[str]) -> list[str]:
 def capture(cell: Path, host: str, out: Path) -> list[str]:
     """The command that writes what passes a host's interface to ``out``, in the format of pcap, until it is interrupted.
 
-    Raises ValueError, one line, if there is no such host; LabError where it may not be done.
+    Raises ValueError, one line, if there is no such host, or the file exists; LabError where it may not be done.
     """
+    if out.is_file():  # a pipe to another program may
+        raise ValueError(f"{out} exists already, and is left as it is; name another one by --out")
     found = _ask(cell, host)
     return [*_into(cell, found), *module_command("testbed.links.capture", found["interface"], str(out.resolve()))]
 

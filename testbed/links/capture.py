@@ -8,7 +8,7 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Iterator
+import threading
 from contextlib import closing
 
 from testbed.files import explained
@@ -20,34 +20,47 @@ _NANOSECONDS, _ETHERNET = 0xA1B23C4D, 1
 _BUFFER_BYTES = 1 << 25
 _PACKET_BYTES = 1 << 17
 """More than any packet has, also before it is cut into frames."""
+_WAIT_US = 200_000
+"""So long a packet is waited for before it is seen that the end has come."""
 
 
-def frames(interface: str) -> Iterator[tuple[int, int, bytes]]:
-    """(seconds, nanoseconds, frame) of all that passes in both directions, see packet(7); at the end, a line on stderr."""
-    with closing(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))) as tap:
+def open_tap(interface: str) -> socket.socket:
+    """A socket with all that passes in both directions, see packet(7); it answers BlockingIOError where nothing has."""
+    tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
+    try:
         tap.bind((interface, _ETH_P_ALL))
         tap.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         tap.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
-        seen = 0
-        try:
-            while True:
-                frame, ancillary, _, _ = tap.recvmsg(_PACKET_BYTES, 128)
-                seen += 1
-                yield (*struct.unpack("qq", ancillary[0][2]), frame)
-        except KeyboardInterrupt:
-            _, dropped = struct.unpack("II", tap.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
-            print(f"{seen} packets captured, {dropped} dropped for want of time", file=sys.stderr)
+        tap.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, _WAIT_US))
+    except BaseException:
+        tap.close()
+        raise
+    return tap
 
 
 def main(interface: str, path: str) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ended = threading.Event()
     try:
-        with open(path, "wb") as out:
+        # The interface first: where it cannot be had, the file is left alone.
+        with closing(open_tap(interface)) as tap, open(path, "wb") as out:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: ended.set())
             out.write(struct.pack("=IHHiIII", _NANOSECONDS, 2, 4, 0, 0, _PACKET_BYTES, _ETHERNET))
-            for seconds, nanoseconds, frame in frames(interface):
+            seen = 0
+            while not ended.is_set():
+                try:
+                    frame, ancillary, _, _ = tap.recvmsg(_PACKET_BYTES, 128)
+                except BlockingIOError:
+                    continue
+                seen += 1
+                seconds, nanoseconds = struct.unpack("qq", ancillary[0][2])
                 out.write(struct.pack("=IIII", seconds, nanoseconds, len(frame), len(frame)) + frame)
+            _, dropped = struct.unpack("II", tap.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
+        print(f"{seen} packets captured, {dropped} dropped for want of time", file=sys.stderr)
     except OSError as error:
         sys.exit(f"testbed: {explained(error)}")
+    except KeyboardInterrupt:  # before it had begun
+        sys.exit(130)
 
 
 if __name__ == "__main__":
