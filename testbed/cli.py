@@ -499,16 +499,27 @@ def capture(
 def _live_cell(run: Path | None) -> Path:
     from testbed.recording.link_server import live_cell
 
-    def find() -> Path | None:
+    def find() -> Path:
         named = [run] if run else RUNS.iterdir() if is_directory(RUNS) else []
-        found = [path for path in named if is_directory(path)]
-        newest_first = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
-        return next((cell for path in newest_first if (cell := live_cell(path))), None)
+        refused: PermissionError | None = None
+        for path in sorted(filter(is_directory, named), key=_modified_s, reverse=True):
+            try:
+                if cell := live_cell(path):
+                    return cell
+            except PermissionError as error:
+                refused = refused or error
+        if refused:
+            _fail(f"{refused.filename}: belongs to another user; use sudo", EXIT_CANNOT)
+        _fail(f"no cell is running in {run or RUNS}; start one with: testbed run SPEC", EXIT_BAD_INPUT)
 
-    cell = _guarded(find)
-    if cell is None:
-        _fail(f"no cell is running in {run or 'runs'}; start one with: testbed run SPEC", EXIT_BAD_INPUT)
-    return cell
+    return _guarded(find)
+
+
+def _modified_s(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # it has just been removed
+        return 0.0
 
 
 def _become(command: Callable[[], list[str]]) -> NoReturn:

@@ -1,5 +1,6 @@
 """``testbed watch``: the page of a run that somebody else makes, or has made."""
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Callable
@@ -16,7 +17,7 @@ def under_way(directory: Path) -> bool:
     try:
         lock = os.open(directory / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
-        return live_cell(directory) is not None
+        return _answers(directory)
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for no more than a moment, or we would be who runs it
     except BlockingIOError:
@@ -25,7 +26,13 @@ def under_way(directory: Path) -> bool:
         pass  # a file system without locks
     finally:
         os.close(lock)
-    return live_cell(directory) is not None
+    return _answers(directory)
+
+
+def _answers(directory: Path) -> bool:
+    with contextlib.suppress(OSError):  # what is another user's cannot be asked
+        return live_cell(directory) is not None
+    return False
 
 
 def watch(directory: Path, address: str, port: int, say: Callable[[str], None]) -> None:

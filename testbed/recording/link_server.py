@@ -10,11 +10,12 @@ One request a connection, one JSON object each way:
 """
 
 import contextlib
+import errno
 import queue
 import socket
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -93,8 +94,8 @@ def _is_confined(connection: socket.socket) -> bool:
 
 
 def send_request(directory: Path, request: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Put a request to the cell that runs in ``directory``; raises OSError if none does."""
-    with protocol.connect_unix(directory / SOCKET_FILE) as connection:
+    """Put a request to the cell that runs in ``directory``; raises OSError, one line, if none does."""
+    with _connected(directory) as connection:
         connection.settimeout(2 * _TIMEOUT_S)
         connection.sendall(protocol.encode_message(request))
         return _receive(connection)
@@ -102,15 +103,32 @@ def send_request(directory: Path, request: Mapping[str, Any]) -> Mapping[str, An
 
 def listening_pid(directory: Path) -> int:
     """The process that answers, as this PID namespace counts them (SO_PEERCRED, socket(7)); raises OSError if none does."""
-    with protocol.connect_unix(directory / SOCKET_FILE) as connection:
+    with _connected(directory) as connection:
         return _pid_of_peer(connection)
 
 
+@contextlib.contextmanager
+def _connected(directory: Path) -> Iterator[socket.socket]:
+    try:
+        with protocol.connect_unix(directory / SOCKET_FILE) as connection:
+            yield connection
+    except (FileNotFoundError, ConnectionError):
+        raise ConnectionError(f"{directory}: the cell does not answer any more; it may have ended just now") from None
+
+
 def live_cell(run: Path) -> Path | None:
-    """Directory of the cell of a run that is running now."""
+    """Directory of the cell of a run that is running now. Raises PermissionError if it may be one of another user's."""
+    refused = None
     for found in sorted(run.glob(f"cells/*/{SOCKET_FILE}")):
-        with contextlib.suppress(OSError), protocol.connect_unix(found):
-            return found.parent
+        try:
+            with protocol.connect_unix(found):
+                return found.parent
+        except PermissionError:
+            refused = PermissionError(errno.EACCES, "belongs to another user; use sudo", str(found.parent))
+        except OSError:
+            pass  # none listens: it was killed
+    if refused:
+        raise refused
     return None
 
 
@@ -118,7 +136,9 @@ def _receive(connection: socket.socket) -> Mapping[str, Any]:
     data = b""
     while not data.endswith(b"\n"):
         piece = connection.recv(65536)
-        if not piece or len(data) > protocol.MessageBuffer.LIMIT:
+        if not piece:
+            raise ConnectionResetError("the other end has hung up")
+        if len(data) > protocol.MessageBuffer.LIMIT:
             raise ValueError("no message")
         data += piece
     return protocol.decode_message(data)
