@@ -111,7 +111,7 @@ def _serve(channel: socket.socket, programs: dict[int, int], request: dict[str, 
     number = request["start"]
     try:
         programs[_spawn(request["argv"], request["env"], logs.pop(0))] = number
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"cannot start {request['argv'][0]}: {error}", file=sys.stderr)
         _send(channel, {"exited": number, "code": _DEATH_CODE})
 
@@ -128,7 +128,7 @@ def _spawn(argv: list[str], env: dict[str, str], output: int) -> int:
             setsigmask=[],
             setsigdef=[signal.SIGPIPE, signal.SIGTERM],
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for a NUL in a word
         os.write(output, f"cannot start {argv[0]}: {error}\n".encode())
         raise
     finally:

@@ -4,10 +4,10 @@ Importing torch takes seconds, a fork of a process that has imported it takes mi
 so that it stays single-threaded, which is what makes forking safe, and so that the orchestrator never imports torch.
 
 Requests go over a Unix socket pair, one JSON object a datagram, with the descriptor of the network namespace beside it:
-{"argv", "log", "confined", "groups"} → {"pid"} or {"error"}; {"end"} → {"ended"}. The program's environment comes in a file of
-which the descriptor is the second: it has the program's token, and what the server reads all forks have. Ends come back
-unasked, as {"exited": pid, "code": int}. A program that is confined has a PID namespace of its own, whose first process is the
-child.
+{"log", "confined", "groups"} → {"pid"} or {"error"}; {"end"} → {"ended"}. The program's arguments and environment come in a
+file, of any size, of which the descriptor is the second: the environment has the program's token, and what the server reads
+all forks have. Ends come back unasked, as {"exited": pid, "code": int}. A program that is confined has a PID namespace of its
+own, whose first process is the child.
 """
 
 import atexit
@@ -140,17 +140,14 @@ class ForkServer:
     ) -> ForkedProcess:
         """Run a program in a network namespace (descriptor) and control groups; raises HostFailed if the server has died."""
         request = {
-            "argv": list(argv),
             "log": str(log),
             "confined": confined and asdict(confined),
             "groups": list(map(str, groups)),
         }
-        environment = os.memfd_create("environment")
-        try:
-            os.write(environment, json.dumps(dict(env)).encode())
-            reply = self._ask(request, [namespace, environment])
-        finally:
-            os.close(environment)
+        with open(os.memfd_create("program"), "wb") as program:
+            program.write(json.dumps({"argv": list(argv), "env": dict(env)}).encode())
+            program.flush()
+            reply = self._ask(request, [namespace, program.fileno()])
         if "pid" not in reply:
             raise HostFailed(f"cannot start {argv[0]}: {reply['error']}")
         child: ForkedProcess = reply["process"]
@@ -304,11 +301,11 @@ def _send(channel: socket.socket, message: Mapping[str, Any]) -> None:
         sys.exit(0)  # the orchestrator is gone; the kernel ends the children with the PID namespace
 
 
-def _become(request: Mapping[str, Any], namespace: int, environment: int, preload: Sequence[str], status: int) -> list[str]:
+def _become(request: Mapping[str, Any], namespace: int, program: int, preload: Sequence[str], status: int) -> list[str]:
     """The forked child: becomes the program. Returns only what is to run as a script, with its arguments.
 
-    environment: descriptor of what is added to it, as JSON. status: where the wait status of the program goes if it is
-    confined, and so has a first process of its PID namespace above it.
+    program: descriptor of {"argv", "env"}, the latter being what is added to the environment. status: where the wait status of
+    the program goes if it is confined, and so has a first process of its PID namespace above it.
     """
     code = 1
     try:
@@ -319,17 +316,21 @@ def _become(request: Mapping[str, Any], namespace: int, environment: int, preloa
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
+        score = Path("/proc/self/oom_score_adj")
+        score.write_text(str(max(OOM_SCORE_ADJ, int(score.read_text()))))  # less may be forbidden (Kubernetes gives 1000)
         for group in request["groups"]:
             enter_host_group(group)
         setns(namespace)
-        os.environ.update(json.loads(os.pread(environment, os.fstat(environment).st_size, 0)))
+        with open(program, "rb") as file:
+            file.seek(0)  # the orchestrator has written it
+            wanted = json.load(file)
+        os.environ.update(wanted["env"])
         close_all_but([status] if request["confined"] else [])
         if request["confined"]:
             confine(Confinement(**request["confined"]))
             fork_below_init(status)
         tempfile.tempdir = None  # what was imported may have looked for it already, by another environment
-        argv: list[str] = request["argv"]
+        argv: list[str] = wanted["argv"]
         sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         if argv[0] == "python" and argv[1] == "-m" and argv[2] in preload:
@@ -342,8 +343,8 @@ def _become(request: Mapping[str, Any], namespace: int, environment: int, preloa
         elif argv[0] == "python" and argv[1].endswith(".py") and not _shadows(Path(argv[1])):
             return argv[1:]
         else:
-            program = sys.executable if argv[0] == "python" else argv[0]
-            os.execvp(program, [program, *argv[1:]])
+            name = sys.executable if argv[0] == "python" else argv[0]
+            os.execvp(name, [name, *argv[1:]])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:

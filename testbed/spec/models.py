@@ -747,6 +747,10 @@ class WorkloadSpec(Model):
         return self
 
 
+_ARGS_BYTES = 100_000
+"""execve(2) takes no word of more than 128 KiB, and JSON may write a character in six."""
+
+
 class ScriptSpec(Model):
     """A program of the user that every worker runs."""
 
@@ -770,6 +774,17 @@ class ScriptSpec(Model):
             if PurePath(name).is_absolute() or ".." in PurePath(name).parts or not PurePath(name).parts:
                 text = f"{name!r:.60} is not in the folder of the script; move it there, or give its path by args"
                 raise PydanticCustomError("at_key", text, {"path": ["files", index]})
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_handed_over(self) -> Self:
+        for index, word in enumerate(self.args):
+            if "\0" in word:
+                text = "has the character NUL, which no argument of a program can have; give it in a file"
+                raise PydanticCustomError("at_key", text, {"path": ["args", index]})
+        if (size := sum(len(word.encode(errors="replace")) for word in self.args)) > _ARGS_BYTES:
+            text = f"has {size} bytes, and at most {_ARGS_BYTES} can be handed over; put them into a file named under files"
+            raise PydanticCustomError("at_key", text, {"path": ["args"]})
         return self
 
     @model_validator(mode="after")

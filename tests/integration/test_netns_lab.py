@@ -123,6 +123,20 @@ with lab_of(["w0", "w1"], 10_000_000) as lab:
     assert seen["log"].strip().endswith("me")
 
 
+def test_arguments_may_be_long_and_whoever_may_be_killed_first_stays_so(tmp_path):
+    length, score = in_lab(
+        tmp_path,
+        """
+Path("/proc/self/oom_score_adj").write_text("700")
+with ForkServer() as server, lab_of(["w0"], 10_000_000) as lab:
+    ask = 'printf %s "$0" | wc -c; cat /proc/self/oom_score_adj'
+    wait(lab.hosts["w0"].start(["sh", "-c", ask, "\u00e9" * 40_000], {}, tmp / "log"))
+    print(json.dumps((tmp / "log").read_text().split()))
+""",
+    )
+    assert (length, score) == ("80000", "700")
+
+
 def test_a_killed_program_and_one_that_cannot_start(tmp_path):
     seen = in_lab(
         tmp_path,

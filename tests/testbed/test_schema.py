@@ -89,6 +89,8 @@ TAKEN = {
     "network.links.w7": NAMED,
     "workload.compute.stragglers.w9": NAMED,
     "placement.w9": NAMED,
+    "script.args[1]: has the character NUL": "nobody types it by accident, and a schema says of texts how they look",
+    "script.args: has 110000 bytes": HOW_LARGE,
     "workload.data: 99 bytes": COMPARED,
     "workload.data: 200 classes": COMPARED,
     "workload.data: use side: 32": COMPARED,

@@ -272,6 +272,16 @@ BAD = [
     ({"matrix": {"network.link.rate": ["10mbit", "10mbit"]}}, "bad.yaml: matrix.", "twice"),
     ({"matrix": {"network.link.rate": []}}, "bad.yaml: matrix.network.link.rate: ", "no values"),
     ({"matrix": {"network.link.rate": ["5mbit", "fast"]}}, "bad.yaml: network.link.rate: ", "'fast'"),
+    (
+        {"workload": ..., "script": {"file": "train.py", "args": ["a", "b\0"]}},
+        "bad.yaml: script.args[1]: has the character NUL",
+        "in a file",
+    ),
+    (
+        {"workload": ..., "script": {"file": "train.py", "args": ["a" * 50_000, "\u00e9" * 30_000]}},
+        "bad.yaml: script.args: has 110000 bytes, and at most 100000",
+        "put them into a file",
+    ),
     ({"script": "train.py"}, "bad.yaml: needs exactly one of workload and script", ""),
     ({"name": "../escape"}, "bad.yaml: name: ", "letters, digits"),
     ({"name": ".hidden"}, "bad.yaml: name: ", "first"),
