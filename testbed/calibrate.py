@@ -16,9 +16,10 @@ import math
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -33,6 +34,7 @@ from testbed.links.calibration import RATE_TOLERANCE, Measurement, MeasurementPr
 from testbed.links.qdiscs import ETHERNET_FRAME_BYTES
 from testbed.links.state import DIRECTIONS, LinkParameters, LinkState, Loss
 from testbed.network import max_gso_bytes
+from testbed.signals import DOCKER_GRACE_S, EXIT_INTERRUPTED, child_of_ours, interrupt_main_thread_once, watch_parent_pipe
 from testbed.spec.units import format_rate
 
 HOSTS = ("w0", "w1", "w2", "w3")
@@ -71,7 +73,7 @@ class Conditions:
 
 
 def calibrate(conditions: Conditions, lab: str, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Measure in a lab, "netns" or "docker"; raises LabError if it cannot be made.
+    """Measure in a lab, "netns" or "docker"; raises LabError if it cannot be made, KeyboardInterrupt if it was told to end.
 
     {"lab", "valid", "worst_goodput": the largest shortfall as a share of what was expected, negative if all were above,
      "rows": [{"rate_bps", "quantity", "expected", "measured", "tolerance", "within", "attempts"}]}
@@ -80,25 +82,34 @@ def calibrate(conditions: Conditions, lab: str, progress: Callable[[str], None])
     progress: told what has been measured.
     """
     rows = []
-    for row in _calibrate_in_sandbox(conditions) if lab == "netns" else _calibrate_here(conditions, lab):
-        rows.append(row)
-        progress(f"{row['quantity']} at {format_rate(row['rate_bps'])} measured")
+    with closing(_calibrate_in_sandbox(conditions) if lab == "netns" else _calibrate_by_daemon(conditions, lab)) as found:
+        for row in found:
+            rows.append(row)
+            progress(f"{row['quantity']} at {format_rate(row['rate_bps'])} measured")
     shortfalls = [1 - (row["measured"] or 0) / row["expected"] for row in rows if row["quantity"].startswith("goodput")]
     return {"lab": lab, "valid": all(row["within"] for row in rows), "worst_goodput": max(shortfalls), "rows": rows}
 
 
-def _calibrate_in_sandbox(conditions: Conditions) -> Iterator[dict[str, Any]]:
+def _calibrate_in_sandbox(conditions: Conditions) -> Generator[dict[str, Any], None, None]:
     command = [*sandbox_command(), *module_command("testbed.calibrate", json.dumps(asdict(conditions)))]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as child:
+    with child_of_ours(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
-        try:
-            for line in child.stdout:
-                yield json.loads(line)
-        except BaseException:
-            child.kill()
-            raise
+        for line in child.stdout:
+            yield json.loads(line)
+    if child.returncode == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt
     if child.returncode != 0:
         raise LabError(f"the lab ended with exit code {child.returncode}")
+
+
+def _calibrate_by_daemon(conditions: Conditions, lab: str) -> Generator[dict[str, Any], None, None]:
+    _, interrupted = interrupt_main_thread_once(DOCKER_GRACE_S)
+    try:
+        yield from _calibrate_here(conditions, lab)
+    except Exception:
+        if interrupted.is_set():
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _calibrate_here(conditions: Conditions, lab: str) -> Iterator[dict[str, Any]]:
@@ -245,15 +256,19 @@ def _scratch_directory(lab: str) -> Iterator[Path]:
 
 
 def main() -> int:
-    """Inside the sandbox: one row a line; exit code 0, or 4 with the reason on standard error."""
+    """Inside the sandbox: one row a line; exit code 0, 4 with the reason on standard error, or 130 (interrupted)."""
+    stop, interrupted = interrupt_main_thread_once()
     try:
+        threading.Thread(target=watch_parent_pipe, args=(stop,), daemon=True).start()
         for row in _calibrate_here(Conditions(**json.loads(sys.argv[1])), "netns"):
             print(json.dumps(row), flush=True)
-    except (LabError, OSError) as error:
-        print(f"testbed: {error}", file=sys.stderr)
-        return 4
-    except KeyboardInterrupt:
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupted.is_set():
+            return EXIT_INTERRUPTED
+        if isinstance(error, LabError | OSError):
+            print(f"testbed: {error}", file=sys.stderr)
+            return 4
+        raise
     return 0
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from testbed.plan import load_plan
 from testbed.results.load import Run, load_run
 from testbed.run.start import start_run
-from testbed.run.sweep import EXIT_INTERRUPTED
+from testbed.signals import EXIT_INTERRUPTED
 
 
 def run_experiment(

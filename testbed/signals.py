@@ -1,9 +1,18 @@
-"""What ends a run in order: Ctrl-C, SIGTERM and a hang-up."""
+"""What ends a run in order: Ctrl-C, SIGTERM, a hang-up, and the end of the process that has started it."""
 
 import contextlib
+import os
 import signal
+import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+EXIT_INTERRUPTED = 130
+_GRACE_S = 4.0
+"""From the first interrupt to the hard end; users were promised five seconds."""
+DOCKER_GRACE_S = 14.0
+"""The daemon takes longer to remove containers than the kernel takes for namespaces."""
 
 
 def ending_signals() -> list[signal.Signals]:
@@ -27,3 +36,77 @@ def undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
         if came:
             signal.raise_signal(came[0])
+
+
+def interrupt_main_thread_once(grace_s: float = _GRACE_S) -> tuple[Callable[[], None], threading.Event]:
+    """Make SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt once; returns a function that does so from any thread, and what
+    says that it has been done: libraries may wrap the exception in one of their own.
+
+    Whoever cleans up must not be interrupted again, so later signals are ignored; but the process ends after a grace time
+    even if the clean-up hangs.
+    """
+    fired = threading.Event()
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def handler(*_: object) -> None:
+        if fired.is_set():
+            return
+        fired.set()
+        timer = threading.Timer(grace_s, os._exit, (EXIT_INTERRUPTED,))
+        timer.daemon = True
+        timer.start()
+        raise KeyboardInterrupt
+
+    for number in ending_signals():
+        signal.signal(number, handler)
+    return lambda: signal.pthread_kill(main, signal.SIGINT), fired
+
+
+def watch_parent_pipe(stop: Callable[[], None]) -> None:
+    """Call ``stop`` when standard input ends, and so whoever started this process, in whatever way."""
+    while os.read(0, 1):
+        pass
+    stop()
+
+
+@contextlib.contextmanager
+def child_of_ours(command: Sequence[str], **more: Any) -> Iterator["subprocess.Popen[Any]"]:
+    """A process that stops in an orderly way when the block, or this process, ends in whatever way; more: as for ``Popen``.
+
+    Its standard input is a pipe that only we hold open, of which it reads the end (``watch_parent_pipe``). Signals that would
+    end us close it, and the block goes on until the child has ended.
+    """
+    read_end, parent_pipe = os.pipe2(os.O_CLOEXEC)
+    # A process group of its own, or a signal to ours would end the child before it can clean up.
+    with subprocess.Popen(command, stdin=read_end, process_group=0, **more) as child:
+        os.close(read_end)
+        with _closing_on_signal(parent_pipe) as close_parent_pipe:
+            try:
+                yield child
+            finally:
+                close_parent_pipe()
+                child.wait()
+
+
+class _closing_on_signal:  # noqa: N801
+    """While active, signals that would end this process close the pipe to the child instead."""
+
+    def __init__(self, parent_pipe: int) -> None:
+        self._parent_pipe = parent_pipe
+
+    def __enter__(self) -> Callable[[], None]:
+        self._before = {number: signal.signal(number, self._interrupted) for number in ending_signals()}
+        return self._close
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _interrupted(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._parent_pipe >= 0:
+            os.close(self._parent_pipe)
+            self._parent_pipe = -1

@@ -30,7 +30,8 @@ from testbed.plan import Cell, Plan
 from testbed.protocol import one_line
 from testbed.run.cell import read_result
 from testbed.run.directory import DATA, SCRIPT, SPEC_FILE, TRACES
-from testbed.run.sweep import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, in_turn, interrupt_main_thread_once, not_done
+from testbed.run.sweep import EXIT_DONE, EXIT_FAILED, in_turn, not_done
+from testbed.signals import EXIT_INTERRUPTED, interrupt_main_thread_once
 
 RESOURCE = "testbed"
 """What a machine of the cluster has to offer: ``dask worker ADDRESS --resources testbed=1``."""

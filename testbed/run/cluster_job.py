@@ -14,9 +14,9 @@ from rich.console import Console
 from testbed.labs.base import LabError
 from testbed.plan import make_plan
 from testbed.run import directory as run_directory
-from testbed.run.sandbox_main import watch_parent_pipe
 from testbed.run.start import check_machine, groups_for, run_cells
 from testbed.run.sweep import EXIT_CANNOT
+from testbed.signals import watch_parent_pipe
 from testbed.spec.load import load_spec
 
 

@@ -6,7 +6,6 @@ Not for people: ``testbed run`` starts it inside private namespaces, with a pipe
 import os
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +13,8 @@ from rich.console import Console
 from testbed.files import explained, no_room
 from testbed.labs.base import LabError
 from testbed.run.directory import NoRoom
-from testbed.run.sweep import EXIT_CANNOT, EXIT_FAILED, EXIT_INTERRUPTED, execute, interrupt_main_thread_once, no_room_left
+from testbed.run.sweep import EXIT_CANNOT, EXIT_FAILED, execute, no_room_left
+from testbed.signals import EXIT_INTERRUPTED, interrupt_main_thread_once, watch_parent_pipe
 
 
 def main() -> int:
@@ -42,13 +42,6 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and no_room(error):
         return no_room_left(Path(sys.argv[1]))
     return explained(error) if isinstance(error, OSError) else str(error)
-
-
-def watch_parent_pipe(stop: Callable[[], None]) -> None:
-    """Call ``stop`` when standard input ends, and so whoever started this process, in whatever way."""
-    while os.read(0, 1):
-        pass
-    stop()
 
 
 if __name__ == "__main__":

@@ -26,19 +26,16 @@ from testbed.run.sweep import (
     EXIT_CANNOT,
     EXIT_DONE,
     EXIT_FAILED,
-    EXIT_INTERRUPTED,
     execute,
     execute_in_sandbox,
-    interrupt_main_thread_once,
     no_room_left,
     not_done,
 )
+from testbed.signals import DOCKER_GRACE_S, EXIT_INTERRUPTED, interrupt_main_thread_once
 from testbed.spec.models import Spec
 from testbed.traffic.machine import check_congestion, check_traffic
 
 EXIT_INVALID = 3
-_DOCKER_GRACE_S = 14.0
-"""The daemon takes longer to remove containers than the kernel takes for namespaces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +244,7 @@ def run_cells(
             console.print(f"testbed: the lab was ended by signal {-code}", style="red")
             return EXIT_FAILED
         return code
-    _, interrupted = interrupt_main_thread_once(_DOCKER_GRACE_S)
+    _, interrupted = interrupt_main_thread_once(DOCKER_GRACE_S)
     try:
         execute(directory, Console(quiet=True) if quiet else console, only)
     except (Exception, KeyboardInterrupt) as error:

@@ -2,10 +2,7 @@
 
 import os
 import random
-import signal
-import subprocess
-import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -25,18 +22,14 @@ from testbed.recording.link_server import SOCKET_FILE as LINK_SOCKET_FILE
 from testbed.run.cell import prepare_cell, read_result, run_cell
 from testbed.run.directory import SPEC_FILE, NoRoom, is_full, release_reserve, reserve_room
 from testbed.run.progress import RunProgress
-from testbed.signals import ending_signals
+from testbed.signals import child_of_ours
 from testbed.spec.load import load_spec
 from testbed.traffic.flows import TRAFFIC_PROGRAM
 
 PROGRAMS = ("testbed.worker.program", TRAFFIC_PROGRAM)
 """What a run starts on hosts; labs may prepare for it."""
 
-EXIT_DONE, EXIT_FAILED, EXIT_CANNOT, EXIT_INTERRUPTED = 0, 1, 4, 130
-
-
-_GRACE_S = 4.0
-"""From the first interrupt to the hard end; users were promised five seconds."""
+EXIT_DONE, EXIT_FAILED, EXIT_CANNOT = 0, 1, 4
 
 
 def execute(directory: Path, console: Console, only: Collection[str] = ()) -> None:
@@ -132,65 +125,10 @@ def execute_in_sandbox(
 
     progress: where the child writes it, as in ``subprocess``; None: to our standard output. groups: from ``groups_of_run``.
 
-    The child's standard input is a pipe that only we hold open. When we end, in whatever way, it reads the end of the pipe
-    and stops in an orderly way; and when its first process ends, the kernel removes the rest.
+    When we end, in whatever way, the child stops in an orderly way (``child_of_ours``); and when its first process ends, the
+    kernel removes the rest.
     """
     command = [*sandbox_command(), *module_command("testbed.run.sandbox_main", str(directory), str(lock), *only)]
-    read_end, parent_pipe = os.pipe2(os.O_CLOEXEC)
-    # A process group of its own, or a signal to ours would end the child before it can clean up.
     environment = {**os.environ, ENV_GROUPS: encode_groups(groups)}
-    with subprocess.Popen(command, stdin=read_end, stdout=progress, pass_fds=[lock], process_group=0, env=environment) as child:
-        os.close(read_end)
-        with _closing_on_signal(parent_pipe) as close_parent_pipe:
-            try:
-                return child.wait()
-            finally:
-                close_parent_pipe()
-
-
-class _closing_on_signal:  # noqa: N801
-    """While active, signals that would end this process close the pipe to the child instead."""
-
-    def __init__(self, parent_pipe: int) -> None:
-        self._parent_pipe = parent_pipe
-
-    def __enter__(self) -> Callable[[], None]:
-        self._before = {number: signal.signal(number, self._interrupted) for number in ending_signals()}
-        return self._close
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _interrupted(self, *_: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._parent_pipe >= 0:
-            os.close(self._parent_pipe)
-            self._parent_pipe = -1
-
-
-def interrupt_main_thread_once(grace_s: float = _GRACE_S) -> tuple[Callable[[], None], threading.Event]:
-    """Make SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt once; returns a function that does so from any thread, and what
-    says that it has been done: libraries may wrap the exception in one of their own.
-
-    Whoever cleans up must not be interrupted again, so later signals are ignored; but the process ends after a grace time
-    even if the clean-up hangs.
-    """
-    fired = threading.Event()
-    main = threading.main_thread().ident
-    assert main is not None
-
-    def handler(*_: object) -> None:
-        if fired.is_set():
-            return
-        fired.set()
-        timer = threading.Timer(grace_s, os._exit, (EXIT_INTERRUPTED,))
-        timer.daemon = True
-        timer.start()
-        raise KeyboardInterrupt
-
-    for number in ending_signals():
-        signal.signal(number, handler)
-    return lambda: signal.pthread_kill(main, signal.SIGINT), fired
+    with child_of_ours(command, stdout=progress, pass_fds=[lock], env=environment) as child:
+        return child.wait()

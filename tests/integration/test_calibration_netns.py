@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -162,3 +164,20 @@ def test_the_doctor_says_what_works_here():
     assert verdicts["limits of workers"]["verdict"] == "ok" or verdicts["limits of workers"]["mend"]
     netem = verdicts["netem"]
     assert netem["verdict"] == "ok" or netem["mend"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_calibration_whose_parent_ends_leaves_nothing(tmp_path, number):
+    rate_bps = 12_345_678
+    arguments = [sys.executable, "-m", "testbed.cli", "calibrate", "--rate", f"{rate_bps}bit"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+
+    def left():
+        commands = [one.info["cmdline"] or [""] for one in psutil.process_iter(["cmdline"])]
+        return [words for words in commands if "testbed.calibrate" in words and str(rate_bps) in words[-1]]
+
+    with subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
+        wait_until(lambda: list(tmp_path.glob("calibrate-*/cells/*")) and left())
+        process.send_signal(number)
+        assert process.wait(20) == (130 if number == signal.SIGINT else -number)
+    wait_until(lambda: not left() and not list(tmp_path.iterdir()))
