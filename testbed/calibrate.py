@@ -29,8 +29,8 @@ from netsenseml.records import monotonic_s
 from testbed.children import module_command
 from testbed.labs import open_labs
 from testbed.labs.base import LabError, LabPlan
+from testbed.labs.calibration import RATE_TOLERANCE, Measurement, MeasurementPrograms, Pair, attempts, closest, delay_tolerance
 from testbed.labs.netns import sandbox_command
-from testbed.links.calibration import RATE_TOLERANCE, Measurement, MeasurementPrograms, Pair, attempts, closest, delay_tolerance
 from testbed.links.qdiscs import ETHERNET_FRAME_BYTES
 from testbed.links.state import DIRECTIONS, LinkParameters, LinkState, Loss
 from testbed.network import max_gso_bytes

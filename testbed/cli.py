@@ -300,9 +300,8 @@ def runs(
     """List run directories, the newest first: when, verdict, headline."""
     from dataclasses import asdict
 
-    from testbed.report.terminal import runs_table
     from testbed.results.load import NotARun
-    from testbed.run.listing import is_run, list_runs
+    from testbed.run.listing import is_run, list_runs, runs_table
 
     if is_run(folder):
         _fail(f"{folder}: is one run directory; show it with: testbed show {folder}", EXIT_BAD_INPUT)

@@ -36,14 +36,13 @@ from testbed.files import LARGEST_BYTES, open_regular
 from testbed.live.view import RunView
 from testbed.protocol import decode_message, one_line
 from testbed.recording.link_server import send_request
+from testbed.run.live_page import LINGER_S
 
 UPDATE_S = 1.0
 _READ_S = 0.2
 """Of every second, at most, for what was recorded before somebody looked."""
 _QUIET_S = 15.0
 """After so long without news a comment shows that the server is there, and that the page still is."""
-LINGER_S = 10.0
-"""How long the pages that are open at the end of a run have to fetch its report."""
 _REQUEST_S = 10.0
 _MOST_REQUESTS = 32
 _MOST_PAGES = 8

@@ -1,7 +1,7 @@
 """The result on a terminal."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -9,9 +9,6 @@ from rich.text import Text
 
 from testbed.report import text
 from testbed.results.run_comparison import MethodComparison
-
-if TYPE_CHECKING:
-    from testbed.run.listing import Listed
 
 
 def terminal_table(summary: Mapping[str, Any]) -> RenderableType:
@@ -47,20 +44,6 @@ def _table(name: str, rows: list[text.Row]) -> Table:
             text.si(row.means["time_to_target_s"], "s"),
             Text("valid", style="green") if row.valid else Text("invalid", style="red"),
         )
-    return table
-
-
-def runs_table(runs: "Sequence[Listed]") -> RenderableType:
-    """What ``testbed runs`` found: one row a run directory."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("began, UTC", no_wrap=True)
-    table.add_column("run", overflow="fold")
-    table.add_column("")
-    table.add_column("headline", overflow="fold")
-    styles = {"valid": "green", "running": "bold", "unfinished": "yellow"}
-    for run in runs:
-        verdict = Text(run.verdict, style=styles.get(run.verdict, "red"))
-        table.add_row(f"{run.began:%Y-%m-%d %H:%M}", Text(run.directory), verdict, Text(run.headline))
     return table
 
 

@@ -19,7 +19,7 @@ from netsenseml.records import RecordFile, monotonic_s
 from testbed import protocol
 from testbed.files import everything_in, explained, no_room, open_regular, read_json, remove_tree, replacing
 from testbed.labs.base import Host, HostFailed, Lab, LabPlan, Process, View
-from testbed.links.calibration import calibrate, measurable
+from testbed.labs.calibration import calibrate, measurable
 from testbed.plan import Cell, notes
 from testbed.recording.link_server import LinkServer
 from testbed.recording.recorder import Recorder, Recording

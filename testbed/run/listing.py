@@ -1,9 +1,14 @@
 """What lies in a directory of runs, at a glance: from names and summaries alone, so that hundreds of runs take no time."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from testbed.files import is_directory, is_regular, read_json
 from testbed.protocol import RESULT_FILE, one_line
@@ -84,3 +89,17 @@ def _count(path: Path) -> tuple[int, int]:
     """(cells with a result, all cells)."""
     cells = [cell for cell in (path / "cells").iterdir() if is_directory(cell)]
     return sum(is_regular(cell / RESULT_FILE) for cell in cells), len(cells)
+
+
+def runs_table(runs: Sequence[Listed]) -> RenderableType:
+    """What ``testbed runs`` found: one row a run directory."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("began, UTC", no_wrap=True)
+    table.add_column("run", overflow="fold")
+    table.add_column("")
+    table.add_column("headline", overflow="fold")
+    styles = {"valid": "green", "running": "bold", "unfinished": "yellow"}
+    for run in runs:
+        verdict = Text(run.verdict, style=styles.get(run.verdict, "red"))
+        table.add_row(f"{run.began:%Y-%m-%d %H:%M}", Text(run.directory), verdict, Text(run.headline))
+    return table

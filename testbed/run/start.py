@@ -19,9 +19,10 @@ from testbed.labs.base import LabError
 from testbed.labs.cgroups import groups_of_run
 from testbed.labs.netns import sandbox_command, why_it_failed
 from testbed.links.kernel_support import missing_kinds, require_taps
-from testbed.live.server_process import live_page
 from testbed.plan import Plan
 from testbed.run import directory as run_directory
+from testbed.run.live_page import live_page
+from testbed.run.machine import check_congestion, check_traffic
 from testbed.run.sweep import (
     EXIT_CANNOT,
     EXIT_DONE,
@@ -33,7 +34,6 @@ from testbed.run.sweep import (
 )
 from testbed.signals import DOCKER_GRACE_S, EXIT_INTERRUPTED, interrupt_main_thread_once
 from testbed.spec.models import Spec
-from testbed.traffic.machine import check_congestion, check_traffic
 
 EXIT_INVALID = 3
 

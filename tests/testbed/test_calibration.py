@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.labs.base import LabPlan
-from testbed.links.calibration import (
+from testbed.labs.calibration import (
     Measurement,
     attempts,
     carried_bps,

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 pytestmark = pytest.mark.fast
 
 ROOT = Path(__file__).parents[2]
+ASKED_FOR = dict.fromkeys(("spec", "timeline", "traffic"), "what is asked for")
 LIGHT = {"netsenseml.catalog", "netsenseml.records", "netsenseml.listener"}
 
 
@@ -68,3 +70,14 @@ def test_the_documents_name_files_that_exist() -> None:
     links = [(path, link) for path in documents for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", path.read_text())]
     assert len(links) > 40
     assert [(path.name, link) for path, link in links if not (path.parent / link).exists()] == []
+
+
+def test_no_room_of_the_testbed_takes_from_one_above_it() -> None:
+    """Rooms are the folders and the single files of testbed/; what a spec, a schedule and traffic may be is said in one."""
+    takes: dict[str, set[str]] = {}
+    for path, name in imports("testbed"):
+        if name.startswith("testbed."):
+            parts = path.relative_to(ROOT / "testbed").parts[0].removesuffix(".py"), name.split(".")[1]
+            room, other = (ASKED_FOR.get(part, part) for part in parts)
+            takes.setdefault(room, set()).update({other} - {room})
+    list(TopologicalSorter(takes).static_order())  # raises CycleError, which names the circle

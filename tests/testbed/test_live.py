@@ -30,7 +30,6 @@ from testbed.links.shaper import Applied
 from testbed.links.state import LinkParameters, LinkState
 from testbed.live.bins import Bins
 from testbed.live.server import CannotServe, LivePage
-from testbed.live.server_process import live_page
 from testbed.live.tail import Tail
 from testbed.live.view import RunView
 from testbed.live.watch import under_way
@@ -43,6 +42,7 @@ from testbed.results.records import finish_cell
 from testbed.results.summary import summarize
 from testbed.run import start
 from testbed.run.directory import LOCK_FILE, run_lock
+from testbed.run.live_page import live_page
 
 ROOT = Path(__file__).parents[2]
 MISCHIEF = "</script><img src=x onerror=alert(1)>"
@@ -638,7 +638,7 @@ def test_the_page_ends_with_whoever_started_it_however_that_ends(tmp_path: Path)
     run = write_run(tmp_path / "run", methods=(), t_end_s=3.0)
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom rich.console import Console\n"
-        "from testbed.live.server_process import live_page\n"
+        "from testbed.run.live_page import live_page\n"
         "with live_page(Path(sys.argv[1]), Console(width=200)):\n    sys.stdout.flush()\n    time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True, cwd=ROOT)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from testbed.labs.base import LabError
 from testbed.links.state import LinkState
 from testbed.plan import describe, make_plan
+from testbed.run.machine import check_traffic
 from testbed.spec.errors import SpecError
 from testbed.spec.load import dump_spec, load_spec, read_yaml, validate
 from testbed.traffic.flows import Duration, Flow, Streams, phases
 from testbed.traffic.iperf3 import Transcript
-from testbed.traffic.machine import check_traffic
 
 pytestmark = pytest.mark.fast
 

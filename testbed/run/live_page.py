@@ -10,9 +10,10 @@ from pathlib import Path
 from rich.console import Console
 
 from testbed.children import module_command
-from testbed.live.server import LINGER_S
 
 _STARTED_S = 15.0
+LINGER_S = 10.0
+"""How long the pages that are open at the end of a run have to fetch its report."""
 
 
 @contextlib.contextmanager
@@ -52,7 +53,7 @@ def _say_ended(parent_pipe: int) -> None:
 
 def _wait(child: "subprocess.Popen[str]") -> None:
     try:
-        child.wait(LINGER_S + 2.0)  # pages that are open get the report
+        child.wait(LINGER_S + 2.0)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         pass
     finally:
