@@ -277,7 +277,8 @@ def misstated_payloads(cell: Mapping[str, Any], steps: pd.DataFrame, links: pd.D
         # Of a step that began before the first sample, some may have been sent before it, too.
         whole = done[done["t_s"] - done["step_s"] >= t_s[0]]
         after = int(np.searchsorted(t_s, done["t_s"].max())) if len(done) else 0
-        claimed, sent = _leaving(whole, cell["workers"], per_host)[0], carried[after] - carried[0]
+        # When a rank's step ends, its sockets may still hold some of what it has sent, up to megabytes.
+        claimed, sent = _leaving(whole, cell["workers"], per_host)[0], carried[-1] - carried[0]
         if claimed > (1 + CLAIMED) * sent + _STEP_BYTES * ranks * len(whole):
             more[host] = claimed, sent
         if host in {*traffic["from"], *traffic["to"]} or not cell["workload"] or done["retransmits"].isna().all():

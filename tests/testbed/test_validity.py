@@ -672,6 +672,17 @@ def test_a_rank_that_claims_more_than_its_link_carried_is_blamed() -> None:
     ]
 
 
+def test_what_sockets_hold_when_a_step_ends_is_sent_afterwards() -> None:
+    steps = pd.DataFrame({"rank": 0, "step": range(4), "t_s": np.arange(4) + 1.5, "step_s": 1.0, "dense_bytes": 1e6})
+    steps = steps.assign(payload_bytes=1e6, retransmits=0.0, scheme="")
+    t_s = np.arange(60) / 10
+    frames = (1e6 * (t_s - 0.8)).clip(0, 4e6) / 1448
+    up = pd.DataFrame({"t_s": t_s, "link": "w0", "direction": "up", "bytes": 1514 * frames, "packets": frames})
+    cell, no_flow = {"workers": 4, "workload": {"model": "mlp"}}, pd.DataFrame(columns=list(TRAFFIC_COLUMNS))
+    assert validity.misstated_payloads(cell, steps, up, no_flow) == []
+    assert "sent more" in validity.misstated_payloads(cell, steps.assign(payload_bytes=1.2e6), up, no_flow)[0]
+
+
 def test_a_rank_whose_link_carried_much_more_than_it_claims_is_blamed() -> None:
     [problem] = told(1e6, 1.3e6)
     assert problem.startswith(
