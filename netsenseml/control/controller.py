@@ -84,6 +84,8 @@ class Controller:
         element_s = float(np.mean([*coding_s.values(), 1e-10]))
         self.network = NetworkModel(plans, topology, latency_s, byte_s, element_s)
         self._compute, self._coding = Smooth(0.0), {dense: Smooth(1.0) for dense in (True, False)}
+        self._cold = {True: 2, False: 2}
+        """Steps of which the coding is not counted yet, of dense plans and of sparse ones."""
         self.adaptive = True
         """Whether the optimizer is, which bears less; so it is taken to be until it is seen."""
         self._elements: tuple[int, ...] = ()
@@ -168,7 +170,10 @@ class Controller:
         self._compute.add(max(observation.compute_s - beside_s, 0.3 * observation.compute_s))
         for dense, factor in self._coding.items():  # what is not seen returns to what was measured at first
             coded_s = self._coding_s[plan] * total * (self._plans[plan].dense == dense)
-            factor.add(observation.encode_s / coded_s if coded_s else factor.value ** (1 - 10 * FORGETTING))
+            if coded_s and self._cold[dense]:  # it touches its memory for the first time, twice, as DDP makes its buckets anew
+                self._cold[dense] -= 1
+            else:
+                factor.add(observation.encode_s / coded_s if coded_s else factor.value ** (1 - 10 * FORGETTING))
         self.network.ring_share = observation.ring_share
         if observation.latency_s is not None and not (delay and observation.latency_s > self.network.latency.value):
             self.network.latency.add(observation.latency_s)  # with a delay, it is that of a queue in which the next exchange is

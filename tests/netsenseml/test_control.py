@@ -185,6 +185,16 @@ def test_coding_that_was_slow_for_a_while_is_tried_again() -> None:
     assert share_of_best(job, 100) > 0.95
 
 
+@pytest.mark.parametrize(("rate_bps", "slower"), [(1.25e8, 3), (2e8, 3), (2e8, 8)])
+def test_memory_that_is_touched_for_the_first_time_is_not_taken_for_slow_coding(rate_bps: float, slower: float) -> None:
+    """VGG-16 on eight ranks: after two such steps all was sent in 4 bits, which took three times as long."""
+    job = Job(World(Topology(8), rate_bps, 1e-3, compute_s=1.0, coding_s=4e-9, elements=(18_000_000, 103_000_000, 17_000_000)))
+    job.world.coding_s *= slower
+    job.run(2)
+    job.world.coding_s /= slower
+    assert all(name.startswith("sparse") for name, _ in job.run(6))
+
+
 def test_a_trial_lasts_until_its_own_steps_were_seen() -> None:
     """Reports of steps from before the newest decision arrive for ``LAG`` steps more."""
     job = Job(World(Topology(4), 1e8, 1e-3))
