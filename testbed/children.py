@@ -3,8 +3,6 @@
 import sys
 from pathlib import Path
 
-_PACKAGES = Path(__file__).resolve().parents[1]
-
 
 def module_command(module: str, *arguments: str) -> list[str]:
     """The command that runs a module of the testbed with this Python, without looking for modules in the working directory.
@@ -12,5 +10,8 @@ def module_command(module: str, *arguments: str) -> list[str]:
     That is the user's: their random.py would be taken for Python's. It is searched only where the testbed itself lies in it,
     as in a checkout that is not installed. What these programs start in turn does not inherit this.
     """
-    safe = [] if Path.cwd() == _PACKAGES else ["-P"]
-    return [sys.executable, *safe, "-m", module, *arguments]
+    try:
+        at_home = Path(__file__).parents[1].samefile(".")
+    except OSError:  # the working directory is gone
+        at_home = False
+    return [sys.executable, *([] if at_home else ["-P"]), "-m", module, *arguments]

@@ -497,6 +497,7 @@ def capture(
 
 def _live_cell(run: Path | None) -> Path:
     from testbed.recording.link_server import live_cell
+    from testbed.run.directory import is_being_run
 
     def find() -> Path:
         named = [run] if run else RUNS.iterdir() if is_directory(RUNS) else []
@@ -505,8 +506,8 @@ def _live_cell(run: Path | None) -> Path:
             try:
                 if cell := live_cell(path):
                     return cell
-            except PermissionError as error:
-                refused = refused or error
+            except PermissionError as error:  # also of a socket that a dead run has left
+                refused = refused or (error if is_being_run(path) else None)
         if refused:
             _fail(f"{refused.filename}: belongs to another user; use sudo", EXIT_CANNOT)
         _fail(f"no cell is running in {run or RUNS}; start one with: testbed run SPEC", EXIT_BAD_INPUT)

@@ -30,8 +30,9 @@ def run_experiment(
     directory is made. console: takes progress and table; standard output if left out.
 
     A cell that failed, or is not valid, is a result: see ``run.cells`` and ``run.summary``. Raises SpecError (a ValueError),
-    a line for each fault, before anything is touched; LabError where this machine cannot do it; KeyboardInterrupt
-    after an interrupt or SIGTERM, with all records kept. Call it on the main thread.
+    a line for each fault, before anything is touched; NoPlace (an OSError) where ``out`` can be no directory; LabError where
+    this machine cannot do it; KeyboardInterrupt after an interrupt or SIGTERM, with all records kept. Call it on the main
+    thread.
     """
     if isinstance(spec, Mapping):
         with tempfile.TemporaryDirectory() as directory:

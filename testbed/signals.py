@@ -107,6 +107,6 @@ class _closing_on_signal:  # noqa: N801
         self._close()
 
     def _close(self) -> None:
-        if self._parent_pipe >= 0:
-            os.close(self._parent_pipe)
-            self._parent_pipe = -1
+        pipe, self._parent_pipe = self._parent_pipe, -1  # first, as another signal may come here before it is closed
+        if pipe >= 0:
+            os.close(pipe)

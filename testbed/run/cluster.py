@@ -232,6 +232,8 @@ def run_job(name: str, files: bytes, links: dict[str, str], cells: list[str], ve
     arrivals = Queue(name, client=client)
     home = set(Variable(name, client=client).get(timeout=30))
     left = [cell for cell in cells if cell not in home]
+    if not left:  # whoever had this job before has ended right after its last cell; no names would stand for all
+        return ""
     with tempfile.TemporaryDirectory(prefix="netsense-") as temporary:
         directory = Path(temporary) / "run"
         directory.mkdir()

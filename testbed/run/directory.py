@@ -42,7 +42,7 @@ class RunIsBusy(Exception):
     """Another process runs the cells of the directory. The message is one line."""
 
 
-class NoPlace(Exception):
+class NoPlace(OSError):
     """There can be no run directory where one is to be made. The message is one line."""
 
 

@@ -86,9 +86,10 @@ def _verdict(path: Path) -> tuple[str, str]:
 
 
 def _count(path: Path) -> tuple[int, int]:
-    """(cells with a result, all cells)."""
+    """(cells that are done, all cells)."""
     cells = [cell for cell in (path / "cells").iterdir() if is_directory(cell)]
-    return sum(is_regular(cell / RESULT_FILE) for cell in cells), len(cells)
+    results = [read_json(cell / RESULT_FILE) or {} for cell in cells if is_regular(cell / RESULT_FILE)]
+    return sum(result.get("status") == "done" for result in results), len(cells)
 
 
 def runs_table(runs: Sequence[Listed]) -> RenderableType:

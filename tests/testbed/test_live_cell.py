@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from testbed.cli import app
 from testbed.protocol import listen_unix
 from testbed.recording.link_server import SOCKET_FILE
+from testbed.run.directory import run_lock
 
 pytestmark = pytest.mark.fast
 
@@ -49,8 +50,11 @@ def test_a_cell_of_another_user_is_not_said_not_to_run(run: Path) -> None:
     (run / "cells" / "c" / SOCKET_FILE).chmod(0)
     without_rights = ["setpriv", "--bounding-set=-all"] if os.geteuid() == 0 else []
     command = [*without_rights, sys.executable, "-m", "testbed.cli", "link", "--run", str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with run_lock(run):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (4, f"testbed: {run}/cells/c: belongs to another user; use sudo\n")
+    left = subprocess.run(command, capture_output=True, text=True, check=False)  # by a run that is dead
+    assert left.returncode == 2 and left.stderr.startswith(f"no cell is running in {run}; ")
 
 
 def test_a_run_that_vanishes_is_looked_into_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
