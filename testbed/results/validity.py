@@ -176,7 +176,13 @@ def missing_bytes(links: pd.DataFrame, events: pd.DataFrame) -> tuple[float, flo
     accounted = (total["arrived"] + total["spoilt"]).to_numpy()
     at_first = np.minimum.accumulate(np.interp(t_s + _READING_S, t_s, sent) - accounted)
     at_last = np.interp(t_s - under_way_s - _READING_S, t_s, sent) - accounted
-    return float((at_last - at_first).max()), float(sent[-1] - sent[0])
+    return float((_lasting(at_last, t_s) - at_first).max()), float(sent[-1] - sent[0])
+
+
+def _lasting(missing: np.ndarray, t_s: np.ndarray) -> np.ndarray:
+    """What is still missing so much later, or at the end: a processor that stands still keeps packets between two links."""
+    until = np.searchsorted(t_s, t_s + _STANDSTILL_S, side="right")
+    return np.array([missing[first:last].min() for first, last in enumerate(until)])
 
 
 def _missing_between_machines(amounts: pd.DataFrame, machine: "pd.Series[float]", under_way_s: float) -> tuple[float, float]:
@@ -197,9 +203,11 @@ def _missing_between_machines(amounts: pd.DataFrame, machine: "pd.Series[float]"
         before_s = grid_s - under_way_s - _READING_S
         at_last += low[np.searchsorted(t_s, before_s, side="right")] - came_high[np.searchsorted(t_s, grid_s)]
         sent += float(left[-1] - left[0])
-    return float(np.nan_to_num((at_last - np.minimum.accumulate(at_first)).max(), neginf=0.0)), sent
+    lasting = _lasting(at_last, grid_s)
+    return float(np.nan_to_num((lasting - np.minimum.accumulate(at_first)).max(), neginf=0.0)), sent
 
 
+_STANDSTILL_S = 1.0
 _READING_S = 0.05
 """Reading the counters of all links takes some milliseconds, on a busy machine more."""
 _LARGEST_PACKET_BYTES = 1 << 16

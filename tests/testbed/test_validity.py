@@ -603,6 +603,15 @@ def test_bytes_that_no_link_received_are_missed() -> None:
         assert bool(validity.lost_between_links(fine, apart, events_of(constant))) == missed
 
 
+def test_what_waits_between_links_while_a_processor_stands_still_is_not_missing() -> None:
+    """0.6 of 60 MB that came 0.3 s later."""
+    constant: dict[str, list[tuple[float, float, float | None]]] = {link: [(0.0, 0.0, 1e7)] for link in ("w0", "w1")}
+    links = two_hosts(1.0)
+    still = (links["direction"] == "down") & links["t_s"].between(10.0, 10.3)
+    links.loc[still, "bytes"] = 1e5 * 100
+    assert validity.lost_between_links(host(0.5, 0.0), links, events_of(constant)) == []
+
+
 def test_changes_that_a_clock_cannot_place_are_blamed() -> None:
     """10 ms late are well, if the clock is known to 10 ms; not if it is known to 60."""
     events = events_of({"w0": [(1.0, 1.01, 1e6), (2.0, 2.01, 2e6)], "w1": [(2.0, 2.3, 1e6)]})
