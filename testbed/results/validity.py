@@ -208,6 +208,7 @@ def _missing_between_machines(amounts: pd.DataFrame, machine: "pd.Series[float]"
 
 
 _STANDSTILL_S = 1.0
+"""A processor may stand still for so long, as in a virtual machine whose host is busy."""
 _READING_S = 0.05
 """Reading the counters of all links takes some milliseconds, on a busy machine more."""
 _LARGEST_PACKET_BYTES = 1 << 16
