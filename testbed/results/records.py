@@ -1,6 +1,7 @@
 """Tables of one cell: record files while it runs, Parquet from its end on."""
 
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +31,8 @@ from testbed.results.columns import IDENTITY_COLUMNS, TABLES, Table
 UNKNOWN = "unknown"
 MOST_ROWS = 50_000_000
 """Of one table; steps of 64 ranks for nine days at a step a second."""
+_BATCH = 100_000
+"""Rows are this many Python objects at once: as such they take ten times the memory of a table."""
 
 
 def method_label(method: MethodConfig) -> str:
@@ -49,12 +52,15 @@ def identity(cell_dir: Path) -> dict[str, Any]:
 
 def to_frame(rows: Iterable[Mapping[str, Any]], table: Table, identity: Mapping[str, Any]) -> pd.DataFrame:
     """Rows of records → a table with all of its columns in their order and types, the identity first."""
-    columns = list(table.columns)
-    frame = pd.DataFrame([{column: row.get(column) for column in columns} for row in rows], columns=columns)
-    for column in columns:
-        if table.dtype(column) == "json":
-            frame[column] = frame[column].map(lambda value: json.dumps(value, sort_keys=True)).astype("str")
-    return _identified(_typed(frame, table), identity)
+    columns, rows = list(table.columns), iter(rows)
+    frames = [_typed(pd.DataFrame(columns=columns), table)]
+    while batch := [{column: row.get(column) for column in columns} for row in itertools.islice(rows, _BATCH)]:
+        frame = pd.DataFrame(batch, columns=columns)
+        for column in columns:
+            if table.dtype(column) == "json":
+                frame[column] = frame[column].map(lambda value: json.dumps(value, sort_keys=True)).astype("str")
+        frames.append(_typed(frame, table))
+    return _identified(pd.concat(frames, ignore_index=True), identity)
 
 
 def _typed(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
