@@ -1,7 +1,7 @@
 """Your own FSDP2 script with NetSenseML: two replicas, each sharded over half of the ranks.
 
 torchrun --nproc-per-node 4 experiments/own_fsdp.py netsense    # anywhere
-testbed run experiments/own_fsdp.yaml                           # the same file, with a thin link between the replicas
+testbed run experiments/own_fsdp.yaml                           # the same file, over a thin link
 """
 
 import sys
@@ -22,8 +22,12 @@ def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    mesh = init_device_mesh("cpu", (REPLICAS, dist.get_world_size() // REPLICAS), mesh_dim_names=("replicate", "shard"))
-    model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+    mesh = init_device_mesh(
+        "cpu", (REPLICAS, dist.get_world_size() // REPLICAS), mesh_dim_names=("replicate", "shard")
+    )
+    model = nn.Sequential(
+        nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
+    )
     teacher = torch.randn(64, 10)
     fully_shard(model[2], mesh=mesh)
     fully_shard(model, mesh=mesh)

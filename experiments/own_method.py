@@ -18,8 +18,11 @@ class Float8(Method):
             scale = gradient.abs().max().float().clamp(min=1e-30).view(1) / 448
             sent = (gradient / scale).to(torch.float8_e4m3fn)
             slot = torch.cat([scale.view(torch.uint8), sent.view(torch.uint8)])
-            energy = gradient.float().square().sum().item()  # what is lost of it decides with whom the method is compared
-            statistics.lose((gradient - sent.float() * scale).square().sum().item() / max(energy, 1e-30), energy)
+            # what is lost of it decides with whom the method is compared
+            energy = gradient.float().square().sum().item()
+            statistics.lose(
+                (gradient - sent.float() * scale).square().sum().item() / max(energy, 1e-30), energy
+            )
         slots = statistics.launch(
             partial(all_gather, slot, self.group, ring=True),
             payload_bytes=all_gather_bytes(slot.nbytes, ranks),
@@ -30,6 +33,8 @@ class Float8(Method):
             with statistics.coding():
                 scales, values = arrived.value()[:, :4], arrived.value()[:, 4:]
                 values = values.contiguous().view(torch.float8_e4m3fn).float()
-                return gradient.copy_((values * scales.contiguous().view(torch.float32)).mean(dim=0))
+                return gradient.copy_(
+                    (values * scales.contiguous().view(torch.float32)).mean(dim=0)
+                )
 
         return slots.then(mean)

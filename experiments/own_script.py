@@ -18,7 +18,9 @@ def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 10)))
+    model = DistributedDataParallel(
+        nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 10))
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     session = netsenseml.attach(model, *sys.argv[1:])  # in the testbed the spec names the method
     torch.manual_seed(dist.get_rank())

@@ -2,8 +2,9 @@
 
     session = netsenseml.attach(ddp_model, method="netsense")
 
-Behind it is a compressed collective that can be used by itself: ``all_reduce_mean(tensor, key, plan, mesh)``.
-Importing this package loads no torch; the first use of one of its names does.
+Behind it is a compressed collective that can be used by itself:
+``all_reduce_mean(tensor, key, plan, mesh)``. Importing this package loads no torch; the first use
+of one of its names does.
 """
 
 import importlib
@@ -13,14 +14,22 @@ if TYPE_CHECKING:
     from netsenseml.api import attach
     from netsenseml.compress.codec import Codec
     from netsenseml.exchange.collective import all_reduce_mean
-    from netsenseml.exchange.communicators import DirectAllReduce, Hierarchical, RingAllReduce, SparseAllGather
+    from netsenseml.exchange.communicators import (
+        DirectAllReduce,
+        Hierarchical,
+        RingAllReduce,
+        SparseAllGather,
+    )
     from netsenseml.exchange.mesh import Mesh
     from netsenseml.failure import PeerFailed
     from netsenseml.hook import Session, comm_hook
 
 _WHERE = {
     **dict.fromkeys(("Session", "comm_hook"), "hook"),
-    **dict.fromkeys(("DirectAllReduce", "Hierarchical", "RingAllReduce", "SparseAllGather"), "exchange.communicators"),
+    **dict.fromkeys(
+        ("DirectAllReduce", "Hierarchical", "RingAllReduce", "SparseAllGather"),
+        "exchange.communicators",
+    ),
     "Codec": "compress.codec",
     "Mesh": "exchange.mesh",
     "attach": "api",

@@ -33,20 +33,23 @@ def attach(
 
     The gradients may be on the CPU or on a GPU.
 
-    When not to use it: between GPUs of one machine, or where a step waits for no gradients anyway (``comm_s`` of its records
-    with "allreduce"); DDP's own exchange is as good there.
+    When not to use it: between GPUs of one machine, or where a step waits for no gradients anyway
+    (``comm_s`` of its records with "allreduce"); DDP's own exchange is as good there.
 
-    model: a DistributedDataParallel, which ``torch.compile`` may have compiled, or one that ``fully_shard`` has made on a mesh
-        of replicas and shards (``netsenseml.fsdp``).
-    method: a name of ``catalog.METHODS``, one registered as an entry point of the group ``netsenseml.methods``, or
-        ``package.module:Class``; ``options`` are its options. A listener may name it instead, as the testbed's does.
+    model: a DistributedDataParallel, which ``torch.compile`` may have compiled, or one that
+        ``fully_shard`` has made on a mesh of replicas and shards (``netsenseml.fsdp``).
+    method: a name of ``catalog.METHODS``, one registered as an entry point of the group
+        ``netsenseml.methods``, or ``package.module:Class``; ``options`` are its options. A listener
+        may name it instead, as the testbed's does.
     record: file that receives one JSON line a step (``records.STEP_COLUMNS``).
-    scaler: the GradScaler in use, so that what error feedback keeps follows its scale and survives steps that it leaves out.
+    scaler: the GradScaler in use, so that what error feedback keeps follows its scale and survives
+    steps that it leaves out.
 
-    Where the environment names a listener (``netsenseml.listener``), that is told, and may wait for others.
-    Raises TypeError, one line, for any other model; ValueError, one line, if no method is known, a name or option does not
-    exist, the method cannot exchange these gradients, or the ranks differ; RuntimeError if a rank does not come within the
-    time-out of the process group.
+    Where the environment names a listener (``netsenseml.listener``), that is told, and may wait for
+    others.
+    Raises TypeError, one line, for any other model; ValueError, one line, if no method is known, a
+    name or option does not exist, the method cannot exchange these gradients, or the ranks differ;
+    RuntimeError if a rank does not come within the time-out of the process group.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     session_of = _kind_of_session(model)
@@ -55,11 +58,14 @@ def attach(
     if wanted is not None:
         if method not in (None, wanted[0]):
             raise ValueError(
-                f"the spec names the method '{wanted[0]}', the script '{method}'; leave it to the spec: attach(model)"
+                f"the spec names the method '{wanted[0]}', the script '{method}'; leave it to the"
+                " spec: attach(model)"
             )
         method, options = wanted[0], {**wanted[1], **options}
     if method is None:
-        raise ValueError("no method: call attach(model, method=...), or run in the testbed, whose spec names it")
+        raise ValueError(
+            "no method: call attach(model, method=...), or run in the testbed, whose spec names it"
+        )
     session = session_of(model, method, record=record, scaler=scaler, **options)
     try:
         session.register(model)
@@ -77,6 +83,7 @@ def _kind_of_session(model: nn.Module) -> Any:
     if is_sharded(model):
         return ShardedSession
     raise TypeError(
-        f"attach takes a DistributedDataParallel or a model that fully_shard has made, not {type(model).__name__}; wrap it "
-        "first (Accelerate and Lightning do only where they know of several processes)"
+        "attach takes a DistributedDataParallel or a model that fully_shard has made, not"
+        f" {type(model).__name__}; wrap it first (Accelerate and Lightning do only where they know"
+        " of several processes)"
     )

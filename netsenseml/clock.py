@@ -1,4 +1,5 @@
-"""When work was reached: at once on a CPU, and on an accelerator, which is behind, once it gets there."""
+"""When work was reached: at once on a CPU, and on an accelerator, which is behind, once it gets
+there."""
 
 import time
 from typing import Any
@@ -22,9 +23,10 @@ class Clock:
         ...
         when_s = clock.seconds(mark)
 
-    A CPU does what it is told at once. A device does it later; its events are read when they have passed, best a step later, so
-    that neither it nor the CPU ever waits for a time. They are compared with an event of which the moment is known, in a stream
-    without work; as the two clocks drift, and differences have 24 bits, there is a new one every second.
+    A CPU does what it is told at once. A device does it later; its events are read when they have
+    passed, best a step later, so that neither it nor the CPU ever waits for a time. They are
+    compared with an event of which the moment is known, in a stream without work; as the two clocks
+    drift, and differences have 24 bits, there is a new one every second.
     """
 
     def __init__(self, device: torch.device) -> None:

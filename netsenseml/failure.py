@@ -13,8 +13,9 @@ from netsenseml.exchange.mesh import Peer, store_of, timeout
 from netsenseml.records import monotonic_s
 
 _GRACE_S, _PATIENCE_S, _MOST_PATIENCE_S = 1.0, 2.5, 10.0
-"""So long after a first rank others may notice a failure: they wait for the same peer, since about the same moment. The others
-are for when several ranks are in question: some may still compute, or, where one has died, wait for one that has noticed."""
+"""So long after a first rank others may notice a failure: they wait for the same peer, since about
+the same moment. The others are for when several ranks are in question: some may still compute, or,
+where one has died, wait for one that has noticed."""
 _STORE_S = 1.0
 """In which a store that is there has answered."""
 
@@ -25,7 +26,8 @@ T = TypeVar("T")
 
 
 class PeerFailed(RuntimeError):
-    """A rank has died, has raised, or has not answered within the time-out of the process group. The session is over."""
+    """A rank has died, has raised, or has not answered within the time-out of the process group.
+    The session is over."""
 
 
 def blames_peer(error: BaseException) -> bool:
@@ -36,10 +38,14 @@ def blames_peer(error: BaseException) -> bool:
     return isinstance(error, PeerFailed) or PeerFailed.__name__ in said or _of_network(said)
 
 
-def explain(error: BaseException, group: dist.ProcessGroup, peers: Sequence[Peer], rank: int) -> str:
-    """One line that names the peers that are gone, as far as that can be found out; waits for ``_MOST_PATIENCE_S`` at most.
+def explain(
+    error: BaseException, group: dist.ProcessGroup, peers: Sequence[Peer], rank: int
+) -> str:
+    """One line that names the peers that are gone, as far as that can be found out; waits for
+    ``_MOST_PATIENCE_S`` at most.
 
-    Every rank that sees a failure says so in the store, with the text if it is its own; those that do not are dead or silent.
+    Every rank that sees a failure says so in the store, with the text if it is its own; those that
+    do not are dead or silent.
     """
     what = _plain(error)
     store: Any = store_of(group)
@@ -47,11 +53,21 @@ def explain(error: BaseException, group: dist.ProcessGroup, peers: Sequence[Peer
         _within(_STORE_S, lambda: _post(store, rank, f"failed: {what}"))
         return f"{_OWN}: {what}"
     addresses = set(re.findall(r"\[([0-9A-Fa-f.:]+)\]:\d+", what))
-    seen = [other for other, peer in enumerate(peers) if peer.address in addresses and other != rank]
+    seen = [
+        other for other, peer in enumerate(peers) if peer.address in addresses and other != rank
+    ]
     mine = "late" if re.search(r"timed out|timeout", what, re.IGNORECASE) else "gone"
     answers = _within(_STORE_S, lambda: _post(store, rank, mine))
-    most_s = _PATIENCE_S if mine == "late" else min(max(_PATIENCE_S, timeout(group).total_seconds()), _MOST_PATIENCE_S)
-    told = _within(most_s + _STORE_S, lambda: _board(store, len(peers), rank, seen, most_s)) if answers else None
+    most_s = (
+        _PATIENCE_S
+        if mine == "late"
+        else min(max(_PATIENCE_S, timeout(group).total_seconds()), _MOST_PATIENCE_S)
+    )
+    told = (
+        _within(most_s + _STORE_S, lambda: _board(store, len(peers), rank, seen, most_s))
+        if answers
+        else None
+    )
     if told is None:
         told = [None if other in seen else mine for other in range(len(peers))]
         holder = _holds_store(group)
@@ -72,13 +88,16 @@ def explain(error: BaseException, group: dist.ProcessGroup, peers: Sequence[Peer
 
 
 def _named(ranks: Sequence[int], peers: Sequence[Peer]) -> str:
-    names = (f"{other} ({peers[other].address})" if peers[other].address else f"{other}" for other in ranks)
+    names = (
+        f"{other} ({peers[other].address})" if peers[other].address else f"{other}"
+        for other in ranks
+    )
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(names)}"
 
 
 def _plain(error: BaseException) -> str:
-    """The first sentence of an error, without the prefixes of each callback that it went through and without Gloo's file
-    names."""
+    """The first sentence of an error, without the prefixes of each callback that it went through
+    and without Gloo's file names."""
     what = next(iter(str(error).splitlines()), "")
     what = re.sub(r"^(Got the following error when running the callback: (\w+: )?)+", "", what)
     what = re.sub(r"\[\S*/(gloo/\S+):\d+\] ", r"\1: ", what).partition(". This ")[0]
@@ -103,8 +122,11 @@ def _post(store: Any, rank: int, mine: str) -> bool:
     return store.check([f"netsenseml/failed/{rank}"])
 
 
-def _board(store: Any, ranks: int, rank: int, seen: Sequence[int], most_s: float) -> list[str | None]:
-    """What every rank says in the store, None for nothing. seen: ranks that the error of this one is about."""
+def _board(
+    store: Any, ranks: int, rank: int, seen: Sequence[int], most_s: float
+) -> list[str | None]:
+    """What every rank says in the store, None for nothing. seen: ranks that the error of this one
+    is about."""
     began_s = monotonic_s()
     told: list[str | None] = [None] * ranks
     try:
@@ -116,11 +138,19 @@ def _board(store: Any, ranks: int, rank: int, seen: Sequence[int], most_s: float
             spent_s = monotonic_s() - began_s
             settled = spent_s > _GRACE_S and (len(silent) <= 1 or silent <= set(seen))
             patience_s = _PATIENCE_S if "late" in told else most_s
-            if settled or spent_s > patience_s or any(text and text.startswith("failed") for text in told):
+            if (
+                settled
+                or spent_s > patience_s
+                or any(text and text.startswith("failed") for text in told)
+            ):
                 break
             time.sleep(_GRACE_S / 20)
         store.set(f"netsenseml/read/{rank}", "")
-        others = [f"netsenseml/read/{other}" for other, text in enumerate(told) if text in ("late", "gone")]
+        others = [
+            f"netsenseml/read/{other}"
+            for other, text in enumerate(told)
+            if text in ("late", "gone")
+        ]
         left_s = monotonic_s() + _GRACE_S
         while rank == 0 and monotonic_s() < left_s and not store.check(others):
             time.sleep(_GRACE_S / 20)  # the store may end with this rank
@@ -132,7 +162,8 @@ def _board(store: Any, ranks: int, rank: int, seen: Sequence[int], most_s: float
 
 
 def _within(limit_s: float, ask: Callable[[], T]) -> T | None:
-    """What ``ask`` returns; None if it fails, or takes longer: with a silent rank 0, no call of its store ever returns."""
+    """What ``ask`` returns; None if it fails, or takes longer: with a silent rank 0, no call of its
+    store ever returns."""
     results: list[T] = []
 
     def answer() -> None:

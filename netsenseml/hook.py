@@ -31,35 +31,42 @@ from netsenseml.statistics import StepStatistics
 from netsenseml.streams import record_event, start_to_host
 
 _FIRST_S, _LAST_S = 5.0, 15.0
-"""After which the first and the last rank leave a group that has failed, if they would wait for each other."""
+"""After which the first and the last rank leave a group that has failed, if they would wait for
+each other."""
 _SAMPLE_S = 0.05
 """The kernel is asked so often at most: a sample of 7 connections took 41 us."""
 
 
 def comm_hook(session: "Session", bucket: GradBucket) -> Future[torch.Tensor]:
-    """The hook of the plain pair: ``ddp.register_comm_hook(Session(ddp, "topk", ratio=0.01), comm_hook)``."""
+    """The hook of the plain pair:
+    ``ddp.register_comm_hook(Session(ddp, "topk", ratio=0.01), comm_hook)``."""
     return session.exchange(bucket)
 
 
 class Session:
     """State of the hook: one method at work in one DDP model, with the records of its steps.
 
-    Call ``step`` after every ``optimizer.step()``, and after ``scaler.update()`` if there is one. A script that never does
-    gets the same records; a step then ends where the next backward hands over its first bucket, and loss and samples are null.
+    Call ``step`` after every ``optimizer.step()``, and after ``scaler.update()`` if there is one. A
+    script that never does gets the same records; a step then ends where the next backward hands
+    over its first bucket, and loss and samples are null.
 
-    With methods that update locally (localsgd, diloco, sparseloco, netsense with an interval or a delay) ``step`` exchanges
-    parameters, and so must be called. In between every rank has its own: evaluate and save the model in ``with
-    session.synchronized():``. All are equal after ``synchronize``, or ``close``. Optimizer and loss scale stay each rank's own,
-    but that netsense makes optimizers equal, too, where it goes back to an exchange of gradients.
+    With methods that update locally (localsgd, diloco, sparseloco, netsense with an interval or a
+    delay) ``step`` exchanges parameters, and so must be called. In between every rank has its own:
+    evaluate and save the model in ``with session.synchronized():``. All are equal after
+    ``synchronize``, or ``close``. Optimizer and loss scale stay each rank's own, but that netsense
+    makes optimizers equal, too, where it goes back to an exchange of gradients.
 
-    If a rank dies, raises or stays silent, ``backward`` raises one error on all others, which names it (``PeerFailed``): soon
-    if its process has ended, or with a method that codes if it has closed its session, else after the time-out of the process
-    group, which is 30 minutes unless ``init_process_group`` was told otherwise; seconds more go into asking the others.
-    Where ``step`` exchanges, that raises it. Session and process group are of no use then: close the session and leave, best by
-    ``try: ... finally: session.close()``. So must a rank whose own code raises in the middle of a backward; the others then
-    learn why. One that goes on is waited for in vain. No rank is left out and nothing is tried again: go on from a checkpoint.
-    With NCCL, all-reduce as it is ends by NCCL's watchdog.
-    Gradients that are not finite are no failure: they reach all ranks once, as with DDP, and nothing of them is kept.
+    If a rank dies, raises or stays silent, ``backward`` raises one error on all others, which names
+    it (``PeerFailed``): soon if its process has ended, or with a method that codes if it has closed
+    its session, else after the time-out of the process group, which is 30 minutes unless
+    ``init_process_group`` was told otherwise; seconds more go into asking the others. Where
+    ``step`` exchanges, that raises it. Session and process group are of no use then: close the
+    session and leave, best by ``try: ... finally: session.close()``. So must a rank whose own code
+    raises in the middle of a backward; the others then learn why. One that goes on is waited for in
+    vain. No rank is left out and nothing is tried again: go on from a checkpoint. With NCCL,
+    all-reduce as it is ends by NCCL's watchdog.
+    Gradients that are not finite are no failure: they reach all ranks once, as with DDP, and
+    nothing of them is kept.
     """
 
     def __init__(
@@ -95,7 +102,8 @@ class Session:
         self._peers = agree(self._group, {"netsenseml": _version(), "method": method, **options})
         self.method: Method = make_method(method, exchanged, self._group, options)
         self.last: Mapping[str, Any] | None = None
-        """The newest row of the records. With an accelerator, that of a step comes when the next backward ends."""
+        """The newest row of the records. With an accelerator, that of a step comes when the next
+        backward ends."""
         self.steps = 0
         """Steps that are done."""
         self.blocked_s = 0.0
@@ -107,15 +115,20 @@ class Session:
         if scaler is not None and not getattr(self.method, "takes_scaler", True):
             self.method.close()
             raise ValueError(
-                "with an interval or a delay gradients do not meet the loss scale that they were made with: use no GradScaler, "
-                "or interval=1 and delay=0"
+                "with an interval or a delay gradients do not meet the loss scale that they were"
+                " made with: use no GradScaler, or interval=1 and delay=0"
             )
-        addresses = {peer.address for peer in self._peers} - {self._peers[group.rank()].address, None}
+        addresses = {peer.address for peer in self._peers} - {
+            self._peers[group.rank()].address,
+            None,
+        }
         self._tcp = TcpMonitor({address for address in addresses if address})
         self._sample: TcpSample | None = None
         self._sample_due_s = 0.0
         self._lock = threading.Lock()
-        self._clock = Clock(next((p.device for p in exchanged.parameters() if p.requires_grad), torch.device("cpu")))
+        self._clock = Clock(
+            next((p.device for p in exchanged.parameters() if p.requires_grad), torch.device("cpu"))
+        )
         self._unsettled: _Backward | None = None
         self._landed_s = 0.0
         self._unrecorded: list[Callable[[], dict[str, Any]]] = []
@@ -134,14 +147,21 @@ class Session:
         self._start(monotonic_s())
 
     def register(self, ddp: Any) -> None:
-        """Take over the exchange of the model that this session was made for; it is not kept, as it keeps the session."""
+        """Take over the exchange of the model that this session was made for; it is not kept, as it
+        keeps the session."""
         ddp.register_comm_hook(self, comm_hook)
 
     def _refuse_compiled_autograd(self) -> None:
         import torch._dynamo.config  # a second of import, which DDP has done when it was made
 
-        if torch._dynamo.config.optimize_ddp in ("python_reducer", "python_reducer_without_compiled_forward"):
-            raise ValueError("torch._dynamo.config.optimize_ddp = 'python_reducer' calls no communication hook; set it to True")
+        if torch._dynamo.config.optimize_ddp in (
+            "python_reducer",
+            "python_reducer_without_compiled_forward",
+        ):
+            raise ValueError(
+                "torch._dynamo.config.optimize_ddp = 'python_reducer' calls no communication hook;"
+                " set it to True"
+            )
 
     def _start(self, t0: float) -> None:
         self._t0 = t0
@@ -175,25 +195,35 @@ class Session:
         if self._failure is not None:
             raise PeerFailed(self._failure)
         if self._closed:
-            raise RuntimeError("this session is closed; to train on, make the model's DistributedDataParallel anew")
+            raise RuntimeError(
+                "this session is closed; to train on, make the model's DistributedDataParallel anew"
+            )
         if bucket.buffer().is_sparse:
             raise ValueError(
-                "sparse gradients cannot be exchanged by a communication hook; make their layers dense: sparse=False"
+                "sparse gradients cannot be exchanged by a communication hook; make their layers"
+                " dense: sparse=False"
             )
         beside = not self._clock.immediate and not self.method.waits
         if first:
             if not self._closed_by_step and self._statistics.elements:
                 self._close_step(arrived_s, None, None)
             broken = self._in_backward  # the one before
-            if self._unsettled is not None and (broken or self._unsettled.statistics is self._statistics):
+            if self._unsettled is not None and (
+                broken or self._unsettled.statistics is self._statistics
+            ):
                 self._settle()
             with self._lock:
-                self._pending, self._all_launched = 0, False  # whatever an earlier backward that raised has left behind
+                # whatever an earlier backward that raised has left behind
+                self._pending, self._all_launched = 0, False
             self._in_backward = True
-            self._paused_before_s, self._paused_s = self._paused_s + (self._paused_before_s if broken else 0.0), 0.0
+            self._paused_before_s, self._paused_s = (
+                self._paused_s + (self._paused_before_s if broken else 0.0),
+                0.0,
+            )
             self._statistics.begin_backward()
             self._exchanges = []
-            # The device computes meanwhile, but may run out of work while ``begin`` waits for others.
+            # The device computes meanwhile, but may run out of work while ``begin`` waits for
+            # others.
             idle = self._statistics.waiting() if beside and not last else contextlib.nullcontext()
             with self._noticing(), idle:
                 self._follow_learning_rate()  # which may wait, too
@@ -206,19 +236,24 @@ class Session:
             self._pending += 1
             self._all_launched = last
         with self._noticing(buckets=1):
-            done = self.method.exchange(bucket, statistics).then(partial(self._exchanged, self._exchanges))
+            done = self.method.exchange(bucket, statistics).then(
+                partial(self._exchanged, self._exchanges)
+            )
         self._exchanges.append(done)
-        if last and torch._C._current_graph_task_id() >= 0:  # ahead of DDP, whose reducer would make a RuntimeError of it
+        # ahead of DDP, whose reducer would make a RuntimeError of it
+        if last and torch._C._current_graph_task_id() >= 0:
             torch.autograd.Variable._execution_engine.queue_callback(self._await)
         now_s = monotonic_s()
         self.blocked_s += now_s - arrived_s
         if not last and not beside:  # what follows the last one is exposed from when it was ready
-            statistics.exposed_s += now_s - max(arrived_s, statistics.began_s)  # what came before is of the step before
+            # what came before is of the step before
+            statistics.exposed_s += now_s - max(arrived_s, statistics.began_s)
         return done
 
     @contextlib.contextmanager
     def _noticing(self, buckets: int = 0) -> Iterator[None]:
-        """What a method raises while it waits is a failure, too; no callback will tell of the bucket."""
+        """What a method raises while it waits is a failure, too; no callback will tell of the
+        bucket."""
         try:
             yield
         except Exception as error:
@@ -238,7 +273,9 @@ class Session:
                     raise
                 raise PeerFailed(self._failure) from None
 
-    def _exchanged(self, backward: list[Future[torch.Tensor]], done: Future[torch.Tensor]) -> torch.Tensor:
+    def _exchanged(
+        self, backward: list[Future[torch.Tensor]], done: Future[torch.Tensor]
+    ) -> torch.Tensor:
         try:
             result = done.value()
         except Exception as error:
@@ -258,7 +295,9 @@ class Session:
 
     def _end_backward(self) -> None:
         finish = self.method.end_backward()
-        self._unsettled = _Backward(self._statistics, self._clock.mark(), self._paused_before_s, finish)
+        self._unsettled = _Backward(
+            self._statistics, self._clock.mark(), self._paused_before_s, finish
+        )
         self._in_backward = False
         self._statistics.tcp = self._sensed()
         if self._clock.immediate:
@@ -267,21 +306,26 @@ class Session:
     def _catch_up(self) -> None:
         """Take the backward before this one into account, and tell of the step that it was part of.
 
-        Not before this backward's work was submitted: a device that is behind has enough to do then while the CPU waits for it
-        here, and so never runs out of work.
+        Not before this backward's work was submitted: a device that is behind has enough to do then
+        while the CPU waits for it here, and so never runs out of work.
         """
         self._settle()
         self._record()
 
     def _settle(self) -> None:
-        """Take the last backward into account: at once, or where a device is behind, when the next one ends."""
+        """Take the last backward into account: at once, or where a device is behind, when the next
+        one ends."""
         ended, self._unsettled = self._unsettled, None
         if ended is None:
             return
         statistics = ended.statistics
-        statistics.landed_s = max(statistics.landed_s, self._landed_s)  # an exchange may outlast its step
+        # an exchange may outlast its step
+        statistics.landed_s = max(statistics.landed_s, self._landed_s)
         statistics.settle()
-        before_s, self._exchanged_s = self._exchanged_s + ended.paused_s, self._clock.seconds(ended.exchanged)
+        before_s, self._exchanged_s = (
+            self._exchanged_s + ended.paused_s,
+            self._clock.seconds(ended.exchanged),
+        )
         ready_s, self._landed_s = statistics.ready_s[-1], statistics.landed_s
         statistics.compute_s += ready_s - before_s
         statistics.exposed_s += self._exchanged_s - ready_s
@@ -304,25 +348,39 @@ class Session:
         """Any optimizer has made a step."""
         if self._options_of(optimizer) is None:
             return
-        if float(getattr(optimizer, "found_inf", 0.0)):  # a fused one that leaves the step out by itself
+        # a fused one that leaves the step out by itself
+        if float(getattr(optimizer, "found_inf", 0.0)):
             return
         self._stepped = True
         if not self._optimizers:
-            self.method.optimizer(adaptive=not isinstance(optimizer, torch.optim.SGD | torch.optim.ASGD))
+            self.method.optimizer(
+                adaptive=not isinstance(optimizer, torch.optim.SGD | torch.optim.ASGD)
+            )
         if optimizer not in self._optimizers:
             own = _parameters_of(optimizer)
-            for other in [other for other in self._optimizers if not own.isdisjoint(_parameters_of(other))]:
-                self._optimizers.discard(other)  # it works inside of this one, which ZeroRedundancyOptimizer may be
+            for other in [
+                other for other in self._optimizers if not own.isdisjoint(_parameters_of(other))
+            ]:
+                # it works inside of this one, which ZeroRedundancyOptimizer may be
+                self._optimizers.discard(other)
             self._optimizers.add(optimizer)
 
     def _options_of(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Any] | None:
         """The first of its groups with a parameter of this model."""
-        return next((g for g in optimizer.param_groups if any(id(p) in self._parameters for p in g["params"])), None)
+        return next(
+            (
+                g
+                for g in optimizer.param_groups
+                if any(id(p) in self._parameters for p in g["params"])
+            ),
+            None,
+        )
 
     def _follow_learning_rate(self) -> None:
         """What error feedback keeps is worth as much as before after a change of the learning rate.
 
-        That is the rate of the first parameters; nothing is done where several optimizers share the model.
+        That is the rate of the first parameters; nothing is done where several optimizers share the
+        model.
         """
         if len(self._optimizers) != 1:
             return
@@ -333,12 +391,14 @@ class Session:
                 self.method.rescale(self._lr / lr, gradients=False)
             self._lr = lr
 
-    def step(self, loss: torch.Tensor | float | None = None, samples: int | torch.Tensor | None = None) -> bool:
+    def step(
+        self, loss: torch.Tensor | float | None = None, samples: int | torch.Tensor | None = None
+    ) -> bool:
         """End a step; returns False when the run should end.
 
         loss, samples: training loss and size of this rank's batch, for the records.
-        With a method that updates locally, the ranks exchange their parameters here. A listener may wait here, so that all
-        ranks end after the same step.
+        With a method that updates locally, the ranks exchange their parameters here. A listener may
+        wait here, so that all ranks end after the same step.
         """
         self._closed_by_step = True
         if self._scaler is not None:
@@ -357,7 +417,8 @@ class Session:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Between two steps: time spent inside belongs to no step of this rank. Others wait for it in their next exchange."""
+        """Between two steps: time spent inside belongs to no step of this rank. Others wait for it
+        in their next exchange."""
         began_s = monotonic_s()
         try:
             yield
@@ -367,38 +428,49 @@ class Session:
             self._paused_s += paused_s
 
     def synchronize(self) -> None:
-        """Make the parameters of all ranks equal, where a method that updates locally lets them differ: an exchange before its
-        time. Call it on every rank, between two steps. ``close`` does so, too; call it where something comes before that, such
-        as a last evaluation.
+        """Make the parameters of all ranks equal, where a method that updates locally lets them
+        differ: an exchange before its time. Call it on every rank, between two steps. ``close``
+        does so, too; call it where something comes before that, such as a last evaluation.
         """
         with self._noticing():
             self.method.synchronize(self._statistics)
 
     @contextlib.contextmanager
     def synchronized(self) -> Iterator[None]:
-        """Evaluate the model or save it in here, between two steps, on any rank: nobody waits, and nothing is exchanged.
+        """Evaluate the model or save it in here, between two steps, on any rank: nobody waits, and
+        nothing is exchanged.
 
-        With a method that updates locally, the model has the parameters that all ranks had in common last, and afterwards its
-        own ones again. With all others nothing changes.
+        With a method that updates locally, the model has the parameters that all ranks had in
+        common last, and afterwards its own ones again. With all others nothing changes.
         """
         with self.method.synchronized():
             yield
 
     def evaluated(self, accuracy: float, loss: float) -> None:
-        """Record an evaluation after the steps done so far; accuracy from 0 to 1. Call it on rank 0."""
-        row = {"step": self.steps, "t_s": self.elapsed_s, "accuracy": float(accuracy), "loss": float(loss)}
+        """Record an evaluation after the steps done so far; accuracy from 0 to 1. Call it on rank
+        0."""
+        row = {
+            "step": self.steps,
+            "t_s": self.elapsed_s,
+            "accuracy": float(accuracy),
+            "loss": float(loss),
+        }
         for listener in self._listeners:
             listener.evaluated(row)
 
     def close(self, accuracy: float | None = None, loss: float | None = None) -> None:
-        """End the run after its last step, with the final evaluation if this rank made one. Call it on every rank.
+        """End the run after its last step, with the final evaluation if this rank made one. Call it
+        on every rank.
 
-        Parameters that differ between ranks are synchronised first, unless this rank leaves by an exception.
+        Parameters that differ between ranks are synchronised first, unless this rank leaves by an
+        exception.
         """
         self._watching.remove()
         self._closed = True
         if self._in_backward and self._statistics.elements:
-            error = sys.exc_info()[1] or RuntimeError("the session was closed in the middle of a backward")
+            error = sys.exc_info()[1] or RuntimeError(
+                "the session was closed in the middle of a backward"
+            )
             self._failed(error)
             self.fail(error)  # now, since leaving may take a while
         try:
@@ -411,7 +483,8 @@ class Session:
 
     def _settle_last(self) -> None:
         ended = self._unsettled
-        if ended is not None and not self._clock.reached(ended.exchanged, _LAST_S):  # with NCCL, a peer that is gone
+        # with NCCL, a peer that is gone
+        if ended is not None and not self._clock.reached(ended.exchanged, _LAST_S):
             self._unsettled, self._unrecorded = None, []
         self._settle()
         if self._statistics.elements:
@@ -421,7 +494,15 @@ class Session:
             ended_s = self._statistics.began_s + self._statistics.exposed_s
             bandwidth_bps = self.method.bandwidth_bps
             self._unrecorded.append(
-                partial(self._row, self.steps, self._statistics, ended_s, bandwidth_bps, _number(None), None)
+                partial(
+                    self._row,
+                    self.steps,
+                    self._statistics,
+                    ended_s,
+                    bandwidth_bps,
+                    _number(None),
+                    None,
+                )
             )
         self._record()
 
@@ -438,7 +519,8 @@ class Session:
     def _outlast_callbacks(self) -> None:
         """A callback of DDP's group that comes while the interpreter ends aborts the process.
 
-        They may wait for a rank that waits here, too, as nothing but a time-out ends them: so one rank after another leaves.
+        They may wait for a rank that waits here, too, as nothing but a time-out ends them: so one
+        rank after another leaves.
         """
         given_up_s = monotonic_s() + min(_FIRST_S + 2.0 * self._group.rank(), _LAST_S)
         while self._pending > 0 and monotonic_s() < given_up_s:
@@ -450,32 +532,51 @@ class Session:
             listener.failed(error)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must keep of the method on this rank: its error feedback, and what it has learnt of the network.
+        """What a checkpoint must keep of the method on this rank: its error feedback, and what it
+        has learnt of the network.
 
         Call it between two steps, on the thread that trains, and on all ranks after the same step.
         """
         self._settle()
-        own = {"ranks": self._group.size(), "step": self.steps, "lr": self._lr, "scale": self._scale}
+        own = {
+            "ranks": self._group.size(),
+            "step": self.steps,
+            "lr": self._lr,
+            "scale": self._scale,
+        }
         return {**own, **self.method.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a checkpoint made with the same method, by as many ranks. Call it on all ranks; it waits for them.
+        """Take over a checkpoint made with the same method, by as many ranks. Call it on all ranks;
+        it waits for them.
 
-        Raises ValueError, one line, if it does not fit, or if the ranks' checkpoints are not of the same step.
+        Raises ValueError, one line, if it does not fit, or if the ranks' checkpoints are not of the
+        same step.
         """
         self._settle()
         if state["ranks"] != (ranks := self._group.size()):
             raise ValueError(
-                f"the checkpoint is of {state['ranks']} ranks, not {ranks}: what each has kept belongs to its rank, and counts "
-                f"for 1/{state['ranks']} of a mean; go on without the state of the hook"
+                f"the checkpoint is of {state['ranks']} ranks, not {ranks}: what each has kept"
+                f" belongs to its rank, and counts for 1/{state['ranks']} of a mean; go on without"
+                " the state of the hook"
             )
         agree(self._group, {"step of the checkpoint": state.get("step", state.get("steps"))})
         self.method.load_state_dict(state)
         self.steps = state.get("step", self.steps)
         self._lr, self._scale = state.get("lr", 0.0), state.get("scale")
 
-    def _close_step(self, ended_s: float, loss: torch.Tensor | float | None, samples: int | None) -> None:
-        row = partial(self._row, self.steps, self._statistics, ended_s, self.method.bandwidth_bps, _number(loss), samples)
+    def _close_step(
+        self, ended_s: float, loss: torch.Tensor | float | None, samples: int | None
+    ) -> None:
+        row = partial(
+            self._row,
+            self.steps,
+            self._statistics,
+            ended_s,
+            self.method.bandwidth_bps,
+            _number(loss),
+            samples,
+        )
         self._unrecorded.append(row)
         self.steps += 1
         self.method.end_step()
@@ -511,7 +612,8 @@ class Session:
             "loss": loss(),
             "samples": samples,
             "step_s": step_s,
-            "compute_s": max(0.0, step_s - done.exposed_s),  # with an accelerator, one is the CPU's time and one the device's
+            # with an accelerator, one is the CPU's time and one the device's
+            "compute_s": max(0.0, step_s - done.exposed_s),
             "comm_s": done.exposed_s,
             "encode_s": done.encode_s,
             "payload_bytes": done.payload_bytes,
@@ -528,7 +630,8 @@ class Session:
 
 
 class _Backward(NamedTuple):
-    """One that has ended. exchanged: when. paused_s: between the one before and this one. finish: learns from its times."""
+    """One that has ended. exchanged: when. paused_s: between the one before and this one. finish:
+    learns from its times."""
 
     statistics: StepStatistics
     exchanged: Mark

@@ -9,7 +9,8 @@ from netsenseml.catalog import load
 from netsenseml.records import RecordFile
 
 ENV_LISTENER = "NETSENSEML_LISTENER"
-"""Environment variable with the ``package.module:Class`` of a listener that ``attach`` makes and tells."""
+"""Environment variable with the ``package.module:Class`` of a listener that ``attach`` makes and
+tells."""
 
 
 class Attached(Protocol):
@@ -33,13 +34,15 @@ class Listener(Protocol):
         """Name and options of the method that it wants to see; None leaves it to the script."""
 
     def attached(self, session: Attached) -> float | None:
-        """The session is ready; may wait. Returns CLOCK_MONOTONIC seconds of t = 0 if it decides on that."""
+        """The session is ready; may wait. Returns CLOCK_MONOTONIC seconds of t = 0 if it decides on
+        that."""
 
     def record(self, row: Mapping[str, Any]) -> None:
         """The row of a step for the records (``records.STEP_COLUMNS``)."""
 
     def step(self, steps: int) -> bool:
-        """The script says that so many steps are done; may wait. Returns False if that was the last one."""
+        """The script says that so many steps are done; may wait. Returns False if that was the last
+        one."""
 
     def evaluated(self, row: Mapping[str, Any]) -> None:
         """An evaluation of the model: step, t_s, accuracy, loss."""
@@ -52,7 +55,8 @@ class Listener(Protocol):
 
 
 def from_environment() -> Listener | None:
-    """The listener that the environment names; raises ValueError, one line, if it cannot be loaded."""
+    """The listener that the environment names; raises ValueError, one line, if it cannot be
+    loaded."""
     path = os.environ.get(ENV_LISTENER)
     if not path:
         return None

@@ -30,8 +30,9 @@ class BackwardCosts(NamedTuple):
 class StepStatistics:
     """Account of one step: bytes, elements and times of all its buckets.
 
-    A method calls ``coding`` around its encoding and sends every collective by ``launch``; the session does the rest.
-    Callbacks of collectives run on threads of the process group, hence the lock.
+    A method calls ``coding`` around its encoding and sends every collective by ``launch``; the
+    session does the rest. Callbacks of collectives run on threads of the process group, hence the
+    lock.
 
     Of an accelerator, times are known by ``settle`` only, once it has done what it was told.
     """
@@ -49,10 +50,12 @@ class StepStatistics:
         self.elements_sent = 0
         self.encode_s = 0.0
         self.exposed_s = 0.0
-        """From the last gradient being ready to the last bucket being exchanged, before that the time that backward waited in
-        the hook, and after it that of an exchange behind the optimizer."""
+        """From the last gradient being ready to the last bucket being exchanged, before that the
+        time that backward waited in the hook, and after it that of an exchange behind the
+        optimizer."""
         self.compute_s = 0.0
-        """What preceded the exchange: from the last exchange (or the beginning) to the last gradient."""
+        """What preceded the exchange: from the last exchange (or the beginning) to the last
+        gradient."""
         self.communication_s = 0.0
         """Time in which at least one collective was under way."""
         self.ready_s: list[float] = []
@@ -63,7 +66,8 @@ class StepStatistics:
         self.tcp: TcpSample | None = None
         """What the kernel saw of the connections since it was asked before."""
         self.landed_s = 0.0
-        """When the last collective landed of which something is known; what was under way before then counts no more."""
+        """When the last collective landed of which something is known; what was under way before
+        then counts no more."""
         self._energy = self._lost = 0.0
         self._lock = threading.Lock()
         self._ready: list[Mark] = []
@@ -73,7 +77,8 @@ class StepStatistics:
         self._before = self._costs()
 
     def begin_backward(self) -> None:
-        """From here on ``of_backward`` counts; a step may have several backwards that synchronise."""
+        """From here on ``of_backward`` counts; a step may have several backwards that
+        synchronise."""
         self.settle()  # what one that broke off has left
         self._before = self._costs()
 
@@ -93,7 +98,9 @@ class StepStatistics:
 
     def _costs(self) -> BackwardCosts:
         times = self.exposed_s, self.compute_s, self.encode_s, self.communication_s
-        return BackwardCosts(*times, self.payload_bytes, self.ready_s.copy(), self.bucket_elements.copy())
+        return BackwardCosts(
+            *times, self.payload_bytes, self.ready_s.copy(), self.bucket_elements.copy()
+        )
 
     def arrive(self, elements: int, ready: Mark) -> None:
         """A bucket has come; ready: when its gradients were computed, or will be."""
@@ -103,7 +110,8 @@ class StepStatistics:
             self._ready.append(ready)
 
     def nothing_overlapped(self) -> None:
-        """Backward has waited for every bucket, as it would at its end if all had been ready by then, and not before."""
+        """Backward has waited for every bucket, as it would at its end if all had been ready by
+        then, and not before."""
         with self._lock:
             self._ready = self._ready[-1:] * len(self._ready)
 
@@ -111,7 +119,12 @@ class StepStatistics:
         """Take into account what ended since the last call; waits until it has."""
         seconds = self._clock.seconds
         with self._lock:
-            ready, coded, waited, under_way = self._ready, self._coded, self._waited, self._under_way
+            ready, coded, waited, under_way = (
+                self._ready,
+                self._coded,
+                self._waited,
+                self._under_way,
+            )
             self._ready, self._coded, self._waited, self._under_way = [], [], [], []
         self.ready_s += map(seconds, ready)
         self.exposed_s += sum(seconds(end) - seconds(begin) for begin, end in waited)
@@ -141,7 +154,8 @@ class StepStatistics:
                 self._waited.append((began, self._clock.mark()))
 
     def separate(self) -> "StepStatistics":
-        """An account of its own for an exchange that may outlast the step; ``include`` takes it in where it ends."""
+        """An account of its own for an exchange that may outlast the step; ``include`` takes it in
+        where it ends."""
         return StepStatistics(self.ranks, self._clock)
 
     def include(self, other: "StepStatistics") -> None:
@@ -155,7 +169,11 @@ class StepStatistics:
             self.lose(other.lost_energy or 0.0, other._energy, other.residual_ratio)
 
     def launch(
-        self, collective: Callable[[], Future[torch.Tensor]], payload_bytes: float, *, elements: int = 0
+        self,
+        collective: Callable[[], Future[torch.Tensor]],
+        payload_bytes: float,
+        *,
+        elements: int = 0,
     ) -> Future[torch.Tensor]:
         """Launch a collective and account for it; the returned future holds its result.
 
@@ -166,17 +184,21 @@ class StepStatistics:
             self.payload_bytes += round(payload_bytes)
             self.elements_sent += elements
         landed = partial(self._landed, self._clock.mark())
-        # Another future, as nothing else makes sure that this comes before what others do with the result.
+        # Another future, as nothing else makes sure that this comes before what others do with the
+        # result.
         return collective().then(landed)
 
     def _landed(self, began: Mark, done: Future[torch.Tensor]) -> torch.Tensor:
         value = done.value()
         with self._lock:
-            self._under_way.append((began, monotonic_s() if value.device.type == "cpu" else self._clock.mark()))
+            self._under_way.append(
+                (began, monotonic_s() if value.device.type == "cpu" else self._clock.mark())
+            )
         return value
 
     def lose(self, share: float, energy: float, residual_ratio: float = 0.0) -> None:
-        """Note what share of a bucket's energy, the sum of squares of what was to be sent, was not sent.
+        """Note what share of a bucket's energy, the sum of squares of what was to be sent, was not
+        sent.
 
         residual_ratio: norm of what is kept of it over that of the gradient.
         """
@@ -187,14 +209,16 @@ class StepStatistics:
 
     @property
     def lost_energy(self) -> float | None:
-        """Share of the energy of all buckets that was not sent; None if the method does not tell."""
+        """Share of the energy of all buckets that was not sent; None if the method does not
+        tell."""
         if self.residual_ratio is None:
             return None
         return self._lost / self._energy if self._energy else 0.0
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes that a ring all-reduce of the same gradients in float32 would send from this rank."""
+        """Bytes that a ring all-reduce of the same gradients in float32 would send from this
+        rank."""
         return round(all_reduce_bytes(4 * self.elements, self.ranks))
 
     @property

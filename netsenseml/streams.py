@@ -1,4 +1,5 @@
-"""What the streams of an accelerator need: events, memory that outlasts its stream, copies that nobody waits for."""
+"""What the streams of an accelerator need: events, memory that outlasts its stream, copies that
+nobody waits for."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,24 +9,29 @@ import torch
 
 
 def record_event(device: torch.device, stream: Any = None) -> Any:
-    """An event in a stream of a device, the current one if none is given; whoever waits for it sleeps, if that is possible."""
+    """An event in a stream of a device, the current one if none is given; whoever waits for it
+    sleeps, if that is possible."""
     event: Any
     if device.type == "cuda":
         event = torch.cuda.Event(enable_timing=True, blocking=True)
     else:
         event = torch.Event(device, enable_timing=True)
-    event.record(torch.get_device_module(device).current_stream(device) if stream is None else stream)
+    event.record(
+        torch.get_device_module(device).current_stream(device) if stream is None else stream
+    )
     return event
 
 
 def use_here(tensor: torch.Tensor) -> None:
-    """Keep the memory of a tensor, which may belong to another stream, until the current one is done with it."""
+    """Keep the memory of a tensor, which may belong to another stream, until the current one is
+    done with it."""
     if tensor.device.type != "cpu":
         tensor.record_stream(torch.get_device_module(tensor.device).current_stream(tensor.device))
 
 
 def start_to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in pinned memory of the host, once the current stream has come so far; on a CPU the tensor itself."""
+    """The tensor in pinned memory of the host, once the current stream has come so far; on a CPU
+    the tensor itself."""
     if tensor.device.type == "cpu":
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -34,7 +40,8 @@ def start_to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def in_default_stream(device: torch.device) -> Iterator[None]:
-    """Work in the default stream of an accelerator, in order with the current one: callbacks of Gloo work there."""
+    """Work in the default stream of an accelerator, in order with the current one: callbacks of
+    Gloo work there."""
     if device.type == "cpu":
         yield
         return

@@ -1,6 +1,8 @@
-"""The console script ``testbed``. The library alone installs it, too, but what the testbed needs comes with the extra.
+"""The console script ``testbed``. The library alone installs it, too, but what the testbed needs
+comes with the extra.
 
-So nothing else of the testbed is imported here before it is certain that a package which is missing can be named.
+So nothing else of the testbed is imported here before it is certain that a package which is missing
+can be named.
 """
 
 import re
@@ -12,7 +14,8 @@ _EXIT_CANNOT = 4
 
 
 def modules_of_the_extra() -> frozenset[str]:
-    """Modules that ``pip install 'netsenseml[testbed]'`` brings; none where the distribution is not installed."""
+    """Modules that ``pip install 'netsenseml[testbed]'`` brings; none where the distribution is not
+    installed."""
     from importlib import metadata  # takes a while, which completion in a shell does not have
 
     try:
@@ -35,7 +38,11 @@ def main() -> None:
         if missing not in modules_of_the_extra():
             raise  # a fault of ours, or of the user's own code
         mend = "pip install 'netsenseml[testbed]' (in a checkout: pip install '.[testbed]')"
-        print(f"testbed: the package {missing} is missing; install what the testbed needs with: {mend}", file=sys.stderr)
+        print(
+            f"testbed: the package {missing} is missing; install what the testbed needs with:"
+            f" {mend}",
+            file=sys.stderr,
+        )
         sys.exit(_EXIT_CANNOT)
 
 

@@ -1,14 +1,16 @@
 """``testbed calibrate``: what a scratch lab of four hosts does, against what theory allows.
 
-TCP goodput: a full frame has 1514 bytes and carries 1448 of payload (1500 less IP, TCP and its timestamps), so one flow can
-have 95.6 % of the rate. In a ring, where every host sends to the next one as in an all-reduce, each direction also carries the
-acknowledgements of another flow, 66 bytes each: one for every second segment (RFC 5681) at low rates, hardly any where the
-kernel hands on many segments as one packet. One for every fourth is the middle, 1448/(1514 + 66/4) = 94.6 %, and either end
-is 1.1 % away from it.
-The flows use cubic: with BBR, which some machines have as their default, the flow and not the link decides (it took 3 to 5 %
-less of a busy ring at 37 Mbit/s).
+TCP goodput: a full frame has 1514 bytes and carries 1448 of payload (1500 less IP, TCP and its
+timestamps), so one flow can have 95.6 % of the rate. In a ring, where every host sends to the next
+one as in an all-reduce, each direction also carries the acknowledgements of another flow, 66 bytes
+each: one for every second segment (RFC 5681) at low rates, hardly any where the kernel hands on
+many segments as one packet. One for every fourth is the middle, 1448/(1514 + 66/4) = 94.6 %, and
+either end is 1.1 % away from it.
+The flows use cubic: with BBR, which some machines have as their default, the flow and not the link
+decides (it took 3 to 5 % less of a busy ring at 37 Mbit/s).
 
-RTT is the sum of the one-way delays. Both ends add the jitter of one way, so its standard deviation is that of the RTT ÷ √2.
+RTT is the sum of the one-way delays. Both ends add the jitter of one way, so its standard deviation
+is that of the RTT ÷ √2.
 """
 
 import json
@@ -29,12 +31,26 @@ from netsenseml.records import monotonic_s
 from testbed.children import module_command
 from testbed.labs import open_labs
 from testbed.labs.base import LabError, LabPlan
-from testbed.labs.calibration import RATE_TOLERANCE, Measurement, MeasurementPrograms, Pair, attempts, closest, delay_tolerance
+from testbed.labs.calibration import (
+    RATE_TOLERANCE,
+    Measurement,
+    MeasurementPrograms,
+    Pair,
+    attempts,
+    closest,
+    delay_tolerance,
+)
 from testbed.labs.netns import sandbox_command
 from testbed.links.qdiscs import ETHERNET_FRAME_BYTES
 from testbed.links.state import DIRECTIONS, LinkParameters, LinkState, Loss
 from testbed.network import max_gso_bytes
-from testbed.signals import DOCKER_GRACE_S, EXIT_INTERRUPTED, child_of_ours, interrupt_main_thread_once, watch_parent_pipe
+from testbed.signals import (
+    DOCKER_GRACE_S,
+    EXIT_INTERRUPTED,
+    child_of_ours,
+    interrupt_main_thread_once,
+    watch_parent_pipe,
+)
 from testbed.spec.units import format_rate
 
 HOSTS = ("w0", "w1", "w2", "w3")
@@ -54,7 +70,8 @@ _PROBES, _PROBES_PER_S, _PROBE_S = 100_000, 10_000, 10.0
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What to calibrate: goodput and RTT at some rates in bits/s; at each of them also delay, jitter (s) and loss (share).
+    """What to calibrate: goodput and RTT at some rates in bits/s; at each of them also delay,
+    jitter (s) and loss (share).
 
     burst: mean length of the bursts in which packets are lost; None: independently.
     """
@@ -73,25 +90,43 @@ class Conditions:
 
 
 def calibrate(conditions: Conditions, lab: str, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Measure in a lab, "netns" or "docker"; raises LabError if it cannot be made, KeyboardInterrupt if it was told to end.
+    """Measure in a lab, "netns" or "docker"; raises LabError if it cannot be made,
+    KeyboardInterrupt if it was told to end.
 
-    {"lab", "valid", "worst_goodput": the largest shortfall as a share of what was expected, negative if all were above,
-     "rows": [{"rate_bps", "quantity", "expected", "measured", "tolerance", "within", "attempts"}]}
-    quantity: goodput_one, goodput_ring, goodput_streams (bits/s of payload; the slowest flow), rtt_min, rtt_median, jitter (s),
-        loss, burst (packets).
+    {"lab", "valid", "worst_goodput": the largest shortfall as a share of what was expected,
+     negative if all were above, "rows": [{"rate_bps", "quantity", "expected", "measured",
+     "tolerance", "within", "attempts"}]}
+    quantity: goodput_one, goodput_ring, goodput_streams (bits/s of payload; the slowest flow),
+        rtt_min, rtt_median, jitter (s), loss, burst (packets).
     progress: told what has been measured.
     """
     rows = []
-    with closing(_calibrate_in_sandbox(conditions) if lab == "netns" else _calibrate_by_daemon(conditions, lab)) as found:
+    with closing(
+        _calibrate_in_sandbox(conditions)
+        if lab == "netns"
+        else _calibrate_by_daemon(conditions, lab)
+    ) as found:
         for row in found:
             rows.append(row)
             progress(f"{row['quantity']} at {format_rate(row['rate_bps'])} measured")
-    shortfalls = [1 - (row["measured"] or 0) / row["expected"] for row in rows if row["quantity"].startswith("goodput")]
-    return {"lab": lab, "valid": all(row["within"] for row in rows), "worst_goodput": max(shortfalls), "rows": rows}
+    shortfalls = [
+        1 - (row["measured"] or 0) / row["expected"]
+        for row in rows
+        if row["quantity"].startswith("goodput")
+    ]
+    return {
+        "lab": lab,
+        "valid": all(row["within"] for row in rows),
+        "worst_goodput": max(shortfalls),
+        "rows": rows,
+    }
 
 
 def _calibrate_in_sandbox(conditions: Conditions) -> Generator[dict[str, Any], None, None]:
-    command = [*sandbox_command(), *module_command("testbed.calibrate", json.dumps(asdict(conditions)))]
+    command = [
+        *sandbox_command(),
+        *module_command("testbed.calibrate", json.dumps(asdict(conditions))),
+    ]
     with child_of_ours(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         for line in child.stdout:
@@ -118,7 +153,9 @@ def _calibrate_here(conditions: Conditions, lab: str) -> Iterator[dict[str, Any]
         logs.mkdir()
         for rate_bps in conditions.rates_bps:
             # A queue of a round trip's length, which TCP needs to go on at full speed after a loss.
-            plain = LinkParameters(rate_bps, queue_s=max(LinkParameters().queue_s, 2 * conditions.delay_s))
+            plain = LinkParameters(
+                rate_bps, queue_s=max(LinkParameters().queue_s, 2 * conditions.delay_s)
+            )
             worse = replace(
                 plain,
                 delay_s=conditions.delay_s,
@@ -136,13 +173,18 @@ def _calibrate_here(conditions: Conditions, lab: str) -> Iterator[dict[str, Any]
 def _lab_plan(state: LinkState, engine: str) -> LabPlan:
     links = dict.fromkeys(HOSTS, state)
     directions = [(link, side, getattr(state, side)) for link in links for side in DIRECTIONS]
-    impaired = frozenset((link, side) for link, side, parameters in directions if parameters.impaired)
+    impaired = frozenset(
+        (link, side) for link, side, parameters in directions if parameters.impaired
+    )
     plan = LabPlan(links, impaired=impaired, engine=engine)
     return replace(plan, max_gso_bytes=max_gso_bytes(plan, directions))
 
 
 def _row(rate_bps: int, best: Measurement, tries: int) -> dict[str, Any]:
-    found = {name: getattr(best, name) for name in ("quantity", "expected", "measured", "tolerance", "within")}
+    found = {
+        name: getattr(best, name)
+        for name in ("quantity", "expected", "measured", "tolerance", "within")
+    }
     measured = None if math.isnan(best.measured) else best.measured
     return {"rate_bps": rate_bps, **found, "measured": measured, "attempts": tries}
 
@@ -159,7 +201,11 @@ class _Bench:
             return [self.rtt, self.one_flow, self.ring]
         return [
             *([self.rtt] if self.down.delay_s else []),
-            *([self.streams] if self.down.delay_s and not self.down.loss.share and not self.down.jitter_s else []),
+            *(
+                [self.streams]
+                if self.down.delay_s and not self.down.loss.share and not self.down.jitter_s
+                else []
+            ),
             *([self.loss] if self.down.loss.share else []),
         ]
 
@@ -170,25 +216,39 @@ class _Bench:
         return self._goodput("goodput_ring", RING, RING_SHARE, effort)
 
     def streams(self, effort: int) -> list[Measurement]:
-        """As many streams as it takes until no window limits them: long paths hold more than one socket may."""
+        """As many streams as it takes until no window limits them: long paths hold more than one
+        socket may."""
         under_way = 2 * self.down.delay_s * (self.down.rate_bps or 0) / 8
         streams = max(_STREAMS, math.ceil(under_way / _WINDOW_BYTES))
         warm_s = _WARM_S + 2 * self.down.delay_s * _WARM_ROUND_TRIPS
         return self._goodput("goodput_streams", RING[:1], ONE_FLOW_SHARE, effort, streams, warm_s)
 
     def _goodput(
-        self, quantity: str, pairs: Sequence[Pair], share: float, effort: int, streams: int = 1, warm_s: float = _WARM_S
+        self,
+        quantity: str,
+        pairs: Sequence[Pair],
+        share: float,
+        effort: int,
+        streams: int = 1,
+        warm_s: float = _WARM_S,
     ) -> list[Measurement]:
         """The slowest flow of some that run at the same time."""
         hosts = self.programs.lab.hosts
-        sinks = [self.programs.start(target, "sink", warm_s, effort * _SECONDS, streams) for _, target in pairs]
+        sinks = [
+            self.programs.start(target, "sink", warm_s, effort * _SECONDS, streams)
+            for _, target in pairs
+        ]
         sources = [
-            self.programs.start(source, "source", hosts[target].address, CONGESTION, streams) for source, target in pairs
+            self.programs.start(source, "source", hosts[target].address, CONGESTION, streams)
+            for source, target in pairs
         ]
         reports = [self.programs.report(sink, warm_s + effort * _SECONDS) for sink in sinks]
         for one in sources:
             self.programs.stop(one)
-        rates = [report["bytes"] * 8 / report["seconds"] if report and report["bytes"] else math.nan for report in reports]
+        rates = [
+            report["bytes"] * 8 / report["seconds"] if report and report["bytes"] else math.nan
+            for report in reports
+        ]
         slowest = math.nan if any(map(math.isnan, rates)) else min(rates)
         expected = share * (self.down.rate_bps or math.nan)
         return [Measurement(quantity, expected, slowest, RATE_TOLERANCE * expected)]
@@ -201,29 +261,47 @@ class _Bench:
         patience_s = expected_s + 10 * self.down.jitter_s + 0.5
         echo = self.programs.start(target, "echo")
         address = self.programs.lab.hosts[target].address
-        ping = self.programs.start(source, "ping", address, round(seconds / interval_s), interval_s, patience_s)
+        ping = self.programs.start(
+            source, "ping", address, round(seconds / interval_s), interval_s, patience_s
+        )
         report = self.programs.report(ping, seconds + patience_s)
         self.programs.stop(echo)
         rtts_s = sorted(report["rtts_s"]) if report else []
         if len(rtts_s) < _PINGS // 4:
             rtts_s = [math.nan]
-        results = [] if self.down.jitter_s else [Measurement("rtt_min", expected_s, rtts_s[0], delay_tolerance(expected_s))]
-        results.append(Measurement("rtt_median", expected_s, median(rtts_s), delay_tolerance(expected_s)))
+        results = (
+            []
+            if self.down.jitter_s
+            else [Measurement("rtt_min", expected_s, rtts_s[0], delay_tolerance(expected_s))]
+        )
+        results.append(
+            Measurement("rtt_median", expected_s, median(rtts_s), delay_tolerance(expected_s))
+        )
         if self.down.jitter_s:
-            # 68 % of a normal distribution lie within a standard deviation; a machine that stalls now and then moves the rest.
-            deviation_s = (rtts_s[round(0.8413 * (len(rtts_s) - 1))] - rtts_s[round(0.1587 * (len(rtts_s) - 1))]) / 2
+            # 68 % of a normal distribution lie within a standard deviation; a machine that stalls
+            # now and then moves the rest.
+            deviation_s = (
+                rtts_s[round(0.8413 * (len(rtts_s) - 1))]
+                - rtts_s[round(0.1587 * (len(rtts_s) - 1))]
+            ) / 2
             allowed_s = JITTER_TOLERANCE * self.down.jitter_s
-            results.append(Measurement("jitter", self.down.jitter_s, deviation_s / math.sqrt(2), allowed_s))
+            results.append(
+                Measurement("jitter", self.down.jitter_s, deviation_s / math.sqrt(2), allowed_s)
+            )
         return results
 
     def loss(self, effort: int) -> list[Measurement]:
-        """Small packets one way at half the rate, so that no queue overflows; counted on the way, and where they arrive."""
+        """Small packets one way at half the rate, so that no queue overflows; counted on the way,
+        and where they arrive."""
         source, target = RING[0]
         links = self.programs.lab.links
         per_s = min(_PROBES_PER_S, (self.down.rate_bps or math.inf) / 2 / 8 / _PROBE_BYTES)
         number, patience_s = round(min(_PROBES, per_s * _PROBE_S)), 10 * _PROBE_S
         tallying = self.programs.start(target, "tally", 1 + 2 * self.down.delay_s)
-        address, begin_s = self.programs.lab.hosts[target].address, monotonic_s() + 0.5 + 2 * self.down.delay_s
+        address, begin_s = (
+            self.programs.lab.hosts[target].address,
+            monotonic_s() + 0.5 + 2 * self.down.delay_s,
+        )
         before = links.counters()
         at_s = self.programs.lab.hosts[source].clock.own(begin_s)
         words = (address, at_s, patience_s, per_s * 8 * _PROBE_BYTES, _PROBE_BYTES, 1, number)
@@ -233,16 +311,26 @@ class _Bench:
         tally = self.programs.report(tallying, 2.0)
         sent = after[source, "up"].packets - before[source, "up"].packets
         expected = self.down.loss.share
-        lost = ((after[target, "down"].lost or 0) - (before[target, "down"].lost or 0)) / sent if report else math.nan
+        lost = (
+            ((after[target, "down"].lost or 0) - (before[target, "down"].lost or 0)) / sent
+            if report
+            else math.nan
+        )
         spread = math.sqrt(expected * (1 - expected) / max(sent, 1))
         burst = self.down.loss.burst
         if burst is None:
             return [Measurement("loss", expected, lost, 3 * spread)]
         # Losses in bursts are so many fewer events (the variance of a Markov chain's sum).
         memory = 1 - sum(self.down.loss.transitions)
-        results = [Measurement("loss", expected, lost, 3 * spread * math.sqrt((1 + memory) / (1 - memory)))]
+        results = [
+            Measurement("loss", expected, lost, 3 * spread * math.sqrt((1 + memory) / (1 - memory)))
+        ]
         runs = {int(length): number for length, number in tally["runs"].items()} if tally else {}
-        mean = sum(length * number for length, number in runs.items()) / sum(runs.values()) if runs else math.nan
+        mean = (
+            sum(length * number for length, number in runs.items()) / sum(runs.values())
+            if runs
+            else math.nan
+        )
         return [*results, Measurement("burst", burst, mean, BURST_TOLERANCE * burst)]
 
 
@@ -251,12 +339,15 @@ def _scratch_directory(lab: str) -> Iterator[Path]:
     # Containers see only what is mounted where the orchestrator runs, and that is where results go.
     if lab == "docker":
         Path("runs").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="calibrate-", dir="runs" if lab == "docker" else None) as path:
+    with tempfile.TemporaryDirectory(
+        prefix="calibrate-", dir="runs" if lab == "docker" else None
+    ) as path:
         yield Path(path)
 
 
 def main() -> int:
-    """Inside the sandbox: one row a line; exit code 0, 4 with the reason on standard error, or 130 (interrupted)."""
+    """Inside the sandbox: one row a line; exit code 0, 4 with the reason on standard error, or 130
+    (interrupted)."""
     stop, interrupted = interrupt_main_thread_once()
     try:
         threading.Thread(target=watch_parent_pipe, args=(stop,), daemon=True).start()

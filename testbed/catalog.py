@@ -1,4 +1,5 @@
-"""Names and options of models, data sets and optimizers of the built-in worker, without importing torch.
+"""Names and options of models, data sets and optimizers of the built-in worker, without importing
+torch.
 
 A name may also be ``package.module:attribute``, as for methods (``netsenseml.catalog``).
 """
@@ -14,7 +15,9 @@ _CLASSES = Option(int, 100, "classes", low=2)
 MODELS: Mapping[str, Options] = {
     "mlp": {"hidden": Option(list, [512, 512], "widths of the hidden layers")},
     "cnn": {
-        "channels": Option(list, [32, 64], "channels of the 3x3 convolutions, each followed by ReLU"),
+        "channels": Option(
+            list, [32, 64], "channels of the 3x3 convolutions, each followed by ReLU"
+        ),
         "hidden": Option(int, 256, "width of the hidden layer before the classifier", low=1),
     },
     "resnet18": {"classes": _CLASSES},
@@ -33,8 +36,12 @@ DATA: Mapping[str, Options] = {
     "images": {
         "classes": Option(int, 10, "classes", low=2, high=10_000),
         "side": Option(int, 32, "height and width, pixels", low=4, high=1024),
-        "samples": Option(int, 4000, "images; a tenth of them is for the test", low=20, high=1_000_000),
-        "noise": Option(float, 1.0, "standard deviation of the noise; that of the pattern is 1", low=0),
+        "samples": Option(
+            int, 4000, "images; a tenth of them is for the test", low=20, high=1_000_000
+        ),
+        "noise": Option(
+            float, 1.0, "standard deviation of the noise; that of the pattern is 1", low=0
+        ),
     },
     "text": {
         "kilobytes": Option(int, 512, "of library sources", low=16, high=16_384),
@@ -70,7 +77,10 @@ def check_model(name: str, options: Mapping[str, Any] | None = None) -> dict[str
     """Options of a model with the defaults filled in; errors as in ``check_method``."""
     resolved = resolve("model", MODELS, name, options)
     if name == "gpt" and resolved["width"] % resolved["heads"]:
-        raise ValueError(f"model 'gpt': width must be a multiple of heads, {resolved['heads']}, not {resolved['width']}")
+        raise ValueError(
+            f"model 'gpt': width must be a multiple of heads, {resolved['heads']}, not"
+            f" {resolved['width']}"
+        )
     return resolved
 
 
@@ -87,12 +97,15 @@ CIFAR_FILES: Mapping[str, tuple[str, ...]] = {
 
 
 def check_folder(data: str, folder: Path | None) -> None:
-    """Raise ValueError, one line with the way to get them, if a data set's files are not in its folder."""
+    """Raise ValueError, one line with the way to get them, if a data set's files are not in its
+    folder."""
     if folder is not None and not folder.is_dir():
         raise ValueError(f"{folder} is no directory{_how_to_get(data)}")
     for file in CIFAR_FILES.get(data, ()):
         if folder is None or not (folder / file).is_file():
-            raise ValueError(f"{file if folder is None else folder / file} is missing{_how_to_get(data)}")
+            raise ValueError(
+                f"{file if folder is None else folder / file} is missing{_how_to_get(data)}"
+            )
 
 
 def _how_to_get(data: str) -> str:
@@ -105,21 +118,34 @@ def _how_to_get(data: str) -> str:
     )
 
 
-def check_pair(model: str, model_options: Mapping[str, Any], data: str, data_options: Mapping[str, Any]) -> None:
-    """Raise ValueError, one line, if a model cannot learn from a data set; what is the user's own is not known."""
+def check_pair(
+    model: str, model_options: Mapping[str, Any], data: str, data_options: Mapping[str, Any]
+) -> None:
+    """Raise ValueError, one line, if a model cannot learn from a data set; what is the user's own
+    is not known."""
     if is_import_path(model) or is_import_path(data):
         return
     fits = FITTING[model]
     if data not in fits:
-        raise ValueError(f"'{data}' is no data for the model '{model}'; it learns from {', '.join(fits)}")
+        raise ValueError(
+            f"'{data}' is no data for the model '{model}'; it learns from {', '.join(fits)}"
+        )
     wanted, given = check_model(model, model_options), check_data(data, data_options)
     if data == "text" and given["context"] > wanted["context"]:
-        raise ValueError(f"has {given['context']} bytes a sample, the model gpt takes {wanted['context']}; make context equal")
+        raise ValueError(
+            f"has {given['context']} bytes a sample, the model gpt takes {wanted['context']}; make"
+            " context equal"
+        )
     classes = {"cifar10": 10, "cifar100": 100}.get(data, given.get("classes", 0))
     if classes > wanted.get("classes", classes):
-        raise ValueError(f"has {classes} classes, the model '{model}' {wanted['classes']}; make classes equal")
+        raise ValueError(
+            f"has {classes} classes, the model '{model}' {wanted['classes']}; make classes equal"
+        )
     if model == "vgg16" and given.get("side", _VGG_SIDE) < _VGG_SIDE:
-        raise ValueError(f"has images of {given['side']} pixels; vgg16 halves them five times, so use side: {_VGG_SIDE}")
+        raise ValueError(
+            f"has images of {given['side']} pixels; vgg16 halves them five times, so use side:"
+            f" {_VGG_SIDE}"
+        )
 
 
 _IMAGES = ("images", "cifar10", "cifar100")

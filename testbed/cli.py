@@ -1,5 +1,5 @@
-"""The command ``testbed``: parse, call, print. Exit codes: 0 done and valid; 1 a run failed; 2 bad input, nothing was
-touched; 3 done, but not valid; 4 this machine cannot do it; 130 interrupted.
+"""The command ``testbed``: parse, call, print. Exit codes: 0 done and valid; 1 a run failed; 2 bad
+input, nothing was touched; 3 done, but not valid; 4 this machine cannot do it; 130 interrupted.
 
 What a command needs is imported in it: shells call this at each press of the tab key."""
 
@@ -34,7 +34,9 @@ T = TypeVar("T")
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INVALID, EXIT_CANNOT, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
 app = typer.Typer(
-    help="Distributed training over links that the kernel shapes: run it, measure it, see who wins.",
+    help=(
+        "Distributed training over links that the kernel shapes: run it, measure it, see who wins."
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -63,11 +65,21 @@ def _paths(incomplete: str, keep: Callable[[Path], bool]) -> list[str]:
         found = sorted(Path(given or ".").iterdir())
     except OSError:
         return []
-    shown = [path for path in found if path.name.startswith(start) and (start or not path.name.startswith("."))]
+    shown = [
+        path
+        for path in found
+        if path.name.startswith(start) and (start or not path.name.startswith("."))
+    ]
     folders = {path for path in shown if is_directory(path)}
-    names = [os.path.join(given, path.name) + "/" * (path in folders) for path in shown if path in folders or keep(path)]  # noqa: PTH118
+    names = [
+        os.path.join(given, path.name) + "/" * (path in folders)  # noqa: PTH118
+        for path in shown
+        if path in folders or keep(path)
+    ]
     # Shells put a space behind the only choice, which nobody wants behind a directory that goes on.
-    return (_paths(names[0], keep) or names) if len(names) == 1 and names[0].endswith("/") else names
+    return (
+        (_paths(names[0], keep) or names) if len(names) == 1 and names[0].endswith("/") else names
+    )
 
 
 def _specs(incomplete: str) -> list[str]:
@@ -86,9 +98,18 @@ def _run_directories(incomplete: str) -> list[str]:
 def _examples(incomplete: str) -> list[str]:
     """Like ``testbed.examples.examples``, from the names of the files alone."""
     package = Path(__file__).parent
-    folder = next((one for one in (package / "experiments", package.parent / "experiments") if one.is_dir()), package)
-    names = [str(path.relative_to(folder).with_suffix("")) for path in sorted(folder.rglob("*.yaml"))]
-    return [name for name in [*names, "all"] if name.startswith(incomplete) and not name.startswith(("bench/", "data/"))]
+    folder = next(
+        (one for one in (package / "experiments", package.parent / "experiments") if one.is_dir()),
+        package,
+    )
+    names = [
+        str(path.relative_to(folder).with_suffix("")) for path in sorted(folder.rglob("*.yaml"))
+    ]
+    return [
+        name
+        for name in [*names, "all"]
+        if name.startswith(incomplete) and not name.startswith(("bench/", "data/"))
+    ]
 
 
 _WIDE = 1 << 12
@@ -97,18 +118,29 @@ RUNS = Path("runs")
 SpecPath = Annotated[
     Path | None,
     typer.Argument(
-        help="The experiment, a YAML file; experiment.yaml if left out, which testbed init writes.", autocompletion=_specs
+        help="The experiment, a YAML file; experiment.yaml if left out, which testbed init writes.",
+        autocompletion=_specs,
     ),
 ]
 RunPath = Annotated[Path, typer.Argument(help="A run directory.", autocompletion=_run_directories)]
 Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the spec, e.g. workers=8. Repeatable.")
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replace a value of the spec, e.g. workers=8. Repeatable.",
+    ),
 ]
 LiveRun = Annotated[
     Path | None,
-    typer.Option(help="The run directory; the newest live run in ./runs if left out.", autocompletion=_run_directories),
+    typer.Option(
+        help="The run directory; the newest live run in ./runs if left out.",
+        autocompletion=_run_directories,
+    ),
 ]
-LabOption = Annotated[LabKind | None, typer.Option("--lab", help="Where the workers run; overrides the spec.")]
+LabOption = Annotated[
+    LabKind | None, typer.Option("--lab", help="Where the workers run; overrides the spec.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 
 
@@ -118,23 +150,48 @@ def run(
     lab: LabOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Directory in which the run directory is made; runs if left out.", autocompletion=_directories),
+        typer.Option(
+            help="Directory in which the run directory is made; runs if left out.",
+            autocompletion=_directories,
+        ),
     ] = None,
     overrides: Overrides = [],  # noqa: B006
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with this run directory instead of a new run.", autocompletion=_run_directories)
+        Path | None,
+        typer.Option(
+            help="Go on with this run directory instead of a new run.",
+            autocompletion=_run_directories,
+        ),
     ] = None,
-    again: Annotated[bool, typer.Option("--again", help="With --resume: run the cells that are not valid again, too.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print hosts, timeline and tc commands; do nothing.")] = False,
-    on: Annotated[
-        str | None, typer.Option("--on", metavar="ADDRESS", help="Run the cells on a Dask cluster: tcp://host:8786 or local:N.")
-    ] = None,
-    spread: Annotated[bool, typer.Option("--spread", help="With --on: methods need not be compared on one machine.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only, without progress.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the summary as JSON; all else goes to standard error.")
+    again: Annotated[
+        bool,
+        typer.Option("--again", help="With --resume: run the cells that are not valid again, too."),
     ] = False,
-    live: Annotated[bool, typer.Option("--live", help="Show it as a web page meanwhile, on this machine only.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print hosts, timeline and tc commands; do nothing.")
+    ] = False,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on",
+            metavar="ADDRESS",
+            help="Run the cells on a Dask cluster: tcp://host:8786 or local:N.",
+        ),
+    ] = None,
+    spread: Annotated[
+        bool,
+        typer.Option("--spread", help="With --on: methods need not be compared on one machine."),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print the result only, without progress.")
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the summary as JSON; all else goes to standard error."),
+    ] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Show it as a web page meanwhile, on this machine only.")
+    ] = False,
 ) -> None:
     """Run an experiment and say who won."""
     from rich.console import Console
@@ -144,7 +201,11 @@ def run(
     from testbed.run.start import Cluster, RunOptions, continue_run, start_run
 
     if on is not None and not re.fullmatch(r"local:[1-9][0-9]?|(tcp|tls|ucx|ws|wss)://\S+", on):
-        _fail(f"--on: {on!r} is no address of a Dask scheduler; write one like tcp://host:8786, or local:3", EXIT_BAD_INPUT)
+        _fail(
+            f"--on: {on!r} is no address of a Dask scheduler; write one like tcp://host:8786, or"
+            " local:3",
+            EXIT_BAD_INPUT,
+        )
     if spread and on is None:
         _fail("--spread goes with --on; one machine runs every cell by itself", EXIT_BAD_INPUT)
     options = RunOptions(quiet=quiet, live=live, on=None if on is None else Cluster(on, spread))
@@ -154,10 +215,21 @@ def run(
         if spec is not None or overrides or lab is not None or dry_run or out is not None:
             what = "SPEC nor --set, --lab, --out, --dry-run"
             if spec is not None and exists(spec / SPEC_FILE):
-                _fail(f"--resume goes on with one run directory, not with two: {resume} and {spec}", EXIT_BAD_INPUT)
-            _fail(f"--resume takes the spec of the run directory and goes on in it; give neither {what}", EXIT_BAD_INPUT)
+                _fail(
+                    f"--resume goes on with one run directory, not with two: {resume} and {spec}",
+                    EXIT_BAD_INPUT,
+                )
+            _fail(
+                "--resume takes the spec of the run directory and goes on in it; give neither"
+                f" {what}",
+                EXIT_BAD_INPUT,
+            )
         if not exists(resume / SPEC_FILE):
-            _fail(f"{resume}: is no run directory; run directories lie in runs, unless --out said otherwise", EXIT_BAD_INPUT)
+            _fail(
+                f"{resume}: is no run directory; run directories lie in runs, unless --out said"
+                " otherwise",
+                EXIT_BAD_INPUT,
+            )
         directory = resume
         loaded, plan = _plan(resume / SPEC_FILE, [], None)
         code = _guarded(lambda: continue_run(plan, resume, console, options, again=again))
@@ -170,7 +242,9 @@ def run(
             typer.echo("\n".join(describe(plan)))
             return
         folder = path.parent.resolve()
-        code, directory = _guarded(lambda: start_run(loaded, plan, out or RUNS, folder, console, options))
+        code, directory = _guarded(
+            lambda: start_run(loaded, plan, out or RUNS, folder, console, options)
+        )
     if as_json:
         _print_summary(directory)
     raise typer.Exit(code)
@@ -179,7 +253,11 @@ def run(
 def _spec_or_default(spec: Path | None, command: str) -> Path:
     if spec is None and not exists(DEFAULT_SPEC):
         example = f"testbed {command} experiments/smoke.yaml"
-        _fail(f"SPEC is missing; name a YAML file, for example: {example}, or make one with: testbed init", EXIT_BAD_INPUT)
+        _fail(
+            f"SPEC is missing; name a YAML file, for example: {example}, or make one with: testbed"
+            " init",
+            EXIT_BAD_INPUT,
+        )
     return spec or DEFAULT_SPEC
 
 
@@ -206,25 +284,34 @@ def _print(what: "RenderableType", *, wide: bool = False) -> None:
 
 @app.command()
 def init(
-    name: Annotated[str, typer.Argument(help="The name of the experiment; the file is called NAME.yaml.")] = DEFAULT_SPEC.stem,
+    name: Annotated[
+        str, typer.Argument(help="The name of the experiment; the file is called NAME.yaml.")
+    ] = DEFAULT_SPEC.stem,
 ) -> None:
-    """Write a commented spec to begin with, and beside it the schema by which editors complete and check it."""
+    """Write a commented spec to begin with, and beside it the schema by which editors complete and
+    check it."""
     from testbed.examples import SCHEMA_NAME, write_starter
 
     path = _written(lambda: write_starter(name))
     spec = "" if path == DEFAULT_SPEC else f" {shlex.quote(str(path))}"
-    typer.echo(f"{path}: a spec that runs as it is; {path.with_name(SCHEMA_NAME)}: what your editor checks it by")
+    typer.echo(
+        f"{path}: a spec that runs as it is; {path.with_name(SCHEMA_NAME)}: what your editor checks"
+        " it by"
+    )
     typer.echo(f"next: testbed run{spec}")
 
 
 @app.command()
 def examples(
     name: Annotated[
-        str | None, typer.Argument(help="The one to copy, or all; they are listed if left out.", autocompletion=_examples)
+        str | None,
+        typer.Argument(
+            help="The one to copy, or all; they are listed if left out.", autocompletion=_examples
+        ),
     ] = None,
-    destination: Annotated[Path, typer.Argument(help="The directory to copy to.", autocompletion=_directories)] = Path(
-        "experiments"
-    ),
+    destination: Annotated[
+        Path, typer.Argument(help="The directory to copy to.", autocompletion=_directories)
+    ] = Path("experiments"),
     as_json: AsJson = False,
 ) -> None:
     """List the experiments that are shipped, or copy one with the files it needs."""
@@ -237,7 +324,10 @@ def examples(
             _print_json([{"name": key, "about": about} for key, about in found.items()])
         else:
             width = max(map(len, found), default=0)
-            short = {key: textwrap.shorten(about, 118 - width, placeholder=" …") for key, about in found.items()}
+            short = {
+                key: textwrap.shorten(about, 118 - width, placeholder=" …")
+                for key, about in found.items()
+            }
             lines = (f"{key:<{width}}  {about}" for key, about in short.items())
             typer.echo("\n".join(lines))
         return
@@ -249,7 +339,8 @@ def examples(
 
 
 def _written(write: Callable[[], T]) -> T:
-    """What writes files of the user's: refused where others lie, or one line where they cannot be written."""
+    """What writes files of the user's: refused where others lie, or one line where they cannot be
+    written."""
     from testbed.examples import Refused
 
     def checked() -> T:
@@ -272,7 +363,14 @@ def validate(spec: SpecPath = None, overrides: Overrides = [], as_json: AsJson =
     lacking = lacking_gpu(plan)
     if as_json:
         cells = [cell.name for cell in plan.cells]
-        found = {"spec": str(path), "name": loaded.name, "lab": plan.lab, "workers": workers, "cells": cells, "faults": []}
+        found = {
+            "spec": str(path),
+            "name": loaded.name,
+            "lab": plan.lab,
+            "workers": workers,
+            "cells": cells,
+            "faults": [],
+        }
         _print_json({**found, "lacking": lacking})
         return
     cells_ = f"{len(plan.cells)} {'cell' if len(plan.cells) == 1 else 'cells'}"
@@ -293,7 +391,10 @@ def schema() -> None:
 @app.command()
 def runs(
     folder: Annotated[
-        Path, typer.Argument(metavar="[DIR]", help="Where run directories lie.", autocompletion=_directories)
+        Path,
+        typer.Argument(
+            metavar="[DIR]", help="Where run directories lie.", autocompletion=_directories
+        ),
     ] = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
@@ -304,7 +405,9 @@ def runs(
     from testbed.run.listing import is_run, list_runs, runs_table
 
     if is_run(folder):
-        _fail(f"{folder}: is one run directory; show it with: testbed show {folder}", EXIT_BAD_INPUT)
+        _fail(
+            f"{folder}: is one run directory; show it with: testbed show {folder}", EXIT_BAD_INPUT
+        )
     try:
         found = list_runs(folder) if folder != RUNS or exists(folder) else []
     except NotARun as error:
@@ -341,7 +444,11 @@ def show(directory: RunPath, as_json: AsJson = False) -> None:
 def report(
     directory: RunPath,
     tensorboard: Annotated[
-        Path | None, typer.Option(help="Also write TensorBoard event files, a directory a cell.", autocompletion=_directories)
+        Path | None,
+        typer.Option(
+            help="Also write TensorBoard event files, a directory a cell.",
+            autocompletion=_directories,
+        ),
     ] = None,
 ) -> None:
     """Write summary and report of a run again, for example of one that was killed."""
@@ -358,7 +465,11 @@ def report(
                 try:
                     tensorboard.mkdir(parents=True, exist_ok=True)
                 except OSError as error:
-                    _fail(f"--tensorboard: {error.filename or tensorboard}: {error.strerror or error}", EXIT_BAD_INPUT)
+                    _fail(
+                        f"--tensorboard: {error.filename or tensorboard}:"
+                        f" {error.strerror or error}",
+                        EXIT_BAD_INPUT,
+                    )
             code = report_run(directory, Console())
         except (NotARun, ValueError) as error:
             _fail(str(error), EXIT_BAD_INPUT)
@@ -371,7 +482,10 @@ def report(
 
 def _event_writer() -> "Callable[[Run, Path], None]":
     if importlib.util.find_spec("tensorboardX") is None:
-        _fail("--tensorboard needs tensorboardX; install it with: pip install tensorboardX", EXIT_CANNOT)
+        _fail(
+            "--tensorboard needs tensorboardX; install it with: pip install tensorboardX",
+            EXIT_CANNOT,
+        )
     from testbed.report.tensorboard import write_events
 
     return write_events
@@ -380,13 +494,19 @@ def _event_writer() -> "Callable[[Run, Path], None]":
 @app.command()
 def compare(
     before: Annotated[
-        Path, typer.Argument(help="A run directory, for example of the main branch.", autocompletion=_run_directories)
+        Path,
+        typer.Argument(
+            help="A run directory, for example of the main branch.", autocompletion=_run_directories
+        ),
     ],
-    after: Annotated[Path, typer.Argument(help="Another run of the same spec.", autocompletion=_run_directories)],
+    after: Annotated[
+        Path, typer.Argument(help="Another run of the same spec.", autocompletion=_run_directories)
+    ],
     tolerance: Annotated[str, typer.Option(help="By so much a step may take longer.")] = "5%",
     as_json: AsJson = False,
 ) -> None:
-    """Say what became slower or faster from one run to another; exit code 1 if something became slower or is missing."""
+    """Say what became slower or faster from one run to another; exit code 1 if something became
+    slower or is missing."""
     from dataclasses import asdict
 
     from testbed.report.terminal import run_comparison_table
@@ -409,7 +529,9 @@ def compare(
     else:
         _print(run_comparison_table(found))
     if keys := differing_keys(*runs):
-        typer.echo(f"The specs differ in {', '.join(keys)}: this compares two experiments.", err=True)
+        typer.echo(
+            f"The specs differ in {', '.join(keys)}: this compares two experiments.", err=True
+        )
     if any(difference.verdict in ("slower", "missing") for difference in found):
         raise typer.Exit(EXIT_FAILED)
     raise typer.Exit(0 if all(difference.valid for difference in found) else EXIT_INVALID)
@@ -417,15 +539,22 @@ def compare(
 
 @app.command()
 def link(
-    links: Annotated[list[str] | None, typer.Argument(help="Links to show or change, such as w0; all if none.")] = None,
+    links: Annotated[
+        list[str] | None, typer.Argument(help="Links to show or change, such as w0; all if none.")
+    ] = None,
     run: LiveRun = None,
     changes: Annotated[
         list[str],
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a property, e.g. rate=5mbit, up.rate=1mbit, up=false."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a property, e.g. rate=5mbit, up.rate=1mbit, up=false.",
+        ),
     ] = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Show the links of a live run, or change one by hand; the change enters the event log as manual."""
+    """Show the links of a live run, or change one by hand; the change enters the event log as
+    manual."""
     from testbed.recording.link_server import send_request
     from testbed.report.terminal import links_table
     from testbed.spec.errors import SpecError
@@ -451,10 +580,13 @@ def link(
 @app.command()
 def watch(
     directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
-    address: Annotated[str, typer.Option(help="The IP address of this machine to serve it at.")] = "127.0.0.1",
+    address: Annotated[
+        str, typer.Option(help="The IP address of this machine to serve it at.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any that is free.", min=0, max=65535)] = 0,
 ) -> None:
-    """Show a run under way as a web page that can move its links, or the report of one that has ended, until Ctrl-C."""
+    """Show a run under way as a web page that can move its links, or the report of one that has
+    ended, until Ctrl-C."""
     from testbed.live.server import CannotServe
     from testbed.live.watch import watch as serve
 
@@ -472,10 +604,14 @@ def watch(
 @app.command(name="exec")
 def execute(
     host: Annotated[str, typer.Argument(help="A host of a live run, such as w0.")],
-    argv: Annotated[list[str], typer.Argument(metavar="-- PROGRAM [ARG]...", help="Names of hosts become addresses.")],
+    argv: Annotated[
+        list[str],
+        typer.Argument(metavar="-- PROGRAM [ARG]...", help="Names of hosts become addresses."),
+    ],
     run: LiveRun = None,
 ) -> None:
-    """Run a program on a host of a live run, such as: testbed exec w0 -- ping -c 3 w1. Returns its exit code."""
+    """Run a program on a host of a live run, such as: testbed exec w0 -- ping -c 3 w1. Returns its
+    exit code."""
     from testbed.enter import on_host
 
     cell = _live_cell(run)
@@ -486,9 +622,12 @@ def execute(
 def capture(
     host: Annotated[str, typer.Argument(help="A host of a live run, such as w0.")],
     run: LiveRun = None,
-    out: Annotated[Path | None, typer.Option(help="The file to write, HOST.pcap if left out.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write, HOST.pcap if left out.")
+    ] = None,
 ) -> None:
-    """Write what passes a host's interface in a live run to a file for tcpdump or Wireshark, until Ctrl-C or the cell's end."""
+    """Write what passes a host's interface in a live run to a file for tcpdump or Wireshark, until
+    Ctrl-C or the cell's end."""
     from testbed.enter import capture as command
 
     cell = _live_cell(run)
@@ -510,7 +649,9 @@ def _live_cell(run: Path | None) -> Path:
                 refused = refused or (error if is_being_run(path) else None)
         if refused:
             _fail(f"{refused.filename}: belongs to another user; use sudo", EXIT_CANNOT)
-        _fail(f"no cell is running in {run or RUNS}; start one with: testbed run SPEC", EXIT_BAD_INPUT)
+        _fail(
+            f"no cell is running in {run or RUNS}; start one with: testbed run SPEC", EXIT_BAD_INPUT
+        )
 
     return _guarded(find)
 
@@ -523,7 +664,8 @@ def _modified_s(path: Path) -> float:
 
 
 def _become(command: Callable[[], list[str]]) -> NoReturn:
-    """Let a command take the place of this process; what it needs may be missing, and the host may not exist."""
+    """Let a command take the place of this process; what it needs may be missing, and the host may
+    not exist."""
 
     def checked() -> list[str]:
         try:
@@ -538,7 +680,9 @@ def _become(command: Callable[[], list[str]]) -> NoReturn:
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
     """Say what this machine can do, and what mends what it cannot."""
     from rich.console import Console
 
@@ -555,16 +699,25 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findi
 
 @app.command()
 def calibrate(
-    rates: Annotated[list[str], typer.Option("--rate", help="A rate to measure, e.g. 37mbit. Repeatable.")] = ["100mbit"],  # noqa: B006
+    rates: Annotated[
+        list[str], typer.Option("--rate", help="A rate to measure, e.g. 37mbit. Repeatable.")
+    ] = ["100mbit"],  # noqa: B006
     delay: Annotated[str, typer.Option(help="One-way delay, e.g. 10ms.")] = "0ms",
     loss: Annotated[str, typer.Option(help="Share of packets lost on their way, e.g. 1%.")] = "0%",
-    burst: Annotated[float | None, typer.Option(help="Packets are lost in bursts of this mean length.", min=1)] = None,
-    jitter: Annotated[str, typer.Option(help="Standard deviation of the delay, at most a quarter of it.")] = "0ms",
+    burst: Annotated[
+        float | None, typer.Option(help="Packets are lost in bursts of this mean length.", min=1)
+    ] = None,
+    jitter: Annotated[
+        str, typer.Option(help="Standard deviation of the delay, at most a quarter of it.")
+    ] = "0ms",
     lab: Annotated[LabKind, typer.Option("--lab", help="Where the hosts run.")] = LabKind.NETNS,
-    engine: Annotated[Engine, typer.Option("--engine", help="What makes delay, jitter and loss.")] = Engine.AUTO,
+    engine: Annotated[
+        Engine, typer.Option("--engine", help="What makes delay, jitter and loss.")
+    ] = Engine.AUTO,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Measure on a scratch lab whether links do what they are set to: goodput, RTT, jitter, loss."""
+    """Measure on a scratch lab whether links do what they are set to: goodput, RTT, jitter,
+    loss."""
     from dataclasses import replace
 
     from rich.console import Console
@@ -576,16 +729,34 @@ def calibrate(
     from testbed.spec.units import parse_rate, parse_share, parse_time
 
     if lab is LabKind.SWARM:
-        _fail("--lab swarm: its cells measure their links themselves; here use netns or docker", EXIT_BAD_INPUT)
+        _fail(
+            "--lab swarm: its cells measure their links themselves; here use netns or docker",
+            EXIT_BAD_INPUT,
+        )
     try:
-        conditions = Conditions(tuple(map(parse_rate, rates)), parse_time(delay), parse_time(jitter), parse_share(loss), burst)
+        conditions = Conditions(
+            tuple(map(parse_rate, rates)),
+            parse_time(delay),
+            parse_time(jitter),
+            parse_share(loss),
+            burst,
+        )
     except ValueError as error:
         _fail(str(error), EXIT_BAD_INPUT)
     if burst is not None and not 0 < conditions.loss <= burst * (1 - conditions.loss):
-        _fail("burst needs a loss, and one that bursts of this mean length can make up; make it longer", EXIT_BAD_INPUT)
+        _fail(
+            "burst needs a loss, and one that bursts of this mean length can make up; make it"
+            " longer",
+            EXIT_BAD_INPUT,
+        )
     if conditions.jitter_s * 4 > conditions.delay_s:
-        _fail("jitter must be at most a quarter of the delay: no packet can come before it is sent", EXIT_BAD_INPUT)
-    chosen = _guarded(lambda: choose_engine(lab.value, engine.value, conditions.impaired, ["htb", "tbf"]))
+        _fail(
+            "jitter must be at most a quarter of the delay: no packet can come before it is sent",
+            EXIT_BAD_INPUT,
+        )
+    chosen = _guarded(
+        lambda: choose_engine(lab.value, engine.value, conditions.impaired, ["htb", "tbf"])
+    )
     conditions = replace(conditions, engine=chosen)
     console = Console(stderr=as_json)
     with console.status("making the lab", refresh_per_second=2) as status:
@@ -599,10 +770,13 @@ def calibrate(
 
 @app.command()
 def clean(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would be removed.")
+    ] = False,
 ) -> None:
-    """Remove what killed runs left behind: containers and networks of Docker, whatever they left all over a swarm, and control
-    groups of workers with limits. Rootless labs leave nothing else."""
+    """Remove what killed runs left behind: containers and networks of Docker, whatever they left
+    all over a swarm, and control groups of workers with limits. Rootless labs leave nothing
+    else."""
     from testbed.labs.cgroups import clean as clean_groups
     from testbed.labs.docker import clean as clean_docker
     from testbed.labs.swarm import clean as clean_swarm
@@ -622,7 +796,9 @@ def clean(
         typer.echo("nothing else to remove" if groups else "nothing to remove")
 
 
-def _plan(path: Path, overrides: list[str], lab: LabKind | None, *, as_json: bool = False) -> "tuple[Spec, Plan]":
+def _plan(
+    path: Path, overrides: list[str], lab: LabKind | None, *, as_json: bool = False
+) -> "tuple[Spec, Plan]":
     from testbed.plan import load_plan
     from testbed.spec.errors import SpecError
 
@@ -630,7 +806,12 @@ def _plan(path: Path, overrides: list[str], lab: LabKind | None, *, as_json: boo
         return load_plan(path, [*overrides, *([f"lab={lab.value}"] if lab else [])])
     except SpecError as error:
         if as_json:
-            _print_json({"spec": str(path), "faults": [{"place": place, "text": text} for place, text in error.faults]})
+            _print_json(
+                {
+                    "spec": str(path),
+                    "faults": [{"place": place, "text": text} for place, text in error.faults],
+                }
+            )
         _fail(str(error), EXIT_BAD_INPUT)
 
 

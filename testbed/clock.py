@@ -8,7 +8,8 @@ MOST_DRIFT = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """This machine's clock as a line, by which its times become the orchestrator's, and the other way round.
+    """This machine's clock as a line, by which its times become the orchestrator's, and the other
+    way round.
 
     orchestrator's time = own time + offset_s + drift * (own time - at_s)
 

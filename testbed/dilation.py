@@ -1,9 +1,10 @@
 """Time dilation: rates, delays and compute slowed by one factor, and times reported divided by it.
 
-Traffic that is F times as slow meets the same queues in the same order, so an experiment may stand for links and accelerators
-that this machine could not keep up with. TCP's own clocks are slowed down where the kernel lets us (``links.routes``). Under
-dilation F the others are F times as short as they would be: the delayed acknowledgement (40 ms), the second before a
-connection's first segment is sent again; and coding, which takes what it takes on this machine.
+Traffic that is F times as slow meets the same queues in the same order, so an experiment may stand
+for links and accelerators that this machine could not keep up with. TCP's own clocks are slowed
+down where the kernel lets us (``links.routes``). Under dilation F the others are F times as short
+as they would be: the delayed acknowledgement (40 ms), the second before a connection's first
+segment is sent again; and coding, which takes what it takes on this machine.
 """
 
 from dataclasses import replace
@@ -15,20 +16,26 @@ from testbed.timeline.workers import Kills, Slowdown
 from testbed.traffic.flows import Duration, Flow
 
 CAVEAT = (
-    "Delayed acknowledgements of TCP (40 ms) and coding are not slowed down, and so are reported as shorter;"
-    " TCP follows Reno unless the spec says otherwise, because CUBIC and BBR go by the clock"
+    "Delayed acknowledgements of TCP (40 ms) and coding are not slowed down, and so are reported as"
+    " shorter; TCP follows Reno unless the spec says otherwise, because CUBIC and BBR go by the"
+    " clock"
 )
 
 _MIN_RTO_S = 0.2  # TCP_RTO_MIN of Linux
 
 
 def slowed_tcp(tcp: Tcp, factor: float) -> Tcp:
-    """A longer minimum of the time-out, and a window that grows by the round trip instead of the clock: Reno's.
+    """A longer minimum of the time-out, and a window that grows by the round trip instead of the
+    clock: Reno's.
 
-    CUBIC's grows with the cube of the seconds since the last loss (RFC 9438), and BBR probes every few seconds, so both would
-    lose and pause sooner than they should.
+    CUBIC's grows with the cube of the seconds since the last loss (RFC 9438), and BBR probes every
+    few seconds, so both would lose and pause sooner than they should.
     """
-    return tcp if factor == 1 else replace(tcp, congestion=tcp.congestion or "reno", min_rto_s=_MIN_RTO_S * factor)
+    return (
+        tcp
+        if factor == 1
+        else replace(tcp, congestion=tcp.congestion or "reno", min_rto_s=_MIN_RTO_S * factor)
+    )
 
 
 def slowed_change(change: Change, factor: float) -> Change:
@@ -51,7 +58,9 @@ def slowed_flow(flow: Flow, factor: float) -> Flow:
     """A competing flow, later, longer and, if it has a rate of its own, slower."""
 
     def longer(duration: Duration | None) -> Duration | None:
-        return None if duration is None else Duration(duration.seconds * factor, duration.exponential)
+        return (
+            None if duration is None else Duration(duration.seconds * factor, duration.exponential)
+        )
 
     return replace(
         flow,

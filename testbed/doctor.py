@@ -45,7 +45,8 @@ _COMPOSE = "docker compose up experiment"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at. mend: the command, or the way, to make it better; empty if there is nothing to mend."""
+    """One thing that was looked at. mend: the command, or the way, to make it better; empty if
+    there is nothing to mend."""
 
     name: str
     verdict: Verdict
@@ -57,8 +58,10 @@ class Finding:
 class System:
     """What kind of machine this is, as far as the mend depends on it.
 
-    family: "debian", "ubuntu", "fedora" or "" for any other. container: its kind, or "" if this is none.
-    modules: whether modules of the running kernel are installed here. root: whether commands need no sudo.
+    family: "debian", "ubuntu", "fedora" or "" for any other. container: its kind, or "" if this is
+    none.
+    modules: whether modules of the running kernel are installed here. root: whether commands need
+    no sudo.
     """
 
     name: str
@@ -70,7 +73,9 @@ class System:
     root: bool = False
 
     @classmethod
-    def recognised(cls, os_release: str, proc_version: str, *, container: str, modules: bool, root: bool) -> "System":
+    def recognised(
+        cls, os_release: str, proc_version: str, *, container: str, modules: bool, root: bool
+    ) -> "System":
         """From the texts of /etc/os-release and /proc/version."""
         fields = dict(re.findall(r'^(\w+)="?(.*?)"?$', os_release, re.MULTILINE))
         relatives = [fields.get("ID", ""), *fields.get("ID_LIKE", "").split()]
@@ -101,7 +106,11 @@ class System:
 
     def install(self, debian: str, fedora: str = "") -> str:
         """The command that installs a package."""
-        return self.command(f"dnf install {fedora or debian}" if self.family == "fedora" else f"apt-get install {debian}")
+        return self.command(
+            f"dnf install {fedora or debian}"
+            if self.family == "fedora"
+            else f"apt-get install {debian}"
+        )
 
     def load_module(self, module: str) -> str:
         """How to get a module of the kernel."""
@@ -111,11 +120,15 @@ class System:
         if self.wsl:
             option = f"CONFIG_NET_{module.upper()}"
             return (
-                f"wsl --update (in Windows), then: {load}; if that kernel has no such module, build WSL2-Linux-Kernel with "
-                f"{option}=y and name it in .wslconfig under [wsl2] as kernel="
+                f"wsl --update (in Windows), then: {load}; if that kernel has no such module, build"
+                f" WSL2-Linux-Kernel with {option}=y and name it in .wslconfig under [wsl2] as"
+                " kernel="
             )
         if not self.modules and self.family != "ubuntu":
-            return f"use a machine or a VM with the kernel of its distribution ({load} cannot help: this kernel has no modules)"
+            return (
+                f"use a machine or a VM with the kernel of its distribution ({load} cannot help:"
+                " this kernel has no modules)"
+            )
         if self.family == "ubuntu":
             return f"{self.install(f'linux-modules-extra-{self.kernel}')} && {load}"
         if self.family == "fedora":
@@ -124,7 +137,8 @@ class System:
 
 
 def examine() -> dict[str, Any]:
-    """Look at everything: {"system": …, "labs": {name: works}, "findings": [{"name", "verdict", "found", "mend"}]}."""
+    """Look at everything: {"system": …, "labs": {name: works}, "findings": [{"name", "verdict",
+    "found", "mend"}]}."""
     system = System.of_this_machine()
     netns, missing = netns_lab(system)
     docker = docker_lab(system)
@@ -151,46 +165,83 @@ def examine() -> dict[str, Any]:
         "docker": docker[0].verdict == "ok" and not absent & {"htb", "tbf"},
         "swarm": swarm[0].verdict == "ok",
     }
-    engine = "netem" if missing is not None and "netem" not in missing else "userspace" if line.verdict == "ok" else None
+    engine = (
+        "netem"
+        if missing is not None and "netem" not in missing
+        else "userspace"
+        if line.verdict == "ok"
+        else None
+    )
     found = [asdict(finding) for finding in findings]
     return {"system": asdict(system), "labs": labs, "engine": engine, "findings": found}
 
 
 def machine(system: System) -> list[Finding]:
     """The system, its cores, its memory, and its GPUs if it has any."""
-    place = f" in a {system.container} container" if system.container else ", under WSL2" if system.wsl else ""
+    place = (
+        f" in a {system.container} container"
+        if system.container
+        else ", under WSL2"
+        if system.wsl
+        else ""
+    )
     cores = len(os.sched_getaffinity(0))
     memory = psutil.virtual_memory()
     gib = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
     return [
         Finding("system", "ok", f"{system.name}, Linux {system.kernel}{place}"),
-        Finding("cores", "ok", str(cores))
-        if cores > 1
-        else Finding("cores", "limited", "1", "use 2 or more: the testbed itself must be on time while the workers compute"),
-        Finding("memory", "ok", gib)
-        if memory.available > 2 * 2**30
-        else Finding("memory", "limited", gib, "end other programs, or use fewer workers: each takes 100 to 300 MiB"),
+        (
+            Finding("cores", "ok", str(cores))
+            if cores > 1
+            else Finding(
+                "cores",
+                "limited",
+                "1",
+                "use 2 or more: the testbed itself must be on time while the workers compute",
+            )
+        ),
+        (
+            Finding("memory", "ok", gib)
+            if memory.available > 2 * 2**30
+            else Finding(
+                "memory",
+                "limited",
+                gib,
+                "end other programs, or use fewer workers: each takes 100 to 300 MiB",
+            )
+        ),
         *([Finding("GPUs", "ok", ", ".join(names))] if (names := gpus.found()) else []),
     ]
 
 
 def netns_lab(system: System) -> tuple[Finding, list[str] | None]:
-    """Whether rootless labs work; and which of ``KERNEL_KINDS`` the kernel lacks, None if it could not be asked."""
+    """Whether rootless labs work; and which of ``KERNEL_KINDS`` the kernel lacks, None if it could
+    not be asked."""
     try:
         prefix = sandbox_command()
     except LabError as error:
         reason = str(error).partition(";")[0]
-        settings = {name: _read(f"/proc/sys/{name.replace('.', '/')}").strip() for name in _USER_NAMESPACE_SETTINGS}
+        settings = {
+            name: _read(f"/proc/sys/{name.replace('.', '/')}").strip()
+            for name in _USER_NAMESPACE_SETTINGS
+        }
         mend = user_namespaces_fix(system, settings, shutil.which("unshare") is not None)
         return Finding("lab netns", "missing", reason, mend), _missing_here()
     command = [*prefix, *module_command("testbed.links.kernel_support", *KERNEL_KINDS)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+    )
     if done.returncode != 0:
         reason = f"no network namespace can be made: {why_it_failed(done)}"
         return Finding("lab netns", "missing", reason, f"use Docker: {_COMPOSE}"), None
-    return Finding(
-        "lab netns", "ok", "private namespaces can be made" + ("" if system.root else " without root")
-    ), done.stdout.split()
+    return (
+        Finding(
+            "lab netns",
+            "ok",
+            "private namespaces can be made" + ("" if system.root else " without root"),
+        ),
+        done.stdout.split(),
+    )
 
 
 def _missing_here() -> list[str] | None:
@@ -211,7 +262,8 @@ _USER_NAMESPACE_SETTINGS: Mapping[str, str] = {
 
 
 def user_namespaces_fix(system: System, settings: Mapping[str, str], unshare: bool) -> str:
-    """How to allow rootless namespaces. settings: values of ``_USER_NAMESPACE_SETTINGS`` here; unshare: if it is installed."""
+    """How to allow rootless namespaces. settings: values of ``_USER_NAMESPACE_SETTINGS`` here;
+    unshare: if it is installed."""
     if not unshare:
         return system.install("util-linux")
     if system.container:
@@ -229,9 +281,13 @@ def delay_line(system: System) -> Finding:
     try:
         prefix = sandbox_command()
     except LabError:
-        return Finding(name, "limited", "cannot be tried without a network namespace", "mend lab netns first")
+        return Finding(
+            name, "limited", "cannot be tried without a network namespace", "mend lab netns first"
+        )
     command = [*prefix, *module_command("testbed.links.tap")]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+    )
     if done.returncode == 0:
         return Finding(name, "ok", "makes delay, jitter and loss where the kernel has no netem")
     reason, _, mend = why_it_failed(done).partition("; ")
@@ -248,14 +304,29 @@ def limits() -> Finding:
         "user.max_net_namespaces": (_number("/proc/sys/user/max_net_namespaces"), MOST_WORKERS + 8),
         "kernel.threads-max": (_number("/proc/sys/kernel/threads-max"), processes),
         "kernel.pid_max": (_number("/proc/sys/kernel/pid_max"), processes),
-        # Pages of all sockets' buffers; each of 64 x 63 connections has at least 64 KiB at its two ends.
-        "net.ipv4.tcp_mem, the third": (_number("/proc/sys/net/ipv4/tcp_mem", 2), MOST_WORKERS**2 * 16),
+        # Pages of all sockets' buffers; each of 64 x 63 connections has at least 64 KiB at its two
+        # ends.
+        "net.ipv4.tcp_mem, the third": (
+            _number("/proc/sys/net/ipv4/tcp_mem", 2),
+            MOST_WORKERS**2 * 16,
+        ),
     }
-    short = {name: (has, need) for name, (has, need) in needs.items() if has is not None and 0 <= has < need}
+    short = {
+        name: (has, need)
+        for name, (has, need) in needs.items()
+        if has is not None and 0 <= has < need
+    }
     if not short:
         return Finding("limits", "ok", f"{MOST_WORKERS} workers fit")
-    found = ", ".join(f"{name} is {has} and should be {need}" for name, (has, need) in short.items())
-    return Finding("limits", "limited", f"{found}, for {MOST_WORKERS} workers", "raise them, or use fewer workers")
+    found = ", ".join(
+        f"{name} is {has} and should be {need}" for name, (has, need) in short.items()
+    )
+    return Finding(
+        "limits",
+        "limited",
+        f"{found}, for {MOST_WORKERS} workers",
+        "raise them, or use fewer workers",
+    )
 
 
 def control_groups() -> Finding:
@@ -263,7 +334,9 @@ def control_groups() -> Finding:
     name = "limits of workers"
     try:
         with groups_of_run(("memory", "pids")):
-            return Finding(name, "ok", "memory and processes, by control groups (limits: in a spec)")
+            return Finding(
+                name, "ok", "memory and processes, by control groups (limits: in a spec)"
+            )
     except LabError as error:
         reason, _, mend = str(error).removeprefix("limits: ").partition("; ")
         return Finding(name, "limited", f"{reason}; only specs with limits: need it", mend)
@@ -277,7 +350,14 @@ def _number(path: str, position: int = 0) -> int | None:
 def qdiscs(system: System, missing: Sequence[str] | None, line: Finding) -> list[Finding]:
     """What the kernel offers to make and shape links. line: what is known of the delay line."""
     if missing is None:
-        return [Finding("kernel", "limited", "cannot be asked without a network namespace", "mend lab netns first")]
+        return [
+            Finding(
+                "kernel",
+                "limited",
+                "cannot be asked without a network namespace",
+                "mend lab netns first",
+            )
+        ]
     needed = {
         "htb": ("limits rates", "sch_htb"),
         "tbf": ("cuts packets into frames", "sch_tbf"),
@@ -294,15 +374,24 @@ def qdiscs(system: System, missing: Sequence[str] | None, line: Finding) -> list
             findings.append(Finding(name, "ok", purpose))
             continue
         if name == "netem" and line.verdict == "ok":
-            findings.append(Finding(name, "ok", f"this kernel has none, and the delay line {purpose} in its place"))
+            findings.append(
+                Finding(
+                    name, "ok", f"this kernel has none, and the delay line {purpose} in its place"
+                )
+            )
             continue
         verdict: Verdict = "missing" if name in NEEDED | {"netem"} else "limited"
-        findings.append(Finding(name, verdict, f"this kernel has none; it {purpose}", system.load_module(module)))
+        findings.append(
+            Finding(
+                name, verdict, f"this kernel has none; it {purpose}", system.load_module(module)
+            )
+        )
     return findings
 
 
 def docker_lab(system: System) -> list[Finding]:
-    """Daemon, image, Compose; the first finding says whether Docker labs work, from here or by Compose."""
+    """Daemon, image, Compose; the first finding says whether Docker labs work, from here or by
+    Compose."""
     from testbed.labs import docker
 
     try:
@@ -314,26 +403,53 @@ def docker_lab(system: System) -> list[Finding]:
         reason, _, mend = str(error).partition("; ")
         if reason.startswith("no Docker daemon answers ("):
             if system.container:
-                mend = "give the container the daemon's socket: docker run -v /var/run/docker.sock:/var/run/docker.sock …"
+                mend = (
+                    "give the container the daemon's socket: docker run -v"
+                    " /var/run/docker.sock:/var/run/docker.sock …"
+                )
             else:
-                start = "systemctl start docker" if shutil.which("systemctl") else "service docker start"
-                mend = system.command(start) if shutil.which("dockerd") else system.install("docker.io", "moby-engine")
+                start = (
+                    "systemctl start docker"
+                    if shutil.which("systemctl")
+                    else "service docker start"
+                )
+                mend = (
+                    system.command(start)
+                    if shutil.which("dockerd")
+                    else system.install("docker.io", "moby-engine")
+                )
         return [Finding("lab docker", "missing", reason, mend)]
     compose = _output(["docker", "compose", "version", "--short"]) if shutil.which("docker") else ""
     if compose:
         findings.append(Finding("Compose", "ok", compose))
     else:
-        # Docker's own repository has it under the first name, Fedora and Debian from 13 on under the second.
-        mend = f"{system.install('docker-compose-plugin', 'docker-compose')} (or docker-compose; version 2 is needed)"
-        findings.append(Finding("Compose", "missing", "the command docker compose does not answer", mend))
-    faults = [finding.found for finding in findings if finding.name == "image" and finding.verdict != "ok"]
+        # Docker's own repository has it under the first name, Fedora and Debian from 13 on under
+        # the second.
+        mend = (
+            f"{system.install('docker-compose-plugin', 'docker-compose')} (or docker-compose;"
+            " version 2 is needed)"
+        )
+        findings.append(
+            Finding("Compose", "missing", "the command docker compose does not answer", mend)
+        )
+    faults = [
+        finding.found for finding in findings if finding.name == "image" and finding.verdict != "ok"
+    ]
     if not compose and lacking_capabilities():
         faults.append("neither Compose nor the rights to shape containers from here")
     if system.container and _read("/proc/2/comm").strip() != "kthreadd":
         faults.append("this container does not see the processes of its host")
     if faults:
-        return [Finding("lab docker", "missing", "; ".join(faults), f"on the host: {_COMPOSE}"), *findings]
-    return [Finding("lab docker", "ok", "with --lab docker" if not lacking_capabilities() else _COMPOSE), *findings]
+        return [
+            Finding("lab docker", "missing", "; ".join(faults), f"on the host: {_COMPOSE}"),
+            *findings,
+        ]
+    return [
+        Finding(
+            "lab docker", "ok", "with --lab docker" if not lacking_capabilities() else _COMPOSE
+        ),
+        *findings,
+    ]
 
 
 def _image(client: "DockerClient") -> Finding:
@@ -349,7 +465,8 @@ def _image(client: "DockerClient") -> Finding:
 
 
 def docker_gpus(names: list[str], daemon: Mapping[str, Any]) -> list[Finding]:
-    """Whether containers get the machine's GPUs, if it has any. daemon: what the Docker daemon tells of itself."""
+    """Whether containers get the machine's GPUs, if it has any. daemon: what the Docker daemon
+    tells of itself."""
     if not names:
         return []
     if gpus.reach_containers(names, daemon):
@@ -359,7 +476,8 @@ def docker_gpus(names: list[str], daemon: Mapping[str, Any]) -> list[Finding]:
 
 
 def swarm_lab() -> list[Finding]:
-    """Whether labs over the nodes of a swarm work, which is tried, for some seconds; and which nodes are away."""
+    """Whether labs over the nodes of a swarm work, which is tried, for some seconds; and which
+    nodes are away."""
     from testbed.labs import docker, swarm
 
     try:
@@ -370,8 +488,14 @@ def swarm_lab() -> list[Finding]:
     except (LabError, HostFailed) as error:
         reason, _, mend = str(error).partition("; ")
         return [Finding("lab swarm", "missing", reason, mend)]
-    mend = "start Docker there, open tcp 2377 and 7946, udp 7946 and 4789; docker node update --availability active NODE"
-    return [found, *(Finding(f"node {name}", "missing", state, mend) for name, state in away.items())]
+    mend = (
+        "start Docker there, open tcp 2377 and 7946, udp 7946 and 4789; docker node update"
+        " --availability active NODE"
+    )
+    return [
+        found,
+        *(Finding(f"node {name}", "missing", state, mend) for name, state in away.items()),
+    ]
 
 
 def capabilities(system: System) -> Finding:
@@ -382,8 +506,18 @@ def capabilities(system: System) -> Finding:
     names = ", ".join(f"CAP_{name}" for name in missing)
     if system.container:
         flags = " ".join(f"--cap-add {name}" for name in missing)
-        return Finding("capabilities", "missing", f"this container has no {names}", f"start it with: docker run {flags} …")
-    return Finding("capabilities", "limited", f"no {names}; only --lab docker needs them", f"use: {_COMPOSE}, or sudo")
+        return Finding(
+            "capabilities",
+            "missing",
+            f"this container has no {names}",
+            f"start it with: docker run {flags} …",
+        )
+    return Finding(
+        "capabilities",
+        "limited",
+        f"no {names}; only --lab docker needs them",
+        f"use: {_COMPOSE}, or sudo",
+    )
 
 
 def congestion_controls() -> Finding:
@@ -391,7 +525,9 @@ def congestion_controls() -> Finding:
     available = _read("/proc/sys/net/ipv4/tcp_available_congestion_control").split()
     default = _read("/proc/sys/net/ipv4/tcp_congestion_control").strip()
     return Finding(
-        "TCP", "ok" if available else "limited", f"{', '.join(available) or 'unknown'}; the default is {default or '?'}"
+        "TCP",
+        "ok" if available else "limited",
+        f"{', '.join(available) or 'unknown'}; the default is {default or '?'}",
     )
 
 
@@ -408,7 +544,10 @@ def timers() -> Finding:
     if p99 <= LATE_SLEEP_S:
         return Finding("timers", "ok", found)
     return Finding(
-        "timers", "limited", found, "end other programs, or use a machine with more cores: changes of links come as late"
+        "timers",
+        "limited",
+        found,
+        "end other programs, or use a machine with more cores: changes of links come as late",
     )
 
 
@@ -417,9 +556,16 @@ def pressure(system: System) -> Finding:
     try:
         text = Path("/proc/pressure/cpu").read_text()
     except OSError:
-        mend = "start the kernel with psi=1" if not system.wsl else "add kernelCommandLine=psi=1 to .wslconfig under [wsl2]"
+        mend = (
+            "start the kernel with psi=1"
+            if not system.wsl
+            else "add kernelCommandLine=psi=1 to .wslconfig under [wsl2]"
+        )
         return Finding(
-            "CPU pressure", "limited", "the kernel does not tell; busy hosts are known by their idle time alone", mend
+            "CPU pressure",
+            "limited",
+            "the kernel does not tell; busy hosts are known by their idle time alone",
+            mend,
         )
     now = re.search(r"some avg10=([\d.]+)", text)
     return Finding("CPU pressure", "ok", f"{now[1]} % of the last 10 s" if now else "readable")
@@ -437,7 +583,12 @@ def packages() -> list[Finding]:
     except metadata.PackageNotFoundError:
         return [
             *findings,
-            Finding("packages", "limited", "netsenseml is not installed here", "pip install --editable '.[testbed]'"),
+            Finding(
+                "packages",
+                "limited",
+                "netsenseml is not installed here",
+                "pip install --editable '.[testbed]'",
+            ),
         ]
     good: list[str] = []
     bad: list[str] = []
@@ -445,14 +596,21 @@ def packages() -> list[Finding]:
         name, least = re.fullmatch(r"([\w.-]+)(?:>=([\d.]+))?.*", text).groups()  # type: ignore[union-attr]
         try:
             version = metadata.version(name)
-            (good if _numbers(version) >= _numbers(least or "0") else bad).append(f"{name} {version}")
+            (good if _numbers(version) >= _numbers(least or "0") else bad).append(
+                f"{name} {version}"
+            )
         except metadata.PackageNotFoundError:
             bad.append(f"{name} (not installed)")
     if good:
         findings.append(Finding("packages", "ok", ", ".join(good)))
     if bad:
         findings.append(
-            Finding("packages", "missing", f"missing or too old: {', '.join(bad)}", "pip install --editable '.[testbed]'")
+            Finding(
+                "packages",
+                "missing",
+                f"missing or too old: {', '.join(bad)}",
+                "pip install --editable '.[testbed]'",
+            )
         )
     return findings
 
@@ -461,12 +619,19 @@ def user_mode_linux(system: System) -> Finding:
     """The kernel in which ``make test-netem`` runs."""
     if path := shutil.which("linux.uml"):
         return Finding("User-Mode Linux", "ok", f"{path}; make test-netem")
-    mend = system.install("user-mode-linux kmod") if system.family in ("debian", "ubuntu") else "Debian and Ubuntu package it"
-    return Finding("User-Mode Linux", "limited", "not installed; only make test-netem needs it", mend)
+    mend = (
+        system.install("user-mode-linux kmod")
+        if system.family in ("debian", "ubuntu")
+        else "Debian and Ubuntu package it"
+    )
+    return Finding(
+        "User-Mode Linux", "limited", "not installed; only make test-netem needs it", mend
+    )
 
 
 def _container() -> str:
-    # The files that mark a container may also lie in a virtual machine that was made from an image; these mounts do not.
+    # The files that mark a container may also lie in a virtual machine that was made from an image;
+    # these mounts do not.
     if not re.search(r" /etc/(hosts|hostname) ", _read("/proc/self/mountinfo")):
         return ""
     marks = {"podman": "/run/.containerenv", "docker": "/.dockerenv"}
@@ -485,5 +650,7 @@ def _read(path: str) -> str:
 
 
 def _output(command: Sequence[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+    )
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -14,8 +14,9 @@ from testbed.recording import link_server
 def on_host(cell: Path, host: str, argv: Sequence[str]) -> list[str]:
     """The command that runs ``argv`` on a host of the cell that runs in ``cell``, as its own user.
 
-    A word that is the name of a host becomes its address. In the netns lab the program is this machine's, and ends with the
-    lab; in the Docker lab it is the container's. Raises ValueError, one line, if there is no such host.
+    A word that is the name of a host becomes its address. In the netns lab the program is this
+    machine's, and ends with the lab; in the Docker lab it is the container's. Raises ValueError,
+    one line, if there is no such host.
     """
     found = _ask(cell, host)
     argv = [found["addresses"].get(word, word) for word in argv]
@@ -27,14 +28,19 @@ def on_host(cell: Path, host: str, argv: Sequence[str]) -> list[str]:
 
 
 def capture(cell: Path, host: str, out: Path) -> list[str]:
-    """The command that writes what passes a host's interface to ``out``, in the format of pcap, until it is interrupted.
+    """The command that writes what passes a host's interface to ``out``, in the format of pcap,
+    until it is interrupted.
 
-    Raises ValueError, one line, if there is no such host, or the file exists; LabError where it may not be done.
+    Raises ValueError, one line, if there is no such host, or the file exists; LabError where it may
+    not be done.
     """
     if out.is_file():  # a pipe to another program may
         raise ValueError(f"{out} exists already, and is left as it is; name another one by --out")
     found = _ask(cell, host)
-    return [*_into(cell, found), *module_command("testbed.links.capture", found["interface"], str(out.resolve()))]
+    return [
+        *_into(cell, found),
+        *module_command("testbed.links.capture", found["interface"], str(out.resolve())),
+    ]
 
 
 def _ask(cell: Path, host: str) -> Mapping[str, Any]:
@@ -46,12 +52,16 @@ def _ask(cell: Path, host: str) -> Mapping[str, Any]:
 
 
 def _into(cell: Path, found: Mapping[str, Any]) -> list[str]:
-    """The command prefix that enters a host's network, and the namespaces of the lab if it has any."""
+    """The command prefix that enters a host's network, and the namespaces of the lab if it has
+    any."""
     if "container" in found:
         asked = ["docker", "inspect", "--format", "{{.State.Pid}}", found["container"]]
         pid = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
         if not pid or os.geteuid() != 0:
-            raise LabError("entering a container's network needs root, and a Docker daemon on this machine; use sudo")
+            raise LabError(
+                "entering a container's network needs root, and a Docker daemon on this machine;"
+                " use sudo"
+            )
         return ["nsenter", f"--net=/proc/{pid}/ns/net", "--"]
     pid = str(link_server.listening_pid(cell))
     ours, theirs = (Path(f"/proc/{process}/ns/user").readlink() for process in ("self", pid))

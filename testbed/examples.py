@@ -1,4 +1,5 @@
-"""What is shipped to begin with: a starter spec, the experiments of the repository, and the schema beside them for editors."""
+"""What is shipped to begin with: a starter spec, the experiments of the repository, and the schema
+beside them for editors."""
 
 import itertools
 import json
@@ -20,7 +21,8 @@ from testbed.spec.schema import MARK, schema_text
 STARTER = "experiment"
 ALL = "all"
 SCHEMA_NAME = "testbed.schema.json"
-"""Beside the specs, where it stays valid wherever they are moved together, and whichever Python an editor knows."""
+"""Beside the specs, where it stays valid wherever they are moved together, and whichever Python an
+editor knows."""
 _PACKAGE = Path(__file__).parent
 _MODELINE = "# yaml-language-server: $schema="
 _NAME = re.compile(str(Spec.model_fields["name"].metadata[0].pattern))
@@ -31,17 +33,25 @@ class Refused(ValueError):
 
 
 def write_starter(name: str) -> Path:
-    """Write a commented spec to ``name``.yaml, and the schema beside it; raises Refused, and writes nothing over."""
+    """Write a commented spec to ``name``.yaml, and the schema beside it; raises Refused, and writes
+    nothing over."""
     path = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
     if not _NAME.fullmatch(path.stem):
-        raise Refused(f"{path.stem!r:.80} cannot be the name of an experiment, which has letters, digits, '_', '-' and '.'")
+        raise Refused(
+            f"{path.stem!r:.80} cannot be the name of an experiment, which has letters, digits,"
+            " '_', '-' and '.'"
+        )
     # What YAML would take for a number, a date or a truth value stands in quotes.
     plain = path.stem[0].isalpha() and yaml.safe_load(path.stem) == path.stem
     text = (_PACKAGE / "starter.yaml").read_text()
-    text = text.replace(f"name: {STARTER} ", f"name: {path.stem if plain else json.dumps(path.stem)} ", 1)
+    text = text.replace(
+        f"name: {STARTER} ", f"name: {path.stem if plain else json.dumps(path.stem)} ", 1
+    )
     if path != Path(f"{STARTER}.yaml"):
         shown = shlex.quote(str(path))
-        text = text.replace("testbed validate", f"testbed validate {shown}").replace("testbed run", f"testbed run {shown}")
+        text = text.replace("testbed validate", f"testbed validate {shown}").replace(
+            "testbed run", f"testbed run {shown}"
+        )
     text = text.replace(f"runs/{STARTER}-", f"runs/{path.stem}-")
     mend = f"name another one: testbed init {path.stem}-2"
     if path.exists() or path.is_symlink():
@@ -51,20 +61,30 @@ def write_starter(name: str) -> Path:
 
 
 def examples_folder() -> Path:
-    """Where the shipped experiments lie: in the installed package, or in the checkout that the package is part of."""
+    """Where the shipped experiments lie: in the installed package, or in the checkout that the
+    package is part of."""
     installed = _PACKAGE / "experiments"
     return installed if installed.is_dir() else _PACKAGE.parent / "experiments"
 
 
 def examples() -> dict[str, str]:
-    """What each shipped experiment is about, in one line, by its name: its path below the folder, without an ending."""
+    """What each shipped experiment is about, in one line, by its name: its path below the folder,
+    without an ending."""
     folder = examples_folder()
-    paths = [path for path in folder.rglob("*.yaml") if path.relative_to(folder).parts[0] not in ("bench", "data")]
-    return {_name(path): _about(path) for path in sorted(paths, key=lambda path: (len(path.parts), path))}
+    paths = [
+        path
+        for path in folder.rglob("*.yaml")
+        if path.relative_to(folder).parts[0] not in ("bench", "data")
+    ]
+    return {
+        _name(path): _about(path)
+        for path in sorted(paths, key=lambda path: (len(path.parts), path))
+    }
 
 
 def copy_examples(name: str, destination: Path) -> list[Path]:
-    """Copy an example, or ``all``, with what it needs; returns the specs. Raises Refused, and writes nothing over.
+    """Copy an example, or ``all``, with what it needs; returns the specs. Raises Refused, and
+    writes nothing over.
 
     Folders within the destination are those of the repository, so that specs find their traces.
     """
@@ -99,7 +119,9 @@ def _name(path: Path) -> str:
 def _about(path: Path) -> str:
     """The first sentence of the comment at the head of a spec."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
-    comment = " ".join(line.removeprefix("#").strip() for line in lines if not line.startswith(_MODELINE))
+    comment = " ".join(
+        line.removeprefix("#").strip() for line in lines if not line.startswith(_MODELINE)
+    )
     return re.split(r"(?<=[.?!]) ", comment, maxsplit=1)[0]
 
 
@@ -124,13 +146,21 @@ def _pointing(text: str, spec: Path, folder: Path) -> str:
 
 
 def _write(texts: dict[Path, str], folder: Path, mend: str) -> None:
-    """Write files that are not there yet, and the schema into their folder, where an older one of ours may lie."""
+    """Write files that are not there yet, and the schema into their folder, where an older one of
+    ours may lie."""
     for path, text in texts.items():
-        if path.is_symlink() or (path.exists() and (not path.is_file() or path.read_text(errors="replace") != text)):
+        if path.is_symlink() or (
+            path.exists() and (not path.is_file() or path.read_text(errors="replace") != text)
+        ):
             raise Refused(f"{path} exists already, and is left as it is; {mend}")
     schema = folder / SCHEMA_NAME
-    if schema.is_symlink() or (schema.exists() and (not schema.is_file() or MARK not in schema.read_text(errors="replace"))):
-        raise Refused(f"{schema} exists already, and is not the schema that editors check specs by; move it away")
+    if schema.is_symlink() or (
+        schema.exists() and (not schema.is_file() or MARK not in schema.read_text(errors="replace"))
+    ):
+        raise Refused(
+            f"{schema} exists already, and is not the schema that editors check specs by; move it"
+            " away"
+        )
     for path, text in {**texts, schema: schema_text(registered_methods())}.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

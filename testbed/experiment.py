@@ -26,12 +26,14 @@ def run_experiment(
         run = testbed.run_experiment("drop.yaml", overrides=["workers=8"])
         run.summary["valid"], run.steps.groupby("method")["step_s"].median()
 
-    spec: a YAML file, or its content, in which no ``script`` can be named. overrides: as after ``--set``. out: where the run
-    directory is made. console: takes progress and table; standard output if left out.
+    spec: a YAML file, or its content, in which no ``script`` can be named. overrides: as after
+    ``--set``. out: where the run directory is made. console: takes progress and table; standard
+    output if left out.
 
-    A cell that failed, or is not valid, is a result: see ``run.cells`` and ``run.summary``. Raises SpecError (a ValueError),
-    a line for each fault, before anything is touched; NoPlace (an OSError) where ``out`` can be no directory; LabError where
-    this machine cannot do it; KeyboardInterrupt after an interrupt or SIGTERM, with all records kept. Call it on the main
+    A cell that failed, or is not valid, is a result: see ``run.cells`` and ``run.summary``. Raises
+    SpecError (a ValueError), a line for each fault, before anything is touched; NoPlace (an
+    OSError) where ``out`` can be no directory; LabError where this machine cannot do it;
+    KeyboardInterrupt after an interrupt or SIGTERM, with all records kept. Call it on the main
     thread.
     """
     if isinstance(spec, Mapping):

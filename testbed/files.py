@@ -1,4 +1,5 @@
-"""Files of a run directory. Programs of others write beside them, so what lies there need not be what we left."""
+"""Files of a run directory. Programs of others write beside them, so what lies there need not be
+what we left."""
 
 import contextlib
 import errno
@@ -19,9 +20,11 @@ _LEFT_S = 600.0
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something, as far as we may see; like ``is_file`` and ``is_directory``, it raises nothing.
+    """Whether there is something, as far as we may see; like ``is_file`` and ``is_directory``, it
+    raises nothing.
 
-    Those of pathlib raise OSError before Python 3.14 where a name is too long or a folder on the way is closed to us.
+    Those of pathlib raise OSError before Python 3.14 where a name is too long or a folder on the
+    way is closed to us.
     """
     return os.path.exists(path)  # noqa: PTH110
 
@@ -38,9 +41,12 @@ def is_directory(path: Path) -> bool:
 
 def explained(error: OSError) -> str:
     """What went wrong with which file, as one line."""
-    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of copytree: (from, to, why) of each file
+    # of copytree: (from, to, why) of each file
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
         return str(error.args[0][0][2])
-    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    return (
+        f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    )
 
 
 def no_room(error: OSError) -> bool:
@@ -85,7 +91,8 @@ def is_regular(path: Path) -> bool:
 
 
 def everything_in(path: Path) -> Iterator[Path]:
-    """A file, or a directory and all that is in it; without following links, and however deeply others have nested it."""
+    """A file, or a directory and all that is in it; without following links, and however deeply
+    others have nested it."""
     pending = [path]
     while pending:
         yield (found := pending.pop())

@@ -1,7 +1,7 @@
 """Network part of a spec → hosts at switches and links in their first state; pure data.
 
-A dumbbell is two switches with one trunk, regions are one switch each with a trunk between any two. A trunk is a link like any
-other, so it can be scheduled, measured and cut like any other.
+A dumbbell is two switches with one trunk, regions are one switch each with a trunk between any two.
+A trunk is a link like any other, so it can be scheduled, measured and cut like any other.
 """
 
 import itertools
@@ -17,10 +17,13 @@ from testbed.spec.models import LinkSpec, NetworkSpec
 TRUNK = "trunk"
 
 
-def plan_network(network: NetworkSpec, workers: Sequence[str], background: Sequence[str] = ()) -> LabPlan:
+def plan_network(
+    network: NetworkSpec, workers: Sequence[str], background: Sequence[str] = ()
+) -> LabPlan:
     """Hosts, switches and links for some workers. Raises SpecError with the place in the spec.
 
-    background: hosts that only compete for the network. Their links have no limit unless ``network.links`` names them.
+    background: hosts that only compete for the network. Their links have no limit unless
+    ``network.links`` names them.
     """
     switches, trunks, between = _topology(network, workers, background)
     links = {worker: network.link.applied_to(LinkState()) for worker in workers}
@@ -44,33 +47,48 @@ def plan_network(network: NetworkSpec, workers: Sequence[str], background: Seque
     )
 
 
-def max_gso_bytes(plan: LabPlan, directions: Iterable[tuple[str, str, LinkParameters]]) -> dict[str, int]:
+def max_gso_bytes(
+    plan: LabPlan, directions: Iterable[tuple[str, str, LinkParameters]]
+) -> dict[str, int]:
     """The largest packet that each host may send, on the wire.
 
     directions: (link, direction, parameters) of every state of the run.
-    One frame, where netem meets single packets with a fate of their own somewhere on the way: it would lose 64 KiB at once.
-    (For the delay line the kernel cuts them.) Otherwise as much as the host's own link takes at once when it is fastest, as
-    thinner links on the way cut for themselves; but with tbf no more than what the smallest of all buckets holds.
+    One frame, where netem meets single packets with a fate of their own somewhere on the way: it
+    would lose 64 KiB at once. (For the delay line the kernel cuts them.) Otherwise as much as the
+    host's own link takes at once when it is fastest, as thinner links on the way cut for
+    themselves; but with tbf no more than what the smallest of all buckets holds.
     """
     directions = list(directions)
     frame = frame_bytes(plan.mtu)
     if plan.shaper == "tbf":
-        largest = dict.fromkeys(plan.hosts, tbf_max_packet_bytes((parameters.rate_bps for *_, parameters in directions), frame))
+        largest = dict.fromkeys(
+            plan.hosts,
+            tbf_max_packet_bytes((parameters.rate_bps for *_, parameters in directions), frame),
+        )
     else:
         rates: dict[str, list[int | None]] = {}
         for link, side, parameters in directions:
             if side == "up":
                 rates.setdefault(link, []).append(parameters.rate_bps)
         largest = {
-            host: UNCUT_PACKET_BYTES
-            if None in rates[host]
-            else min(UNCUT_PACKET_BYTES, burst_bytes(max(rate for rate in rates[host] if rate is not None), frame))
+            host: (
+                UNCUT_PACKET_BYTES
+                if None in rates[host]
+                else min(
+                    UNCUT_PACKET_BYTES,
+                    burst_bytes(max(rate for rate in rates[host] if rate is not None), frame),
+                )
+            )
             for host in plan.hosts
         }
     fateful = {(link, side) for link, side, parameters in directions if parameters.impairs_frames}
     if fateful and plan.engine != "userspace":
         for source in plan.hosts:
-            if any(fateful.intersection(plan.route(source, target)) for target in plan.hosts if target != source):
+            if any(
+                fateful.intersection(plan.route(source, target))
+                for target in plan.hosts
+                if target != source
+            ):
                 largest[source] = frame
     return largest
 
@@ -82,21 +100,39 @@ _Topology = tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, str]], dict[s
 def _topology(network: NetworkSpec, workers: Sequence[str], background: Sequence[str]) -> _Topology:
     hosts = [*workers, *background]
     if network.topology == "dumbbell" and network.trunk is not None:
-        left = network.left if network.left is not None else [*workers[: (len(workers) + 1) // 2], *background]
+        left = (
+            network.left
+            if network.left is not None
+            else [*workers[: (len(workers) + 1) // 2], *background]
+        )
         _check_hosts(left, hosts, ["network", "left"])
         right = tuple(host for host in hosts if host not in left)
         if not left or not right:
             side, other = ("left", "right") if not left else ("right", "left")
-            fault = f"all hosts are at the {other} and none is at the {side}, so nothing crosses the trunk; give each side some"
+            fault = (
+                f"all hosts are at the {other} and none is at the {side}, so nothing crosses the"
+                " trunk; give each side some"
+            )
             raise SpecError([("network.left", fault)])
-        return {"left": tuple(left), "right": right}, {TRUNK: ("left", "right")}, {TRUNK: network.trunk}
-    if network.topology == "regions" and network.regions is not None and network.between is not None:
+        return (
+            {"left": tuple(left), "right": right},
+            {TRUNK: ("left", "right")},
+            {TRUNK: network.trunk},
+        )
+    if (
+        network.topology == "regions"
+        and network.regions is not None
+        and network.between is not None
+    ):
         return _regions(network.regions, network.between, workers, background)
     return {"switch": tuple(hosts)}, {}, {}
 
 
 def _regions(
-    regions: Mapping[str, list[str]], between: Mapping[str, LinkSpec], workers: Sequence[str], background: Sequence[str]
+    regions: Mapping[str, list[str]],
+    between: Mapping[str, LinkSpec],
+    workers: Sequence[str],
+    background: Sequence[str],
 ) -> _Topology:
     hosts = [*workers, *background]
     placed: list[str] = []
@@ -105,7 +141,11 @@ def _regions(
         placed += members
     for host in hosts:
         if placed.count(host) != 1 and (host in workers or host in placed):
-            fault = f"{host} is in no region" if host not in placed else f"{host} is in more than one region"
+            fault = (
+                f"{host} is in no region"
+                if host not in placed
+                else f"{host} is in more than one region"
+            )
             raise SpecError([("network.regions", f"{fault}; put every worker into exactly one")])
     first = next(iter(regions))
     unplaced = [host for host in background if host not in placed]
@@ -114,14 +154,24 @@ def _regions(
     for key, spec in between.items():
         pair = "-".join(reversed(key.split("-"))) if key not in pairs else key
         if key != "all" and pair not in pairs:
-            raise SpecError([(place_of(["network", "between", key]), f"is no pair of regions; {did_you_mean(key, pairs)}")])
+            raise SpecError(
+                [
+                    (
+                        place_of(["network", "between", key]),
+                        f"is no pair of regions; {did_you_mean(key, pairs)}",
+                    )
+                ]
+            )
         given[key if key == "all" else pair] = spec
     for pair in pairs:
         if pair not in given and "all" not in given:
             fault = f"says nothing of {pair}; give every pair, or all"
             raise SpecError([("network.between", fault)])
     return (
-        {name: (*members, *(unplaced if name == first else ())) for name, members in regions.items()},
+        {
+            name: (*members, *(unplaced if name == first else ()))
+            for name, members in regions.items()
+        },
         pairs,
         {pair: given.get(pair) or given["all"] for pair in pairs},
     )

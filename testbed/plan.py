@@ -35,12 +35,13 @@ class Cell:
     """One training run: one method and seed under one set of conditions.
 
     lab: the hosts and links to build. program: the user's script with its arguments, or None for
-    the built-in worker. workers: names of the hosts that train, in order of rank; ``lab`` may have more hosts.
-    ranks_per_worker: processes that train on each of them. connections: that Gloo has between two ranks. flows: what
-    competes with them.
-    calibrate: measure the links before t = 0. dilation: all of it is slower by this factor than what the spec says.
-    step_timeout_s: the cell has failed when nothing moved for so long. kills, slowdowns: what happens to workers.
-    restarts: whether all workers are started again when one has died.
+    the built-in worker. workers: names of the hosts that train, in order of rank; ``lab`` may have
+    more hosts. ranks_per_worker: processes that train on each of them. connections: that Gloo has
+    between two ranks. flows: what competes with them.
+    calibrate: measure the links before t = 0. dilation: all of it is slower by this factor than
+    what the spec says. step_timeout_s: the cell has failed when nothing moved for so long. kills,
+    slowdowns: what happens to workers. restarts: whether all workers are started again when one has
+    died.
     """
 
     name: str
@@ -107,8 +108,16 @@ class Cell:
     def _compute(self, compute: ComputeSpec) -> Any:
         if compute.pace is None and compute.emulate is None:
             return "real"
-        slow = [[rank, one.from_s, one.to_s, one.factor] for one in self.slowdowns for rank in self.ranks_of(one.worker)]
-        stragglers = [compute.stragglers.get(worker, 1.0) for worker in self.workers for _ in self.ranks_of(worker)]
+        slow = [
+            [rank, one.from_s, one.to_s, one.factor]
+            for one in self.slowdowns
+            for rank in self.ranks_of(one.worker)
+        ]
+        stragglers = [
+            compute.stragglers.get(worker, 1.0)
+            for worker in self.workers
+            for _ in self.ranks_of(worker)
+        ]
         factors = {"factors": stragglers, "slow": slow}
         if compute.pace is not None:
             return {"pace_s": compute.pace * self.dilation, **factors}
@@ -143,7 +152,9 @@ class Plan:
     def qdiscs(self) -> set[str]:
         """Kinds of qdiscs that the kernel must have, besides netem."""
         states = [state for cell in self.cells for state in cell.lab.links.values()]
-        aqms = {parameters.aqm for state in states for parameters in (state.up, state.down)} - {"fifo"}
+        aqms = {parameters.aqm for state in states for parameters in (state.up, state.down)} - {
+            "fifo"
+        }
         return {"tbf", *aqms, *(cell.lab.shaper for cell in self.cells)}
 
 
@@ -157,35 +168,60 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> tuple[Spec, Plan]:
 
 
 def make_plan(spec: Spec, directory: Path = Path(), auto: str = "auto") -> Plan:
-    """Cells of a spec: every combination of matrix, seed and method. Raises SpecError with the place in the spec.
+    """Cells of a spec: every combination of matrix, seed and method. Raises SpecError with the
+    place in the spec.
 
     directory: where the files that the spec names are read from, the directory of the spec itself.
     auto: the engine that ``engine: auto`` stands for on this machine, if that is known.
     """
     if spec.lab != "netns" and spec.network.topology != "star":
-        fault = f"{spec.network.topology} is built in the netns lab only; use lab: netns, or topology: star"
+        fault = (
+            f"{spec.network.topology} is built in the netns lab only; use lab: netns, or topology:"
+            " star"
+        )
         raise SpecError([("network.topology", fault)])
     if spec.lab == "swarm" and spec.workload and spec.workload.device == "cuda":
-        raise SpecError([("workload.device", "cuda is for labs of one machine; use lab: netns, or device: cpu")])
+        raise SpecError(
+            [("workload.device", "cuda is for labs of one machine; use lab: netns, or device: cpu")]
+        )
     if spec.lab != "netns" and spec.network.ip == 6:
-        raise SpecError([("network.ip", "6 is built in the netns lab only; use lab: netns, or ip: 4")])
+        raise SpecError(
+            [("network.ip", "6 is built in the netns lab only; use lab: netns, or ip: 4")]
+        )
     if spec.lab == "swarm" and spec.network.engine == "userspace":
-        fault = "userspace is for labs of one machine; use engine: netem, which each node's kernel has to have, or lab: netns"
+        fault = (
+            "userspace is for labs of one machine; use engine: netem, which each node's kernel has"
+            " to have, or lab: netns"
+        )
         raise SpecError([("network.engine", fault)])
     if spec.lab != "swarm" and spec.placement:
-        raise SpecError([("placement", f"there is one machine only in the {spec.lab} lab; use lab: swarm, or leave it out")])
+        raise SpecError(
+            [
+                (
+                    "placement",
+                    (
+                        f"there is one machine only in the {spec.lab} lab; use lab: swarm, or leave"
+                        " it out"
+                    ),
+                )
+            ]
+        )
     cells: list[Cell] = []
     raw = spec.model_dump(mode="json", exclude_none=True, by_alias=True)
     read = reader(directory)
     for overrides in combinations(spec):
         varied = validate(apply_overrides(raw, overrides)) if overrides else spec
         if varied.network.engine == "auto":
-            varied = varied.model_copy(update={"network": varied.network.model_copy(update={"engine": auto})})
+            varied = varied.model_copy(
+                update={"network": varied.network.model_copy(update={"engine": auto})}
+            )
         cells += _cells(varied, overrides, directory, read)
     return Plan(spec.name, spec.lab, tuple(cells))
 
 
-def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Callable[[str], str]) -> list[Cell]:
+def _cells(
+    spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Callable[[str], str]
+) -> list[Cell]:
     stop = spec.stop.limits() if spec.stop else protocol.StopConfig()
     workers = tuple(map(protocol.worker_name, range(spec.workers)))
     network = plan_network(spec.network, workers, background_hosts(spec.traffic, workers))
@@ -194,33 +230,58 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Call
         fault = f"there is no host {strangers[0]!r}; {did_you_mean(strangers[0], network.hosts)}"
         raise SpecError([(place_of(["placement", strangers[0]]), fault)])
     end_s = stop.get("seconds")
-    timeline = expand(spec.schedule, network.links, workers, trunks=network.trunks, end_s=end_s, read=read)
-    paced = spec.workload is not None and bool(spec.workload.compute.pace or spec.workload.compute.emulate)
+    timeline = expand(
+        spec.schedule, network.links, workers, trunks=network.trunks, end_s=end_s, read=read
+    )
+    paced = spec.workload is not None and bool(
+        spec.workload.compute.pace or spec.workload.compute.emulate
+    )
     killed = [dilation.slowed_kills(kill, spec.dilation) for kill in kills(spec.schedule, end_s)]
-    slowed = [dilation.slowed_slowdown(one, spec.dilation) for one in slowdowns(spec.schedule, end_s, paced)]
+    slowed = [
+        dilation.slowed_slowdown(one, spec.dilation)
+        for one in slowdowns(spec.schedule, end_s, paced)
+    ]
     states = [*network.links.items(), *((change.link, change.state) for change in timeline)]
-    directions = [(link, side, getattr(state, side)) for link, state in states for side in DIRECTIONS]
+    directions = [
+        (link, side, getattr(state, side)) for link, state in states for side in DIRECTIONS
+    ]
     slow = spec.dilation
     rates_bps = [parameters.rate_bps for *_, parameters in directions if parameters.rate_bps]
     if too_slow := [rate_bps for rate_bps in rates_bps if rate_bps / slow < MIN_RATE_BPS]:
-        fault = f"{slow:g} makes {format_rate(min(too_slow))} slower than {format_rate(MIN_RATE_BPS)}, the least of a link"
+        fault = (
+            f"{slow:g} makes {format_rate(min(too_slow))} slower than {format_rate(MIN_RATE_BPS)},"
+            " the least of a link"
+        )
         raise SpecError([("dilation", fault)])
-    network = replace(network, links={link: state.slowed(slow) for link, state in network.links.items()})
+    network = replace(
+        network, links={link: state.slowed(slow) for link, state in network.links.items()}
+    )
     timeline = tuple(dilation.slowed_change(change, slow) for change in timeline)
     directions = [(link, side, parameters.slowed(slow)) for link, side, parameters in directions]
     flows = tuple(dilation.slowed_flow(flow, slow) for flow in flows)
     tcp = dilation.slowed_tcp(network.tcp, slow)
     for number, flow in enumerate(flows):
         if flow.engine == "iperf3" and flow.congestion is not None and tcp.congestion is not None:
-            fault = f"iperf3 chooses before it connects, and then {tcp.congestion} of the hosts wins; leave out engine: iperf3"
+            fault = (
+                f"iperf3 chooses before it connects, and then {tcp.congestion} of the hosts wins;"
+                " leave out engine: iperf3"
+            )
             raise SpecError([(place_of(["traffic", number, "tcp", "congestion"]), fault)])
     stop = dilation.slowed_stop(stop, slow)
     folder = data_folder(spec, directory)
-    network = replace(network, impaired=frozenset((link, side) for link, side, parameters in directions if parameters.impaired))
+    network = replace(
+        network,
+        impaired=frozenset(
+            (link, side) for link, side, parameters in directions if parameters.impaired
+        ),
+    )
     network = replace(network, max_gso_bytes=max_gso_bytes(network, directions))
     return [
         Cell(
-            name=_slug("-".join([method.label, *(f"{k.split('.')[-1]}-{v}" for k, v in overrides.items())])) + f"-s{seed}",
+            name=_slug(
+                "-".join([method.label, *(f"{k.split('.')[-1]}-{v}" for k, v in overrides.items())])
+            )
+            + f"-s{seed}",
             method=method,
             seed=seed,
             overrides=dict(overrides),
@@ -255,12 +316,15 @@ def _cells(spec: Spec, overrides: Mapping[str, Any], directory: Path, read: Call
 
 def _with_folder(workload: WorkloadSpec | None, folder: Path) -> WorkloadSpec:
     assert workload is not None
-    data = workload.data.model_copy(update={"options": {**workload.data.options, "folder": str(folder)}})
+    data = workload.data.model_copy(
+        update={"options": {**workload.data.options, "folder": str(folder)}}
+    )
     return workload.model_copy(update={"data": data})
 
 
 def _slug(text: str) -> str:
-    """A name for a directory; different texts have different ones, so what is changed or cut gets a part of its hash."""
+    """A name for a directory; different texts have different ones, so what is changed or cut gets a
+    part of its hash."""
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", text).strip("._")[:120]
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
@@ -268,19 +332,30 @@ def _slug(text: str) -> str:
 def describe(plan: Plan) -> list[str]:
     """Hosts, timeline and equivalent tc commands of a plan, for --dry-run."""
     lines = [f"{plan.name}: {len(plan.cells)} cells in the {plan.lab} lab"]
-    if controls := sorted({cell.lab.tcp.congestion for cell in plan.cells if cell.lab.tcp.congestion}):
+    if controls := sorted(
+        {cell.lab.tcp.congestion for cell in plan.cells if cell.lab.tcp.congestion}
+    ):
         lines.append(f"TCP of the hosts: {', '.join(controls)}")
     if max((cell.dilation for cell in plan.cells), default=1.0) > 1:
         lines.append("dilation: times, rates and delays are shown as the machine will have them")
     shown: set[tuple[Any, ...]] = set()
     for cell in plan.cells:
         several = f" of {cell.ranks_per_worker} ranks" if cell.ranks_per_worker > 1 else ""
-        lines.append(f"cell {cell.name}: method {cell.method.label}, seed {cell.seed}, {len(cell.workers)} workers{several}")
+        lines.append(
+            f"cell {cell.name}: method {cell.method.label}, seed {cell.seed}, {len(cell.workers)}"
+            f" workers{several}"
+        )
         if cell.connections > 1:
             lines.append(f"  {cell.connections} connections between any two ranks")
         if limits := describe_limits(cell.lab.limits):
             lines.append(f"  each worker has at most {limits}")
-        network = (repr(replace(cell.lab, seed=0)), cell.timeline, cell.flows, cell.kills, cell.slowdowns)
+        network = (
+            repr(replace(cell.lab, seed=0)),
+            cell.timeline,
+            cell.flows,
+            cell.kills,
+            cell.slowdowns,
+        )
         if network in shown:
             lines.append("  (network as above)")
             continue
@@ -289,17 +364,28 @@ def describe(plan: Plan) -> list[str]:
         for link, state in cell.lab.links.items():
             lines += ["  t=0 " + command for command in _commands(cell, link, state, trees)]
         for change in cell.timeline:
-            lines += [f"  t={change.at_s:g}s " + command for command in _commands(cell, change.link, change.state, trees)]
+            lines += [
+                f"  t={change.at_s:g}s " + command
+                for command in _commands(cell, change.link, change.state, trees)
+            ]
         lines += list(_workers_lines(cell))
         lines += ["  note: " + note for note in notes(cell)]
-        lines += ["  " + line for flow in cell.flows for line in describe_flow(flow, cell.stop.get("seconds"))]
+        lines += [
+            "  " + line
+            for flow in cell.flows
+            for line in describe_flow(flow, cell.stop.get("seconds"))
+        ]
     return lines
 
 
 def describe_limits(limits: Limits) -> str:
     """In words; nothing where there are none."""
-    memory = [] if limits.memory_bytes is None else [f"{format_size(limits.memory_bytes)} of memory"]
-    return " and ".join([*memory, *([] if limits.pids is None else [f"{limits.pids} processes and threads"])])
+    memory = (
+        [] if limits.memory_bytes is None else [f"{format_size(limits.memory_bytes)} of memory"]
+    )
+    return " and ".join(
+        [*memory, *([] if limits.pids is None else [f"{limits.pids} processes and threads"])]
+    )
 
 
 def _workers_lines(cell: Cell) -> Iterator[str]:
@@ -308,13 +394,20 @@ def _workers_lines(cell: Cell) -> Iterator[str]:
         yield f"  t={kill.at_s:g}s kill {', '.join(kill.workers)}{then}"
     for slow in cell.slowdowns:
         until = "the end" if slow.to_s is None else f"{slow.to_s:g}s"
-        yield f"  t={slow.from_s:g}s to {until}: {slow.worker} computes {slow.factor:g} times as long"
+        yield (
+            f"  t={slow.from_s:g}s to {until}: {slow.worker} computes {slow.factor:g} times as long"
+        )
 
 
 def notes(cell: Cell) -> list[str]:
-    """What a cell's links have otherwise than the spec says, or what somebody who reads its figures should know."""
+    """What a cell's links have otherwise than the spec says, or what somebody who reads its figures
+    should know."""
     return [
-        *(["delay, jitter and loss are made by a delay line in user space"] if cell.lab.lined else []),
+        *(
+            ["delay, jitter and loss are made by a delay line in user space"]
+            if cell.lab.lined
+            else []
+        ),
         *_raised_queues(cell),
     ]
 
@@ -329,14 +422,20 @@ def _raised_queues(cell: Cell) -> Iterator[str]:
             by_time = parameters.rate_bps / 8 * parameters.queue_s
             asked = by_time if parameters.queue_bytes is None else parameters.queue_bytes
             made = queue_of(_tree(cell, parameters)) or 0
-            if made > asked + 1 and (link not in least or parameters.rate_bps < (least[link][1].rate_bps or 0)):
+            if made > asked + 1 and (
+                link not in least or parameters.rate_bps < (least[link][1].rate_bps or 0)
+            ):
                 least[link] = made * 8 / parameters.rate_bps, parameters
     by_queue: dict[tuple[float, LinkParameters], list[str]] = {}
     for link, found in least.items():
         by_queue.setdefault(found, []).append(link)
     for (made_s, parameters), links in by_queue.items():
         rate = format_rate(parameters.rate_bps or 0)
-        wanted = format_time(parameters.queue_s) if parameters.queue_bytes is None else format_size(parameters.queue_bytes)
+        wanted = (
+            format_time(parameters.queue_s)
+            if parameters.queue_bytes is None
+            else format_size(parameters.queue_bytes)
+        )
         least_held = "a frame" if cell.lab.shaper == "htb" else "a bucket and a frame"
         holds = f"the queue of {', '.join(links)} holds {format_time(round(made_s, 6))} at {rate}"
         yield f"{holds} instead of {wanted}: {least_held} must fit"
@@ -352,13 +451,20 @@ def _tree(cell: Cell, parameters: LinkParameters, impaired: bool = False) -> Tre
     )
 
 
-def _commands(cell: Cell, link: str, state: LinkState, trees: dict[tuple[str, str], Tree]) -> list[str]:
+def _commands(
+    cell: Cell, link: str, state: LinkState, trees: dict[tuple[str, str], Tree]
+) -> list[str]:
     """The commands of a change; ``trees`` has what is there, and then what is there after it."""
     commands = []
     for side in DIRECTIONS:
-        before, tree = trees.get((link, side)), _tree(cell, getattr(state, side), (link, side) in cell.lab.impaired)
+        before, tree = (
+            trees.get((link, side)),
+            _tree(cell, getattr(state, side), (link, side) in cell.lab.impaired),
+        )
         trees[link, side] = tree
-        where, interface = (link, "eth0") if side == "up" and link not in cell.lab.trunks else ("switch", link)
+        where, interface = (
+            (link, "eth0") if side == "up" and link not in cell.lab.trunks else ("switch", link)
+        )
         if link in cell.lab.lined and isinstance(tree[0], Netem):
             if before is None or before[0] != tree[0]:
                 commands.append(f"[delay line] {link} {side}: {tree[0].tc_arguments()}")

@@ -5,29 +5,36 @@ This module imports no torch, so that the orchestrator stays light.
 A *cell* is one training run: one method, one seed, one set of link conditions. Its directory holds
 
     cell.json           what to run (``CellConfig``), written before any worker starts
-    control.sock        Unix stream socket of the orchestrator, one JSON object a line in both directions
+    control.sock        Unix stream socket of the orchestrator, one JSON object a line both ways
     shared/             where all workers may write: they find each other there
-    hosts/<host>/       where the programs of one host may write, and nobody else; where a host has several ranks, each of
-                        these has a directory of its own, hosts/<host>-<local rank>/
+    hosts/<host>/       where the programs of one host may write, and nobody else; where a host has
+                        several ranks, each has a directory of its own, hosts/<host>-<local rank>/
         steps.jsonl     one line a step of the worker (columns: ``netsenseml.records.STEP_COLUMNS``)
         evals.jsonl     one line an evaluation, written by rank 0 (columns: ``EVAL_COLUMNS``)
         checkpoint-*.pt of the built-in worker, where workers may be started again
 
 The rest of the directory, which is the orchestrator's, they do not see.
 
-The first message of every connection says whose it is, by the token that the environment gave to that program alone:
+The first message of every connection says whose it is, by the token that the environment gave to
+that program alone:
 
     {"type": "hello", "token": str}
 
 Messages of a worker:
 
-    {"type": "ready", "pid": int, "parameters": str}   model built, group formed; ``parameters`` is their hash
-    {"type": "heartbeat", "step": int}                 once a second; ``step`` is the step now in work
-    {"type": "holding", "step": int}                   the answer to ``hold``: the step now in work
+    {"type": "ready", "pid": int, "parameters": str}
+    {"type": "heartbeat", "step": int}
+    {"type": "holding", "step": int}
     {"type": "eval", "step": int, "t_s": float, "accuracy": float, "loss": float}
-    {"type": "done", "steps": int, "parameters": str, "accuracy": float | None, "loss": float | None}
-    {"type": "failed", "error": str, "by_peer": bool}  ``by_peer``: because another rank failed
-    {"type": "where", "at": str}                       the answer to ``where``: what its main thread is doing
+    {"type": "done", "steps": int, "parameters": str, "accuracy": float | None,
+     "loss": float | None}
+    {"type": "failed", "error": str, "by_peer": bool}
+    {"type": "where", "at": str}
+
+It is ready when its model is built and the group is formed; ``parameters`` is their hash. ``step``
+in a heartbeat, of which there is one a second, and in the answer to ``hold``, is the step now in
+work. It has failed by a peer if that is because another rank failed. ``where`` answers the same
+question: what its main thread is doing.
 
 A worker is done when it has said so and its process has ended with exit code 0.
 
@@ -38,19 +45,21 @@ Message of a program of competing traffic, which then waits for ``start``:
 Messages of the orchestrator:
 
     {"type": "start", "t0": float}    CLOCK_MONOTONIC seconds of t = 0: every worker was ready
-    {"type": "hold"}                  begin no further step until ``stop`` says which one is the last
+    {"type": "hold"}                  begin no further step until ``stop`` says which is the last
     {"type": "stop", "steps": int}    end after ``steps`` steps in all
     {"type": "where"}                 the cell stands still; asked before it is given up
     {"type": "heartbeat"}             once a second; silence for ``SILENCE_S`` ends the worker
 
-Where workers may be started again after one has died, as the spec's ``on_failure`` and ``restart`` say, all are: with
-``TORCHELASTIC_RESTART_COUNT`` one higher and tokens of their own. They write steps-1.jsonl, evals-1.jsonl and so on, go on
-from what they have left in their directory, and are told the ``t0`` of before.
+Where workers may be started again after one has died, as the spec's ``on_failure`` and ``restart``
+say, all are: with ``TORCHELASTIC_RESTART_COUNT`` one higher and tokens of their own. They write
+steps-1.jsonl, evals-1.jsonl and so on, go on from what they have left in their directory, and are
+told the ``t0`` of before.
 
-Stopping at a time needs one decision for all ranks, or the ranks that stop early leave the others hanging in a
-collective. So the orchestrator asks every rank to hold, takes S = max(step now in work) + 1 and tells all of them to end after
-S steps. Ranks that exchange in every step are at most one step apart; those that update locally are so many as lie between two
-exchanges, and the last one makes them up. No control byte crosses a shaped link.
+Stopping at a time needs one decision for all ranks, or the ranks that stop early leave the others
+hanging in a collective. So the orchestrator asks every rank to hold, takes S = max(step now in
+work) + 1 and tells all of them to end after S steps. Ranks that exchange in every step are at most
+one step apart; those that update locally are so many as lie between two exchanges, and the last one
+makes them up. No control byte crosses a shaped link.
 """
 
 import json
@@ -66,19 +75,23 @@ ENV_CELL_DIR = "NETSENSE_CELL_DIR"
 """Directory of the cell as the worker sees it; unset outside the testbed."""
 
 ENV_OUTPUT_DIR = "NETSENSE_OUTPUT_DIR"
-"""Directory of the host as its programs see it: where they write. Beside it there are but ``SHARED`` and temporary files."""
+"""Directory of the host as its programs see it: where they write. Beside it there are but
+``SHARED`` and temporary files."""
 
 ENV_RENDEZVOUS = "NETSENSE_RENDEZVOUS"
-"""Where the ranks of the built-in worker meet: init_method of their process group, env:// if unset."""
+"""Where the ranks of the built-in worker meet: init_method of their process group, env:// if
+unset."""
 
 ENV_TOKEN = "NETSENSE_TOKEN"  # noqa: S105  (its name)
 """What a program shows on the control socket, so that none can speak for another."""
 
 ENV_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
-"""How often the workers have been started again; the name that torchrun gives it, for scripts that know that."""
+"""How often the workers have been started again; the name that torchrun gives it, for scripts that
+know that."""
 
 LISTENER = "testbed.worker.listener:CellListener"
-"""What a worker's session tells of its steps; the value of ``netsenseml.listener.ENV_LISTENER`` there."""
+"""What a worker's session tells of its steps; the value of ``netsenseml.listener.ENV_LISTENER``
+there."""
 
 CELL_FILE = "cell.json"
 RESULT_FILE = "result.json"
@@ -118,9 +131,11 @@ class StopConfig(TypedDict, total=False):
 class WorkloadConfig(TypedDict):
     """What a built-in worker trains.
 
-    ``compute`` is "real", ``{"pace_s": seconds, "factors": …}`` or ``{"emulate_s": seconds, "jitter": share, "factors": …}``;
-    factors: by how much longer each rank computes, a list in order of rank. slow: [rank, from_s, to_s or null, factor] for the
-    times after t = 0 in which one takes longer still. ``device`` is "cpu" or "cuda". checkpoint_every: steps; null for none.
+    ``compute`` is "real", ``{"pace_s": seconds, "factors": …}`` or
+    ``{"emulate_s": seconds, "jitter": share, "factors": …}``; factors: by how much longer each rank
+    computes, a list in order of rank. slow: [rank, from_s, to_s or null, factor] for the times
+    after t = 0 in which one takes longer still. ``device`` is "cpu" or "cuda". checkpoint_every:
+    steps; null for none.
     """
 
     model: str
@@ -137,7 +152,8 @@ class WorkloadConfig(TypedDict):
 
 
 class CellConfig(TypedDict):
-    """What a worker needs of ``cell.json``. ``workload`` is null where the user's own script runs."""
+    """What a worker needs of ``cell.json``. ``workload`` is null where the user's own script
+    runs."""
 
     cell: str
     method: MethodConfig
@@ -164,13 +180,15 @@ def worker_name(number: int) -> str:
 
 
 def rank_name(rank: int, ranks_per_worker: int = 1) -> str:
-    """What a rank, its log and its directory are called: as its host, or, where that has several, w3-0, w3-1, …"""
+    """What a rank, its log and its directory are called: as its host, or, where that has several,
+    w3-0, w3-1, …"""
     worker, local_rank = divmod(rank, ranks_per_worker)
     return worker_name(worker) if ranks_per_worker == 1 else f"{worker_name(worker)}-{local_rank}"
 
 
 def numbered(file: str, restarts: int) -> str:
-    """Name of a record file of workers that have been started again so often: steps.jsonl, steps-1.jsonl, …"""
+    """Name of a record file of workers that have been started again so often: steps.jsonl,
+    steps-1.jsonl, …"""
     stem, _, suffix = file.partition(".")
     return f"{stem}-{restarts}.{suffix}" if restarts else file
 
@@ -196,7 +214,8 @@ def _unix_socket(path: Path, begin: Callable[[socket.socket, str], None]) -> soc
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
     try:
-        # AF_UNIX paths end at 107 bytes; run directories are often deeper. /proc gives any directory a short name.
+        # AF_UNIX paths end at 107 bytes; run directories are often deeper. /proc gives any
+        # directory a short name.
         begin(made, f"/proc/self/fd/{directory}/{path.name}")
     except BaseException:
         made.close()
@@ -237,7 +256,8 @@ class MessageBuffer:
         self._pending = b""
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
-        """Messages completed by ``data``, to the last; raises ValueError on anything that is not a JSON object a line."""
+        """Messages completed by ``data``, to the last; raises ValueError on anything that is not a
+        JSON object a line."""
         *lines, self._pending = (self._pending + data).split(b"\n")
         if max(map(len, [*lines, self._pending])) > self.LIMIT:
             raise ValueError(f"a message is longer than {self.LIMIT} bytes")

@@ -1,4 +1,5 @@
-"""What ends a run in order: Ctrl-C, SIGTERM, a hang-up, and the end of the process that has started it."""
+"""What ends a run in order: Ctrl-C, SIGTERM, a hang-up, and the end of the process that has started
+it."""
 
 import contextlib
 import os
@@ -16,19 +17,24 @@ DOCKER_GRACE_S = 14.0
 
 
 def ending_signals() -> list[signal.Signals]:
-    """Those that end a run in order; not a hang-up if the caller, such as nohup(1), has it ignored."""
+    """Those that end a run in order; not a hang-up if the caller, such as nohup(1), has it
+    ignored."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Put these signals off until the end of the block; only the main thread can, and only it is interrupted."""
+    """Put these signals off until the end of the block; only the main thread can, and only it is
+    interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
-    before = {number: signal.signal(number, lambda which, _: came.append(which)) for number in ending_signals()}
+    before = {
+        number: signal.signal(number, lambda which, _: came.append(which))
+        for number in ending_signals()
+    }
     try:
         yield
     finally:
@@ -38,12 +44,15 @@ def undisturbed() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
-def interrupt_main_thread_once(grace_s: float = _GRACE_S) -> tuple[Callable[[], None], threading.Event]:
-    """Make SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt once; returns a function that does so from any thread, and what
-    says that it has been done: libraries may wrap the exception in one of their own.
+def interrupt_main_thread_once(
+    grace_s: float = _GRACE_S,
+) -> tuple[Callable[[], None], threading.Event]:
+    """Make SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt once; returns a function that does so
+    from any thread, and what says that it has been done: libraries may wrap the exception in one of
+    their own.
 
-    Whoever cleans up must not be interrupted again, so later signals are ignored; but the process ends after a grace time
-    even if the clean-up hangs.
+    Whoever cleans up must not be interrupted again, so later signals are ignored; but the process
+    ends after a grace time even if the clean-up hangs.
     """
     fired = threading.Event()
     main = threading.main_thread().ident
@@ -64,7 +73,8 @@ def interrupt_main_thread_once(grace_s: float = _GRACE_S) -> tuple[Callable[[], 
 
 
 def watch_parent_pipe(stop: Callable[[], None]) -> None:
-    """Call ``stop`` when standard input ends, and so whoever started this process, in whatever way."""
+    """Call ``stop`` when standard input ends, and so whoever started this process, in whatever
+    way."""
     while os.read(0, 1):
         pass
     stop()
@@ -72,10 +82,12 @@ def watch_parent_pipe(stop: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def child_of_ours(command: Sequence[str], **more: Any) -> Iterator["subprocess.Popen[Any]"]:
-    """A process that stops in an orderly way when the block, or this process, ends in whatever way; more: as for ``Popen``.
+    """A process that stops in an orderly way when the block, or this process, ends in whatever way;
+    more: as for ``Popen``.
 
-    Its standard input is a pipe that only we hold open, of which it reads the end (``watch_parent_pipe``). Signals that would
-    end us close it, and the block goes on until the child has ended.
+    Its standard input is a pipe that only we hold open, of which it reads the end
+    (``watch_parent_pipe``). Signals that would end us close it, and the block goes on until the
+    child has ended.
     """
     read_end, parent_pipe = os.pipe2(os.O_CLOEXEC)
     # A process group of its own, or a signal to ours would end the child before it can clean up.
@@ -96,7 +108,9 @@ class _closing_on_signal:  # noqa: N801
         self._parent_pipe = parent_pipe
 
     def __enter__(self) -> Callable[[], None]:
-        self._before = {number: signal.signal(number, self._interrupted) for number in ending_signals()}
+        self._before = {
+            number: signal.signal(number, self._interrupted) for number in ending_signals()
+        }
         return self._close
 
     def __exit__(self, *_: object) -> None:
@@ -107,6 +121,7 @@ class _closing_on_signal:  # noqa: N801
         self._close()
 
     def _close(self) -> None:
-        pipe, self._parent_pipe = self._parent_pipe, -1  # first, as another signal may come here before it is closed
+        # first, as another signal may come here before it is closed
+        pipe, self._parent_pipe = self._parent_pipe, -1
         if pipe >= 0:
             os.close(pipe)

@@ -1,7 +1,8 @@
 """What a test needs from the machine, and what happens where it is missing.
 
-A test that needs a lab is skipped where that lab cannot be had. NETSENSE_REQUIRE=netns,docker,compose turns such a skip into
-a failure; CI sets it, so that nothing is skipped there unseen.
+A test that needs a lab is skipped where that lab cannot be had.
+NETSENSE_REQUIRE=netns,docker,compose turns such a skip into a failure; CI sets it, so that nothing
+is skipped there unseen.
 """
 
 import os
@@ -14,8 +15,11 @@ import pytest
 from hypothesis import settings
 from installed import Installation, install_wheel
 
-# Shared machines stall at will; a slow example is no fault of the code. NETSENSE_FUZZ: how many examples, instead of a hundred.
-settings.register_profile("shared", deadline=None, max_examples=int(os.environ.get("NETSENSE_FUZZ", "100")))
+# Shared machines stall at will; a slow example is no fault of the code. NETSENSE_FUZZ: how many
+# examples, instead of a hundred.
+settings.register_profile(
+    "shared", deadline=None, max_examples=int(os.environ.get("NETSENSE_FUZZ", "100"))
+)
 settings.load_profile("shared")
 
 REQUIRED = frozenset(filter(None, os.environ.get("NETSENSE_REQUIRE", "").split(",")))
@@ -51,7 +55,10 @@ def missing(need: str) -> str | None:
             else None
         )
         if done is None or done.returncode != 0:
-            return "Docker Compose v2 is missing; install it with: sudo apt-get install docker-compose-plugin"
+            return (
+                "Docker Compose v2 is missing; install it with: sudo apt-get install"
+                " docker-compose-plugin"
+            )
     elif need == "netem":
         if os.environ.get("NETSENSE_ENGINE") == "userspace":
             return None  # make test-delayline
@@ -63,7 +70,10 @@ def missing(need: str) -> str | None:
             return "this kernel of User-Mode Linux has no netem"
     elif need == "swarm":
         if os.geteuid() != 0 or not shutil.which("dockerd"):
-            return "three Docker daemons on this machine need root and dockerd; install it with: apt-get install docker.io"
+            return (
+                "three Docker daemons on this machine need root and dockerd; install it with:"
+                " apt-get install docker.io"
+            )
     elif need in ("chromium", "iperf3") and not shutil.which(need):
         return f"{need} is missing; install it with: sudo apt-get install {need}"
     return None

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def run_in_sandbox(code: str, directory: Path, *arguments: str, timeout_s: float = 120) -> str:
-    """Run it in a directory, as a file there; returns what it prints. Raises AssertionError with its errors and all logs."""
+    """Run it in a directory, as a file there; returns what it prints. Raises AssertionError with
+    its errors and all logs."""
     script = directory / "sandboxed.py"
     script.write_text(code)
     done = subprocess.run(

@@ -1,6 +1,8 @@
-"""A hook of mkdocs: files of the repository to which a page refers become pages of the site, below files/.
+"""A hook of mkdocs: files of the repository to which a page refers become pages of the site, below
+files/.
 
-So one link is right in a checkout and in the site, and the site says nothing of where the repository is.
+So one link is right in a checkout and in the site, and the site says nothing of where the
+repository is.
 """
 
 import os
@@ -21,7 +23,8 @@ HIDDEN = "---\nsearch: {exclude: true}\n---\n\n"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add a page for every file that a page refers to, directly or by others; pictures as they are."""
+    """Add a page for every file that a page refers to, directly or by others; pictures as they
+    are."""
     pending = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
     known = set(pending)
     while pending:
@@ -30,7 +33,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 continue
             known.add(target)
             if _is_picture(target):
-                files.append(File.generated(config, _in_site(target), abs_src_path=str(ROOT / target)))
+                files.append(
+                    File.generated(config, _in_site(target), abs_src_path=str(ROOT / target))
+                )
             else:
                 files.append(File.generated(config, _in_site(target), content=_page(target)))
                 pending.append(target)
@@ -38,7 +43,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead links to where the files are in the site; one that leads nowhere is left for mkdocs to find."""
+    """Lead links to where the files are in the site; one that leads nowhere is left for mkdocs to
+    find."""
     source = _in_repository(page.file.src_uri)
     if source is None:
         return markdown
@@ -62,7 +68,8 @@ def _targets(source: str) -> Iterator[str]:
 
 
 def _resolved(source: str, link: str) -> str | None:
-    """The path in the repository to which a link in a file leads; a directory's README stands for it. None: there is none."""
+    """The path in the repository to which a link in a file leads; a directory's README stands for
+    it. None: there is none."""
     folder = source if (ROOT / source).is_dir() else str(PurePosixPath(source).parent)
     target = os.path.normpath(f"{folder}/{link}")
     if target.startswith("..") or not (ROOT / target).exists():
@@ -82,15 +89,20 @@ def _in_site(target: str) -> str:
     shown = re.sub(r"(^|/)\.", r"\1", target)  # what begins with a dot is no source of the site
     if (ROOT / target).is_dir():
         return f"files/{shown}/index.md"
-    return f"files/{shown}" if target.endswith(".md") or _is_picture(target) else f"files/{shown}.md"
+    return (
+        f"files/{shown}" if target.endswith(".md") or _is_picture(target) else f"files/{shown}.md"
+    )
 
 
 def _in_repository(uri: str) -> str | None:
-    """The opposite, of pages in which links may have to be led; None: those made of a program have none."""
+    """The opposite, of pages in which links may have to be led; None: those made of a program have
+    none."""
     if not uri.startswith("files/"):
         return f"docs/{uri}"
     path = uri.removeprefix("files/")
-    return next((one for one in (path, path.removesuffix("/index.md")) if (ROOT / one).exists()), None)
+    return next(
+        (one for one in (path, path.removesuffix("/index.md")) if (ROOT / one).exists()), None
+    )
 
 
 def _is_picture(target: str) -> bool:
@@ -105,7 +117,11 @@ def _listed(folder: Path) -> list[str]:
 def _page(target: str) -> str:
     path = ROOT / target
     if path.is_dir():
-        return f"{HIDDEN}# {target}\n\n" + "\n".join(f"- [{name}]({name})" for name in _listed(path)) + "\n"
+        return (
+            f"{HIDDEN}# {target}\n\n"
+            + "\n".join(f"- [{name}]({name})" for name in _listed(path))
+            + "\n"
+        )
     text = path.read_text()
     if path.suffix == ".md":
         return HIDDEN + text

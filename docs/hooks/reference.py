@@ -31,7 +31,9 @@ Json = dict[str, Any]
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Raises KeyError for a name that is not in ``MADE``."""
-    return re.sub(r"^<!-- made: (\w+) -->$", lambda mark: MADE[mark[1]](), markdown, flags=re.MULTILINE)
+    return re.sub(
+        r"^<!-- made: (\w+) -->$", lambda mark: MADE[mark[1]](), markdown, flags=re.MULTILINE
+    )
 
 
 # The spec, from its schema
@@ -39,8 +41,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 SCHEMA: Json = json.loads((ROOT / "testbed/spec/schema.json").read_text())
 DEFINITIONS: Mapping[str, Json] = SCHEMA["definitions"]
-TITLES = {"Spec": "The experiment", "LinkSpec": "Links", "MethodSpec": "methods", "Entry": "schedule"}
-"""Of sections, where it is not the definition's own name or, of a pattern of a schedule, the key that it has."""
+TITLES = {
+    "Spec": "The experiment",
+    "LinkSpec": "Links",
+    "MethodSpec": "methods",
+    "Entry": "schedule",
+}
+"""Of sections, where it is not the definition's own name or, of a pattern of a schedule, the key
+that it has."""
 
 
 def spec() -> str:
@@ -48,15 +56,22 @@ def spec() -> str:
     names = list(_met("Spec", {}))
     sections = [_section(name) for name in names if name[0].isupper()]
     quantities = [name for name in names if name[0].islower()]
-    return "\n\n".join([*sections, "### How values are written { #values }", *map(_quantity, quantities)])
+    return "\n\n".join(
+        [*sections, "### How values are written { #values }", *map(_quantity, quantities)]
+    )
 
 
 def _definition(name: str) -> Json:
-    return {key: value for key, value in SCHEMA.items() if key != "definitions"} if name == "Spec" else DEFINITIONS[name]
+    return (
+        {key: value for key, value in SCHEMA.items() if key != "definitions"}
+        if name == "Spec"
+        else DEFINITIONS[name]
+    )
 
 
 def _met(name: str, seen: dict[str, None]) -> dict[str, None]:
-    """Add the names of a definition and of all that it refers to, in the order in which they are first mentioned."""
+    """Add the names of a definition and of all that it refers to, in the order in which they are
+    first mentioned."""
     if name not in seen:
         seen[name] = None
         if name != "MethodSpec":  # which has a page of its own
@@ -89,7 +104,11 @@ def _title(name: str) -> str:
 
 
 def _anchor(name: str) -> str:
-    return _title(name).replace(": ", "-").replace(" ", "-").lower() if name[0].isupper() else name.replace("_", "-")
+    return (
+        _title(name).replace(": ", "-").replace(" ", "-").lower()
+        if name[0].isupper()
+        else name.replace("_", "-")
+    )
 
 
 def _section(name: str) -> str:
@@ -101,12 +120,17 @@ def _section(name: str) -> str:
     if name == "Entry":
         text.append("\n".join(f"- {_kind(variant)}" for variant in variants))
     elif name == "MethodSpec":
-        text.append("A name, or a mapping of `name`, its options and a `label`; both are in [Methods](methods.md).")
+        text.append(
+            "A name, or a mapping of `name`, its options and a `label`; both are in"
+            " [Methods](methods.md)."
+        )
     elif name in ("ModelSpec", "DataSpec", "OptimizerSpec"):
         text += _named_choices(name, variants)
     else:
         objects = [variant for variant in variants if "properties" in variant]
-        short = [variant for variant in variants if variant not in objects and "required" not in variant]
+        short = [
+            variant for variant in variants if variant not in objects and "required" not in variant
+        ]
         if short:
             text.append(f"Written as {' or '.join(map(_kind, short))}; or with these keys:")
         for one in objects or [definition]:
@@ -120,9 +144,16 @@ def _named_choices(name: str, variants: Iterable[Json]) -> Iterator[str]:
         chosen = variant.get("properties", {}).get("name", {}).get("const")
         if chosen is None:
             continue
-        options = {key: option for key, option in variant["properties"].items() if key not in ("name", "label", "options")}
+        options = {
+            key: option
+            for key, option in variant["properties"].items()
+            if key not in ("name", "label", "options")
+        }
         yield f"#### `{chosen}` {{ #{_anchor(name)}-{chosen} }}"
-        entries = (_entry(key, _about(option), _sentence(option["description"])) for key, option in options.items())
+        entries = (
+            _entry(key, _about(option), _sentence(option["description"]))
+            for key, option in options.items()
+        )
         yield "\n\n".join(entries) or "Has no options."
 
 
@@ -153,7 +184,9 @@ def _about(schema: Json, *, required: bool = False) -> str:
     told = [_kind(schema), *(["required"] if required else [])]
     if "default" in schema:
         told.append(f"default `{_written(schema['default'])}`")
-    examples = schema.get("examples") or (_definition(_name_of(schema)).get("examples") if "$ref" in schema else None)
+    examples = schema.get("examples") or (
+        _definition(_name_of(schema)).get("examples") if "$ref" in schema else None
+    )
     if examples and "enum" not in schema and schema.get("type") != "boolean":
         told.append(f"for example `{_written(examples[0])}`")
     return " · ".join(told)
@@ -167,7 +200,9 @@ def _written(value: Any) -> str:
     """As in YAML; a name with options is written with these beside it."""
     if isinstance(value, dict) and set(value) <= {"name", "options"}:
         value = {"name": value["name"], **value["options"]} if "options" in value else value["name"]
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(
+        value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True
+    )
     return text.removesuffix("\n").removesuffix("\n...")
 
 
@@ -181,7 +216,13 @@ def _kind(schema: Json) -> str:
         return _alternatives([f"`{_written(value)}`" for value in schema["enum"]])
     for several in ("anyOf", "allOf"):
         if several in schema:
-            return _alternatives(list(dict.fromkeys(_kind(one) for one in schema[several] if "$ref" in one or "type" in one)))
+            return _alternatives(
+                list(
+                    dict.fromkeys(
+                        _kind(one) for one in schema[several] if "$ref" in one or "type" in one
+                    )
+                )
+            )
     if "type" not in schema:
         return "any value"
     kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
@@ -208,7 +249,12 @@ def _simple(kind: str, schema: Json) -> str:
 def _bounds(schema: Json) -> str:
     told = [
         f"{sign} {_number(schema[key])}"
-        for key, sign in (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
+        for key, sign in (
+            ("exclusiveMinimum", ">"),
+            ("minimum", "≥"),
+            ("exclusiveMaximum", "<"),
+            ("maximum", "≤"),
+        )
         if key in schema
     ]
     return f" {' and '.join(told)}" if told else ""
@@ -221,7 +267,11 @@ def _number(value: float) -> str:
 def _reference(name: str) -> str:
     if _is_of_links(name):
         pairs = ", two values for each" if name.endswith("Pairs") else ""
-        missing = [key for key in DEFINITIONS["LinkSpec"]["properties"] if key not in _definition(name)["properties"]]
+        missing = [
+            key
+            for key in DEFINITIONS["LinkSpec"]["properties"]
+            if key not in _definition(name)["properties"]
+        ]
         without = f" but {_alternatives([f'`{key}`' for key in missing], 'and')}" if missing else ""
         return f"[keys of a link](#links){without}{pairs}"
     title = name.replace("_", " ") if name[0].islower() else _title(name)
@@ -235,7 +285,10 @@ def _alternatives(texts: list[str], word: str = "or") -> str:
 def _quantity(name: str) -> str:
     definition = DEFINITIONS[name]
     examples = ", ".join(f"`{_written(example)}`" for example in definition.get("examples", []))
-    text = [f"#### {name.replace('_', ' ')} {{ #{_anchor(name)} }}", _markdown(definition["description"])]
+    text = [
+        f"#### {name.replace('_', ' ')} {{ #{_anchor(name)} }}",
+        _markdown(definition["description"]),
+    ]
     return "\n\n".join([*text, *([f"For example {examples}."] if examples else [])])
 
 
@@ -249,9 +302,16 @@ def commands() -> str:
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         context = typer.Context(command, info_name=f"testbed {name}")
         usage = " ".join(command.get_usage(context).split()).removeprefix("Usage: ")
-        parts += [f"### `{name}` {{ #{name} }}", _markdown(command.help or ""), f"```text\n{usage}\n```"]
+        parts += [
+            f"### `{name}` {{ #{name} }}",
+            _markdown(command.help or ""),
+            f"```text\n{usage}\n```",
+        ]
         told = (parameter.get_help_record(context) for parameter in command.params)
-        parts += [_term(_one(word), re.sub(r"\.?\s*\[(.*)\]$", r"; \1", text)) for word, text in filter(None, told)]
+        parts += [
+            _term(_one(word), re.sub(r"\.?\s*\[(.*)\]$", r"; \1", text))
+            for word, text in filter(None, told)
+        ]
     return "\n\n".join(parts)
 
 
@@ -266,24 +326,40 @@ def _one(word: str) -> str:
 def tables() -> str:
     """Every table of a run with its columns, types and units."""
     sources = ("testbed/results/columns.py", "netsenseml/records.py", "testbed/protocol.py")
-    about = {name: text for path in sources for name, text in _texts_below(ast.parse((ROOT / path).read_text()).body)}
-    identity = {name: ("int64" if name == "seed" else "str", text) for name, text in columns.IDENTITY_COLUMNS.items()}
+    about = {
+        name: text
+        for path in sources
+        for name, text in _texts_below(ast.parse((ROOT / path).read_text()).body)
+    }
+    identity = {
+        name: ("int64" if name == "seed" else "str", text)
+        for name, text in columns.IDENTITY_COLUMNS.items()
+    }
     parts = ["### Every table { #identity }", _table(identity)]
     for name, table in columns.TABLES.items():
         own = next(key for key in about if getattr(columns, key, None) is table.columns)
         files = " and ".join(f"`{pattern}`" for pattern in table.records)
         parts += [f"### `{name}` {{ #{name} }}", f"{_markdown(about[own])} Written to {files}."]
-        parts.append(_table({column: (table.dtype(column), text) for column, text in table.columns.items()}))
+        parts.append(
+            _table({column: (table.dtype(column), text) for column, text in table.columns.items()})
+        )
     return "\n\n".join(parts)
 
 
 def metrics() -> str:
     """What the numbers of summary.json are."""
     tree = ast.parse((ROOT / "testbed/results/summary.py").read_text())
-    values = {node.target.id: node.value for node in tree.body if isinstance(node, ast.AnnAssign) and node.value is not None}
+    values = {
+        node.target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and node.value is not None
+    }
     return "\n".join(
         ["| number | meaning |", "|---|---|"]
-        + [f"| `{name}` | {_cell(text)} |" for name, text in ast.literal_eval(values["METRICS"]).items()]
+        + [
+            f"| `{name}` | {_cell(text)} |"
+            for name, text in ast.literal_eval(values["METRICS"]).items()
+        ]
     )
 
 
@@ -302,7 +378,9 @@ def _cell(text: str) -> str:
 def methods() -> str:
     """Every method: what its class says of itself, and its options."""
     registry = _assigned(ROOT / "netsenseml/methods/__init__.py", "METHODS")
-    classes = {name.value: value.id for name, value in zip(registry.keys, registry.values, strict=True)}
+    classes = {
+        name.value: value.id for name, value in zip(registry.keys, registry.values, strict=True)
+    }
     found = {
         node.name: node
         for path in sorted((ROOT / "netsenseml/methods").glob("*.py"))
@@ -316,7 +394,11 @@ def methods() -> str:
             values = [f"`{value}`" for value in option.choices]
             kind = _alternatives(values) if values else option.expected
             kind = kind.replace(">=", "≥").replace("<=", "≤")
-            parts.append(_entry(key, f"{kind} · default `{_written(option.default)}`", _sentence(option.help)))
+            parts.append(
+                _entry(
+                    key, f"{kind} · default `{_written(option.default)}`", _sentence(option.help)
+                )
+            )
     return "\n\n".join(parts)
 
 
@@ -330,24 +412,34 @@ def _assigned(path: Path, name: str) -> Any:
 # The public names of the two packages, from their sources
 
 
-MORE = {"Method": "netsenseml.methods.base", "StepStatistics": "netsenseml.statistics", "Listener": "netsenseml.listener"}
+MORE = {
+    "Method": "netsenseml.methods.base",
+    "StepStatistics": "netsenseml.statistics",
+    "Listener": "netsenseml.listener",
+}
 """What one's own methods and loggers meet, beside what the package exports."""
 
 
 def python_testbed() -> str:
     """What ``testbed`` exports."""
-    return "\n\n".join(_public(f"testbed.{testbed._WHERE[name]}", name, "testbed") for name in testbed.__all__)
+    return "\n\n".join(
+        _public(f"testbed.{testbed._WHERE[name]}", name, "testbed") for name in testbed.__all__
+    )
 
 
 def python_netsenseml() -> str:
     """What ``netsenseml`` exports."""
     order = sorted(netsenseml.__all__, key=lambda name: (list(netsenseml._WHERE).index(name), name))
-    return "\n\n".join(_public(f"netsenseml.{netsenseml._WHERE[name]}", name, "netsenseml") for name in order)
+    return "\n\n".join(
+        _public(f"netsenseml.{netsenseml._WHERE[name]}", name, "netsenseml") for name in order
+    )
 
 
 def python_more() -> str:
     """What one implements or is handed in a method of one's own."""
-    return "\n\n".join(_public(module, name, module.removesuffix(".base")) for name, module in MORE.items())
+    return "\n\n".join(
+        _public(module, name, module.removesuffix(".base")) for name, module in MORE.items()
+    )
 
 
 def _public(module: str, name: str, package: str) -> str:
@@ -357,8 +449,19 @@ def _public(module: str, name: str, package: str) -> str:
     if isinstance(node, ast.FunctionDef):
         return "\n\n".join([head, _signature(node, name), _docstring(node)])
     assert isinstance(node, ast.ClassDef)
-    init = next((one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"), None)
-    return "\n\n".join([head, *_made_by(node, init), _docstring(node), *([_docstring(init)] if init else []), *_members(node)])
+    init = next(
+        (one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"),
+        None,
+    )
+    return "\n\n".join(
+        [
+            head,
+            *_made_by(node, init),
+            _docstring(node),
+            *([_docstring(init)] if init else []),
+            *_members(node),
+        ]
+    )
 
 
 def _made_by(node: ast.ClassDef, init: ast.FunctionDef | None) -> Iterator[str]:
@@ -366,7 +469,11 @@ def _made_by(node: ast.ClassDef, init: ast.FunctionDef | None) -> Iterator[str]:
     if init is not None:
         yield _signature(init, node.name)
     elif any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-        fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and "ClassVar" not in ast.unparse(one.annotation)]
+        fields = [
+            one
+            for one in node.body
+            if isinstance(one, ast.AnnAssign) and "ClassVar" not in ast.unparse(one.annotation)
+        ]
         yield _python(node.name, map(ast.unparse, fields))
 
 
@@ -374,7 +481,11 @@ def _members(node: ast.ClassDef) -> Iterator[str]:
     for name, text in _attributes(node):
         yield _term(name, text)
     for one in node.body:
-        if isinstance(one, ast.FunctionDef) and not one.name.startswith("_") and ast.get_docstring(one):
+        if (
+            isinstance(one, ast.FunctionDef)
+            and not one.name.startswith("_")
+            and ast.get_docstring(one)
+        ):
             anchor = f"{node.name}-{one.name}".lower().replace("_", "-")
             decorators = [ast.unparse(decorator) for decorator in one.decorator_list]
             if "property" in decorators:
@@ -396,16 +507,32 @@ def _attributes(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
 
 def _texts_below(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
     for before, text in itertools.pairwise(body):
-        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
-            targets = before.targets if isinstance(before, ast.Assign) else [getattr(before, "target", None)]
-            yield from ((ast.unparse(target), inspect.cleandoc(text.value.value)) for target in targets if target is not None)
+        if (
+            isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+            and isinstance(text.value.value, str)
+        ):
+            targets = (
+                before.targets
+                if isinstance(before, ast.Assign)
+                else [getattr(before, "target", None)]
+            )
+            yield from (
+                (ast.unparse(target), inspect.cleandoc(text.value.value))
+                for target in targets
+                if target is not None
+            )
 
 
 def _signature(node: ast.FunctionDef, name: str) -> str:
     parameters = node.args
     if parameters.args and parameters.args[0].arg in ("self", "cls"):
         parameters.args = parameters.args[1:]
-    returns = f" -> {ast.unparse(node.returns)}" if node.returns is not None and node.name != "__init__" else ""
+    returns = (
+        f" -> {ast.unparse(node.returns)}"
+        if node.returns is not None and node.name != "__init__"
+        else ""
+    )
     return _python(name, _split(ast.unparse(parameters)), returns)
 
 
@@ -422,7 +549,8 @@ def _split(text: str) -> list[str]:
 
 
 def _python(name: str, arguments: Iterable[str], returns: str = "") -> str:
-    """A call, in one line or with a line for each argument. Types in quotes are there for Python alone."""
+    """A call, in one line or with a line for each argument. Types in quotes are there for Python
+    alone."""
     told = [re.sub(r"^(\**\w+: .+?)=(?=\S)", r"\1 = ", argument) for argument in arguments]
     text = f"{name}({', '.join(told)}){returns}"
     if len(text) > 80:
@@ -436,7 +564,8 @@ def _docstring(node: ast.ClassDef | ast.FunctionDef) -> str:
 
 
 def _markdown(text: str) -> str:
-    """A text of the code's as Markdown: names in single quotes of code, samples in fences, arguments as terms."""
+    """A text of the code's as Markdown: names in single quotes of code, samples in fences,
+    arguments as terms."""
     return "\n\n".join(map(_paragraph, re.split(r"\n\n", text.replace("``", "`"))))
 
 

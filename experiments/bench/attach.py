@@ -1,11 +1,13 @@
-"""What it costs to begin: importing netsenseml, attach, and the first step, beside the steps that follow.
+"""What it costs to begin: importing netsenseml, attach, and the first step, beside the steps that
+follow.
 
     python experiments/bench/attach.py [--repetitions N] [--methods NAME ...]
 
-For each method so many fresh pairs of processes, which meet over the loopback and train a perceptron of 1.3 million parameters.
-Milliseconds of rank 0, medians over the pairs: import is that of all that attach needs, once torch and its distributed part are
-there; later is the median of the 20 steps behind the third. "plain" is DDP without a hook. Run it twice on a machine where
-nothing was compiled yet: the first process compiles for some seconds.
+For each method so many fresh pairs of processes, which meet over the loopback and train a
+perceptron of 1.3 million parameters. Milliseconds of rank 0, medians over the pairs: import is that
+of all that attach needs, once torch and its distributed part are there; later is the median of the
+20 steps behind the third. "plain" is DDP without a hook. Run it twice on a machine where nothing
+was compiled yet: the first process compiles for some seconds.
 """
 
 import argparse
@@ -35,8 +37,12 @@ def begin(rank: int, name: str, directory: str, results: Any) -> None:
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
-    model = DistributedDataParallel(nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 1024)))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2
+    )
+    model = DistributedDataParallel(
+        nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 1024))
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     x = torch.randn(16, 256)
     found, method = {"import": 0.0, "attach": 0.0}, METHODS[name]
@@ -65,13 +71,23 @@ def begin(rank: int, name: str, directory: str, results: Any) -> None:
     if session is not None:
         session.close()
     if rank == 0:
-        results.put(found | {"first": took[0], "second": took[1], "third": took[2], "later": statistics.median(took[3:])})
+        results.put(
+            found
+            | {
+                "first": took[0],
+                "second": took[1],
+                "third": took[2],
+                "later": statistics.median(took[3:]),
+            }
+        )
     dist.barrier()
     dist.destroy_process_group()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     given = parser.parse_args()
@@ -83,7 +99,10 @@ def main() -> None:
         for _ in range(given.repetitions):
             results = context.SimpleQueue()
             with tempfile.TemporaryDirectory() as directory:
-                pair = [context.Process(target=begin, args=(rank, name, directory, results)) for rank in range(2)]
+                pair = [
+                    context.Process(target=begin, args=(rank, name, directory, results))
+                    for rank in range(2)
+                ]
                 for process in pair:
                     process.start()
                 for process in pair:
@@ -91,7 +110,9 @@ def main() -> None:
                 if any(process.exitcode for process in pair):
                     raise SystemExit(f"{name}: a rank has failed")
             rows.append(results.get())
-        medians = (f"{1e3 * statistics.median(row[column] for row in rows):9.1f}" for column in columns)
+        medians = (
+            f"{1e3 * statistics.median(row[column] for row in rows):9.1f}" for column in columns
+        )
         print(f"{name:12}", *medians, sep="", flush=True)
 
 

@@ -1,10 +1,12 @@
-"""What the hook itself costs: time that a step of 100 ms spends in netsenseml while plain all-reduce is the best there is.
+"""What the hook itself costs: time that a step of 100 ms spends in netsenseml while plain
+all-reduce is the best there is.
 
-    testbed run experiments/bench/bookkeeping.yaml        prints the figures into logs/w0.log of each cell
+    testbed run experiments/bench/bookkeeping.yaml    # the figures are in logs/w0.log of each cell
 
-Counted is what DDP alone would not do: the calls of the hook, sensing, deciding and the records, less the launch of the
-all-reduce. Both as time on a processor and as time on the clock, in which a thread also waits for a processor: beside the
-workers' own threads, those of Gloo copy and add. Steps differ, as at ease netsense shares only every other one: hence the mean.
+Counted is what DDP alone would not do: the calls of the hook, sensing, deciding and the records,
+less the launch of the all-reduce. Both as time on a processor and as time on the clock, in which a
+thread also waits for a processor: beside the workers' own threads, those of Gloo copy and add.
+Steps differ, as at ease netsense shares only every other one: hence the mean.
 """
 
 import statistics
@@ -44,7 +46,9 @@ def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = DistributedDataParallel(nn.Sequential(*(nn.Linear(512, 512) for _ in range(8))), bucket_cap_mb=2)
+    model = DistributedDataParallel(
+        nn.Sequential(*(nn.Linear(512, 512) for _ in range(8))), bucket_cap_mb=2
+    )
     collective.ring_mean = timed(collective.ring_mean, sign=-1)
     StepStatistics._landed = timed(StepStatistics._landed)  # type: ignore[method-assign]
     session = netsenseml.attach(model, "netsense")
@@ -62,9 +66,14 @@ def main() -> None:
     scheme = session.last["scheme"]
     session.close()
     if dist.get_rank() == 0:
-        for what, times_ms in zip(("on a processor", "on the clock"), zip(*settled, strict=True), strict=True):
+        for what, times_ms in zip(
+            ("on a processor", "on the clock"), zip(*settled, strict=True), strict=True
+        ):
             mean, high = statistics.fmean(times_ms), sorted(times_ms)[int(0.9 * len(times_ms))]
-            print(f"{scheme}: bookkeeping {mean:.2f} ms a step {what} in the mean, {high:.2f} ms in the 90th percentile")
+            print(
+                f"{scheme}: bookkeeping {mean:.2f} ms a step {what} in the mean, {high:.2f} ms in"
+                " the 90th percentile"
+            )
     dist.destroy_process_group()
 
 

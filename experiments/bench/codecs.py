@@ -1,12 +1,14 @@
-"""What coding a gradient costs, and what it saves: every codec beside torch.topk and a copy in memory, on one thread.
+"""What coding a gradient costs, and what it saves: every codec beside torch.topk and a copy in
+memory, on one thread.
 
     python experiments/bench/codecs.py [ELEMENTS] [REPETITIONS]
 
-Times are nanoseconds of the thread's processor time per element of the gradient, medians, everything in turn, so that other
-work on the machine matters little. Bits are those of the buffer per element sent. Lost is the share of the energy, the sum
-of squares, that is left behind. The baseline of the sparse codecs is the usual way: torch.topk of the magnitudes, unsorted,
-values gathered, indices cast to int32. Encoding includes the removal of what was sent from the residual, which the baseline
-does not do; decoding adds to a dense tensor.
+Times are nanoseconds of the thread's processor time per element of the gradient, medians,
+everything in turn, so that other work on the machine matters little. Bits are those of the buffer
+per element sent. Lost is the share of the energy, the sum of squares, that is left behind. The
+baseline of the sparse codecs is the usual way: torch.topk of the magnitudes, unsorted, values
+gathered, indices cast to int32. Encoding includes the removal of what was sent from the residual,
+which the baseline does not do; decoding adds to a dense tensor.
 """
 
 import statistics
@@ -31,7 +33,9 @@ CODECS = [
     *(Codec(values, density) for density in DENSITIES for values in VALUES),
 ]
 GRADIENTS: dict[str, Callable[[int], torch.Tensor]] = {
-    "Student's t, 3 degrees of freedom": lambda n: torch.randn(n) / torch.randn(3, n).square_().mean(dim=0).sqrt_(),
+    "Student's t, 3 degrees of freedom": (
+        lambda n: torch.randn(n) / torch.randn(3, n).square_().mean(dim=0).sqrt_()
+    ),
     "normal": torch.randn,
 }
 
@@ -62,19 +66,35 @@ def measure(x: torch.Tensor, repetitions: int) -> Table:
             times.append(nanoseconds(partial(usual_sparse, x, kept_elements(n, density))))
         for codec in CODECS:
             compensated.copy_(x)
-            encode_ns[codec].append(nanoseconds(partial(codec.encode, compensated, seed=repetition)))
+            encode_ns[codec].append(
+                nanoseconds(partial(codec.encode, compensated, seed=repetition))
+            )
             lost[codec] = float(compensated.double().square().sum()) / energy
             buffer = codec.encode(compensated.copy_(x), seed=repetition)
             decode_ns[codec].append(nanoseconds(partial(add_decoded, buffer, out)))
 
-    table = Table("scheme", "encode ns", "× topk", "decode ns", "MB", "bits", "lost", box=SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(
+        "scheme",
+        "encode ns",
+        "× topk",
+        "decode ns",
+        "MB",
+        "bits",
+        "lost",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
     for column in table.columns:
         column.justify, column.no_wrap = "right", True
-    table.add_row("copy", f"{statistics.median(copy_ns) / n:.2f}", "", "", f"{4e-6 * n:.3f}", "32.00", "")
+    table.add_row(
+        "copy", f"{statistics.median(copy_ns) / n:.2f}", "", "", f"{4e-6 * n:.3f}", "32.00", ""
+    )
     for density, times in usual_ns.items():
         k = kept_elements(n, density)
         usual = f"{statistics.median(times) / n:.2f}"
-        table.add_row(f"torch.topk {100 * density:g}%", usual, "1.0", "", f"{8e-6 * k:.3f}", "64.00", "")
+        table.add_row(
+            f"torch.topk {100 * density:g}%", usual, "1.0", "", f"{8e-6 * k:.3f}", "64.00", ""
+        )
     for codec in CODECS:
         own_ns = statistics.median(encode_ns[codec])
         baseline = usual_ns.get(codec.density)

@@ -1,14 +1,17 @@
-"""What may take the place of ``netsenseml.compress.device_kernels``, which writes the same bytes with more launches.
+"""What may take the place of ``netsenseml.compress.device_kernels``, which writes the same bytes
+with more launches.
 
-It ran in Triton's interpreter, also with several programs at once, and is compiled for sm_90 without spilling; no device has
-run it yet. tests/gpu/test_gpu_codec.py tells whether a device does it right, gpu.py which of the two is faster. It needs Triton
-3.4 (masked histograms, cooperative launches).
+It ran in Triton's interpreter, also with several programs at once, and is compiled for sm_90
+without spilling; no device has run it yet. tests/gpu/test_gpu_codec.py tells whether a device does
+it right, gpu.py which of the two is faster. It needs Triton 3.4 (masked histograms, cooperative
+launches).
 
-Triton comes with torch. Products and sums must not be fused, or they would be rounded once instead of twice.
+Triton comes with torch. Products and sums must not be fused, or they would be rounded once instead
+of twice.
 
-A launch costs the CPU more than these kernels take, so a sparse buffer is written, and read, by one. Its programs are all
-resident at once (a cooperative launch) and wait for each other between the steps. The host waits for nothing but the word
-whether a buffer is malformed.
+A launch costs the CPU more than these kernels take, so a sparse buffer is written, and read, by
+one. Its programs are all resident at once (a cooperative launch) and wait for each other between
+the steps. The host waits for nothing but the word whether a buffer is malformed.
 """
 
 import math
@@ -37,27 +40,42 @@ _LANES = 1024
 _TILE = 4096
 """Elements that a program searches at once."""
 _WARPS, _REGISTERS, _RESIDENT = 8, 128, 2
-"""Of a program that encodes a sparse buffer, registers a thread; so many such programs fit on a multiprocessor."""
+"""Of a program that encodes a sparse buffer, registers a thread; so many such programs fit on a
+multiprocessor."""
 _SAMPLE = 4096
 """Elements from which every program guesses the threshold for itself."""
 _MOST = 1024
 """Programs that wait for each other, at most."""
 _ROUNDS, _BINS = 4, 256
-"""The k-th largest magnitude is found by digits of 8 bits, highest first, from a histogram of each."""
+"""The k-th largest magnitude is found by digits of 8 bits, highest first, from a histogram of
+each."""
 
 
 def _constants(values: int) -> tuple[int, ...]:
-    """What a kernel is compiled for: the format, begin of the header, bits, block, words of a row, levels, largest scale."""
+    """What a kernel is compiled for: the format, begin of the header, bits, block, words of a row,
+    levels, largest scale."""
     header = int.from_bytes(layout.layout(values, 1, 1).header()[:8], "little")
     words = ROW * BITS[values] // (8 * WORD[values]) if values in BLOCK else 1
-    return values, header, BITS[values], BLOCK.get(values, 1), words, LEVELS.get(values, 1), LARGEST_SCALE.get(values, 0)
+    return (
+        values,
+        header,
+        BITS[values],
+        BLOCK.get(values, 1),
+        words,
+        LEVELS.get(values, 1),
+        LARGEST_SCALE.get(values, 0),
+    )
 
 
 _CONSTANTS = {values: _constants(values) for values in BITS}
 
 
 def encode(
-    compensated: torch.Tensor, plan: Layout, key: int | None, buffer: torch.Tensor, chosen: torch.Tensor | None = None
+    compensated: torch.Tensor,
+    plan: Layout,
+    key: int | None,
+    buffer: torch.Tensor,
+    chosen: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Fill ``buffer``; returns the positions sent, or None for all.
 
@@ -83,8 +101,12 @@ def encode(
         stride, rank = sampling(plan.n, plan.k)
         room = min(plan.n, math.ceil(stride * (rank + 4 * rank**0.5))) if chosen is None else 0
         programs = _programs(compensated.device, triton.cdiv(plan.n, _TILE), _RESIDENT)
-        scratch = compensated.new_zeros(1 + _ROUNDS * _BINS + 3 * programs + 2 * room, dtype=torch.int32)
-        positions = compensated.new_empty(plan.k, dtype=torch.int32) if chosen is None else chosen.int()
+        scratch = compensated.new_zeros(
+            1 + _ROUNDS * _BINS + 3 * programs + 2 * room, dtype=torch.int32
+        )
+        positions = (
+            compensated.new_empty(plan.k, dtype=torch.int32) if chosen is None else chosen.int()
+        )
         _encode_some[(programs,)](
             compensated,
             positions,
@@ -122,7 +144,8 @@ def sampling(n: int, k: int) -> tuple[int, int]:
 
 
 def add_decoded(buffer: torch.Tensor, plan: Layout, out: torch.Tensor, scale: float) -> None:
-    """Add ``scale`` times the decoded buffer; raises MalformedBuffer for positions that cannot be."""
+    """Add ``scale`` times the decoded buffer; raises MalformedBuffer for positions that cannot
+    be."""
     values, _, bits, block, words, _, _ = _CONSTANTS[plan.values]
     with torch.cuda.device_of(out):
         if plan.dense:
@@ -141,7 +164,9 @@ def add_decoded(buffer: torch.Tensor, plan: Layout, out: torch.Tensor, scale: fl
                 enable_fp_fusion=False,
             )
             return
-        programs = _programs(out.device, triton.cdiv(max(8 * (plan.high.stop - plan.high.start), plan.k), _LANES), 1)
+        programs = _programs(
+            out.device, triton.cdiv(max(8 * (plan.high.stop - plan.high.start), plan.k), _LANES), 1
+        )
         scratch = out.new_zeros(2 + programs + plan.k, dtype=torch.int32)
         _add_some[(programs,)](
             buffer,
@@ -190,7 +215,8 @@ _OF_A_DIGIT = tl.constexpr(_BINS)
 
 @triton.jit
 def _wait(arrived, expected):
-    """Until so many programs, all those of the grid once more, have come here; each sees what the others wrote before."""
+    """Until so many programs, all those of the grid once more, have come here; each sees what the
+    others wrote before."""
     tl.debug_barrier()
     here = tl.atomic_add(arrived, 1, sem="acq_rel") + 1
     while here < expected:
@@ -205,13 +231,16 @@ def _magnitudes(bits, tile, size):
     if tile < size // _SEARCHED:  # without a mask several are loaded at once
         magnitude = tl.load(bits + at) & _MAGNITUDE
     else:
-        magnitude = tl.where(at < size, tl.load(bits + at, mask=at < size, other=0) & _MAGNITUDE, -1)
+        magnitude = tl.where(
+            at < size, tl.load(bits + at, mask=at < size, other=0) & _MAGNITUDE, -1
+        )
     return magnitude
 
 
 @triton.jit
 def _guess(bits, n, stride, rank):
-    """The magnitude of that rank in an evenly spaced sample, at least 1: its bits, highest first."""
+    """The magnitude of that rank in an evenly spaced sample, at least 1: its bits, highest
+    first."""
     at = tl.arange(0, _SAMPLED).to(tl.int64) * stride
     magnitude = tl.load(bits + at, mask=at < n, other=0) & _MAGNITUDE
     guess = 0
@@ -229,7 +258,9 @@ def _write_header(buffer, n, k, end, header: tl.constexpr):
     tl.store(sizes + 2, n)
     tl.store(sizes + 3, k)
     behind = tl.arange(0, 8)
-    tl.store(buffer + end + behind, tl.zeros((8,), tl.uint8), mask=end + behind < (end + 7) // 8 * 8)
+    tl.store(
+        buffer + end + behind, tl.zeros((8,), tl.uint8), mask=end + behind < (end + 7) // 8 * 8
+    )
 
 
 @triton.jit(do_not_specialize=["n", "scales", "codes", "end", "key"])
@@ -262,7 +293,22 @@ def _encode_all(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n", "k", "low_bits", "step", "low", "scales", "codes", "end", "stride", "rank", "room", "key"])
+@triton.jit(
+    do_not_specialize=[
+        "n",
+        "k",
+        "low_bits",
+        "step",
+        "low",
+        "scales",
+        "codes",
+        "end",
+        "stride",
+        "rank",
+        "room",
+        "key",
+    ]
+)
 def _encode_some(
     x,
     positions,
@@ -291,7 +337,8 @@ def _encode_some(
     largest_scale: tl.constexpr,
     lanes: tl.constexpr,
 ):
-    """scratch: zeros; programs that arrived, histograms, three counts a program, magnitudes and positions of candidates."""
+    """scratch: zeros; programs that arrived, histograms, three counts a program, magnitudes and
+    positions of candidates."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     if program == 0:
         _write_header(buffer, n, k, end, header)
@@ -305,7 +352,9 @@ def _encode_some(
         _wait(scratch, programs)
     for part in range(program, (k - 1) // lanes + 1, programs):
         if form < 2:
-            _encode_floats(part, x, positions, buffer, k, low_bits, step, low, codes, form, True, lanes)
+            _encode_floats(
+                part, x, positions, buffer, k, low_bits, step, low, codes, form, True, lanes
+            )
         else:
             _encode_blocks(
                 part, x, positions, buffer, k, low_bits, step, low, scales, codes, key,
@@ -315,10 +364,12 @@ def _encode_some(
 
 @triton.jit
 def _find_largest(x, positions, scratch, n, k, stride, rank, room):
-    """Positions, ascending, of the k elements of largest magnitude; see ``sparsify.largest`` for their order.
+    """Positions, ascending, of the k elements of largest magnitude; see ``sparsify.largest`` for
+    their order.
 
-    Candidates are those above a threshold guessed from a sample. If they are too few or too many, all elements are. Every
-    program writes those of its share behind those of the programs before it, first the candidates, and at last the largest.
+    Candidates are those above a threshold guessed from a sample. If they are too few or too many,
+    all elements are. Every program writes those of its share behind those of the programs before
+    it, first the candidates, and at last the largest.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     histograms = scratch + 1
@@ -361,7 +412,9 @@ def _find_largest(x, positions, scratch, n, k, stride, rank, room):
         count = tl.zeros((_OF_A_DIGIT,), tl.int32)
         for tile in range(program, (size - 1) // _SEARCHED + 1, programs):
             magnitude = _magnitudes(source, tile, size)
-            count += tl.histogram((magnitude >> shift) & 255, _OF_A_DIGIT, mask=(magnitude >> shift >> 8) == threshold)
+            count += tl.histogram(
+                (magnitude >> shift) & 255, _OF_A_DIGIT, mask=(magnitude >> shift >> 8) == threshold
+            )
         histogram = histograms + digit * _OF_A_DIGIT + bins
         tl.atomic_add(histogram, count, mask=count > 0, sem="relaxed")
         _wait(scratch, (3 + digit) * programs)
@@ -385,7 +438,8 @@ def _find_largest(x, positions, scratch, n, k, stride, rank, room):
     ties = tl.sum(tl.load(counts + 2 * programs + other, mask=other < program, other=0), axis=0)
     for tile in range(begin, stop):
         magnitude = _magnitudes(source, tile, size)
-        both = (magnitude > threshold).to(tl.int32) + ((magnitude == threshold).to(tl.int32) << 16)  # half a word each
+        # half a word each
+        both = (magnitude > threshold).to(tl.int32) + ((magnitude == threshold).to(tl.int32) << 16)
         so_far = tl.cumsum(both, axis=0)
         tie = ties + (so_far >> 16)
         j = before + (so_far & 0xFFFF) + tl.minimum(tie, missing) - 1
@@ -414,12 +468,19 @@ def _encode_position(position, j, inside, buffer, low_bits, step, low):
     high = (buffer + _HEADER).to(tl.pointer_type(tl.int32), bitcast=True)
     lower = (buffer + low).to(tl.pointer_type(tl.int32), bitcast=True)
     place = (position >> low_bits) + j * step
-    tl.atomic_or(high + (place >> 5), tl.full(j.shape, 1, tl.int32) << (place & 31), mask=inside, sem="relaxed")
+    tl.atomic_or(
+        high + (place >> 5),
+        tl.full(j.shape, 1, tl.int32) << (place & 31),
+        mask=inside,
+        sem="relaxed",
+    )
     part = (position & ((1 << low_bits) - 1)).to(tl.uint32)
     first = j.to(tl.int64) * low_bits
     word, offset = (first >> 5).to(tl.int32), (first & 31).to(tl.uint32)
     there = inside & (low_bits > 0)
-    tl.atomic_or(lower + word, (part << offset).to(tl.int32, bitcast=True), mask=there, sem="relaxed")
+    tl.atomic_or(
+        lower + word, (part << offset).to(tl.int32, bitcast=True), mask=there, sem="relaxed"
+    )
     over = inside & (offset + low_bits > 32)
     rest = (part >> ((32 - offset) & 31)).to(tl.int32, bitcast=True)
     tl.atomic_or(lower + word + 1, rest, mask=over, sem="relaxed")
@@ -427,7 +488,18 @@ def _encode_position(position, j, inside, buffer, low_bits, step, low):
 
 @triton.jit
 def _encode_floats(
-    part, x, positions, buffer, k, low_bits, step, low, codes, form: tl.constexpr, sparse: tl.constexpr, lanes: tl.constexpr
+    part,
+    x,
+    positions,
+    buffer,
+    k,
+    low_bits,
+    step,
+    low,
+    codes,
+    form: tl.constexpr,
+    sparse: tl.constexpr,
+    lanes: tl.constexpr,
 ):
     j = part * lanes + tl.arange(0, lanes)
     inside = j < k
@@ -446,7 +518,9 @@ def _encode_floats(
         tl.store(halves + j, rounded.to(tl.uint16).to(tl.int16, bitcast=True), mask=inside)
         tl.store(x + at, left, mask=inside)
     else:
-        tl.store((buffer + codes).to(tl.pointer_type(tl.float32), bitcast=True) + j, value, mask=inside)
+        tl.store(
+            (buffer + codes).to(tl.pointer_type(tl.float32), bitcast=True) + j, value, mask=inside
+        )
         tl.store(x + at, tl.zeros((lanes,), tl.float32), mask=inside)
 
 
@@ -473,8 +547,8 @@ def _encode_blocks(
     sparse: tl.constexpr,
     lanes: tl.constexpr,
 ):
-    """Whole rows of 256 values: ``blocks`` in a row have a scale each, and of each, ``shares`` values are in one of the row's
-    ``words``."""
+    """Whole rows of 256 values: ``blocks`` in a row have a scale each, and of each, ``shares``
+    values are in one of the row's ``words``."""
     rows: tl.constexpr = lanes // 256
     blocks: tl.constexpr = 256 // block
     shares: tl.constexpr = block // words
@@ -495,7 +569,10 @@ def _encode_blocks(
     if form == 4:
         code = (value.to(tl.int32, bitcast=True) < 0).to(tl.int32)
         whole = tl.where(unit > 0, unit, 1.0)
-        share = (tl.div_rn(tl.abs(value), tl.broadcast_to(whole[:, None, None], value.shape)) * _SIGN_PARTS).to(tl.int32)
+        share = (
+            tl.div_rn(tl.abs(value), tl.broadcast_to(whole[:, None, None], value.shape))
+            * _SIGN_PARTS
+        ).to(tl.int32)
         total = tl.sum(tl.sum(share, axis=2), axis=1).to(tl.float32)
         count = tl.minimum(tl.maximum(k - number * block, 1), block).to(tl.float32)
         scale = unit * tl.div_rn(total, _SIGN_PARTS * count)
@@ -507,7 +584,8 @@ def _encode_blocks(
     scale = (half << 16).to(tl.float32, bitcast=True)
     if form == 4:
         negative = (code == 1) & (unit > 0)[:, None, None]
-        sent = tl.where(negative, -1.0, 1.0) * scale[:, None, None]  # Triton's -x is 0 - x, which has no negative zero
+        # Triton's -x is 0 - x, which has no negative zero
+        sent = tl.where(negative, -1.0, 1.0) * scale[:, None, None]
     else:
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
         level = value * inverse[:, None, None]
@@ -530,7 +608,9 @@ def _encode_blocks(
     if form == 4:
         tl.store(buffer + codes + to, packed.to(tl.uint8), mask=there)
     else:
-        tl.store((buffer + codes).to(tl.pointer_type(tl.int32), bitcast=True) + to, packed, mask=there)
+        tl.store(
+            (buffer + codes).to(tl.pointer_type(tl.int32), bitcast=True) + to, packed, mask=there
+        )
     half = tl.where(bad, 0x7FC0, half)
     halves = (buffer + scales).to(tl.pointer_type(tl.int16), bitcast=True)
     tl.store(halves + number, half.to(tl.int16), mask=number // blocks * 256 < k)
@@ -576,7 +656,8 @@ def _add_some(
 ):
     """Nothing is added if the positions cannot be.
 
-    scratch: zeros; programs that arrived, whether the positions cannot be, a count a program, and k positions.
+    scratch: zeros; programs that arrived, whether the positions cannot be, a count a program, and k
+    positions.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     counts = scratch + 2
@@ -608,10 +689,16 @@ def _add_some(
         inside = (bit == 1) & (j < k)
         first = j.to(tl.int64) * low_bits
         word, offset = (first >> 5).to(tl.int32), (first & 31).to(tl.uint32)
-        here = tl.load(lower + word, mask=inside & (word < low_size), other=0).to(tl.uint32, bitcast=True)
-        after = tl.load(lower + word + 1, mask=inside & (word + 1 < low_size) & (offset > 0), other=0)
+        here = tl.load(lower + word, mask=inside & (word < low_size), other=0).to(
+            tl.uint32, bitcast=True
+        )
+        after = tl.load(
+            lower + word + 1, mask=inside & (word + 1 < low_size) & (offset > 0), other=0
+        )
         after = after.to(tl.uint32, bitcast=True) << ((32 - offset) & 31)
-        part = ((here >> offset) | tl.where(offset > 0, after, 0)).to(tl.int32, bitcast=True) & ((1 << low_bits) - 1)
+        part = ((here >> offset) | tl.where(offset > 0, after, 0)).to(tl.int32, bitcast=True) & (
+            (1 << low_bits) - 1
+        )
         tl.store(positions + j, ((place - j * step) << low_bits) | part, mask=inside)
         before += tl.sum(of_words, axis=0)
     _wait(scratch, 2 * programs)
@@ -655,9 +742,15 @@ def _decoded(
 ):
     inside = j < k
     if form == 0:
-        value = tl.load((buffer + codes).to(tl.pointer_type(tl.float32), bitcast=True) + j, mask=inside, other=0.0)
+        value = tl.load(
+            (buffer + codes).to(tl.pointer_type(tl.float32), bitcast=True) + j,
+            mask=inside,
+            other=0.0,
+        )
     elif form == 1:
-        half = tl.load((buffer + codes).to(tl.pointer_type(tl.int16), bitcast=True) + j, mask=inside, other=0)
+        half = tl.load(
+            (buffer + codes).to(tl.pointer_type(tl.int16), bitcast=True) + j, mask=inside, other=0
+        )
         value = ((half.to(tl.int32) & 0xFFFF) << 16).to(tl.float32, bitcast=True)
     else:
         place = j % 256
@@ -665,10 +758,21 @@ def _decoded(
         if form == 4:
             word = tl.load(buffer + codes + at, mask=inside, other=0).to(tl.int32)
         else:
-            word = tl.load((buffer + codes).to(tl.pointer_type(tl.int32), bitcast=True) + at, mask=inside, other=0)
-        level = (word << (32 - bits - place // words * bits)) >> (32 - bits)  # the second shift copies the sign downwards
+            word = tl.load(
+                (buffer + codes).to(tl.pointer_type(tl.int32), bitcast=True) + at,
+                mask=inside,
+                other=0,
+            )
+        # the second shift copies the sign downwards
+        level = (word << (32 - bits - place // words * bits)) >> (32 - bits)
         if form == 4:
             level = 1 + 2 * level
-        half = tl.load((buffer + scales).to(tl.pointer_type(tl.int16), bitcast=True) + j // block, mask=inside, other=0)
-        value = level.to(tl.float32) * ((half.to(tl.int32) & 0xFFFF) << 16).to(tl.float32, bitcast=True)
+        half = tl.load(
+            (buffer + scales).to(tl.pointer_type(tl.int16), bitcast=True) + j // block,
+            mask=inside,
+            other=0,
+        )
+        value = level.to(tl.float32) * ((half.to(tl.int32) & 0xFFFF) << 16).to(
+            tl.float32, bitcast=True
+        )
     return value

@@ -2,9 +2,10 @@
 
     python experiments/bench/delayline.py
 
-Two hosts with one link between them: a TAP device at each, the delay line in the middle, htb on both. Times are the kernel's
-own, of the same frame where it leaves the one interface and where it enters the other (packet(7), PACKET_RX_RING): what they
-say more than the delay is what the delay line, and the scheduler that runs it, add.
+Two hosts with one link between them: a TAP device at each, the delay line in the middle, htb on
+both. Times are the kernel's own, of the same frame where it leaves the one interface and where it
+enters the other (packet(7), PACKET_RX_RING): what they say more than the delay is what the delay
+line, and the scheduler that runs it, add.
 """
 
 import mmap
@@ -63,7 +64,11 @@ class Host:
             setting.write("1")
         self.tap = open_tap("eth0", 2)
         self._namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        for words in ("link set lo up", f"address add 10.0.0.{number}/24 dev eth0", "link set eth0 up"):
+        for words in (
+            "link set lo up",
+            f"address add 10.0.0.{number}/24 dev eth0",
+            "link set eth0 up",
+        ):
             subprocess.run(["ip", *words.split()], check=True)
 
     @contextmanager
@@ -74,7 +79,8 @@ class Host:
 
     @contextmanager
     def program(self, code: str, count: int = 1) -> Iterator[None]:
-        """Run Python code on the host, nicer than the delay line, each program in a session of its own."""
+        """Run Python code on the host, nicer than the delay line, each program in a session of its
+        own."""
         with self.inside():
             argv = ["nice", "-n", "5", sys.executable, "-S", "-c", code]
             programs = [subprocess.Popen(argv, start_new_session=True) for _ in range(count)]
@@ -91,7 +97,9 @@ class Host:
         if rate_mbit:
             bucket = f"burst {max(rate_mbit * 500, 12112)} cburst 1514 quantum 65536"
             commands.append("qdisc add dev eth0 root handle 1: htb default 1")
-            commands.append(f"class add dev eth0 parent 1: classid 1:1 htb rate {rate_mbit}mbit {bucket}")
+            commands.append(
+                f"class add dev eth0 parent 1: classid 1:1 htb rate {rate_mbit}mbit {bucket}"
+            )
         with self.inside():
             for number, command in enumerate(commands):
                 # There may be none to take away, which tc calls an error.
@@ -99,13 +107,15 @@ class Host:
 
 
 class Capture:
-    """The frames of an interface from now on: when each passed, and enough of it to know it again."""
+    """The frames of an interface from now on: when each passed, and enough of it to know it
+    again."""
 
     def __init__(self, host: Host) -> None:
         with host.inside():
             self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         self._socket.setsockopt(_SOL_PACKET, _PACKET_VERSION, _TPACKET_V2)
-        ring = struct.pack("=4I", 1 << 20, _SLOTS * _SLOT_BYTES >> 20, _SLOT_BYTES, _SLOTS)  # struct tpacket_req
+        # struct tpacket_req
+        ring = struct.pack("=4I", 1 << 20, _SLOTS * _SLOT_BYTES >> 20, _SLOT_BYTES, _SLOTS)
         self._socket.setsockopt(_SOL_PACKET, _PACKET_RX_RING, ring)
         self._ring = mmap.mmap(self._socket.fileno(), _SLOTS * _SLOT_BYTES)
         self._socket.bind(("eth0", _ETH_P_ALL))
@@ -114,11 +124,14 @@ class Capture:
         """(keys, times in ns) of the IPv4 frames that left, or of those that came in."""
         slots = np.frombuffer(self._ring, np.uint8).reshape(_SLOTS, _SLOT_BYTES)
         slots = slots[slots[:, 0] & 1 == 1]  # TP_STATUS_USER
-        head = slots[:, :32].copy().view("=u4")  # struct tpacket2_hdr: status, len, snaplen, mac and net, s, ns
+        # struct tpacket2_hdr: status, len, snaplen, mac and net, s, ns
+        head = slots[:, :32].copy().view("=u4")
         mac = int(head[0, 3] & 0xFFFF)
-        wanted = ((slots[:, 32 + 10] == _OUTGOING) == outgoing) & (slots[:, mac + 12] == 8)  # sll_pkttype, ETH_P_IP
+        # sll_pkttype, ETH_P_IP
+        wanted = ((slots[:, 32 + 10] == _OUTGOING) == outgoing) & (slots[:, mac + 12] == 8)
         at_ns = head[:, 4].astype(np.int64) * 10**9 + head[:, 5]
-        # Identification of the IP header and the four bytes that are TCP's sequence number or come after ICMP's checksum.
+        # Identification of the IP header and the four bytes that are TCP's sequence number or come
+        # after ICMP's checksum.
         seen = slots[:, [mac + n for n in (18, 19, 38, 39, 40, 41)]].astype(np.int64)
         keys = (seen << np.array([40, 32, 24, 16, 8, 0])).sum(axis=1)
         return keys[wanted], at_ns[wanted]
@@ -146,7 +159,17 @@ class Bench:
     def set(self, delay_ms: float = 0, rate_mbit: int = 0, duplicate: float = 0.0) -> None:
         for host in (self.near, self.far):
             host.shape(rate_mbit)
-        netem = Netem(round(delay_ms * 1e6), 0, "normal", Loss(), duplicate, 0.0, 0.0, limit_packets=1_000_000, seed=1)
+        netem = Netem(
+            round(delay_ms * 1e6),
+            0,
+            "normal",
+            Loss(),
+            duplicate,
+            0.0,
+            0.0,
+            limit_packets=1_000_000,
+            seed=1,
+        )
         assert self.line.apply(dict.fromkeys(_LINE, netem)) == dict.fromkeys(_LINE, netem)
 
     def ping(self, count: int, pause_s: float) -> NDArray[np.float64]:
@@ -161,7 +184,10 @@ class Bench:
                 head = struct.pack("!BBHHH", 8, 0, 0, 7, number)
                 total = sum(struct.unpack("!4H", head))
                 sent_ns = time.time_ns()
-                raw.sendto(struct.pack("!BBHHH", 8, 0, ~(total + (total >> 16)) & 0xFFFF, 7, number), ("10.0.0.2", 0))
+                raw.sendto(
+                    struct.pack("!BBHHH", 8, 0, ~(total + (total >> 16)) & 0xFFFF, 7, number),
+                    ("10.0.0.2", 0),
+                )
                 while True:
                     answer, control, _, _ = raw.recvmsg(256, 256)
                     if answer[20] == 0 and answer[26:28] == head[6:]:
@@ -197,7 +223,9 @@ def added_latency(bench: Bench) -> None:
         with Capture(bench.near) as near, Capture(bench.far) as far:
             rtt_ms = bench.ping(200, 0.003)
             one_way_ms = crossings_ms(near, far) - delay_ms
-        rows.append([f"{delay_ms} ms", *percentiles(one_way_ms), *percentiles(rtt_ms - 2 * delay_ms)])
+        rows.append(
+            [f"{delay_ms} ms", *percentiles(one_way_ms), *percentiles(rtt_ms - 2 * delay_ms)]
+        )
     columns = ["delay each way", "one way: min", "p50", "p99", "RTT: min", "p50", "p99"]
     show("What a crossing takes besides the delay (ms), 200 echo requests", columns, rows)
 
@@ -225,9 +253,28 @@ def ceilings(bench: Bench) -> None:
             frames = carried(after, lambda c: c.frames) - carried(before, lambda c: c.frames)
             bits = 8 * (carried(after, lambda c: c.bytes) - carried(before, lambda c: c.bytes))
             cpu_s = after.cpu_s - before.cpu_s
-            rows.append([f"{delay_ms} ms", name, f"{bits / took_s / 1e9:.2f}", f"{frames / took_s / 1e3:.0f}"])
-            rows[-1] += [f"{cpu_s / took_s:.0%}", f"{frames / cpu_s / 1e3:.0f}", f"{bits / cpu_s / 1e9:.1f}"]
-    columns = ["delay", "traffic without a rate", "Gbit/s", "1000 frames/s", "processor", "1000 frames per s of it", "Gbit"]
+            rows.append(
+                [
+                    f"{delay_ms} ms",
+                    name,
+                    f"{bits / took_s / 1e9:.2f}",
+                    f"{frames / took_s / 1e3:.0f}",
+                ]
+            )
+            rows[-1] += [
+                f"{cpu_s / took_s:.0%}",
+                f"{frames / cpu_s / 1e3:.0f}",
+                f"{bits / cpu_s / 1e9:.1f}",
+            ]
+    columns = [
+        "delay",
+        "traffic without a rate",
+        "Gbit/s",
+        "1000 frames/s",
+        "processor",
+        "1000 frames per s of it",
+        "Gbit",
+    ]
     show("What it carries", columns, rows)
 
 
@@ -244,9 +291,24 @@ def lateness(bench: Bench) -> None:
                         took_s, before, after = bench.watch(3)
                         late_ms = crossings_ms(near, far) - 20
             a, b = before.directions["link", "up"], after.directions["link", "up"]
-            frames, bits, cpu_s = b.frames - a.frames, 8 * (b.bytes - a.bytes), after.cpu_s - before.cpu_s
-            rows.append([f"{rate_mbit}", f"{computing}", f"{bits / took_s / 1e6:.1f}", f"{frames / took_s:.0f}"])
-            rows[-1] += [*percentiles(late_ms), f"{np.mean(late_ms > 1):.2%}", f"{(b.late - a.late) / frames:.2%}"]
+            frames, bits, cpu_s = (
+                b.frames - a.frames,
+                8 * (b.bytes - a.bytes),
+                after.cpu_s - before.cpu_s,
+            )
+            rows.append(
+                [
+                    f"{rate_mbit}",
+                    f"{computing}",
+                    f"{bits / took_s / 1e6:.1f}",
+                    f"{frames / took_s:.0f}",
+                ]
+            )
+            rows[-1] += [
+                *percentiles(late_ms),
+                f"{np.mean(late_ms > 1):.2%}",
+                f"{(b.late - a.late) / frames:.2%}",
+            ]
             rows[-1] += [f"{cpu_s / took_s:.0%}"]
     columns = [
         "Mbit/s",
@@ -265,7 +327,11 @@ def lateness(bench: Bench) -> None:
 
 def main() -> None:
     if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
+        os.execvpe(
+            "env",
+            ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv],
+            os.environ,
+        )
     with back_to_own_namespace():
         near, far = Host(1), Host(2)
     with DelayLine({"link": (near.tap, far.tap)}) as line:

@@ -1,10 +1,12 @@
-"""Does DeMo end where AdamW ends? Loss over the test text of a small GPT after as many steps, by two ranks on this machine.
+"""Does DeMo end where AdamW ends? Loss over the test text of a small GPT after as many steps, by
+two ranks on this machine.
 
-    python experiments/bench/demo_text.py [--steps 1000] [--seeds 0] [--rates 1e-2,1.5e-2] [--topk 256]
+    python experiments/bench/demo_text.py [--steps 1000] [--seeds 0] [--rates 1e-2,1.5e-2] [--topk
+    256]
 
-A line for plain all-reduce with AdamW and one for demo with AdamW without beta1, for every learning rate: loss, and bytes that
-a rank sent per step. Their best ones are what is to be compared, as each method has a learning rate of its own. It falls to
-zero along a cosine.
+A line for plain all-reduce with AdamW and one for demo with AdamW without beta1, for every learning
+rate: loss, and bytes that a rank sent per step. Their best ones are what is to be compared, as each
+method has a learning rate of its own. It falls to zero along a cosine.
 """
 
 import argparse
@@ -24,7 +26,15 @@ RANKS, BATCH = 2, 16
 MODEL = {"layers": 2, "width": 64, "heads": 4, "context": 32}
 
 
-def train(rank: int, meet: str, data: Dataset, method: str, lr: float, given: argparse.Namespace, seed: int) -> None:
+def train(
+    rank: int,
+    meet: str,
+    data: Dataset,
+    method: str,
+    lr: float,
+    given: argparse.Namespace,
+    seed: int,
+) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=RANKS)
@@ -50,14 +60,27 @@ def train(rank: int, meet: str, data: Dataset, method: str, lr: float, given: ar
     if rank == 0:
         with torch.no_grad():
             batches = zip(test_x.split(256), test_y.split(256), strict=True)
-            loss = torch.stack([nn.functional.cross_entropy(model.module(x), y) for x, y in batches]).mean()
-        print(f"{method:9} lr {lr:<6g} seed {seed}  loss {loss:.4f}  {sent / steps:.0f} bytes", flush=True)
+            loss = torch.stack(
+                [nn.functional.cross_entropy(model.module(x), y) for x, y in batches]
+            ).mean()
+        print(
+            f"{method:9} lr {lr:<6g} seed {seed}  loss {loss:.4f}  {sent / steps:.0f} bytes",
+            flush=True,
+        )
     dist.destroy_process_group()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = {"steps": 1000, "seeds": "0", "rates": "1e-2,1.5e-2", "methods": "allreduce,demo", "topk": 256}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    defaults = {
+        "steps": 1000,
+        "seeds": "0",
+        "rates": "1e-2,1.5e-2",
+        "methods": "allreduce,demo",
+        "topk": 256,
+    }
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     given = parser.parse_args()

@@ -1,15 +1,19 @@
-"""What the library costs on a CUDA device: codecs beside torch.topk and a copy, and the hook beside DDP without it.
+"""What the library costs on a CUDA device: codecs beside torch.topk and a copy, and the hook beside
+DDP without it.
 
-    python experiments/bench/gpu.py [--out DIRECTORY] [--elements N] [--repetitions N] [--only codecs|steps]
+    python experiments/bench/gpu.py [--out DIRECTORY] [--elements N] [--repetitions N]
+                                    [--only codecs|steps]
 
-Needs torch and numba only. Codecs: milliseconds between two events of a device that was idle, and of the host until the call
-has returned, medians, for N elements (ResNet-18's), without the copy of x before an encoding; sparse ones also with
-cooperative_kernels.py, which may take the place of the library's. Their baseline is torch.topk of the magnitudes, unsorted,
-with the values gathered. Hook: milliseconds of a step of a GPT-like model, medians of blocks of steps, of DDP without a hook
-and with each method, taking turns, and the median ratio of the two: one rank over NCCL, two ranks that share the device over
-Gloo, through the loopback, and one rank a device over NCCL where there are several devices. Then also milliseconds of an
-exchange of N elements by two hosts, as far as the plan knows, that have two ranks each on the same two devices: int8 and 1 %,
-flat, and by host, within it over NCCL and over Gloo. OUT/gpu.json has the same figures.
+Needs torch and numba only. Codecs: milliseconds between two events of a device that was idle, and
+of the host until the call has returned, medians, for N elements (ResNet-18's), without the copy of
+x before an encoding; sparse ones also with cooperative_kernels.py, which may take the place of the
+library's. Their baseline is torch.topk of the magnitudes, unsorted, with the values gathered. Hook:
+milliseconds of a step of a GPT-like model, medians of blocks of steps, of DDP without a hook and
+with each method, taking turns, and the median ratio of the two: one rank over NCCL, two ranks that
+share the device over Gloo, through the loopback, and one rank a device over NCCL where there are
+several devices. Then also milliseconds of an exchange of N elements by two hosts, as far as the
+plan knows, that have two ranks each on the same two devices: int8 and 1 %, flat, and by host,
+within it over NCCL and over Gloo. OUT/gpu.json has the same figures.
 """
 
 import argparse
@@ -45,13 +49,15 @@ METHODS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "quantized": ("quantized", {"values": "int8"}),
 }
 SHAPES = {"wide": (2048, 3, 16), "deep": (1024, 8, 24), "small": (256, 4, 64)}
-"""Width, layers and batch of the model. To launch a step of the deep one, a CPU may need as long as the device to do it."""
+"""Width, layers and batch of the model. To launch a step of the deep one, a CPU may need as long as
+the device to do it."""
 ROUNDS, BLOCK = 5, 15
 """Steps are timed in blocks, with and without a hook in turn."""
 
 
 def milliseconds(work: Callable[[], object], repetitions: int) -> tuple[float, float]:
-    """Median times between events of the device, and of the host until the call returns, after two calls that warm up."""
+    """Median times between events of the device, and of the host until the call returns, after two
+    calls that warm up."""
     took, of_host = [], []
     for repetition in range(repetitions + 2):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -99,7 +105,9 @@ def codecs(elements: int, repetitions: int) -> dict[str, dict[str, float]]:
                 return lambda: add_decoded(buffer, out, 0.25)
 
             for what, backend in backends.items() if density < 1 else [("", device_kernels)]:
-                with mock.patch.object(codec_module, "_backend", lambda _, backend=backend: backend):
+                with mock.patch.object(
+                    codec_module, "_backend", lambda _, backend=backend: backend
+                ):
                     encode_ms, encode_host_ms = milliseconds(encode, repetitions)
                     decode_ms, decode_host_ms = milliseconds(decode(), repetitions)
                 rows[codec.name + what] = {
@@ -117,7 +125,9 @@ class Transformer(nn.Module):
     def __init__(self, width: int, layers: int, heads: int = 8) -> None:
         super().__init__()
         self.embed = nn.Embedding(8192, width)
-        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
         self.blocks = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -127,9 +137,13 @@ class Transformer(nn.Module):
 class Training:
     """A model of random tokens, exchanged by a method or by DDP without a hook."""
 
-    def __init__(self, method: tuple[str, dict[str, Any]] | None, width: int, layers: int, batch: int) -> None:
+    def __init__(
+        self, method: tuple[str, dict[str, Any]] | None, width: int, layers: int, batch: int
+    ) -> None:
         torch.manual_seed(0)
-        self.ddp = DistributedDataParallel(Transformer(width, layers).cuda(), gradient_as_bucket_view=True)
+        self.ddp = DistributedDataParallel(
+            Transformer(width, layers).cuda(), gradient_as_bucket_view=True
+        )
         self.optimizer = torch.optim.SGD(self.ddp.parameters(), lr=1e-3)
         self.tokens = torch.randint(0, 8192, (batch, 256), device="cuda")
         began_s = time.perf_counter()
@@ -141,7 +155,9 @@ class Training:
         began_s = time.perf_counter()
         for _ in range(BLOCK):
             self.optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(self.ddp(self.tokens).flatten(0, 1), self.tokens.flatten())
+            loss = nn.functional.cross_entropy(
+                self.ddp(self.tokens).flatten(0, 1), self.tokens.flatten()
+            )
             loss.backward()
             self.optimizer.step()
             if self.session is not None:
@@ -150,11 +166,15 @@ class Training:
         return 1e3 * (time.perf_counter() - began_s) / BLOCK
 
 
-def train(rank: int, ranks: int, backend: str, shape: tuple[int, int, int], directory: str, results: Any) -> None:
+def train(
+    rank: int, ranks: int, backend: str, shape: tuple[int, int, int], directory: str, results: Any
+) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.cuda.set_device(rank % torch.cuda.device_count())
-    dist.init_process_group(backend, init_method=f"file://{directory}/rendezvous", rank=rank, world_size=ranks)
+    dist.init_process_group(
+        backend, init_method=f"file://{directory}/rendezvous", rank=rank, world_size=ranks
+    )
     found: dict[str, dict[str, float | str]] = {}
     for name, method in METHODS.items():
         plain, hooked = Training(None, *shape), Training(method, *shape)
@@ -172,10 +192,15 @@ def train(rank: int, ranks: int, backend: str, shape: tuple[int, int, int], dire
             "attach_ms": hooked.attach_ms,
         }
         if hooked.session is not None:
-            found[name]["in_hook_ms"] = 1e3 * (hooked.session.blocked_s - blocked_s) / (ROUNDS * BLOCK)
+            found[name]["in_hook_ms"] = (
+                1e3 * (hooked.session.blocked_s - blocked_s) / (ROUNDS * BLOCK)
+            )
             hooked.session.close()
             last = hooked.session.last or {}
-            found[name] |= {f"{column}_ms": 1e3 * last[f"{column}_s"] for column in ("comm", "encode", "compute")}
+            found[name] |= {
+                f"{column}_ms": 1e3 * last[f"{column}_s"]
+                for column in ("comm", "encode", "compute")
+            }
             found[name]["scheme"] = last["scheme"]
         del plain, hooked
     dist.destroy_process_group()
@@ -186,11 +211,15 @@ def train(rank: int, ranks: int, backend: str, shape: tuple[int, int, int], dire
 HOSTS = ("int8", "host-int8", "sparse-int8@1%", "host-sparse-int8@1%")
 
 
-def exchange_by_hosts(rank: int, within: str, directory: str, elements: int, repetitions: int, results: Any) -> None:
+def exchange_by_hosts(
+    rank: int, within: str, directory: str, elements: int, repetitions: int, results: Any
+) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.cuda.set_device(rank % 2)
     backend = "cpu:gloo,cuda:nccl" if within == "nccl" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{directory}/rendezvous", rank=rank, world_size=4)
+    dist.init_process_group(
+        backend, init_method=f"file://{directory}/rendezvous", rank=rank, world_size=4
+    )
     mesh = Mesh(dist.group.WORLD, hosts=[0, 0, 1, 1], device=torch.device("cuda", rank % 2))
     if mesh.within_by_nccl != (within == "nccl"):
         raise SystemExit("the ranks of a host are not joined as they should be")
@@ -212,12 +241,15 @@ def exchange_by_hosts(rank: int, within: str, directory: str, elements: int, rep
 
 
 def run_ranks(work: Any, ranks: int, *given: Any) -> dict[str, dict[str, Any]]:
-    """What rank 0 of ``work(rank, *given, results)`` has found, {} if a rank failed; "DIRECTORY" becomes one of their own."""
+    """What rank 0 of ``work(rank, *given, results)`` has found, {} if a rank failed; "DIRECTORY"
+    becomes one of their own."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as directory:
         given = tuple(directory if one == "DIRECTORY" else one for one in given)
-        processes = [context.Process(target=work, args=(rank, *given, results)) for rank in range(ranks)]
+        processes = [
+            context.Process(target=work, args=(rank, *given, results)) for rank in range(ranks)
+        ]
         for process in processes:
             process.start()
         for process in processes:
@@ -229,7 +261,9 @@ def run_ranks(work: Any, ranks: int, *given: Any) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--elements", type=int, default=RESNET18)
     parser.add_argument("--repetitions", type=int, default=15)
@@ -239,12 +273,21 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}")
     of_codecs = codecs(given.elements, given.repetitions) if given.only != "steps" else {}
     if of_codecs:
-        print(f"{'codec':34}{'encode ms':>12}{'host ms':>9}{'decode ms':>12}{'host ms':>9}{'x copy':>9}")
+        print(
+            f"{'codec':34}{'encode ms':>12}{'host ms':>9}"
+            f"{'decode ms':>12}{'host ms':>9}{'x copy':>9}"
+        )
     for codec, row in of_codecs.items():
         total = row["encode_ms"] + row.get("decode_ms", 0.0)
-        decode = f"{row['decode_ms']:12.3f}{row['decode_host_ms']:9.3f}" if "decode_ms" in row else " " * 21
+        decode = (
+            f"{row['decode_ms']:12.3f}{row['decode_host_ms']:9.3f}"
+            if "decode_ms" in row
+            else " " * 21
+        )
         encode = f"{row['encode_ms']:12.3f}{row['encode_host_ms']:9.3f}"
-        print(f"{codec:34}{encode}{decode}{total / of_codecs['copy']['encode_ms']:9.1f}", flush=True)
+        print(
+            f"{codec:34}{encode}{decode}{total / of_codecs['copy']['encode_ms']:9.1f}", flush=True
+        )
     of_steps, devices = {}, torch.cuda.device_count()
     several = [("nccl", min(devices, 8), "wide")] if devices > 1 else []
     groups = (("nccl", 1, "wide"), ("nccl", 1, "deep"), ("gloo", 2, "small"), *several)
@@ -252,14 +295,22 @@ def main() -> None:
         found = run_ranks(train, ranks, ranks, backend, SHAPES[shape], "DIRECTORY")
         of_steps[f"{backend}, {ranks}, {shape}"] = found
         for method, figures in found.items():
-            texts = (f"{what} {value:.3f}" if isinstance(value, float) else value for what, value in figures.items())
+            texts = (
+                f"{what} {value:.3f}" if isinstance(value, float) else value
+                for what, value in figures.items()
+            )
             print(f"{backend}, ranks: {ranks}, {shape}, {method:12}", *texts, flush=True)
     of_hosts = {}
     for within in ("nccl", "gloo") if devices > 1 and given.only != "codecs" else ():
-        found = run_ranks(exchange_by_hosts, 4, within, "DIRECTORY", given.elements, given.repetitions)
+        found = run_ranks(
+            exchange_by_hosts, 4, within, "DIRECTORY", given.elements, given.repetitions
+        )
         of_hosts[within] = found
         for plan, figures in found.items():
-            print(f"two hosts, {within} within, {plan:20} exchange {figures['exchange_ms']:.2f}", flush=True)
+            print(
+                f"two hosts, {within} within, {plan:20} exchange {figures['exchange_ms']:.2f}",
+                flush=True,
+            )
     if given.out is not None:
         whole = {
             "device": name,

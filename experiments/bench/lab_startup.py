@@ -2,8 +2,8 @@
 
     python experiments/bench/lab_startup.py [HOSTS] [REPETITIONS]
 
-Both ways make the same namespaces, veth pairs, addresses and tbf on both ends of every pair, in the same private namespaces,
-in turn. The ratio is what counts; the machine may be busy.
+Both ways make the same namespaces, veth pairs, addresses and tbf on both ends of every pair, in the
+same private namespaces, in turn. The ratio is what counts; the machine may be busy.
 """
 
 import os
@@ -72,7 +72,11 @@ def main() -> None:
     hosts = int(sys.argv[1]) if len(sys.argv) > 1 else 64
     repetitions = int(sys.argv[2]) if len(sys.argv) > 2 else 5
     if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
+        os.execvpe(
+            "env",
+            ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv],
+            os.environ,
+        )
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True)
     print(f"{hosts} hosts, tbf on both ends of each veth pair, median of {repetitions}")
     with ForkServer() as server:

@@ -1,10 +1,13 @@
-"""Changing 64 links ten times a second while they carry traffic: how late, at what cost, and does the rate follow?
+"""Changing 64 links ten times a second while they carry traffic: how late, at what cost, and does
+the rate follow?
 
     python experiments/bench/link_changes.py [LINKS] [SECONDS]
 
-1. Lateness: every link gets a new rate ten times a second; prints the percentiles of applied_s - planned_s from the event log.
-2. Rate after a change: a saturated link alternates between two rates; prints carried ÷ set in the first 200 ms after one, for
-   UDP, which is there at once, and for one TCP flow, which has to find the new rate.
+1. Lateness: every link gets a new rate ten times a second; prints the percentiles of applied_s -
+planned_s from the event log.
+2. Rate after a change: a saturated link alternates between two rates; prints carried ÷ set in the
+   first 200 ms after one, for UDP, which is there at once, and for one TCP flow, which has to find
+   the new rate.
 3. Cost: one change of all links as netlink batches against one call of tc for each qdisc, in turn.
 """
 
@@ -27,7 +30,10 @@ from testbed.links.state import LinkParameters, LinkState
 from testbed.recording.driver import LinkDriver
 from testbed.timeline import Change
 
-SINK = "import socket; s = socket.create_server(('0.0.0.0', 5001)); c, _ = s.accept()\nwhile c.recv(1 << 20): pass"
+SINK = (
+    "import socket; s = socket.create_server(('0.0.0.0', 5001)); c, _ = s.accept()\nwhile c.recv(1"
+    " << 20): pass"
+)
 SOURCE = """import socket, sys, time
 while True:
     try: s = socket.create_connection((sys.argv[1], 5001)); break
@@ -69,10 +75,15 @@ def lateness(server: ForkServer, links: int, seconds: float, scratch: Path) -> N
         with LinkDriver(lab.links, timeline, monotonic_s(), scratch) as driver:
             time.sleep(seconds + 1.5)
         assert driver.failure is None, driver.failure
-        carried = statistics.mean(c.bytes - before[place] for place, c in lab.links.counters().items())
+        carried = statistics.mean(
+            c.bytes - before[place] for place, c in lab.links.counters().items()
+        )
     events = [row for row in read_records(scratch / "events.jsonl") if row["kind"] == "schedule"]
     late_ms = sorted((row["applied_s"] - row["planned_s"]) * 1e3 for row in events)
-    at = {f"p{share}": late_ms[min(len(late_ms) - 1, len(late_ms) * share // 100)] for share in (50, 90, 99)}
+    at = {
+        f"p{share}": late_ms[min(len(late_ms) - 1, len(late_ms) * share // 100)]
+        for share in (50, 90, 99)
+    }
     print(
         f"lateness over {len(events)} changes of {links} links in {seconds:g} s, each carrying "
         f"{carried * 8 / (seconds + 1.5) / 1e6:.2f} Mbit/s: "
@@ -84,12 +95,20 @@ def lateness(server: ForkServer, links: int, seconds: float, scratch: Path) -> N
 def start_flood(lab: NetnsLab, log: Path) -> None:
     """w0 sends UDP to w1 at more than the higher rate."""
     lab.hosts["w1"].start(measurement_programs.command("ignore"), {}, log)
-    words = (lab.hosts["w1"].address, monotonic_s(), 60, 1.3 * FAST, measurement_programs.UDP_HEADERS_BYTES + 1448)
+    words = (
+        lab.hosts["w1"].address,
+        monotonic_s(),
+        60,
+        1.3 * FAST,
+        measurement_programs.UDP_HEADERS_BYTES + 1448,
+    )
     lab.hosts["w0"].start(measurement_programs.command("flood", *words), {}, log)
     time.sleep(1)
 
 
-def rate_after_change(server: ForkServer, start: Callable[[NetnsLab, Path], None], name: str, scratch: Path) -> None:
+def rate_after_change(
+    server: ForkServer, start: Callable[[NetnsLab, Path], None], name: str, scratch: Path
+) -> None:
     ratios = []
     with NetnsLab(plan(["w0", "w1"], FAST, SLOW), server) as lab:
         start(lab, scratch / "log")
@@ -103,9 +122,10 @@ def rate_after_change(server: ForkServer, start: Callable[[NetnsLab, Path], None
             time.sleep(0.5)
     falls, rises = ratios[::2], ratios[1::2]
     print(
-        f"carried ÷ set in the first 200 ms ({name}), 100 → 20 Mbit/s: median "
-        f"{statistics.median(falls):.3f} (from {min(falls):.3f} to {max(falls):.3f}); 20 → 100 Mbit/s: median "
-        f"{statistics.median(rises):.3f} (from {min(rises):.3f} to {max(rises):.3f})"
+        f"carried ÷ set in the first 200 ms ({name}), 100 → 20 Mbit/s: median"
+        f" {statistics.median(falls):.3f} (from {min(falls):.3f} to {max(falls):.3f}); 20 → 100"
+        f" Mbit/s: median {statistics.median(rises):.3f} (from {min(rises):.3f} to"
+        f" {max(rises):.3f})"
     )
 
 
@@ -124,14 +144,21 @@ def cost(server: ForkServer, links: int, scratch: Path) -> None:
                 subprocess.run(command.split(), check=True)
             theirs.append(time.perf_counter() - begin)
     mine, tc = statistics.median(ours), statistics.median(theirs)
-    print(f"one change of {links} links, up and down: {mine * 1e3:.1f} ms, with tc {tc * 1e3:.1f} ms, ratio {tc / mine:.1f}")
+    print(
+        f"one change of {links} links, up and down: {mine * 1e3:.1f} ms, with tc {tc * 1e3:.1f} ms,"
+        f" ratio {tc / mine:.1f}"
+    )
 
 
 def main() -> None:
     links = int(sys.argv[1]) if len(sys.argv) > 1 else 64
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 60
     if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
+        os.execvpe(
+            "env",
+            ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv],
+            os.environ,
+        )
     with ForkServer() as server, tempfile.TemporaryDirectory() as scratch:
         cost(server, links, Path(scratch))
         rate_after_change(server, start_flood, "UDP", Path(scratch))

@@ -2,13 +2,15 @@
 
     python experiments/bench/regret.py [RUN | SPEC]
 
-RUN: a run directory of regret.yaml or regret-wan.yaml. SPEC: which of the two is run first (15 to 20 minutes); regret.yaml if
-nothing is named. Prints the median step time of every method at every rate or delay, over the second half of its steps, the
-share of the gradients' energy that it did not send, and the regret of netsense: its step time against that of the best method
-that loses no more energy than netsense did. Of cells that all train for the same time also the accuracy at their end, which
-says who made most progress, without a model of what lost energy costs.
+RUN: a run directory of regret.yaml or regret-wan.yaml. SPEC: which of the two is run first (15 to
+20 minutes); regret.yaml if nothing is named. Prints the median step time of every method at every
+rate or delay, over the second half of its steps, the share of the gradients' energy that it did not
+send, and the regret of netsense: its step time against that of the best method that loses no more
+energy than netsense did. Of cells that all train for the same time also the accuracy at their end,
+which says who made most progress, without a model of what lost energy costs.
 
-Plain all-reduce loses none; what bfloat16 loses by rounding is not recorded, and taken for its bound, 2**-16.
+Plain all-reduce loses none; what bfloat16 loses by rounding is not recorded, and taken for its
+bound, 2**-16.
 """
 
 import subprocess
@@ -25,12 +27,15 @@ from testbed.results.summary import lost_energy
 
 def run_it(spec: Path, parent: Path) -> Path:
     """Run the spec; returns the run directory."""
-    subprocess.run([sys.executable, "-m", "testbed.cli", "run", str(spec), "--out", str(parent)], check=False)
+    subprocess.run(
+        [sys.executable, "-m", "testbed.cli", "run", str(spec), "--out", str(parent)], check=False
+    )
     return max(parent.glob("regret-*"), key=lambda path: path.stat().st_mtime)
 
 
 def measured(run: testbed.Run) -> pd.DataFrame:
-    """Means over all seeds, by condition (the value of the matrix) and method: step_s, lost, scheme, valid, accuracy."""
+    """Means over all seeds, by condition (the value of the matrix) and method: step_s, lost,
+    scheme, valid, accuracy."""
     valid = {cell["cell"]: cell["valid"] for cell in run.summary["cells"]}
     rows = []
     for cell in run.cells.to_dict("records"):
@@ -40,7 +45,8 @@ def measured(run: testbed.Run) -> pd.DataFrame:
             {
                 "condition": next(iter(cell["overrides"].values())),
                 "method": cell["method"],
-                # The ranks leave a step together, but for the last hop: what counts is the time of all.
+                # The ranks leave a step together, but for the last hop: what counts is the time of
+                # all.
                 "step_s": steps.groupby("step")["step_s"].mean().median(),
                 "lost": lost_energy(steps),
                 "scheme": steps["scheme"].mode().get(0, ""),
@@ -48,8 +54,16 @@ def measured(run: testbed.Run) -> pd.DataFrame:
                 "accuracy": cell["final_accuracy"],
             }
         )
-    means = {"step_s": "mean", "lost": "mean", "scheme": lambda names: names.mode()[0], "valid": "all", "accuracy": "mean"}
-    return pd.DataFrame(rows).groupby(["condition", "method"], sort=False, as_index=False).agg(means)
+    means = {
+        "step_s": "mean",
+        "lost": "mean",
+        "scheme": lambda names: names.mode()[0],
+        "valid": "all",
+        "accuracy": "mean",
+    }
+    return (
+        pd.DataFrame(rows).groupby(["condition", "method"], sort=False, as_index=False).agg(means)
+    )
 
 
 def main() -> None:

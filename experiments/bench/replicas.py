@@ -1,4 +1,5 @@
-"""Worker of replicas.yaml: 300 steps in which one rank computes three times as long as the others."""
+"""Worker of replicas.yaml: 300 steps in which one rank computes three times as long as the
+others."""
 
 import sys
 import time

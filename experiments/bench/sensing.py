@@ -1,16 +1,19 @@
-"""Does the estimate of the network follow the links? Four Gloo workers on shaped links, the estimate decides what they send.
+"""Does the estimate of the network follow the links? Four Gloo workers on shaped links, the
+estimate decides what they send.
 
     python experiments/bench/sensing.py [SECONDS] [FIGURE.html] [RTT_MS]
 
-SECONDS: length of each phase (default 6). RTT_MS: of every path, made by netem or the delay line (default 0). Every step
-computes for 60 ms (a ResNet-18 whose arithmetic is waiting), and netsense exchanges its gradients as it sees fit. In the last
-phase a TCP flow competes for the link into one worker.
+SECONDS: length of each phase (default 6). RTT_MS: of every path, made by netem or the delay line
+(default 0). Every step computes for 60 ms (a ResNet-18 whose arithmetic is waiting), and netsense
+exchanges its gradients as it sees fit. In the last phase a TCP flow competes for the link into one
+worker.
 
-Prints for each phase the true share (``NetworkModel.bandwidth_bps``), the estimate after 20 steps (the last one, if there are
-fewer) with its error, that of the round-trip time, the errors from there to the end of the phase (10th and 90th percentile),
-and how many steps it took to come within 20 %, counted from the first step that ended after the change. Beside a competing
-flow the true share is what that flow left over, as a median over 16 steps. Writes a figure, and beside it the steps as
-JSON lines.
+Prints for each phase the true share (``NetworkModel.bandwidth_bps``), the estimate after 20 steps
+(the last one, if there are fewer) with its error, that of the round-trip time, the errors from
+there to the end of the phase (10th and 90th percentile), and how many steps it took to come within
+20 %, counted from the first step that ended after the change. Beside a competing flow the true
+share is what that flow left over, as a median over 16 steps. Writes a figure, and beside it the
+steps as JSON lines.
 """
 
 import json
@@ -114,7 +117,10 @@ def measure(server: ForkServer, seconds: float, scratch: Path, rtt_s: float) -> 
             program = ["python", str(Path(__file__).resolve()), *arguments, str(scratch)]
             return lab.hosts[host].start(program, {}, scratch / "log")
 
-        workers = [start(name, "worker", str(rank), lab.hosts["w0"].address) for rank, name in enumerate(names)]
+        workers = [
+            start(name, "worker", str(rank), lab.hosts["w0"].address)
+            for rank, name in enumerate(names)
+        ]
         steps = scratch / "steps-0.jsonl"
         while not (steps.exists() and steps.stat().st_size):
             assert not any(process.poll() for process in workers), (scratch / "log").read_text()
@@ -132,7 +138,9 @@ def measure(server: ForkServer, seconds: float, scratch: Path, rtt_s: float) -> 
     return [begin_s - origin_s for begin_s in begins]
 
 
-def rival_bps(steps: Sequence[dict[str, Any]], rival: Sequence[dict[str, Any]], origin_s: float) -> list[float]:
+def rival_bps(
+    steps: Sequence[dict[str, Any]], rival: Sequence[dict[str, Any]], origin_s: float
+) -> list[float]:
     """Rate in bits/s of the rival during each step's exchange."""
     times = [row["t_s"] for row in rival]
 
@@ -143,7 +151,9 @@ def rival_bps(steps: Sequence[dict[str, Any]], rival: Sequence[dict[str, Any]], 
         return a["bytes"] + share * (b["bytes"] - a["bytes"])
 
     ends = [(origin_s + row["t_s"], row["comm_s"]) for row in steps]
-    return [8 * (carried(end_s) - carried(end_s - took_s)) / max(took_s, 1e-3) for end_s, took_s in ends]
+    return [
+        8 * (carried(end_s) - carried(end_s - took_s)) / max(took_s, 1e-3) for end_s, took_s in ends
+    ]
 
 
 def report(
@@ -154,18 +164,28 @@ def report(
     rtt_s: float,
     origin_s: float,
 ) -> None:
-    """Add to every step its true share, and print the table. windows: the steps of the rank that the rival sends to."""
-    print("rate         true share  after 20   error   RTT  p10 … p90 later  steps to 20 %   steps  mostly by")
+    """Add to every step its true share, and print the table. windows: the steps of the rank that
+    the rival sends to."""
+    print(
+        "rate         true share  after 20   error   RTT  p10 … p90 later  steps to 20 %   steps "
+        " mostly by"
+    )
     for number, rate_bps in enumerate(RATES):
         phase = [row for row in steps if begins[number] <= row["t_s"] < begins[number + 1]]
         competing = number == len(RATES) - 1
-        taken = rival_bps(windows[steps.index(phase[0]) :][: len(phase)], rival, origin_s) if competing else [0.0] * len(phase)
+        taken = (
+            rival_bps(windows[steps.index(phase[0]) :][: len(phase)], rival, origin_s)
+            if competing
+            else [0.0] * len(phase)
+        )
         shares = [(rate_bps * PAYLOAD_SHARE - rate) * ACKNOWLEDGED for rate in taken]
         for row, share in zip(phase, shares, strict=True):
             row["share_bps"] = share
         if competing:  # what a flow takes varies from step to step; nobody could follow that
             shares = [statistics.median(shares[max(0, i - 15) : i + 1]) for i in range(len(shares))]
-        errors = [row["bandwidth_bps"] / share - 1 for row, share in zip(phase, shares, strict=True)]
+        errors = [
+            row["bandwidth_bps"] / share - 1 for row, share in zip(phase, shares, strict=True)
+        ]
         near = next((str(i + 1) for i, error in enumerate(errors) if abs(error) <= CLOSE), "never")
         settled = min(SETTLED_STEPS, len(phase)) - 1  # a phase on a thin link may have fewer
         rest = sorted(errors[settled:])
@@ -173,12 +193,17 @@ def report(
         round_trip = phase[settled]["min_rtt_s"]
         rtt = f"{round_trip / rtt_s - 1:+.1%}" if rtt_s and round_trip else "–"
         print(
-            f"{rate_bps / 1e6:3.0f} Mbit/s{'*' if competing else ' '}{shares[settled] / 1e6:11.1f}{after / 1e6:10.1f}"
-            f"{errors[settled]:+8.1%}{rtt:>7}{rest[len(rest) // 10]:+8.1%} … {rest[len(rest) * 9 // 10]:+6.1%}"
-            f"{near:>12}{len(phase):10}  {statistics.mode(row['scheme'] for row in phase[settled:])}",
+            f"{rate_bps / 1e6:3.0f}"
+            f" Mbit/s{'*' if competing else ' '}{shares[settled] / 1e6:11.1f}{after / 1e6:10.1f}"
+            f"{errors[settled]:+8.1%}{rtt:>7}{rest[len(rest) // 10]:+8.1%}"
+            f" … {rest[len(rest) * 9 // 10]:+6.1%}{near:>12}{len(phase):10} "
+            f" {statistics.mode(row['scheme'] for row in phase[settled:])}",
             flush=True,
         )
-    print("* beside a TCP flow, behind whose packets all have to queue: a part of the time is latency, not bandwidth")
+    print(
+        "* beside a TCP flow, behind whose packets all have to queue: a part of the time is"
+        " latency, not bandwidth"
+    )
 
 
 def draw(steps: Sequence[dict[str, Any]], target: Path) -> None:
@@ -192,7 +217,9 @@ def draw(steps: Sequence[dict[str, Any]], target: Path) -> None:
         ("estimate", "bandwidth_bps", {"color": "#d62728", "width": 2}),
     ):
         values = [row.get(key) and row[key] / 1e6 for row in steps]
-        figure.add_scatter(x=[row["t_s"] - begin_s for row in steps], y=values, name=name, line=line)
+        figure.add_scatter(
+            x=[row["t_s"] - begin_s for row in steps], y=values, name=name, line=line
+        )
     figure.update_yaxes(type="log", title="payload, Mbit/s").update_xaxes(title="time, s")
     figure.update_layout(title="Estimate and true share of the link", template="plotly_white")
     figure.write_html(target)
@@ -204,17 +231,33 @@ def main() -> None:
     if len(sys.argv) > 1 and sys.argv[1] in ("send", "receive"):
         return compete(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 6
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parents[2] / "runs" / "sensing.html"
+    target = (
+        Path(sys.argv[2])
+        if len(sys.argv) > 2
+        else Path(__file__).parents[2] / "runs" / "sensing.html"
+    )
     rtt_s = float(sys.argv[3]) / 1e3 if len(sys.argv) > 3 else 0.0
     if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
+        os.execvpe(
+            "env",
+            ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv],
+            os.environ,
+        )
     with ForkServer() as server, tempfile.TemporaryDirectory() as scratch:
         begins = measure(server, seconds, Path(scratch), rtt_s)
         steps, windows, rival = (
-            list(read_records(Path(scratch) / name)) for name in ("steps-0.jsonl", "steps-1.jsonl", "rival.jsonl")
+            list(read_records(Path(scratch) / name))
+            for name in ("steps-0.jsonl", "steps-1.jsonl", "rival.jsonl")
         )
         origin_s = float((Path(scratch) / "origin-1").read_text())
-        report(begins, [row for row in steps if row["bandwidth_bps"]], windows[: len(steps)], rival, rtt_s, origin_s)
+        report(
+            begins,
+            [row for row in steps if row["bandwidth_bps"]],
+            windows[: len(steps)],
+            rival,
+            rtt_s,
+            origin_s,
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     draw(steps, target)
     target.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))

@@ -2,8 +2,9 @@
 
     python tests/swarm/swarm_nodes.py -- python experiments/bench/swarm_scale.py [--hosts 8 32 64]
 
-on three nodes of this machine, or without the first part on the manager of a swarm. Every link changes ten times a second for
-three seconds; how late a change is, is by the clock of its node against the orchestrator's.
+on three nodes of this machine, or without the first part on the manager of a swarm. Every link
+changes ten times a second for three seconds; how late a change is, is by the clock of its node
+against the orchestrator's.
 """
 
 import argparse
@@ -30,7 +31,9 @@ def main() -> None:
     options = parser.parse_args()
     begin_s = time.monotonic()
     with Swarm() as swarm:
-        print(f"agents on {', '.join(swarm.agents())}: {time.monotonic() - begin_s:.1f} s", flush=True)
+        print(
+            f"agents on {', '.join(swarm.agents())}: {time.monotonic() - begin_s:.1f} s", flush=True
+        )
         for count in options.hosts:
             with tempfile.TemporaryDirectory() as scratch:
                 measure(count, swarm, Path(scratch))
@@ -41,10 +44,14 @@ def measure(count: int, swarm: Swarm, directory: Path) -> None:
     cell = directory / "cells" / "scale"
     cell.mkdir(parents=True)
     view = View(directory, (), cell / "shared", {host: (cell / "hosts" / host,) for host in hosts})
-    states = [LinkState(LinkParameters(rate), LinkParameters(rate)) for rate in (10_000_000, 20_000_000)]
+    states = [
+        LinkState(LinkParameters(rate), LinkParameters(rate)) for rate in (10_000_000, 20_000_000)
+    ]
     plan = LabPlan(dict.fromkeys(hosts, states[0]), mtu=OVERLAY_MTU, view=view)
     moments = range(1, SECONDS * PER_SECOND + 1)
-    timeline = [Change(one / PER_SECOND, host, states[one % 2]) for one in moments for host in hosts]
+    timeline = [
+        Change(one / PER_SECOND, host, states[one % 2]) for one in moments for host in hosts
+    ]
     begin_s = time.monotonic()
     with SwarmLab(plan, swarm, directory) as lab:
         made_s = time.monotonic()
@@ -57,9 +64,10 @@ def measure(count: int, swarm: Swarm, directory: Path) -> None:
     events = events[events["kind"] == "schedule"]
     late_ms = (events["applied_s"] - events["planned_s"]) * 1e3
     print(
-        f"{count} hosts: made in {made_s - begin_s:.1f} s, removed in {removed_s - ended_s:.1f} s; {len(events)} of "
-        f"{len(timeline)} changes, late by {late_ms.median():.2f} ms (median), {late_ms.quantile(0.99):.2f} (p99), "
-        f"{late_ms.max():.2f} (most), unsure by {events['unsure_s'].max() * 1e3:.2f} ms",
+        f"{count} hosts: made in {made_s - begin_s:.1f} s, removed in {removed_s - ended_s:.1f} s;"
+        f" {len(events)} of {len(timeline)} changes, late by {late_ms.median():.2f} ms (median),"
+        f" {late_ms.quantile(0.99):.2f} (p99), {late_ms.max():.2f} (most), unsure by"
+        f" {events['unsure_s'].max() * 1e3:.2f} ms",
         flush=True,
     )
 

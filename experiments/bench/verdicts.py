@@ -1,18 +1,24 @@
-"""Does the verdict notice what is wrong with a cell, and only that? 40 planted deviations, and 40 honest cells.
+"""Does the verdict notice what is wrong with a cell, and only that? 40 planted deviations, and 40
+honest cells.
 
     python experiments/bench/verdicts.py [CELLS OF EACH] [SEED]
 
-Every trial is a cell of about 3 s as ``testbed run`` runs it: real namespaces, links that follow some pattern of a schedule at
-1, 10, 50 or 500 Mbit/s, calibrated before t = 0, and the verdict of the summary. A flood, a TCP flow or a training loads the
-link of w1. In half of the cells something is wrong behind the testbed's back:
+Every trial is a cell of about 3 s as ``testbed run`` runs it: real namespaces, links that follow
+some pattern of a schedule at 1, 10, 50 or 500 Mbit/s, calibrated before t = 0, and the verdict of
+the summary. A flood, a TCP flow or a training loads the link of w1. In half of the cells something
+is wrong behind the testbed's back:
 
-    too fast, too slow    15 % more or 20 % less than the limit that is recorded, or nothing at all after some time
-    late                  a change is made 80 ms late, and that is recorded; or it is recorded as if it had been on time
-    lossy                 a queue is far too short, or the switch drops what it should forward for 0.3 s
+    too fast, too slow    15 % more or 20 % less than the limit that is recorded, or nothing at all
+                          after some time
+    late                  a change is made 80 ms late, and that is recorded; or it is recorded as if
+                          it had been on time
+    lossy                 a queue is far too short, or the switch drops what it should forward for
+                          0.3 s
     by hand               somebody changes a link of the live cell
 
-Prints a line a trial, then a table; exit code 1 if a deviation is missed or an honest cell blamed. An honest cell of which the
-verdict also says that other programs kept this machine busy proves nothing, and is tried again.
+Prints a line a trial, then a table; exit code 1 if a deviation is missed or an honest cell blamed.
+An honest cell of which the verdict also says that other programs kept this machine busy proves
+nothing, and is tried again.
 """
 
 import ipaddress
@@ -83,7 +89,11 @@ class Trial:
     @classmethod
     def draw(cls, number: int, deviation: str, variant: int, source: random.Random) -> "Trial":
         """A trial in which its deviation, if any, matters."""
-        pattern, rate_bps, load = source.choice(PATTERNS), source.choice(RATES), source.choice(LOADS)
+        pattern, rate_bps, load = (
+            source.choice(PATTERNS),
+            source.choice(RATES),
+            source.choice(LOADS),
+        )
         match deviation:
             case "too fast":
                 load = source.choice(("udp", "tcp"))
@@ -94,19 +104,25 @@ class Trial:
                 pattern = pattern if variant % 2 else source.choice(("constant", "fall"))
                 load = "udp"
             case "late":
-                # That a fall was recorded as if it had been on time shows in what was carried; of a rise nobody could tell.
+                # That a fall was recorded as if it had been on time shows in what was carried; of a
+                # rise nobody could tell.
                 pattern = "fall" if variant % 2 else source.choice(PATTERNS[1:])
                 load = "udp" if variant % 2 else load
         return cls(number, deviation, variant, pattern, rate_bps, load)
 
     def __str__(self) -> str:
-        return f"{self.number:3} {self.deviation or 'clean':9} {self.pattern:9} {self.rate_bps / 1e6:4g} Mbit/s  {self.load:9}"
+        return (
+            f"{self.number:3} {self.deviation or 'clean':9} {self.pattern:9}"
+            f" {self.rate_bps / 1e6:4g} Mbit/s  {self.load:9}"
+        )
 
 
 def spec_of(trial: Trial, source: random.Random, directory: Path) -> dict[str, Any]:
-    """The spec of a trial: the link of w1 is the bottleneck and follows the schedule, between its rate and half of it.
+    """The spec of a trial: the link of w1 is the bottleneck and follows the schedule, between its
+    rate and half of it.
 
-    No rate holds for less than 20 frames take, or what the last frame before a rise still owes would count.
+    No rate holds for less than 20 frames take, or what the last frame before a rise still owes
+    would count.
     """
     low, high, twice = (f"{round(share * trial.rate_bps)}bit" for share in (LOW, 1, 2))
     shortest_ms = max(20, round(20 * ETHERNET_FRAME_BYTES * 8 / (LOW * trial.rate_bps) * 1e3))
@@ -131,10 +147,19 @@ def spec_of(trial: Trial, source: random.Random, directory: Path) -> dict[str, A
             schedule = [{**entry, "trace": "trace.csv", "repeat": True}]
     stop = {"seconds": SECONDS}
     arguments = ["load", trial.load, str(trial.rate_bps)]
-    program: dict[str, Any] = {"script": {"file": f"{SCRIPT}/{Path(__file__).name}", "args": arguments, "stop": stop}}
+    program: dict[str, Any] = {
+        "script": {"file": f"{SCRIPT}/{Path(__file__).name}", "args": arguments, "stop": stop}
+    }
     if trial.load == "training":
         compute = {"pace": source.choice(("20ms", "60ms"))}
-        program = {"workload": {"model": {"name": "mlp", "hidden": [64]}, "data": "digits", "compute": compute, "stop": stop}}
+        program = {
+            "workload": {
+                "model": {"name": "mlp", "hidden": [64]},
+                "data": "digits",
+                "compute": compute,
+                "stop": stop,
+            }
+        }
     return {
         "name": "verdicts",
         "workers": 2,
@@ -146,7 +171,8 @@ def spec_of(trial: Trial, source: random.Random, directory: Path) -> dict[str, A
 
 
 class Saboteur:
-    """Plants a deviation in a running cell; changes queues with programs of its own, not with the testbed's code."""
+    """Plants a deviation in a running cell; changes queues with programs of its own, not with the
+    testbed's code."""
 
     def __init__(self, trial: Trial, directory: Path) -> None:
         self._trial, self._directory = trial, directory
@@ -177,11 +203,13 @@ class Saboteur:
         self._deviate((0.8, 0.8, 0.8, 0.008)[self._trial.variant % 4])
 
     def _deviate(self, factor: float) -> None:
-        """From now on w1's limits are not those that the testbed records, although the kernel confirms what it is sent."""
+        """From now on w1's limits are not those that the testbed records, although the kernel
+        confirms what it is sent."""
 
         def scaled(parameters: LinkParameters, **options: Any) -> Tree:
             return self._compiled(
-                replace(parameters, rate_bps=max(8000, round((parameters.rate_bps or 0) * factor))), **options
+                replace(parameters, rate_bps=max(8000, round((parameters.rate_bps or 0) * factor))),
+                **options,
             )
 
         assert self._lab is not None
@@ -197,7 +225,10 @@ class Saboteur:
             time.sleep(LATE_S)
             done = commit(prepared)
             lied = self._trial.variant % 2
-            return {link: replace(one, applied_s=on_time_s) if lied else one for link, one in done.items()}
+            return {
+                link: replace(one, applied_s=on_time_s) if lied else one
+                for link, one in done.items()
+            }
 
         self._lab.links.commit = late  # type: ignore[method-assign]
 
@@ -209,13 +240,17 @@ class Saboteur:
             self._in_switch("bridge link set dev w1 state 3")
         else:
             tree = self._lab.links.trees["w1", "down"]
-            short = tuple(replace(node, limit_bytes=4000) if node.kind == "bfifo" else node for node in tree)
+            short = tuple(
+                replace(node, limit_bytes=4000) if node.kind == "bfifo" else node for node in tree
+            )
             self._tc(tc_commands(short, "w1"), "bfifo")
 
     def _by_hand(self) -> None:
         rate_bps = round(self._trial.rate_bps * (0.5, 1.0, 1.5)[self._trial.variant % 3])
         request = {"links": ["w1"], "set": {"rate": f"{rate_bps}bit"}}
-        threading.Thread(target=link_server.send_request, args=(self._directory, request), daemon=True).start()
+        threading.Thread(
+            target=link_server.send_request, args=(self._directory, request), daemon=True
+        ).start()
 
     def _tc(self, commands: Sequence[str], word: str) -> None:
         (command,) = (command for command in commands if f" {word} " in command)
@@ -232,7 +267,9 @@ class Saboteur:
         shaper.compile_tree = self._compiled  # type: ignore[attr-defined]
 
 
-def verdict(trial: Trial, seed: int, open_lab: Callable[[LabPlan], Any], directory: Path) -> list[str]:
+def verdict(
+    trial: Trial, seed: int, open_lab: Callable[[LabPlan], Any], directory: Path
+) -> list[str]:
     """What a trial's cell is blamed for."""
     directory.mkdir()
     (directory / SCRIPT).mkdir()
@@ -260,7 +297,10 @@ def load(kind: str, rate_bps: str) -> None:
     t0_s = control.ready("none")
     segments = 1 if float(rate_bps) < 50e6 else 40
     programs: Mapping[tuple[str, int], tuple[Callable[..., Any], Sequence[Any]]] = {
-        ("udp", 0): (measurement_programs.flood, (target, monotonic_s(), 60, 1.3 * float(rate_bps), 1514, segments)),
+        ("udp", 0): (
+            measurement_programs.flood,
+            (target, monotonic_s(), 60, 1.3 * float(rate_bps), 1514, segments),
+        ),
         ("udp", 1): (measurement_programs.ignore, ()),
         ("tcp", 0): (measurement_programs.source, (target, "cubic")),
         ("tcp", 1): (measurement_programs.sink, (0, 60)),
@@ -271,10 +311,23 @@ def load(kind: str, rate_bps: str) -> None:
     while go_on:
         time.sleep(0.1)
         times = {"t_s": monotonic_s() - t0_s, "step_s": 0.1, "compute_s": 0.1, "comm_s": 0.0}
-        records.append([{"rank": rank, "step": steps, **times, "samples": 1, "payload_bytes": 0, "scheme": "none"}])
+        records.append(
+            [
+                {
+                    "rank": rank,
+                    "step": steps,
+                    **times,
+                    "samples": 1,
+                    "payload_bytes": 0,
+                    "scheme": "none",
+                }
+            ]
+        )
         steps += 1
         go_on = control.step_done(steps)
-    control.send({"type": "done", "steps": steps, "parameters": "none", "accuracy": None, "loss": None})
+    control.send(
+        {"type": "done", "steps": steps, "parameters": "none", "accuracy": None, "loss": None}
+    )
     control.close()
 
 
@@ -283,29 +336,51 @@ def judged(trial: Trial, problems: Sequence[str]) -> bool:
     if not trial.deviation:
         return not problems
     wanted = EXPECTED[trial.deviation]
-    return any(words in problem for problem in problems for words in ([wanted] if isinstance(wanted, str) else wanted))
+    return any(
+        words in problem
+        for problem in problems
+        for words in ([wanted] if isinstance(wanted, str) else wanted)
+    )
 
 
 def main() -> int:
     each = int(sys.argv[1]) if len(sys.argv) > 1 else 40
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe("env", ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv], os.environ)
+        os.execvpe(
+            "env",
+            ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv],
+            os.environ,
+        )
     source = random.Random(seed)
     kinds = [DEVIATIONS[n % len(DEVIATIONS)] for n in range(each)] + [""] * each
     trials = [Trial.draw(n, kind, n // len(DEVIATIONS), source) for n, kind in enumerate(kinds)]
     source.shuffle(trials)
     right: Counter[str] = Counter()
     began_s = monotonic_s()
-    with tempfile.TemporaryDirectory() as scratch, open_labs("netns", Path(scratch), PROGRAMS) as open_lab:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        open_labs("netns", Path(scratch), PROGRAMS) as open_lab,
+    ):
         for trial in trials:
             for attempt in range(TRIES):
-                problems = verdict(trial, seed, open_lab, Path(scratch, f"{trial.number}-{attempt}"))
+                problems = verdict(
+                    trial, seed, open_lab, Path(scratch, f"{trial.number}-{attempt}")
+                )
                 if trial.deviation or not any("was too busy" in problem for problem in problems):
                     break
             right[trial.deviation] += judged(trial, problems)
-            word = {(True, True): "noticed", (True, False): "MISSED", (False, True): "valid", (False, False): "BLAMED"}
-            print(f"{trial} {word[bool(trial.deviation), judged(trial, problems)]:8} {'; '.join(problems)}", flush=True)
+            word = {
+                (True, True): "noticed",
+                (True, False): "MISSED",
+                (False, True): "valid",
+                (False, False): "BLAMED",
+            }
+            print(
+                f"{trial} {word[bool(trial.deviation), judged(trial, problems)]:8}"
+                f" {'; '.join(problems)}",
+                flush=True,
+            )
     print(f"\n{2 * each} cells in {monotonic_s() - began_s:.0f} s")
     for kind, number in Counter(kinds).items():
         what = "noticed" if kind else "not blamed"

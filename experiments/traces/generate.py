@@ -2,8 +2,8 @@
 
     python experiments/traces/generate.py [DIRECTORY]
 
-They are synthetic: simple models with the traits that make each kind of network hard. README.md says what they are like; this
-prints the figures that stand there.
+They are synthetic: simple models with the traits that make each kind of network hard. README.md
+says what they are like; this prints the figures that stand there.
 """
 
 import math
@@ -20,7 +20,8 @@ WIFI_RATES_MBPS = (6.5, 13.0, 19.5, 26.0, 39.0, 52.0, 58.5, 65.0)
 
 
 def fading(numbers: random.Random, step_s: float, correlation_s: float) -> Iterator[float]:
-    """A stationary AR(1) process: mean 0, standard deviation 1, correlation falling to 1/e in ``correlation_s`` seconds."""
+    """A stationary AR(1) process: mean 0, standard deviation 1, correlation falling to 1/e in
+    ``correlation_s`` seconds."""
     keep = math.exp(-step_s / correlation_s)
     value = numbers.gauss(0, 1)
     while True:
@@ -29,7 +30,8 @@ def fading(numbers: random.Random, step_s: float, correlation_s: float) -> Itera
 
 
 def outages(numbers: random.Random, step_s: float, every_s: float, mean_s: float) -> Iterator[bool]:
-    """True while there is one: they begin at random, on average ``every_s`` after the last, and last ``mean_s`` on average."""
+    """True while there is one: they begin at random, on average ``every_s`` after the last, and
+    last ``mean_s`` on average."""
     out = False
     while True:
         yield out
@@ -37,7 +39,8 @@ def outages(numbers: random.Random, step_s: float, every_s: float, mean_s: float
 
 
 def cellular() -> str:
-    """120 s of a moving phone: log-normal fading around 15 Mbit/s, correlated over 3 s, with outages when cells change."""
+    """120 s of a moving phone: log-normal fading around 15 Mbit/s, correlated over 3 s, with
+    outages when cells change."""
     numbers, step_s = random.Random("cellular 1"), 0.2
     level, out = fading(numbers, step_s, 3), outages(numbers, step_s, every_s=25, mean_s=0.8)
     lines = ["t_s,rate_mbps"]
@@ -48,7 +51,8 @@ def cellular() -> str:
 
 
 def weak_cell() -> str:
-    """60 s at the edge of a cell as a packet-delivery file: about 0.7 Mbit/s, packets in bursts of a scheduler's grants."""
+    """60 s at the edge of a cell as a packet-delivery file: about 0.7 Mbit/s, packets in bursts of
+    a scheduler's grants."""
     numbers = random.Random("weak cell 1")
     times_ms: list[int] = []
     level = fading(numbers, 0.01, 1.5)
@@ -63,7 +67,8 @@ def weak_cell() -> str:
 
 
 def wifi() -> str:
-    """60 s of a station that walks about: the rate steps up and down the ladder of MCS, others take half the air at times.
+    """60 s of a station that walks about: the rate steps up and down the ladder of MCS, others take
+    half the air at times.
 
     Low steps come with loss that retransmission could not mend, a busy air with delay.
     """
@@ -75,7 +80,11 @@ def wifi() -> str:
         if numbers.random() < 0.25:
             place = min(max(place + numbers.choice((-1, 1)), 0), len(WIFI_RATES_MBPS) - 1)
         crowded = next(busy)
-        rate = 0.65 * WIFI_RATES_MBPS[place] * (numbers.uniform(0.35, 0.6) if crowded else numbers.uniform(0.9, 1.0))
+        rate = (
+            0.65
+            * WIFI_RATES_MBPS[place]
+            * (numbers.uniform(0.35, 0.6) if crowded else numbers.uniform(0.9, 1.0))
+        )
         delay = 2 + (numbers.expovariate(1 / 6) if crowded else numbers.expovariate(2))
         loss = 0.05 * 2 ** (5 - place) if place < 5 else 0.0
         lines.append(f"{index * step_s:.1f},{rate:.1f},{min(delay, 40):.1f},{loss:.1f}")
@@ -83,7 +92,8 @@ def wifi() -> str:
 
 
 def incast() -> str:
-    """60 s of a fair share of a 1 Gbit/s port, into which 3 to 31 others now and then send 256 KiB each at the same time."""
+    """60 s of a fair share of a 1 Gbit/s port, into which 3 to 31 others now and then send 256 KiB
+    each at the same time."""
     numbers, now_ms = random.Random("incast 1"), 0
     lines = ["t_ms,rate_mbps", "0,1000"]
     while True:
@@ -98,11 +108,12 @@ def incast() -> str:
 
 
 def leo() -> str:
-    """120 s of a terminal at a constellation in low orbit, as Starlink has been measured; README.md names the measurements.
+    """120 s of a terminal at a constellation in low orbit, as Starlink has been measured; README.md
+    names the measurements.
 
-    Every 15 s another satellite: one quality for that time decides on rate and delay, both of which then drift together around
-    it; and for 0.4 s while it changes a fraction of the rate, 30 to 50 ms more and some loss. The delay is the round trip of
-    the access.
+    Every 15 s another satellite: one quality for that time decides on rate and delay, both of which
+    then drift together around it; and for 0.4 s while it changes a fraction of the rate, 30 to 50
+    ms more and some loss. The delay is the round trip of the access.
     """
     numbers, step_s = random.Random("leo 1"), 0.2
     level = fading(numbers, step_s, 2)
@@ -116,7 +127,9 @@ def leo() -> str:
         rate, delay = 100 * math.exp(0.4 * better), max(25.0, 38 - 6 * better)
         if changing := since < 2:
             rate, delay = rate * numbers.uniform(0.1, 0.3), delay + numbers.uniform(30, 50)
-        lines.append(f"{index * step_s:.1f},{rate:.1f},{delay:.1f},{jitter:.1f},{1 if changing else 0}")
+        lines.append(
+            f"{index * step_s:.1f},{rate:.1f},{delay:.1f},{jitter:.1f},{1 if changing else 0}"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -130,16 +143,20 @@ TRACES: Mapping[str, Callable[[], str]] = {
 
 
 def describe(recording: Recording) -> str:
-    """Length, and the rate weighted by time: mean, deviation, extremes, share of time without any."""
+    """Length, and the rate weighted by time: mean, deviation, extremes, share of time without
+    any."""
     rates = recording.columns["rate_bps"]
     ends = (*recording.times_s[1:], recording.length_s)
     grid = [
-        rate for rate, start, end in zip(rates, recording.times_s, ends, strict=True) for _ in range(round((end - start) * 1e3))
+        rate
+        for rate, start, end in zip(rates, recording.times_s, ends, strict=True)
+        for _ in range(round((end - start) * 1e3))
     ]
     mean, deviation = statistics.fmean(grid) / 1e6, statistics.pstdev(grid) / 1e6
     return (
-        f"{recording.length_s:g} s, {len(rates)} rows, mean {mean:.2f}, deviation {deviation:.2f}, "
-        f"from {min(rates) / 1e6:.2f} to {max(rates) / 1e6:.2f} Mbit/s, {grid.count(0) / len(grid):.1%} of the time none"
+        f"{recording.length_s:g} s, {len(rates)} rows, mean {mean:.2f}, deviation {deviation:.2f},"
+        f" from {min(rates) / 1e6:.2f} to {max(rates) / 1e6:.2f} Mbit/s,"
+        f" {grid.count(0) / len(grid):.1%} of the time none"
     )
 
 

@@ -12,7 +12,11 @@ from netsenseml.compress.sparsify import sampling
 
 
 def encode(
-    compensated: torch.Tensor, plan: Layout, key: int | None, buffer: torch.Tensor, chosen: torch.Tensor | None = None
+    compensated: torch.Tensor,
+    plan: Layout,
+    key: int | None,
+    buffer: torch.Tensor,
+    chosen: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Fill ``buffer``; returns the positions sent, or None for all.
 
@@ -37,7 +41,8 @@ def encode(
 
 
 def add_decoded(buffer: torch.Tensor, plan: Layout, out: torch.Tensor, scale: float) -> None:
-    """Add ``scale`` times the decoded buffer; raises MalformedBuffer for positions that cannot be."""
+    """Add ``scale`` times the decoded buffer; raises MalformedBuffer for positions that cannot
+    be."""
     body = buffer.numpy()
     if plan.dense:
         _decode_add_values(out.numpy(), plan, body, scale)
@@ -53,18 +58,22 @@ def add_decoded(buffer: torch.Tensor, plan: Layout, out: torch.Tensor, scale: fl
 def _largest(x: Array, k: int) -> tuple[Array, Array]:
     """Positions, ascending, and a copy of the k elements of largest magnitude.
 
-    Candidates are those above a threshold guessed from a sample; if that was a bad guess, all but the zeros, of which
-    whole layers may consist. If those are too few, the first zeros join them.
+    Candidates are those above a threshold guessed from a sample; if that was a bad guess, all but
+    the zeros, of which whole layers may consist. If those are too few, the first zeros join them.
     """
     bits = x.view(np.int32)
     stride, rank = sampling(x.size, k)
     sample = bits[::stride].copy()
     guess = kernels.kth_largest(sample, rank, np.empty(sample.size + 1, np.int32))
     for threshold, places in ((max(guess, 1), int(stride * (rank + 4 * rank**0.5))), (1, x.size)):
-        positions, values = (np.empty(places + layout.WORD_BITS, dtype) for dtype in (np.uint32, np.int32))
+        positions, values = (
+            np.empty(places + layout.WORD_BITS, dtype) for dtype in (np.uint32, np.int32)
+        )
         found = kernels.select(bits, threshold, positions, values)
         if found >= k:
-            kernels.keep_largest(positions[:found], values[:found], k, np.empty(found + 1, np.int32))
+            kernels.keep_largest(
+                positions[:found], values[:found], k, np.empty(found + 1, np.int32)
+            )
             return positions[:k], values[:k].view(np.float32)
     zeros = np.flatnonzero(x[:k] == 0)[: k - found]
     positions = np.sort(np.concatenate([positions[:found], zeros.astype(np.uint32)]))
@@ -85,7 +94,9 @@ def _encode_values(x: Array, plan: Layout, key: int | None, body: Array) -> None
             if plan.values == layout.SIGN:
                 kernels.encode_sign(rows, count, *sections)
             else:
-                kernels.encode_levels[plan.values, key is not None](rows, first, key or 0, *sections)
+                kernels.encode_levels[plan.values, key is not None](
+                    rows, first, key or 0, *sections
+                )
 
 
 def _decode_add_values(x: Array, plan: Layout, body: Array, factor: float) -> None:
@@ -96,13 +107,18 @@ def _decode_add_values(x: Array, plan: Layout, body: Array, factor: float) -> No
     elif plan.values == layout.BF16:
         kernels.decode_add_bf16(x, codes.view(np.uint16), factor)
     else:
-        add = kernels.decode_add_sign if plan.values == layout.SIGN else kernels.decode_add_levels[plan.values]
+        add = (
+            kernels.decode_add_sign
+            if plan.values == layout.SIGN
+            else kernels.decode_add_levels[plan.values]
+        )
         for first, _, rows in _rows(x):
             add(rows, *_sections(body, plan, first, len(rows)), factor)
 
 
 def _rows(x: Array) -> Iterator[tuple[int, int, Array]]:
-    """(index of the first row, values in each, rows) for the whole rows, and for the last, a padded copy."""
+    """(index of the first row, values in each, rows) for the whole rows, and for the last, a padded
+    copy."""
     whole = x.size // ROW
     if whole:
         yield 0, ROW, x[: whole * ROW].reshape(whole, ROW)

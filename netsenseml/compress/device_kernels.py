@@ -1,6 +1,8 @@
-"""The codec on a CUDA device, by Triton kernels: the same bytes as ``kernels`` on the CPU, and the same bits back.
+"""The codec on a CUDA device, by Triton kernels: the same bytes as ``kernels`` on the CPU, and the
+same bits back.
 
-Triton comes with torch. Products and sums must not be fused, or they would be rounded once instead of twice.
+Triton comes with torch. Products and sums must not be fused, or they would be rounded once instead
+of twice.
 """
 
 from functools import lru_cache
@@ -31,7 +33,11 @@ _WORD_TYPE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def encode(
-    compensated: torch.Tensor, plan: Layout, key: int | None, buffer: torch.Tensor, chosen: torch.Tensor | None = None
+    compensated: torch.Tensor,
+    plan: Layout,
+    key: int | None,
+    buffer: torch.Tensor,
+    chosen: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Fill ``buffer``; returns the positions sent, or None for all.
 
@@ -44,25 +50,39 @@ def encode(
 
 
 def add_decoded(buffer: torch.Tensor, plan: Layout, out: torch.Tensor, scale: float) -> None:
-    """Add ``scale`` times the decoded buffer; raises MalformedBuffer for positions that cannot be."""
+    """Add ``scale`` times the decoded buffer; raises MalformedBuffer for positions that cannot
+    be."""
     with torch.cuda.device_of(out):
         _add(buffer, plan, out, scale)
 
 
 def _encode(
-    compensated: torch.Tensor, plan: Layout, key: int | None, buffer: torch.Tensor, chosen: torch.Tensor | None
+    compensated: torch.Tensor,
+    plan: Layout,
+    key: int | None,
+    buffer: torch.Tensor,
+    chosen: torch.Tensor | None,
 ) -> torch.Tensor | None:
     positions = None
     if not plan.dense:
         positions = _largest(compensated, plan.k) if chosen is None else chosen.int()
         bits = buffer[plan.high.start : plan.low.stop].zero_().view(torch.int32)
         low_at = (plan.low.start - plan.high.start) // 4
-        _encode_positions[_grid(plan.k)](positions, bits, bits[low_at:], plan.k, plan.low_bits, plan.step, _LANES)
+        _encode_positions[_grid(plan.k)](
+            positions, bits, bits[low_at:], plan.k, plan.low_bits, plan.step, _LANES
+        )
     codes, scales = _sections(buffer, plan)
     at = compensated if positions is None else positions
     if plan.values in (layout.FP32, layout.BF16):
         _encode_floats[_grid(plan.k)](
-            compensated, at, codes, plan.k, positions is not None, plan.values == layout.BF16, _LANES, enable_fp_fusion=False
+            compensated,
+            at,
+            codes,
+            plan.k,
+            positions is not None,
+            plan.values == layout.BF16,
+            _LANES,
+            enable_fp_fusion=False,
         )
         return positions
     block, words = BLOCK[plan.values], _words_of_a_row(plan.values)
@@ -131,10 +151,11 @@ def _sections(buffer: torch.Tensor, plan: Layout) -> tuple[torch.Tensor, torch.T
 
 
 def _largest(x: torch.Tensor, k: int) -> torch.Tensor:
-    """Positions, ascending, int32, of the k elements of largest magnitude; see ``sparsify.largest`` for their order.
+    """Positions, ascending, int32, of the k elements of largest magnitude; see ``sparsify.largest``
+    for their order.
 
-    Candidates are those above a threshold guessed from a sample; if that was a bad guess, all but the zeros, of which
-    whole layers may consist. If those are too few, the first zeros join them.
+    Candidates are those above a threshold guessed from a sample; if that was a bad guess, all but
+    the zeros, of which whole layers may consist. If those are too few, the first zeros join them.
     """
     bits = x.view(torch.int32)
     stride, rank = sampling(len(x), k)
@@ -149,9 +170,12 @@ def _largest(x: torch.Tensor, k: int) -> torch.Tensor:
             break
     positions, magnitudes = torch.empty(2, found, dtype=torch.int32, device=x.device)
     if found:
-        _collect[(len(counts),)](bits, threshold, ends - counts, positions, magnitudes, len(x), _LANES)
+        _collect[(len(counts),)](
+            bits, threshold, ends - counts, positions, magnitudes, len(x), _LANES
+        )
     if found > k:
-        order = magnitudes.sort(descending=True, stable=True).indices[:k]  # among equals, the first come first
+        # among equals, the first come first
+        order = magnitudes.sort(descending=True, stable=True).indices[:k]
         positions = positions[order].sort().values
     elif found < k:
         zeros = (x[:k] == 0).nonzero().squeeze(1)[: k - found]
@@ -171,7 +195,19 @@ def _positions(buffer: torch.Tensor, plan: Layout) -> torch.Tensor:
     _count_bits[grid](high, counts, len(high), words)
     ends = counts.cumsum(0)
     positions = torch.empty(plan.k, dtype=torch.int32, device=buffer.device)
-    _decode_positions[grid](high, low, ends, counts, positions, plan.k, plan.low_bits, plan.step, len(high), len(low), words)
+    _decode_positions[grid](
+        high,
+        low,
+        ends,
+        counts,
+        positions,
+        plan.k,
+        plan.low_bits,
+        plan.step,
+        len(high),
+        len(low),
+        words,
+    )
     wrong = (ends[-1:] != plan.k).int()
     _check_positions[_grid(plan.k)](positions, wrong, plan.k, plan.n, _LANES)
     if int(wrong):
@@ -183,7 +219,9 @@ def _positions(buffer: torch.Tensor, plan: Layout) -> torch.Tensor:
 def _count(bits, threshold, counts, n, lanes: tl.constexpr):
     at = tl.program_id(0) * lanes + tl.arange(0, lanes)
     magnitude = tl.load(bits + at, mask=at < n, other=0) & 0x7FFFFFFF
-    tl.store(counts + tl.program_id(0), tl.sum((magnitude >= tl.load(threshold)).to(tl.int32), axis=0))
+    tl.store(
+        counts + tl.program_id(0), tl.sum((magnitude >= tl.load(threshold)).to(tl.int32), axis=0)
+    )
 
 
 @triton.jit
@@ -207,9 +245,13 @@ def _encode_positions(positions, high, low, k, low_bits, step, lanes: tl.constex
     part = (position & ((1 << low_bits) - 1)).to(tl.uint32)
     first = j.to(tl.int64) * low_bits
     word, offset = (first >> 5).to(tl.int32), (first & 31).to(tl.uint32)
-    tl.atomic_or(low + word, (part << offset).to(tl.int32, bitcast=True), mask=inside & (low_bits > 0))
+    tl.atomic_or(
+        low + word, (part << offset).to(tl.int32, bitcast=True), mask=inside & (low_bits > 0)
+    )
     over = inside & (offset + low_bits > 32)
-    tl.atomic_or(low + word + 1, (part >> ((32 - offset) & 31)).to(tl.int32, bitcast=True), mask=over)
+    tl.atomic_or(
+        low + word + 1, (part >> ((32 - offset) & 31)).to(tl.int32, bitcast=True), mask=over
+    )
 
 
 @triton.jit
@@ -237,16 +279,20 @@ def _decode_positions(
     at = tl.program_id(0) * words + tl.arange(0, words)
     word = tl.load(high + at, mask=at < size, other=0)
     bits = (word[:, None] >> tl.arange(0, 32)[None, :]) & 1
-    begin = (tl.load(ends + at, mask=at < size, other=0) - tl.load(counts + at, mask=at < size, other=0)).to(tl.int32)
+    begin = (
+        tl.load(ends + at, mask=at < size, other=0) - tl.load(counts + at, mask=at < size, other=0)
+    ).to(tl.int32)
     j = begin[:, None] + tl.cumsum(bits, axis=1) - 1
     place = at[:, None] * 32 + tl.arange(0, 32)[None, :]
     inside = (bits == 1) & (j < k)
     first = j.to(tl.int64) * low_bits
     lower, offset = (first >> 5).to(tl.int32), (first & 31).to(tl.uint32)
-    here = tl.load(low + lower, mask=inside & (lower < low_size), other=0).to(tl.uint32, bitcast=True)
-    next_one = tl.load(low + lower + 1, mask=inside & (lower + 1 < low_size) & (offset > 0), other=0).to(
+    here = tl.load(low + lower, mask=inside & (lower < low_size), other=0).to(
         tl.uint32, bitcast=True
     )
+    next_one = tl.load(
+        low + lower + 1, mask=inside & (lower + 1 < low_size) & (offset > 0), other=0
+    ).to(tl.uint32, bitcast=True)
     part = (here >> offset) | tl.where(offset > 0, next_one << ((32 - offset) & 31), 0)
     part = part.to(tl.int32, bitcast=True) & ((1 << low_bits) - 1)
     tl.store(positions + j, ((place - j * step) << low_bits) | part, mask=inside)
@@ -264,7 +310,9 @@ def _check_positions(positions, wrong, k, n, lanes: tl.constexpr):
 
 
 @triton.jit
-def _encode_floats(x, positions, codes, k, sparse: tl.constexpr, half: tl.constexpr, lanes: tl.constexpr):
+def _encode_floats(
+    x, positions, codes, k, sparse: tl.constexpr, half: tl.constexpr, lanes: tl.constexpr
+):
     j = tl.program_id(0) * lanes + tl.arange(0, lanes)
     inside = j < k
     at = tl.load(positions + j, mask=inside, other=0) if sparse else j
@@ -303,8 +351,8 @@ def _encode_blocks(
     shares: tl.constexpr,
     words: tl.constexpr,
 ):
-    """Whole rows of 256 values: ``blocks`` in a row have a scale each, and of each, ``shares`` values are in one of the row's
-    ``words``."""
+    """Whole rows of 256 values: ``blocks`` in a row have a scale each, and of each, ``shares``
+    values are in one of the row's ``words``."""
     block = tl.program_id(0) * rows * blocks + tl.arange(0, rows * blocks)
     within = tl.arange(0, shares)[:, None] * words + tl.arange(0, words)[None, :]
     j = block[:, None, None] * (shares * words) + within[None, :, :]
@@ -319,9 +367,13 @@ def _encode_blocks(
     if sign:
         code = (value.to(tl.int32, bitcast=True) < 0).to(tl.int32)
         whole = tl.where(unit > 0, unit, 1.0)
-        part = (tl.div_rn(tl.abs(value), tl.broadcast_to(whole[:, None, None], value.shape)) * sign_unit).to(tl.int32)
+        part = (
+            tl.div_rn(tl.abs(value), tl.broadcast_to(whole[:, None, None], value.shape)) * sign_unit
+        ).to(tl.int32)
         total = tl.sum(tl.sum(part, axis=2), axis=1).to(tl.float32)
-        count = tl.minimum(tl.maximum(k - block * (shares * words), 1), shares * words).to(tl.float32)
+        count = tl.minimum(tl.maximum(k - block * (shares * words), 1), shares * words).to(
+            tl.float32
+        )
         scale = unit * tl.div_rn(total, sign_unit * count)
         half = (scale.to(tl.int32, bitcast=True) + 0x8000) >> 16
     else:
@@ -331,7 +383,8 @@ def _encode_blocks(
     scale = (half << 16).to(tl.float32, bitcast=True)
     if sign:
         negative = (code == 1) & (unit > 0)[:, None, None]
-        sent = tl.where(negative, -1.0, 1.0) * scale[:, None, None]  # Triton's -x is 0 - x, which has no negative zero
+        # Triton's -x is 0 - x, which has no negative zero
+        sent = tl.where(negative, -1.0, 1.0) * scale[:, None, None]
     else:
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
         level = value * inverse[:, None, None]
@@ -350,7 +403,11 @@ def _encode_blocks(
     packed = tl.sum(tl.reshape(packed, (rows, blocks, words)), axis=1)
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     there = (row * 256 < k)[:, None]
-    tl.store(codes + row[:, None] * words + tl.arange(0, words)[None, :], packed.to(codes.dtype.element_ty), mask=there)
+    tl.store(
+        codes + row[:, None] * words + tl.arange(0, words)[None, :],
+        packed.to(codes.dtype.element_ty),
+        mask=there,
+    )
     half = tl.where(bad, 0x7FC0, half)
     tl.store(scales + block, half.to(tl.int16), mask=block // blocks * 256 < k)
 
@@ -380,7 +437,8 @@ def _add_decoded(
     else:
         place = j % 256
         word = tl.load(codes + j // 256 * words + place % words, mask=inside, other=0).to(tl.int32)
-        level = (word << (32 - bits - place // words * bits)) >> (32 - bits)  # the second shift copies the sign downwards
+        # the second shift copies the sign downwards
+        level = (word << (32 - bits - place // words * bits)) >> (32 - bits)
         if form == 4:
             level = 1 + 2 * level
         half = tl.load(scales + j // block, mask=inside, other=0).to(tl.int32) & 0xFFFF

@@ -10,18 +10,21 @@ from netsenseml.streams import use_here
 
 _SAMPLE = 1 << 16
 _RELEASE = 0.5
-"""Times the norm of a gradient: so much of a residual goes with it at most where all is sent. All at once is a step that
-clipping cuts away and that Adam's second moment remembers: the norm of what was sent went 0.8, 3.7, 0.5 in one training."""
+"""Times the norm of a gradient: so much of a residual goes with it at most where all is sent. All
+at once is a step that clipping cuts away and that Adam's second moment remembers: the norm of what
+was sent went 0.8, 3.7, 0.5 in one training."""
 
 Key = Hashable
-"""Finds a residual: any name, or the tuple of parameters that a bucket consists of, whose residuals are kept one by one."""
+"""Finds a residual: any name, or the tuple of parameters that a bucket consists of, whose residuals
+are kept one by one."""
 
 
 class Compensated(NamedTuple):
     """What is to be sent of one tensor now, and what waits for a later time.
 
-    tensor: shape (n,), float32; the memory itself, in which what is not sent is to be left. held: parts of it and what must be
-    added to them again after the exchange. gradient_norm: estimate of the gradient's.
+    tensor: shape (n,), float32; the memory itself, in which what is not sent is to be left. held:
+    parts of it and what must be added to them again after the exchange. gradient_norm: estimate of
+    the gradient's.
     """
 
     tensor: torch.Tensor
@@ -34,26 +37,32 @@ class ErrorFeedback:
 
         sent + new residual = gradient + old residual
 
-    DDP rebuilds its buckets after the first backward, so a bucket's number says nothing about what is in it. What is
-    kept for a bucket is one float32 tensor of a row for each memory; when the same parameters turn up in another
-    arrangement, what is kept for them moves along.
+    DDP rebuilds its buckets after the first backward, so a bucket's number says nothing about what
+    is in it. What is kept for a bucket is one float32 tensor of a row for each memory; when the
+    same parameters turn up in another arrangement, what is kept for them moves along.
 
-    With ``momentum`` m, this is the momentum correction of deep gradient compression (Lin et al., ICLR 2018): instead of
-    the gradient g, its velocity u is accumulated in the residual v,
+    With ``momentum`` m, this is the momentum correction of deep gradient compression (Lin et al.,
+    ICLR 2018): instead of the gradient g, its velocity u is accumulated in the residual v,
 
         u <- m u + g,  v <- v + u
 
-    so that an element that waits gains as much momentum as one that is sent at once. Then the optimizer must have no
-    momentum of its own. ``settle`` forgets the velocity of what was sent, lest a delayed gradient be carried on (momentum
-    factor masking). Where all is sent nothing is delayed, and without a mask this is plain momentum.
+    so that an element that waits gains as much momentum as one that is sent at once. Then the
+    optimizer must have no momentum of its own. ``settle`` forgets the velocity of what was sent,
+    lest a delayed gradient be carried on (momentum factor masking). Where all is sent nothing is
+    delayed, and without a mask this is plain momentum.
 
-    limit: a residual that outgrows so many times its gradient's norm is scaled down to that. None: never.
-    ``holds_unused``: nothing is sent for a parameter whose gradient is exactly zero. Where all ranks left it out of their
-    forward, DDP drops what arrives for it, and what was sent would be lost. ``keeps_copy``: see ``restore``.
+    limit: a residual that outgrows so many times its gradient's norm is scaled down to that. None:
+    never. ``holds_unused``: nothing is sent for a parameter whose gradient is exactly zero. Where
+    all ranks left it out of their forward, DDP drops what arrives for it, and what was sent would
+    be lost. ``keeps_copy``: see ``restore``.
     """
 
     def __init__(
-        self, names: Iterable[tuple[str, torch.Tensor]] = (), *, momentum: float = 0.0, limit: float | None = None
+        self,
+        names: Iterable[tuple[str, torch.Tensor]] = (),
+        *,
+        momentum: float = 0.0,
+        limit: float | None = None,
     ) -> None:
         """names: of the parameters that keys consist of, for checkpoints."""
         self.momentum = momentum
@@ -69,7 +78,8 @@ class ErrorFeedback:
     def compensate(self, key: Key, gradient: torch.Tensor, *, dense: bool) -> Compensated:
         """Gradient, shape (n,), floating point, plus residual. Call ``settle`` after the exchange.
 
-        dense: all elements are sent, so that no more of the residual goes with them than ``_RELEASE`` allows.
+        dense: all elements are sent, so that no more of the residual goes with them than
+        ``_RELEASE`` allows.
         """
         parts = _parts(key)
         rows = self._tensor(parts, gradient)
@@ -96,11 +106,20 @@ class ErrorFeedback:
             view.zero_()
         return Compensated(residual, held, gradient_norm)
 
-    def settle(self, key: Key, exchanged: Compensated, sent: torch.Tensor | None = None, *, scale: float = 1.0) -> float:
-        """End the exchange of what ``compensate`` returned; returns the norm of what is kept over that of the gradient.
+    def settle(
+        self,
+        key: Key,
+        exchanged: Compensated,
+        sent: torch.Tensor | None = None,
+        *,
+        scale: float = 1.0,
+    ) -> float:
+        """End the exchange of what ``compensate`` returned; returns the norm of what is kept over
+        that of the gradient.
 
-        sent: positions of what was sent, shape (k,), integer; None if all or unknown. What is not finite is forgotten: all
-        ranks have seen that there was an overflow, and it must not come back for ever.
+        sent: positions of what was sent, shape (k,), integer; None if all or unknown. What is not
+        finite is forgotten: all ranks have seen that there was an overflow, and it must not come
+        back for ever.
         scale: norm of the residual over that of what was not sent, and so the factor of ``limit``.
         """
         residual = exchanged.tensor
@@ -130,7 +149,8 @@ class ErrorFeedback:
         self._flat.pop(_parts(key), None)
 
     def take(self, key: Key) -> torch.Tensor | None:
-        """The residual of a key that is a name, shape (n,), or None; nothing is kept for it any more."""
+        """The residual of a key that is a name, shape (n,), or None; nothing is kept for it any
+        more."""
         if key not in self._kept:
             return None
         residual = self._kept[key][0]
@@ -139,12 +159,13 @@ class ErrorFeedback:
         return residual
 
     def add(self, key: Key, tensor: torch.Tensor) -> None:
-        """Keep a tensor, shape (n,), as if an exchange had left it behind. Between two exchanges of the key."""
+        """Keep a tensor, shape (n,), as if an exchange had left it behind. Between two exchanges of
+        the key."""
         self._tensor(_parts(key), tensor)[0].add_(tensor)
 
     def rescale(self, factor: float, *, velocity: bool = True) -> None:
-        """What is kept is to be ``factor`` times as large. velocity: that, too, as the gradients themselves have another
-        unit."""
+        """What is kept is to be ``factor`` times as large. velocity: that, too, as the gradients
+        themselves have another unit."""
         for rows in self._kept.values():
             use_here(rows)
             (rows if velocity else rows[:1]).mul_(factor)
@@ -154,7 +175,8 @@ class ErrorFeedback:
         self._copies.clear()
 
     def restore(self) -> None:
-        """The optimizer left the step out: what was sent in it is kept for the next. Needs ``keeps_copy``."""
+        """The optimizer left the step out: what was sent in it is kept for the next. Needs
+        ``keeps_copy``."""
         for parts, copy in reversed(self._copies):
             self._tensor(parts, copy[0]).copy_(copy)
         self._copies.clear()
@@ -177,7 +199,8 @@ class ErrorFeedback:
             self._kept[part] = view
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """By the name of every key that has one its residual, and by ``NAME:velocity`` its velocity."""
+        """By the name of every key that has one its residual, and by ``NAME:velocity`` its
+        velocity."""
         return {
             f"{self._names.get(part, str(part))}{suffix}": row.clone()
             for part, rows in self._kept.items()
@@ -185,18 +208,27 @@ class ErrorFeedback:
         }
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take over a checkpoint; raises ValueError, one line, for a parameter that does not exist or has another size."""
+        """Take over a checkpoint; raises ValueError, one line, for a parameter that does not exist
+        or has another size."""
         keys: dict[str, Key] = {name: parameter for parameter, name in self._names.items()}
         self._flat, self._kept = {}, {}
         for name, value in state.items():
             plain = name.removesuffix(_VELOCITY)
             part = keys.get(plain, plain)
             if keys and plain not in keys:
-                raise ValueError(f"the checkpoint has a residual of '{plain}', which is no parameter of this model")
+                raise ValueError(
+                    f"the checkpoint has a residual of '{plain}', which is no parameter of this"
+                    " model"
+                )
             if isinstance(part, torch.Tensor) and part.numel() != value.numel():
-                raise ValueError(f"the checkpoint's residual of '{plain}' has {value.numel()} elements, not {part.numel()}")
+                raise ValueError(
+                    f"the checkpoint's residual of '{plain}' has {value.numel()} elements, not"
+                    f" {part.numel()}"
+                )
             device = part.device if isinstance(part, torch.Tensor) else value.device
-            rows = self._kept.setdefault(part, torch.zeros(self._rows, value.numel(), device=device))
+            rows = self._kept.setdefault(
+                part, torch.zeros(self._rows, value.numel(), device=device)
+            )
             if plain == name:
                 rows[0] = value.reshape(-1)
             elif self.momentum:
@@ -208,7 +240,11 @@ _SUFFIXES = ("", _VELOCITY)
 
 
 def _parts(key: Key) -> tuple[Key, ...]:
-    return key if isinstance(key, tuple) and all(isinstance(part, torch.Tensor) for part in key) else (key,)
+    return (
+        key
+        if isinstance(key, tuple) and all(isinstance(part, torch.Tensor) for part in key)
+        else (key,)
+    )
 
 
 def _size(part: Key, whole: torch.Tensor) -> int:
@@ -223,11 +259,14 @@ def sample(tensor: torch.Tensor) -> torch.Tensor:
 def norm(tensor: torch.Tensor) -> float:
     """Estimate of the Euclidean norm, from ``sample``."""
     some = tensor[:: tensor.numel() // _SAMPLE | 1]
-    return math.sqrt(tensor.numel() / max(some.numel(), 1)) * float(torch.linalg.vector_norm(some, dtype=torch.float64))
+    return math.sqrt(tensor.numel() / max(some.numel(), 1)) * float(
+        torch.linalg.vector_norm(some, dtype=torch.float64)
+    )
 
 
 def energy_lost(before: torch.Tensor, residual: torch.Tensor) -> float:
-    """Share of the energy (sum of squares) of a tensor that was left behind, estimated from ``before = sample(tensor)``.
+    """Share of the energy (sum of squares) of a tensor that was left behind, estimated from
+    ``before = sample(tensor)``.
 
     0 if there was none; NaN if it was not finite.
     """

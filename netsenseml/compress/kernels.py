@@ -1,9 +1,12 @@
-"""The loops of ``loops`` as machine code: compiled once on a machine, kept in a file, and loaded when this module is imported.
+"""The loops of ``loops`` as machine code: compiled once on a machine, kept in a file, and loaded
+when this module is imported.
 
-Numba takes most of a second to load, with what it keeps itself, and several to compile. So all that it has made is one object
-file here, and a later process needs no more than LLVM's loader, which takes some hundredths.
+Numba takes most of a second to load, with what it keeps itself, and several to compile. So all that
+it has made is one object file here, and a later process needs no more than LLVM's loader, which
+takes some hundredths.
 
-The loops run on one thread, without the interpreter's lock, and start no threads: a process that has loaded them may fork.
+The loops run on one thread, without the interpreter's lock, and start no threads: a process that
+has loaded them may fork.
 """
 
 import contextlib
@@ -35,15 +38,23 @@ _PATIENCE_S = 60.0
 
 
 class Kernel:
-    """A loop to call. It checks the types of arrays, and that they are contiguous; no more, such as that an index fits."""
+    """A loop to call. It checks the types of arrays, and that they are contiguous; no more, such as
+    that an index fits."""
 
     def __init__(self, address: int, signature: str) -> None:
         """signature: as Numba writes it, such as ``void(f4[::1], u4[:, ::1], i8)``."""
         self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
         found = re.findall(r"([iuf]\d)(\[.*?\])?", signature.partition("(")[2])
-        self._parameters = [(np.dtype(kind), (dimensions.count(",") + 1) * bool(dimensions)) for kind, dimensions in found]
-        # An array is its owner (twice, none), size, bytes of an element, address, and a size and a stride for each dimension.
-        places = [f"{5 + 2 * n}q" if n else "f4x" if kind == np.float32 else "q" for kind, n in self._parameters]
+        self._parameters = [
+            (np.dtype(kind), (dimensions.count(",") + 1) * bool(dimensions))
+            for kind, dimensions in found
+        ]
+        # An array is its owner (twice, none), size, bytes of an element, address, and a size and a
+        # stride for each dimension.
+        places = [
+            f"{5 + 2 * n}q" if n else "f4x" if kind == np.float32 else "q"
+            for kind, n in self._parameters
+        ]
         self._call = struct.Struct("=2q" + "".join(places))
 
     def __call__(self, *arguments: Any) -> int:
@@ -53,7 +64,9 @@ class Kernel:
                 places.append(x)
                 continue
             if x.dtype != kind or x.ndim != dimensions or not x.flags.c_contiguous:
-                raise TypeError(f"not contiguous {kind} of {dimensions} dimensions: {x.dtype} {x.strides}")
+                raise TypeError(
+                    f"not contiguous {kind} of {dimensions} dimensions: {x.dtype} {x.strides}"
+                )
             address = ctypes.addressof(ctypes.c_char.from_buffer(x)) if x.size else 0
             places += (0, 0, x.size, kind.itemsize, address, *x.shape, *x.strides)
         call = ctypes.create_string_buffer(self._call.pack(*places), self._call.size)
@@ -70,26 +83,36 @@ def _load() -> dict[str, Kernel]:
     cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
     target = llvm.Target.from_triple(llvm.get_process_triple())
     machine = target.create_target_machine(cpu=cpu, features=features, opt=3, jit=True)
-    made_of = json.dumps([machine.triple, cpu, features, _version("numba"), llvmlite.__version__, *_sources()])
+    made_of = json.dumps(
+        [machine.triple, cpu, features, _version("numba"), llvmlite.__version__, *_sources()]
+    )
     name = f"netsenseml-kernels-{hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()}"
     signatures, code = kept(_directories(), name, machine)
     library = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
     for kernel in signatures:
         library.export_symbol(kernel)
     # On ARM the older linker may put code and its table of addresses too far apart.
-    compiler = llvm.create_lljit_compiler(machine, use_jit_link=machine.triple.startswith(("aarch64", "arm64")))
+    compiler = llvm.create_lljit_compiler(
+        machine, use_jit_link=machine.triple.startswith(("aarch64", "arm64"))
+    )
     found = library.link(compiler, "netsenseml")
     addresses = {kernel: found[kernel] for kernel in signatures}
     found.detach()  # they stay for ever: where a process ends, a thread may be in a kernel yet
     compiler.detach()
-    return {kernel: Kernel(addresses[kernel], signature) for kernel, signature in signatures.items()}
+    return {
+        kernel: Kernel(addresses[kernel], signature) for kernel, signature in signatures.items()
+    }
 
 
 def _sources() -> list[str]:
-    """Digests of what the kernels are made of; where that cannot be read, as in a zip file, the version that stands for it."""
+    """Digests of what the kernels are made of; where that cannot be read, as in a zip file, the
+    version that stands for it."""
     try:
         paths = [Path(__file__).with_name(name) for name in ("kernels.py", "loops.py", "layout.py")]
-        return [hashlib.blake2b(path.read_bytes(), digest_size=_DIGEST_BYTES).hexdigest() for path in paths]
+        return [
+            hashlib.blake2b(path.read_bytes(), digest_size=_DIGEST_BYTES).hexdigest()
+            for path in paths
+        ]
     except OSError:
         return [_version("netsenseml")]
 
@@ -102,18 +125,21 @@ def _version(package: str) -> str:
 
 
 def _directories() -> list[Path]:
-    """Where what was compiled may be kept: where Numba is told to, beside the modules, or in the user's cache."""
+    """Where what was compiled may be kept: where Numba is told to, beside the modules, or in the
+    user's cache."""
     told = [Path(given)] if (given := os.environ.get("NUMBA_CACHE_DIR")) else []
     found = [*told, Path(__file__).with_name("__pycache__")]
     with contextlib.suppress(RuntimeError):  # no home
-        found.append(Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "netsenseml"))
+        found.append(
+            Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "netsenseml")
+        )
     return found
 
 
 def kept(directories: Sequence[Path], name: str, machine: Any) -> tuple[dict[str, str], bytes]:
-    """What ``loops.build`` makes: from a file of the first directory that has it, or else compiled, and kept in the first one
-    that can be written, if any can. Of processes that come at once, one compiles, and the others wait for it, but not for
-    ever."""
+    """What ``loops.build`` makes: from a file of the first directory that has it, or else compiled,
+    and kept in the first one that can be written, if any can. Of processes that come at once, one
+    compiles, and the others wait for it, but not for ever."""
     for directory in directories:
         if (found := _read(directory / name)) is not None:
             return found
@@ -149,7 +175,8 @@ def _alone(directory: Path) -> Iterator[None]:
             time.sleep(0.02)
         yield
     finally:
-        with contextlib.suppress(OSError):  # a process that was forked off meanwhile has it open, too
+        # a process that was forked off meanwhile has it open, too
+        with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
@@ -191,13 +218,19 @@ def _write(path: Path, made: tuple[dict[str, str], bytes]) -> None:
 
 _kernels = _load()
 
-select, kth_largest, keep_largest = _kernels["select"], _kernels["kth_largest"], _kernels["keep_largest"]
+select, kth_largest, keep_largest = (
+    _kernels["select"],
+    _kernels["kth_largest"],
+    _kernels["keep_largest"],
+)
 scatter, scatter_add = _kernels["scatter"], _kernels["scatter_add"]
 encode_positions, decode_positions = _kernels["encode_positions"], _kernels["decode_positions"]
 decode_add_fp32 = _kernels["decode_add_fp32"]
 encode_bf16, decode_add_bf16 = _kernels["encode_bf16"], _kernels["decode_add_bf16"]
 encode_sign, decode_add_sign = _kernels["encode_sign"], _kernels["decode_add_sign"]
 encode_levels = {
-    (form, chance): _kernels[f"encode_levels_{form}_{chance}"] for form in layout.LEVELS for chance in (False, True)
+    (form, chance): _kernels[f"encode_levels_{form}_{chance}"]
+    for form in layout.LEVELS
+    for chance in (False, True)
 }
 decode_add_levels = {form: _kernels[f"decode_add_levels_{form}"] for form in layout.LEVELS}

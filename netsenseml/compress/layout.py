@@ -1,28 +1,31 @@
-"""What is where in an encoded buffer: a function of the values' format, n and k alone, so that all ranks agree on it.
+"""What is where in an encoded buffer: a function of the values' format, n and k alone, so that all
+ranks agree on it.
 
-    header      16 bytes: magic, version, format of the values, values a block (0 without blocks), n, k
+    header      16 bytes: magic, version, format of the values, values a block (0: no blocks), n, k
     high, low   positions of the k elements that were kept; absent if all n were
-    scales      one bfloat16 a block: int8 and sign have blocks of 128 kept values, int4 of 32, the others none
+    scales      one bfloat16 a block: int8 and sign have blocks of 128 kept values, int4 of 32, the
+                others none
     codes       the values: 32, 16, 8, 4 or 1 bit each (fp32, bf16, int8, int4, sign)
 
-With its scales a value takes 8.125 bits (int8), 4.5 (int4) or 1.125 (sign). These three come in whole rows of 256 values,
-the last one filled up with zeros. High and low end at a multiple of 8 bytes each, as does the buffer. All numbers are
-little-endian.
+With its scales a value takes 8.125 bits (int8), 4.5 (int4) or 1.125 (sign). These three come in
+whole rows of 256 values, the last one filled up with zeros. High and low end at a multiple of 8
+bytes each, as does the buffer. All numbers are little-endian.
 
 Positions p_0 < p_1 < ... are a bit vector in one of two ways, whichever is smaller:
 
 - Bitmap, for more than about a quarter of the elements: bit p_j is set; n bits.
-- Elias-Fano (P. Elias, Efficient storage and retrieval by content and address of static files, J. ACM 21, 1974; R. M.
-  Fano, On the number of bits required to implement an associative memory, MIT 1971): the lowest l bits of every p_j are
-  written as they are, and bit (p_j >> l) + j of a vector is set; k l + k + ((n - 1) >> l) bits. With the best l that is
-  at most 0.56 bits an element above log2(e n / k), the least that random positions take: 8.56 bits at 1 %, 5.25 at 10 %.
+- Elias-Fano (P. Elias, Efficient storage and retrieval by content and address of static files, J.
+  ACM 21, 1974; R. M. Fano, On the number of bits required to implement an associative memory, MIT
+  1971): the lowest l bits of every p_j are written as they are, and bit (p_j >> l) + j of a vector
+  is set; k l + k + ((n - 1) >> l) bits. With the best l that is at most 0.56 bits an element above
+  log2(e n / k), the least that random positions take: 8.56 bits at 1 %, 5.25 at 10 %.
 
-Either has the same size whatever the data. Byte gaps with an escape, and offsets in blocks of 64 Ki, must be given room
-for the worst case, and are larger on random positions, too.
+Either has the same size whatever the data. Byte gaps with an escape, and offsets in blocks of 64
+Ki, must be given room for the worst case, and are larger on random positions, too.
 
-The codes of a row are W words, of 32 bits (W = 64 of int8, 32 of int4) or 8 bits (32 of sign). Values that share a word
-are not neighbours, so that the loops over words are vectorisable: word w has the values w, w + W, w + 2 W, ..., from the
-lowest bits up.
+The codes of a row are W words, of 32 bits (W = 64 of int8, 32 of int4) or 8 bits (32 of sign).
+Values that share a word are not neighbours, so that the loops over words are vectorisable: word w
+has the values w, w + W, w + 2 W, ..., from the lowest bits up.
 """
 
 import struct
@@ -93,7 +96,9 @@ class Layout:
         return self.k == self.n
 
     def header(self) -> bytes:
-        return _HEADER.pack(_MAGIC, _VERSION, self.values, BLOCK.get(self.values, 0), self.n, self.k)
+        return _HEADER.pack(
+            _MAGIC, _VERSION, self.values, BLOCK.get(self.values, 0), self.n, self.k
+        )
 
 
 HEADER_BYTES = _HEADER.size
@@ -115,18 +120,25 @@ def layout(values: int, n: int, k: int) -> Layout:
     ends.append(ends[-1] + (2 * coded // BLOCK[values] if values in BLOCK else 0))
     ends.append(ends[-1] + BITS[values] * coded // 8)
     high, low, scales, codes = (slice(*pair) for pair in pairwise(ends))
-    return Layout(values, n, k, low_bits, step, high, low, scales, codes, nbytes=-(-ends[-1] // 8) * 8)
+    return Layout(
+        values, n, k, low_bits, step, high, low, scales, codes, nbytes=-(-ends[-1] // 8) * 8
+    )
 
 
 def parse(header: bytes, nbytes: int) -> Layout:
-    """Layout of a buffer of ``nbytes`` that begins with ``header``; raises MalformedBuffer, one line."""
+    """Layout of a buffer of ``nbytes`` that begins with ``header``; raises MalformedBuffer, one
+    line."""
     if len(header) < HEADER_BYTES:
-        raise MalformedBuffer(f"a buffer of {nbytes} bytes is shorter than its header of {HEADER_BYTES}")
+        raise MalformedBuffer(
+            f"a buffer of {nbytes} bytes is shorter than its header of {HEADER_BYTES}"
+        )
     magic, version, values, block, n, k = _HEADER.unpack(header)
     if magic != _MAGIC:
         raise MalformedBuffer(f"not an encoded gradient: it begins with {magic!r}, not {_MAGIC!r}")
     if version != _VERSION or values not in VALUES.values() or block != BLOCK.get(values, 0):
-        raise MalformedBuffer(f"unknown encoding: version {version}, values {values}, blocks of {block}")
+        raise MalformedBuffer(
+            f"unknown encoding: version {version}, values {values}, blocks of {block}"
+        )
     if k > n or (k == 0) != (n == 0) or n >= 1 << 31:
         raise MalformedBuffer(f"{k} elements out of {n} cannot be")
     found = layout(values, n, k)

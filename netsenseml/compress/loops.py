@@ -1,13 +1,16 @@
-"""Loops over gradients on the CPU, for Numba to compile; ``kernels`` keeps what comes of it, and imports this only then.
+"""Loops over gradients on the CPU, for Numba to compile; ``kernels`` keeps what comes of it, and
+imports this only then.
 
-They run on one thread, and take no memory but the stack's: so the code that comes of them needs nothing of Numba's.
-``layout`` says what they write; ``tensors`` writes the same bytes with torch operations.
+They run on one thread, and take no memory but the stack's: so the code that comes of them needs
+nothing of Numba's. ``layout`` says what they write; ``tensors`` writes the same bytes with torch
+operations.
 
-The bits of a float32, as an int32 without the sign, order like magnitudes, with NaN above infinity. That is the order in
-which elements are chosen; among equals the lower index wins.
+The bits of a float32, as an int32 without the sign, order like magnitudes, with NaN above infinity.
+That is the order in which elements are chosen; among equals the lower index wins.
 
-The type of every constant and intermediate result is spelt out: Numba would widen them to 64 bits, and a vector would
-hold half as many. Values come in rows, as an index that the compiler knows to be positive is a plain address.
+The type of every constant and intermediate result is spelt out: Numba would widen them to 64 bits,
+and a vector would hold half as many. Values come in rows, as an index that the compiler knows to be
+positive is a plain address.
 """
 
 from collections.abc import Callable
@@ -34,15 +37,16 @@ NAN_BF16 = np.uint16(0x7FC0)
 SMALLEST_SCALE = np.float32(layout.SMALLEST_SCALE)
 SIGN_UNIT = np.float32(layout.SIGN_UNIT)
 TO_INTEGER = np.float32(1.5 * 2**23)
-"""Added to a float32 up to 2**22 it rounds to nearest, to even in between, and the lowest bits are the whole number's."""
+"""Added to a float32 up to 2**22 it rounds to nearest, to even in between, and the lowest bits are
+the whole number's."""
 
 
 _kernels: dict[str, tuple[Callable[..., Any], str]] = {}
 
 
 def _kernel(signature: str, name: str = "") -> Callable[[F], F]:
-    """A function to be called. In its signature, u4 is uint32, f4 float32; [::1] a contiguous array, [:, ::1] one of two
-    dimensions."""
+    """A function to be called. In its signature, u4 is uint32, f4 float32; [::1] a contiguous
+    array, [:, ::1] one of two dimensions."""
 
     def noted(function: F) -> F:
         _kernels[name or function.__name__] = function, signature
@@ -52,21 +56,29 @@ def _kernel(signature: str, name: str = "") -> Callable[[F], F]:
 
 
 def build(machine: Any) -> tuple[dict[str, str], bytes]:
-    """(signatures by name, an object file with a function ``void name(int64_t *call)`` for each), for a machine of LLVM's.
+    """(signatures by name, an object file with a function ``void name(int64_t *call)`` for each),
+    for a machine of LLVM's.
 
-    ``call``: [0] takes the result, [1] is of no use; then come the arguments as Numba hands them to its own functions: a number
-    in one place, and an array in several (``kernels`` knows which).
+    ``call``: [0] takes the result, [1] is of no use; then come the arguments as Numba hands them to
+    its own functions: a number in one place, and an array in several (``kernels`` knows which).
     """
     modules = []
     for name, (function, signature) in _kernels.items():
         compiled: Any = njit(signature, nogil=True, error_model="numpy")(function)
         (found,), (text,) = compiled.overloads.values(), compiled.inspect_llvm().values()
         inner = found.fndesc.llvm_func_name
-        types_of = [str(argument.type) for argument in llvm.parse_assembly(text).get_function(inner).arguments]
+        types_of = [
+            str(argument.type)
+            for argument in llvm.parse_assembly(text).get_function(inner).arguments
+        ]
         places = [f"%p{i} = getelementptr i64, ptr %call, i64 {i}" for i in range(len(types_of))]
         loads = [f"%a{i} = load {kind}, ptr %p{i}" for i, kind in enumerate(types_of) if i >= 2]
-        arguments = ", ".join(f"{kind} %{'a' if i >= 2 else 'p'}{i}" for i, kind in enumerate(types_of))
-        body = "\n".join([*places, *loads, f'%status = call i32 @"{inner}"({arguments})', "ret void"])
+        arguments = ", ".join(
+            f"{kind} %{'a' if i >= 2 else 'p'}{i}" for i, kind in enumerate(types_of)
+        )
+        body = "\n".join(
+            [*places, *loads, f'%status = call i32 @"{inner}"({arguments})', "ret void"]
+        )
         module = llvm.parse_assembly(f'{text}\ndefine void @"{name}"(ptr %call) {{\n{body}\n}}\n')
         for other in module.functions:
             if not other.is_declaration and other.name != name:
@@ -76,16 +88,26 @@ def build(machine: Any) -> tuple[dict[str, str], bytes]:
     for module in others:
         whole.link_in(module)
     passes = llvm.create_new_module_pass_manager()
-    passes.add_global_dead_code_eliminate_pass()  # what would make Python objects of arguments and results
+    # what would make Python objects of arguments and results
+    passes.add_global_dead_code_eliminate_pass()
     passes.add_strip_dead_prototype_pass()
     passes.run(whole, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options()))
-    needless = [f.name for f in whole.functions if f.is_declaration and f.name.startswith(_NEEDLESS)]
-    whole.link_in(llvm.parse_assembly("\n".join(f'define void @"{name}"() {{ unreachable }}' for name in needless)))
-    return {name: signature for name, (_, signature) in _kernels.items()}, machine.emit_object(whole)
+    needless = [
+        f.name for f in whole.functions if f.is_declaration and f.name.startswith(_NEEDLESS)
+    ]
+    whole.link_in(
+        llvm.parse_assembly(
+            "\n".join(f'define void @"{name}"() {{ unreachable }}' for name in needless)
+        )
+    )
+    return {name: signature for name, (_, signature) in _kernels.items()}, machine.emit_object(
+        whole
+    )
 
 
 _NEEDLESS = ("NRT_", "numba_", "Py", "_Py")
-"""Beginnings of the names of what only arrays with an owner need, and errors; there are none of either here."""
+"""Beginnings of the names of what only arrays with an owner need, and errors; there are none of
+either here."""
 
 
 def _part(function: F) -> F:
@@ -99,7 +121,9 @@ def _instruction(result: Any, argument: Any, emit: Callable[[Any, Any], Any]) ->
 
     @intrinsic
     def function(_: Any, number: Any) -> Any:
-        return result(argument), lambda context, builder, signature, arguments: emit(builder, arguments[0])
+        return result(argument), lambda context, builder, signature, arguments: emit(
+            builder, arguments[0]
+        )
 
     return function
 
@@ -119,9 +143,17 @@ def _room(element: Any, places: int) -> Any:
     return function
 
 
-_lowest_bit = _instruction(types.int64, types.uint64, lambda builder, word: builder.cttz(word, ir.Constant(ir.IntType(1), 1)))
-_bits = _instruction(types.int32, types.float32, lambda builder, number: builder.bitcast(number, ir.IntType(32)))
-_number = _instruction(types.float32, types.int32, lambda builder, bits: builder.bitcast(bits, ir.FloatType()))
+_lowest_bit = _instruction(
+    types.int64,
+    types.uint64,
+    lambda builder, word: builder.cttz(word, ir.Constant(ir.IntType(1), 1)),
+)
+_bits = _instruction(
+    types.int32, types.float32, lambda builder, number: builder.bitcast(number, ir.IntType(32))
+)
+_number = _instruction(
+    types.float32, types.int32, lambda builder, bits: builder.bitcast(bits, ir.FloatType())
+)
 
 
 @_part
@@ -135,15 +167,16 @@ def _widened(half: Any) -> Any:
     return _number(np.int32(np.uint32(half) << np.uint32(16)))
 
 
-# ---------------------------------------------------------------------------------------------------- selection
+# ---------------------------------------------------------------------------------------- selection
 
 
 @_kernel("i8(i4[::1], i4, u4[::1], i4[::1])")
 def select(bits: Array, threshold: int, positions: Array, values: Array) -> int:
-    """Positions, ascending, and bits of the elements with a magnitude of at least ``threshold``; their number.
+    """Positions, ascending, and bits of the elements with a magnitude of at least ``threshold``;
+    their number.
 
-    -1 if they may not fit: there must be WORD places more than elements that pass. The comparisons go into words, without
-    a branch; then only the bits set are visited.
+    -1 if they may not fit: there must be WORD places more than elements that pass. The comparisons
+    go into words, without a branch; then only the bits set are visited.
     """
     found = 0
     for word in range((bits.size + WORD - 1) // WORD):
@@ -173,8 +206,9 @@ _counts = _room(types.int64, 2048)
 def _kth_largest(bits: Array, k: int, members: Array) -> tuple[int, int]:
     """The k-th largest magnitude, and how many of the k largest are equal to it.
 
-    Radix selection by three digits of 11, 10 and 10 bits. Those that share the leading digits move on to the next, into
-    ``members``, which has one place more than ``bits``, so that none is written by a branch.
+    Radix selection by three digits of 11, 10 and 10 bits. Those that share the leading digits move
+    on to the next, into ``members``, which has one place more than ``bits``, so that none is
+    written by a branch.
     """
     counts = carray(_counts(), 2048)
     counts[:] = 0
@@ -215,7 +249,8 @@ def kth_largest(bits: Array, k: int, members: Array) -> int:
 
 @_kernel("void(u4[::1], i4[::1], i8, i4[::1])")
 def keep_largest(positions: Array, values: Array, k: int, members: Array) -> None:
-    """Move those of the k largest magnitudes to the front, in their order; both arrays have the same size >= k.
+    """Move those of the k largest magnitudes to the front, in their order; both arrays have the
+    same size >= k.
 
     ``members``: room, one place more.
     """
@@ -244,7 +279,7 @@ def scatter_add(x: Array, positions: Array, values: Array) -> None:
         x[positions[j]] += values[j]
 
 
-# ---------------------------------------------------------------------------------------------------- positions
+# ---------------------------------------------------------------------------------------- positions
 
 
 @_kernel("void(u4[::1], i8, i8, u8[::1], u8[::1])")
@@ -275,8 +310,11 @@ def encode_positions(positions: Array, low_bits: int, step: int, high: Array, lo
 
 
 @_kernel("b1(u8[::1], u8[::1], i8, i8, i8, u4[::1])")
-def decode_positions(high: Array, low: Array, low_bits: int, step: int, n: int, positions: Array) -> bool:
-    """Inverse of ``encode_positions``; False unless there are as many as ``positions`` takes, ascending and below n."""
+def decode_positions(
+    high: Array, low: Array, low_bits: int, step: int, n: int, positions: Array
+) -> bool:
+    """Inverse of ``encode_positions``; False unless there are as many as ``positions`` takes,
+    ascending and below n."""
     mask = (np.uint64(1) << np.uint64(low_bits)) - np.uint64(1)
     found = word = filled = 0
     last: Any = -1
@@ -307,8 +345,9 @@ def decode_positions(high: Array, low: Array, low_bits: int, step: int, n: int, 
     return found == positions.size
 
 
-# ---------------------------------------------------------------------------------------------------- values
-# ``encode`` codes values and leaves in x what was not sent; ``decode_add`` adds factor times what was coded.
+# ------------------------------------------------------------------------------------------- values
+# ``encode`` codes values and leaves in x what was not sent; ``decode_add`` adds factor times what
+# was coded.
 
 
 @_kernel("void(f4[::1], f4[::1], f4)")
@@ -322,7 +361,9 @@ def encode_bf16(x: Array, codes: Array) -> None:
     """Round to nearest, to even in between; NaN becomes 0x7fc0."""
     for i in range(x.size):
         word = np.uint32(_bits(x[i]))
-        half = np.uint32(word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        half = np.uint32(
+            word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))
+        ) >> np.uint32(16)
         if _magnitude(x[i]) > INFINITY:
             half = np.uint32(NAN_BF16)
         codes[i] = half
@@ -338,19 +379,24 @@ def decode_add_bf16(x: Array, codes: Array, factor: Any) -> None:
 
 @_part
 def _noise(place: Any, key: Any) -> Any:
-    """An odd multiple of 2**-17 between -1/2 and 1/2: the finaliser of MurmurHash3 (A. Appleby) over place ^ key.
+    """An odd multiple of 2**-17 between -1/2 and 1/2: the finaliser of MurmurHash3 (A. Appleby)
+    over place ^ key.
 
-    place: index of the value among those that are sent. A hash has no state: values may be coded in any order.
+    place: index of the value among those that are sent. A hash has no state: values may be coded in
+    any order.
     """
     h = np.uint32(place ^ key)
     h = np.uint32(np.uint32(h ^ np.uint32(h >> np.uint32(16))) * np.uint32(0x85EBCA6B))
     h = np.uint32(np.uint32(h ^ np.uint32(h >> np.uint32(13))) * np.uint32(0xC2B2AE35))
-    return (np.float32(np.int32(h >> np.uint32(16))) + np.float32(0.5)) * np.float32(2**-16) - np.float32(0.5)
+    return (np.float32(np.int32(h >> np.uint32(16))) + np.float32(0.5)) * np.float32(
+        2**-16
+    ) - np.float32(0.5)
 
 
 @_part
 def _find_largest(x: Array, start: int, stop: int, size: int, largest: Array) -> None:
-    """Bits of the largest magnitude of every block of some rows; blocks in which that is not finite are cleared.
+    """Bits of the largest magnitude of every block of some rows; blocks in which that is not finite
+    are cleared.
 
     size: of a block. Were it a constant, the compiler would unroll the loop and not vectorise it.
     """
@@ -367,16 +413,33 @@ def _find_largest(x: Array, start: int, stop: int, size: int, largest: Array) ->
 
 def _level_encoder(form: int, stochastic: bool) -> None:
     """Encode values as whole numbers from -levels to levels, times a scale."""
-    bits, block, parts = layout.BITS[form], layout.BLOCK[form], 8 * layout.WORD[form] // layout.BITS[form]
-    levels, largest_scale = np.float32(layout.LEVELS[form]), np.int32(layout.LARGEST_SCALE[form] << 16)
+    bits, block, parts = (
+        layout.BITS[form],
+        layout.BLOCK[form],
+        8 * layout.WORD[form] // layout.BITS[form],
+    )
+    levels, largest_scale = (
+        np.float32(layout.LEVELS[form]),
+        np.int32(layout.LARGEST_SCALE[form] << 16),
+    )
     words, blocks, mask = ROW // parts, ROW // block, np.uint32(2**bits - 1)
-    of_scale, of_inverse, of_noise = _room(types.float32, blocks), _room(types.float32, blocks), _room(types.float32, ROW)
+    of_scale, of_inverse, of_noise = (
+        _room(types.float32, blocks),
+        _room(types.float32, blocks),
+        _room(types.float32, ROW),
+    )
     of_largest = _room(types.int32, PAGE * blocks)
 
-    @_kernel("void(f4[:, ::1], i8, u4, u2[:, ::1], u4[:, ::1])", f"encode_levels_{form}_{stochastic}")
+    @_kernel(
+        "void(f4[:, ::1], i8, u4, u2[:, ::1], u4[:, ::1])", f"encode_levels_{form}_{stochastic}"
+    )
     def encode(x: Array, first: int, key: Any, scales: Array, codes: Array) -> None:
         """first: index of the first row; key: of the noise."""
-        scale, inverse, noise = carray(of_scale(), blocks), carray(of_inverse(), blocks), carray(of_noise(), ROW)
+        scale, inverse, noise = (
+            carray(of_scale(), blocks),
+            carray(of_inverse(), blocks),
+            carray(of_noise(), ROW),
+        )
         largest, size = carray(of_largest(), (PAGE, blocks)), x.shape[1] // blocks
         for start in range(0, x.shape[0], PAGE):
             stop = min(start + PAGE, x.shape[0])
@@ -384,14 +447,21 @@ def _level_encoder(form: int, stochastic: bool) -> None:
             for row in range(start, stop):
                 for b in range(blocks):
                     finite = largest[row - start, b] < INFINITY
-                    exact = max(_number(largest[row - start, b] if finite else np.int32(0)) / levels, SMALLEST_SCALE)
+                    exact = max(
+                        _number(largest[row - start, b] if finite else np.int32(0)) / levels,
+                        SMALLEST_SCALE,
+                    )
                     # Rounded up, so that no value has a level beyond the last.
-                    rounded = np.int32(min(np.int32(_bits(exact) + np.int32(0xFFFF)), largest_scale) & np.int32(-0x10000))
+                    rounded = np.int32(
+                        min(np.int32(_bits(exact) + np.int32(0xFFFF)), largest_scale)
+                        & np.int32(-0x10000)
+                    )
                     scale[b] = _number(rounded)
                     inverse[b] = np.float32(1) / scale[b]
                     scales[row, b] = np.uint16(rounded >> 16) if finite else NAN_BF16
                 if stochastic:
-                    row_key = np.uint32(np.uint32((first + row) * ROW) ^ key)  # with i it makes the place of the value ^ key
+                    # with i it makes the place of the value ^ key
+                    row_key = np.uint32(np.uint32((first + row) * ROW) ^ key)
                     for i in range(ROW):
                         noise[i] = _noise(np.uint32(i), row_key)
                 for w in range(words):
@@ -402,14 +472,20 @@ def _level_encoder(form: int, stochastic: bool) -> None:
                         if stochastic:
                             level = min(max(level, -levels), levels) + noise[i]
                         level += TO_INTEGER
-                        word |= np.uint32((np.uint32(_bits(level)) & mask) << np.uint32(part * bits))
+                        word |= np.uint32(
+                            (np.uint32(_bits(level)) & mask) << np.uint32(part * bits)
+                        )
                         x[row, i] -= (level - TO_INTEGER) * scale[b]
                     codes[row, w] = word
 
 
 def _level_decoder(form: int) -> None:
     """Inverse of ``_level_encoder``."""
-    bits, block, parts = layout.BITS[form], layout.BLOCK[form], 8 * layout.WORD[form] // layout.BITS[form]
+    bits, block, parts = (
+        layout.BITS[form],
+        layout.BLOCK[form],
+        8 * layout.WORD[form] // layout.BITS[form],
+    )
     words, mask, sign = ROW // parts, np.uint32(2**bits - 1), np.uint32(2 ** (bits - 1))
 
     @_kernel("void(f4[:, ::1], u2[:, ::1], u4[:, ::1], f4)", f"decode_add_levels_{form}")
@@ -418,8 +494,11 @@ def _level_decoder(form: int) -> None:
             for w in range(words):
                 for part in range(parts):
                     code = np.uint32(np.uint32(codes[row, w] >> np.uint32(part * bits)) & mask)
-                    level = np.float32(np.int32(code ^ sign)) - np.float32(sign)  # it was a two's complement
-                    x[row, part * words + w] += factor * (level * _widened(scales[row, part * words // block]))
+                    # it was a two's complement
+                    level = np.float32(np.int32(code ^ sign)) - np.float32(sign)
+                    x[row, part * words + w] += factor * (
+                        level * _widened(scales[row, part * words // block])
+                    )
 
 
 for _form in layout.LEVELS:
@@ -435,9 +514,11 @@ _of_largest = _room(types.int32, ROW // SIGN_BLOCK)
 
 @_kernel("void(f4[:, ::1], i8, u2[:, ::1], u1[:, ::1])")
 def encode_sign(x: Array, count: int, scales: Array, codes: Array) -> None:
-    """Signs, and the mean magnitude of a block. In every row the first ``count`` values are real, the others are padding.
+    """Signs, and the mean magnitude of a block. In every row the first ``count`` values are real,
+    the others are padding.
 
-    The sum is one of whole numbers, parts of the largest, so that it has the same bits in whatever order it is formed.
+    The sum is one of whole numbers, parts of the largest, so that it has the same bits in whatever
+    order it is formed.
     """
     largest, size = carray(_of_largest(), (1, ROW // SIGN_BLOCK)), x.shape[1] // (ROW // SIGN_BLOCK)
     for row in range(x.shape[0]):
@@ -455,8 +536,12 @@ def encode_sign(x: Array, count: int, scales: Array, codes: Array) -> None:
                 continue
             for i in range(SIGN_BLOCK):
                 total = np.int32(total + np.int32(abs(x[row, start + i]) / unit * SIGN_UNIT))
-            mean = unit * (np.float32(total) / (SIGN_UNIT * np.float32(min(count - start, SIGN_BLOCK))))
-            half = min(np.int32(np.int32(_bits(mean) + np.int32(0x8000)) >> np.int32(16)), SIGN_LARGEST)
+            mean = unit * (
+                np.float32(total) / (SIGN_UNIT * np.float32(min(count - start, SIGN_BLOCK)))
+            )
+            half = min(
+                np.int32(np.int32(_bits(mean) + np.int32(0x8000)) >> np.int32(16)), SIGN_LARGEST
+            )
             scales[row, b], scale = half, _widened(half)
             for i in range(SIGN_BLOCK):
                 x[row, start + i] -= -scale if _bits(x[row, start + i]) < 0 else scale
@@ -467,6 +552,8 @@ def decode_add_sign(x: Array, scales: Array, codes: Array, factor: Any) -> None:
     for row in range(x.shape[0]):
         for i in range(SIGN_BYTES):
             for part in range(8):
-                sign = np.uint32(np.uint32(codes[row, i]) << np.uint32(31 - part)) & np.uint32(0x80000000)
+                sign = np.uint32(np.uint32(codes[row, i]) << np.uint32(31 - part)) & np.uint32(
+                    0x80000000
+                )
                 scale = np.uint32(scales[row, SIGN_BYTES * part // SIGN_BLOCK]) << np.uint32(16)
                 x[row, SIGN_BYTES * part + i] += factor * _number(np.int32(scale ^ sign))

@@ -1,4 +1,5 @@
-"""The codec in torch operations, for tensors on an accelerator: the same bytes as ``kernels``, and the same bits back."""
+"""The codec in torch operations, for tensors on an accelerator: the same bytes as ``kernels``, and
+the same bits back."""
 
 import torch
 
@@ -13,7 +14,11 @@ _NAN_BF16 = 0x7FC0
 
 
 def encode(
-    compensated: torch.Tensor, plan: layout.Layout, key: int | None, buffer: torch.Tensor, chosen: torch.Tensor | None = None
+    compensated: torch.Tensor,
+    plan: layout.Layout,
+    key: int | None,
+    buffer: torch.Tensor,
+    chosen: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Fill ``buffer``; returns the positions sent, or None for all.
 
@@ -27,10 +32,14 @@ def encode(
         return None
     positions = largest(x, plan.k) if chosen is None else chosen.long()
     j = torch.arange(plan.k, device=x.device)
-    set_bits = torch.zeros(8 * (plan.high.stop - plan.high.start), dtype=torch.bool, device=x.device)
+    set_bits = torch.zeros(
+        8 * (plan.high.stop - plan.high.start), dtype=torch.bool, device=x.device
+    )
     set_bits[(positions >> plan.low_bits) + j * plan.step] = True
     buffer[plan.high] = _bytes_of(set_bits)
-    low = _bytes_of((positions[:, None] >> torch.arange(plan.low_bits, device=x.device) & 1).reshape(-1))
+    low = _bytes_of(
+        (positions[:, None] >> torch.arange(plan.low_bits, device=x.device) & 1).reshape(-1)
+    )
     buffer[plan.low] = 0
     buffer[plan.low.start : plan.low.start + low.numel()] = low
     buffer[plan.codes], buffer[plan.scales], x[positions] = _coded(x[positions], plan.values, key)
@@ -38,16 +47,19 @@ def encode(
 
 
 def add_decoded(buffer: torch.Tensor, plan: layout.Layout, out: torch.Tensor, scale: float) -> None:
-    """Add ``scale`` times the decoded buffer; raises MalformedBuffer for positions that cannot be."""
+    """Add ``scale`` times the decoded buffer; raises MalformedBuffer for positions that cannot
+    be."""
     values = _decoded(buffer[plan.codes], buffer[plan.scales], plan) * scale
     if plan.dense:
         out += values
         return
-    out[positions(buffer, plan)] += values + 0.0  # as the kernels do, which makes a zero of its negative
+    # as the kernels do, which makes a zero of its negative
+    out[positions(buffer, plan)] += values + 0.0
 
 
 def positions(buffer: torch.Tensor, plan: layout.Layout) -> torch.Tensor:
-    """Of the elements in a buffer: ascending, shape (k,), int64; raises MalformedBuffer for what cannot be."""
+    """Of the elements in a buffer: ascending, shape (k,), int64; raises MalformedBuffer for what
+    cannot be."""
     j = torch.arange(plan.k, device=buffer.device)
     if plan.dense:
         return j
@@ -61,7 +73,9 @@ def positions(buffer: torch.Tensor, plan: layout.Layout) -> torch.Tensor:
     raise layout.MalformedBuffer(f"its positions are not {plan.k} ascending ones below {plan.n}")
 
 
-def _coded(values: torch.Tensor, form: int, key: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _coded(
+    values: torch.Tensor, form: int, key: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes and scales as bytes, and what is left of the values, shape (k,)."""
     no_scales = values.new_empty(0, dtype=torch.uint8)
     if form == layout.FP32:
@@ -79,18 +93,29 @@ def _coded(values: torch.Tensor, form: int, key: int | None) -> tuple[torch.Tens
     x, unit = x.masked_fill(bad, 0), largest.masked_fill(bad, 0).view(torch.float32)
     if form == layout.SIGN:
         code = (x.view(torch.int32) < 0).int()
-        parts = (x.abs() / unit * layout.SIGN_UNIT).nan_to_num_(0).int().sum(dim=1, keepdim=True).float()
-        counts = (k - layout.BLOCK[form] * torch.arange(len(x), device=x.device)[:, None]).clamp(1, layout.BLOCK[form])
+        parts = (
+            (x.abs() / unit * layout.SIGN_UNIT)
+            .nan_to_num_(0)
+            .int()
+            .sum(dim=1, keepdim=True)
+            .float()
+        )
+        counts = (k - layout.BLOCK[form] * torch.arange(len(x), device=x.device)[:, None]).clamp(
+            1, layout.BLOCK[form]
+        )
         scale, up = unit * (parts / (layout.SIGN_UNIT * counts.float())), 0x8000
     else:
         levels = torch.tensor(
             layout.LEVELS[form], dtype=torch.float32, device=x.device
         )  # by a number, CUDA would multiply by its inverse
         scale, up = (unit / levels).clamp_(min=layout.SMALLEST_SCALE), 0xFFFF
-    half = (scale.view(torch.int32) + up >> 16).clamp_(max=layout.LARGEST_SCALE[form]).to(torch.int16)
+    half = (
+        (scale.view(torch.int32) + up >> 16).clamp_(max=layout.LARGEST_SCALE[form]).to(torch.int16)
+    )
     scale = half.view(torch.bfloat16).float()
     if form == layout.SIGN:
-        sent = torch.where((code == 1) & (unit > 0), -scale, scale)  # a block of zeros keeps the signs of its zeros
+        # a block of zeros keeps the signs of its zeros
+        sent = torch.where((code == 1) & (unit > 0), -scale, scale)
     else:
         level = (x * scale.reciprocal()).clamp_(-layout.LEVELS[form], layout.LEVELS[form])
         if key is not None:
@@ -98,9 +123,15 @@ def _coded(values: torch.Tensor, form: int, key: int | None) -> tuple[torch.Tens
         code = level.round_().int()  # has no negative zero, and neither do the kernels
         sent = code * scale
     shifts = _shifts(form, x.device)
-    code = (code & (1 << layout.BITS[form]) - 1).view(-1, len(shifts), layout.ROW // len(shifts)) << shifts
+    code = (code & (1 << layout.BITS[form]) - 1).view(
+        -1, len(shifts), layout.ROW // len(shifts)
+    ) << shifts
     code = code.sum(dim=1, dtype=_TYPE[layout.WORD[form]]).view(-1)
-    return code.view(torch.uint8), half.masked_fill_(bad, _NAN_BF16).view(-1).view(torch.uint8), (x - sent).view(-1)[:k]
+    return (
+        code.view(torch.uint8),
+        half.masked_fill_(bad, _NAN_BF16).view(-1).view(torch.uint8),
+        (x - sent).view(-1)[:k],
+    )
 
 
 def _decoded(codes: torch.Tensor, scales: torch.Tensor, plan: layout.Layout) -> torch.Tensor:
@@ -118,7 +149,9 @@ def _decoded(codes: torch.Tensor, scales: torch.Tensor, plan: layout.Layout) -> 
 
 def _shifts(form: int, device: torch.device) -> torch.Tensor:
     """By how many bits the values that share a word are shifted, shape (values, 1)."""
-    return torch.arange(0, 8 * layout.WORD[form], layout.BITS[form], device=device, dtype=torch.int32)[:, None]
+    return torch.arange(
+        0, 8 * layout.WORD[form], layout.BITS[form], device=device, dtype=torch.int32
+    )[:, None]
 
 
 def _noise(place: torch.Tensor, key: int) -> torch.Tensor:
@@ -130,8 +163,12 @@ def _noise(place: torch.Tensor, key: int) -> torch.Tensor:
 
 def _bytes_of(bits: torch.Tensor) -> torch.Tensor:
     bits = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.numel() % 8)).view(-1, 8)
-    return (bits << torch.arange(8, device=bits.device, dtype=torch.uint8)).sum(dim=1, dtype=torch.uint8)
+    return (bits << torch.arange(8, device=bits.device, dtype=torch.uint8)).sum(
+        dim=1, dtype=torch.uint8
+    )
 
 
 def _bits_of(packed: torch.Tensor) -> torch.Tensor:
-    return (packed[:, None] >> torch.arange(8, device=packed.device, dtype=torch.uint8) & 1).view(-1)
+    return (packed[:, None] >> torch.arange(8, device=packed.device, dtype=torch.uint8) & 1).view(
+        -1
+    )

@@ -1,5 +1,6 @@
-"""Accordion (Agarwal, Wang, Lee, Venkataraman, Papailiopoulos: Adaptive Gradient Communication via Critical Learning Regime
-Identification, MLSys 2021, arXiv 2010.16248), to be compared with. It looks at gradients, and not at the network."""
+"""Accordion (Agarwal, Wang, Lee, Venkataraman, Papailiopoulos: Adaptive Gradient Communication via
+Critical Learning Regime Identification, MLSys 2021, arXiv 2010.16248), to be compared with. It
+looks at gradients, and not at the network."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,18 +21,21 @@ class Accordion(ByteBudget):
 
         | |D_old| - |D_new| | / |D_old| >= eta,    or the learning rate has fallen
 
-    D_new: sum of the gradients over the window that has ended. D_old: over the one before. Until there are two of them the
-    regime counts as critical, as the first epochs do in the paper. ``l_low`` and ``l_high`` are the paper's two levels, of low
-    and of high compression; eta = 0.5 is the authors'.
+    D_new: sum of the gradients over the window that has ended. D_old: over the one before. Until
+    there are two of them the regime counts as critical, as the first epochs do in the paper.
+    ``l_low`` and ``l_high`` are the paper's two levels, of low and of high compression; eta = 0.5
+    is the authors'.
 
-    Where the paper leaves something open, or supposes another system, we chose: the authors compare an epoch with that ten
-    before; here a window is a number of steps, and compared with the one before, since a training may be shorter than ten
-    epochs and nobody tells us of these. Levels are shares of all-reduce's bytes in place of K of top-k. The authors decide
-    layer by layer, as their compressors work so; here one decision is for all, from the norm over all buckets. D is of rank
-    0's own gradients, at up to 16384 elements of every bucket (``control.plans.gradient_sample``), not of the mean of all
-    ranks. The learning rate has fallen if it is at most half of what it was at the beginning of the window; in the paper any
-    decay counts, which with schedules that decay in every step would make all of a training critical. A change of a loss scale
-    looks like a critical regime.
+    Where the paper leaves something open, or supposes another system, we chose: the authors compare
+    an epoch with that ten before; here a window is a number of steps, and compared with the one
+    before, since a training may be shorter than ten epochs and nobody tells us of these. Levels are
+    shares of all-reduce's bytes in place of K of top-k. The authors decide layer by layer, as their
+    compressors work so; here one decision is for all, from the norm over all buckets. D is of rank
+    0's own gradients, at up to 16384 elements of every bucket (``control.plans.gradient_sample``),
+    not of the mean of all ranks. The learning rate has fallen if it is at most half of what it was
+    at the beginning of the window; in the paper any decay counts, which with schedules that decay
+    in every step would make all of a training critical. A change of a loss scale looks like a
+    critical regime.
     """
 
     sample_every = 1
@@ -77,7 +81,13 @@ class Accordion(ByteBudget):
 
     def state_dict(self) -> dict[str, Any]:
         own = {"critical": self._critical, "old": self._old, "of": self._of}
-        return {**super().state_dict(), **own, "sum": self._sum, "steps": self._steps, "lr": self._lr}
+        return {
+            **super().state_dict(),
+            **own,
+            "sum": self._sum,
+            "steps": self._steps,
+            "lr": self._lr,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)

@@ -1,4 +1,5 @@
-"""The rule of the paper (NetSenseML, Wang et al., Euro-Par 2025), as its code has it, to be compared with."""
+"""The rule of the paper (NetSenseML, Wang et al., Euro-Par 2025), as its code has it, to be
+compared with."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -12,13 +13,16 @@ from netsenseml.exchange.communicators import RingAllReduce, SparseAllGather
 class BdpPolicy:
     """Keep the payload below the bandwidth-delay product:
 
-        BDP = max bandwidth x min RTT of a window, RTT = duration of the exchange, bandwidth = payload / RTT
-        payload > threshold x BDP: ratio = max(floor, fall x ratio), else ratio = min(1, ratio + rise)
+        BDP = max bandwidth x min RTT of a window, RTT = duration of the exchange, bandwidth =
+        payload / RTT
+        payload > threshold x BDP: ratio = max(floor, fall x ratio), else ratio = min(1, ratio +
+        rise)
 
     ratio: share of the elements that is sent.
 
-    With one constant payload the product is payload x min RTT / RTT, so that the ratio can only fall: a flaw of the rule,
-    left as it is. What is mended is around it: one ratio for all buckets and ranks, a correct mean, error feedback.
+    With one constant payload the product is payload x min RTT / RTT, so that the ratio can only
+    fall: a flaw of the rule, left as it is. What is mended is around it: one ratio for all buckets
+    and ranks, a correct mean, error feedback.
     """
 
     may_skip_reports = False
@@ -26,7 +30,14 @@ class BdpPolicy:
     sample_every = 0
 
     def __init__(
-        self, *, start: float, floor: float, threshold: float = 0.9, fall: float = 0.95, rise: float = 0.001, window: int = 100
+        self,
+        *,
+        start: float,
+        floor: float,
+        threshold: float = 0.9,
+        fall: float = 0.95,
+        rise: float = 0.001,
+        window: int = 100,
     ) -> None:
         self._ratio = max(start, floor)
         self._floor, self._threshold, self._fall, self._rise = floor, threshold, fall, rise
@@ -46,14 +57,25 @@ class BdpPolicy:
         self.plan = self._plan()
 
     def _plan(self) -> str:
-        return RingAllReduce.name if self._ratio == 1 else SparseAllGather(Codec("fp32", float(f"{self._ratio:.4g}"))).name
+        return (
+            RingAllReduce.name
+            if self._ratio == 1
+            else SparseAllGather(Codec("fp32", float(f"{self._ratio:.4g}"))).name
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ratio": self._ratio, "rtts_s": list(self._rtts_s), "bandwidths": list(self._bandwidths)}
+        return {
+            "ratio": self._ratio,
+            "rtts_s": list(self._rtts_s),
+            "bandwidths": list(self._bandwidths),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._ratio = state["ratio"]
-        for window, kept in ((self._rtts_s, state["rtts_s"]), (self._bandwidths, state["bandwidths"])):
+        for window, kept in (
+            (self._rtts_s, state["rtts_s"]),
+            (self._bandwidths, state["bandwidths"]),
+        ):
             window.clear()
             window.extend(kept)
         self.plan = self._plan()

@@ -6,20 +6,29 @@ from statistics import median
 from typing import Any
 
 from netsenseml.control.policy import Observation
-from netsenseml.exchange.communicators import BySize, DirectAllReduce, Hierarchical, Plan, RingAllReduce, SparseAllGather, parse
+from netsenseml.exchange.communicators import (
+    BySize,
+    DirectAllReduce,
+    Hierarchical,
+    Plan,
+    RingAllReduce,
+    SparseAllGather,
+    parse,
+)
 from netsenseml.exchange.mesh import Topology
 
 _WINDOW = 8
 
 
 class ByteBudget:
-    """Of the plans whose bytes fit the budget of a step, take the one that loses least of a gradient; if none fits, the
-    smallest.
+    """Of the plans whose bytes fit the budget of a step, take the one that loses least of a
+    gradient; if none fits, the smallest.
 
-    What a policy has of its own is ``budget_bytes``. Bytes are those across a host's interface, one way. Published controllers
-    mostly set the ratio of top-k with a float32 and an index an element. In their best form here they have the plans that our
-    own rule chooses from: first all elements in fewer bits, then ever fewer elements in 4 bits, with error feedback. A ratio
-    of theirs is the budget over the bytes of all-reduce.
+    What a policy has of its own is ``budget_bytes``. Bytes are those across a host's interface, one
+    way. Published controllers mostly set the ratio of top-k with a float32 and an index an element.
+    In their best form here they have the plans that our own rule chooses from: first all elements
+    in fewer bits, then ever fewer elements in 4 bits, with error feedback. A ratio of theirs is the
+    budget over the bytes of all-reduce.
 
     Directly or round a ring is chosen by size, as all methods do that cannot choose (``BySize``).
     """
@@ -28,10 +37,16 @@ class ByteBudget:
     bandwidth_bps: float | None = None
     sample_every = 0
 
-    def __init__(self, plans: Sequence[Plan], topology: Topology, elements: int, *, start: float) -> None:
-        """plans: ordered by what they lose, as ``control.plans.plans`` does. elements: of all buckets. start: share of
-        all-reduce's bytes in the first steps, of which nothing is known."""
-        self._topology, self._plans = topology, [plan for plan in plans if not plan.name.endswith("-ring")]
+    def __init__(
+        self, plans: Sequence[Plan], topology: Topology, elements: int, *, start: float
+    ) -> None:
+        """plans: ordered by what they lose, as ``control.plans.plans`` does. elements: of all
+        buckets. start: share of all-reduce's bytes in the first steps, of which nothing is
+        known."""
+        self._topology, self._plans = (
+            topology,
+            [plan for plan in plans if not plan.name.endswith("-ring")],
+        )
         self._elements: tuple[int, ...] = ()
         self._levels: list[tuple[str, float]] = []
         self._buckets((elements,))
@@ -70,7 +85,8 @@ class ByteBudget:
         self.plan = state["plan"]
 
     def _buckets(self, elements: tuple[int, ...]) -> None:
-        """What the next steps consist of; finds the levels of compression: names of plans and their bytes."""
+        """What the next steps consist of; finds the levels of compression: names of plans and their
+        bytes."""
         if elements != self._elements:
             self._elements = elements
             self._levels = [(plan.name, self._bytes(plan)) for plan in map(self._form, self._plans)]
@@ -87,7 +103,8 @@ class ByteBudget:
         return sum(plan.cost(elements, self._topology).host_bytes for elements in self._elements)
 
     def _plan(self, name: str) -> Plan:
-        return self._plans[0] if name == RingAllReduce.name else parse(name)  # that has an element's bytes, too
+        # that has an element's bytes, too
+        return self._plans[0] if name == RingAllReduce.name else parse(name)
 
     def _within(self, budget_bytes: float) -> str:
         fits = max(budget_bytes, self.smallest_bytes)
@@ -97,15 +114,17 @@ class ByteBudget:
 class Recent:
     """Bandwidth and compute time, of the newest steps.
 
-    The bandwidth is all bytes of these over all the time in which they crossed the network, latency aside. So a step counts by
-    the time that it took: a link that is slower now is known at once, one that is faster after as many steps as are kept.
+    The bandwidth is all bytes of these over all the time in which they crossed the network, latency
+    aside. So a step counts by the time that it took: a link that is slower now is known at once,
+    one that is faster after as many steps as are kept.
     """
 
     def __init__(self) -> None:
         self._steps: deque[tuple[float, float, float]] = deque(maxlen=_WINDOW)
 
     def add(self, sent_bytes: float, seconds: float, latency_s: float, compute_s: float) -> None:
-        """seconds: in which a collective was under way. Of nearly all of them being latency a tenth is left."""
+        """seconds: in which a collective was under way. Of nearly all of them being latency a tenth
+        is left."""
         self._steps.append((sent_bytes, max(seconds - latency_s, seconds / 10, 1e-9), compute_s))
 
     @property

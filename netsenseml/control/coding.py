@@ -14,30 +14,49 @@ _ELEMENTS, _DEVICE_ELEMENTS = 1 << 18, 1 << 23
 _REPETITIONS = 3
 
 
-def coding_costs(plans: Sequence[Plan], topology: Topology, device: torch.device) -> dict[str, float]:
-    """Seconds per element of a tensor that a rank spends on encoding and decoding, by name of the plan.
+def coding_costs(
+    plans: Sequence[Plan], topology: Topology, device: torch.device
+) -> dict[str, float]:
+    """Seconds per element of a tensor that a rank spends on encoding and decoding, by name of the
+    plan.
 
-    Measured on normal numbers, for sparse codecs only at the ends: in between the cost is a line over the density, as one
-    part is paid for every element and one for every element that is kept. Takes some tens of milliseconds, once kernels are
-    compiled.
+    Measured on normal numbers, for sparse codecs only at the ends: in between the cost is a line
+    over the density, as one part is paid for every element and one for every element that is kept.
+    Takes some tens of milliseconds, once kernels are compiled.
     """
     inner = {plan.name: plan.inner if isinstance(plan, Hierarchical) else plan for plan in plans}
-    codecs = {plan.codec for plan in inner.values() if isinstance(plan, DirectAllReduce | SparseAllGather)}
+    codecs = {
+        plan.codec for plan in inner.values() if isinstance(plan, DirectAllReduce | SparseAllGather)
+    }
     dense = {codec: _coding_s(codec, device) for codec in codecs if codec.density == 1}
-    sparse = sorted((codec for codec in codecs if codec.density < 1), key=lambda codec: codec.density)
-    low, high = (_coding_s(codec, device) for codec in (sparse[0], sparse[-1])) if sparse else ((0.0, 0.0), (0.0, 0.0))
+    sparse = sorted(
+        (codec for codec in codecs if codec.density < 1), key=lambda codec: codec.density
+    )
+    low, high = (
+        (_coding_s(codec, device) for codec in (sparse[0], sparse[-1]))
+        if sparse
+        else ((0.0, 0.0), (0.0, 0.0))
+    )
     costs = {}
     for name, plan in inner.items():
         by_host = name != plan.name
-        ranks, share = (topology.of_hosts.ranks, 1 / topology.ranks_per_host) if by_host else (topology.ranks, 1.0)
+        ranks, share = (
+            (topology.of_hosts.ranks, 1 / topology.ranks_per_host)
+            if by_host
+            else (topology.ranks, 1.0)
+        )
         if isinstance(plan, DirectAllReduce):
-            # All of the tensor once each way, and the own chunk once more: decoded from every rank, encoded once.
+            # All of the tensor once each way, and the own chunk once more: decoded from every rank,
+            # encoded once.
             encode_s, decode_s = dense[plan.codec]
             costs[name] = share * (encode_s + 2 * decode_s)
         elif isinstance(plan, SparseAllGather):
             span = sparse[-1].density - sparse[0].density
             weight = (plan.codec.density - sparse[0].density) / span if span else 0.0
-            encode_s, decode_s = (least + weight * max(0.0, most - least) for least, most in zip(low, high, strict=True))
+            encode_s, decode_s = (
+                least + weight * max(0.0, most - least)
+                for least, most in zip(low, high, strict=True)
+            )
             costs[name] = share * (encode_s + ranks * decode_s)
     return costs
 

@@ -8,13 +8,16 @@ from netsenseml.exchange.communicators import parse
 
 
 class FixedPolicy:
-    """Plans by name, one a step (``scheme`` of the records); the last one goes on. Every rank knows them, so none is told."""
+    """Plans by name, one a step (``scheme`` of the records); the last one goes on. Every rank knows
+    them, so none is told."""
 
     sample_every = 0
 
     def __init__(self, names: Sequence[str]) -> None:
         """Raises ValueError, one line, for a name that does not exist."""
-        self._names = [with_timing(parse(plan).name, *when) for plan, *when in map(split_timing, names)]
+        self._names = [
+            with_timing(parse(plan).name, *when) for plan, *when in map(split_timing, names)
+        ]
 
     def plan_at(self, step: int) -> str:
         """Name of the plan of a step, from 0."""

@@ -1,4 +1,5 @@
-"""What a policy knows of a step, and what it decides. It lives on rank 0, which tells the others."""
+"""What a policy knows of a step, and what it decides. It lives on rank 0, which tells the
+others."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,18 +10,22 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One step, as all ranks saw it: of times that they wait for each other in, that of the rank that waited least.
+    """One step, as all ranks saw it: of times that they wait for each other in, that of the rank
+    that waited least.
 
-    plan: name of the plan that exchanged it. elements, ready_s: of every bucket, how many elements it has and how long
-        before the last gradient it was ready, s <= 0.
-    compute_s: from the end of the exchange before to the last gradient. exposed_s: from there to the end of the exchange.
-        If the plan has an interval (``with_timing``), of a step in between, and of the exchange behind the optimizer. If it has
-        a delay, exposed_s is what was waited for the exchange before, and so are communication_s, encode_s and payload_bytes.
-    communication_s: time in which something was under way; of the rank that waited least for the others.
+    plan: name of the plan that exchanged it. elements, ready_s: of every bucket, how many elements
+        it has and how long before the last gradient it was ready, s <= 0.
+    compute_s: from the end of the exchange before to the last gradient. exposed_s: from there to
+        the end of the exchange. If the plan has an interval (``with_timing``), of a step in
+        between, and of the exchange behind the optimizer. If it has a delay, exposed_s is what was
+        waited for the exchange before, and so are communication_s, encode_s and payload_bytes.
+    communication_s: time in which something was under way; of the rank that waited least for the
+    others.
     encode_s: spent on coding. payload_bytes: what a rank sent.
-    latency_s: of an empty direct exchange among all ranks. ring_share: mean of the ranks' round-trip times over the largest.
-    lost: by name of a plan, share of the newest gradients' energy that it would not send; empty if none was taken.
-    gradients: samples of rank 0's own gradients, of every bucket (``control.plans.gradient_sample``); empty if none was taken.
+    latency_s: of an empty direct exchange among all ranks. ring_share: mean of the ranks'
+    round-trip times over the largest. lost: by name of a plan, share of the newest gradients'
+    energy that it would not send; empty if none was taken. gradients: samples of rank 0's own
+    gradients, of every bucket (``control.plans.gradient_sample``); empty if none was taken.
     lr_change: the learning rate over that of the step that was told before.
     """
 
@@ -40,8 +45,9 @@ class Observation:
 
 
 def with_timing(plan: str, interval: int = 0, delay: int = 0) -> str:
-    """Name of a plan by which parameters are exchanged every ``interval`` steps, or gradients in every step, if that is 0. The
-    mean is applied so many exchanges later as ``delay`` says: int8, int8/4, int8+1, int8/4+1."""
+    """Name of a plan by which parameters are exchanged every ``interval`` steps, or gradients in
+    every step, if that is 0. The mean is applied so many exchanges later as ``delay`` says: int8,
+    int8/4, int8+1, int8/4+1."""
     return plan + (f"/{interval}" if interval else "") + (f"+{delay}" if delay else "")
 
 
@@ -55,7 +61,8 @@ def split_timing(name: str) -> tuple[str, int, int]:
 def timings(intervals: Sequence[int], delays: Sequence[int]) -> list[tuple[int, int]]:
     """(interval, delay), as names have them, of all that the options leave to choose from.
 
-    intervals: 1 for every step, in which gradients are exchanged, or parameters with a delay: without one that is no different.
+    intervals: 1 for every step, in which gradients are exchanged, or parameters with a delay:
+    without one that is no different.
     """
     found = [(interval if interval > 1 else 0, delay) for interval in intervals for delay in delays]
     return found + [(1, delay) for delay in delays if delay and 1 in intervals]

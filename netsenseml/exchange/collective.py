@@ -25,21 +25,24 @@ def all_reduce_mean(
     feedback: bool = True,
     memory: ErrorFeedback | None = None,
 ) -> Future[torch.Tensor]:
-    """Replace ``tensor`` by its mean over the ranks of ``mesh``, as ``plan`` has it; returns at once.
+    """Replace ``tensor`` by its mean over the ranks of ``mesh``, as ``plan`` has it; returns at
+    once.
 
         work = all_reduce_mean(gradient, "fc1", DirectAllReduce(Codec("int4")), mesh)
         work.wait()
 
-    tensor: shape (n,), contiguous, floating point, on any device; not to be touched before the work is done. Call it on all
-        ranks in the same order, with the same plan and as many elements. The result is the same bit by bit on all of them.
-    key: finds the residual, which is what earlier plans did not send of earlier tensors of this key: sent + new residual =
-        tensor + old residual. Without ``feedback`` nothing is kept, and what is not sent is lost.
+    tensor: shape (n,), contiguous, floating point, on any device; not to be touched before the work
+        is done. Call it on all ranks in the same order, with the same plan and as many elements.
+        The result is the same bit by bit on all of them.
+    key: finds the residual, which is what earlier plans did not send of earlier tensors of this
+        key: sent + new residual = tensor + old residual. Without ``feedback`` nothing is kept, and
+        what is not sent is lost.
     memory: has the residuals, in place of the mesh's.
     statistics: is told bytes, times (by its ``settle``) and the energy that was not sent.
 
-    When not to use it: where nothing is to be saved, ``torch.distributed.all_reduce`` does the same with nothing around it.
-    The future raises what a collective raised; after that the mesh is of no use. Of an accelerator, ``wait`` makes its current
-    stream wait for the result.
+    When not to use it: where nothing is to be saved, ``torch.distributed.all_reduce`` does the same
+    with nothing around it. The future raises what a collective raised; after that the mesh is of no
+    use. Of an accelerator, ``wait`` makes its current stream wait for the result.
     """
     mesh.sequence += 1
     statistics = statistics or StepStatistics(mesh.ranks)
@@ -51,10 +54,14 @@ def all_reduce_mean(
 
 
 def _as_it_is(
-    tensor: torch.Tensor, key: Key, mesh: Mesh, statistics: StepStatistics, memory: ErrorFeedback | None
+    tensor: torch.Tensor,
+    key: Key,
+    mesh: Mesh,
+    statistics: StepStatistics,
+    memory: ErrorFeedback | None,
 ) -> Future[torch.Tensor]:
-    """Ring all-reduce in the group of DDP, launched on the caller's thread, where nothing of the caller's can be overtaken, or
-    beside it, where Gloo must wait for a device.
+    """Ring all-reduce in the group of DDP, launched on the caller's thread, where nothing of the
+    caller's can be overtaken, or beside it, where Gloo must wait for a device.
     """
     if memory is not None:
         add_residual(tensor, key, memory, statistics)
@@ -63,8 +70,11 @@ def _as_it_is(
     return mesh.scheduler.submit(_ring(tensor, mesh, statistics), tensor.device)
 
 
-def add_residual(tensor: torch.Tensor, key: Key, memory: ErrorFeedback, statistics: StepStatistics) -> None:
-    """Add what earlier plans have left behind to ``tensor``, all of which is sent now, or needs no sending.
+def add_residual(
+    tensor: torch.Tensor, key: Key, memory: ErrorFeedback, statistics: StepStatistics
+) -> None:
+    """Add what earlier plans have left behind to ``tensor``, all of which is sent now, or needs no
+    sending.
 
     It is spread over the next steps, and its memory is freed when there is no more.
     """
@@ -81,7 +91,9 @@ def add_residual(tensor: torch.Tensor, key: Key, memory: ErrorFeedback, statisti
         statistics.lose(0.0, norm(before) ** 2, ratio)
 
 
-def _launch(tensor: torch.Tensor, group: dist.ProcessGroup, statistics: StepStatistics) -> Future[torch.Tensor]:
+def _launch(
+    tensor: torch.Tensor, group: dist.ProcessGroup, statistics: StepStatistics
+) -> Future[torch.Tensor]:
     sent = all_reduce_bytes(tensor.nbytes, group.size())
     return statistics.launch(lambda: ring_mean(tensor, group), sent, elements=tensor.numel())
 
@@ -109,7 +121,9 @@ def _exchange(
             source = tensor.to(torch.float32, copy=True)
         before = sample(source)
     out = tensor if tensor.dtype == source.dtype else torch.empty_like(source)
-    context = Context(mesh, statistics, number, out, Sent(), mesh.rank, (mesh.stage(0), mesh.stage(1)))
+    context = Context(
+        mesh, statistics, number, out, Sent(), mesh.rank, (mesh.stage(0), mesh.stage(1))
+    )
     mean = yield from plan.exchange(source, context)
     with statistics.coding():
         lost, scale = energy_lost(before, source), context.sent.residual_scale

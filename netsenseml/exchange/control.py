@@ -19,13 +19,16 @@ _FROM_RANK_0.rootRank = 0
 class ControlChannel:
     """Rounds of measurements and decisions, each launched at once and taken later.
 
-    A round is an all-to-all of every rank's measurements, and rank 0's answer to all. Both are direct, so that a round takes
-    two latency terms; and as the first is nearly empty and all wait for all in it, it measures what a direct exchange takes at
-    least.
+    A round is an all-to-all of every rank's measurements, and rank 0's answer to all. Both are
+    direct, so that a round takes two latency terms; and as the first is nearly empty and all wait
+    for all in it, it measures what a direct exchange takes at least.
     """
 
-    def __init__(self, mesh: Mesh, decide: Callable[[list[list[float]]], bytes], answer_bytes: int) -> None:
-        """decide: called on rank 0, on a thread of its own, with a row of every rank; returns the answer."""
+    def __init__(
+        self, mesh: Mesh, decide: Callable[[list[list[float]]], bytes], answer_bytes: int
+    ) -> None:
+        """decide: called on rank 0, on a thread of its own, with a row of every rank; returns the
+        answer."""
         self._rank, self._ranks, self._decide = mesh.rank, mesh.ranks, decide
         self._answer_bytes = answer_bytes
         self._groups: tuple[dist.ProcessGroup, ...] = mesh.stage(2), mesh.stage(3)
@@ -34,12 +37,13 @@ class ControlChannel:
         """Of the newest round that is over: of its first part, on this rank."""
 
     def report(self, measured: list[float]) -> Future[torch.Tensor]:
-        """Begin a round; as many values on every rank. The future has rank 0's answer, shape (bytes,), uint8."""
+        """Begin a round; as many values on every rank. The future has rank 0's answer, shape
+        (bytes,), uint8."""
         return self._scheduler.submit(self._round(measured))
 
     def send(self, tensor: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Send every rank its part of a tensor, shape (n,), n a multiple of the ranks; returns what arrived and how long it
-        took, s."""
+        """Send every rank its part of a tensor, shape (n,), n a multiple of the ranks; returns what
+        arrived and how long it took, s."""
         began_s, arrived = monotonic_s(), torch.empty_like(tensor)
         self._groups[0].alltoall_base(arrived, tensor, [], [], _DIRECT).wait()
         return arrived, monotonic_s() - began_s
@@ -53,7 +57,8 @@ class ControlChannel:
         mine = torch.frombuffer(array("d", measured * self._ranks), dtype=torch.float64)
         rows = torch.empty(self._ranks, len(measured), dtype=torch.float64)
         began_s = monotonic_s()
-        # What all_to_all_single and scatter do, without their checks: they would take longer than all else here.
+        # What all_to_all_single and scatter do, without their checks: they would take longer than
+        # all else here.
         yield self._groups[0].alltoall_base(rows, mine, [], [], _DIRECT).get_future()
         self.latency_s = monotonic_s() - began_s
         answer = torch.empty(self._answer_bytes, dtype=torch.uint8)

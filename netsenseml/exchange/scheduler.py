@@ -14,7 +14,8 @@ from torch.futures import Future
 from netsenseml.streams import record_event
 
 Exchange = Generator[Future[torch.Tensor], torch.Tensor, torch.Tensor]
-"""The exchange of one tensor: yields the collectives that it launched, one after another, and returns the result."""
+"""The exchange of one tensor: yields the collectives that it launched, one after another, and
+returns the result."""
 
 _CPU = torch.device("cpu")
 
@@ -22,16 +23,18 @@ _CPU = torch.device("cpu")
 class Scheduler:
     """Runs exchanges so that every rank launches its collectives in the same order.
 
-    Collectives of one process group match by their order. Tensors are submitted in the same order everywhere, but when a
-    collective completes is different on every rank. So each stage of an exchange has a process group of its own, and the
-    exchanges pass every stage in the order of their submission, whichever completed first.
+    Collectives of one process group match by their order. Tensors are submitted in the same order
+    everywhere, but when a collective completes is different on every rank. So each stage of an
+    exchange has a process group of its own, and the exchanges pass every stage in the order of
+    their submission, whichever completed first.
 
-    Nothing here ever waits for a collective: a thread of Gloo that waited in a callback could be the one that is needed.
-    The thread is started by the first exchange.
+    Nothing here ever waits for a collective: a thread of Gloo that waited in a callback could be
+    the one that is needed. The thread is started by the first exchange.
 
-    On an accelerator, an exchange begins once the stream in which its tensor is made has come so far; another thread waits for
-    that, as the CPU may submit all tensors of a backward long before. It works in a stream of its own, beside backward, and
-    its future makes the streams of those wait that wait for it.
+    On an accelerator, an exchange begins once the stream in which its tensor is made has come so
+    far; another thread waits for that, as the CPU may submit all tensors of a backward long before.
+    It works in a stream of its own, beside backward, and its future makes the streams of those wait
+    that wait for it.
     """
 
     def __init__(self) -> None:
@@ -46,7 +49,8 @@ class Scheduler:
         self._waiter: threading.Thread | None = None
 
     def submit(self, exchange: Exchange, device: torch.device = _CPU) -> Future[torch.Tensor]:
-        """Run an exchange of a tensor on ``device``; the future has its result, or what it raised."""
+        """Run an exchange of a tensor on ``device``; the future has its result, or what it
+        raised."""
         if self._thread is None:
             self._thread = _start(self._run, "exchange")
         tensor = _InFlight(exchange, device)
@@ -59,7 +63,8 @@ class Scheduler:
         return tensor.done
 
     def close(self) -> None:
-        """End the threads, after all that was submitted, as they may hold process groups. What fails ends, too."""
+        """End the threads, after all that was submitted, as they may hold process groups. What
+        fails ends, too."""
         if self._waiter is not None:
             self._unready.put(None)
             self._waiter.join()
@@ -129,12 +134,15 @@ class Scheduler:
             return contextlib.nullcontext()
         accelerator = torch.get_device_module(device)
         if device not in self._streams:
-            accelerator.set_device(device)  # or going back to another device's stream would take memory there
-            self._streams[device] = accelerator.Stream(device, priority=-1)  # a little work that others wait for
+            # or going back to another device's stream would take memory there
+            accelerator.set_device(device)
+            # a little work that others wait for
+            self._streams[device] = accelerator.Stream(device, priority=-1)
         return accelerator.stream(self._streams[device])
 
     def _fail(self, tensor: "_InFlight", error: BaseException) -> None:
-        """Neither this nor any other goes on: collectives that follow would not match those of other ranks."""
+        """Neither this nor any other goes on: collectives that follow would not match those of
+        other ranks."""
         self._failure = str(error)
         failed = [tensor, *chain.from_iterable(self._stages)]
         self._count(-len(failed))
@@ -150,7 +158,8 @@ class Scheduler:
 
 
 class _InFlight:
-    """A tensor on its way. stage: number of the collective that it waits for, -1 before the first. ready: when it is made."""
+    """A tensor on its way. stage: number of the collective that it waits for, -1 before the first.
+    ready: when it is made."""
 
     def __init__(self, exchange: Exchange, device: torch.device) -> None:
         self.exchange, self.device = exchange, device

@@ -1,7 +1,7 @@
 """Methods of exchanging gradients, by name.
 
-A method of your own is a class with the interface of ``Method``, named as ``package.module:Class`` or registered as an
-entry point of the group ``netsenseml.methods``.
+A method of your own is a class with the interface of ``Method``, named as ``package.module:Class``
+or registered as an entry point of the group ``netsenseml.methods``.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,11 +43,15 @@ METHODS: Mapping[str, Callable[..., Method]] = {
 }
 
 
-def make_method(name: str, module: nn.Module, group: dist.ProcessGroup, options: Mapping[str, Any]) -> Method:
-    """The method called ``name``; raises ValueError, one line, for a name or an option that does not exist, and for a model
-    whose gradients it cannot exchange."""
+def make_method(
+    name: str, module: nn.Module, group: dist.ProcessGroup, options: Mapping[str, Any]
+) -> Method:
+    """The method called ``name``; raises ValueError, one line, for a name or an option that does
+    not exist, and for a model whose gradients it cannot exchange."""
     resolved = check_method(name, options)
-    made = METHODS.get(name) or (load(name) if is_import_path(name) else registered_methods()[name].load())
+    made = METHODS.get(name) or (
+        load(name) if is_import_path(name) else registered_methods()[name].load()
+    )
     _check_gradients(name, made, module)
     method: Method = made(module, group, **resolved)
     return method
@@ -57,11 +61,14 @@ def _check_gradients(name: str, method: Any, module: nn.Module) -> None:
     for path, layer in module.named_modules():
         if getattr(layer, "sparse", False) is True:
             raise ValueError(
-                f"{path or 'the model'} has sparse gradients, which no communication hook gets right; set sparse=False"
+                f"{path or 'the model'} has sparse gradients, which no communication hook gets"
+                " right; set sparse=False"
             )
     takes_complex = getattr(method, "takes_complex", True)
     for path, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         if parameter.is_complex() and not takes_complex:
-            raise ValueError(f"'{name}' cannot exchange complex gradients ({path}); choose allreduce")
+            raise ValueError(
+                f"'{name}' cannot exchange complex gradients ({path}); choose allreduce"
+            )

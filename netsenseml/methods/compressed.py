@@ -12,7 +12,14 @@ from torch.futures import Future
 from netsenseml.compress.codec import Codec, load_kernels
 from netsenseml.compress.feedback import ErrorFeedback
 from netsenseml.exchange.collective import all_reduce_mean
-from netsenseml.exchange.communicators import BySize, DirectAllReduce, Plan, RandomK, SparseAllGather, WideAllGather
+from netsenseml.exchange.communicators import (
+    BySize,
+    DirectAllReduce,
+    Plan,
+    RandomK,
+    SparseAllGather,
+    WideAllGather,
+)
 from netsenseml.exchange.mesh import Mesh
 from netsenseml.methods.base import Method
 from netsenseml.statistics import StepStatistics
@@ -39,7 +46,9 @@ class Compressed(Method):
         self.plan = plan
         self.memory = ErrorFeedback(module.named_parameters(), momentum=momentum, limit=limit)
         self._feedback = feedback
-        of_gradients = next((parameter.device for parameter in module.parameters() if parameter.requires_grad), None)
+        of_gradients = next(
+            (parameter.device for parameter in module.parameters() if parameter.requires_grad), None
+        )
         self.mesh = Mesh(group, memory=self.memory, device=of_gradients)
         self.steps = 0
         """Backwards so far."""
@@ -50,7 +59,9 @@ class Compressed(Method):
 
     def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
         statistics.scheme, key = self.plan.name, tuple(bucket.parameters())
-        return all_reduce_mean(bucket.buffer(), key, self.plan, self.mesh, statistics, feedback=self._feedback)
+        return all_reduce_mean(
+            bucket.buffer(), key, self.plan, self.mesh, statistics, feedback=self._feedback
+        )
 
     def rescale(self, factor: float, *, gradients: bool) -> None:
         self.memory.rescale(factor, velocity=gradients)
@@ -65,7 +76,11 @@ class Compressed(Method):
         self.mesh.close()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "sequence": self.mesh.sequence, "feedback": self.memory.state_dict()}
+        return {
+            "steps": self.steps,
+            "sequence": self.mesh.sequence,
+            "feedback": self.memory.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.steps, self.mesh.sequence = state["steps"], state["sequence"]
@@ -80,17 +95,24 @@ class Quantized(Compressed):
 
 
 class Qsgd(Compressed):
-    """QSGD (Alistarh et al., NeurIPS 2017): stochastic rounding and nothing else, as its error has mean zero.
+    """QSGD (Alistarh et al., NeurIPS 2017): stochastic rounding and nothing else, as its error has
+    mean zero.
 
     In its best form: a scale for every block of values, and exchanged in two phases.
     """
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, bits: int) -> None:
-        super().__init__(module, group, BySize(DirectAllReduce(Codec(f"int{bits}", stochastic=True))), feedback=False)
+        super().__init__(
+            module,
+            group,
+            BySize(DirectAllReduce(Codec(f"int{bits}", stochastic=True))),
+            feedback=False,
+        )
 
 
 class SignSgd(Compressed):
-    """Signs and a mean magnitude for every block, with error feedback (EF-signSGD, Karimireddy et al., ICML 2019).
+    """Signs and a mean magnitude for every block, with error feedback (EF-signSGD, Karimireddy et
+    al., ICML 2019).
 
     In two phases, with error feedback in both (DoubleSqueeze, Tang et al., ICML 2019).
     """
@@ -102,12 +124,15 @@ class SignSgd(Compressed):
 class TopK(Compressed):
     """The largest share ``ratio`` of every bucket."""
 
-    def __init__(self, module: nn.Module, group: dist.ProcessGroup, *, ratio: float, values: str) -> None:
+    def __init__(
+        self, module: nn.Module, group: dist.ProcessGroup, *, ratio: float, values: str
+    ) -> None:
         super().__init__(module, group, BySize(SparseAllGather(Codec(values, ratio))))
 
 
 class WideTopK(Compressed):
-    """The largest share ``ratio`` of every bucket in the form of the paper: 12 bytes a value, and backward waits meanwhile."""
+    """The largest share ``ratio`` of every bucket in the form of the paper: 12 bytes a value, and
+    backward waits meanwhile."""
 
     waits = True
 
@@ -128,14 +153,23 @@ class Random(Compressed):
 
 
 class Dgc(Compressed):
-    """Deep gradient compression (Lin et al., ICLR 2018): top-k of momentum-corrected gradients, with a warm-up.
+    """Deep gradient compression (Lin et al., ICLR 2018): top-k of momentum-corrected gradients,
+    with a warm-up.
 
-    Every rank applies the momentum to its own gradients, before the choice, and forgets it where it sent. Over the first
-    ``warmup`` steps the share falls from a quarter to ``ratio``, by the same factor each step.
+    Every rank applies the momentum to its own gradients, before the choice, and forgets it where it
+    sent. Over the first ``warmup`` steps the share falls from a quarter to ``ratio``, by the same
+    factor each step.
     """
 
     def __init__(
-        self, module: nn.Module, group: dist.ProcessGroup, *, ratio: float, values: str, momentum: float, warmup: int
+        self,
+        module: nn.Module,
+        group: dist.ProcessGroup,
+        *,
+        ratio: float,
+        values: str,
+        momentum: float,
+        warmup: int,
     ) -> None:
         self._ratio, self._values, self._warmup = ratio, values, warmup
         super().__init__(module, group, self._plan_at(0), momentum=momentum)

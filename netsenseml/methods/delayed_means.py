@@ -1,4 +1,5 @@
-"""Means of gradients that are applied a step later, so that their exchange is hidden behind that step's compute."""
+"""Means of gradients that are applied a step later, so that their exchange is hidden behind that
+step's compute."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -17,21 +18,27 @@ from netsenseml.statistics import StepStatistics
 
 
 class DelayedMeans:
-    """The exchange of a bucket lasts until the next step has computed the same bucket, and its mean is that step's:
+    """The exchange of a bucket lasts until the next step has computed the same bucket, and its mean
+    is that step's:
 
-        step t:  launch the exchange of g_t,  apply m_{t-1}, the mean of g_{t-1};  in the first one zeros
+        step t:  launch the exchange of g_t
+                 apply m_{t-1}, the mean of g_{t-1};  in the first one zeros
 
-    All ranks apply the same means, so replicas stay equal in every step with any optimizer, and nothing differs for evaluation
-    and checkpoints of the model. What was applied is the sum of the means but for the newest one, which ``give_back`` puts
-    into error feedback on every rank when delays end: so it is spread over the next steps, and not a step of twice the size.
+    All ranks apply the same means, so replicas stay equal in every step with any optimizer, and
+    nothing differs for evaluation and checkpoints of the model. What was applied is the sum of the
+    means but for the newest one, which ``give_back`` puts into error feedback on every rank when
+    delays end: so it is spread over the next steps, and not a step of twice the size.
 
-    A mean that is under way when the learning rate changes is worth as much as before, as is what error feedback keeps: it is
-    scaled by the old rate over the new one. After a rate has fallen at once to a tenth, the next step's gradients are ten times
-    as large, which clipping would cut away.
+    A mean that is under way when the learning rate changes is worth as much as before, as is what
+    error feedback keeps: it is scaled by the old rate over the new one. After a rate has fallen at
+    once to a tenth, the next step's gradients are ten times as large, which clipping would cut
+    away.
 
-    What a step of delay costs is in ``control.plans.step_progress``: with SGD so much that ``LocalSteps`` with an interval of
-    one step is the better way. To correct for what the parameters have moved meanwhile (DC-ASGD, Zheng et al., ICML 2017) was
-    not tried. A longer delay costs far more, and would need error feedback that lets two exchanges of one bucket be under way.
+    What a step of delay costs is in ``control.plans.step_progress``: with SGD so much that
+    ``LocalSteps`` with an interval of one step is the better way. To correct for what the
+    parameters have moved meanwhile (DC-ASGD, Zheng et al., ICML 2017) was not tried. A longer delay
+    costs far more, and would need error feedback that lets two exchanges of one bucket be under
+    way.
     """
 
     def __init__(self, named: Iterable[tuple[str, torch.Tensor]], mesh: Mesh) -> None:
@@ -40,7 +47,8 @@ class DelayedMeans:
         self._parameters = dict(named)
         self._under_way: dict[tuple[torch.Tensor, ...], _UnderWay] = {}
         self._landed: list[str] = []
-        """Of this backward: by which plans was exchanged what has landed in it; empty where that cost more, or nothing."""
+        """Of this backward: by which plans was exchanged what has landed in it; empty where that
+        cost more, or nothing."""
         self._spent: list[StepStatistics] = []
         """What that has cost which no step has been charged with yet."""
         self.waited_s = 0.0
@@ -56,13 +64,18 @@ class DelayedMeans:
             self.give_back()
 
     def measured(self, scheme: str) -> str:
-        """Name of the plan that the times of this backward, which goes by ``scheme``, tell of; empty if of several, or none."""
+        """Name of the plan that the times of this backward, which goes by ``scheme``, tell of;
+        empty if of several, or none."""
         names = set(self._landed if self._under_way or self._landed else [scheme])
         return names.pop() if len(names) == 1 else ""
 
-    def exchange(self, bucket: GradBucket, plan: Plan, statistics: StepStatistics) -> Future[torch.Tensor]:
+    def exchange(
+        self, bucket: GradBucket, plan: Plan, statistics: StepStatistics
+    ) -> Future[torch.Tensor]:
         gradient, key = bucket.buffer(), tuple(bucket.parameters())
-        if key not in self._under_way and any(not set(key).isdisjoint(other) for other in self._under_way):
+        if key not in self._under_way and any(
+            not set(key).isdisjoint(other) for other in self._under_way
+        ):
             self.give_back()  # DDP has rearranged its buckets
         before, began_s = self._under_way.pop(key, None), monotonic_s() - self._rescaled_s
         self._rescaled_s = 0.0
@@ -74,7 +87,8 @@ class DelayedMeans:
             self._spent += before.spent
         self.charge(statistics)
         scheme, spent = with_timing(plan.name, delay=1), statistics.separate()
-        if isinstance(plan, RingAllReduce):  # residuals are added on this thread then, and so not while another works with them
+        # residuals are added on this thread then, and so not while another works with them
+        if isinstance(plan, RingAllReduce):
             for one in self._under_way.values():
                 if one.scheme != scheme:
                     one.mean.wait()
@@ -89,15 +103,18 @@ class DelayedMeans:
             statistics.include(one)
 
     def rescale(self, factor: float) -> None:
-        """Before a backward, and before what error feedback keeps is rescaled, with which exchanges that are under way work:
-        wait for them. Their means are to be ``factor`` times as large."""
+        """Before a backward, and before what error feedback keeps is rescaled, with which exchanges
+        that are under way work: wait for them. Their means are to be ``factor`` times as large."""
         if not self._under_way:
             return
         began_s = monotonic_s()
         for one in self._under_way.values():
             one.mean.wait()
         self._rescaled_s += monotonic_s() - began_s
-        self._under_way = {key: one._replace(mean=done(one.mean.wait() * factor)) for key, one in self._under_way.items()}
+        self._under_way = {
+            key: one._replace(mean=done(one.mean.wait() * factor))
+            for key, one in self._under_way.items()
+        }
 
     def give_back(self) -> None:
         """Wait for all that is under way, and leave it to error feedback."""
@@ -118,12 +135,18 @@ class DelayedMeans:
             self._spent += one.spent
             self._under_way[key] = one._replace(spent=[])
         self.charge(statistics)
-        # A rank may close the mesh now, in which others may still be waiting for what they have yet to read.
-        self._mesh.group.allreduce([torch.zeros(1, device=next(iter(self._parameters.values())).device)]).wait()
+        # A rank may close the mesh now, in which others may still be waiting for what they have yet
+        # to read.
+        self._mesh.group.allreduce(
+            [torch.zeros(1, device=next(iter(self._parameters.values())).device)]
+        ).wait()
 
     def state_dict(self) -> dict[str, Any]:
         names = {parameter: name for name, parameter in self._parameters.items()}
-        under_way = [([names[p] for p in key], one.scheme, one.mean.wait().clone()) for key, one in self._under_way.items()]
+        under_way = [
+            ([names[p] for p in key], one.scheme, one.mean.wait().clone())
+            for key, one in self._under_way.items()
+        ]
         return {"under_way": under_way}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -24,31 +24,39 @@ from netsenseml.statistics import StepStatistics
 
 
 class DeMo(Compressed):
-    """DeMo (Peng, Quesnelle and Kingma, arXiv 2411.19870): every rank has its own momentum, and shares what is largest in it.
+    """DeMo (Peng, Quesnelle and Kingma, arXiv 2411.19870): every rank has its own momentum, and
+    shares what is largest in it.
 
-        m_r <- decay m_r + g_r,  q_r = the topk largest DCT coefficients of every square of m_r,  m_r <- m_r - q_r
+        m_r <- decay m_r + g_r
+        q_r = the topk largest DCT coefficients of every square of m_r
+        m_r <- m_r - q_r
 
-    All ranks step by the mean q of q_r. So it is an exchange of gradients in every step, with the momentum as its memory, and
-    is done in backward. The defaults are those of the authors' program: decay 0.999, and 32 coefficients of a square of 64 by
-    64 of a matrix. Of a side that 64 does not divide it takes the largest divisor below; a convolution is a matrix of its first
-    dimension by all others.
+    All ranks step by the mean q of q_r. So it is an exchange of gradients in every step, with the
+    momentum as its memory, and is done in backward. The defaults are those of the authors' program:
+    decay 0.999, and 32 coefficients of a square of 64 by 64 of a matrix. Of a side that 64 does not
+    divide it takes the largest divisor below; a convolution is a matrix of its first dimension by
+    all others.
 
-    The paper's optimizer is SGD by sign(q), without a momentum but m. Ours is the user's, and ``update`` is what it is given as
-    gradient: ``sign`` sign(q), ``mean`` q, ``auto`` the first if the optimizer is adaptive, as Adam, and the second if not.
-    The learning rate of Adam counts in units of parameters, as the paper's does: of signs its second moment is 1, so that AdamW
-    with beta1 = 0 makes the paper's step, with its weight decay. A beta1 of its own would average the signs, which are those of
-    other components in every step, and was worse (small GPT on text, 300 steps: loss 2.41 instead of 2.17). The testbed's
-    worker takes it away, as it does for dgc; so should a script. The learning rate of SGD counts in units of gradients, which
-    signs are not: with ``mean`` it keeps its momentum, and q is but a compressed gradient. As an optimizer shows what it is by
-    stepping, the first step of ``auto`` is by q, of which Adam makes sign(q).
+    The paper's optimizer is SGD by sign(q), without a momentum but m. Ours is the user's, and
+    ``update`` is what it is given as gradient: ``sign`` sign(q), ``mean`` q, ``auto`` the first if
+    the optimizer is adaptive, as Adam, and the second if not. The learning rate of Adam counts in
+    units of parameters, as the paper's does: of signs its second moment is 1, so that AdamW with
+    beta1 = 0 makes the paper's step, with its weight decay. A beta1 of its own would average the
+    signs, which are those of other components in every step, and was worse (small GPT on text, 300
+    steps: loss 2.41 instead of 2.17). The testbed's worker takes it away, as it does for dgc; so
+    should a script. The learning rate of SGD counts in units of gradients, which signs are not:
+    with ``mean`` it keeps its momentum, and q is but a compressed gradient. As an optimizer shows
+    what it is by stepping, the first step of ``auto`` is by q, of which Adam makes sign(q).
 
-    How many coefficients it takes depends on the model: after 1000 steps of the small GPT of experiments/bench/demo_text.py the
-    loss was 1.274 with AdamW, 1.277 with topk 256 (a 19th of the bytes), and 1.377 with the authors' 32 (a 91st), each with the
-    better of two learning rates, and one seed.
+    How many coefficients it takes depends on the model: after 1000 steps of the small GPT of
+    experiments/bench/demo_text.py the loss was 1.274 with AdamW, 1.277 with topk 256 (a 19th of the
+    bytes), and 1.377 with the authors' 32 (a 91st), each with the better of two learning rates, and
+    one seed.
 
-    Of a coefficient that only some ranks send, the others count as 0; the authors' program takes the mean of those that do. The
-    transforms are matrix products, whose last bits may differ from one kind of processor to another: the replicas are the same
-    bit by bit among processors of one kind.
+    Of a coefficient that only some ranks send, the others count as 0; the authors' program takes
+    the mean of those that do. The transforms are matrix products, whose last bits may differ from
+    one kind of processor to another: the replicas are the same bit by bit among processors of one
+    kind.
     """
 
     takes_shards = False
@@ -92,10 +100,11 @@ class DeMo(Compressed):
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """Every rank sends the largest DCT coefficients of every chunk to all others: (N - 1) c bytes for c coded bytes, 1 latency
-    term, N - 1 round a ring.
+    """Every rank sends the largest DCT coefficients of every chunk to all others: (N - 1) c bytes
+    for c coded bytes, 1 latency term, N - 1 round a ring.
 
-    shapes: of the parameters that the tensor consists of. sign: the result is the mean's signs, as floating point.
+    shapes: of the parameters that the tensor consists of. sign: the result is the mean's signs, as
+    floating point.
     """
 
     shapes: tuple[torch.Size, ...]
@@ -116,7 +125,13 @@ class Coefficients:
 
     def _parts(self, tensor: torch.Tensor) -> "list[tuple[Squares, torch.Tensor]]":
         """Of the tensor: a parameter each."""
-        return list(zip(self._squares, tensor.split([square.rows * square.columns for square in self._squares]), strict=True))
+        return list(
+            zip(
+                self._squares,
+                tensor.split([square.rows * square.columns for square in self._squares]),
+                strict=True,
+            )
+        )
 
     @property
     def elements(self) -> int:
@@ -143,10 +158,15 @@ class Coefficients:
         rows = yield statistics.launch(send, sent, elements=self.elements)
         with statistics.coding():
             mean = coefficients.zero_()
-            for row in rows:  # rank after rank, so that the additions have the same order everywhere
+            # rank after rank, so that the additions have the same order everywhere
+            for row in rows:
                 add_decoded(row, mean, 1 / ranks)
             result = context.out.copy_(self.invert(mean))
-            return torch.where(result.isnan(), result, result.sign(), out=result) if self.sign else result
+            return (
+                torch.where(result.isnan(), result, result.sign(), out=result)
+                if self.sign
+                else result
+            )
 
     def transform(self, tensor: torch.Tensor) -> torch.Tensor:
         """Coefficients of a tensor, shape (n,), square after square; likewise."""
@@ -160,7 +180,10 @@ class Coefficients:
         """Positions of the largest of every square, ascending, int64."""
         parts, begin = [], 0
         for square, part in self._parts(coefficients):
-            parts.append(begin + largest_in_chunks(part, square.size, min(self.topk, square.size) / square.size))
+            parts.append(
+                begin
+                + largest_in_chunks(part, square.size, min(self.topk, square.size) / square.size)
+            )
             begin += len(part)
         return torch.cat(parts)
 
@@ -185,7 +208,8 @@ class Squares:
         return self.rows * self.columns // self.size
 
     def transform(self, part: torch.Tensor) -> torch.Tensor:
-        """Orthonormal DCT-II of every square, in both directions: shape (n,), row after row -> square after square."""
+        """Orthonormal DCT-II of every square, in both directions: shape (n,), row after row ->
+        square after square."""
         down, across = (basis(side, part.device) for side in (self.height, self.width))
         bands = down @ part.view(-1, self.height, self.columns)
         cut = bands.view(len(bands), self.height, -1, self.width) @ across.T
@@ -201,10 +225,15 @@ class Squares:
 
 @cache
 def squares(shape: torch.Size, chunk: int) -> Squares:
-    """How a parameter, which is not empty, is cut: sides are the largest divisors of its own up to ``chunk``."""
+    """How a parameter, which is not empty, is cut: sides are the largest divisors of its own up to
+    ``chunk``."""
     rows = shape[0] if len(shape) > 1 else 1
     columns = shape.numel() // rows
-    return Squares(rows, columns, *(next(n for n in range(chunk, 0, -1) if side % n == 0) for side in (rows, columns)))
+    return Squares(
+        rows,
+        columns,
+        *(next(n for n in range(chunk, 0, -1) if side % n == 0) for side in (rows, columns)),
+    )
 
 
 @cache

@@ -7,12 +7,14 @@ from netsenseml.methods.local import LocalUpdates, plan_of
 
 
 class DiLoCo(LocalUpdates):
-    """DiLoCo (Douillard et al., arXiv 2311.08105): the outer optimizer is SGD with Nesterov's momentum, by default with the
-    authors' 500 inner steps, lr 0.7 and momentum 0.9. Their inner optimizer is AdamW; any other does.
+    """DiLoCo (Douillard et al., arXiv 2311.08105): the outer optimizer is SGD with Nesterov's
+    momentum, by default with the authors' 500 inner steps, lr 0.7 and momentum 0.9. Their inner
+    optimizer is AdamW; any other does.
 
-    With ``fragments`` and ``overlap`` it is Streaming DiLoCo (Douillard et al., arXiv 2501.18512): fragments of the model are
-    exchanged in turn, and mixed half and half with what the ranks have made of them meanwhile. Its authors send floating-point
-    numbers of 4 bits, here values: int4; their fragments are every so-manyth layer, ours are successive parameters.
+    With ``fragments`` and ``overlap`` it is Streaming DiLoCo (Douillard et al., arXiv 2501.18512):
+    fragments of the model are exchanged in turn, and mixed half and half with what the ranks have
+    made of them meanwhile. Its authors send floating-point numbers of 4 bits, here values: int4;
+    their fragments are every so-manyth layer, ours are successive parameters.
 
     ``values`` other than fp32 are sent in two phases with error feedback, which neither paper has.
     """

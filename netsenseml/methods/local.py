@@ -1,4 +1,5 @@
-"""Local updates: every rank trains by itself, and now and then all exchange how far they have come."""
+"""Local updates: every rank trains by itself, and now and then all exchange how far they have
+come."""
 
 import contextlib
 from collections import deque
@@ -22,28 +23,35 @@ from netsenseml.statistics import StepStatistics
 
 
 class LocalUpdates(Method):
-    """Ranks step by their own gradients, and exchange parameters behind every ``inner_steps``-th step.
+    """Ranks step by their own gradients, and exchange parameters behind every ``inner_steps``-th
+    step.
 
-    x is what all ranks had in common last, y_r what rank r has made of it since; x - y_r is its *pseudo-gradient*:
+    x is what all ranks had in common last, y_r what rank r has made of it since; x - y_r is its
+    *pseudo-gradient*:
 
         g = mean of x - y_r over the ranks,  u <- m u + g,  x <- x - outer_lr (g + m u),  y_r <- x
 
-    with m = ``outer_momentum``: Nesterov's momentum as torch.optim.SGD has it. With outer_lr = 1 and m = 0, x becomes the mean
-    of the ranks' parameters. What their optimizers keep stays their own.
+    with m = ``outer_momentum``: Nesterov's momentum as torch.optim.SGD has it. With outer_lr = 1
+    and m = 0, x becomes the mean of the ranks' parameters. What their optimizers keep stays their
+    own.
 
-    The model may be exchanged in ``fragments`` of about as many elements, one after another at even intervals, so that less has
-    to cross the network at once. Each may be under way for ``overlap`` steps, in which the ranks train on; then
+    The model may be exchanged in ``fragments`` of about as many elements, one after another at even
+    intervals, so that less has to cross the network at once. Each may be under way for ``overlap``
+    steps, in which the ranks train on; then
 
         y_r <- mixing y_r + (1 - mixing) x
 
-    With either, the ranks' parameters differ at all times, and only ``synchronize`` makes them equal.
+    With either, the ranks' parameters differ at all times, and only ``synchronize`` makes them
+    equal.
 
-    x and u are kept in float32, or in the parameters' own type if that is wider. Floating-point buffers, such as the running
-    statistics of normalisation, become their mean with the last fragment; until then each rank has its own, as DDP shares none.
-    A gradient that is not finite makes the parameters of its own rank so, and at the next exchange those of all; nothing of it
+    x and u are kept in float32, or in the parameters' own type if that is wider. Floating-point
+    buffers, such as the running statistics of normalisation, become their mean with the last
+    fragment; until then each rank has its own, as DDP shares none. A gradient that is not finite
+    makes the parameters of its own rank so, and at the next exchange those of all; nothing of it
     stays in u and in the residuals. Who sets parameters from outside must set this state, too.
 
-    Every session.step() counts as a step, also one that a GradScaler left out, lest the ranks lose count of each other.
+    Every session.step() counts as a step, also one that a GradScaler left out, lest the ranks lose
+    count of each other.
     """
 
     takes_complex = False
@@ -66,7 +74,8 @@ class LocalUpdates(Method):
         overlap: int = 0,
         mixing: float = 0.0,
     ) -> None:
-        """scheme: of an exchange in the records. Raises ValueError, one line, for a model that cannot be exchanged so."""
+        """scheme: of an exchange in the records. Raises ValueError, one line, for a model that
+        cannot be exchanged so."""
         super().__init__(module, group)
         self._scheme = scheme
         self._inner_steps, self._overlap, self._mixing = inner_steps, overlap, mixing
@@ -74,7 +83,10 @@ class LocalUpdates(Method):
         self._outer_lr, self._outer_momentum = outer_lr, outer_momentum
         trained, self._buffers = exchanged(module)
         if fragments > len(trained):
-            raise ValueError(f"fragments must be at most {len(trained)}, as the model has no more parameters, not {fragments}")
+            raise ValueError(
+                f"fragments must be at most {len(trained)}, as the model has no more parameters,"
+                f" not {fragments}"
+            )
         self.parts = _even_parts(trained, fragments)
         """Parameters of every fragment."""
         load_kernels(trained[0].device)  # or the first exchange would
@@ -85,13 +97,16 @@ class LocalUpdates(Method):
         self._equal_at = 0
         """After so many of them, all ranks had the same parameters."""
         self._ended = 0
-        """Steps that ended without ``after_step``. One may, as a script may load a checkpoint after a first backward."""
+        """Steps that ended without ``after_step``. One may, as a script may load a checkpoint after
+        a first backward."""
         self._aside: list[torch.Tensor] | None = None
         """What this rank has made of the model, while that has what is in common."""
         self._fragments: list[SharedState] = []
         self._of_buffers: SharedState | None = None
         self._under_way: deque[_UnderWay] = deque()
-        self._before_training = module.register_forward_pre_hook(torch.compiler.disable(self._begin_training))
+        self._before_training = module.register_forward_pre_hook(
+            torch.compiler.disable(self._begin_training)
+        )
 
     def _begin_training(self, module: nn.Module, _: Any) -> None:
         """Before the first forward, as a checkpoint may be loaded until then."""
@@ -111,7 +126,8 @@ class LocalUpdates(Method):
 
     def end_step(self) -> None:
         self._ended += 1
-        if self._ended > 1 and torch._C._current_graph_task_id() >= 0:  # by a backward, which needs the parameters as they are
+        # by a backward, which needs the parameters as they are
+        if self._ended > 1 and torch._C._current_graph_task_id() >= 0:
             raise RuntimeError(STEP_IS_MISSING)
 
     def after_step(self, statistics: StepStatistics) -> None:
@@ -121,7 +137,11 @@ class LocalUpdates(Method):
         refuse_sharded(self.optimizers)
         self.steps += 1
         count, every = len(self._fragments), self._inner_steps
-        due = [number for number in range(count) if (self.steps - (number + 1) * every // count) % every == 0]
+        due = [
+            number
+            for number in range(count)
+            if (self.steps - (number + 1) * every // count) % every == 0
+        ]
         landed = False
         if due or self._under_way:
             with statistics.waiting():
@@ -147,7 +167,8 @@ class LocalUpdates(Method):
                 while self._under_way:
                     self._land(statistics, 0.0)
                 self._equal_at = self.steps
-            # A rank may close the mesh now, in which others may still be waiting for what they have yet to read.
+            # A rank may close the mesh now, in which others may still be waiting for what they have
+            # yet to read.
             self.group.allreduce([self._fragments[0].shared.new_zeros(1)]).wait()
 
     @contextlib.contextmanager
@@ -170,15 +191,26 @@ class LocalUpdates(Method):
         return [*self._fragments, *([self._of_buffers] if self._of_buffers is not None else [])]
 
     def _launch(self, number: int, statistics: StepStatistics) -> None:
-        fragment, spent, of_buffers = self._fragments[number], statistics.separate(), statistics.separate()
+        fragment, spent, of_buffers = (
+            self._fragments[number],
+            statistics.separate(),
+            statistics.separate(),
+        )
         gradient = self.exchange_mean(fragment, spent)
         buffers = None
         if self._of_buffers is not None and number == len(self._fragments) - 1:
-            drift = self._of_buffers.drift().nan_to_num_(nan=0.0)  # of an infinite one, as masks have
-            buffers = all_reduce_mean(drift, "buffers", RingAllReduce(), self.mesh, of_buffers, feedback=False)
-        self._under_way.append(_UnderWay(self.steps + self._overlap, number, gradient, buffers, spent, of_buffers))
+            # of an infinite one, as masks have
+            drift = self._of_buffers.drift().nan_to_num_(nan=0.0)
+            buffers = all_reduce_mean(
+                drift, "buffers", RingAllReduce(), self.mesh, of_buffers, feedback=False
+            )
+        self._under_way.append(
+            _UnderWay(self.steps + self._overlap, number, gradient, buffers, spent, of_buffers)
+        )
 
-    def exchange_mean(self, fragment: "SharedState", statistics: StepStatistics) -> Future[torch.Tensor]:
+    def exchange_mean(
+        self, fragment: "SharedState", statistics: StepStatistics
+    ) -> Future[torch.Tensor]:
         """Launch the exchange of a fragment's pseudo-gradient; the future has the mean."""
         drift = fragment.drift()
         return all_reduce_mean(drift, tuple(fragment.tensors), self.plan, self.mesh, statistics)
@@ -197,17 +229,24 @@ class LocalUpdates(Method):
         statistics.include(of_buffers)
         if statistics.lost_energy is None:
             statistics.lose(0.0, 1.0)
-        statistics.scheme = f"{self._scheme}, {self._overlap} late" if self._overlap else self._scheme
+        statistics.scheme = (
+            f"{self._scheme}, {self._overlap} late" if self._overlap else self._scheme
+        )
 
     def close(self) -> None:
         self._before_training.remove()
         self.mesh.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The parameters of this rank are in it where they are its own, so that one checkpoint of the model does for all
-        ranks."""
+        """The parameters of this rank are in it where they are its own, so that one checkpoint of
+        the model does for all ranks."""
         under_way = [  # first, as what they do not send is in the memory only then
-            (one.until, one.number, one.gradient.wait().clone(), one.buffers and one.buffers.wait().clone())
+            (
+                one.until,
+                one.number,
+                one.gradient.wait().clone(),
+                one.buffers and one.buffers.wait().clone(),
+            )
             for one in self._under_way
         ]
         return {
@@ -216,14 +255,20 @@ class LocalUpdates(Method):
             "sequence": self.mesh.sequence,
             "feedback": self.memory.state_dict(),
             "shared": [common.shared.clone() for common in self._all],
-            "velocity": [None if common.velocity is None else common.velocity.clone() for common in self._all],
-            "own": None if self._equal_at == self.steps else self._aside or [common.own() for common in self._all],
+            "velocity": [
+                None if common.velocity is None else common.velocity.clone() for common in self._all
+            ],
+            "own": (
+                None
+                if self._equal_at == self.steps
+                else self._aside or [common.own() for common in self._all]
+            ),
             "under_way": under_way,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Sets the model's parameters, too. Raises ValueError, one line, where the checkpoint is of another model, or of other
-        fragments."""
+        """Sets the model's parameters, too. Raises ValueError, one line, where the checkpoint is of
+        another model, or of other fragments."""
         if not self._fragments or not state["shared"]:  # that of before the first step
             self._take_over()
         for one in self._under_way:  # of steps that are not part of the checkpoint
@@ -231,59 +276,84 @@ class LocalUpdates(Method):
                 work.wait()
         sizes = [common.shared.numel() for common in self._all]
         if state["shared"] and [shared.numel() for shared in state["shared"]] != sizes:
-            raise ValueError("the checkpoint is of another model, or of another number of fragments; go on without it")
-        self.steps, self._equal_at, self.mesh.sequence = state["steps"], state["equal_at"], state["sequence"]
+            raise ValueError(
+                "the checkpoint is of another model, or of another number of fragments; go on"
+                " without it"
+            )
+        self.steps, self._equal_at, self.mesh.sequence = (
+            state["steps"],
+            state["equal_at"],
+            state["sequence"],
+        )
         self.memory.load_state_dict(state["feedback"])
-        for number, (shared, velocity) in enumerate(zip(state["shared"], state["velocity"], strict=True)):
+        for number, (shared, velocity) in enumerate(
+            zip(state["shared"], state["velocity"], strict=True)
+        ):
             common = self._all[number]
             common.shared.copy_(shared)
             common.velocity = None if velocity is None else velocity.to(common.shared, copy=True)
-            common.put(common.shared if state["own"] is None else state["own"][number].to(common.shared))
+            common.put(
+                common.shared if state["own"] is None else state["own"][number].to(common.shared)
+            )
         self._under_way = deque(
-            _UnderWay(until, number, done(gradient), None if buffers is None else done(buffers), *_nothing(self.mesh.ranks))
+            _UnderWay(
+                until,
+                number,
+                done(gradient),
+                None if buffers is None else done(buffers),
+                *_nothing(self.mesh.ranks),
+            )
             for until, number, gradient, buffers in state["under_way"]
         )
 
 
 STEP_IS_MISSING = (
-    "local updates exchange parameters in session.step(): call it after every optimizer.step(), and accumulate the gradients of"
-    " several backwards under no_sync()"
+    "local updates exchange parameters in session.step(): call it after every optimizer.step(), and"
+    " accumulate the gradients of several backwards under no_sync()"
 )
 
 
 def refuse_sharded(optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Raise ValueError, one line, for a ZeroRedundancyOptimizer: in every step it sends what each rank has made of its shard of
-    the parameters to all others, so that there are no local steps."""
+    """Raise ValueError, one line, for a ZeroRedundancyOptimizer: in every step it sends what each
+    rank has made of its shard of the parameters to all others, so that there are no local steps."""
     for optimizer in optimizers:
         if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
             raise ValueError(
-                "a ZeroRedundancyOptimizer makes no local steps; choose a method without them (netsense: interval=1 and "
-                "delay=0), or the optimizer that it shards"
+                "a ZeroRedundancyOptimizer makes no local steps; choose a method without them"
+                " (netsense: interval=1 and delay=0), or the optimizer that it shards"
             )
 
 
 def exchanged(module: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What local updates exchange of a model: parameters, and floating-point buffers. Raises ValueError, one line, where they
-    are on several devices."""
+    """What local updates exchange of a model: parameters, and floating-point buffers. Raises
+    ValueError, one line, where they are on several devices."""
     ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
-    trained: list[torch.Tensor] = [p for name, p in module.named_parameters() if p.requires_grad and name not in ignored]
-    buffers = [b for name, b in module.named_buffers() if b.is_floating_point() and name not in ignored]
+    trained: list[torch.Tensor] = [
+        p for name, p in module.named_parameters() if p.requires_grad and name not in ignored
+    ]
+    buffers = [
+        b for name, b in module.named_buffers() if b.is_floating_point() and name not in ignored
+    ]
     if len({tensor.device for tensor in (*trained, *buffers)}) > 1:
-        raise ValueError("local updates exchange a model as a whole, and this one is on several devices")
+        raise ValueError(
+            "local updates exchange a model as a whole, and this one is on several devices"
+        )
     return trained, buffers
 
 
 class SharedState:
     """Tensors of this rank, and what all ranks have had in common of them last.
 
-    shared: shape (n,), all of them after one another, in float32 or the widest of their types; velocity likewise, of the outer
-    momentum, or None.
+    shared: shape (n,), all of them after one another, in float32 or the widest of their types;
+    velocity likewise, of the outer momentum, or None.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.tensors = tensors
         self._sizes = [tensor.numel() for tensor in tensors]
-        self._dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+        self._dtype = reduce(
+            torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32
+        )
         self.shared = self.own()
         self.velocity: torch.Tensor | None = None
 
@@ -317,13 +387,14 @@ class SharedState:
 
 
 def plan_of(values: str) -> Plan:
-    """The best form of exchanging all elements in a type: as they are in a ring, or coded in two phases."""
+    """The best form of exchanging all elements in a type: as they are in a ring, or coded in two
+    phases."""
     return RingAllReduce() if values == "fp32" else BySize(DirectAllReduce(Codec(values)))
 
 
 class _UnderWay(NamedTuple):
-    """An exchange. until: step after which it is waited for. number: of the fragment. gradient, buffers: means to come. spent,
-    of_buffers: what they cost."""
+    """An exchange. until: step after which it is waited for. number: of the fragment. gradient,
+    buffers: means to come. spent, of_buffers: what they cost."""
 
     until: int
     number: int
@@ -339,7 +410,9 @@ def _nothing(ranks: int) -> tuple[StepStatistics, StepStatistics]:
 
 
 def done(value: torch.Tensor) -> Future[torch.Tensor]:
-    future: Future[torch.Tensor] = Future(devices=[value.device] if value.device.type != "cpu" else None)
+    future: Future[torch.Tensor] = Future(
+        devices=[value.device] if value.device.type != "cpu" else None
+    )
     future.set_result(value)
     return future
 
@@ -350,7 +423,9 @@ def _even_parts(tensors: Sequence[torch.Tensor], count: int) -> list[list[torch.
     for left in range(count, 0, -1):
         share = sum(tensor.numel() for tensor in rest) / left
         part = [rest.popleft()]
-        while len(rest) >= left and (left == 1 or sum(t.numel() for t in part) + rest[0].numel() / 2 <= share):
+        while len(rest) >= left and (
+            left == 1 or sum(t.numel() for t in part) + rest[0].numel() / 2 <= share
+        ):
             part.append(rest.popleft())
         parts.append(part)
     return parts

@@ -22,24 +22,31 @@ _KEY = "parameters"
 
 
 class LocalSteps:
-    """From ``begin`` on every rank steps by its own gradients, until ``end``; in between, ``exchange`` makes the model equal.
+    """From ``begin`` on every rank steps by its own gradients, until ``end``; in between,
+    ``exchange`` makes the model equal.
 
-    x is what all ranks had in common last, y_r what rank r has made of it since, e_r what it has not sent yet:
+    x is what all ranks had in common last, y_r what rank r has made of it since, e_r what it has
+    not sent yet:
 
         exchange:  e_r <- e_r + (x - y_r),  x <- x - mean of C(e_r),  e_r <- e_r - C(e_r),  y_r <- x
-        end:       x <- x - mean of (e_r + x - y_r),  e_r <- 0,  y_r <- x;  the state of the optimizers <- its mean
+        end:       x <- x - mean of (e_r + x - y_r),  e_r <- 0,  y_r <- x
+                   the state of the optimizers <- its mean
 
-    With a delay what an exchange has brought is taken behind the next one, and the ranks train on meanwhile (as in CO2, Sun et
-    al., ICLR 2024). d_r is what rank r has put in, which it keeps until then, and does not send again:
+    With a delay what an exchange has brought is taken behind the next one, and the ranks train on
+    meanwhile (as in CO2, Sun et al., ICLR 2024). d_r is what rank r has put in, which it keeps
+    until then, and does not send again:
 
-        exchange:  take what is under way: x <- x - mean of C(e_r), y_r <- y_r + d_r - mean of C(e_r);  then d_r <- x - y_r,
-                   e_r <- e_r + d_r,  launch C(e_r)
+        exchange:  take what is under way:
+                   x <- x - mean of C(e_r),  y_r <- y_r + d_r - mean of C(e_r)
+                   then d_r <- x - y_r,  e_r <- e_r + d_r,  launch C(e_r)
 
-    C is a plan. What e_r holds is a difference of parameters, and stays so when the learning rate changes. Between two
-    exchanges momentum and second moments are each rank's own, as in local SGD. At the end they become their mean, in float32:
-    or replicas that are equal would part again with the first step that all make by the same gradient. As a momentum is a sum
-    of gradients, its mean is what it would be had all ranks always had the mean gradient. For that, nothing may be in the
-    optimizers' ``state`` that differs between ranks and is neither a floating-point tensor nor a count of steps.
+    C is a plan. What e_r holds is a difference of parameters, and stays so when the learning rate
+    changes. Between two exchanges momentum and second moments are each rank's own, as in local SGD.
+    At the end they become their mean, in float32: or replicas that are equal would part again with
+    the first step that all make by the same gradient. As a momentum is a sum of gradients, its mean
+    is what it would be had all ranks always had the mean gradient. For that, nothing may be in the
+    optimizers' ``state`` that differs between ranks and is neither a floating-point tensor nor a
+    count of steps.
 
     Floating-point buffers become their mean with every exchange; until then each rank has its own.
     """
@@ -65,19 +72,28 @@ class LocalSteps:
         return self._common is not None
 
     def refuse(self, optimizers: Collection[torch.optim.Optimizer]) -> None:
-        """Raises ValueError, one line, for optimizers that make no local steps, or keep what has no mean."""
+        """Raises ValueError, one line, for optimizers that make no local steps, or keep what has no
+        mean."""
         refuse_sharded(optimizers)
         self._moments(optimizers)
 
     def begin(self, optimizers: Collection[torch.optim.Optimizer]) -> None:
-        """All ranks have the same parameters now. Raises ValueError, one line, where optimizers keep what has no mean."""
+        """All ranks have the same parameters now. Raises ValueError, one line, where optimizers
+        keep what has no mean."""
         self._moments(optimizers)
         self._common, self.steps, self._buffers_met = SharedState(self._trained), 0, False
 
     def exchange(
-        self, plan: Plan, scheme: str, statistics: StepStatistics, *, delayed: bool = False, sampling: bool = False
+        self,
+        plan: Plan,
+        scheme: str,
+        statistics: StepStatistics,
+        *,
+        delayed: bool = False,
+        sampling: bool = False,
     ) -> "Landed | None":
-        """Wait for the exchange, or, if ``delayed``, for the one before. Returns what the last has cost that was waited for.
+        """Wait for the exchange, or, if ``delayed``, for the one before. Returns what the last has
+        cost that was waited for.
 
         scheme: its name. sampling: with a sample of what this rank has to send.
         """
@@ -85,7 +101,9 @@ class LocalSteps:
         self._launch(plan, scheme, statistics, delayed=delayed, sampling=sampling)
         return landed if delayed else self._land(statistics)
 
-    def end(self, optimizers: Collection[torch.optim.Optimizer], statistics: StepStatistics) -> None:
+    def end(
+        self, optimizers: Collection[torch.optim.Optimizer], statistics: StepStatistics
+    ) -> None:
         """An exchange of all that there is, as it is."""
         assert self._common is not None
         self._land(statistics)
@@ -93,7 +111,9 @@ class LocalSteps:
         kept = self.memory.take(_KEY)
         if kept is not None:
             drift.add_(kept.to(drift))
-        mean = all_reduce_mean(drift, _KEY, RingAllReduce(), self._mesh, statistics, feedback=False).wait()
+        mean = all_reduce_mean(
+            drift, _KEY, RingAllReduce(), self._mesh, statistics, feedback=False
+        ).wait()
         self._common.descend(mean, 1.0, 0.0)
         self._common.put(self._common.shared)
         self._common, self.steps = None, 0
@@ -104,13 +124,15 @@ class LocalSteps:
             of_optimizers.put(self._mean(of_optimizers.own(), statistics))
 
     def synchronize(self, plan: Plan, statistics: StepStatistics) -> None:
-        """An exchange before its time, if one is to come; and no rank leaves before all have come."""
+        """An exchange before its time, if one is to come; and no rank leaves before all have
+        come."""
         self._land(statistics)
         if self._common is not None and self.steps:
             self.exchange(plan, plan.name, statistics)
         else:
             self._average_buffers(statistics)
-        # A rank may close the mesh now, in which others may still be waiting for what they have yet to read.
+        # A rank may close the mesh now, in which others may still be waiting for what they have yet
+        # to read.
         self._mesh.group.allreduce([self._trained[0].new_zeros(1)]).wait()
 
     @property
@@ -119,17 +141,26 @@ class LocalSteps:
 
     def _drift(self, common: SharedState) -> torch.Tensor:
         drift = common.drift()
-        return drift.nan_to_num_(nan=0.0) if common is self._buffers else drift  # of an infinite one, as masks have
+        # of an infinite one, as masks have
+        return drift.nan_to_num_(nan=0.0) if common is self._buffers else drift
 
-    def _launch(self, plan: Plan, scheme: str, statistics: StepStatistics, *, delayed: bool, sampling: bool) -> None:
-        """Nothing is under way. Unless ``delayed``, it is landed before the next step, and so nothing is kept for that."""
+    def _launch(
+        self, plan: Plan, scheme: str, statistics: StepStatistics, *, delayed: bool, sampling: bool
+    ) -> None:
+        """Nothing is under way. Unless ``delayed``, it is landed before the next step, and so
+        nothing is kept for that."""
         own = [self._drift(common) for common in self._every]
         gradient_samples = [start_to_host(gradient_sample(own[0]))] if sampling else []
         trained, *buffers = [drift.clone() for drift in own] if delayed else own
         spent, of_buffers = statistics.separate(), statistics.separate()
         means = [all_reduce_mean(trained, _KEY, plan, self._mesh, spent, memory=self.memory)]
-        means += [all_reduce_mean(one, None, RingAllReduce(), self._mesh, of_buffers, feedback=False) for one in buffers]
-        self._exchanges.append(_Exchange(own, means, Landed(scheme, spent, gradient_samples), of_buffers))
+        means += [
+            all_reduce_mean(one, None, RingAllReduce(), self._mesh, of_buffers, feedback=False)
+            for one in buffers
+        ]
+        self._exchanges.append(
+            _Exchange(own, means, Landed(scheme, spent, gradient_samples), of_buffers)
+        )
         self.steps = 0
 
     def _land(self, statistics: StepStatistics) -> "Landed | None":
@@ -155,22 +186,33 @@ class LocalSteps:
 
     def _mean(self, tensor: torch.Tensor, statistics: StepStatistics) -> torch.Tensor:
         spent = statistics.separate()
-        mean = all_reduce_mean(tensor, None, RingAllReduce(), self._mesh, spent, feedback=False).wait()
+        mean = all_reduce_mean(
+            tensor, None, RingAllReduce(), self._mesh, spent, feedback=False
+        ).wait()
         spent.elements_sent = 0  # of gradients
         statistics.include(spent)
         return mean
 
     def _moments(self, optimizers: Collection[torch.optim.Optimizer]) -> list[torch.Tensor]:
         """What optimizers keep of this model's parameters, in the same order on all ranks."""
-        kept = [(p, optimizer.state[p]) for p in self._trained for optimizer in optimizers if p in optimizer.state]
-        found = [(p, name, state[name]) for p, state in kept for name in sorted(state) if name != "step"]
+        kept = [
+            (p, optimizer.state[p])
+            for p in self._trained
+            for optimizer in optimizers
+            if p in optimizer.state
+        ]
+        found = [
+            (p, name, state[name]) for p, state in kept for name in sorted(state) if name != "step"
+        ]
         values = [(p, name, value) for p, name, value in found if isinstance(value, torch.Tensor)]
         for _, name, value in values:
             if not value.is_floating_point():
                 raise ValueError(
-                    f"the optimizer keeps {name} as {value.dtype}, of which there is no mean; say interval=1 and delay=0"
+                    f"the optimizer keeps {name} as {value.dtype}, of which there is no mean; say"
+                    " interval=1 and delay=0"
                 )
-        return [value for p, _, value in values if value.device == p.device]  # others are counts, such as NAdam's mu_product
+        # others are counts, such as NAdam's mu_product
+        return [value for p, _, value in values if value.device == p.device]
 
     @contextlib.contextmanager
     def synchronized(self) -> Iterator[None]:
@@ -191,9 +233,11 @@ class LocalSteps:
                 common.put(values)
 
     def state_dict(self) -> dict[str, Any]:
-        """The parameters of this rank are in it while they are its own, so that one checkpoint of the model does for all."""
+        """The parameters of this rank are in it while they are its own, so that one checkpoint of
+        the model does for all."""
         exchanges = [  # first, as what they do not send is in the memory only then
-            (one.own, [mean.wait().clone() for mean in one.means], one.landed.scheme) for one in self._exchanges
+            (one.own, [mean.wait().clone() for mean in one.means], one.landed.scheme)
+            for one in self._exchanges
         ]
         every = self._every
         return {
@@ -208,18 +252,23 @@ class LocalSteps:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Sets the model's parameters, too."""
-        for one in self._exchanges:  # of steps that are not part of the checkpoint; they work with what is kept
+        # of steps that are not part of the checkpoint; they work with what is kept
+        for one in self._exchanges:
             for mean in one.means:
                 mean.wait()
         self._exchanges.clear()
-        self._common, self.steps = SharedState(self._trained) if state["under_way"] else None, state["steps"]
+        self._common, self.steps = (
+            (SharedState(self._trained) if state["under_way"] else None),
+            state["steps"],
+        )
         self._buffers_met = state["buffers_met"]
         self.memory.load_state_dict(state["kept"])
         every = self._every
         for own, means, scheme in state["exchanges"]:
             owns = [tensor.to(every[0].shared) for tensor in own]
             futures = [done(mean.to(every[0].shared, copy=True)) for mean in means]
-            spent, of_buffers = StepStatistics(self._mesh.ranks), StepStatistics(self._mesh.ranks)  # nothing is known of it
+            # nothing is known of it
+            spent, of_buffers = StepStatistics(self._mesh.ranks), StepStatistics(self._mesh.ranks)
             self._exchanges.append(_Exchange(owns, futures, Landed(scheme, spent, []), of_buffers))
         for number, (common, shared) in enumerate(zip(every, state["shared"], strict=True)):
             common.shared.copy_(shared)
@@ -228,7 +277,8 @@ class LocalSteps:
 
 
 class Landed(NamedTuple):
-    """An exchange that is over. scheme: its name. gradient_samples: of what this rank had to send, if one was taken."""
+    """An exchange that is over. scheme: its name. gradient_samples: of what this rank had to send,
+    if one was taken."""
 
     scheme: str
     spent: StepStatistics
@@ -236,8 +286,8 @@ class Landed(NamedTuple):
 
 
 class _Exchange(NamedTuple):
-    """An exchange, of parameters and of buffers. own: what this rank has put in. means: to come. of_buffers: what that of the
-    buffers costs."""
+    """An exchange, of parameters and of buffers. own: what this rank has put in. means: to come.
+    of_buffers: what that of the buffers costs."""
 
     own: list[torch.Tensor]
     means: list[Future[torch.Tensor]]

@@ -19,13 +19,16 @@ class AllReduce(Method):
         statistics.scheme = "allreduce"
         gradient = bucket.buffer()
         sent = all_reduce_bytes(gradient.nbytes, self.group.size())
-        return statistics.launch(partial(allreduce_hook, self.group, bucket), sent, elements=gradient.numel())
+        return statistics.launch(
+            partial(allreduce_hook, self.group, bucket), sent, elements=gradient.numel()
+        )
 
 
 class Half(Method):
     """All-reduce in a type of 16 bits; what rounding takes is lost.
 
-    PyTorch's hook for bfloat16 needs CUDA. This one also divides before it sums, so that float16 cannot overflow there.
+    PyTorch's hook for bfloat16 needs CUDA. This one also divides before it sums, so that float16
+    cannot overflow there.
     """
 
     dtype: torch.dtype
@@ -43,7 +46,9 @@ class Half(Method):
                 return gradient.copy_(mean)
 
         sent = all_reduce_bytes(half.nbytes, self.group.size())
-        return statistics.launch(partial(all_reduce_mean, half, self.group), sent, elements=half.numel()).then(decode)
+        return statistics.launch(
+            partial(all_reduce_mean, half, self.group), sent, elements=half.numel()
+        ).then(decode)
 
 
 class BFloat16(Half):

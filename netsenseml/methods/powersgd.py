@@ -22,15 +22,18 @@ from netsenseml.statistics import StepStatistics
 from netsenseml.streams import in_default_stream
 
 _PLAIN_STEPS = 2
-"""Steps of plain all-reduce at the beginning; with warm start and error feedback the hook insists on as many."""
+"""Steps of plain all-reduce at the beginning; with warm start and error feedback the hook insists
+on as many."""
 
 
 class PowerSgd(Method):
-    """Low-rank approximation with error feedback and warm start (Vogels et al., NeurIPS 2019), by ``powerSGD_hook``.
+    """Low-rank approximation with error feedback and warm start (Vogels et al., NeurIPS 2019), by
+    ``powerSGD_hook``.
 
-    The hook launches collectives, and waits for some, from callbacks of others. With Gloo, two buckets at a time could then
-    be launched in different orders on different ranks; so each bucket waits for the one before, beside backward. On an
-    accelerator its callbacks work in the default stream, and it waits for the whole device.
+    The hook launches collectives, and waits for some, from callbacks of others. With Gloo, two
+    buckets at a time could then be launched in different orders on different ranks; so each bucket
+    waits for the one before, beside backward. On an accelerator its callbacks work in the default
+    stream, and it waits for the whole device.
     """
 
     takes_complex = False
@@ -50,7 +53,9 @@ class PowerSgd(Method):
 
     def exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Future[torch.Tensor]:
         statistics.scheme = f"powersgd-{self._approximation_rank}"
-        return self._mesh.scheduler.submit(self._exchange(bucket, statistics), bucket.buffer().device)
+        return self._mesh.scheduler.submit(
+            self._exchange(bucket, statistics), bucket.buffer().device
+        )
 
     def _exchange(self, bucket: GradBucket, statistics: StepStatistics) -> Exchange:
         yield from ()  # all collectives are the hook's
@@ -61,14 +66,17 @@ class PowerSgd(Method):
     def _exchange_by_hook(self, bucket: GradBucket, statistics: StepStatistics) -> None:
         before = self._sampled(bucket)
         gradient_norm = norm(bucket.buffer())
-        values = bucket.buffer().numel() if self._state.iter < _PLAIN_STEPS else self._values(bucket)
+        values = (
+            bucket.buffer().numel() if self._state.iter < _PLAIN_STEPS else self._values(bucket)
+        )
         sent = all_reduce_bytes(bucket.buffer().element_size() * values, self.group.size())
         held = self._hold(bucket)
         filled: Any = _WithoutEmpty(bucket)
         statistics.launch(lambda: powerSGD_hook(self._state, filled), sent, elements=values).wait()
         self._revive(bucket.index())
         residual = self._state.error_dict.get(bucket.index())
-        if residual is not None and not residual.sum().isfinite():  # an overflow; it must not come back for ever
+        # an overflow; it must not come back for ever
+        if residual is not None and not residual.sum().isfinite():
             for kept in (getattr(self._state, name) for name in _KEPT):
                 kept.pop(bucket.index(), None)
         elif residual is not None:
@@ -78,7 +86,8 @@ class PowerSgd(Method):
             statistics.lose(energy_lost(before, residual), norm(before) ** 2, ratio)
 
     def _revive(self, index: int) -> None:
-        """Of a gradient that is zero, as those of unused parameters, the warm start would be zero, and stay so."""
+        """Of a gradient that is zero, as those of unused parameters, the warm start would be zero,
+        and stay so."""
         start = self._state.q_memory_dict.get(index)
         if start is not None and bool((zeros := start == 0).any()):
             draw = torch.Generator().manual_seed(0)
@@ -118,21 +127,26 @@ class PowerSgd(Method):
         return sample(bucket.buffer()) + (sample(left) if left is not None else 0)
 
     def _values(self, bucket: GradBucket) -> int:
-        """Numbers that are sent for a bucket: r (rows + columns) for each matrix where that is less, else all of it."""
+        """Numbers that are sent for a bucket: r (rows + columns) for each matrix where that is
+        less, else all of it."""
         total = 0
         for gradient in bucket.gradients():
             rows = gradient.shape[0] if gradient.dim() > 1 else 1
             columns = gradient.numel() // max(rows, 1)
             low_rank = min(rows, columns, self._approximation_rank) * (rows + columns)
-            fits = gradient.dim() > 1 and low_rank * self._state.min_compression_rate < gradient.numel()
+            fits = (
+                gradient.dim() > 1
+                and low_rank * self._state.min_compression_rate < gradient.numel()
+            )
             total += low_rank if fits else gradient.numel()
         return total
 
     def close(self) -> None:
         group, self._state.process_group = self._state.process_group, None
         self._mesh.close()
-        # The hook's last callback may still hold the group, on one of the group's own threads. If that were the last to let go
-        # of it, the thread would have to wait for its own end, which aborts the process.
+        # The hook's last callback may still hold the group, on one of the group's own threads. If
+        # that were the last to let go of it, the thread would have to wait for its own end, which
+        # aborts the process.
         held_once = object()
         given_up_s = monotonic_s() + _PATIENCE_S
         while sys.getrefcount(group) > sys.getrefcount(held_once) and monotonic_s() < given_up_s:
@@ -140,7 +154,10 @@ class PowerSgd(Method):
 
     def state_dict(self) -> dict[str, Any]:
         state = self._state
-        return {"steps": state.iter, **{name: {i: t.clone() for i, t in getattr(state, name).items()} for name in _KEPT}}
+        return {
+            "steps": state.iter,
+            **{name: {i: t.clone() for i, t in getattr(state, name).items()} for name in _KEPT},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._state.iter = state["steps"]

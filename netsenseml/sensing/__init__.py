@@ -1,1 +1,2 @@
-"""What the network is like right now: the kernel's view of the sockets, and a bandwidth estimate."""
+"""What the network is like right now: the kernel's view of the sockets, and a bandwidth
+estimate."""

@@ -1,1 +1,2 @@
-"""The node agent: it runs on each machine of a lab over several, owns what the lab has there, and obeys the orchestrator."""
+"""The node agent: it runs on each machine of a lab over several, owns what the lab has there, and
+obeys the orchestrator."""

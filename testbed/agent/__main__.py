@@ -1,4 +1,7 @@
-"""``python -m testbed.agent ORCHESTRATOR --name NODE --secret FILE --lab MODULE:CLASS --directory DIRECTORY``.
+"""The agent of a node: what it is told by the orchestrator of a lab of several machines.
+
+    python -m testbed.agent ORCHESTRATOR --name NODE --secret FILE --lab MODULE:CLASS
+                            --directory DIRECTORY
 
 Not for people: a lab of several machines starts it on each, as root in the machine's network.
 """
@@ -17,7 +20,8 @@ from testbed.agent.program import Agent, MakeNodeLab, connect
 from testbed.protocol import one_line
 
 _END_S = 1.2
-"""So long the lab has to end when the orchestrator is lost; then the agent ends anyway, less than 5 s after the last word."""
+"""So long the lab has to end when the orchestrator is lost; then the agent ends anyway, less than 5
+s after the last word."""
 
 
 def main() -> int:
@@ -25,9 +29,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m testbed.agent")
     parser.add_argument("orchestrator", help="its address, host:port")
     parser.add_argument("--name", required=True, help="what the orchestrator calls this node")
-    parser.add_argument("--secret", required=True, type=Path, help="file with the secret of the run")
-    parser.add_argument("--lab", required=True, help="class that makes this node's part of a lab, module:class")
-    parser.add_argument("--directory", required=True, type=Path, help="for this node's copy of the run directory")
+    parser.add_argument(
+        "--secret", required=True, type=Path, help="file with the secret of the run"
+    )
+    parser.add_argument(
+        "--lab", required=True, help="class that makes this node's part of a lab, module:class"
+    )
+    parser.add_argument(
+        "--directory", required=True, type=Path, help="for this node's copy of the run directory"
+    )
     given = parser.parse_args()
     module, _, name = given.lab.partition(":")
     make_lab: MakeNodeLab = getattr(importlib.import_module(module), name)
@@ -39,7 +49,11 @@ def main() -> int:
     try:
         sock = connect(given.orchestrator, given.secret.read_bytes())
     except (OSError, ValueError) as error:
-        print(f"testbed: the orchestrator at {given.orchestrator} does not answer: {one_line(str(error))}", file=sys.stderr)
+        print(
+            f"testbed: the orchestrator at {given.orchestrator} does not answer:"
+            f" {one_line(str(error))}",
+            file=sys.stderr,
+        )
         return 1
     agent = Agent(given.name, make_lab, given.directory)
     serving = threading.Thread(target=agent.serve, args=(sock,), name="agent", daemon=True)

@@ -1,12 +1,15 @@
-"""A node's part of a lab over a swarm: hosts are containers of Docker's, found by their addresses, shaped from outside.
+"""A node's part of a lab over a swarm: hosts are containers of Docker's, found by their addresses,
+shaped from outside.
 
-The agent runs in a container itself and has no say over Docker. What it has is the directory in which Docker keeps a file for
-each network namespace of the node. In one of them is the host's interface; its other end is in the namespace of the overlay
-network, at the bridge that leads to the containers beside it and, through VXLAN, to those on other nodes.
+The agent runs in a container itself and has no say over Docker. What it has is the directory in
+which Docker keeps a file for each network namespace of the node. In one of them is the host's
+interface; its other end is in the namespace of the overlay network, at the bridge that leads to the
+containers beside it and, through VXLAN, to those on other nodes.
 
     worker: eth0 (up) ── veth (down), br0, vxlan0 ── the nodes' own network
 
-The first process of each container (``labs.container_init``) listens in there. When the agent hangs up, it ends.
+The first process of each container (``labs.container_init``) listens in there. When the agent hangs
+up, it ends.
 """
 
 import contextlib
@@ -29,7 +32,14 @@ from testbed import protocol
 from testbed.clock import HERE
 from testbed.files import everything_in
 from testbed.labs.base import LabError, LabPlan, make_shaper
-from testbed.labs.containers import DOCKER, INIT_SOCKET, ContainerProcess, InitConnection, change_interface, interfaces
+from testbed.labs.containers import (
+    DOCKER,
+    INIT_SOCKET,
+    ContainerProcess,
+    InitConnection,
+    change_interface,
+    interfaces,
+)
 from testbed.links.neighbours import forwarding, neighbour
 from testbed.links.netlink import NetlinkSocket, back_to_own_namespace, decode, encode, setns
 from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
@@ -38,9 +48,11 @@ from testbed.links.shaper import Port
 
 NAMESPACES = DOCKER / "netns"
 _OVERLAY = "1-"
-"""What the name of an overlay network's namespace begins with; the beginning of the network's id follows."""
+"""What the name of an overlay network's namespace begins with; the beginning of the network's id
+follows."""
 _PATIENCE_S = 15.0
-"""So long the hosts have to find each other: Docker tells the nodes of each other's containers when it gets to it."""
+"""So long the hosts have to find each other: Docker tells the nodes of each other's containers when
+it gets to it."""
 _CONNECT_S = 10.0
 _FIRST_PAUSE_S, _PAUSE_S = 0.01, 0.3
 _CLOSED_PORT = 9
@@ -51,7 +63,9 @@ class ContainerHost:
 
     clock = HERE
 
-    def __init__(self, name: str, address: str, namespace: int, interface: ifinfmsg, sock: NetlinkSocket) -> None:
+    def __init__(
+        self, name: str, address: str, namespace: int, interface: ifinfmsg, sock: NetlinkSocket
+    ) -> None:
         self.name, self.address, self.socket = name, address, sock
         self.interface, self.index = interface.get_attr("IFLA_IFNAME"), interface["index"]
         self.mac = interface.get_attr("IFLA_ADDRESS")
@@ -72,7 +86,8 @@ class ContainerHost:
             return socket.socket(family, kind | socket.SOCK_CLOEXEC)
 
     def connect(self, directory: Path) -> None:
-        """Connect to the init, and give it the directory. Raises OSError, LookupError or ValueError."""
+        """Connect to the init, and give it the directory. Raises OSError, LookupError or
+        ValueError."""
         channel = self.open_socket(socket.AF_UNIX, socket.SOCK_STREAM)
         channel.settimeout(_CONNECT_S)
         given_up_s = time.monotonic() + _CONNECT_S
@@ -80,7 +95,8 @@ class ContainerHost:
             try:
                 channel.connect("\0" + INIT_SOCKET[1:])
                 break
-            except ConnectionRefusedError:  # a container begins before its first process has come so far
+            except ConnectionRefusedError:
+                # a container begins before its first process has come so far
                 if time.monotonic() > given_up_s:
                     raise
                 time.sleep(0.05)
@@ -100,7 +116,8 @@ class ContainerHost:
 
     @property
     def usage_s(self) -> float:
-        """Processor seconds that all programs of the container have used; 0 if the kernel does not count them."""
+        """Processor seconds that all programs of the container have used; 0 if the kernel does not
+        count them."""
         if self._counter < 0:
             return 0.0
         try:
@@ -129,12 +146,15 @@ class ContainerHost:
 class ContainerNodeLab:
     """This node's hosts and links (``agent.program.NodeLab``).
 
-    plan: with the links of this node's hosts. details: of each of these, ``address`` with its prefix, ``overlay``, the id of
-    the network, ``user``, as whom its programs run, ``others``, the addresses of all other hosts of the lab by name, and what
-    its programs write, ``own`` and ``shared``, as paths in the run directory. directory: stands for that here.
+    plan: with the links of this node's hosts. details: of each of these, ``address`` with its
+    prefix, ``overlay``, the id of the network, ``user``, as whom its programs run, ``others``, the
+    addresses of all other hosts of the lab by name, and what its programs write, ``own`` and
+    ``shared``, as paths in the run directory. directory: stands for that here.
     """
 
-    def __init__(self, plan: LabPlan, details: Mapping[str, Mapping[str, Any]], directory: Path) -> None:
+    def __init__(
+        self, plan: LabPlan, details: Mapping[str, Mapping[str, Any]], directory: Path
+    ) -> None:
         self._plan, self._details, self._directory = plan, details, directory
         self._overlay: NetlinkSocket | None = None
         self._running = ExitStack()
@@ -162,15 +182,29 @@ class ContainerNodeLab:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._close()
 
     def _attach(self) -> None:
         """Find the hosts, and the other ends of their veth pairs."""
         overlay_id = next(iter(self._details.values()))["overlay"]
-        overlay = next((path for path in NAMESPACES.glob(f"{_OVERLAY}*") if overlay_id.startswith(path.name[2:])), None)
+        overlay = next(
+            (
+                path
+                for path in NAMESPACES.glob(f"{_OVERLAY}*")
+                if overlay_id.startswith(path.name[2:])
+            ),
+            None,
+        )
         if overlay is None:
-            raise LabError(f"Docker has no namespace of the overlay network {overlay_id[:12]} in {NAMESPACES}")
+            raise LabError(
+                f"Docker has no namespace of the overlay network {overlay_id[:12]} in {NAMESPACES}"
+            )
         self._overlay = NetlinkSocket.in_namespace(str(overlay))
         ports = {link["index"]: link for link in interfaces(self._overlay)}
         found = dict(_namespaces())
@@ -178,7 +212,9 @@ class ContainerNodeLab:
             for name, more in self._details.items():
                 address, _, prefix_bits = more["address"].partition("/")
                 if address not in found:
-                    raise LabError(f"there is no container with the address {address} of {name} here")
+                    raise LabError(
+                        f"there is no container with the address {address} of {name} here"
+                    )
                 host = self._wire(name, address, int(prefix_bits), found[address], ports)
                 try:
                     host.connect(self._directory)
@@ -188,7 +224,14 @@ class ContainerNodeLab:
             for descriptor in set(found.values()):
                 os.close(descriptor)
 
-    def _wire(self, name: str, address: str, prefix_bits: int, namespace: int, ports: Mapping[int, ifinfmsg]) -> ContainerHost:
+    def _wire(
+        self,
+        name: str,
+        address: str,
+        prefix_bits: int,
+        namespace: int,
+        ports: Mapping[int, ifinfmsg],
+    ) -> ContainerHost:
         assert self._overlay is not None
         inner = NetlinkSocket.in_namespace(namespace)
         index = next(index for one, index in _addresses(inner) if one == address)
@@ -201,12 +244,22 @@ class ContainerNodeLab:
         if {mine.get_attr("IFLA_QDISC"), peer.get_attr("IFLA_QDISC")} != {"noqueue"}:
             raise LabError(f"something else shapes the link of {name}; end that first")
         if mine.get_attr("IFLA_MTU") != self._plan.mtu:
-            raise LabError(f"the interface of {name} has an MTU of {mine.get_attr('IFLA_MTU')} instead of {self._plan.mtu}")
+            raise LabError(
+                f"the interface of {name} has an MTU of {mine.get_attr('IFLA_MTU')} instead of"
+                f" {self._plan.mtu}"
+            )
         up = Port(inner, index, host.interface)
         down = Port(self._overlay, peer["index"], peer.get_attr("IFLA_IFNAME"))
-        gso_bytes, gso_segments = gso_limits(self._plan.max_gso_bytes.get(name, UNCUT_PACKET_BYTES), self._plan.mtu)
+        gso_bytes, gso_segments = gso_limits(
+            self._plan.max_gso_bytes.get(name, UNCUT_PACKET_BYTES), self._plan.mtu
+        )
         limits = ("IFLA_GSO_MAX_SIZE", gso_bytes), ("IFLA_GSO_MAX_SEGS", gso_segments)
-        inner.batch([change_interface(up, "largest packet", *limits), tcp_route(index, address, prefix_bits, self._plan.tcp)])
+        inner.batch(
+            [
+                change_interface(up, "largest packet", *limits),
+                tcp_route(index, address, prefix_bits, self._plan.tcp),
+            ]
+        )
         self._overlay.batch([forwarding(down.ifindex, host.mac)])
         self.links.add(name, up=up, down=down)
         return host
@@ -214,30 +267,41 @@ class ContainerNodeLab:
     def _introduce(self) -> None:
         """Have each host know the MACs of all others for good, and wait until it reaches them.
 
-        Docker keeps those of other nodes' containers in the overlay's namespace; what it has not heard of yet, hosts ask for.
+        Docker keeps those of other nodes' containers in the overlay's namespace; what it has not
+        heard of yet, hosts ask for.
         """
         assert self._overlay is not None
-        macs = {**_neighbours(self._overlay), **{host.address: host.mac for host in self.hosts.values()}}
+        macs = {
+            **_neighbours(self._overlay),
+            **{host.address: host.mac for host in self.hosts.values()},
+        }
         for name, host in self.hosts.items():
             others = self._details[name]["others"].values()
-            host.socket.batch(neighbour(host.index, other, macs[other]) for other in others if other in macs)
+            host.socket.batch(
+                neighbour(host.index, other, macs[other]) for other in others if other in macs
+            )
         self._wait_until_reached()
         for name, host in self.hosts.items():
             asked = _neighbours(host.socket)
             others = self._details[name]["others"].values()
-            host.socket.batch(neighbour(host.index, other, asked[other]) for other in others if other not in macs)
+            host.socket.batch(
+                neighbour(host.index, other, asked[other]) for other in others if other not in macs
+            )
 
     def _wait_until_reached(self) -> None:
         """Until each host reaches all others. Raises LabError.
 
-        That is asked with a datagram to a port where nobody listens: the other's kernel answers that it is closed.
+        That is asked with a datagram to a port where nobody listens: the other's kernel answers
+        that it is closed.
         """
         given_up_s = time.monotonic() + _PATIENCE_S
         waiting: dict[tuple[str, str], socket.socket] = {}
         try:
             for name, host in self.hosts.items():
                 for other, address in self._details[name]["others"].items():
-                    question = waiting[name, other] = host.open_socket(socket.AF_INET, socket.SOCK_DGRAM)
+                    question = waiting[name, other] = host.open_socket(
+                        socket.AF_INET, socket.SOCK_DGRAM
+                    )
                     question.setblocking(False)
                     question.connect((address, _CLOSED_PORT))
             pause_s = _FIRST_PAUSE_S
@@ -252,15 +316,16 @@ class ContainerNodeLab:
                 if waiting and time.monotonic() > given_up_s:
                     name, other = next(iter(waiting))
                     raise LabError(
-                        f"{name} does not reach {other} over the overlay network; the nodes need udp 4789, "
-                        "and tcp and udp 7946, open between them"
+                        f"{name} does not reach {other} over the overlay network; the nodes need"
+                        " udp 4789, and tcp and udp 7946, open between them"
                     )
         finally:
             for question in waiting.values():
                 question.close()
 
     def _hand_over(self) -> None:
-        """Give the programs of each host, which run as a user of their own, what they alone may write."""
+        """Give the programs of each host, which run as a user of their own, what they alone may
+        write."""
         for name in self.hosts:
             user = self._details[name]["user"]
             (self._directory / self._details[name]["shared"]).chmod(0o1777)
@@ -315,8 +380,15 @@ def _neighbours(sock: NetlinkSocket) -> dict[str, str]:
     """MACs by address, as far as a namespace knows them."""
     question = ndmsg()
     question["family"] = socket.AF_INET
-    found = [decode(answer, ndmsg) for answer in sock.dump(encode(question, RTM_GETNEIGH, 0, "list neighbours"))]
-    return {one.get_attr("NDA_DST"): one.get_attr("NDA_LLADDR") for one in found if one.get_attr("NDA_LLADDR")}
+    found = [
+        decode(answer, ndmsg)
+        for answer in sock.dump(encode(question, RTM_GETNEIGH, 0, "list neighbours"))
+    ]
+    return {
+        one.get_attr("NDA_DST"): one.get_attr("NDA_LLADDR")
+        for one in found
+        if one.get_attr("NDA_LLADDR")
+    }
 
 
 def _is_answered(question: socket.socket) -> bool:

@@ -1,8 +1,10 @@
-"""The agent of one node: makes its part of a lab, runs programs there, changes its links when they are due, sends the records.
+"""The agent of one node: makes its part of a lab, runs programs there, changes its links when they
+are due, sends the records.
 
-It has a copy of the run directory of its own, with what the programs on its hosts read and write. What grows there (logs,
-record files) is sent while it grows. It listens on the cell's control socket as the orchestrator does, and passes on what is
-said; only t = 0 is told in this machine's time. When the orchestrator is lost, it ends what it has started, and then itself.
+It has a copy of the run directory of its own, with what the programs on its hosts read and write.
+What grows there (logs, record files) is sent while it grows. It listens on the cell's control
+socket as the orchestrator does, and passes on what is said; only t = 0 is told in this machine's
+time. When the orchestrator is lost, it ends what it has started, and then itself.
 """
 
 import contextlib
@@ -55,9 +57,11 @@ _PLAN: TypeAdapter[LabPlan] = TypeAdapter(LabPlan)
 
 
 class NodeLab(Protocol):
-    """What a node has of a lab: hosts and links, made on entering; leaving it ends all programs and removes every trace.
+    """What a node has of a lab: hosts and links, made on entering; leaving it ends all programs and
+    removes every trace.
 
-    usage_s: processor time so far of the programs on its hosts, unless they descend from this process.
+    usage_s: processor time so far of the programs on its hosts, unless they descend from this
+    process.
     """
 
     @property
@@ -71,12 +75,17 @@ class NodeLab(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
 
 
 MakeNodeLab = Callable[[LabPlan, Mapping[str, Mapping[str, Any]], Path], NodeLab]
-"""Makes it from the plan, whose links are those of this node's hosts alone; from what the orchestrator says of each host; and
-from the directory that stands for the run directory here."""
+"""Makes it from the plan, whose links are those of this node's hosts alone; from what the
+orchestrator says of each host; and from the directory that stands for the run directory here."""
 
 
 class Agent:
@@ -152,7 +161,8 @@ class Agent:
         self._channel.send(messages.Status(clock=clock, arrived=arrived, failure=failure[:2000]))
 
     def _fulfil(self, message: Any, payload: bytes) -> None:
-        """Do what is asked. What cannot be done is told; only a message that is none of the protocol ends the conversation."""
+        """Do what is asked. What cannot be done is told; only a message that is none of the
+        protocol ends the conversation."""
         request = getattr(message, "request", None)
         try:
             result = self._do(message, payload)
@@ -161,7 +171,9 @@ class Agent:
             if not isinstance(error, LabError | HostFailed | ValueError | OSError):
                 text = f"{type(error).__name__}: {text}"
             if request is not None:
-                self._channel.send(messages.Refused(request=request, error=protocol.one_line(text, 2000)))
+                self._channel.send(
+                    messages.Refused(request=request, error=protocol.one_line(text, 2000))
+                )
             elif self._cell is not None:
                 self._cell.failure = self._cell.failure or text
         else:
@@ -224,10 +236,16 @@ def _append(path: Path, data: bytes, executable: bool = False) -> None:
 
 
 class _Cell:
-    """What the node has of the cell that runs: its part of the lab, programs, recorder, control socket, files."""
+    """What the node has of the cell that runs: its part of the lab, programs, recorder, control
+    socket, files."""
 
     def __init__(
-        self, channel: Channel, clock: MeasuredClock, node: str, directory: Path, wanted: messages.MakeDirectories
+        self,
+        channel: Channel,
+        clock: MeasuredClock,
+        node: str,
+        directory: Path,
+        wanted: messages.MakeDirectories,
     ) -> None:
         self._channel, self._clock, self._node = channel, clock, node
         self._root, self._directory = directory, directory / wanted.cell
@@ -251,7 +269,9 @@ class _Cell:
         self._watcher = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._watcher.start()
 
-    def open(self, make: MakeNodeLab, plan: LabPlan, details: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def open(
+        self, make: MakeNodeLab, plan: LabPlan, details: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
         """Make the part of the lab; returns what the orchestrator has to know of each host."""
         lab = make(plan, details, self._root)
         self._lab = self._running.enter_context(lab)
@@ -280,7 +300,8 @@ class _Cell:
 
     def counters(self) -> dict[str, Any]:
         if self._recorder is not None:
-            raise ValueError("the links are being recorded")  # whose thread alone may ask the kernel
+            # whose thread alone may ask the kernel
+            raise ValueError("the links are being recorded")
         counters = self._made.links.counters()
         return {"counters": [[*place, astuple(counted)] for place, counted in counters.items()]}
 
@@ -314,7 +335,11 @@ class _Cell:
     def arrived(self) -> dict[str, int]:
         lab, recorder = self._lab, self._recorder
         # The hosts of a lab that is being removed become fewer, on another thread.
-        return {} if recorder is None or lab is None else {link: recorder.arrived_bytes([link]) for link in list(lab.hosts)}
+        return (
+            {}
+            if recorder is None or lab is None
+            else {link: recorder.arrived_bytes([link]) for link in list(lab.hosts)}
+        )
 
     def close(self) -> None:
         self._stopping.set()
@@ -340,7 +365,11 @@ class _Cell:
         while not self._stopping.wait(_WATCH_S):
             try:
                 with self._lock:
-                    ended = [(number, code) for number, one in self._processes.items() if (code := one.poll()) is not None]
+                    ended = [
+                        (number, code)
+                        for number, one in self._processes.items()
+                        if (code := one.poll()) is not None
+                    ]
                     for number, _ in ended:
                         del self._processes[number]
                 if ended or monotonic_s() - sent_s > _SEND_S:
@@ -351,7 +380,9 @@ class _Cell:
                 if self._recorder is not None:
                     self.failure = self.failure or self._recorder.failure
             except (OSError, HostFailed) as error:
-                self.failure = self.failure or (explained(error) if isinstance(error, OSError) else str(error))
+                self.failure = self.failure or (
+                    explained(error) if isinstance(error, OSError) else str(error)
+                )
 
 
 class _Sender:
@@ -369,7 +400,8 @@ class _Sender:
         """last: and whatever else programs have left in their directories."""
         with self._lock:
             for path in self._files(last):
-                with contextlib.suppress(OSError, ValueError):  # a program may do with its files what it likes, and name them
+                # a program may do with its files what it likes, and name them
+                with contextlib.suppress(OSError, ValueError):
                     self._send(path, last)
 
     def _files(self, last: bool) -> Iterable[Path]:
@@ -377,7 +409,9 @@ class _Sender:
         theirs: list[Path] = []
         for directory in self._cell.glob("hosts/*"):
             found = [
-                path for path in directory.glob("[!.]*" if last else "[!.]*.jsonl") if not path.match(protocol.CHECKPOINTS)
+                path
+                for path in directory.glob("[!.]*" if last else "[!.]*.jsonl")
+                if not path.match(protocol.CHECKPOINTS)
             ]
             found.sort(key=lambda path: _RECORDS.fullmatch(path.name) is None)  # records first
             theirs += found[:_MOST_FILES]
@@ -400,8 +434,12 @@ class _Sender:
                     file.seek(offset + len(data))
                 offset += len(data)
                 self._sent[path] = offset
-                for chunk in _chunks(b"".join(map(self._relay.converted, data.splitlines(True))) if convert else data):
-                    self._channel.send(messages.FileGrew(path=str(path.relative_to(self._cell))), chunk)
+                for chunk in _chunks(
+                    b"".join(map(self._relay.converted, data.splitlines(True))) if convert else data
+                ):
+                    self._channel.send(
+                        messages.FileGrew(path=str(path.relative_to(self._cell))), chunk
+                    )
 
 
 def _chunks(data: bytes) -> Iterable[bytes]:
@@ -414,7 +452,8 @@ def _chunks(data: bytes) -> Iterable[bytes]:
 
 
 class _Relay:
-    """The control socket of a cell on its node: passes on what programs and the orchestrator say to each other."""
+    """The control socket of a cell on its node: passes on what programs and the orchestrator say to
+    each other."""
 
     def __init__(self, channel: Channel, clock: MeasuredClock, path: Path) -> None:
         self._channel, self._clock, self._path = channel, clock, path
@@ -442,7 +481,9 @@ class _Relay:
                     continue
                 self._connections[number] = connection, protocol.MessageBuffer()
             self._channel.send(messages.Connected(connection=number))
-            threading.Thread(target=self._listen, args=(number, connection), name="relay", daemon=True).start()
+            threading.Thread(
+                target=self._listen, args=(number, connection), name="relay", daemon=True
+            ).start()
 
     def _listen(self, number: int, connection: socket.socket) -> None:
         while True:
@@ -459,12 +500,15 @@ class _Relay:
             connection.close()
 
     def say(self, number: int, data: bytes) -> None:
-        """Pass on what the orchestrator says. A program that does not listen is given up, as by the orchestrator itself."""
+        """Pass on what the orchestrator says. A program that does not listen is given up, as by the
+        orchestrator itself."""
         with self._lock:
             connection, buffer = self._connections.get(number, (None, None))
             if connection is None or buffer is None:
                 return
-            lines = b"".join(protocol.encode_message(self._in_own_time(message)) for message in buffer.feed(data))
+            lines = b"".join(
+                protocol.encode_message(self._in_own_time(message)) for message in buffer.feed(data)
+            )
             try:
                 sent = connection.send(lines, socket.MSG_DONTWAIT)
             except OSError:
@@ -488,7 +532,8 @@ class _Relay:
                     connection.shutdown(socket.SHUT_RDWR)
 
     def converted(self, line: bytes) -> bytes:
-        """A row of a program's records with its times in the orchestrator's clock: theirs drifts away from it."""
+        """A row of a program's records with its times in the orchestrator's clock: theirs drifts
+        away from it."""
         if self._t0 is None:
             return line
         try:
@@ -516,7 +561,8 @@ class _Relay:
 
 
 def connect(address: str, secret: bytes, patience_s: float = _CONNECT_S) -> ssl.SSLSocket:
-    """A secured connection to the orchestrator at "host:port", which is waited for. Raises OSError or ValueError."""
+    """A secured connection to the orchestrator at "host:port", which is waited for. Raises OSError
+    or ValueError."""
     host, _, port = address.rpartition(":")
     given_up_s = monotonic_s() + patience_s
     while True:

@@ -1,4 +1,5 @@
-"""Labs: places with named hosts and links. A new lab is one module, opened in ``open_labs`` and named in ``spec.models``."""
+"""Labs: places with named hosts and links. A new lab is one module, opened in ``open_labs`` and
+named in ``spec.models``."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,11 +9,16 @@ from testbed.labs.base import Lab, LabPlan
 
 
 @contextmanager
-def open_labs(kind: str, run_directory: Path, preload: Sequence[str]) -> Iterator[Callable[[LabPlan], Lab]]:
-    """A factory of labs that share what is dear to make, such as one process that has imported torch.
+def open_labs(
+    kind: str, run_directory: Path, preload: Sequence[str]
+) -> Iterator[Callable[[LabPlan], Lab]]:
+    """A factory of labs that share what is dear to make, such as one process that has imported
+    torch.
 
-    kind: "netns" (the caller is inside the sandbox of ``netns.sandbox_command``), "docker" or "swarm".
-    preload: modules that the hosts of netns labs will run as programs. Raises LabError where there is no daemon, or no image.
+    kind: "netns" (the caller is inside the sandbox of ``netns.sandbox_command``), "docker" or
+    "swarm".
+    preload: modules that the hosts of netns labs will run as programs. Raises LabError where there
+    is no daemon, or no image.
     """
     if kind == "netns":
         from testbed.labs.cgroups import inherited_groups

@@ -1,6 +1,8 @@
-"""What the orchestrator knows of a lab: named hosts that start programs, and named links that change.
+"""What the orchestrator knows of a lab: named hosts that start programs, and named links that
+change.
 
-A lab is a context manager. Entering it makes the hosts and the links (already shaped by their first state),
+A lab is a context manager. Entering it makes the hosts and the links (already shaped by their first
+state),
 leaving it removes every trace, whatever happened in between.
 """
 
@@ -19,15 +21,16 @@ from testbed.recording.recorder import Recorder, Recording
 
 ENGINES = ("auto", "netem", "userspace")
 OOM_SCORE_ADJ = 500
-"""Of programs on hosts: where memory runs out, the kernel ends one of them before it ends anything else (proc(5))."""
+"""Of programs on hosts: where memory runs out, the kernel ends one of them before it ends anything
+else (proc(5))."""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
     """What the programs on the hosts see of a directory, and where they may write.
 
-    root: the directory, of which they see nothing but this: reads, files and directories; shared, in which all write; own,
-    by host, directories in which the programs of that host write.
+    root: the directory, of which they see nothing but this: reads, files and directories; shared,
+    in which all write; own, by host, directories in which the programs of that host write.
     """
 
     root: Path
@@ -54,16 +57,19 @@ class Limits:
 class LabPlan:
     """What a lab has to build: hosts at switches, and links in their first state.
 
-    links: one for every host, of the same name, and one for every trunk. A host's up is its own egress.
-    switches: hosts by switch; empty: one switch for all. trunks: the two switches that a trunk joins; its up is the
-        direction from the first to the second. Frames that come from one trunk never leave by another, so a full mesh of
-        trunks makes no loop.
-    impaired: (link, direction) that delays, loses or spoils packets at some time of the run, and so needs what does that from
-        the start. engine: what does it (``ENGINES``); "auto": not chosen yet.
+    links: one for every host, of the same name, and one for every trunk. A host's up is its own
+    egress.
+    switches: hosts by switch; empty: one switch for all. trunks: the two switches that a trunk
+        joins; its up is the direction from the first to the second. Frames that come from one trunk
+        never leave by another, so a full mesh of trunks makes no loop.
+    impaired: (link, direction) that delays, loses or spoils packets at some time of the run, and so
+        needs what does that from the start. engine: what does it (``ENGINES``); "auto": not chosen
+        yet.
     shaper: what limits rates, "htb" or "tbf". mtu: of all interfaces, in bytes.
-    max_gso_bytes: by host, the wire size that no GSO packet it sends may exceed; those left out may send whole ones.
-    folders: what programs on the hosts read besides the run directory, absolute; they see it under the same path.
-    view: None: the programs see all of the run directory, and may write there.
+    max_gso_bytes: by host, the wire size that no GSO packet it sends may exceed; those left out may
+    send whole ones. folders: what programs on the hosts read besides the run directory, absolute;
+    they see it under the same path. view: None: the programs see all of the run directory, and may
+    write there.
     device: what programs compute on: "cpu", "cuda", or "auto", a GPU if there is any.
     limits: of the programs of each host.
     seed: of random impairments.
@@ -96,7 +102,11 @@ class LabPlan:
     @property
     def lined(self) -> frozenset[str]:
         """Links that need the delay line in their way."""
-        return frozenset(link for link, _ in self.impaired) if self.engine == "userspace" else frozenset()
+        return (
+            frozenset(link for link, _ in self.impaired)
+            if self.engine == "userspace"
+            else frozenset()
+        )
 
     @property
     def hosts_by_switch(self) -> Mapping[str, tuple[str, ...]]:
@@ -104,11 +114,18 @@ class LabPlan:
         return self.switches or {"switch": self.hosts}
 
     def route(self, source: str, target: str) -> tuple[Place, ...]:
-        """The directions of links that a packet passes, in order: the source's up, at most one trunk, the target's down."""
-        switch_of = {host: switch for switch, hosts in self.hosts_by_switch.items() for host in hosts}
+        """The directions of links that a packet passes, in order: the source's up, at most one
+        trunk, the target's down."""
+        switch_of = {
+            host: switch for switch, hosts in self.hosts_by_switch.items() for host in hosts
+        }
         ends = switch_of[source], switch_of[target]
         trunks = self.trunks.items()
-        crossed = [(name, "up" if ends == joined else "down") for name, joined in trunks if set(ends) == set(joined)]
+        crossed = [
+            (name, "up" if ends == joined else "down")
+            for name, joined in trunks
+            if set(ends) == set(joined)
+        ]
         return (source, "up"), *crossed, (target, "down")
 
 
@@ -146,8 +163,8 @@ class Host(Protocol):
 
     @property
     def nsenter_target(self) -> Mapping[str, int | str]:
-        """How a program gets there that is not started by us: ``namespace``, a descriptor of this process for its network, or
-        ``container``, a name."""
+        """How a program gets there that is not started by us: ``namespace``, a descriptor of this
+        process for its network, or ``container``, a name."""
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> Process:
         """Start a program; ``env`` is added to the host's own, output is appended to ``log``.
@@ -189,7 +206,12 @@ class Lab(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
 
 
 class HostFailed(Exception):
@@ -197,4 +219,5 @@ class HostFailed(Exception):
 
 
 class LabError(Exception):
-    """This machine cannot run the lab. The message says why and what would mend it (exit code 4)."""
+    """This machine cannot run the lab. The message says why and what would mend it (exit code
+    4)."""

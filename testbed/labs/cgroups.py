@@ -1,13 +1,19 @@
-"""Limits of memory and processes for hosts of the netns lab: a control group for each of them (cgroups(7)).
+"""Limits of memory and processes for hosts of the netns lab: a control group for each of them
+(cgroups(7)).
 
-    <the group we are in>/netsense-<owner>/self                version 2 only: we, and all programs that are on no host
-                                          /host-w0/programs    those of a host; the limits stand one above
+    <the group we are in>/netsense-<owner>/self
+                                          /host-w0/programs
 
-The outer group is made, and removed, by the process that owns the run; those of hosts by each lab, within the sandbox. Where
-that process was killed, the next run or ``clean`` removes what is left. We never go above the group that we are in, so what
-limits that holds for all of it. In version 2 a group that is divided has no processes itself: we move into a part of it, and it
-must be ours alone, such as one that systemd delegated, or the whole machine's. In version 1 only root may make groups. Programs
-that make a cgroup namespace of their own see no more than the group they are in, and so do not reach their limits.
+``self``, of version 2 only, has us, and all programs that are on no host; ``programs`` those of a
+host, and the limits stand one above.
+
+The outer group is made, and removed, by the process that owns the run; those of hosts by each lab,
+within the sandbox. Where that process was killed, the next run or ``clean`` removes what is left.
+We never go above the group that we are in, so what limits that holds for all of it. In version 2 a
+group that is divided has no processes itself: we move into a part of it, and it must be ours alone,
+such as one that systemd delegated, or the whole machine's. In version 1 only root may make groups.
+Programs that make a cgroup namespace of their own see no more than the group they are in, and so do
+not reach their limits.
 """
 
 import contextlib
@@ -29,7 +35,8 @@ _PROGRAMS, _DIVIDED = "programs", "cgroup.subtree_control"
 
 @contextmanager
 def groups_of_run(controllers: Collection[str]) -> Iterator[Mapping[str, Path]]:
-    """Groups in which labs can limit their hosts, by controller ("memory" or "pids"); raises LabError with the mend.
+    """Groups in which labs can limit their hosts, by controller ("memory" or "pids"); raises
+    LabError with the mend.
 
     What runs that were killed have left is removed first. Without controllers nothing is touched.
     """
@@ -42,14 +49,20 @@ def groups_of_run(controllers: Collection[str]) -> Iterator[Mapping[str, Path]]:
             clean(dry_run=False)
             for controller in sorted(controllers):
                 together[_group_of_this_process(controller)].append(controller)
-            made = {above: stack.enter_context(_group_in(above, these)) for above, these in together.items()}
+            made = {
+                above: stack.enter_context(_group_in(above, these))
+                for above, these in together.items()
+            }
         except OSError as error:
-            raise LabError(f"limits: no control group can be made ({error.strerror}); {_how_to_fix()}") from None
+            raise LabError(
+                f"limits: no control group can be made ({error.strerror}); {_how_to_fix()}"
+            ) from None
         yield {controller: made[above] for above, these in together.items() for controller in these}
 
 
 def host_groups(within: Mapping[str, Path], host: str, limits: Limits) -> list[Path]:
-    """Make the groups of a host, which its programs have to enter. within: from ``groups_of_run``. Raises OSError."""
+    """Make the groups of a host, which its programs have to enter. within: from ``groups_of_run``.
+    Raises OSError."""
     groups = []
     for controller, limit in limits.by_controller.items():
         group = within[controller] / f"host-{host}"
@@ -58,7 +71,8 @@ def host_groups(within: Mapping[str, Path], host: str, limits: Limits) -> list[P
         if controller == "pids":
             (group / "pids.max").write_text(str(limit))
             continue
-        # Swap would let a host take more, and crawl instead of failing. Not every kernel accounts for it.
+        # Swap would let a host take more, and crawl instead of failing. Not every kernel accounts
+        # for it.
         second = [("memory.max", limit), ("memory.swap.max", 0), ("memory.oom.group", 1)]
         first = [("memory.limit_in_bytes", limit), ("memory.memsw.limit_in_bytes", limit)]
         for file, value in second if (group / "memory.max").exists() else first:
@@ -73,7 +87,8 @@ def enter_host_group(group: str) -> None:
 
 
 def remove_group(group: Path) -> bool:
-    """Remove a group and those in it; False where processes are left in it, or it is somebody else's."""
+    """Remove a group and those in it; False where processes are left in it, or it is somebody
+    else's."""
     try:
         removed = [remove_group(path) for path in group.iterdir() if path.is_dir()]
         if not all(removed):
@@ -87,13 +102,16 @@ def remove_group(group: Path) -> bool:
 
 
 def clean(dry_run: bool) -> list[str]:
-    """Remove the groups of runs whose process is gone; returns what that is. What still has processes in it stays."""
+    """Remove the groups of runs whose process is gone; returns what that is. What still has
+    processes in it stays."""
     left = []
     for mount, *_ in _mounts():
         for folder, below, _ in os.walk(mount):
             ours = [name for name in below if name.startswith(_PREFIX)]
             below[:] = [name for name in below if name not in ours]
-            left += [Path(folder, name) for name in ours if not owner_lives(name.removeprefix(_PREFIX))]
+            left += [
+                Path(folder, name) for name in ours if not owner_lives(name.removeprefix(_PREFIX))
+            ]
     found = [group for group in dict.fromkeys(left) if os.access(group.parent, os.W_OK)]
     return [f"control group {group}" for group in found if dry_run or remove_group(group)]
 
@@ -116,15 +134,25 @@ def _group_of_this_process(controller: str) -> Path:
         for mount, root, options in _mounts():
             if ".." in Path(root).parts:
                 continue  # of another cgroup namespace, outside ours
-            if number == "0" if options is None else controller in names.split(",") and controller in options:
+            if (
+                number == "0"
+                if options is None
+                else controller in names.split(",") and controller in options
+            ):
                 group = mount / os.path.relpath(path, root)
-                if options is not None or controller in (group / "cgroup.controllers").read_text().split():
+                if (
+                    options is not None
+                    or controller in (group / "cgroup.controllers").read_text().split()
+                ):
                     return group
-    raise LabError(f"limits: this machine offers no control group to limit {controller} by; {_how_to_fix()}")
+    raise LabError(
+        f"limits: this machine offers no control group to limit {controller} by; {_how_to_fix()}"
+    )
 
 
 def _mounts() -> list[tuple[Path, str, Sequence[str] | None]]:
-    """(where, which group that is, controllers and other options, or None for version 2) of all hierarchies; see proc(5)."""
+    """(where, which group that is, controllers and other options, or None for version 2) of all
+    hierarchies; see proc(5)."""
     found: list[tuple[Path, str, Sequence[str] | None]] = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         place, _, file_system = line.partition(" - ")
@@ -155,7 +183,8 @@ def _group_in(above: Path, controllers: Sequence[str]) -> Iterator[Path]:
 
 
 def _leave(group: Path, above: Path, controllers: Sequence[str], added: Sequence[str]) -> None:
-    """Go back into the group above, which must not be divided then, unless it is the whole machine's.
+    """Go back into the group above, which must not be divided then, unless it is the whole
+    machine's.
 
     added: the controllers by which we have divided it.
     """
@@ -176,5 +205,8 @@ def _enter(group: Path) -> None:
 def _how_to_fix() -> str:
     if Path("/run/systemd/system").is_dir():
         user = "" if os.geteuid() == 0 else "--user "
-        return f"start it with: systemd-run {user}--scope --property=Delegate=yes testbed …, or use --lab docker"
+        return (
+            f"start it with: systemd-run {user}--scope --property=Delegate=yes testbed …, or use"
+            " --lab docker"
+        )
     return "run it as root of the machine, or use --lab docker"

@@ -1,24 +1,29 @@
-"""First process of a worker container: starts programs that the orchestrator asks for, and ends with it.
+"""First process of a worker container: starts programs that the orchestrator asks for, and ends
+with it.
 
-The orchestrator sends this file's text with the container (``python -c``), so it imports nothing but the standard library.
-Both ends speak JSON, one object a line, over a Unix socket in the run directory:
+The orchestrator sends this file's text with the container (``python -c``), so it imports nothing
+but the standard library. Both ends speak JSON, one object a line, over a Unix socket in the run
+directory:
 
     orchestrator: {"start": id, "argv": [..], "env": {..}}     {"kill": id}
-    init:         {"host": name}, once     {"exited": id, "code": int}      code as in subprocess: -9 for SIGKILL
+    init:         {"host": name}, once                         {"exited": id, "code": int}
 
-With each start comes the descriptor of the log.
+With each start comes the descriptor of the log. The code is as in subprocess: -9 for SIGKILL.
 
-A task of a swarm shares no files with anybody. There the init listens at a name that begins with "@", in the
-network namespace of its container (unix(7), abstract); the node's agent enters that and is let in because it is root, which
-nobody in the container is. Descriptors then take the place of shared files:
+A task of a swarm shares no files with anybody. There the init listens at a name that begins with
+"@", in the network namespace of its container (unix(7), abstract); the node's agent enters that and
+is let in because it is root, which nobody in the container is. Descriptors then take the place of
+shared files:
 
     agent:        {"directory": true}, once, with a descriptor of its copy of the run directory
     init:         {"directory": number}    programs find it as /proc/1/fd/number
 
-and with the init's {"host": name} comes one of the file in which the kernel counts the container's processor time.
+and with the init's {"host": name} comes one of the file in which the kernel counts the container's
+processor time.
 
-The connection is also the lease. When the orchestrator dies, in whatever way, the kernel closes it; the init then ends,
-and as it is the first process of the container's PID namespace, everything else in the container ends too.
+The connection is also the lease. When the orchestrator dies, in whatever way, the kernel closes it;
+the init then ends, and as it is the first process of the container's PID namespace, everything else
+in the container ends too.
 """
 
 import contextlib
@@ -43,7 +48,8 @@ _DEATH_CODE = 127  # as the shell: the program could not be started
 
 def main(path: str, host: str) -> None:
     """Serve one orchestrator until it hangs up."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # the first process gets no default actions
+    # the first process gets no default actions
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     # The orchestrator must be on time while the workers are busy.
     os.nice(5)
     if path.startswith("@"):
@@ -89,14 +95,18 @@ def _accept_agent(name: str) -> socket.socket:
                 channel, _ = server.accept()
             except TimeoutError:
                 os._exit(0)
-            _, user, _ = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            _, user, _ = struct.unpack(
+                "3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            )
             if user == 0:
                 channel.settimeout(None)
                 return channel
             channel.close()
 
 
-def _serve(channel: socket.socket, programs: dict[int, int], request: dict[str, Any], logs: list[int]) -> None:
+def _serve(
+    channel: socket.socket, programs: dict[int, int], request: dict[str, Any], logs: list[int]
+) -> None:
     if "kill" in request:
         for pid, number in programs.items():
             if number == request["kill"]:
@@ -136,7 +146,8 @@ def _spawn(argv: list[str], env: dict[str, str], output: int) -> int:
 
 
 def _report_ended(channel: socket.socket, programs: dict[int, int]) -> None:
-    # Whoever loses its parent in a container becomes a child of the first process, so there are strangers among them.
+    # Whoever loses its parent in a container becomes a child of the first process, so there are
+    # strangers among them.
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)

@@ -1,4 +1,5 @@
-"""What hosts that are containers have in common, whoever made them: their first process, and their interfaces."""
+"""What hosts that are containers have in common, whoever made them: their first process, and their
+interfaces."""
 
 import os
 import signal
@@ -17,7 +18,8 @@ from testbed.links.netlink import NetlinkSocket, Request, decode, encode
 from testbed.links.shaper import Port
 
 DOCKER = Path("/var/run/docker")
-"""Docker's own directory, in an agent's container as on its node; what is below it, Docker makes with the first container."""
+"""Docker's own directory, in an agent's container as on its node; what is below it, Docker makes
+with the first container."""
 INIT_SOCKET = "@netsense-init"
 """On which an agent waits for the first processes of its node's containers."""
 _IFF_UP = 1
@@ -35,8 +37,11 @@ class InitConnection:
         self._lock = threading.Lock()
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> "ContainerProcess":
-        """Start a program. Its output goes to a file that is ours; a program there has no more of it than the descriptor."""
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        """Start a program. Its output goes to a file that is ours; a program there has no more of
+        it than the descriptor."""
+        output = os.open(
+            log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
+        )
         try:
             with self._lock:
                 self._started += 1
@@ -96,10 +101,15 @@ class ContainerProcess:
 
 def interfaces(sock: NetlinkSocket) -> list[ifinfmsg]:
     """All interfaces of a network namespace."""
-    return [decode(answer, ifinfmsg) for answer in sock.dump(encode(ifinfmsg(), RTM_GETLINK, 0, "list interfaces"))]
+    return [
+        decode(answer, ifinfmsg)
+        for answer in sock.dump(encode(ifinfmsg(), RTM_GETLINK, 0, "list interfaces"))
+    ]
 
 
-def change_interface(port: Port, what: str, *attributes: tuple[str, object], up: bool | None = None) -> Request:
+def change_interface(
+    port: Port, what: str, *attributes: tuple[str, object], up: bool | None = None
+) -> Request:
     """The request that sets attributes of an interface, or puts it into use or out of use."""
     message = ifinfmsg()
     message["index"] = port.ifindex

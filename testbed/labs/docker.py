@@ -1,14 +1,18 @@
-"""The Docker lab: every host a container, joined by a network of the daemon, links shaped from outside.
+"""The Docker lab: every host a container, joined by a network of the daemon, links shaped from
+outside.
 
-Workers have no privileges at all. The orchestrator enters a worker's network namespace to shape the worker's egress (up),
-and finds the other end of its veth pair among the daemon's interfaces to shape the way back (down). That needs root in the
-daemon's own PID and network namespaces, which is what ``docker compose up experiment`` gives it.
+Workers have no privileges at all. The orchestrator enters a worker's network namespace to shape the
+worker's egress (up), and finds the other end of its veth pair among the daemon's interfaces to
+shape the way back (down). That needs root in the daemon's own PID and network namespaces, which is
+what ``docker compose up experiment`` gives it.
 
-Where the kernel has no netem, a worker's veth pair to the bridge is put out of use, and a pair of TAP devices with the delay
-line between them takes its place: one in the container, with the address of the veth, one at the bridge.
+Where the kernel has no netem, a worker's veth pair to the bridge is put out of use, and a pair of
+TAP devices with the delay line between them takes its place: one in the container, with the address
+of the veth, one at the bridge.
 
-Everything made carries labels. ``LABEL`` names the lab, ``OWNER`` the process that made it, so that ``clean`` never
-touches a lab whose orchestrator lives. Containers end with their orchestrator by themselves (``labs.container_init``).
+Everything made carries labels. ``LABEL`` names the lab, ``OWNER`` the process that made it, so that
+``clean`` never touches a lab whose orchestrator lives. Containers end with their orchestrator by
+themselves (``labs.container_init``).
 """
 
 import contextlib
@@ -64,18 +68,22 @@ LINED_INTERFACE = "eth1"
 """The delay line's end in a container."""
 
 NOT_COMPOSE = {"com.docker.compose.project": "", "com.docker.compose.service": ""}
-"""Compose marks the images that it builds, containers inherit that, and Compose would take a worker for one of its own."""
+"""Compose marks the images that it builds, containers inherit that, and Compose would take a worker
+for one of its own."""
 _RUN_DIR = PurePosixPath("/run/netsense")
 ENVIRONMENT = {"HOME": "/tmp", "TMPDIR": "/tmp", "OMP_NUM_THREADS": "1"}
 _NOBODY = 65534
 PIDS = 4096
 """Processes and threads of a container: far more than training takes, and no fork bomb."""
 _NO_IPV6_ADDRESS = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", 1)]})]}
-"""An interface that makes up no address (IN6_ADDR_GEN_MODE_NONE), and so says nothing on its link of its own accord."""
+"""An interface that makes up no address (IN6_ADDR_GEN_MODE_NONE), and so says nothing on its link
+of its own accord."""
 _READY_S = 60.0
 _START_THREADS = 8
 _COMPOSE = "docker compose up experiment"
-_OTHER_NAMESPACE = f"this process needs the PID and network namespaces of the Docker daemon; run: {_COMPOSE}"
+_OTHER_NAMESPACE = (
+    f"this process needs the PID and network namespaces of the Docker daemon; run: {_COMPOSE}"
+)
 _OWN_MOUNT = re.compile(r"/containers/([0-9a-f]{64})/(?:hostname|hosts|resolv\.conf) /etc/")
 """A line of mountinfo(5): Docker mounts these files from a directory named after the container."""
 
@@ -84,7 +92,14 @@ class DockerHost:
     """A container with one interface that is in use (``labs.base.Host``)."""
 
     def __init__(
-        self, name: str, address: str, mac: str, container: str, directory: Path, init: InitConnection, sock: NetlinkSocket
+        self,
+        name: str,
+        address: str,
+        mac: str,
+        container: str,
+        directory: Path,
+        init: InitConnection,
+        sock: NetlinkSocket,
     ) -> None:
         self.name = name
         self.nsenter_target: Mapping[str, int | str] = {"container": container}
@@ -111,8 +126,9 @@ class DockerHost:
 class DockerLab:
     """Hosts and links made by a Docker daemon (``labs.base.Lab``).
 
-    directory: the run directory. The workers see it as /run/netsense, all of it or what the plan's view has, and run as its
-    owner, or, if that is root, as the owner of the directory above it or as nobody, to whom what they may write is then given.
+    directory: the run directory. The workers see it as /run/netsense, all of it or what the plan's
+    view has, and run as its owner, or, if that is root, as the owner of the directory above it or
+    as nobody, to whom what they may write is then given.
     """
 
     shared_files = True
@@ -143,7 +159,9 @@ class DockerLab:
 
     def __enter__(self) -> Self:
         if self._plan.trunks:
-            raise LabError("the Docker lab has a single switch; a topology with trunks runs with --lab netns")
+            raise LabError(
+                "the Docker lab has a single switch; a topology with trunks runs with --lab netns"
+            )
         _require_capabilities()
         self._client = connect()
         try:
@@ -152,12 +170,18 @@ class DockerLab:
             self.links.apply(self._plan.links)
         except BaseException as error:
             self._close()
-            if isinstance(error, OSError) and not isinstance(error, DelayLineDied):  # which may live the next time
+            # which may live the next time
+            if isinstance(error, OSError) and not isinstance(error, DelayLineDied):
                 raise LabError(f"the lab cannot be made: {error}") from error
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._close()
 
     def recorder(self, recording: Recording) -> Recorder:
@@ -168,11 +192,16 @@ class DockerLab:
         clean(dry_run=False, client=client)
         rendezvous = self._directory / f".hosts-{self._token}.sock"
         user, paths = self.user, _DaemonPaths(client)
-        devices = device_requests(self._plan.device, gpus.found(), client.info()) if self._plan.device != "cpu" else []
+        devices = (
+            device_requests(self._plan.device, gpus.found(), client.info())
+            if self._plan.device != "cpu"
+            else []
+        )
         for written in self._written():
             _give(written, *user)
-        # Whatever the daemon makes is asked for on other threads: Ctrl-C, which comes to this one, must not cut off a request,
-        # because the daemon would fulfil it after we have looked for what there is to remove.
+        # Whatever the daemon makes is asked for on other threads: Ctrl-C, which comes to this one,
+        # must not cut off a request, because the daemon would fulfil it after we have looked for
+        # what there is to remove.
         pool = ThreadPoolExecutor(_START_THREADS, thread_name_prefix="docker")
         try:
             network = pool.submit(
@@ -187,12 +216,19 @@ class DockerLab:
                 os.chown(rendezvous, *user)
                 starting = {
                     name: pool.submit(
-                        self._start_container, client, network, name, self._mounts(paths, name, rendezvous), devices, user
+                        self._start_container,
+                        client,
+                        network,
+                        name,
+                        self._mounts(paths, name, rendezvous),
+                        devices,
+                        user,
                     )
                     for name in self._plan.hosts
                 }
                 self._answer(listener, starting)
-                # Nobody else must be able to speak for a host, so the socket is removed before any program runs.
+                # Nobody else must be able to speak for a host, so the socket is removed before any
+                # program runs.
                 rendezvous.unlink()
             containers = {name: future.result() for name, future in starting.items()}
         finally:
@@ -207,15 +243,22 @@ class DockerLab:
         return [self._directory, self._directory / "cells", self._directory / "script"]
 
     def _mounts(self, paths: "_DaemonPaths", host: str, rendezvous: Path) -> list[Mount]:
-        """What a container sees of the run directory, and of folders elsewhere, which it sees under their own paths."""
+        """What a container sees of the run directory, and of folders elsewhere, which it sees under
+        their own paths."""
         seen = {str(folder): (folder, True) for folder in self._plan.folders}
         if view := self._plan.view:
             reads, writes = (*view.reads, rendezvous), (view.shared, *view.own[host])
             for path in (*reads, *writes):
-                seen[str(_RUN_DIR / path.resolve().relative_to(self._directory))] = (path.resolve(), path in reads)
+                seen[str(_RUN_DIR / path.resolve().relative_to(self._directory))] = (
+                    path.resolve(),
+                    path in reads,
+                )
         else:
             seen[str(_RUN_DIR)] = (self._directory, False)
-        return [Mount(target, paths[path], type="bind", read_only=read_only) for target, (path, read_only) in seen.items()]
+        return [
+            Mount(target, paths[path], type="bind", read_only=read_only)
+            for target, (path, read_only) in seen.items()
+        ]
 
     def _start_container(
         self,
@@ -238,7 +281,8 @@ class DockerLab:
             detach=True,
             auto_remove=True,
             network=network.name,
-            # Without this, reverse look-ups (torch does some) wait 10 s for a server that an internal network cannot reach.
+            # Without this, reverse look-ups (torch does some) wait 10 s for a server that an
+            # internal network cannot reach.
             dns_opt=["attempts:0"],
             user="{}:{}".format(*user),
             cap_drop=["ALL"],
@@ -258,7 +302,8 @@ class DockerLab:
         return container
 
     def _answer(self, listener: socket.socket, starting: Mapping[str, Future[Container]]) -> None:
-        """Wait until every host has called; raises what went wrong with a container, or LabError."""
+        """Wait until every host has called; raises what went wrong with a container, or
+        LabError."""
         listener.settimeout(0.2)
         deadline = time.monotonic() + _READY_S
         while len(self._inits) < len(starting):
@@ -289,7 +334,8 @@ class DockerLab:
             if container.status == "running":
                 return
         raise LabError(
-            f"the container of {name} ended at once; see: docker run --rm --entrypoint python {self._image} --version"
+            f"the container of {name} ended at once; see: docker run --rm --entrypoint python"
+            f" {self._image} --version"
         )
 
     def _wire(self, network: Network, containers: Mapping[str, Container]) -> None:
@@ -302,20 +348,33 @@ class DockerLab:
             inner = _enter(self.pids[-1])
             address, mac = attached["IPAddress"], attached["MacAddress"]
             host = self.hosts[name] = DockerHost(
-                name, address, mac, str(containers[name].name), self._directory, self._inits[name], inner
+                name,
+                address,
+                mac,
+                str(containers[name].name),
+                self._directory,
+                self._inits[name],
+                inner,
             )
             mine, peer = _veth_pair(host, outside)
             up = Port(inner, mine["index"], INTERFACE)
             down = Port(self._switch, peer["index"], peer.get_attr("IFLA_IFNAME"))
             if name in self._plan.lined:
                 master = peer.get_attr("IFLA_MASTER")
-                up, down, tap_pairs[name] = self._replace_veth(host, attached["IPPrefixLen"], up, down, master)
+                up, down, tap_pairs[name] = self._replace_veth(
+                    host, attached["IPPrefixLen"], up, down, master
+                )
             host.interface, host.index = up.interface, up.ifindex
-            gso_bytes, gso_segments = gso_limits(self._plan.max_gso_bytes.get(name, UNCUT_PACKET_BYTES), self._plan.mtu)
+            gso_bytes, gso_segments = gso_limits(
+                self._plan.max_gso_bytes.get(name, UNCUT_PACKET_BYTES), self._plan.mtu
+            )
             inner.batch(
                 [
                     change_interface(
-                        up, "largest packet", ("IFLA_GSO_MAX_SIZE", gso_bytes), ("IFLA_GSO_MAX_SEGS", gso_segments)
+                        up,
+                        "largest packet",
+                        ("IFLA_GSO_MAX_SIZE", gso_bytes),
+                        ("IFLA_GSO_MAX_SEGS", gso_segments),
                     ),
                     tcp_route(up.ifindex, address, attached["IPPrefixLen"], self._plan.tcp),
                 ]
@@ -333,7 +392,8 @@ class DockerLab:
     def _replace_veth(
         self, host: DockerHost, prefix_bits: int, inner: Port, outer: Port, bridge: int
     ) -> tuple[Port, Port, tuple[int, int]]:
-        """Put TAP devices in the place of a veth pair; returns their ports, and their descriptors."""
+        """Put TAP devices in the place of a veth pair; returns their ports, and their
+        descriptors."""
         mtu, silent = ("IFLA_MTU", self._plan.mtu), ("IFLA_AF_SPEC", _NO_IPV6_ADDRESS)
         first, up = self._tap(LINED_INTERFACE, inner.socket, self.pids[-1])
         second, down = self._tap(f"tap{self._token}{len(self.hosts) - 1}", outer.socket)
@@ -399,16 +459,23 @@ def connect() -> docker.DockerClient:
         reason = protocol.one_line(said).replace(";", ",")
         if place := os.environ.get("DOCKER_HOST"):
             mend = "mend that, or unset the variable, or use --lab netns"
-            raise LabError(f"no Docker daemon answers at DOCKER_HOST={place} ({reason}); {mend}") from None
+            raise LabError(
+                f"no Docker daemon answers at DOCKER_HOST={place} ({reason}); {mend}"
+            ) from None
         raise LabError(
-            f"no Docker daemon answers ({reason}); start it (for example: sudo systemctl start docker), or use --lab netns"
+            f"no Docker daemon answers ({reason}); start it (for example: sudo systemctl start"
+            " docker), or use --lab netns"
         ) from None
 
 
-def device_requests(device: str, names: list[str], daemon: Mapping[str, Any]) -> list[DeviceRequest]:
-    """What a container asks the daemon for, so that its programs may compute on ``device``: all GPUs, or nothing.
+def device_requests(
+    device: str, names: list[str], daemon: Mapping[str, Any]
+) -> list[DeviceRequest]:
+    """What a container asks the daemon for, so that its programs may compute on ``device``: all
+    GPUs, or nothing.
 
-    names: the machine's GPUs. daemon: what it tells of itself. Raises LabError where there must be a GPU.
+    names: the machine's GPUs. daemon: what it tells of itself. Raises LabError where there must be
+    a GPU.
     """
     if fault := gpus.why_not(device, names, daemon):
         raise LabError(fault)
@@ -417,7 +484,8 @@ def device_requests(device: str, names: list[str], daemon: Mapping[str, Any]) ->
 
 
 def image_has(program: str) -> bool:
-    """Whether the image of the hosts has a program; asked in a container of it that ends at once. Raises LabError."""
+    """Whether the image of the hosts has a program; asked in a container of it that ends at once.
+    Raises LabError."""
     image = os.environ.get(ENV_IMAGE, DEFAULT_IMAGE)
     question = ["sh", "-c", f"command -v {program}"]
     # On another thread, which Ctrl-C does not keep from removing the container.
@@ -443,10 +511,14 @@ def require_image(client: docker.DockerClient, image: str) -> None:
     try:
         client.images.get(image)
     except ImageNotFound:
-        raise LabError(f"the image {image} is missing; build it with: docker compose build experiment") from None
+        raise LabError(
+            f"the image {image} is missing; build it with: docker compose build experiment"
+        ) from None
 
 
-def clean(dry_run: bool, client: docker.DockerClient | None = None) -> tuple[list[str], dict[str, str]]:
+def clean(
+    dry_run: bool, client: docker.DockerClient | None = None
+) -> tuple[list[str], dict[str, str]]:
     """Remove what labs have left whose orchestrator is gone; raises LabError without a daemon.
 
     Returns (what is gone, or would be, {what could not be removed: why}).
@@ -459,7 +531,9 @@ def clean(dry_run: bool, client: docker.DockerClient | None = None) -> tuple[lis
         containers = [one for one in containers if not owner_lives(one.labels.get(OWNER, ""))]
         networks = [one for one in networks if not owner_lives(one.attrs["Labels"].get(OWNER, ""))]
         left = {} if dry_run else _remove(client, containers, networks)
-        found = [f"container {one.name}" for one in containers] + [f"network {one.name}" for one in networks]
+        found = [f"container {one.name}" for one in containers] + [
+            f"network {one.name}" for one in networks
+        ]
         return [name for name in found if name not in left], left
     finally:
         if own:
@@ -468,10 +542,14 @@ def clean(dry_run: bool, client: docker.DockerClient | None = None) -> tuple[lis
 
 def _labelled(client: docker.DockerClient, label: str) -> tuple[list[Container], list[Network]]:
     chosen = {"label": label}
-    return client.containers.list(all=True, filters=chosen, ignore_removed=True), client.networks.list(filters=chosen)
+    return client.containers.list(
+        all=True, filters=chosen, ignore_removed=True
+    ), client.networks.list(filters=chosen)
 
 
-def _remove(client: docker.DockerClient, containers: Sequence[Container], networks: Sequence[Network]) -> dict[str, str]:
+def _remove(
+    client: docker.DockerClient, containers: Sequence[Container], networks: Sequence[Network]
+) -> dict[str, str]:
     """Returns what could not be removed, and why."""
     left: dict[str, str] = {}
 
@@ -479,14 +557,18 @@ def _remove(client: docker.DockerClient, containers: Sequence[Container], networ
         try:
             container.remove(force=True, v=True)
         except APIError as error:
-            # It may be gone, or on its way: containers remove themselves when their orchestrator hangs up.
+            # It may be gone, or on its way: containers remove themselves when their orchestrator
+            # hangs up.
             if error.status_code not in (HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT):
-                left[f"container {container.name}"] = protocol.one_line(str(error.explanation or error))
+                left[f"container {container.name}"] = protocol.one_line(
+                    str(error.explanation or error)
+                )
 
     with ThreadPoolExecutor(_START_THREADS) as pool:
         list(pool.map(remove, containers))
     for network in networks:
-        # A container that is being removed by the daemon itself keeps its network for a moment longer.
+        # A container that is being removed by the daemon itself keeps its network for a moment
+        # longer.
         for _ in range(50):
             try:
                 network.remove()
@@ -505,22 +587,32 @@ def _enter(pid: int) -> NetlinkSocket:
     try:
         return NetlinkSocket.in_namespace(f"/proc/{pid}/ns/net")
     except PermissionError:
-        raise LabError(f"this process may not enter a container's network; run: {_COMPOSE}, or use sudo") from None
+        raise LabError(
+            f"this process may not enter a container's network; run: {_COMPOSE}, or use sudo"
+        ) from None
     except FileNotFoundError:
         raise LabError(f"cannot see the containers: {_OTHER_NAMESPACE}") from None
 
 
 def _veth_pair(host: DockerHost, outside: Mapping[int, ifinfmsg]) -> tuple[ifinfmsg, ifinfmsg]:
-    """The ends of a new container's veth pair: in the container, and at the bridge. outside: all interfaces there, by index."""
-    # The daemon's word is checked: a PID means another process if we do not share its PID namespace, and an index
-    # another interface if we do not share its network namespace.
-    mine = next((x for x in interfaces(host.socket) if x.get_attr("IFLA_IFNAME") == INTERFACE), None)
+    """The ends of a new container's veth pair: in the container, and at the bridge. outside: all
+    interfaces there, by index."""
+    # The daemon's word is checked: a PID means another process if we do not share its PID
+    # namespace, and an index another interface if we do not share its network namespace.
+    mine = next(
+        (x for x in interfaces(host.socket) if x.get_attr("IFLA_IFNAME") == INTERFACE), None
+    )
     if mine is None or mine.get_attr("IFLA_ADDRESS") != host.mac:
         raise LabError(f"cannot see the container of {host.name}: {_OTHER_NAMESPACE}")
     peer = outside.get(mine.get_attr("IFLA_LINK"))
-    if peer is None or peer.get_attr("IFLA_LINK") != mine["index"] or not peer.get_attr("IFLA_MASTER"):
+    if (
+        peer is None
+        or peer.get_attr("IFLA_LINK") != mine["index"]
+        or not peer.get_attr("IFLA_MASTER")
+    ):
         raise LabError(f"cannot see the veth pair of {host.name}: {_OTHER_NAMESPACE}")
-    # A new veth has no queue. What has one is being shaped by some other tool, which matches containers by itself.
+    # A new veth has no queue. What has one is being shaped by some other tool, which matches
+    # containers by itself.
     if {mine.get_attr("IFLA_QDISC"), peer.get_attr("IFLA_QDISC")} != {"noqueue"}:
         raise LabError(f"something else shapes the link of {host.name}; end that first")
     return mine, peer
@@ -528,14 +620,26 @@ def _veth_pair(host: DockerHost, outside: Mapping[int, ifinfmsg]) -> tuple[ifinf
 
 def _address(kind: int, port: Port, address: str, prefix_bits: int) -> Request:
     message = ifaddrmsg()
-    message["family"], message["prefixlen"], message["index"] = socket.AF_INET, prefix_bits, port.ifindex
+    message["family"], message["prefixlen"], message["index"] = (
+        socket.AF_INET,
+        prefix_bits,
+        port.ifindex,
+    )
     message["attrs"] = [("IFA_ADDRESS", address), ("IFA_LOCAL", address)]
-    return encode(message, kind, NLM_F_CREATE if kind == RTM_NEWADDR else 0, f"address {address} of {port.interface}")
+    return encode(
+        message,
+        kind,
+        NLM_F_CREATE if kind == RTM_NEWADDR else 0,
+        f"address {address} of {port.interface}",
+    )
 
 
 def _require_capabilities() -> None:
     if missing := lacking_capabilities():
-        raise LabError(f"shaping containers needs {', '.join(missing)}; run: {_COMPOSE}, or use sudo, or --lab netns")
+        raise LabError(
+            f"shaping containers needs {', '.join(missing)}; run: {_COMPOSE}, or use sudo, or --lab"
+            " netns"
+        )
 
 
 def require_docker() -> None:
@@ -546,7 +650,8 @@ def require_docker() -> None:
 
 
 def _give(path: Path, uid: int, gid: int) -> None:
-    """Hand a tree over, if it is there; a link that a worker may have put in its place is not followed."""
+    """Hand a tree over, if it is there; a link that a worker may have put in its place is not
+    followed."""
     if path.is_symlink():
         raise LabError(f"{path} is a link; something else has put it there, remove it")
     for found in everything_in(path) if path.exists() else ():
@@ -554,7 +659,8 @@ def _give(path: Path, uid: int, gid: int) -> None:
 
 
 class _DaemonPaths:
-    """The paths under which the daemon's machine has ours; others than ours if we run in a container ourselves."""
+    """The paths under which the daemon's machine has ours; others than ours if we run in a
+    container ourselves."""
 
     def __init__(self, client: docker.DockerClient) -> None:
         own = _OWN_MOUNT.search(Path("/proc/self/mountinfo").read_text())
@@ -568,7 +674,10 @@ class _DaemonPaths:
             return str(path)
         inside = [mount for mount in self._mounts if path.is_relative_to(mount["Destination"])]
         if not inside:
-            raise LabError(f"the workers cannot see {path}; it must be in a directory that is mounted, such as runs")
+            raise LabError(
+                f"the workers cannot see {path}; it must be in a directory that is mounted, such as"
+                " runs"
+            )
         nearest = max(inside, key=lambda mount: len(mount["Destination"]))
         return str(PurePosixPath(nearest["Source"]) / path.relative_to(nearest["Destination"]))
 

@@ -1,12 +1,14 @@
 """A process that has imported the heavy modules once and forks programs into network namespaces.
 
-Importing torch takes seconds, a fork of a process that has imported it takes milliseconds. The server is a process of its own
-so that it stays single-threaded, which is what makes forking safe, and so that the orchestrator never imports torch.
+Importing torch takes seconds, a fork of a process that has imported it takes milliseconds. The
+server is a process of its own so that it stays single-threaded, which is what makes forking safe,
+and so that the orchestrator never imports torch.
 
-Requests go over a Unix socket pair, one JSON object a datagram, with the descriptor of the network namespace beside it:
-{"log", "confined", "groups"} → {"pid"} or {"error"}; {"end"} → {"ended"}. The program's arguments and environment come in a
-file, of any size, of which the descriptor is the second: the environment has the program's token, and what the server reads
-all forks have. Ends come back unasked, as {"exited": pid, "code": int}. A program that is confined has a PID namespace of its
+Requests go over a Unix socket pair, one JSON object a datagram, with the descriptor of the network
+namespace beside it: {"log", "confined", "groups"} → {"pid"} or {"error"}; {"end"} → {"ended"}. The
+program's arguments and environment come in a file, of any size, of which the descriptor is the
+second: the environment has the program's token, and what the server reads all forks have. Ends come
+back unasked, as {"exited": pid, "code": int}. A program that is confined has a PID namespace of its
 own, whose first process is the child.
 """
 
@@ -52,7 +54,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 _END_S = 5.0
 """A process that the kernel cannot end, because it waits for a disk, is waited for no longer."""
 _NICE = 10
-"""Enough that the delay line is late with less than 1 % of its frames beside workers that fill all processors; 5 was not."""
+"""Enough that the delay line is late with less than 1 % of its frames beside workers that fill all
+processors; 5 was not."""
 
 
 class ForkedProcess:
@@ -79,8 +82,9 @@ class ForkedProcess:
 class ForkServer:
     """Client side: starts the server on entering, ends it and every program it started on leaving.
 
-    preload: modules that the server imports before it answers. A program given as ``python -m <preloaded module>``, or as
-    ``python <script>.py``, runs inside the fork; anything else is executed.
+    preload: modules that the server imports before it answers. A program given as
+    ``python -m <preloaded module>``, or as ``python <script>.py``, runs inside the fork; anything
+    else is executed.
     """
 
     def __init__(self, preload: Sequence[str] = ()) -> None:
@@ -106,7 +110,13 @@ class ForkServer:
             # Ctrl-C is the orchestrator's to handle; until the server can ignore it, it waits.
             # Its input would be the pipe that tells our own process of its parent's end.
             no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
-            self._pid = os.posix_spawn(sys.executable, argv, environment, file_actions=[no_input], setsigmask=[signal.SIGINT])
+            self._pid = os.posix_spawn(
+                sys.executable,
+                argv,
+                environment,
+                file_actions=[no_input],
+                setsigmask=[signal.SIGINT],
+            )
         threading.Thread(target=self._listen, args=(ours,), name="forkserver", daemon=True).start()
 
     def revive(self) -> None:
@@ -121,11 +131,17 @@ class ForkServer:
                         os.kill(pid, signal.SIGKILL)
         self._spawn()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for child in list(self._children.values()):
             child.kill()
         with contextlib.suppress(OSError):  # it may have died
-            # shutdown, not close: the listening thread is blocked in recv and holds the socket open.
+            # shutdown, not close: the listening thread is blocked in recv and holds the socket
+            # open.
             self._socket.shutdown(socket.SHUT_RDWR)
         os.waitpid(self._pid, 0)
 
@@ -138,7 +154,8 @@ class ForkServer:
         confined: Confinement | None = None,
         groups: Sequence[Path] = (),
     ) -> ForkedProcess:
-        """Run a program in a network namespace (descriptor) and control groups; raises HostFailed if the server has died."""
+        """Run a program in a network namespace (descriptor) and control groups; raises HostFailed
+        if the server has died."""
         request = {
             "log": str(log),
             "confined": confined and asdict(confined),
@@ -154,7 +171,8 @@ class ForkServer:
         return child
 
     def end_all(self) -> None:
-        """Kill all programs and what they have started, and wait until they have ended; a session of its own hides none."""
+        """Kill all programs and what they have started, and wait until they have ended; a session
+        of its own hides none."""
         if self._pid and not self._dead:  # what a server that has died had started has been killed
             with contextlib.suppress(HostFailed):
                 self._ask({"end": True}, [])
@@ -163,7 +181,9 @@ class ForkServer:
         try:
             socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
         except OSError as error:
-            raise HostFailed(f"the process that starts workers has died ({error.strerror})") from None
+            raise HostFailed(
+                f"the process that starts workers has died ({error.strerror})"
+            ) from None
         with self._arrived:
             while not self._replies:
                 self._arrived.wait()
@@ -177,7 +197,9 @@ class ForkServer:
                 data = b""
             with self._arrived:
                 if not data:
-                    self._replies.append({"error": "the process that starts workers has ended; see the terminal"})
+                    self._replies.append(
+                        {"error": "the process that starts workers has ended; see the terminal"}
+                    )
                     for child in self._children.values():
                         child.kill()  # nobody would tell of its end any more
                         child.code = -signal.SIGKILL if child.code is None else child.code
@@ -187,12 +209,15 @@ class ForkServer:
                     return
                 message = json.loads(data)
                 if "exited" in message:
-                    # Of what a program started and left behind nothing was said. PIDs come round again.
+                    # Of what a program started and left behind nothing was said. PIDs come round
+                    # again.
                     if ended := self._children.pop(message["exited"], None):
                         ended.code = message["code"]
                     continue
                 if "pid" in message:
-                    message["process"] = self._children[message["pid"]] = ForkedProcess(message["pid"])
+                    message["process"] = self._children[message["pid"]] = ForkedProcess(
+                        message["pid"]
+                    )
                 self._replies.append(message)
                 self._arrived.notify_all()
 
@@ -200,11 +225,13 @@ class ForkServer:
 def serve(channel: socket.socket, preload: Sequence[str]) -> list[str]:
     """Answer requests until the other side closes; returns nothing then.
 
-    In a forked child it returns a script with its arguments, to be run with nothing of the server on the stack, or not at all.
+    In a forked child it returns a script with its arguments, to be run with nothing of the server
+    on the stack, or not at all.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # whoever loses its parent is ours, to be ended with the rest
+    # whoever loses its parent is ours, to be ended with the rest
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     _give_way()
     for name in preload:
         importlib.import_module(name)
@@ -232,7 +259,11 @@ def serve(channel: socket.socket, preload: Sequence[str]) -> list[str]:
                 continue
             status_read, status_write = os.pipe2(os.O_CLOEXEC)
             try:
-                (new_pid_namespace_for_children if request["confined"] else reset_pid_namespace_for_children)(own_pids)
+                (
+                    new_pid_namespace_for_children
+                    if request["confined"]
+                    else reset_pid_namespace_for_children
+                )(own_pids)
                 pid = os.fork()
             except OSError as error:
                 os.close(status_read)
@@ -249,10 +280,12 @@ def serve(channel: socket.socket, preload: Sequence[str]) -> list[str]:
 
 
 def _give_way() -> None:
-    """Let the orchestrator and the delay line, which must be on time, go before all that is started here, however busy it is.
+    """Let the orchestrator and the delay line, which must be on time, go before all that is started
+    here, however busy it is.
 
-    Where the kernel makes every session a scheduling group of its own (autogroup, sched(7)), only the group's nice value counts
-    against other groups; so there is one session for all programs, with one value.
+    Where the kernel makes every session a scheduling group of its own (autogroup, sched(7)), only
+    the group's nice value counts against other groups; so there is one session for all programs,
+    with one value.
     """
     os.setsid()
     os.nice(_NICE)
@@ -263,10 +296,13 @@ def _give_way() -> None:
 
 
 def _end_all() -> None:
-    """Kill what descends from this process, until nothing is left; the ends are reported afterwards, as always."""
+    """Kill what descends from this process, until nothing is left; the ends are reported
+    afterwards, as always."""
     own = psutil.Process()
     given_up_s = time.monotonic() + _END_S
-    while (living := list(filter(_lives, own.children(recursive=True)))) and time.monotonic() < given_up_s:
+    while (
+        living := list(filter(_lives, own.children(recursive=True)))
+    ) and time.monotonic() < given_up_s:
         for one in living:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
@@ -280,7 +316,8 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def _report_ended(channel: socket.socket, statuses: dict[int, int]) -> None:
-    """statuses: by child, where the first process of a PID namespace says how the program itself has ended."""
+    """statuses: by child, where the first process of a PID namespace says how the program itself
+    has ended."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -301,11 +338,15 @@ def _send(channel: socket.socket, message: Mapping[str, Any]) -> None:
         sys.exit(0)  # the orchestrator is gone; the kernel ends the children with the PID namespace
 
 
-def _become(request: Mapping[str, Any], namespace: int, program: int, preload: Sequence[str], status: int) -> list[str]:
-    """The forked child: becomes the program. Returns only what is to run as a script, with its arguments.
+def _become(
+    request: Mapping[str, Any], namespace: int, program: int, preload: Sequence[str], status: int
+) -> list[str]:
+    """The forked child: becomes the program. Returns only what is to run as a script, with its
+    arguments.
 
-    program: descriptor of {"argv", "env"}, the latter being what is added to the environment. status: where the wait status of
-    the program goes if it is confined, and so has a first process of its PID namespace above it.
+    program: descriptor of {"argv", "env"}, the latter being what is added to the environment.
+    status: where the wait status of the program goes if it is confined, and so has a first process
+    of its PID namespace above it.
     """
     code = 1
     try:
@@ -317,7 +358,8 @@ def _become(request: Mapping[str, Any], namespace: int, program: int, preload: S
         os.dup2(log, 1)
         os.dup2(log, 2)
         score = Path("/proc/self/oom_score_adj")
-        score.write_text(str(max(OOM_SCORE_ADJ, int(score.read_text()))))  # less may be forbidden (Kubernetes gives 1000)
+        # less may be forbidden (Kubernetes gives 1000)
+        score.write_text(str(max(OOM_SCORE_ADJ, int(score.read_text()))))
         for group in request["groups"]:
             enter_host_group(group)
         setns(namespace)
@@ -329,7 +371,8 @@ def _become(request: Mapping[str, Any], namespace: int, program: int, preload: S
         if request["confined"]:
             confine(Confinement(**request["confined"]))
             fork_below_init(status)
-        tempfile.tempdir = None  # what was imported may have looked for it already, by another environment
+        # what was imported may have looked for it already, by another environment
+        tempfile.tempdir = None
         argv: list[str] = wanted["argv"]
         sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
@@ -337,7 +380,8 @@ def _become(request: Mapping[str, Any], namespace: int, program: int, preload: S
             sys.argv = [argv[2], *argv[3:]]
             if sys.flags.safe_path:
                 sys.path.insert(0, os.getcwd())  # noqa: PTH109  (where python -m looks first)
-            sys.modules.pop(argv[2])  # it is run as __main__ now; runpy would warn of two copies in every log
+            # it is run as __main__ now; runpy would warn of two copies in every log
+            sys.modules.pop(argv[2])
             runpy.run_module(argv[2], run_name="__main__", alter_sys=False)
             code = 0
         elif argv[0] == "python" and argv[1].endswith(".py") and not _shadows(Path(argv[1])):
@@ -355,23 +399,29 @@ def _become(request: Mapping[str, Any], namespace: int, program: int, preload: S
 
 
 def _shadows(script: Path) -> bool:
-    """Whether a module beside a script has the name of one that is imported already, and should have come first."""
-    beside = {path.stem if path.suffix == ".py" else path.name for path in script.parent.iterdir()} - {script.stem}
+    """Whether a module beside a script has the name of one that is imported already, and should
+    have come first."""
+    beside = {
+        path.stem if path.suffix == ".py" else path.name for path in script.parent.iterdir()
+    } - {script.stem}
     return not beside.isdisjoint(sys.modules)
 
 
 def _run_script(argv: list[str]) -> None:
     """As ``python script.py``, but that much is imported already; never returns.
 
-    Its folder is searched first, and it is ``__main__``. At its end threads are waited for, exit functions run, and what its
-    own modules hold is let go; only what was imported before is not taken apart, which takes more than a second.
+    Its folder is searched first, and it is ``__main__``. At its end threads are waited for, exit
+    functions run, and what its own modules hold is let go; only what was imported before is not
+    taken apart, which takes more than a second.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     path = argv[0]
     folder = str(Path(path).parent)
     sys.argv[:] = argv
-    sys.path[: not sys.flags.safe_path] = [folder]  # in the place of the working directory, where that is searched
-    # Forked processes have the same random numbers ahead of them; Python's own and torch's are as in a fresh one.
+    # in the place of the working directory, where that is searched
+    sys.path[: not sys.flags.safe_path] = [folder]
+    # Forked processes have the same random numbers ahead of them; Python's own and torch's are as
+    # in a fresh one.
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
     main = types.ModuleType("__main__")
@@ -385,7 +435,8 @@ def _run_script(argv: list[str]) -> None:
             print(end.code, file=sys.stderr)
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException as error:
-        trace = error.__traceback__.tb_next if error.__traceback__ else None  # without this function
+        # without this function
+        trace = error.__traceback__.tb_next if error.__traceback__ else None
         sys.excepthook(type(error), error.with_traceback(trace), trace)
         del trace
         code = 1
@@ -397,7 +448,8 @@ def _run_script(argv: list[str]) -> None:
     del main, module
     gc.collect()
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
-        with contextlib.suppress(Exception):  # a script may have closed it, or put something else in its place
+        # a script may have closed it, or put something else in its place
+        with contextlib.suppress(Exception):
             stream.flush()  # type: ignore[union-attr]
     os._exit(code & 0xFF)
 

@@ -1,7 +1,8 @@
 """The rootless lab: every host a network namespace, joined by a bridge in a namespace of its own.
 
-It lives inside private user, network, mount and PID namespaces, its sandbox (``sandbox_command``), so it needs no root, touches
-nothing on the machine, and whatever way its first process dies the kernel removes it all.
+It lives inside private user, network, mount and PID namespaces, its sandbox (``sandbox_command``),
+so it needs no root, touches nothing on the machine, and whatever way its first process dies the
+kernel removes it all.
 """
 
 import ipaddress
@@ -28,7 +29,14 @@ from testbed.labs.confine import ENVIRONMENT, Confinement
 from testbed.labs.forkserver import ForkServer
 from testbed.links.delayline import DelayLine, DelayLineDied
 from testbed.links.neighbours import forwarding, mac_of, neighbour
-from testbed.links.netlink import NetlinkSocket, Request, back_to_own_namespace, encode, setns, unshare_network
+from testbed.links.netlink import (
+    NetlinkSocket,
+    Request,
+    back_to_own_namespace,
+    encode,
+    setns,
+    unshare_network,
+)
 from testbed.links.qdiscs import UNCUT_PACKET_BYTES, gso_limits
 from testbed.links.routes import tcp_route
 from testbed.links.shaper import Port, set_port
@@ -44,19 +52,24 @@ _NEW = NLM_F_CREATE | NLM_F_EXCL
 
 
 def sandbox_command() -> list[str]:
-    """The command prefix that runs a program in fresh private namespaces; raises LabError with the mend."""
+    """The command prefix that runs a program in fresh private namespaces; raises LabError with the
+    mend."""
     if shutil.which("unshare") is None:
         raise LabError(
-            "the program unshare is missing; install it with: apt-get install util-linux (or dnf install util-linux)"
+            "the program unshare is missing; install it with: apt-get install util-linux (or dnf"
+            " install util-linux)"
         )
     private = ["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     rootless = ["unshare", "--user", "--map-root-user", *private]
     attempts = [rootless]
-    if os.geteuid() == 0:  # without a user namespace the delay line may ask for the processor at once (SCHED_FIFO)
+    # without a user namespace the delay line may ask for the processor at once (SCHED_FIFO)
+    if os.geteuid() == 0:
         attempts.insert(0, ["unshare", *private])
     reason = ""
     for prefix in attempts:
-        done = subprocess.run([*prefix, "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        done = subprocess.run(
+            [*prefix, "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+        )
         if done.returncode == 0:
             return prefix
         reason = reason or why_it_failed(done)
@@ -69,19 +82,26 @@ def sandbox_command() -> list[str]:
 
 
 def why_it_failed(done: "subprocess.CompletedProcess[str]") -> str:
-    """The last line of what a program wrote to standard error, or its exit code if it wrote nothing."""
+    """The last line of what a program wrote to standard error, or its exit code if it wrote
+    nothing."""
     return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
 def _user_of(view: View) -> tuple[int, int] | None:
-    """As root: in whose closed home, or other directory, the run lies. Without capabilities root may not enter it, either.
+    """As root: in whose closed home, or other directory, the run lies. Without capabilities root
+    may not enter it, either.
 
-    None: who the caller is. In a user namespace all owners but the caller are nobody (user_namespaces(7)).
+    None: who the caller is. In a user namespace all owners but the caller are nobody
+    (user_namespaces(7)).
     """
     if os.geteuid() != 0:
         return None
-    closed = (one for one in map(Path.stat, view.root.resolve().parents) if not one.st_mode & stat.S_IXOTH)
-    return next(((one.st_uid, one.st_gid) for one in closed if one.st_uid not in (0, _NOBODY)), None)
+    closed = (
+        one for one in map(Path.stat, view.root.resolve().parents) if not one.st_mode & stat.S_IXOTH
+    )
+    return next(
+        ((one.st_uid, one.st_gid) for one in closed if one.st_uid not in (0, _NOBODY)), None
+    )
 
 
 def _resolved(paths: Sequence[Path]) -> list[str]:
@@ -127,7 +147,9 @@ class NetnsHost:
             if user:
                 for path in writes:
                     os.chown(path, *user)
-            confined = Confinement(str(view.root.resolve()), _resolved(reads), _resolved(writes), user)
+            confined = Confinement(
+                str(view.root.resolve()), _resolved(reads), _resolved(writes), user
+            )
             env = {**ENVIRONMENT, **env}
         process = self._server.start(argv, env, log, self.namespace, confined, self.groups)
         self._processes.append(process)
@@ -145,14 +167,17 @@ class NetnsHost:
 class NetnsLab:
     """Hosts and links in namespaces of the calling process (``labs.base.Lab``).
 
-    Sockets and namespaces are held by descriptors alone: closing them, or dying, is the whole teardown, but for control groups.
+    Sockets and namespaces are held by descriptors alone: closing them, or dying, is the whole
+    teardown, but for control groups.
 
     groups: from ``cgroups.groups_of_run``, if the plan has limits.
     """
 
     shared_files = True
 
-    def __init__(self, plan: LabPlan, server: ForkServer, groups: Mapping[str, Path] = MappingProxyType({})) -> None:
+    def __init__(
+        self, plan: LabPlan, server: ForkServer, groups: Mapping[str, Path] = MappingProxyType({})
+    ) -> None:
         self._plan = plan
         self._server = server
         self._groups = groups
@@ -170,11 +195,20 @@ class NetnsLab:
                 for name in self._plan.hosts_by_switch:
                     self._switches[name] = _Switch(*_new_namespace())
                 addresses = _NETWORKS[self._plan.ip].hosts()
-                for number, (name, address) in enumerate(zip(self._plan.hosts, addresses, strict=False), 1):
+                for number, (name, address) in enumerate(
+                    zip(self._plan.hosts, addresses, strict=False), 1
+                ):
                     namespace, socket = _new_namespace(ipv6=self._plan.ip == 6)
                     groups = host_groups(self._groups, name, self._plan.limits)
                     self.hosts[name] = NetnsHost(
-                        name, str(address), mac_of(number), namespace, socket, self._server, self._plan, groups
+                        name,
+                        str(address),
+                        mac_of(number),
+                        namespace,
+                        socket,
+                        self._server,
+                        self._plan,
+                        groups,
                     )
             for switch, hosts in self._plan.hosts_by_switch.items():
                 self._wire_hosts(self._switches[switch], [self.hosts[name] for name in hosts])
@@ -186,19 +220,26 @@ class NetnsLab:
             self.links.apply(self._plan.links)
         except BaseException as error:
             self._close()
-            if isinstance(error, OSError) and not isinstance(error, DelayLineDied):  # which may live the next time
+            # which may live the next time
+            if isinstance(error, OSError) and not isinstance(error, DelayLineDied):
                 raise LabError(f"the lab cannot be made: {error}") from error
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._close()
 
     def recorder(self, recording: Recording) -> Recorder:
         return LocalRecorder(recording, self.links, self.hosts)
 
     def _wire_hosts(self, switch: "_Switch", hosts: Sequence[NetnsHost]) -> None:
-        # Interface indices are chosen by us, so nothing has to be looked up and each namespace takes one batch.
+        # Interface indices are chosen by us, so nothing has to be looked up and each namespace
+        # takes one batch.
         mtu = self._plan.mtu
         requests = [_link("bridge", _BRIDGE_INDEX, "br0", kind="bridge", up=True)]
         for host in hosts:
@@ -224,10 +265,22 @@ class NetnsLab:
                 [
                     _link("loopback", _LOOPBACK_INDEX, "lo", up=True),
                     # An interface that is up keeps its MAC.
-                    _link("interface", _ETH0_INDEX, INTERFACE, mac=host.mac, mtu=mtu, gso=gso_limits(largest, mtu)),
+                    _link(
+                        "interface",
+                        _ETH0_INDEX,
+                        INTERFACE,
+                        mac=host.mac,
+                        mtu=mtu,
+                        gso=gso_limits(largest, mtu),
+                    ),
                     _link("interface", _ETH0_INDEX, INTERFACE, up=True),
                     _address(host.address),
-                    tcp_route(_ETH0_INDEX, host.address, _NETWORKS[self._plan.ip].prefixlen, self._plan.tcp),
+                    tcp_route(
+                        _ETH0_INDEX,
+                        host.address,
+                        _NETWORKS[self._plan.ip].prefixlen,
+                        self._plan.tcp,
+                    ),
                 ]
             )
 
@@ -242,11 +295,20 @@ class NetnsLab:
                     self._tap(second.namespace, interface, ports[1]),
                 )
             else:
-                first.socket.batch([_veth(interface, ports[0], interface, ports[1], second.namespace)])
+                first.socket.batch(
+                    [_veth(interface, ports[0], interface, ports[1], second.namespace)]
+                )
             for switch, port, far in zip((first, second), ports, reversed(ends), strict=True):
                 switch.socket.batch(
                     [
-                        _link("trunk", port, interface, master=_BRIDGE_INDEX, mtu=self._plan.mtu, up=True),
+                        _link(
+                            "trunk",
+                            port,
+                            interface,
+                            master=_BRIDGE_INDEX,
+                            mtu=self._plan.mtu,
+                            up=True,
+                        ),
                         set_port(port, f"trunk {name}", "IFLA_BRPORT_ISOLATED", 1),
                     ]
                 )
@@ -269,7 +331,9 @@ class NetnsLab:
             others = [other for other in self.hosts.values() if other is not host]
             host.socket.batch(neighbour(_ETH0_INDEX, other.address, other.mac) for other in others)
         for switch in self._switches.values():
-            switch.socket.batch(forwarding(port, self.hosts[name].mac) for name, port in switch.ports.items())
+            switch.socket.batch(
+                forwarding(port, self.hosts[name].mac) for name, port in switch.ports.items()
+            )
 
     def _close(self) -> None:
         self._line.close()
@@ -308,8 +372,15 @@ class _Switch:
         os.close(self.namespace)
 
 
-_QUIET_IPV6 = {"accept_dad": 0, "accept_ra": 0, "addr_gen_mode": 1, "autoconf": 0, "router_solicitations": 0}
-"""An address that is given is used at once, none is made up, and no router is looked for (ip-sysctl.rst)."""
+_QUIET_IPV6 = {
+    "accept_dad": 0,
+    "accept_ra": 0,
+    "addr_gen_mode": 1,
+    "autoconf": 0,
+    "router_solicitations": 0,
+}
+"""An address that is given is used at once, none is made up, and no router is looked for
+(ip-sysctl.rst)."""
 
 
 def _new_namespace(ipv6: bool = False) -> tuple[int, NetlinkSocket]:
@@ -343,9 +414,12 @@ def _link(
         message["flags"] = message["change"] = _IFF_UP
     attrs: list[tuple[str, object]] = [("IFLA_IFNAME", name)] if kind else []
     if kind:
-        # Without snooping a bridge joins no group, and sends no reports that would be counted on every link.
+        # Without snooping a bridge joins no group, and sends no reports that would be counted on
+        # every link.
         quiet = {"attrs": [("IFLA_BR_MCAST_SNOOPING", 0)]}
-        attrs.append(("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", kind), ("IFLA_INFO_DATA", quiet)]}))
+        attrs.append(
+            ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", kind), ("IFLA_INFO_DATA", quiet)]})
+        )
     if master is not None:
         attrs.append(("IFLA_MASTER", master))
     if mac is not None:
@@ -369,7 +443,12 @@ def _veth(name: str, index: int, peer_name: str, peer_index: int, peer_namespace
         ("IFLA_IFNAME", name),
         (
             "IFLA_LINKINFO",
-            {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", {"attrs": [("VETH_INFO_PEER", peer)]})]},
+            {
+                "attrs": [
+                    ("IFLA_INFO_KIND", "veth"),
+                    ("IFLA_INFO_DATA", {"attrs": [("VETH_INFO_PEER", peer)]}),
+                ]
+            },
         ),
     ]
     return encode(message, RTM_NEWLINK, _NEW, f"veth pair of {name}")
@@ -382,6 +461,10 @@ def _address(address: str) -> Request:
     message["prefixlen"] = network.prefixlen
     message["index"] = _ETH0_INDEX
     # Without looking for duplicates first (IFA_F_NODAD), or an IPv6 address could not be used yet.
-    more = ("IFA_BROADCAST", str(network.broadcast_address)) if network.version == 4 else ("IFA_FLAGS", _IFA_F_NODAD)
+    more = (
+        ("IFA_BROADCAST", str(network.broadcast_address))
+        if network.version == 4
+        else ("IFA_FLAGS", _IFA_F_NODAD)
+    )
     message["attrs"] = [("IFA_ADDRESS", address), ("IFA_LOCAL", address), more]
     return encode(message, RTM_NEWADDR, _NEW, f"address {address}")

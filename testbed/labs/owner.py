@@ -1,4 +1,5 @@
-"""Who made something that outlives its maker, so that it is removed once that one is gone, and never before."""
+"""Who made something that outlives its maker, so that it is removed once that one is gone, and
+never before."""
 
 import os
 from pathlib import Path
@@ -26,7 +27,8 @@ def owner_lives(mark: str) -> bool:
 
 
 def _start_time(pid: int) -> str:
-    # Field 22 of proc(5) stat; the name in parentheses before it may hold anything. PIDs come round again, this does not.
+    # Field 22 of proc(5) stat; the name in parentheses before it may hold anything. PIDs come round
+    # again, this does not.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 

@@ -1,8 +1,8 @@
 """A lab whose hosts and links are on other machines: the orchestrator's side of the node agents.
 
-An agent (``testbed.agent``) makes on its node what is there of the lab. Here is what looks like any other lab
-(``labs.base``), and sends each agent what concerns it. The agents dial in, over the network that the machines have anyway, and
-never over a link of the lab.
+An agent (``testbed.agent``) makes on its node what is there of the lab. Here is what looks like any
+other lab (``labs.base``), and sends each agent what concerns it. The agents dial in, over the
+network that the machines have anyway, and never over a link of the lab.
 """
 
 import contextlib
@@ -50,18 +50,22 @@ class NodeLost(HostFailed):
 
 
 class NodeRefused(HostFailed):
-    """A node's agent cannot do what it was asked for. The message is one line that names the node."""
+    """A node's agent cannot do what it was asked for. The message is one line that names the
+    node."""
 
 
 class _Made(BaseModel):
-    """What a node says of its part of a lab, by host: where it sees the run directory; address and interface."""
+    """What a node says of its part of a lab, by host: where it sees the run directory; address and
+    interface."""
 
     root: dict[str, str]
     hosts: dict[str, tuple[str, str]]
 
 
 class _Counted(BaseModel):
-    counters: list[tuple[str, Literal["up", "down"], tuple[int, int, int, int, int, int, int | None]]]
+    counters: list[
+        tuple[str, Literal["up", "down"], tuple[int, int, int, int, int, int, int | None]]
+    ]
 
 
 _Result = TypeVar("_Result", bound=BaseModel)
@@ -70,7 +74,8 @@ _Result = TypeVar("_Result", bound=BaseModel)
 class RemoteNode:
     """The agent of one node, as long as its connection lasts.
 
-    name: of the node. clock: its clock against ours. Whatever is asked of it raises NodeLost once it is lost.
+    name: of the node. clock: its clock against ours. Whatever is asked of it raises NodeLost once
+    it is lost.
     """
 
     def __init__(self, sock: ssl.SSLSocket, arrived: Callable[["RemoteNode"], None]) -> None:
@@ -117,15 +122,20 @@ class RemoteNode:
         self.send(message, payload)
         return message.request
 
-    def answer(self, request: int, timeout_s: float = _ANSWER_S, most_s: float = 0.0) -> Mapping[str, Any]:
-        """What came to a request, when it has come. Raises NodeRefused if the node refuses, NodeLost if it does not answer.
+    def answer(
+        self, request: int, timeout_s: float = _ANSWER_S, most_s: float = 0.0
+    ) -> Mapping[str, Any]:
+        """What came to a request, when it has come. Raises NodeRefused if the node refuses,
+        NodeLost if it does not answer.
 
         most_s: as long as files still come, it has more time, but no more than this.
         """
         began_s = monotonic_s()
         with self._changed:
             while request not in self._answers and not self._lost:
-                given_up_s = max(began_s + timeout_s, min(self._grown_s + timeout_s, began_s + most_s))
+                given_up_s = max(
+                    began_s + timeout_s, min(self._grown_s + timeout_s, began_s + most_s)
+                )
                 if (left_s := given_up_s - monotonic_s()) <= 0:
                     self._asked.discard(request)
                     raise NodeLost(f"node {self.name} does not answer")
@@ -180,7 +190,9 @@ class RemoteNode:
                 self._channel.send(messages.Time(number=number, at_s=now_s))
             case messages.Status(clock=clock, arrived=arrived, failure=failure):
                 self.clock, self.arrived = Clock(*clock) if clock else self.clock, arrived
-                self.failure = self.failure or (f"node {self.name}: {protocol.one_line(failure, 500)}" if failure else "")
+                self.failure = self.failure or (
+                    f"node {self.name}: {protocol.one_line(failure, 500)}" if failure else ""
+                )
             case messages.Answer(request=request) | messages.Refused(request=request):
                 with self._changed:
                     if request in self._asked:
@@ -196,7 +208,9 @@ class RemoteNode:
                 try:
                     cell.append(path, payload)
                 except OSError as error:
-                    self.failure = self.failure or f"records could not be written: {explained(error)}"
+                    self.failure = (
+                        self.failure or f"records could not be written: {explained(error)}"
+                    )
             case messages.Connected(connection=connection):
                 cell.connect(connection)
             case messages.Data(connection=connection):
@@ -208,7 +222,8 @@ class RemoteNode:
 class Nodes:
     """Waits for the agents of a run, from entering to leaving.
 
-    secret: what they need to be let in. port: where they have to call; host: of which address of this machine, "" for all.
+    secret: what they need to be let in. port: where they have to call; host: of which address of
+    this machine, "" for all.
     """
 
     def __init__(self, host: str = "", port: int = 0) -> None:
@@ -224,7 +239,12 @@ class Nodes:
         threading.Thread(target=self._accept, name="nodes", daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._closing = True
         with contextlib.suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)
@@ -235,13 +255,16 @@ class Nodes:
             node.close()
 
     def wait(self, names: Collection[str], timeout_s: float) -> Mapping[str, RemoteNode]:
-        """The nodes of these names, when all are there and their clocks are known. Raises LabError that names those missing."""
+        """The nodes of these names, when all are there and their clocks are known. Raises LabError
+        that names those missing."""
 
         given_up_s = monotonic_s() + timeout_s
         while True:
             with self._changed:
                 there = {name: node for name, node in self._nodes.items() if not node.lost}
-            ready = {name: node for name, node in there.items() if math.isfinite(node.clock.unsure_s)}
+            ready = {
+                name: node for name, node in there.items() if math.isfinite(node.clock.unsure_s)
+            }
             missing = [name for name in names if name not in ready]
             if not missing:
                 return {name: ready[name] for name in names}
@@ -265,7 +288,9 @@ class Nodes:
                     with contextlib.suppress(OSError):  # which ends its thread
                         oldest.shutdown(socket.SHUT_RDWR)
                 self._strangers[handle] = None
-            threading.Thread(target=self._admit, args=(sock, handle), name="stranger", daemon=True).start()
+            threading.Thread(
+                target=self._admit, args=(sock, handle), name="stranger", daemon=True
+            ).start()
 
     def _admit(self, sock: socket.socket, handle: socket.socket) -> None:
         try:
@@ -306,7 +331,9 @@ class RemoteProcess:
 class RemoteHost:
     """A host of a node (``labs.base.Host``)."""
 
-    def __init__(self, name: str, address: str, interface: str, node: RemoteNode, directory: Path, root: str) -> None:
+    def __init__(
+        self, name: str, address: str, interface: str, node: RemoteNode, directory: Path, root: str
+    ) -> None:
         self.name, self.address, self.interface, self.node = name, address, interface, node
         self._directory, self._root = directory, root
 
@@ -316,13 +343,20 @@ class RemoteHost:
 
     @property
     def nsenter_target(self) -> Mapping[str, int | str]:
-        raise ValueError(f"{self.name} is on another machine, {self.node.name}, where programs of this one cannot run")
+        raise ValueError(
+            f"{self.name} is on another machine, {self.node.name}, where programs of this one"
+            " cannot run"
+        )
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> RemoteProcess:
         number = self.node.number()
         self.node.started.add(number)
         wanted = messages.Start(
-            number=number, host=self.name, argv=list(argv), env=dict(env), log=_relative(log, self._directory)
+            number=number,
+            host=self.name,
+            argv=list(argv),
+            env=dict(env),
+            log=_relative(log, self._directory),
         )
         self.node.send(wanted)
         return RemoteProcess(self.node, number)
@@ -346,43 +380,62 @@ class RemoteLinks:
     @property
     def states(self) -> Mapping[str, LinkState]:
         now_s = monotonic_s() - self._t0_s
-        return {**self._plan.links, **{change.link: change.state for change in self._timeline if change.at_s <= now_s}}
+        return {
+            **self._plan.links,
+            **{change.link: change.state for change in self._timeline if change.at_s <= now_s},
+        }
 
     def counters(self) -> Mapping[Place, QdiscCounters]:
-        asked = [(node, node.ask(messages.ReadCounters(request=node.number()))) for node in self._nodes]
+        asked = [
+            (node, node.ask(messages.ReadCounters(request=node.number()))) for node in self._nodes
+        ]
         rows = [row for node, request in asked for row in node.result(request, _Counted).counters]
         return {(link, direction): QdiscCounters(*counted) for link, direction, counted in rows}
 
 
 class RemoteRecorder:
-    """The recorders of all nodes (``recording.recorder.Recorder``); the timeline of each is sent before anything begins."""
+    """The recorders of all nodes (``recording.recorder.Recorder``); the timeline of each is sent
+    before anything begins."""
 
-    def __init__(self, recording: Recording, links: RemoteLinks, hosts: Mapping[str, RemoteHost]) -> None:
+    def __init__(
+        self, recording: Recording, links: RemoteLinks, hosts: Mapping[str, RemoteHost]
+    ) -> None:
         self._recording, self._links = recording, links
         self._nodes = list({host.node.name: host.node for host in hosts.values()}.values())
         self._node_of = {name: host.node for name, host in hosts.items()}
 
     def __enter__(self) -> Self:
         if self._recording.server is not None:
-            self._recording.server.refusal = "its links and hosts are on other machines, where nothing can be done by hand"
+            self._recording.server.refusal = (
+                "its links and hosts are on other machines, where nothing can be done by hand"
+            )
         asked = [(node, request) for node in self._nodes for request in self._send_timeline(node)]
         for node, request in asked:
             node.answer(request)
         return self
 
     def _send_timeline(self, node: RemoteNode) -> Iterable[int]:
-        changes = [change for change in self._recording.timeline if self._node_of[change.link] is node]
+        changes = [
+            change for change in self._recording.timeline if self._node_of[change.link] is node
+        ]
         for first in range(0, len(changes) or 1, _CHANGES_IN_A_MESSAGE):
             some = changes[first : first + _CHANGES_IN_A_MESSAGE]
             last = first + _CHANGES_IN_A_MESSAGE >= len(changes)
-            yield node.ask(messages.Timeline(request=node.number(), last=last), _TIMELINE.dump_json(some))
+            yield node.ask(
+                messages.Timeline(request=node.number(), last=last), _TIMELINE.dump_json(some)
+            )
 
     def begin(self, t0_s: float) -> None:
         for node in self._nodes:
             node.send(messages.Begin(t0_s=t0_s))
         self._links.follow(self._recording.timeline, t0_s)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         fault = _finish(self._nodes, messages.End, patient=not isinstance(error, KeyboardInterrupt))
         if fault and error is None:
             raise NodeLost(f"its records are not whole: {fault}")
@@ -398,10 +451,12 @@ class RemoteRecorder:
 class RemoteLab:
     """A lab over several nodes (``labs.base.Lab``).
 
-    On entering, the nodes are first given what programs on the hosts read and write, so that hosts can be made that see it.
+    On entering, the nodes are first given what programs on the hosts read and write, so that hosts
+    can be made that see it.
 
-    plan: with a view. directory: the run directory. place: makes the hosts; returns by host its node, and what that node's part
-    of the lab has to know of it. user: who the programs run as, if not as the agents.
+    plan: with a view. directory: the run directory. place: makes the hosts; returns by host its
+    node, and what that node's part of the lab has to know of it. user: who the programs run as, if
+    not as the agents.
     """
 
     shared_files = False
@@ -415,7 +470,10 @@ class RemoteLab:
         user: tuple[int, int] | None = None,
     ) -> None:
         if plan.trunks:
-            raise LabError("a lab over several machines has a single switch; a topology with trunks runs with --lab netns")
+            raise LabError(
+                "a lab over several machines has a single switch; a topology with trunks runs with"
+                " --lab netns"
+            )
         if plan.view is None:
             raise ValueError("a lab over several machines needs to know what its hosts see")
         self._plan, self._view, self._user = plan, plan.view, user
@@ -435,13 +493,19 @@ class RemoteLab:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         fault = self._close(patient=not isinstance(error, KeyboardInterrupt))
         if fault and error is None:
             raise NodeLost(f"what its programs have left may not be whole: {fault}")
 
     def _provide(self) -> None:
-        """Give every node the directories of all hosts, the files that they read, and the control socket."""
+        """Give every node the directories of all hosts, the files that they read, and the control
+        socket."""
         written = [self._view.shared, *itertools.chain.from_iterable(self._view.own.values())]
         writable = [_relative(path, self._directory) for path in written]
         cell = self._view.shared.parent
@@ -450,7 +514,10 @@ class RemoteLab:
             self._homes[name] = _Home(node, cell)
             node.attach(self._homes[name])
             wanted = messages.MakeDirectories(
-                request=node.number(), cell=_relative(cell, self._directory), writable=writable, user=self._user
+                request=node.number(),
+                cell=_relative(cell, self._directory),
+                writable=writable,
+                user=self._user,
             )
             asked.append((node, node.ask(wanted)))
         for path in itertools.chain.from_iterable(map(everything_in, self._view.reads)):
@@ -458,7 +525,8 @@ class RemoteLab:
                 self._put(path)
         for node, request in asked:
             node.answer(request)
-            node.failure, node.codes, node.arrived, node.started = "", {}, {}, set()  # of the cell before
+            # of the cell before
+            node.failure, node.codes, node.arrived, node.started = "", {}, {}, set()
 
     def _put(self, path: Path) -> None:
         executable = bool(path.stat().st_mode & 0o100)
@@ -475,7 +543,9 @@ class RemoteLab:
         """Have the nodes make their parts of the lab."""
         asked = []
         for name, node in self._nodes.items():
-            details = {host: dict(more) for host, (where, more) in placement.items() if where == name}
+            details = {
+                host: dict(more) for host, (where, more) in placement.items() if where == name
+            }
             self._homes[name].expect(path for host in details for path in self._view.own[host])
             links = {host: self._plan.links[host] for host in details}
             plan = replace(self._plan, links=links, switches={}, view=None)
@@ -486,14 +556,17 @@ class RemoteLab:
             if not details.keys() == made.hosts.keys() == made.root.keys():
                 raise node.nonsense("other hosts than it was given")
             for host, (address, interface) in made.hosts.items():
-                self.hosts[host] = RemoteHost(host, address, interface, node, self._directory, made.root[host])
+                self.hosts[host] = RemoteHost(
+                    host, address, interface, node, self._directory, made.root[host]
+                )
         self.hosts = {name: self.hosts[name] for name in self._plan.hosts}  # in their order
 
     def recorder(self, recording: Recording) -> Recorder:
         return RemoteRecorder(recording, self.links, self.hosts)
 
     def _close(self, patient: bool) -> str:
-        """End all programs, take what they have left, and remove everything. Nodes that are lost do that by themselves.
+        """End all programs, take what they have left, and remove everything. Nodes that are lost do
+        that by themselves.
 
         Returns why one of them has not, in one line, or "".
         """
@@ -503,8 +576,11 @@ class RemoteLab:
         return fault
 
 
-def _finish(nodes: Iterable[RemoteNode], kind: type[messages.End] | type[messages.Close], patient: bool) -> str:
-    """Ask all nodes that are there to end something, and wait for it; returns why one has not, or "".
+def _finish(
+    nodes: Iterable[RemoteNode], kind: type[messages.End] | type[messages.Close], patient: bool
+) -> str:
+    """Ask all nodes that are there to end something, and wait for it; returns why one has not, or
+    "".
 
     patient: wait longer for those that go on sending files.
     """
@@ -523,7 +599,8 @@ def _finish(nodes: Iterable[RemoteNode], kind: type[messages.End] | type[message
 
 
 class _Home:
-    """Where in the cell's directory belongs what comes from a node, and to whom what its programs say."""
+    """Where in the cell's directory belongs what comes from a node, and to whom what its programs
+    say."""
 
     def __init__(self, node: RemoteNode, cell: Path) -> None:
         self._node, self._cell = node, cell
@@ -532,7 +609,8 @@ class _Home:
         self._lock = threading.Lock()
 
     def expect(self, directories: Iterable[Path]) -> None:
-        """In which directories the programs of this node's hosts write; what is said to come from others is not taken."""
+        """In which directories the programs of this node's hosts write; what is said to come from
+        others is not taken."""
         cell = self._cell.resolve()
         self._directories = frozenset(_relative(path, cell) for path in directories)
 
@@ -553,7 +631,9 @@ class _Home:
             return  # the cell is at its end
         with self._lock:
             self._connections[number] = connection
-        threading.Thread(target=self._listen, args=(number, connection), name="relay", daemon=True).start()
+        threading.Thread(
+            target=self._listen, args=(number, connection), name="relay", daemon=True
+        ).start()
 
     def say(self, number: int, data: bytes) -> None:
         """Pass on what a program says."""

@@ -1,13 +1,15 @@
-"""The swarm lab: hosts are tasks of a Docker Swarm, spread over its nodes, joined by an overlay network, shaped by agents.
+"""The swarm lab: hosts are tasks of a Docker Swarm, spread over its nodes, joined by an overlay
+network, shaped by agents.
 
-The orchestrator talks to a manager of the swarm and makes services there; Swarm places them. On every node runs an agent
-(``testbed.agent``), a task of a global service, which finds the containers of its node and does all that has to be done there
-(``testbed.agent.containers``). Nothing restarts behind our back, and no file of a node is touched: what workers read and write
-is in the memory of the agent's container.
+The orchestrator talks to a manager of the swarm and makes services there; Swarm places them. On
+every node runs an agent (``testbed.agent``), a task of a global service, which finds the containers
+of its node and does all that has to be done there (``testbed.agent.containers``). Nothing restarts
+behind our back, and no file of a node is touched: what workers read and write is in the memory of
+the agent's container.
 
-Everything made carries ``LABEL``, with the run that it belongs to, and ``OWNER``, the process that made it. Agents end when
-their orchestrator hangs up, and containers when their agent does; the services, which are then empty, are removed by the next
-run or by ``testbed clean``.
+Everything made carries ``LABEL``, with the run that it belongs to, and ``OWNER``, the process that
+made it. Agents end when their orchestrator hangs up, and containers when their agent does; the
+services, which are then empty, are removed by the next run or by ``testbed clean``.
 """
 
 import contextlib
@@ -54,15 +56,18 @@ PLACEMENT_FILE = "placement.json"
 _AGENT_DIRECTORY = "/run/netsense"
 _SECRET = "netsense"  # noqa: S105  (a file's name)
 _AGENT = (
-    'exec python -m testbed.agent "$0" --name "$NODE" --secret /run/secrets/' + _SECRET + " "
-    f"--lab testbed.agent.containers:ContainerNodeLab --directory {_AGENT_DIRECTORY}"
+    'exec python -m testbed.agent "$0" --name "$NODE" --secret /run/secrets/'
+    + _SECRET
+    + f" --lab testbed.agent.containers:ContainerNodeLab --directory {_AGENT_DIRECTORY}"
 )
 _AGENT_CAPABILITIES = ("SYS_ADMIN", "NET_ADMIN", "NET_RAW", "CHOWN", "FOWNER", "DAC_OVERRIDE")
-"""To enter the namespaces of containers, to shape what is in there, to wake a link, to hand files over to the programs."""
+"""To enter the namespaces of containers, to shape what is in there, to wake a link, to hand files
+over to the programs."""
 _VXLAN_BYTES = 50
 """That the overlay adds; Docker asks for the MTU of the network below it."""
 _FIRST_USER = 64000
-"""Of the hosts' programs; each host has one of its own, so that none reads what another has written."""
+"""Of the hosts' programs; each host has one of its own, so that none reads what another has
+written."""
 _RUNNING_S = 60.0
 _PLACED_S = 5.0
 _CALL_S = 30.0
@@ -74,7 +79,8 @@ _THREADS = 8
 
 
 class Swarm:
-    """A swarm with an agent on each of its nodes, from entering to leaving. Labs are made on it, one after the other."""
+    """A swarm with an agent on each of its nodes, from entering to leaving. Labs are made on it,
+    one after the other."""
 
     def __init__(self, image: str | None = None) -> None:
         self._image = image or os.environ.get(ENV_IMAGE, DEFAULT_IMAGE)
@@ -90,8 +96,11 @@ class Swarm:
                 require_manager(self.client)
                 require_image(self.client, self._image)
                 clean(dry_run=False, client=self.client)
-            # Whatever the daemon makes is asked for on other threads: Ctrl-C must not cut off a request that is then fulfilled.
-            self.pool = self._closing.enter_context(ThreadPoolExecutor(_THREADS, thread_name_prefix="swarm"))
+            # Whatever the daemon makes is asked for on other threads: Ctrl-C must not cut off a
+            # request that is then fulfilled.
+            self.pool = self._closing.enter_context(
+                ThreadPoolExecutor(_THREADS, thread_name_prefix="swarm")
+            )
             self._closing.callback(self._remove_all)
             self._closing.callback(self.pool.shutdown, cancel_futures=True)
             self._nodes = self._closing.enter_context(Nodes())
@@ -100,24 +109,32 @@ class Swarm:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         with undisturbed():
             self._closing.close()
 
     @property
     def image(self) -> str:
-        """The image, by what names it on all nodes alike: its digest, by which a node can pull it, or its id."""
+        """The image, by what names it on all nodes alike: its digest, by which a node can pull it,
+        or its id."""
         found = self.client.images.get(self._image).attrs
         return next(iter(found.get("RepoDigests") or ()), found["Id"])
 
     def agents(self) -> Mapping[str, RemoteNode]:
-        """The agents of all nodes that are ready, by name of the node; they are started anew if one is missing or lost."""
+        """The agents of all nodes that are ready, by name of the node; they are started anew if one
+        is missing or lost."""
         with docker_errors():
             known = self._agents
             names = _ready_nodes(self.client).values()
             if sorted(names) != sorted(known) or any(agent.lost for agent in known.values()):
                 self.remove()
-                self._start_agents()  # which takes as long as Swarm needs to see that a node is gone
+                # which takes as long as Swarm needs to see that a node is gone
+                self._start_agents()
                 self._agents = self._nodes.wait(list(_ready_nodes(self.client).values()), _CALL_S)
         return self._agents
 
@@ -175,39 +192,65 @@ class Swarm:
     ) -> None:
         """Make a service whose tasks run once."""
         template = {
-            "ContainerSpec": {**container, "Labels": {**NOT_COMPOSE, **self.labels}, "StopGracePeriod": 10**9},
+            "ContainerSpec": {
+                **container,
+                "Labels": {**NOT_COMPOSE, **self.labels},
+                "StopGracePeriod": 10**9,
+            },
             "RestartPolicy": {"Condition": "none"},
             "Placement": {"Constraints": list(constraints)},
             "Networks": [{"Target": network}],
-            "Resources": {"Limits": {"Pids": limits.pids or PIDS, "MemoryBytes": limits.memory_bytes or 0}},
+            "Resources": {
+                "Limits": {"Pids": limits.pids or PIDS, "MemoryBytes": limits.memory_bytes or 0}
+            },
         }
-        self.client.api.create_service(template, name, labels=self.labels, mode=mode, endpoint_spec={"Mode": "dnsrr"})
+        self.client.api.create_service(
+            template, name, labels=self.labels, mode=mode, endpoint_spec={"Mode": "dnsrr"}
+        )
 
     def running(self, services: Sequence[str], count: Callable[[], int]) -> list[Mapping[str, Any]]:
-        """The tasks of services, when so many run. Raises LabError that names the node and the reason if one cannot."""
+        """The tasks of services, when so many run. Raises LabError that names the node and the
+        reason if one cannot."""
         begun_s = time.monotonic()
         while True:
-            away = {id for id, node in _nodes(self.client).items() if node["Status"]["State"] != "ready"}
+            away = {
+                id for id, node in _nodes(self.client).items() if node["Status"]["State"] != "ready"
+            }
             found = self.client.api.tasks(filters={"service": list(services)})
             tasks = [task for task in found if task.get("NodeID") not in away]
             for task in tasks:
                 if task["Status"]["State"] in _FINAL:
                     raise LabError(self._why_it_ended(task))
-            if len(tasks) >= count() and all(task["Status"]["State"] == "running" for task in tasks):
+            if len(tasks) >= count() and all(
+                task["Status"]["State"] == "running" for task in tasks
+            ):
                 return tasks
             waited_s = time.monotonic() - begun_s
-            unplaced = [task for task in tasks if task["Status"]["State"] == "pending" and task["Status"].get("Err")]
+            unplaced = [
+                task
+                for task in tasks
+                if task["Status"]["State"] == "pending" and task["Status"].get("Err")
+            ]
             if unplaced and waited_s > _PLACED_S:
                 raise LabError(self._why_it_ended(unplaced[0]))
             if waited_s > _RUNNING_S:
                 late = next((task for task in tasks if task["Status"]["State"] != "running"), None)
-                raise LabError(self._why_it_ended(late) if late else f"Swarm has started no task in {_RUNNING_S:g} s")
+                raise LabError(
+                    self._why_it_ended(late)
+                    if late
+                    else f"Swarm has started no task in {_RUNNING_S:g} s"
+                )
             time.sleep(_POLL_S)
 
     def _why_it_ended(self, task: Mapping[str, Any]) -> str:
         status = task["Status"]
         words = one_line(status.get("Err") or status.get("Message") or status["State"], 300)
-        node = _nodes(self.client).get(task.get("NodeID", ""), {}).get("Description", {}).get("Hostname")
+        node = (
+            _nodes(self.client)
+            .get(task.get("NodeID", ""), {})
+            .get("Description", {})
+            .get("Hostname")
+        )
         if node is None:
             return f"Swarm places no task: {words}"
         if "No such image" in words:
@@ -226,7 +269,11 @@ class Swarm:
             with docker_errors():
                 self.remove()
         except LabError as error:
-            print(f"testbed: what the run has made in the swarm is left: {error}; testbed clean removes it", file=sys.stderr)
+            print(
+                f"testbed: what the run has made in the swarm is left: {error}; testbed clean"
+                " removes it",
+                file=sys.stderr,
+            )
 
 
 class SwarmLab(RemoteLab):
@@ -254,7 +301,12 @@ class SwarmLab(RemoteLab):
             self._remove()
             raise
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         with undisturbed():
             try:
                 super().__exit__(kind, error, trace)
@@ -262,7 +314,8 @@ class SwarmLab(RemoteLab):
                 self._remove()
 
     def _place(self) -> Mapping[str, tuple[str, Mapping[str, Any]]]:
-        """Have Swarm start the hosts; returns by host its node, and what the agent there has to know."""
+        """Have Swarm start the hosts; returns by host its node, and what the agent there has to
+        know."""
         swarm, plan = self._swarm, self._plan
         with docker_errors():
             network = swarm.make(
@@ -283,7 +336,10 @@ class SwarmLab(RemoteLab):
                     network,
                     mode={"Replicated": {"Replicas": 1}},
                     limits=plan.limits,
-                    constraints=[f"node.labels.{key} == {value}" for key, value in plan.placement.get(host, {}).items()],
+                    constraints=[
+                        f"node.labels.{key} == {value}"
+                        for key, value in plan.placement.get(host, {}).items()
+                    ],
                 )
                 for service, host in services.items()
             ]
@@ -291,18 +347,25 @@ class SwarmLab(RemoteLab):
                 for future in made:
                     future.result()
             finally:
-                for future in made:  # what one failure leaves undone must not be made after the rest is removed
+                # what one failure leaves undone must not be made after the rest is removed
+                for future in made:
                     future.cancel()
                 wait(made)
             tasks = swarm.running(list(services), lambda: len(services))
-            ids = {service.id: services[service.name] for service in swarm.client.services.list() if service.name in services}
+            ids = {
+                service.id: services[service.name]
+                for service in swarm.client.services.list()
+                if service.name in services
+            }
             nodes = _ready_nodes(swarm.client)
         where = {ids[task["ServiceID"]]: nodes.get(task["NodeID"], "") for task in tasks}
         if strays := [host for host, node in where.items() if node not in self._nodes]:
             raise LabError(f"{strays[0]} is on a node that has just come or gone; run it again")
         addresses = {ids[task["ServiceID"]]: _address(task, network) for task in tasks}
         self._placed = True
-        (self._view.shared.parent / PLACEMENT_FILE).write_text(json.dumps({host: where[host] for host in plan.hosts}, indent=1))
+        (self._view.shared.parent / PLACEMENT_FILE).write_text(
+            json.dumps({host: where[host] for host in plan.hosts}, indent=1)
+        )
         return {
             host: (
                 where[host],
@@ -310,7 +373,11 @@ class SwarmLab(RemoteLab):
                     "address": addresses[host],
                     "overlay": network,
                     "user": users[host],
-                    "others": {other: addresses[other].partition("/")[0] for other in plan.hosts if other != host},
+                    "others": {
+                        other: addresses[other].partition("/")[0]
+                        for other in plan.hosts
+                        if other != host
+                    },
                     "own": [self._relative(path) for path in self._view.own[host]],
                     "shared": self._relative(self._view.shared),
                 },
@@ -349,13 +416,16 @@ class SwarmLab(RemoteLab):
 
 
 def try_out(image: str | None = None) -> list[str]:
-    """Make a small lab over all nodes of the swarm, and remove it; returns their names. Raises LabError."""
+    """Make a small lab over all nodes of the swarm, and remove it; returns their names. Raises
+    LabError."""
     with Swarm(image) as swarm, tempfile.TemporaryDirectory() as scratch:
         names = list(swarm.agents())
         hosts = [f"host{number}" for number, _ in enumerate(names)]
         cell = Path(scratch, "cells", "doctor")
         cell.mkdir(parents=True)
-        view = View(Path(scratch), (), cell / "shared", {host: (cell / "hosts" / host,) for host in hosts})
+        view = View(
+            Path(scratch), (), cell / "shared", {host: (cell / "hosts" / host,) for host in hosts}
+        )
         plan = LabPlan(dict.fromkeys(hosts, LinkState()), mtu=OVERLAY_MTU, view=view)
         with SwarmLab(plan, swarm, Path(scratch)):
             return names
@@ -366,8 +436,8 @@ def require_manager(client: docker.DockerClient) -> None:
     swarm = client.info()["Swarm"]
     if swarm["LocalNodeState"] != "active":
         raise LabError(
-            "this Docker daemon belongs to no swarm; make one: docker swarm init --advertise-addr ADDRESS, "
-            "then on the other machines what it prints"
+            "this Docker daemon belongs to no swarm; make one: docker swarm init --advertise-addr"
+            " ADDRESS, then on the other machines what it prints"
         )
     if not swarm["ControlAvailable"]:
         managers = ", ".join(manager["Addr"] for manager in swarm.get("RemoteManagers") or ())
@@ -390,14 +460,18 @@ def _ready_nodes(client: docker.DockerClient) -> dict[str, str]:
     }
     for name in nodes.values():
         if list(nodes.values()).count(name) > 1:
-            raise LabError(f"two nodes of the swarm are called {name}; give them different host names")
+            raise LabError(
+                f"two nodes of the swarm are called {name}; give them different host names"
+            )
     return nodes
 
 
 def nodes_away(client: docker.DockerClient) -> dict[str, str]:
     """The nodes that take no tasks, by name, and why."""
     return {
-        node["Description"]["Hostname"]: f"{node['Status']['State']}, {node['Spec']['Availability']}"
+        node["Description"][
+            "Hostname"
+        ]: f"{node['Status']['State']}, {node['Spec']['Availability']}"
         for id, node in _nodes(client).items()
         if id not in _ready_nodes(client)
     }
@@ -405,20 +479,31 @@ def nodes_away(client: docker.DockerClient) -> dict[str, str]:
 
 def _own_address(client: docker.DockerClient) -> str:
     """The address of this machine in the network that the nodes are in."""
-    leader = next(node["ManagerStatus"] for node in _nodes(client).values() if node.get("ManagerStatus", {}).get("Leader"))
+    leader = next(
+        node["ManagerStatus"]
+        for node in _nodes(client).values()
+        if node.get("ManagerStatus", {}).get("Leader")
+    )
     host = leader["Addr"].rpartition(":")[0].strip("[]")
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with socket.socket(
+        socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM
+    ) as sock:
         sock.connect((host, _MANAGER_PORT))  # which sends nothing
         return str(sock.getsockname()[0])
 
 
 def _address(task: Mapping[str, Any], network: str) -> str:
     """Of a task in an overlay network, with its prefix."""
-    return next(str(one["Addresses"][0]) for one in task.get("NetworksAttachments") or () if one["Network"]["ID"] == network)
+    return next(
+        str(one["Addresses"][0])
+        for one in task.get("NetworksAttachments") or ()
+        if one["Network"]["ID"] == network
+    )
 
 
 def clean(dry_run: bool, client: docker.DockerClient | None = None) -> list[str]:
-    """Remove what runs have left in a swarm whose orchestrator is gone; returns what that is. Nothing if there is no swarm.
+    """Remove what runs have left in a swarm whose orchestrator is gone; returns what that is.
+    Nothing if there is no swarm.
 
     An orchestrator on another machine lives as long as any of its tasks does.
     """
@@ -428,7 +513,11 @@ def clean(dry_run: bool, client: docker.DockerClient | None = None) -> list[str]
         swarm = client.info()["Swarm"]
         if swarm["LocalNodeState"] != "active" or not swarm["ControlAvailable"]:
             return []
-        running = {task["ServiceID"] for task in client.api.tasks() if task["Status"]["State"] not in _FINAL}
+        running = {
+            task["ServiceID"]
+            for task in client.api.tasks()
+            if task["Status"]["State"] not in _FINAL
+        }
         busy = {one["labels"].get(LABEL) for one in _made(client) if one["id"] in running}
 
         def is_left(labels: Mapping[str, str]) -> bool:
@@ -442,32 +531,61 @@ def clean(dry_run: bool, client: docker.DockerClient | None = None) -> list[str]
 
 
 def _made(client: docker.DockerClient) -> Iterator[dict[str, Any]]:
-    """Services, networks and secrets of ours: kind, id, name, labels and remove, in the order in which they can be removed."""
+    """Services, networks and secrets of ours: kind, id, name, labels and remove, in the order in
+    which they can be removed."""
     chosen = {"label": LABEL}
     for service in client.services.list(filters=chosen):
         spec = service.attrs["Spec"]
-        yield {"kind": "service", "id": service.id, "name": service.name, "labels": spec["Labels"], "remove": service.remove}
+        yield {
+            "kind": "service",
+            "id": service.id,
+            "name": service.name,
+            "labels": spec["Labels"],
+            "remove": service.remove,
+        }
     for network in client.networks.list(filters=chosen):
         labels = network.attrs["Labels"]
-        yield {"kind": "network", "id": network.id, "name": network.name, "labels": labels, "remove": network.remove}
+        yield {
+            "kind": "network",
+            "id": network.id,
+            "name": network.name,
+            "labels": labels,
+            "remove": network.remove,
+        }
     for secret in client.secrets.list(filters=chosen):
         labels = secret.attrs["Spec"]["Labels"]
-        yield {"kind": "secret", "id": secret.id, "name": secret.name, "labels": labels, "remove": secret.remove}
+        yield {
+            "kind": "secret",
+            "id": secret.id,
+            "name": secret.name,
+            "labels": labels,
+            "remove": secret.remove,
+        }
 
 
 def _remove(
-    client: docker.DockerClient, chosen: Callable[[Mapping[str, str]], bool], prefix: str = "", lost: Collection[str] = ()
+    client: docker.DockerClient,
+    chosen: Callable[[Mapping[str, str]], bool],
+    prefix: str = "",
+    lost: Collection[str] = (),
 ) -> None:
-    """Remove what is ours and chosen by its labels, and wait until the nodes have ended the tasks, but those that are lost."""
+    """Remove what is ours and chosen by its labels, and wait until the nodes have ended the tasks,
+    but those that are lost."""
     given_up_s = time.monotonic() + _REMOVED_S
     services: set[str] = set()
     while time.monotonic() < given_up_s:
-        left = [one for one in _made(client) if chosen(one["labels"]) and one["name"].startswith(prefix)]
+        left = [
+            one for one in _made(client) if chosen(one["labels"]) and one["name"].startswith(prefix)
+        ]
         services |= {one["id"] for one in left if one["kind"] == "service"}
         for one in left:
-            with contextlib.suppress(NotFound, APIError):  # what is still in use is removed a moment later
+            # what is still in use is removed a moment later
+            with contextlib.suppress(NotFound, APIError):
                 one["remove"]()
         ready = {id for id, name in _ready_nodes(client).items() if name not in lost}
-        if not left and not any(task["ServiceID"] in services and task.get("NodeID") in ready for task in client.api.tasks()):
+        if not left and not any(
+            task["ServiceID"] in services and task.get("NodeID") in ready
+            for task in client.api.tasks()
+        ):
             return
         time.sleep(_POLL_S)

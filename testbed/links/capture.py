@@ -1,7 +1,8 @@
-"""Write what passes an interface to a file that tcpdump and Wireshark read: ``python -m testbed.links.capture eth0 w0.pcap``.
+"""Write what passes an interface to a file that tcpdump and Wireshark read:
+``python -m testbed.links.capture eth0 w0.pcap``.
 
-tcpdump itself gives up root's rights by becoming another user, whom there is none of in a rootless lab. Ends at SIGINT or
-SIGTERM, or with the lab, and says how much it has seen.
+tcpdump itself gives up root's rights by becoming another user, whom there is none of in a rootless
+lab. Ends at SIGINT or SIGTERM, or with the lab, and says how much it has seen.
 """
 
 import signal
@@ -25,7 +26,8 @@ _WAIT_US = 200_000
 
 
 def open_tap(interface: str) -> socket.socket:
-    """A socket with all that passes in both directions, see packet(7); it answers BlockingIOError where nothing has."""
+    """A socket with all that passes in both directions, see packet(7); it answers BlockingIOError
+    where nothing has."""
     tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
     try:
         tap.bind((interface, _ETH_P_ALL))
@@ -54,7 +56,9 @@ def main(interface: str, path: str) -> None:
                     continue
                 seen += 1
                 seconds, nanoseconds = struct.unpack("qq", ancillary[0][2])
-                out.write(struct.pack("=IIII", seconds, nanoseconds, len(frame), len(frame)) + frame)
+                out.write(
+                    struct.pack("=IIII", seconds, nanoseconds, len(frame), len(frame)) + frame
+                )
             _, dropped = struct.unpack("II", tap.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
         print(f"{seen} packets captured, {dropped} dropped for want of time", file=sys.stderr)
     except OSError as error:

@@ -1,11 +1,12 @@
 """A delay line in user space, for kernels without netem.
 
-A link is a pair of TAP devices, one at either end. A program of ours stands between them: it reads a frame from one, decides
-its fate (``impairment``), holds it for its delay and writes it to the other. The kernel's shaper sits on the egress of each
-TAP, in front of the program, so that the queue of the link is the kernel's and the program only holds what propagates.
+A link is a pair of TAP devices, one at either end. A program of ours stands between them: it reads
+a frame from one, decides its fate (``impairment``), holds it for its delay and writes it to the
+other. The kernel's shaper sits on the egress of each TAP, in front of the program, so that the
+queue of the link is the kernel's and the program only holds what propagates.
 
-``DelayLine`` is the client's side, ``python -m testbed.links.delayline DESCRIPTOR`` the program. They speak JSON over a
-SOCK_SEQPACKET pair, one object a datagram.
+``DelayLine`` is the client's side, ``python -m testbed.links.delayline DESCRIPTOR`` the program.
+They speak JSON over a SOCK_SEQPACKET pair, one object a datagram.
 """
 
 import contextlib
@@ -39,18 +40,21 @@ if TYPE_CHECKING:
     from testbed.links.qdiscs import Netem
 
 LATE_TOLERANCE_S = 1e-3
-"""A frame is late if it leaves later than this after its time, or than LATE_TOLERANCE_SHARE of its delay if that is more."""
+"""A frame is late if it leaves later than this after its time, or than LATE_TOLERANCE_SHARE of its
+delay if that is more."""
 LATE_TOLERANCE_SHARE = 0.03
 _ANSWER_S = 10.0
 _DATAGRAM_BYTES = 1 << 20
 _CHANGES_AT_ONCE = 8
-"""Directions in one datagram: reading it takes the program about 0.1 ms, during which no frame moves."""
+"""Directions in one datagram: reading it takes the program about 0.1 ms, during which no frame
+moves."""
 _FRAMES_AT_ONCE = 16
 """Frames read from one TAP before the others have their turn."""
 _ASLEEP_NS = 5_000
 """A poll that took no longer has not slept."""
 _EARLIEST_NS = 100_000
-"""The timer is set at most this much too early, however late it mostly is; polling takes processor time from the workers."""
+"""The timer is set at most this much too early, however late it mostly is; polling takes processor
+time from the workers."""
 _PR_SET_PDEATHSIG = 1
 _TFD_NONBLOCK, _TFD_CLOEXEC, _TFD_TIMER_ABSTIME = 0o4000, 0o2000000, 1
 _CLOCK_MONOTONIC = 1
@@ -67,10 +71,12 @@ class DelayLineDied(OSError):
 class DirectionCounters:
     """Frames of one direction since the start, except what is held now.
 
-    frames, bytes: read, without the virtio header. duplicated: copies made. overflowed: dropped because as many frames as may
-    be were under way. Of frames + duplicated - lost - overflowed, all that is not held has left.
-    late: left later than the tolerance after their time (LATE_TOLERANCE_S), or may have: of frames that came while the program
-    waited for a processor, only when the first came is known. latest_s: worst such lateness since the last question.
+    frames, bytes: read, without the virtio header. duplicated: copies made. overflowed: dropped
+    because as many frames as may be were under way. Of frames + duplicated - lost - overflowed, all
+    that is not held has left.
+    late: left later than the tolerance after their time (LATE_TOLERANCE_S), or may have: of frames
+    that came while the program waited for a processor, only when the first came is known. latest_s:
+    worst such lateness since the last question.
     """
 
     frames: int
@@ -89,7 +95,8 @@ class DirectionCounters:
 class LineCounters:
     """cpu_s: processor time of the program since its start. directions: by (link, direction).
 
-    refused: frames that an interface dropped because the program had not read those before them; counted by the kernel.
+    refused: frames that an interface dropped because the program had not read those before them;
+    counted by the kernel.
     """
 
     cpu_s: float
@@ -100,11 +107,13 @@ class LineCounters:
 class DelayLine:
     """Starts the program on entering, ends it on leaving.
 
-    tap_pairs: for each link, descriptors of two TAP devices, at the host, or first switch, and at the switch, or second switch.
-    "up" is what is read from the first and written to the second. Entering closes them here, whatever comes of it, so that the
-    devices vanish with the program. Directions without conditions pass their frames at once.
+    tap_pairs: for each link, descriptors of two TAP devices, at the host, or first switch, and at
+    the switch, or second switch. "up" is what is read from the first and written to the second.
+    Entering closes them here, whatever comes of it, so that the devices vanish with the program.
+    Directions without conditions pass their frames at once.
 
-    Enter it in a thread that lives as long as the line: the kernel ends the program when that thread ends (prctl(2)).
+    Enter it in a thread that lives as long as the line: the kernel ends the program when that
+    thread ends (prctl(2)).
     """
 
     def __init__(self, tap_pairs: Mapping[str, tuple[int, int]]) -> None:
@@ -126,7 +135,8 @@ class DelayLine:
         self._socket = ours
         ours.settimeout(_ANSWER_S)
         with theirs:
-            # In a session of its own, a Ctrl-C at the terminal does not reach it: the lab ends it, in its own time.
+            # In a session of its own, a Ctrl-C at the terminal does not reach it: the lab ends it,
+            # in its own time.
             self._process = subprocess.Popen(
                 module_command(__name__, str(theirs.fileno())),
                 pass_fds=[theirs.fileno(), *taps],
@@ -141,11 +151,17 @@ class DelayLine:
             self._close()
             raise
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._close()
 
     def apply(self, changes: "Mapping[tuple[str, str], Netem]") -> "dict[tuple[str, str], Netem]":
-        """Put conditions in force; returns those that the program reports to have in force. Raises DelayLineDied.
+        """Put conditions in force; returns those that the program reports to have in force. Raises
+        DelayLineDied.
 
         Frames that are held keep their time.
         """
@@ -154,7 +170,9 @@ class DelayLine:
         for begin in range(0, len(places), _CHANGES_AT_ONCE):
             some = places[begin : begin + _CHANGES_AT_ONCE]
             tables = self._new_tables(changes[place] for place in some)
-            answer = self._ask({"tables": tables, "set": [[*place, _plain(changes[place])] for place in some]})
+            answer = self._ask(
+                {"tables": tables, "set": [[*place, _plain(changes[place])] for place in some]}
+            )
             self._tables.update(tables)
             for link, direction, found in answer["set"]:
                 in_force[link, direction] = type(changes[link, direction])(**_conditions(found))
@@ -165,7 +183,10 @@ class DelayLine:
         answer = self._ask({"counters": True})
         return LineCounters(
             answer["cpu_s"],
-            {(link, direction): DirectionCounters(*numbers) for link, direction, numbers in answer["counters"]},
+            {
+                (link, direction): DirectionCounters(*numbers)
+                for link, direction, numbers in answer["counters"]
+            },
         )
 
     def _new_tables(self, conditions: "Iterator[Netem]") -> dict[str, Sequence[int]]:
@@ -194,10 +215,14 @@ class DelayLine:
             code = self._process.wait(_ANSWER_S)
         except subprocess.TimeoutExpired:
             return "the delay line has closed its socket and does not end"
-        last_words = (self._process.stderr.read().decode(errors="replace").strip().splitlines() or [""])[-1]
+        last_words = (
+            self._process.stderr.read().decode(errors="replace").strip().splitlines() or [""]
+        )[-1]
         if code < 0:
             return f"the delay line was ended by signal {-code}"
-        return f"the delay line ended with exit code {code}" + (f": {last_words}" if last_words else "")
+        return f"the delay line ended with exit code {code}" + (
+            f": {last_words}" if last_words else ""
+        )
 
     def _close(self) -> None:
         self._socket.close()
@@ -215,7 +240,8 @@ _LOSS = tuple(field.name for field in fields(Loss))
 
 
 def _plain(conditions: "Netem | Conditions") -> dict[str, Any]:
-    """Conditions as JSON has them; dataclasses.asdict takes several times as long, and the frames wait for it."""
+    """Conditions as JSON has them; dataclasses.asdict takes several times as long, and the frames
+    wait for it."""
     plain = {name: getattr(conditions, name) for name in _CONDITIONS}
     return plain | {"loss": [getattr(conditions.loss, name) for name in _LOSS]}
 
@@ -226,7 +252,8 @@ def _conditions(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Lane:
-    """One direction: where its frames come from and go to, what becomes of them, and how they fared."""
+    """One direction: where its frames come from and go to, what becomes of them, and how they
+    fared."""
 
     __slots__ = (
         "bytes",
@@ -262,7 +289,9 @@ class _Lane:
         self.conditions = conditions
         self.limit = conditions.limit_packets
         self.constant_ns = conditions.delay_ns if conditions.constant else -1
-        self.tolerance_ns = max(round(LATE_TOLERANCE_S * 1e9), round(LATE_TOLERANCE_SHARE * conditions.delay_ns))
+        self.tolerance_ns = max(
+            round(LATE_TOLERANCE_S * 1e9), round(LATE_TOLERANCE_SHARE * conditions.delay_ns)
+        )
 
     def refuse(self, error: OSError) -> None:
         """Count a frame that the interface at its end did not take; one that is down takes none."""
@@ -272,7 +301,15 @@ class _Lane:
     def counters(self) -> list[float]:
         latest_s, self.latest_ns = self.latest_ns / 1e9, 0
         fates = self.impairment
-        counted = (self.frames, self.bytes, fates.lost, fates.duplicated, fates.corrupted, fates.reordered, fates.overflowed)
+        counted = (
+            self.frames,
+            self.bytes,
+            fates.lost,
+            fates.duplicated,
+            fates.corrupted,
+            fates.reordered,
+            fates.overflowed,
+        )
         return [*counted, self.held, self.late, latest_s]
 
 
@@ -309,7 +346,9 @@ class _Control:
         with contextlib.suppress(ConnectionError):
             self._socket.send(json.dumps(answer).encode())
 
-    def _change(self, link: str, direction: str, wanted: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    def _change(
+        self, link: str, direction: str, wanted: dict[str, Any]
+    ) -> tuple[str, str, dict[str, Any]]:
         lane = self.lanes[link, direction]
         conditions = Conditions(**_conditions(wanted))
         lane.change(conditions, self._tables.get(conditions.distribution, ()))
@@ -317,7 +356,8 @@ class _Control:
 
 
 class _Timer:
-    """A timer of CLOCK_MONOTONIC that wakes an epoll (timerfd_create(2)); Python has none of its own before 3.13."""
+    """A timer of CLOCK_MONOTONIC that wakes an epoll (timerfd_create(2)); Python has none of its
+    own before 3.13."""
 
     def __init__(self) -> None:
         # PyDLL keeps the interpreter's lock, which nobody else wants.
@@ -326,7 +366,8 @@ class _Timer:
         if self.fd < 0:
             raise OSError(ctypes.get_errno(), "timerfd_create: " + os.strerror(ctypes.get_errno()))
         self._settime = libc.timerfd_settime
-        self._value = (ctypes.c_long * 4)()  # struct itimerspec: interval, then value, each in s and ns
+        # struct itimerspec: interval, then value, each in s and ns
+        self._value = (ctypes.c_long * 4)()
         self._at = ctypes.byref(self._value)
 
     def set(self, at_ns: int) -> None:
@@ -336,9 +377,11 @@ class _Timer:
 
 
 def _schedule() -> Callable[[], tuple[int, int]]:
-    """Tells for how long (ns) this program was ready but had no processor so far, and how often it was given one.
+    """Tells for how long (ns) this program was ready but had no processor so far, and how often it
+    was given one.
 
-    From /proc/self/schedstat (Documentation/scheduler/sched-stats.rst). Zeros on a kernel that does not count them.
+    From /proc/self/schedstat (Documentation/scheduler/sched-stats.rst). Zeros on a kernel that does
+    not count them.
     """
     try:
         fd = os.open("/proc/self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
@@ -354,19 +397,28 @@ def _schedule() -> Callable[[], tuple[int, int]]:
 
 def _run(control: _Control, control_fd: int) -> None:
     """Carry frames until the client has gone (EOFError)."""
-    clock, read, write, push, pop = time.monotonic_ns, os.read, os.write, heapq.heappush, heapq.heappop
+    clock, read, write, push, pop = (
+        time.monotonic_ns,
+        os.read,
+        os.write,
+        heapq.heappush,
+        heapq.heappop,
+    )
     lanes = {lane.source: lane for lane in control.lanes.values()}
     timer = _Timer()
     epoll = select.epoll()
     for fd in (*lanes, control_fd):
         epoll.register(fd, select.EPOLLIN)
-    epoll.register(timer.fd, select.EPOLLIN | select.EPOLLET)  # setting it anew makes it ready anew; nobody reads it
+    # setting it anew makes it ready anew; nobody reads it
+    epoll.register(timer.fd, select.EPOLLIN | select.EPOLLET)
     schedule, getrusage = _schedule(), resource.getrusage
     sleeps = 0
-    held: list[tuple[int, int, _Lane, bytes]] = []  # due time, number that keeps the order of frames due at once, and whose
+    # due time, number that keeps the order of frames due at once, and whose
+    held: list[tuple[int, int, _Lane, bytes]] = []
     number = 0
     timer_ns = 0
-    # The timer is set so much before its time that mostly it goes off in time; the rest is spent looking for frames.
+    # The timer is set so much before its time that mostly it goes off in time; the rest is spent
+    # looking for frames.
     early_ns = 10_000
     woken_ns = clock()
 
@@ -396,8 +448,9 @@ def _run(control: _Control, control_fd: int) -> None:
             elif wake_ns != timer_ns:
                 timer.set(wake_ns)
                 timer_ns = wake_ns
-        # What is read now came after ``since_ns``: when the poll before this one had returned, or, if this one has slept,
-        # as long before it returned as the program was ready and had no processor.
+        # What is read now came after ``since_ns``: when the poll before this one had returned, or,
+        # if this one has slept, as long before it returned as the program was ready and had no
+        # processor.
         since_ns, first = woken_ns, False
         if idle:
             ready_ns, runs = schedule()
@@ -409,7 +462,8 @@ def _run(control: _Control, control_fd: int) -> None:
                 sleeps, sleeps_before = getrusage(resource.RUSAGE_SELF).ru_nvcsw, sleeps
                 if sleeps > sleeps_before:
                     since_ns = woken_ns - (ready_after_ns - ready_ns)
-                    first = sleeps == sleeps_before + 1 and runs_after == runs + 1  # or some of it was before it slept
+                    # or some of it was before it slept
+                    first = sleeps == sleeps_before + 1 and runs_after == runs + 1
         else:
             events = epoll.poll(0)
             woken_ns = clock()
@@ -419,7 +473,11 @@ def _run(control: _Control, control_fd: int) -> None:
                 if fd == control_fd:
                     control.answer()
                 elif idle:
-                    early_ns = min(early_ns + 1000, _EARLIEST_NS) if woken_ns - timer_ns > early_ns else early_ns - 250
+                    early_ns = (
+                        min(early_ns + 1000, _EARLIEST_NS)
+                        if woken_ns - timer_ns > early_ns
+                        else early_ns - 250
+                    )
                 first = False
                 continue
             lane_since_ns = lane.since_ns or since_ns
@@ -430,7 +488,8 @@ def _run(control: _Control, control_fd: int) -> None:
                     lane.since_ns = 0
                     break
                 except OSError:
-                    if event & (select.EPOLLERR | select.EPOLLHUP):  # the device has gone with its namespace
+                    # the device has gone with its namespace
+                    if event & (select.EPOLLERR | select.EPOLLHUP):
                         epoll.unregister(fd)
                     break
                 now_ns = clock()
@@ -438,10 +497,12 @@ def _run(control: _Control, control_fd: int) -> None:
                 lane.bytes += len(frame) - VNET_HEADER_BYTES
                 delay_ns = lane.constant_ns
                 if first and delay_ns:
-                    # Who woke the program is first on epoll's list, and its first frame came just then.
+                    # Who woke the program is first on epoll's list, and its first frame came just
+                    # then.
                     came_ns = since_ns
                 else:
-                    # It came at some time since, and must not leave too early: the wait can only be counted.
+                    # It came at some time since, and must not leave too early: the wait can only be
+                    # counted.
                     came_ns = now_ns
                     late_ns = now_ns - lane_since_ns
                     if late_ns > lane.latest_ns:
@@ -474,11 +535,13 @@ def _run(control: _Control, control_fd: int) -> None:
 
 
 def _hurry(libc: ctypes.CDLL) -> None:
-    """Have the processor soon after a frame or the timer has come, as far as this user may ask for it.
+    """Have the processor soon after a frame or the timer has come, as far as this user may ask for
+    it.
 
-    It matters. Packets more than 1 ms late at 500 Mbit/s and 20 ms, two processors, two programs that compute on them: 0 to
-    0.2 % with SCHED_FIFO. Without, 20 to 28 % if each program has an autogroup of its own (sched(7)), as a new session does,
-    where nice values have no say, and 0 to 5 % if the others share one whose nice value is 19.
+    It matters. Packets more than 1 ms late at 500 Mbit/s and 20 ms, two processors, two programs
+    that compute on them: 0 to 0.2 % with SCHED_FIFO. Without, 20 to 28 % if each program has an
+    autogroup of its own (sched(7)), as a new session does, where nice values have no say, and 0 to
+    5 % if the others share one whose nice value is 19.
     """
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
@@ -489,7 +552,8 @@ def _hurry(libc: ctypes.CDLL) -> None:
         os.setpriority(os.PRIO_PROCESS, 0, -10)
     except OSError:
         pass
-    # Who asks for short turns has them sooner (EEVDF; sched_setattr(2), and Linux 6.12 for turns of one's own length).
+    # Who asks for short turns has them sooner (EEVDF; sched_setattr(2), and Linux 6.12 for turns of
+    # one's own length).
     if call := _SCHED_SETATTR.get(os.uname().machine):
         nice = os.getpriority(os.PRIO_PROCESS, 0)
         size = _SCHED_ATTR.size
@@ -506,7 +570,9 @@ def _main() -> None:
     with contextlib.suppress(EOFError):
         _run(control, int(sys.argv[1]))
     # For each device the kernel waits 16 ms, until nobody looks at it; for all at the same time.
-    closing = [threading.Thread(target=os.close, args=(lane.source,)) for lane in control.lanes.values()]
+    closing = [
+        threading.Thread(target=os.close, args=(lane.source,)) for lane in control.lanes.values()
+    ]
     for thread in closing:
         thread.start()
 

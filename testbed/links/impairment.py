@@ -1,7 +1,8 @@
-"""What becomes of each frame of one direction: lost, doubled, spoilt, overtaking, and how long it is held. Pure.
+"""What becomes of each frame of one direction: lost, doubled, spoilt, overtaking, and how long it
+is held. Pure.
 
-The meaning of every number and the statistics are those of netem (netem(8), net/sched/sch_netem.c in Linux 6.x), so that a
-link behaves the same whether the kernel or a program delays it.
+The meaning of every number and the statistics are those of netem (netem(8), net/sched/sch_netem.c
+in Linux 6.x), so that a link behaves the same whether the kernel or a program delays it.
 """
 
 import random
@@ -17,7 +18,8 @@ TABLE_UNIT = 8192
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What a direction does to its frames. The fields are those of ``qdiscs.Netem``, which needs more than a program loads."""
+    """What a direction does to its frames. The fields are those of ``qdiscs.Netem``, which needs
+    more than a program loads."""
 
     delay_ns: int = 0
     jitter_ns: int = 0
@@ -44,8 +46,9 @@ class Conditions:
 class Impairment:
     """The random process of one direction, and how many frames met which fate.
 
-    duplicated: copies made. lost: frames and copies lost. overflowed: frames and copies beyond ``limit_packets``. What went in
-    plus duplicated, less lost and overflowed, came out or is still held.
+    duplicated: copies made. lost: frames and copies lost. overflowed: frames and copies beyond
+    ``limit_packets``. What went in plus duplicated, less lost and overflowed, came out or is still
+    held.
     """
 
     __slots__ = (
@@ -72,9 +75,11 @@ class Impairment:
         self._table = table
 
     def change(self, conditions: Conditions, table: Sequence[int] = ()) -> None:
-        """Put other conditions in force. A burst of losses goes on; the random numbers begin anew only with another seed.
+        """Put other conditions in force. A burst of losses goes on; the random numbers begin anew
+        only with another seed.
 
-        table: quantiles of the jitter's distribution (``qdiscs.distribution_table``), in units of ``TABLE_UNIT``.
+        table: quantiles of the jitter's distribution (``qdiscs.distribution_table``), in units of
+        ``TABLE_UNIT``.
         """
         if conditions.seed != self.conditions.seed:
             self._random = random.Random(conditions.seed).random
@@ -82,13 +87,22 @@ class Impairment:
         self._table = table
 
     def admit(self, frame: bytes, now_ns: int, held: int) -> list[tuple[int, bytes]]:
-        """(due time, frame) for each copy that will leave. ``held``: how many frames of this direction are under way."""
+        """(due time, frame) for each copy that will leave. ``held``: how many frames of this
+        direction are under way."""
         leaving: list[tuple[int, bytes]] = []
         self._admit(frame, now_ns, held, self.conditions.duplicate, leaving)
         return leaving
 
-    def _admit(self, frame: bytes, now_ns: int, held: int, duplicate: float, leaving: list[tuple[int, bytes]]) -> None:
-        # The order of the questions is netem's, and with it what happens to a frame that meets two fates.
+    def _admit(
+        self,
+        frame: bytes,
+        now_ns: int,
+        held: int,
+        duplicate: float,
+        leaving: list[tuple[int, bytes]],
+    ) -> None:
+        # The order of the questions is netem's, and with it what happens to a frame that meets two
+        # fates.
         conditions, draw = self.conditions, self._random
         twice = bool(duplicate) and draw() < duplicate
         self.duplicated += twice
@@ -112,7 +126,9 @@ class Impairment:
         delay_ns = conditions.delay_ns
         if conditions.jitter_ns:
             quantile = self._table[int(draw() * len(self._table))]
-            delay_ns = max(0, delay_ns + (conditions.jitter_ns * quantile + TABLE_UNIT // 2) // TABLE_UNIT)
+            delay_ns = max(
+                0, delay_ns + (conditions.jitter_ns * quantile + TABLE_UNIT // 2) // TABLE_UNIT
+            )
         due_ns = now_ns + delay_ns
         if conditions.in_order:
             due_ns = self._last_due_ns = max(due_ns, self._last_due_ns)
@@ -131,12 +147,15 @@ class Impairment:
             return False
         value = draw()
         if loss.correlation:
-            value = self._last_value = (1 - loss.correlation) * value + loss.correlation * self._last_value
+            value = self._last_value = (
+                1 - loss.correlation
+            ) * value + loss.correlation * self._last_value
         return value < loss.share
 
     def _flip_a_bit(self, frame: bytes) -> bytes:
-        # A frame whose checksum is yet to be filled in would carry its error under a right one, and no receiver would find
-        # it. Only those that were cut for nobody, because they were under way when corruption began, are such.
+        # A frame whose checksum is yet to be filled in would carry its error under a right one, and
+        # no receiver would find it. Only those that were cut for nobody, because they were under
+        # way when corruption began, are such.
         if frame[0] & NEEDS_CHECKSUM:
             return frame
         self.corrupted += 1

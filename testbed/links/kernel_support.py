@@ -2,7 +2,8 @@
 
 ``python -m testbed.links.kernel_support KIND…`` prints what is missing.
 
-Runs in a scratch network namespace that ends with the process, so it needs the right to make one and touches nothing.
+Runs in a scratch network namespace that ends with the process, so it needs the right to make one
+and touches nothing.
 """
 
 import errno
@@ -16,7 +17,14 @@ from pyroute2.netlink.rtnl import RTM_NEWLINK
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from testbed.links import qdiscs
-from testbed.links.netlink import NetlinkError, NetlinkSocket, Request, back_to_own_namespace, encode, unshare_network
+from testbed.links.netlink import (
+    NetlinkError,
+    NetlinkSocket,
+    Request,
+    back_to_own_namespace,
+    encode,
+    unshare_network,
+)
 from testbed.links.state import AQMS, LinkParameters
 from testbed.links.tap import open_tap
 
@@ -33,7 +41,8 @@ _UNKNOWN = (errno.ENOENT, errno.EOPNOTSUPP)
 
 
 def missing_kinds(kinds: Iterable[str]) -> list[str]:
-    """Those kinds that the kernel does not know: of qdiscs such as "htb" and "netem", of interfaces such as "veth".
+    """Those kinds that the kernel does not know: of qdiscs such as "htb" and "netem", of interfaces
+    such as "veth".
 
     Raises OSError without the rights to ask.
     """
@@ -54,7 +63,8 @@ def missing_kinds(kinds: Iterable[str]) -> list[str]:
 
 
 def require_taps() -> None:
-    """Raise OSError, whose ``str()`` has the mend, if this machine gives out no TAP devices, or without the rights to ask."""
+    """Raise OSError, whose ``str()`` has the mend, if this machine gives out no TAP devices, or
+    without the rights to ask."""
     with back_to_own_namespace():
         unshare_network()
         os.close(open_tap("probe-tap"))
@@ -62,10 +72,15 @@ def require_taps() -> None:
 
 def _requests(kind: str) -> list[Request]:
     if kind in _PARAMETERS_BY_KIND:
-        tree = qdiscs.compile_tree(_PARAMETERS_BY_KIND[kind], shaper="tbf" if kind == "tbf" else "htb")
+        tree = qdiscs.compile_tree(
+            _PARAMETERS_BY_KIND[kind], shaper="tbf" if kind == "tbf" else "htb"
+        )
         return [request for _, request in qdiscs.requests(tree, _LOOPBACK_INDEX, "lo")]
     message = ifinfmsg()
-    message["attrs"] = [("IFLA_IFNAME", f"probe-{kind}"), ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", kind)]})]
+    message["attrs"] = [
+        ("IFLA_IFNAME", f"probe-{kind}"),
+        ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", kind)]}),
+    ]
     return [encode(message, RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, f"interface of kind {kind}")]
 
 

@@ -1,7 +1,8 @@
 """Programs that measure from inside hosts. Each prints one JSON object when it ends.
 
-The text of this file is sent to the hosts (``command``), so it needs nothing there but Python, and starts in some milliseconds.
-All times are seconds on CLOCK_MONOTONIC of the machine that the host is on.
+The text of this file is sent to the hosts (``command``), so it needs nothing there but Python, and
+starts in some milliseconds. All times are seconds on CLOCK_MONOTONIC of the machine that the host
+is on.
 """
 
 import itertools
@@ -19,7 +20,8 @@ from typing import Any
 UDP_HEADERS_BYTES = 14 + 20 + 8
 """Ethernet, IPv4 and UDP: what a datagram weighs on a link beyond its payload."""
 SMALLEST_DATAGRAM_BYTES = UDP_HEADERS_BYTES + 38
-"""On the wire; with either IP it has payload for a number, and as much as Ethernet's shortest frame."""
+"""On the wire; with either IP it has payload for a number, and as much as Ethernet's shortest
+frame."""
 LARGEST_FLOOD_BYTES = 44 * 1514
 """On the wire: what the kernel takes in one call, 64 KiB of payload."""
 
@@ -30,7 +32,8 @@ _NUMBER = struct.Struct("=I")
 _UDP_SEGMENT, _UDP_GRO = 103, 104  # <linux/udp.h>
 _FLOOD_SOCKETS = 32
 _BUFFER_BYTES = 1 << 21
-"""What a socket may have under way, so that a link stays full while the program is not scheduled for some ms."""
+"""What a socket may have under way, so that a link stays full while the program is not scheduled
+for some ms."""
 
 
 def command(program: str, *arguments: object) -> list[str]:
@@ -39,9 +42,11 @@ def command(program: str, *arguments: object) -> list[str]:
 
 
 def sink(warm_s: str, seconds: str, streams: str = "1") -> dict[str, Any]:
-    """Receive TCP streams and count what arrives in ``seconds`` after the first ``warm_s``, in which TCP finds its speed.
+    """Receive TCP streams and count what arrives in ``seconds`` after the first ``warm_s``, in
+    which TCP finds its speed.
 
-    The clock runs from one arrival to another, so a segment that is cut by an end of the interval costs no accuracy.
+    The clock runs from one arrival to another, so a segment that is cut by an end of the interval
+    costs no accuracy.
     """
     with _server(_TCP_PORT) as server:
         server.settimeout(_PATIENCE_S)
@@ -67,7 +72,9 @@ def sink(warm_s: str, seconds: str, streams: str = "1") -> dict[str, Any]:
 
 def source(address: str, congestion: str, streams: str = "1") -> dict[str, Any]:
     """Send TCP streams until the other end has enough."""
-    threads = [threading.Thread(target=_stream, args=(address, congestion)) for _ in range(int(streams))]
+    threads = [
+        threading.Thread(target=_stream, args=(address, congestion)) for _ in range(int(streams))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -99,23 +106,36 @@ def _stream(address: str, congestion: str) -> None:
 
 
 def flood(
-    address: str, at_s: str, seconds: str, rate_bps: str, datagram_bytes: str, segments: str = "1", number: str = "inf"
+    address: str,
+    at_s: str,
+    seconds: str,
+    rate_bps: str,
+    datagram_bytes: str,
+    segments: str = "1",
+    number: str = "inf",
 ) -> dict[str, Any]:
-    """Send datagrams at a rate on the wire, from a moment on, until the time is over or so many are sent.
+    """Send datagrams at a rate on the wire, from a moment on, until the time is over or so many are
+    sent.
 
-    datagram_bytes: size on the wire. segments: how many go to the kernel in one call, and through it as one packet (UDP GSO);
-        if only one, it carries its number.
-    A link that is slower than the rate slows this down, once as much waits in its queue as the socket may have under way.
+    datagram_bytes: size on the wire. segments: how many go to the kernel in one call, and through
+        it as one packet (UDP GSO); if only one, it carries its number.
+    A link that is slower than the rate slows this down, once as much waits in its queue as the
+    socket may have under way.
     """
     payload = bytearray((int(datagram_bytes) - headers_bytes(address)) * int(segments))
     gap_s = int(datagram_bytes) * int(segments) * 8 / float(rate_bps)
-    # What waits in a queue anywhere on the way counts as under way of the socket that sent it, which may have little.
-    sockets = itertools.cycle([socket.socket(_family(address), socket.SOCK_DGRAM) for _ in range(_FLOOD_SOCKETS)])
+    # What waits in a queue anywhere on the way counts as under way of the socket that sent it,
+    # which may have little.
+    sockets = itertools.cycle(
+        [socket.socket(_family(address), socket.SOCK_DGRAM) for _ in range(_FLOOD_SOCKETS)]
+    )
     for sock in itertools.islice(sockets, _FLOOD_SOCKETS):
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         if int(segments) > 1:
-            sock.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, int(datagram_bytes) - headers_bytes(address))
+            sock.setsockopt(
+                socket.IPPROTO_UDP, _UDP_SEGMENT, int(datagram_bytes) - headers_bytes(address)
+            )
         sock.connect((address, _FLOOD_PORT))
     time.sleep(max(0.0, float(at_s) - time.monotonic()))
     begin_s = due_s = time.monotonic()
@@ -143,18 +163,22 @@ def flood(
 
 
 def ignore() -> dict[str, Any]:
-    """Be the target of a flood, so that no host answers it with complaints; runs until it is killed."""
+    """Be the target of a flood, so that no host answers it with complaints; runs until it is
+    killed."""
     with _bound(_FLOOD_PORT) as sock:
-        sock.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 1)  # or the kernel would cut the packets up only to drop them
+        # or the kernel would cut the packets up only to drop them
+        sock.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)
         while True:
             time.sleep(60)
 
 
 def tally(quiet_s: str) -> dict[str, Any]:
-    """Receive numbered datagrams until none comes for some seconds; the lengths of the runs that are missing, and how many.
+    """Receive numbered datagrams until none comes for some seconds; the lengths of the runs that
+    are missing, and how many.
 
-    runs: {length: how many}, between the first and the last number that came. received: datagrams, without copies.
+    runs: {length: how many}, between the first and the last number that came. received: datagrams,
+    without copies.
     """
     numbers = set()
     with _bound(_FLOOD_PORT) as sock:
@@ -183,7 +207,8 @@ def echo() -> dict[str, Any]:
 
 
 def ping(address: str, number: str, interval_s: str, timeout_s: str) -> dict[str, Any]:
-    """RTTs of numbered datagrams that are sent at regular times; ends when all are back or ``timeout_s`` after the last."""
+    """RTTs of numbered datagrams that are sent at regular times; ends when all are back or
+    ``timeout_s`` after the last."""
     sent_s: list[float] = []
     rtts_s: dict[int, float] = {}
     with socket.socket(_family(address), socket.SOCK_DGRAM) as sock:

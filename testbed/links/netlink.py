@@ -1,7 +1,8 @@
 """A route-netlink socket bound to one network namespace: batches of requests, and dumps.
 
-pyroute2 encodes and decodes the messages. Its own sockets start an event loop each and send one request at a time; a lab
-holds one socket per namespace and sends a whole change as one batch, so the socket itself is ours.
+pyroute2 encodes and decodes the messages. Its own sockets start an event loop each and send one
+request at a time; a lab holds one socket per namespace and sends a whole change as one batch, so
+the socket itself is ours.
 """
 
 import ctypes
@@ -46,7 +47,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class NetlinkError(OSError):
-    """The kernel refused a request. ``str()`` has what was asked and the kernel's own words, where it gave some."""
+    """The kernel refused a request. ``str()`` has what was asked and the kernel's own words, where
+    it gave some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Requests of one socket, ready to be sent: each write with its requests and the sequence number of the first."""
+    """Requests of one socket, ready to be sent: each write with its requests and the sequence
+    number of the first."""
 
     writes: Sequence[tuple[bytes, Sequence[Request], int]]
 
@@ -107,14 +110,17 @@ def back_to_own_namespace() -> Iterator[None]:
 
 
 _WAKEUP_FRAME = bytes.fromhex("0180c200000e 020000000001 88b5") + bytes(46)
-"""The shortest frame, of a type that IEEE 802 keeps for experiments, to an address that no bridge forwards."""
+"""The shortest frame, of a type that IEEE 802 keeps for experiments, to an address that no bridge
+forwards."""
 
 
 class NetlinkSocket:
     """A NETLINK_ROUTE socket of the namespace in which it is created; it stays there for life."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE)
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE
+        )
         try:
             self._socket.bind((0, 0))
             self._socket.setsockopt(_SOL_NETLINK, _NETLINK_EXT_ACK, 1)
@@ -130,8 +136,13 @@ class NetlinkSocket:
 
     @classmethod
     def in_namespace(cls, namespace: str | int) -> Self:
-        """A socket in another namespace, given as a path such as /proc/<pid>/ns/net or as an open descriptor."""
-        fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC) if isinstance(namespace, str) else namespace
+        """A socket in another namespace, given as a path such as /proc/<pid>/ns/net or as an open
+        descriptor."""
+        fd = (
+            os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+            if isinstance(namespace, str)
+            else namespace
+        )
         try:
             with back_to_own_namespace():
                 setns(fd)
@@ -146,22 +157,27 @@ class NetlinkSocket:
             self._frames.close()
 
     def send_wakeup_frame(self, interface: str) -> None:
-        """Send one short frame out of an interface, so that its qdisc looks after its queue. Needs CAP_NET_RAW."""
+        """Send one short frame out of an interface, so that its qdisc looks after its queue. Needs
+        CAP_NET_RAW."""
         try:
             if self._frames is None:  # made late, as the kernel waits 16 ms when one is closed
                 namespace = fcntl.ioctl(self._socket, _SIOCGSKNS)
                 try:
                     with back_to_own_namespace():
                         setns(namespace)
-                        self._frames = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+                        self._frames = socket.socket(
+                            socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0
+                        )
                 finally:
                     os.close(namespace)
             self._frames.sendto(_WAKEUP_FRAME, (interface, 0))
         except OSError:
-            pass  # a full queue has been looked after all the same; an interface that is down has none
+            # a full queue has been looked after all the same; an interface that is down has none
+            pass
 
     def flush_carrier(self, interface: str) -> None:
-        """Have the kernel pass on what it has seen of an interface's carrier, which it puts off for up to a second."""
+        """Have the kernel pass on what it has seen of an interface's carrier, which it puts off for
+        up to a second."""
         value = ctypes.create_string_buffer(struct.pack("=II", _ETHTOOL_GLINK, 0))
         request = struct.pack("16sP", interface.encode(), ctypes.addressof(value)).ljust(40, b"\0")
         with suppress(OSError):  # one that cannot be asked has nothing to tell
@@ -174,7 +190,8 @@ class NetlinkSocket:
         return self.collect(packed)
 
     def pack(self, requests: Iterable[Request]) -> Packed:
-        """Make requests ready to be sent, once, by this socket. More than 64 in a write would overflow it with answers."""
+        """Make requests ready to be sent, once, by this socket. More than 64 in a write would
+        overflow it with answers."""
         pending = list(requests)
         writes = []
         for begin in range(0, len(pending), BATCH):
@@ -191,14 +208,17 @@ class NetlinkSocket:
         return Packed(writes)
 
     def post(self, packed: Packed) -> None:
-        """Send the first write. The kernel carries it out, request by request, before this returns."""
+        """Send the first write. The kernel carries it out, request by request, before this
+        returns."""
         if packed.writes:
             self._socket.send(packed.writes[0][0])
 
     def collect(self, packed: Packed) -> list[list[bytes]]:
-        """For each posted request, the messages that the kernel sent back for it (the echo of NLM_F_ECHO).
+        """For each posted request, the messages that the kernel sent back for it (the echo of
+        NLM_F_ECHO).
 
-        The kernel goes on after a request that fails; the first failure is raised when all are done.
+        The kernel goes on after a request that fails; the first failure is raised when all are
+        done.
         """
         replies: list[list[bytes]] = []
         failure: NetlinkError | None = None
@@ -212,7 +232,9 @@ class NetlinkSocket:
             raise failure
         return replies
 
-    def _receive_all(self, pending: Sequence[Request], first: int) -> tuple[list[list[bytes]], NetlinkError | None]:
+    def _receive_all(
+        self, pending: Sequence[Request], first: int
+    ) -> tuple[list[list[bytes]], NetlinkError | None]:
         replies: list[list[bytes]] = [[] for _ in pending]
         failure: NetlinkError | None = None
         missing = len(pending)
@@ -258,7 +280,8 @@ class NetlinkSocket:
 
 
 def attributes(data: bytes, offset: int) -> Iterator[tuple[int, int, int]]:
-    """Walk the attributes of a message from ``offset``: (type, start of the value, end of the value)."""
+    """Walk the attributes of a message from ``offset``: (type, start of the value, end of the
+    value)."""
     while offset + 4 <= len(data):
         length, kind = struct.unpack_from("=HH", data, offset)
         if length < 4:

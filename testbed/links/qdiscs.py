@@ -2,25 +2,31 @@
 
 One direction is one tree at the root of one interface:
 
-    rate only              htb ─ class ─ tbf ─ bfifo     the class limits the rate, tbf only cuts packets, bfifo is the queue
-    with impairments       netem ─ the same              netem delays and loses, what is below it limits rate and queue
+    rate only              htb ─ class ─ tbf ─ bfifo     the class limits the rate, tbf only cuts
+                                                         packets, bfifo is the queue
+    with impairments       netem ─ the same              netem delays and loses, what is below it
+                                                         limits rate and queue
     with ``shaper: tbf``   (netem ─) tbf
     no limit               (netem ─) pfifo               only so that the kernel counts the traffic
 
-Why htb: every change of a tbf, whatever it changes, fills its bucket. With a change every 100 ms a link of 1 Mbit/s carried
-1.9 times its rate, and after a rise the packet that waits keeps the time that the old rate had set. htb keeps its tokens, and
-looks at once. ``shaper: tbf`` is there to compare with testbeds that use it.
+Why htb: every change of a tbf, whatever it changes, fills its bucket. With a change every 100 ms a
+link of 1 Mbit/s carried 1.9 times its rate, and after a rise the packet that waits keeps the time
+that the old rate had set. htb keeps its tokens, and looks at once. ``shaper: tbf`` is there to
+compare with testbeds that use it.
 
-Why a tbf below the class: htb lets a GSO packet of up to 64 KiB pass as one, and afterwards waits for the debt. A tbf whose
-rate is far above any link's never limits, but cuts what is larger than its bucket into frames, as the wire would; so that a
-thin link gets frames however large the packets are that a fast one sends. For htb also keeps its debt as time: after a rise
-the next packet waits until the one that has left would have been sent at the old rate, which should be no more than a frame.
+Why a tbf below the class: htb lets a GSO packet of up to 64 KiB pass as one, and afterwards waits
+for the debt. A tbf whose rate is far above any link's never limits, but cuts what is larger than
+its bucket into frames, as the wire would; so that a thin link gets frames however large the packets
+are that a fast one sends. For htb also keeps its debt as time: after a rise the next packet waits
+until the one that has left would have been sent at the old rate, which should be no more than a
+frame.
 
-pyroute2 knows neither tbf's burst and 64-bit rate nor most of netem, and is slow at ten changes a second of many links, so the
-options are packed here, straight from <linux/pkt_sched.h>.
+pyroute2 knows neither tbf's burst and 64-bit rate nor most of netem, and is slow at ten changes a
+second of many links, so the options are packed here, straight from <linux/pkt_sched.h>.
 
-netem above the limiter keeps the queue honest: packets leave netem when their delay is over, enter the byte-limited queue
-and are dropped there when it is full. The other way round netem's packet limit would replace the queue (tbf(8), netem(8)).
+netem above the limiter keeps the queue honest: packets leave netem when their delay is over, enter
+the byte-limited queue and are dropped there when it is full. The other way round netem's packet
+limit would replace the queue (tbf(8), netem(8)).
 """
 
 import math
@@ -44,41 +50,64 @@ ETHERNET_FRAME_BYTES = 1500 + ETHERNET_HEADER_BYTES
 _TCP_HEADERS_BYTES = 52
 """IPv4, TCP and the timestamp option."""
 UNCUT_PACKET_BYTES = 46 * ETHERNET_FRAME_BYTES
-"""Wire size of the largest GSO packet that Linux builds unless told otherwise (64 KiB of TCP/IP)."""
+"""Wire size of the largest GSO packet that Linux builds unless told otherwise (64 KiB of
+TCP/IP)."""
 _NETEM, _HTB, _CUT, _FIFO, _TBF, _AQM, _PLAIN = (MAJOR | number for number in range(1, 8))
 _SMALLEST_FRAME_BYTES = 60
 _UNLIMITED_PACKETS = 10_000
 _TABLE_ENTRIES = 1024
 _WHOLE_BPS, _WHOLE_S = 100_000_000, 0.004
-"""From that rate on a packet passes whole that the link needs no longer for, though its bucket is smaller. When a fast link has
-become slower, its hosts' packets are as large as before, and as frames they would keep the processors busy: eight links that
-fell from 500 to 375 Mbit/s carried but 82 % of that, by 93 % of two processors; before by 35 %."""
+"""From that rate on a packet passes whole that the link needs no longer for, though its bucket is
+smaller. When a fast link has become slower, its hosts' packets are as large as before, and as
+frames they would keep the processors busy: eight links that fell from 500 to 375 Mbit/s carried but
+82 % of that, by 93 % of two processors; before by 35 %."""
 _CUT_BPS = 8 * 10**15
-"""So fast that a packet takes less than 1 ns, which is 0 to the kernel: no bucket is ever empty, or too small for a packet that
-was queued when the bucket was larger."""
+"""So fast that a packet takes less than 1 ns, which is 0 to the kernel: no bucket is ever empty, or
+too small for a packet that was queued when the bucket was larger."""
 _SHUT_BPS = 8
 """A frame takes 25 minutes."""
 _OUTAGE_BPS = 10_000_000
-"""Of the class during an outage, when the tbf below it lets nothing pass: any rate, but so low that a change leaks nothing."""
+"""Of the class during an outage, when the tbf below it lets nothing pass: any rate, but so low that
+a change leaks nothing."""
 _CODEL_TARGET_S, _CODEL_INTERVAL_S = 0.005, 0.1  # RFC 8289, section 4.4
 _TCA_KIND, _TCA_OPTIONS = 1, 2
 _NESTED = 0x8000  # NLA_F_NESTED
-_TBF_PARMS = struct.Struct("=QIQIIII")  # rate and peak as (head, bytes/s), limit, buffer, mtu: struct tc_tbf_qopt
+# rate and peak as (head, bytes/s), limit, buffer, mtu: struct tc_tbf_qopt
+_TBF_PARMS = struct.Struct("=QIQIIII")
 _TBF_PARMS_KIND, _TBF_RATE64, _TBF_BURST = 1, 4, 6
-_HTB_OPT = struct.Struct("=BBHhHIBBHhHIIIIII")  # rate and ceil as struct tc_ratespec, buffer, cbuffer, quantum, level, prio
-_HTB_GLOB = struct.Struct("=5I")  # version, rate2quantum, default class, debug, direct packets: struct tc_htb_glob
+# rate and ceil as struct tc_ratespec, buffer, cbuffer, quantum, level, prio
+_HTB_OPT = struct.Struct("=BBHhHIBBHhHIIIIII")
+# version, rate2quantum, default class, debug, direct packets: struct tc_htb_glob
+_HTB_GLOB = struct.Struct("=5I")
 _HTB_PARMS, _HTB_INIT, _HTB_RATE64, _HTB_CEIL64 = 1, 2, 6, 7
 _HTB_VERSION, _DEFAULT_CLASS, _LINKLAYER_ETHERNET = 3, 1, 1
 _CODEL_TARGET, _CODEL_LIMIT, _CODEL_INTERVAL, _CODEL_ECN = 1, 2, 3, 4  # the same for fq_codel
-_CAKE_RATE64, _CAKE_DIFFSERV, _CAKE_INTERVAL, _CAKE_TARGET, _CAKE_MEMORY, _CAKE_SPLIT_GSO = 2, 3, 7, 8, 10, 17
+_CAKE_RATE64, _CAKE_DIFFSERV, _CAKE_INTERVAL, _CAKE_TARGET, _CAKE_MEMORY, _CAKE_SPLIT_GSO = (
+    2,
+    3,
+    7,
+    8,
+    10,
+    17,
+)
 _CAKE_BEST_EFFORT = 3
 _SKB_BYTES = 768
-"""What a packet takes in memory beside its bytes, about: struct sk_buff and struct skb_shared_info."""
-_NETEM_QOPT = struct.Struct("=6I")  # latency, limit, loss, gap, duplicate, jitter: struct tc_netem_qopt
-_NETEM_CORR, _NETEM_DELAY_DIST, _NETEM_REORDER, _NETEM_CORRUPT, _NETEM_LOSS, _NETEM_RATE = 1, 2, 3, 4, 5, 6
+"""What a packet takes in memory beside its bytes, about: struct sk_buff and struct
+skb_shared_info."""
+# latency, limit, loss, gap, duplicate, jitter: struct tc_netem_qopt
+_NETEM_QOPT = struct.Struct("=6I")
+_NETEM_CORR, _NETEM_DELAY_DIST, _NETEM_REORDER, _NETEM_CORRUPT, _NETEM_LOSS, _NETEM_RATE = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+)
 _NETEM_LATENCY64, _NETEM_JITTER64, _NETEM_PRNG_SEED = 10, 11, 14
 _NETEM_LOSS_GE = 2
-_NETEM_RATE_OPT = struct.Struct("=IiIi")  # rate in bytes/s, overheads and cells: struct tc_netem_rate
+# rate in bytes/s, overheads and cells: struct tc_netem_rate
+_NETEM_RATE_OPT = struct.Struct("=IiIi")
 _FASTEST_NETEM_BYTES_PER_S = 2**32 - 1
 _TICK_S = 64e-9
 """Unit in which qdiscs keep times that once were bytes (PSCHED_SHIFT)."""
@@ -94,38 +123,50 @@ def frame_bytes(mtu: int) -> int:
 
 
 def burst_bytes(rate_bps: int, frame: int = ETHERNET_FRAME_BYTES, shaper: str = "htb") -> int:
-    """Bucket of the shaper for a rate in bits/s. htb: 1 ms of line rate, but at least a frame. tbf: 4 ms, at least 8 frames.
+    """Bucket of the shaper for a rate in bits/s. htb: 1 ms of line rate, but at least a frame. tbf:
+    4 ms, at least 8 frames.
 
-    Two opposing needs. The timer that refills the bucket, and the softirq behind it, run late on a busy machine, and a bucket
-    that was full meanwhile loses rate. But a full bucket is a free ride after every pause, and a training step has one.
+    Two opposing needs. The timer that refills the bucket, and the softirq behind it, run late on a
+    busy machine, and a bucket that was full meanwhile loses rate. But a full bucket is a free ride
+    after every pause, and a training step has one.
 
-    Measured on 2 cores with these buckets, goodput over 5 s against what TCP can have (``testbed calibrate``): of one flow
-    99.99 to 100.00 % at 1, 50 and 900 Mbit/s, with and without a delay of up to 80 ms one way; of the slowest of four in a
-    ring 98.8, 99.6 and 100.9 %. With 2 frames instead of one it was the same.
+    Measured on 2 cores with these buckets, goodput over 5 s against what TCP can have
+    (``testbed calibrate``): of one flow 99.99 to 100.00 % at 1, 50 and 900 Mbit/s, with and without
+    a delay of up to 80 ms one way; of the slowest of four in a ring 98.8, 99.6 and 100.9 %. With 2
+    frames instead of one it was the same.
     """
     share_s, frames = (0.001, 1) if shaper == "htb" else (0.004, 8)
     return max(math.ceil(rate_bps / 8 * share_s), frames * frame)
 
 
 def tbf_max_packet_bytes(rates_bps: Iterable[int | None], frame: int = ETHERNET_FRAME_BYTES) -> int:
-    """Wire size that no packet may exceed with tbf, so that it fits the bucket of every rate that a lab's links will ever have.
+    """Wire size that no packet may exceed with tbf, so that it fits the bucket of every rate that a
+    lab's links will ever have.
 
-    tbf cuts a packet that is larger than the bucket when it is queued, but not one that was queued before the bucket became
-    smaller: that one can never collect its tokens, and the link stands still until the rate rises again.
+    tbf cuts a packet that is larger than the bucket when it is queued, but not one that was queued
+    before the bucket became smaller: that one can never collect its tokens, and the link stands
+    still until the rate rises again.
     """
     limited = [rate for rate in rates_bps if rate is not None]
     return min((burst_bytes(rate, frame, "tbf") for rate in limited), default=UNCUT_PACKET_BYTES)
 
 
 def gso_limits(max_gso_bytes: int, mtu: int = 1500) -> tuple[int, int]:
-    """(IFLA_GSO_MAX_SIZE, IFLA_GSO_MAX_SEGS) for an interface whose packets must not exceed a wire size."""
+    """(IFLA_GSO_MAX_SIZE, IFLA_GSO_MAX_SEGS) for an interface whose packets must not exceed a wire
+    size."""
     frames = max(1, max_gso_bytes // frame_bytes(mtu))
     return min(frames * (mtu - _TCP_HEADERS_BYTES), 65536), min(frames, 65535)
 
 
-def queue_bytes(parameters: LinkParameters, rate_bps: int, frame: int = ETHERNET_FRAME_BYTES) -> int:
+def queue_bytes(
+    parameters: LinkParameters, rate_bps: int, frame: int = ETHERNET_FRAME_BYTES
+) -> int:
     """Bytes that may wait at a rate: the time or size asked for, but never less than one frame."""
-    wanted = parameters.queue_bytes if parameters.queue_bytes is not None else math.ceil(rate_bps / 8 * parameters.queue_s)
+    wanted = (
+        parameters.queue_bytes
+        if parameters.queue_bytes is not None
+        else math.ceil(rate_bps / 8 * parameters.queue_s)
+    )
     return min(max(wanted, frame), 2**32 - 1)
 
 
@@ -160,7 +201,8 @@ _QUANTUM = 60_000
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A tbf that does not limit, and cuts packets that are larger than ``largest_bytes`` into frames.
+    """A tbf that does not limit, and cuts packets that are larger than ``largest_bytes`` into
+    frames.
 
     shut: it lets nothing pass any more, once its bucket has been used up.
     """
@@ -193,7 +235,8 @@ class Bfifo:
 
 @dataclass(frozen=True, slots=True)
 class Codel:
-    """A queue that CoDel manages (RFC 8289), by flows if ``fair`` (fq_codel, RFC 8290); times in µs, packets at most."""
+    """A queue that CoDel manages (RFC 8289), by flows if ``fair`` (fq_codel, RFC 8290); times in
+    µs, packets at most."""
 
     fair: bool
     target_us: int
@@ -213,10 +256,12 @@ class Codel:
 
 @dataclass(frozen=True, slots=True)
 class Cake:
-    """A queue for each host and each flow, managed by COBALT (tc-cake(8)); times in µs, and bytes of memory.
+    """A queue for each host and each flow, managed by COBALT (tc-cake(8)); times in µs, and bytes
+    of memory.
 
-    It does not limit the rate, which htb does, nor cut packets, which has been done, nor go by the packets' classes, which
-    hosts do not set. It marks packets of connections that understand it, with no way to say no.
+    It does not limit the rate, which htb does, nor cut packets, which has been done, nor go by the
+    packets' classes, which hosts do not set. It marks packets of connections that understand it,
+    with no way to say no.
     """
 
     target_us: int
@@ -226,8 +271,12 @@ class Cake:
     handle = _AQM
 
     def tc_arguments(self) -> str:
-        # tc sets the target to a twentieth of rtt, so on thin links, whose target is longer, this is not quite the same.
-        return f"cake unlimited besteffort no-split-gso rtt {self.interval_us}us memlimit {self.memory_bytes}"
+        # tc sets the target to a twentieth of rtt, so on thin links, whose target is longer, this
+        # is not quite the same.
+        return (
+            f"cake unlimited besteffort no-split-gso rtt {self.interval_us}us memlimit"
+            f" {self.memory_bytes}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,9 +295,11 @@ class Tbf:
 
 @dataclass(frozen=True, slots=True)
 class Netem:
-    """Delay and its standard deviation in ns; shares of packets between 0 and 1; how many packets it can hold.
+    """Delay and its standard deviation in ns; shares of packets between 0 and 1; how many packets
+    it can hold.
 
-    in_order: jitter lets no packet overtake another. seed: of the random numbers; kernels before 6.6 do not take one.
+    in_order: jitter lets no packet overtake another. seed: of the random numbers; kernels before
+    6.6 do not take one.
     """
 
     delay_ns: int
@@ -271,7 +322,8 @@ class Netem:
         if self.jitter_ns:
             words.append(f"{self.jitter_ns / 1e3:g}us distribution {self.distribution}")
         if self.in_order:
-            words.append(f"rate {8 * _FASTEST_NETEM_BYTES_PER_S}bit")  # a netem with a rate keeps the order
+            # a netem with a rate keeps the order
+            words.append(f"rate {8 * _FASTEST_NETEM_BYTES_PER_S}bit")
         if self.loss.burst is not None:
             p, r = self.loss.transitions
             rates = (p, r, self.loss.bad_loss, self.loss.good_loss)
@@ -315,15 +367,22 @@ def compile_tree(
 ) -> Tree:
     """The qdisc tree of one direction.
 
-    max_packet_bytes: largest packet that can arrive; the bucket of a tbf is never smaller (``tbf_max_packet_bytes``).
-    impaired: put netem into the tree even if these parameters do not need it, because later ones on the same link will; so
-    that no change ever has to replace the root and lose what is queued.
+    max_packet_bytes: largest packet that can arrive; the bucket of a tbf is never smaller
+    (``tbf_max_packet_bytes``). impaired: put netem into the tree even if these parameters do not
+    need it, because later ones on the same link will; so that no change ever has to replace the
+    root and lose what is queued.
     """
     below, waiting = _limiter(parameters, shaper, frame_bytes(mtu), max_packet_bytes)
     if not (impaired or parameters.impaired):
         return below
-    # Room for a bandwidth-delay product of the smallest frames; older kernels count the packets of the child, too.
-    flying = (parameters.rate_bps or 10**10) / 8 * (parameters.delay_s + 4 * parameters.jitter_s) / _SMALLEST_FRAME_BYTES
+    # Room for a bandwidth-delay product of the smallest frames; older kernels count the packets of
+    # the child, too.
+    flying = (
+        (parameters.rate_bps or 10**10)
+        / 8
+        * (parameters.delay_s + 4 * parameters.jitter_s)
+        / _SMALLEST_FRAME_BYTES
+    )
     netem = Netem(
         delay_ns=round(parameters.delay_s * 1e9),
         jitter_ns=round(parameters.jitter_s * 1e9),
@@ -339,7 +398,9 @@ def compile_tree(
     return (netem, *below)
 
 
-def _limiter(parameters: LinkParameters, shaper: str, frame: int, max_packet_bytes: int) -> tuple[Tree, int]:
+def _limiter(
+    parameters: LinkParameters, shaper: str, frame: int, max_packet_bytes: int
+) -> tuple[Tree, int]:
     """What limits rate and queue, and how many packets may wait in it."""
     if parameters.rate_bps is None:
         return (Pfifo(_UNLIMITED_PACKETS),), _UNLIMITED_PACKETS
@@ -353,19 +414,32 @@ def _limiter(parameters: LinkParameters, shaper: str, frame: int, max_packet_byt
         burst = max(burst, min(max_packet_bytes, UNCUT_PACKET_BYTES))
         limit = max(limit, burst + frame)
         return (Tbf(parameters.rate_bps, burst, limit),), waiting
-    whole = math.ceil(parameters.rate_bps / 8 * _WHOLE_S) if parameters.rate_bps >= _WHOLE_BPS else 0
+    whole = (
+        math.ceil(parameters.rate_bps / 8 * _WHOLE_S) if parameters.rate_bps >= _WHOLE_BPS else 0
+    )
     # What is larger than the queue could never enter it.
     cut = Cut(max(frame, min(max(burst, min(whole, UNCUT_PACKET_BYTES)), limit)), limit)
-    return (Htb(), HtbClass(parameters.rate_bps, burst), cut, _queue(parameters, parameters.rate_bps, limit, frame)), waiting
+    return (
+        Htb(),
+        HtbClass(parameters.rate_bps, burst),
+        cut,
+        _queue(parameters, parameters.rate_bps, limit, frame),
+    ), waiting
 
 
-def _outage(parameters: LinkParameters, shaper: str, frame: int, max_packet_bytes: int) -> tuple[Tree, int]:
-    """Nothing passes and what comes waits; htb alone could not be told so without a debt that outlasts the outage.
+def _outage(
+    parameters: LinkParameters, shaper: str, frame: int, max_packet_bytes: int
+) -> tuple[Tree, int]:
+    """Nothing passes and what comes waits; htb alone could not be told so without a debt that
+    outlasts the outage.
 
-    A frame that leaves at a low rate leaves a debt of its time at that rate, 1.5 s at 8 kbit/s, which no rise shortens. So the
-    class keeps a rate, and it is the tbf that is shut. A queue given as a time holds as many bytes as at ``_OUTAGE_BPS``.
+    A frame that leaves at a low rate leaves a debt of its time at that rate, 1.5 s at 8 kbit/s,
+    which no rise shortens. So the class keeps a rate, and it is the tbf that is shut. A queue given
+    as a time holds as many bytes as at ``_OUTAGE_BPS``.
     """
-    tree, waiting = _limiter(parameters.with_changes({"rate_bps": _OUTAGE_BPS}), shaper, frame, max_packet_bytes)
+    tree, waiting = _limiter(
+        parameters.with_changes({"rate_bps": _OUTAGE_BPS}), shaper, frame, max_packet_bytes
+    )
     return tuple(_shut(node) for node in tree), waiting
 
 
@@ -379,13 +453,19 @@ def _shut(node: Node) -> Node:
             return node
 
 
-def _queue(parameters: LinkParameters, rate_bps: int, limit: int, frame: int) -> Bfifo | Codel | Cake:
+def _queue(
+    parameters: LinkParameters, rate_bps: int, limit: int, frame: int
+) -> Bfifo | Codel | Cake:
     if parameters.aqm == "fifo":
         return Bfifo(limit)
     # One frame must be able to wait for the one before it (RFC 8289, section 4.4).
     target_s = max(_CODEL_TARGET_S, 1.5 * frame * 8 / rate_bps)
     interval_s = max(_CODEL_INTERVAL_S, 10 * target_s)
-    target_us, interval_us, packets = round(target_s * 1e6), round(interval_s * 1e6), max(1, limit // frame)
+    target_us, interval_us, packets = (
+        round(target_s * 1e6),
+        round(interval_s * 1e6),
+        max(1, limit // frame),
+    )
     if parameters.aqm == "cake":
         return Cake(target_us, interval_us, min(packets * (frame + _SKB_BYTES), 0xFFFFFFFF))
     return Codel(parameters.aqm == "fq_codel", target_us, interval_us, packets, parameters.ecn)
@@ -397,17 +477,22 @@ def bucket_of(tree: Tree) -> int | None:
 
 
 def queue_of(tree: Tree) -> int | None:
-    """Bytes that may wait, as far as bytes limit that; None where nothing does, or packets do and an AQM drops sooner."""
+    """Bytes that may wait, as far as bytes limit that; None where nothing does, or packets do and
+    an AQM drops sooner."""
     if any(isinstance(node, Codel | Cake) for node in tree):
         return None
-    return next((node.limit_bytes for node in reversed(tree) if isinstance(node, Bfifo | Tbf | Cut)), None)
+    return next(
+        (node.limit_bytes for node in reversed(tree) if isinstance(node, Bfifo | Tbf | Cut)), None
+    )
 
 
 @lru_cache
 def distribution_table(name: str) -> bytes:
-    """Table of a delay distribution for netem: quantiles with mean 0 and standard deviation 1, as int16 in units of 1/8192.
+    """Table of a delay distribution for netem: quantiles with mean 0 and standard deviation 1, as
+    int16 in units of 1/8192.
 
-    normal: cut at 4 standard deviations by the range of int16. uniform. pareto: shape 3, netem's own choice, cut likewise.
+    normal: cut at 4 standard deviations by the range of int16. uniform. pareto: shape 3, netem's
+    own choice, cut likewise.
     """
     ranks = [(i + 0.5) / _TABLE_ENTRIES for i in range(_TABLE_ENTRIES)]
     if name == "normal":
@@ -450,26 +535,40 @@ def is_limiter(handle: int) -> bool:
 def changed(tree: Tree, before: Tree | None) -> list[int]:
     """The levels that have to be sent so that one tree becomes another; all, where there is none.
 
-    Where a kind differs, everything from there downwards is made anew; a qdisc that stays as it is, is not touched.
+    Where a kind differs, everything from there downwards is made anew; a qdisc that stays as it is,
+    is not touched.
     """
     for level, node in enumerate(tree):
-        if before is None or level >= len(before) or (type(before[level]), before[level].kind) != (type(node), node.kind):
+        if (
+            before is None
+            or level >= len(before)
+            or (type(before[level]), before[level].kind) != (type(node), node.kind)
+        ):
             kept = [one for one in range(level) if before is not None and tree[one] != before[one]]
             return [*kept, *range(level, len(tree))]
-    return [level for level, node in enumerate(tree) if before is not None and node != before[level]]
+    return [
+        level for level, node in enumerate(tree) if before is not None and node != before[level]
+    ]
 
 
-def tc_commands(tree: Tree, interface: str, prefix: str = "", before: Tree | None = None) -> list[str]:
+def tc_commands(
+    tree: Tree, interface: str, prefix: str = "", before: Tree | None = None
+) -> list[str]:
     """The ``tc`` commands that would make the same tree, or make it of the one before."""
     commands = []
     for level in changed(tree, before):
         handle, parent = place_of(tree, level)
         place = "root" if parent == TC_H_ROOT else f"parent {parent >> 16:x}:{parent & 0xFFFF:x}"
         if isinstance(tree[level], HtbClass):
-            what, place = "class", f"parent {parent >> 16:x}: classid {handle >> 16:x}:{handle & 0xFFFF:x}"
+            what, place = (
+                "class",
+                f"parent {parent >> 16:x}: classid {handle >> 16:x}:{handle & 0xFFFF:x}",
+            )
         else:
             what, place = "qdisc", f"{place} handle {handle >> 16:x}:"
-        commands.append(f"{prefix}tc {what} replace dev {interface} {place} {tree[level].tc_arguments()}")
+        commands.append(
+            f"{prefix}tc {what} replace dev {interface} {place} {tree[level].tc_arguments()}"
+        )
     return commands
 
 
@@ -482,7 +581,8 @@ def _attribute(kind: int, value: bytes) -> bytes:
 
 
 def _gilbert_elliott(loss: Loss) -> bytes:
-    """struct tc_netem_gemodel: p, r, h, k1; netem keeps what passes in the bad state and what is lost in the good one."""
+    """struct tc_netem_gemodel: p, r, h, k1; netem keeps what passes in the bad state and what is
+    lost in the good one."""
     p, r = loss.transitions
     return struct.pack("=4I", _u32(p), _u32(r), _u32(1 - loss.bad_loss), _u32(loss.good_loss))
 
@@ -502,7 +602,9 @@ def _options(node: Node) -> bytes:
             ticks = _ticks(node.burst_bytes, rate)
             out = _attribute(_HTB_PARMS, _HTB_OPT.pack(*spec, *spec, ticks, ticks, _QUANTUM, 0, 0))
             if rate > 0xFFFFFFFF:
-                out += _attribute(_HTB_RATE64, struct.pack("=Q", rate)) + _attribute(_HTB_CEIL64, struct.pack("=Q", rate))
+                out += _attribute(_HTB_RATE64, struct.pack("=Q", rate)) + _attribute(
+                    _HTB_CEIL64, struct.pack("=Q", rate)
+                )
             return out
         case Bfifo():
             return struct.pack("=I", node.limit_bytes)
@@ -513,7 +615,9 @@ def _options(node: Node) -> bytes:
                 _CODEL_INTERVAL: node.interval_us,
                 _CODEL_ECN: int(node.ecn),
             }
-            return b"".join(_attribute(kind, struct.pack("=I", value)) for kind, value in values.items())
+            return b"".join(
+                _attribute(kind, struct.pack("=I", value)) for kind, value in values.items()
+            )
         case Cake():
             values = {
                 _CAKE_DIFFSERV: _CAKE_BEST_EFFORT,
@@ -523,9 +627,12 @@ def _options(node: Node) -> bytes:
                 _CAKE_SPLIT_GSO: 0,
             }
             out = _attribute(_CAKE_RATE64, struct.pack("=Q", 0))
-            return out + b"".join(_attribute(kind, struct.pack("=I", value)) for kind, value in values.items())
+            return out + b"".join(
+                _attribute(kind, struct.pack("=I", value)) for kind, value in values.items()
+            )
         case Netem():
-            # All attributes every time: netem keeps what a change leaves out, so an impairment could never be taken back.
+            # All attributes every time: netem keeps what a change leaves out, so an impairment
+            # could never be taken back.
             loss = node.loss
             out = _NETEM_QOPT.pack(
                 0,
@@ -541,10 +648,15 @@ def _options(node: Node) -> bytes:
             out += _attribute(_NETEM_REORDER, struct.pack("=2I", _u32(node.reorder), 0))
             out += _attribute(_NETEM_CORRUPT, struct.pack("=2I", _u32(node.corrupt), 0))
             if loss.burst is not None:
-                out += _attribute(_NETEM_LOSS | _NESTED, _attribute(_NETEM_LOSS_GE, _gilbert_elliott(loss)))
+                out += _attribute(
+                    _NETEM_LOSS | _NESTED, _attribute(_NETEM_LOSS_GE, _gilbert_elliott(loss))
+                )
             if node.jitter_ns:
                 out += _attribute(_NETEM_DELAY_DIST, distribution_table(node.distribution))
-            out += _attribute(_NETEM_RATE, _NETEM_RATE_OPT.pack(_FASTEST_NETEM_BYTES_PER_S if node.in_order else 0, 0, 0, 0))
+            out += _attribute(
+                _NETEM_RATE,
+                _NETEM_RATE_OPT.pack(_FASTEST_NETEM_BYTES_PER_S if node.in_order else 0, 0, 0, 0),
+            )
             if node.seed:
                 out += _attribute(_NETEM_PRNG_SEED, struct.pack("=Q", node.seed))
             return out
@@ -556,21 +668,30 @@ def _tbf_options(rate_bps: int, burst: int, limit: int) -> bytes:
     rate = rate_bps // 8
     parms = _TBF_PARMS.pack(0, min(rate, 0xFFFFFFFF), 0, 0, limit, 0, 0)
     large = _attribute(_TBF_RATE64, struct.pack("=Q", rate)) if rate > 0xFFFFFFFF else b""
-    return _attribute(_TBF_PARMS_KIND, parms) + large + _attribute(_TBF_BURST, struct.pack("=I", burst))
+    return (
+        _attribute(_TBF_PARMS_KIND, parms)
+        + large
+        + _attribute(_TBF_BURST, struct.pack("=I", burst))
+    )
 
 
 def _ticks(burst: int, rate: int) -> int:
     return min(math.ceil(burst / rate / _TICK_S), 0xFFFFFFFF)
 
 
-def requests(tree: Tree, ifindex: int, interface: str, before: Tree | None = None) -> list[tuple[Node, Request]]:
-    """The netlink requests that put a tree on an interface, or make it of the one that is there; each with what it makes."""
+def requests(
+    tree: Tree, ifindex: int, interface: str, before: Tree | None = None
+) -> list[tuple[Node, Request]]:
+    """The netlink requests that put a tree on an interface, or make it of the one that is there;
+    each with what it makes."""
     out = []
     for level in changed(tree, before):
         node = tree[level]
         handle, parent = place_of(tree, level)
         body = _TCMSG.pack(0, 0, 0, ifindex, handle, parent, 0)
-        body += _attribute(_TCA_KIND, node.kind.encode() + b"\0") + _attribute(_TCA_OPTIONS, _options(node))
+        body += _attribute(_TCA_KIND, node.kind.encode() + b"\0") + _attribute(
+            _TCA_OPTIONS, _options(node)
+        )
         flags = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE
         kind = RTM_NEWTCLASS if isinstance(node, HtbClass) else RTM_NEWQDISC
         header = struct.pack("=IHHII", _NLMSG_BYTES + len(body), kind, flags, 0, 0)
@@ -579,28 +700,40 @@ def requests(tree: Tree, ifindex: int, interface: str, before: Tree | None = Non
 
 
 def same_on_kernel(wanted: Node, answer: bytes) -> bool:
-    """True if a message of the kernel (RTM_NEWQDISC, RTM_NEWTCLASS) has what was asked for, within its own rounding.
+    """True if a message of the kernel (RTM_NEWQDISC, RTM_NEWTCLASS) has what was asked for, within
+    its own rounding.
 
     Buckets are kept as time in ticks of 64 ns, so a burst may come back a few bytes smaller.
     """
-    found = {kind: (start, end) for kind, start, end in attributes(answer, _NLMSG_BYTES + _TCMSG.size)}
+    found = {
+        kind: (start, end) for kind, start, end in attributes(answer, _NLMSG_BYTES + _TCMSG.size)
+    }
     start, end = found.get(_TCA_KIND, (0, 0))
     if answer[start:end].rstrip(b"\0") != wanted.kind.encode() or _TCA_OPTIONS not in found:
         return False
     start, end = found[_TCA_OPTIONS]
     options = answer[start:end]
     offset = _NETEM_QOPT.size if isinstance(wanted, Netem) else 0
-    parts = {} if isinstance(wanted, Pfifo | Bfifo) else {kind: options[a:b] for kind, a, b in attributes(options, offset)}
+    parts = (
+        {}
+        if isinstance(wanted, Pfifo | Bfifo)
+        else {kind: options[a:b] for kind, a, b in attributes(options, offset)}
+    )
     match wanted:
         case Tbf() | Cut():
             _, rate, _, _, limit, buffer, _ = _TBF_PARMS.unpack_from(parts[_TBF_PARMS_KIND])
             if _TBF_RATE64 in parts:
                 (rate,) = struct.unpack("=Q", parts[_TBF_RATE64])
-            # The kernel keeps a bucket as time: nothing where this does not limit, more than it can tell where it is shut.
+            # The kernel keeps a bucket as time: nothing where this does not limit, more than it can
+            # tell where it is shut.
             if isinstance(wanted, Cut) or wanted.rate_bps == _SHUT_BPS:
                 return rate == wanted.rate_bps // 8 and limit == wanted.limit_bytes
             off = abs(buffer * _TICK_S * rate - wanted.burst_bytes)
-            return rate == wanted.rate_bps // 8 and limit == wanted.limit_bytes and off <= _TICK_S * rate + 1
+            return (
+                rate == wanted.rate_bps // 8
+                and limit == wanted.limit_bytes
+                and off <= _TICK_S * rate + 1
+            )
         case Htb():
             return _HTB_GLOB.unpack_from(parts[_HTB_INIT])[2] == _DEFAULT_CLASS
         case HtbClass():
@@ -610,25 +743,44 @@ def same_on_kernel(wanted: Node, answer: bytes) -> bool:
                 if kind in parts:
                     (rates[place],) = struct.unpack("=Q", parts[kind])
             rate = wanted.rate_bps // 8
-            return rates == [rate, rate] and all(abs(found - _ticks(wanted.burst_bytes, rate)) <= 1 for found in words[12:14])
+            return rates == [rate, rate] and all(
+                abs(found - _ticks(wanted.burst_bytes, rate)) <= 1 for found in words[12:14]
+            )
         case Bfifo():
             return struct.unpack("=I", options) == (wanted.limit_bytes,)
         case Codel():
             target, limit, interval, ecn = (
-                struct.unpack("=I", parts[kind])[0] for kind in (_CODEL_TARGET, _CODEL_LIMIT, _CODEL_INTERVAL, _CODEL_ECN)
+                struct.unpack("=I", parts[kind])[0]
+                for kind in (_CODEL_TARGET, _CODEL_LIMIT, _CODEL_INTERVAL, _CODEL_ECN)
             )
             # CoDel keeps times in units of 1024 ns.
             near = abs(target - wanted.target_us) <= 2 and abs(interval - wanted.interval_us) <= 2
             return near and limit == wanted.limit_packets and bool(ecn) == wanted.ecn
         case Cake():
             sent = {kind: _options(wanted)[a:b] for kind, a, b in attributes(_options(wanted), 0)}
-            return all(_stripped(parts.get(kind)) == _stripped(value) for kind, value in sent.items())
+            return all(
+                _stripped(parts.get(kind)) == _stripped(value) for kind, value in sent.items()
+            )
         case Netem():
-            # What is sent and comes back the same; the table does not come back, and the seed not from old kernels.
-            sent = {kind: _options(wanted)[a:b] for kind, a, b in attributes(_options(wanted), _NETEM_QOPT.size)}
-            same = (_NETEM_LATENCY64, _NETEM_JITTER64, _NETEM_CORR, _NETEM_REORDER, _NETEM_CORRUPT, _NETEM_LOSS, _NETEM_RATE)
+            # What is sent and comes back the same; the table does not come back, and the seed not
+            # from old kernels.
+            sent = {
+                kind: _options(wanted)[a:b]
+                for kind, a, b in attributes(_options(wanted), _NETEM_QOPT.size)
+            }
+            same = (
+                _NETEM_LATENCY64,
+                _NETEM_JITTER64,
+                _NETEM_CORR,
+                _NETEM_REORDER,
+                _NETEM_CORRUPT,
+                _NETEM_LOSS,
+                _NETEM_RATE,
+            )
             _, limit, loss, _, duplicate, _ = _NETEM_QOPT.unpack_from(options)
-            _, limit_sent, loss_sent, _, duplicate_sent, _ = _NETEM_QOPT.unpack_from(_options(wanted))
+            _, limit_sent, loss_sent, _, duplicate_sent, _ = _NETEM_QOPT.unpack_from(
+                _options(wanted)
+            )
             return (limit, loss, duplicate) == (limit_sent, loss_sent, duplicate_sent) and all(
                 _stripped(parts.get(kind)) == _stripped(sent.get(kind)) for kind in same
             )
@@ -645,7 +797,8 @@ def _stripped(value: bytes | None) -> bytes:
 class QdiscCounters:
     """The kernel's counters of one qdisc: cumulative, except what waits now.
 
-    lost: packets that were lost on purpose, by the netem above it or by the delay line; None where there is neither.
+    lost: packets that were lost on purpose, by the netem above it or by the delay line; None where
+    there is neither.
     """
 
     bytes: int
@@ -658,7 +811,8 @@ class QdiscCounters:
 
 
 def read_interface_drops(answer: bytes) -> int:
-    """tx_dropped of one interface message (RTM_NEWLINK): the eighth number of struct rtnl_link_stats64."""
+    """tx_dropped of one interface message (RTM_NEWLINK): the eighth number of struct
+    rtnl_link_stats64."""
     for kind, start, _ in attributes(answer, _NLMSG_BYTES + _IFINFOMSG_BYTES):
         if kind == _IFLA_STATS64:
             return int(struct.unpack_from("=8Q", answer, start)[7])
@@ -666,10 +820,11 @@ def read_interface_drops(answer: bytes) -> int:
 
 
 def read_counters(answer: bytes) -> tuple[int, int, int, QdiscCounters | None]:
-    """(ifindex, handle, parent, counters) of one qdisc message; without pyroute2, as it is read ten times a second.
+    """(ifindex, handle, parent, counters) of one qdisc message; without pyroute2, as it is read ten
+    times a second.
 
-    Layout: TCA_STATS2 holds TCA_STATS_BASIC (u64 bytes, u32 packets) and TCA_STATS_QUEUE (u32 qlen, backlog, drops,
-    requeues, overlimits), <linux/gen_stats.h>.
+    Layout: TCA_STATS2 holds TCA_STATS_BASIC (u64 bytes, u32 packets) and TCA_STATS_QUEUE (u32 qlen,
+    backlog, drops, requeues, overlimits), <linux/gen_stats.h>.
     """
     _, _, _, ifindex, handle, parent, _ = _TCMSG.unpack_from(answer, _NLMSG_BYTES)
     for kind, start, end in attributes(answer, _NLMSG_BYTES + _TCMSG.size):
@@ -682,5 +837,10 @@ def read_counters(answer: bytes) -> tuple[int, int, int, QdiscCounters | None]:
                     queue = struct.unpack_from("=5I", answer, at)
             if basic and queue:
                 qlen, backlog, drops, _, overlimits = queue
-                return ifindex, handle, parent, QdiscCounters(basic[0], basic[1], drops, overlimits, backlog, qlen)
+                return (
+                    ifindex,
+                    handle,
+                    parent,
+                    QdiscCounters(basic[0], basic[1], drops, overlimits, backlog, qlen),
+                )
     return ifindex, handle, parent, None

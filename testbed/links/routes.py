@@ -22,7 +22,8 @@ class Tcp:
     """How connections of a host behave; None leaves what the kernel does.
 
     congestion: their congestion control, unless a program chooses another once it has connected.
-    min_rto_s: minimum of the retransmission time-out, after which an idle connection also forgets its window.
+    min_rto_s: minimum of the retransmission time-out, after which an idle connection also forgets
+    its window.
     ecn: they ask for, and grant, congestion to be marked instead of dropped (RFC 3168).
     """
 
@@ -32,7 +33,8 @@ class Tcp:
 
 
 def tcp_route(index: int, address: str, prefix_bits: int, tcp: Tcp) -> Request:
-    """Replace the route from an interface to its own network; connections that begin afterwards obey it."""
+    """Replace the route from an interface to its own network; connections that begin afterwards
+    obey it."""
     message = rtmsg()
     network = ipaddress.ip_network(f"{address}/{prefix_bits}", strict=False)
     message["family"] = socket.AF_INET if network.version == 4 else socket.AF_INET6
@@ -43,7 +45,10 @@ def tcp_route(index: int, address: str, prefix_bits: int, tcp: Tcp) -> Request:
     message["type"] = _UNICAST
     metrics: list[tuple[str, object]] = []
     if tcp.min_rto_s is not None:
-        metrics += [("RTAX_LOCK", 1 << _RTO_MIN_METRIC), ("RTAX_RTO_MIN", round(tcp.min_rto_s * 1000))]
+        metrics += [
+            ("RTAX_LOCK", 1 << _RTO_MIN_METRIC),
+            ("RTAX_RTO_MIN", round(tcp.min_rto_s * 1000)),
+        ]
     if tcp.congestion is not None:
         metrics.append(("RTAX_CC_ALGO", tcp.congestion))
     if tcp.ecn:

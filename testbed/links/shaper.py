@@ -1,6 +1,7 @@
 """Apply link states to interfaces, read back what the kernel took, and read its counters.
 
-Thin on purpose: what to send is compiled in ``qdiscs``; this only sends it, one batch per network namespace.
+Thin on purpose: what to send is compiled in ``qdiscs``; this only sends it, one batch per network
+namespace.
 """
 
 import zlib
@@ -29,7 +30,8 @@ Place = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """An interface whose egress is one direction of a link; the socket sits in the interface's namespace."""
+    """An interface whose egress is one direction of a link; the socket sits in the interface's
+    namespace."""
 
     socket: NetlinkSocket
     ifindex: int
@@ -38,7 +40,8 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What became of one change: when its batch was acknowledged, and whether the kernel reports what was asked."""
+    """What became of one change: when its batch was acknowledged, and whether the kernel reports
+    what was asked."""
 
     applied_s: float
     verified: bool
@@ -46,10 +49,12 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A change of links, encoded; for every socket, what it sends, and the link and qdisc of each request.
+    """A change of links, encoded; for every socket, what it sends, and the link and qdisc of each
+    request.
 
-    trees: what the change makes of each direction. line: what the delay line is told. version: of the shaper, when it was
-    prepared; an encoded change holds only what differs from the trees of then.
+    trees: what the change makes of each direction. line: what the delay line is told. version: of
+    the shaper, when it was prepared; an encoded change holds only what differs from the trees of
+    then.
     """
 
     changes: Mapping[str, LinkState]
@@ -62,7 +67,8 @@ class Prepared:
 def set_port(ifindex: int, what: str, attribute: str, value: int) -> Request:
     """The request that sets an attribute of a bridge port.
 
-    As ``bridge link set`` does it: the other way, IFLA_INFO_SLAVE_DATA, takes a port state and ignores it.
+    As ``bridge link set`` does it: the other way, IFLA_INFO_SLAVE_DATA, takes a port state and
+    ignores it.
     """
     message = ifinfmsg()
     message["family"] = AF_BRIDGE
@@ -72,9 +78,11 @@ def set_port(ifindex: int, what: str, attribute: str, value: int) -> Request:
 
 
 class Shaper:
-    """All links of a lab. Ports are added once, then states are applied and counters read for many links at a time.
+    """All links of a lab. Ports are added once, then states are applied and counters read for many
+    links at a time.
 
-    impaired: (link, direction) that carries netem from the start, because some state of it will need it.
+    impaired: (link, direction) that carries netem from the start, because some state of it will
+    need it.
     shaper, mtu, max_packet_bytes: see ``qdiscs.compile_tree``. seed: of the random impairments.
     line: the delay line that stands for netem; None: the kernel's netem impairs.
     """
@@ -137,19 +145,28 @@ class Shaper:
                     if before is None or tree[0] != before[0]:
                         line[place] = tree[0]
                     tree, before = tree[1:], before[1:] if before else None
-                for node, request in qdiscs.requests(tree, port.ifindex, f"{link} {direction}", before):
-                    work.setdefault(port.socket, []).append((link, node, request.with_flags(NLM_F_ECHO)))
+                for node, request in qdiscs.requests(
+                    tree, port.ifindex, f"{link} {direction}", before
+                ):
+                    work.setdefault(port.socket, []).append(
+                        (link, node, request.with_flags(NLM_F_ECHO))
+                    )
         packed = [
-            (socket, socket.pack(request for *_, request in parts), [(link, node) for link, node, _ in parts])
+            (
+                socket,
+                socket.pack(request for *_, request in parts),
+                [(link, node) for link, node, _ in parts],
+            )
             for socket, parts in work.items()
         ]
         return Prepared(changes, trees, packed, line, self._version)
 
     def commit(self, prepared: Prepared) -> dict[str, Applied]:
-        """Make a prepared change: first everything is sent, one write a namespace, then the answers are read.
+        """Make a prepared change: first everything is sent, one write a namespace, then the answers
+        are read.
 
-        The kernel echoes each qdisc as it took it, and the delay line what it has in force; ``verified`` says if that is what
-        was asked.
+        The kernel echoes each qdisc as it took it, and the delay line what it has in force;
+        ``verified`` says if that is what was asked.
         """
         if prepared.version != self._version:  # links were changed by hand meanwhile
             prepared = self.prepare(prepared.changes)
@@ -186,15 +203,22 @@ class Shaper:
         return {link: Applied(done_s[link], verified[link]) for link in changes}
 
     def _wake(self, changes: Mapping[str, LinkState]) -> None:
-        """Have the kernel look again where an outage is over: until the next packet comes it would not, for up to 5 s."""
+        """Have the kernel look again where an outage is over: until the next packet comes it would
+        not, for up to 5 s."""
         for link, state in changes.items():
             for direction in DIRECTIONS:
-                before = getattr(self._states[link], direction).rate_bps if link in self._states else None
+                before = (
+                    getattr(self._states[link], direction).rate_bps
+                    if link in self._states
+                    else None
+                )
                 if before == 0 and getattr(state, direction).rate_bps != 0:
                     port = self._ports[link, direction]
                     port.socket.send_wakeup_frame(port.interface)
 
-    def _tree(self, place: Place, parameters: LinkParameters, before: qdiscs.Tree | None) -> qdiscs.Tree:
+    def _tree(
+        self, place: Place, parameters: LinkParameters, before: qdiscs.Tree | None
+    ) -> qdiscs.Tree:
         def compiled(seed: int) -> qdiscs.Tree:
             return compile_tree(
                 parameters,
@@ -207,29 +231,37 @@ class Shaper:
 
         if place not in self._impaired:
             return compiled(0)
-        if before is not None and isinstance(before[0], qdiscs.Netem) and (tree := compiled(before[0].seed))[0] == before[0]:
+        if (
+            before is not None
+            and isinstance(before[0], qdiscs.Netem)
+            and (tree := compiled(before[0].seed))[0] == before[0]
+        ):
             return tree
-        # The seed differs between links, or all would lose the same packets, and between changes, because netem begins its
-        # random numbers anew with each.
+        # The seed differs between links, or all would lose the same packets, and between changes,
+        # because netem begins its random numbers anew with each.
         self._changes += 1
         return compiled(zlib.crc32(f"{place[0]} {self._changes}".encode(), self._seed))
 
     def _connect(self, link: str, connected: bool) -> bool:
         """Let the switch forward to and from a link, or not; True if the kernel confirms it.
 
-        A disabled port of a bridge drops in both directions, and neither end is told: no carrier is lost, no address is
-        unreachable. That is what a partition looks like.
+        A disabled port of a bridge drops in both directions, and neither end is told: no carrier is
+        lost, no address is unreachable. That is what a partition looks like.
         """
         port = self._ports[link, "down"]
         wanted = BR_STATE_FORWARDING if connected else BR_STATE_DISABLED
-        port.socket.flush_carrier(port.interface)  # the bridge enables a port anew when it hears, late, that it has a carrier
+        # the bridge enables a port anew when it hears, late, that it has a carrier
+        port.socket.flush_carrier(port.interface)
         port.socket.batch([set_port(port.ifindex, link, "IFLA_BRPORT_STATE", wanted)])
         ((answer,),) = port.socket.batch([_interface_request(port)])
-        found = decode(answer, ifinfmsg).get_nested("IFLA_LINKINFO", "IFLA_INFO_SLAVE_DATA", "IFLA_BRPORT_STATE")
+        found = decode(answer, ifinfmsg).get_nested(
+            "IFLA_LINKINFO", "IFLA_INFO_SLAVE_DATA", "IFLA_BRPORT_STATE"
+        )
         return bool(found == wanted)
 
     def deviating(self) -> list[str]:
-        """Links on whose interfaces the kernel does not report what they were given last: something else has changed them."""
+        """Links on whose interfaces the kernel does not report what they were given last: something
+        else has changed them."""
         found: dict[tuple[NetlinkSocket, int, int], bytes] = {}
         for socket in {port.socket for port in self._ports.values()}:
             for answer in socket.dump(_dump_request()):
@@ -243,23 +275,40 @@ class Shaper:
         for place, tree in self._trees.items():
             port = self._ports[place]
             nodes = [(node, qdiscs.place_of(tree, level)[0]) for level, node in enumerate(tree)]
-            answers = [(node, found.get((port.socket, port.ifindex, handle))) for node, handle in nodes]
+            answers = [
+                (node, found.get((port.socket, port.ifindex, handle))) for node, handle in nodes
+            ]
             if self.line is not None:
-                answers = [(node, answer) for node, answer in answers if not isinstance(node, qdiscs.Netem)]
-            if not all(answer is not None and qdiscs.same_on_kernel(node, answer) for node, answer in answers):
+                answers = [
+                    (node, answer) for node, answer in answers if not isinstance(node, qdiscs.Netem)
+                ]
+            if not all(
+                answer is not None and qdiscs.same_on_kernel(node, answer)
+                for node, answer in answers
+            ):
                 links.append(place[0])
         return list(dict.fromkeys(links))
 
     def _refused(self) -> int:
-        """Frames that the shaper let go and the delay line had not read in time, so that the interface dropped them."""
+        """Frames that the shaper let go and the delay line had not read in time, so that the
+        interface dropped them."""
         questions: dict[NetlinkSocket, list[Request]] = {}
-        for place in ((link, side) for link in sorted({link for link, _ in self._impaired}) for side in DIRECTIONS):
-            questions.setdefault(self._ports[place].socket, []).append(_interface_request(self._ports[place]))
-        answers = (answer for socket, requests in questions.items() for (answer,) in socket.batch(requests))
+        for place in (
+            (link, side)
+            for link in sorted({link for link, _ in self._impaired})
+            for side in DIRECTIONS
+        ):
+            questions.setdefault(self._ports[place].socket, []).append(
+                _interface_request(self._ports[place])
+            )
+        answers = (
+            answer for socket, requests in questions.items() for (answer,) in socket.batch(requests)
+        )
         return sum(qdiscs.read_interface_drops(answer) for answer in answers)
 
     def counters(self) -> dict[Place, QdiscCounters]:
-        """Counters of every link and direction, of the queue behind its limiter: one dump per namespace."""
+        """Counters of every link and direction, of the queue behind its limiter: one dump per
+        namespace."""
         found: dict[tuple[NetlinkSocket, int], QdiscCounters] = {}
         waits: dict[tuple[NetlinkSocket, int], int] = {}
         for socket in {port.socket for port in self._ports.values()}:
@@ -277,11 +326,17 @@ class Shaper:
                     netem[ifindex] = counters.drops
                 elif qdiscs.is_netem(parent):
                     below[ifindex] = counters.drops
-            for ifindex, drops in netem.items():  # netem counts what the qdisc below it refuses, too
+            # netem counts what the qdisc below it refuses, too
+            for ifindex, drops in netem.items():
                 if (socket, ifindex) in found:
-                    found[socket, ifindex] = replace(found[socket, ifindex], lost=drops - below.get(ifindex, 0))
+                    found[socket, ifindex] = replace(
+                        found[socket, ifindex], lost=drops - below.get(ifindex, 0)
+                    )
         by_place = {
-            place: replace(found[port.socket, port.ifindex], overlimits=waits.get((port.socket, port.ifindex), 0))
+            place: replace(
+                found[port.socket, port.ifindex],
+                overlimits=waits.get((port.socket, port.ifindex), 0),
+            )
             for place, port in self._ports.items()
             if (port.socket, port.ifindex) in found
         }
@@ -289,7 +344,9 @@ class Shaper:
             self.line_counters = replace(self.line.counters(), refused=self._refused())
             for place, counted in self.line_counters.directions.items():
                 if place in by_place:
-                    by_place[place] = replace(by_place[place], lost=counted.lost + counted.overflowed)
+                    by_place[place] = replace(
+                        by_place[place], lost=counted.lost + counted.overflowed
+                    )
         return by_place
 
 

@@ -12,10 +12,12 @@ AQMS = ("fifo", "codel", "fq_codel", "cake")
 class Loss:
     """Which packets are lost. All zero: none.
 
-    share, correlation: each packet is lost with probability ``share``; the correlation ties a packet to the one before
-        (netem(8): the generated values are correlated, so that the share itself comes out lower).
-    burst: mean length of a burst in packets. None: no bursts. Otherwise a Gilbert model whose stationary loss is ``share``.
-    bad_loss, good_loss: loss in the bad and in the good state (Gilbert-Elliott); 1 and 0 give the Gilbert model.
+    share, correlation: each packet is lost with probability ``share``; the correlation ties a
+        packet to the one before (netem(8): the generated values are correlated, so that the share
+        itself comes out lower).
+    burst: mean length of a burst in packets. None: no bursts. Otherwise a Gilbert model whose
+    stationary loss is ``share``. bad_loss, good_loss: loss in the bad and in the good state
+    (Gilbert-Elliott); 1 and 0 give the Gilbert model.
     """
 
     share: float = 0.0
@@ -28,8 +30,10 @@ class Loss:
     def transitions(self) -> tuple[float, float]:
         """(p, r): probability per packet of going from good to bad and from bad to good.
 
-        With mean sojourn ``burst`` in the bad state, r = 1 / burst; the share of time in the bad state is
-        b = p / (p + r), and the loss b * bad_loss + (1 - b) * good_loss must come out as ``share``. (Elliott 1963)
+        With mean sojourn ``burst`` in the bad state, r = 1 / burst; the share of time in the bad
+        state is
+        b = p / (p + r), and the loss b * bad_loss + (1 - b) * good_loss must come out as ``share``.
+        (Elliott 1963)
         """
         assert self.burst is not None
         r = 1 / self.burst
@@ -41,15 +45,18 @@ class Loss:
 class LinkParameters:
     """Conditions in one direction of a link.
 
-    rate_bps: bits/s on the wire, Ethernet header included; None: not limited; 0: an outage, in which what comes waits.
-    queue_s, queue_bytes: how much may wait for the rate limiter; time is used unless bytes are given.
-    delay_s, jitter_s: one-way propagation delay and its standard deviation. distribution: of the delay (``DISTRIBUTIONS``).
-    loss: which packets are lost.
+    rate_bps: bits/s on the wire, Ethernet header included; None: not limited; 0: an outage, in
+    which what comes waits. queue_s, queue_bytes: how much may wait for the rate limiter; time is
+    used unless bytes are given.
+    delay_s, jitter_s: one-way propagation delay and its standard deviation. distribution: of the
+    delay (``DISTRIBUTIONS``). loss: which packets are lost.
     duplicate, corrupt: share of packets sent twice, or with one flipped bit.
     reorder: share of packets that overtake, by being sent without the delay.
-    in_order: jitter lets no packet overtake another; one whose turn has not come waits for those before it.
-    aqm: what manages the queue (``AQMS``); "fifo" drops what does not fit. ecn: it marks packets instead of dropping them;
-        cake has no choice in that, and marks those of whoever has agreed on it.
+    in_order: jitter lets no packet overtake another; one whose turn has not come waits for those
+    before it.
+    aqm: what manages the queue (``AQMS``); "fifo" drops what does not fit. ecn: it marks packets
+        instead of dropping them; cake has no choice in that, and marks those of whoever has agreed
+        on it.
     """
 
     rate_bps: int | None = None
@@ -73,7 +80,8 @@ class LinkParameters:
 
     @property
     def impairs_frames(self) -> bool:
-        """True if single frames meet a fate of their own, so that no packet may be larger than a frame."""
+        """True if single frames meet a fate of their own, so that no packet may be larger than a
+        frame."""
         return bool(self.loss.share or self.duplicate or self.corrupt or self.reorder)
 
     def slowed(self, factor: float) -> "LinkParameters":
@@ -95,9 +103,11 @@ class LinkParameters:
 class LinkState:
     """Both directions of one access link.
 
-    up is the egress of the worker's own interface, down the egress of the switch port that faces it.
-    A spec puts all but rate and queue on down, so a one-way delay of 10 ms gives an RTT of 20 ms between workers.
-    connected: False is a partition; nothing passes in either direction, and nobody is told.
+    up is the egress of the worker's own interface, down the egress of the switch port that faces
+    it.
+    A spec puts all but rate and queue on down, so a one-way delay of 10 ms gives an RTT of 20 ms
+    between workers. connected: False is a partition; nothing passes in either direction, and nobody
+    is told.
     """
 
     up: LinkParameters = LinkParameters()

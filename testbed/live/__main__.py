@@ -1,7 +1,8 @@
 """The server of ``testbed run --live``: ``python -m testbed.live RUN ADDRESS PORT``.
 
-Not for people: ``testbed run`` starts it beside the cells, with a pipe as standard input. A byte that comes through it means
-that the run has ended and has a report, its end that this process has nothing more to do, however that came about.
+Not for people: ``testbed run`` starts it beside the cells, with a pipe as standard input. A byte
+that comes through it means that the run has ended and has a report, its end that this process has
+nothing more to do, however that came about.
 """
 
 import os

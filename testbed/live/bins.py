@@ -1,4 +1,5 @@
-"""Series of a cell over time, in so few bins that they can be sent and drawn: wider ones as the cell becomes longer."""
+"""Series of a cell over time, in so few bins that they can be sent and drawn: wider ones as the
+cell becomes longer."""
 
 import itertools
 import operator
@@ -38,7 +39,8 @@ class _Column:
 class Bins:
     """Columns of sums, means, extremes and newest values, by the bin of the time that they are of.
 
-    width_s: of every bin; doubled when a time lies beyond the last of ``most`` bins. A bin of which nothing was said has None.
+    width_s: of every bin; doubled when a time lies beyond the last of ``most`` bins. A bin of which
+    nothing was said has None.
     """
 
     def __init__(self, most: int = POINTS) -> None:
@@ -48,7 +50,8 @@ class Bins:
         self._changed_from: int | None = None
 
     def add(self, column: str, t_s: float, value: float, combine: Combine = operator.add) -> None:
-        """Put a value into the bin of a time; combine: what becomes of it and what is there already."""
+        """Put a value into the bin of a time; combine: what becomes of it and what is there
+        already."""
         while t_s >= self.width_s * self._most:
             self._widen()
         self._put(column, int(t_s / self.width_s), value, combine)
@@ -89,7 +92,10 @@ class Bins:
                 counts = self._columns.get(name + _COUNT)
                 values = column.values[first:]
                 by = counts.values[first:] if counts else [1.0] * len(values)
-                found[name] = [None if a is None or not b else _short(a / b) for a, b in zip(values, by, strict=True)]
+                found[name] = [
+                    None if a is None or not b else _short(a / b)
+                    for a, b in zip(values, by, strict=True)
+                ]
         return found
 
     def take_changed(self) -> int | None:

@@ -3,12 +3,14 @@
     GET  /TOKEN/             the page, or while nothing is under way, the report
     GET  /TOKEN/page.js, page.css
     GET  /TOKEN/events       server-sent events: all there is, then once a second what has changed
-    POST /TOKEN/link         {"cell", "links": [...], "set": {"rate", "delay", "up"}} → the answer of the cell's link server
+    POST /TOKEN/link         {"cell", "links": [...], "set": {"rate", "delay", "up"}} → what the
+                             cell's link server answers
     GET  /TOKEN/report.html  the report
 
-The token is part of the path, so that a browser sends it with nothing that the page itself did not ask for. A cookie would do
-worse: it knows no ports, so any other program's page on this address would be sent it. What has another Host or Origin than
-the page's own gets no further, either (cross-site requests, DNS rebinding). Names of files never come from a request.
+The token is part of the path, so that a browser sends it with nothing that the page itself did not
+ask for. A cookie would do worse: it knows no ports, so any other program's page on this address
+would be sent it. What has another Host or Origin than the page's own gets no further, either
+(cross-site requests, DNS rebinding). Names of files never come from a request.
 """
 
 import contextlib
@@ -42,7 +44,8 @@ UPDATE_S = 1.0
 _READ_S = 0.2
 """Of every second, at most, for what was recorded before somebody looked."""
 _QUIET_S = 15.0
-"""After so long without news a comment shows that the server is there, and that the page still is."""
+"""After so long without news a comment shows that the server is there, and that the page still
+is."""
 _REQUEST_S = 10.0
 _MOST_REQUESTS = 32
 _MOST_PAGES = 8
@@ -59,14 +62,17 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 _PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none';"
-    " form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:;"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for"
+    " 'script'"
 )
 _REPORT_POLICY = (
     "sandbox allow-scripts allow-downloads; default-src 'none'; script-src 'unsafe-inline';"
-    " style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    " style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none';"
+    " frame-ancestors 'none'"
 )
-"""A report has scripts in it, and a run directory may be a stranger's: in an origin of its own it can move no link."""
+"""A report has scripts in it, and a run directory may be a stranger's: in an origin of its own it
+can move no link."""
 
 
 class CannotServe(OSError):
@@ -82,7 +88,9 @@ class LivePage:
     under_way: whether the run still goes on; asked for when somebody looks.
     """
 
-    def __init__(self, directory: Path, address: str, port: int, under_way: Callable[[], bool]) -> None:
+    def __init__(
+        self, directory: Path, address: str, port: int, under_way: Callable[[], bool]
+    ) -> None:
         """Raises CannotServe."""
         self.directory = directory
         self.under_way = under_way
@@ -99,13 +107,23 @@ class LivePage:
             self.loopback = host.is_loopback
             self._server = _Server((str(host), port), self, host.version == 6)
         except ValueError:
-            raise CannotServe(f"{one_line(address)!r} is no IP address; use 127.0.0.1, or one of this machine's") from None
+            raise CannotServe(
+                f"{one_line(address)!r} is no IP address; use 127.0.0.1, or one of this machine's"
+            ) from None
         except (OSError, OverflowError) as error:
-            hint = "; choose another port, or leave it out" if getattr(error, "errno", 0) == errno.EADDRINUSE else ""
-            raise CannotServe(f"cannot serve at {address}, port {port}: {getattr(error, 'strerror', error)}{hint}") from None
+            hint = (
+                "; choose another port, or leave it out"
+                if getattr(error, "errno", 0) == errno.EADDRINUSE
+                else ""
+            )
+            raise CannotServe(
+                f"cannot serve at {address}, port {port}: {getattr(error, 'strerror', error)}{hint}"
+            ) from None
 
     def __enter__(self) -> "LivePage":
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True
+        )
         self._thread.start()
         return self
 
@@ -122,7 +140,8 @@ class LivePage:
         return f"http://{host}:{port}/{self.token}/"
 
     def tick(self) -> None:
-        """Read what was recorded and tell the pages that are open; if there are none, nothing is read."""
+        """Read what was recorded and tell the pages that are open; if there are none, nothing is
+        read."""
         with self._lock:
             if not self._pages:
                 return
@@ -133,7 +152,8 @@ class LivePage:
                 self._say(_event({"ended": True}))
 
     def linger(self) -> None:
-        """Wait until the pages that are open have the report of a run that has ended; not for ever."""
+        """Wait until the pages that are open have the report of a run that has ended; not for
+        ever."""
         with self._lock:
             wanted = self._reports + len(self._pages)
         self.tick()
@@ -154,7 +174,9 @@ class LivePage:
         page: queue.Queue[str | None] = queue.Queue(8)
         with self._lock:
             if len(self._pages) >= _MOST_PAGES:
-                raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, f"{_MOST_PAGES} pages are open; close one")
+                raise _Refused(
+                    HTTPStatus.SERVICE_UNAVAILABLE, f"{_MOST_PAGES} pages are open; close one"
+                )
             if not self._pages:  # nobody has looked for a while
                 self._view.update(_READ_S)
                 self._view.changes()
@@ -198,15 +220,24 @@ class LivePage:
         cell = self._view.cells.get(name) if isinstance(name, str) else None
         if cell is None:
             raise _Refused(HTTPStatus.BAD_REQUEST, "there is no such cell")
-        if not isinstance(links, list) or not all(isinstance(link, str) and len(link) < 100 for link in links):
+        if not isinstance(links, list) or not all(
+            isinstance(link, str) and len(link) < 100 for link in links
+        ):
             raise _Refused(HTTPStatus.BAD_REQUEST, "links must be a list of names")
-        if not isinstance(wanted, dict) or not wanted or not all(_is_settable(*one) for one in wanted.items()):
+        if (
+            not isinstance(wanted, dict)
+            or not wanted
+            or not all(_is_settable(*one) for one in wanted.items())
+        ):
             raise _Refused(HTTPStatus.BAD_REQUEST, f"set must have some of {', '.join(_SETTABLE)}")
         try:
-            with self._link_requests:  # one at a time: the thread that answers is the one that keeps the links on time
+            # one at a time: the thread that answers is the one that keeps the links on time
+            with self._link_requests:
                 return send_request(cell.directory, {"links": links, "set": wanted})
         except (OSError, ValueError):
-            raise _Refused(HTTPStatus.CONFLICT, f"{cell.name} does not run any more, or not yet") from None
+            raise _Refused(
+                HTTPStatus.CONFLICT, f"{cell.name} does not run any more, or not yet"
+            ) from None
 
 
 def _is_settable(key: object, value: object) -> bool:
@@ -236,7 +267,8 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's would ask the network for its own name
+        # HTTPServer's would ask the network for its own name
+        socketserver.TCPServer.server_bind(self)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._free.acquire(blocking=False):
@@ -255,7 +287,8 @@ class _Server(ThreadingHTTPServer):
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Who goes in the middle of an answer is no fault; and whatever else it is, it ends one request."""
+        """Who goes in the middle of an answer is no fault; and whatever else it is, it ends one
+        request."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -265,7 +298,14 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
 
     def do_GET(self) -> None:
-        self._answer({"": self._page, "events": self._events, "report.html": self._report, **dict.fromkeys(_FILES, self._file)})
+        self._answer(
+            {
+                "": self._page,
+                "events": self._events,
+                "report.html": self._report,
+                **dict.fromkeys(_FILES, self._file),
+            }
+        )
 
     def do_POST(self) -> None:
         self._answer({"link": self._link})
@@ -274,8 +314,13 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._check_host()
             token, slash, self._name = self.path.removeprefix("/").partition("/")
-            if not hmac.compare_digest(token.encode(errors="replace"), self.server.page.token.encode()):
-                raise _Refused(HTTPStatus.FORBIDDEN, "the token is missing or wrong; take the whole address that was printed")
+            if not hmac.compare_digest(
+                token.encode(errors="replace"), self.server.page.token.encode()
+            ):
+                raise _Refused(
+                    HTTPStatus.FORBIDDEN,
+                    "the token is missing or wrong; take the whole address that was printed",
+                )
             self._check_origin()
             if not slash and self.command == "GET":
                 self._redirect(f"/{token}/")
@@ -287,17 +332,23 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(refused.status, f"{refused}\n".encode(), "text/plain")
 
     def _check_host(self) -> None:
-        """A name that leads here by a stranger's DNS is none of these: an IP address, or localhost."""
+        """A name that leads here by a stranger's DNS is none of these: an IP address, or
+        localhost."""
         hosts = self.headers.get_all("Host") or []
         host = _HOST.fullmatch(hosts[0].strip().lower()) if len(hosts) == 1 else None
         name = (host["six"] or host["name"]) if host else ""
         with contextlib.suppress(ValueError):
-            if name == "localhost" or ipaddress.ip_address(name).is_loopback or not self.server.page.loopback:
+            if (
+                name == "localhost"
+                or ipaddress.ip_address(name).is_loopback
+                or not self.server.page.loopback
+            ):
                 return
         raise _Refused(HTTPStatus.FORBIDDEN, "this is not the address that was printed")
 
     def _check_origin(self) -> None:
-        """No other site may ask; to change something, a page must say that it is ours (RFC 6454)."""
+        """No other site may ask; to change something, a page must say that it is ours (RFC
+        6454)."""
         origins = self.headers.get_all("Origin") or []
         ours = f"http://{(self.headers['Host'] or '').strip().lower()}"
         if (origins or self.command != "GET") and origins != [ours]:
@@ -326,10 +377,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _link(self) -> None:
         if self.headers.get_content_type() != "application/json":
-            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "what is sent must be application/json")
+            raise _Refused(
+                HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "what is sent must be application/json"
+            )
         length = self.headers["Content-Length"] or ""
         if not length.isdecimal() or len(length) > 9 or int(length) > _MOST_BODY_BYTES:
-            raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"what is sent must have at most {_MOST_BODY_BYTES} bytes")
+            raise _Refused(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"what is sent must have at most {_MOST_BODY_BYTES} bytes",
+            )
         try:
             body = decode_message(self.rfile.read(int(length)))
         except ValueError:
@@ -351,11 +407,21 @@ class _Handler(BaseHTTPRequestHandler):
                     return
                 self.wfile.write(text.encode())
 
-    def _send(self, status: HTTPStatus, content: bytes, kind: str, policy: str = "default-src 'none'; sandbox") -> None:
+    def _send(
+        self,
+        status: HTTPStatus,
+        content: bytes,
+        kind: str,
+        policy: str = "default-src 'none'; sandbox",
+    ) -> None:
         self.send_response(status)
         length = str(len(content))
         self._end_headers(
-            {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": length, "Content-Security-Policy": policy}
+            {
+                "Content-Type": f"{kind}; charset=utf-8",
+                "Content-Length": length,
+                "Content-Security-Policy": policy,
+            }
         )
         self.wfile.write(content)
 
@@ -365,7 +431,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server itself refuses, such as a line that is too long: without repeating it."""
+        """What http.server itself refuses, such as a line that is too long: without repeating
+        it."""
         self.close_connection = True
         with contextlib.suppress(OSError, AttributeError):
             self._send(HTTPStatus(code), f"{HTTPStatus(code).phrase}\n".encode(), "text/plain")

@@ -1,4 +1,5 @@
-"""Record files read as they grow: never the same byte twice, and never so long that somebody has to wait."""
+"""Record files read as they grow: never the same byte twice, and never so long that somebody has to
+wait."""
 
 import json
 import os
@@ -16,8 +17,8 @@ _LONGEST_LINE = 1 << 20
 class Tail:
     """Rows that were appended to a record file since they were last asked for.
 
-    Programs of others write beside us: what is no file, no row or has no end is left out. A file that was replaced, or has
-    become shorter, is read from its beginning.
+    Programs of others write beside us: what is no file, no row or has no end is left out. A file
+    that was replaced, or has become shorter, is read from its beginning.
     """
 
     def __init__(self, path: Path, wanted: Callable[[bytes], bool] = lambda line: True) -> None:

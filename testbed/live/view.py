@@ -1,4 +1,5 @@
-"""What the page shows of a run under way: its record files, read as they grow, as few numbers. Imports no pandas."""
+"""What the page shows of a run under way: its record files, read as they grow, as few numbers.
+Imports no pandas."""
 
 import json
 import math
@@ -51,7 +52,8 @@ _Source = tuple[Tail, Callable[[Mapping[str, Any]], None]]
 
 
 class CellView:
-    """One cell: what its records hold so far, in the time and the rates of the experiment, as without dilation."""
+    """One cell: what its records hold so far, in the time and the rates of the experiment, as
+    without dilation."""
 
     def __init__(self, directory: Path, points: int) -> None:
         self.name = directory.name
@@ -60,13 +62,22 @@ class CellView:
         self.stamp = _stamp(directory / CELL_FILE)
         config = read_json(directory / CELL_FILE) or {}
         self._dilation = _dilation(config.get("dilation"))
-        self.method = _text(config.get("label") or _mapping(config.get("method")).get("name") or "unknown")
+        self.method = _text(
+            config.get("label") or _mapping(config.get("method")).get("name") or "unknown"
+        )
         self._seed = number(config.get("seed"))
-        self.scenario = _text(scenario({_text(k): _text(v) for k, v in _mapping(config.get("overrides")).items()}), 300)
+        self.scenario = _text(
+            scenario({_text(k): _text(v) for k, v in _mapping(config.get("overrides")).items()}),
+            300,
+        )
         self._stop = _mapping(_mapping(config.get("workload")).get("stop"))
         self._earlier = _lines(config.get("earlier"))
         impaired = config.get("impaired")
-        self.impaired = frozenset(_text(link) for link in impaired) if isinstance(impaired, list) else frozenset()
+        self.impaired = (
+            frozenset(_text(link) for link in impaired)
+            if isinstance(impaired, list)
+            else frozenset()
+        )
         """Links that can have a delay."""
         self._result: Mapping[str, Any] = {}
         self._result_stamp: tuple[int, int] | None = None
@@ -93,7 +104,9 @@ class CellView:
 
         per_host = ranks_per_worker(config)
         ranks = min(int(number(config.get("workers")) or 0) * per_host, _MOST_RANKS)
-        self._ranks = [host_directory(directory, rank_name(rank, per_host)) for rank in range(ranks)]
+        self._ranks = [
+            host_directory(directory, rank_name(rank, per_host)) for rank in range(ranks)
+        ]
         self._failures: list[str] = []
         self._furthest: dict[object, float] = {}
         self._sources: list[_Source] = [
@@ -162,11 +175,19 @@ class CellView:
         if self._late_s > LATE_S:
             found.append(f"a change of its links came {self._late_s * 1e3:.0f} ms late")
         if self._unconfirmed:
-            found.append(f"the kernel did not confirm a change of {_names(list(self._unconfirmed))}")
+            found.append(
+                f"the kernel did not confirm a change of {_names(list(self._unconfirmed))}"
+            )
         taken, samples = self._taken
         if samples >= _BUSY_SAMPLES and taken > FOREIGN_SHARE * samples:
-            found.append(f"other programs took {100 * taken / samples:.0f} % of this machine while none of it was idle")
-        found += [f"{line}; all workers were to be started again" for line in self._failures[-_MOST_LINES:]]
+            found.append(
+                f"other programs took {100 * taken / samples:.0f} % of this machine while none of"
+                " it was idle"
+            )
+        found += [
+            f"{line}; all workers were to be started again"
+            for line in self._failures[-_MOST_LINES:]
+        ]
         return found + [f"tried again after: {line}" for line in self._earlier]
 
     def row(self) -> dict[str, Any]:
@@ -180,35 +201,45 @@ class CellView:
             "t_s": _short(self.t_s),
             "steps": self.steps,
             "share": self.share,
-            "samples_per_s": _short(self._samples / self._steps_end_s) if self._steps_end_s else None,
+            "samples_per_s": (
+                _short(self._samples / self._steps_end_s) if self._steps_end_s else None
+            ),
             "payload_bytes": _short(payload / steps) if steps else None,
             "problems": self.problems(),
             **self._latest,
         }
 
     def links(self) -> dict[str, dict[str, Any]]:
-        """By name: up and down, each [limit, carried (bits/s), waiting (bytes), dropped (packets)], and what else is so."""
+        """By name: up and down, each [limit, carried (bits/s), waiting (bytes), dropped (packets)],
+        and what else is so."""
         return {
             name: {
                 **self._links.get(name, {}),
                 "connected": state.get("connected") is not False,
-                "delay_s": (number(_mapping(state.get("down")).get("delay_s")) or 0.0) / self._dilation,
+                "delay_s": (
+                    (number(_mapping(state.get("down")).get("delay_s")) or 0.0) / self._dilation
+                ),
                 "impaired": name in self.impaired,
             }
             for name, state in self._states.items()
         }
 
     def events(self) -> list[dict[str, Any]]:
-        """The newest changes of links, the last one last; those of one moment that are alike are one."""
+        """The newest changes of links, the last one last; those of one moment that are alike are
+        one."""
         return [
-            {**{key: value for key, value in event.items() if key != "links"}, "links": _names(event["links"])}
+            {
+                **{key: value for key, value in event.items() if key != "links"},
+                "links": _names(event["links"]),
+            }
             for event in self._events
         ]
 
     # Records
 
     def read(self, deadline_s: float) -> None:
-        """Take in what was recorded since the last time, as far as that can be done by a time of ``time.monotonic``."""
+        """Take in what was recorded since the last time, as far as that can be done by a time of
+        ``time.monotonic``."""
         ended = self.ended_at_s > 0  # nothing more is recorded then
         if self._whole or not (ended or _exists(self.directory / "events.jsonl")):
             return
@@ -231,7 +262,11 @@ class CellView:
         from testbed.results.records import read_table
 
         takes = {"events": self._take_event, "links": self._take_link, "host": self._take_load}
-        takes |= {"steps": self._take_step, "evals": self._take_evaluation, "failures": self._take_failure}
+        takes |= {
+            "steps": self._take_step,
+            "evals": self._take_evaluation,
+            "failures": self._take_failure,
+        }
         for name, take in takes.items():
             try:
                 frame = read_table(self.directory, name)
@@ -244,13 +279,18 @@ class CellView:
                 frame = frame.dropna(subset=["t_s"])
                 slot = frame["t_s"] // (_LINKS_EVERY_S * self._dilation)
                 frame = frame[frame["t_s"] == frame.groupby(slot)["t_s"].transform("min")]
-            for first in range(0, len(frame), _ROWS):  # as dicts they take many times as much memory
+            # as dicts they take many times as much memory
+            for first in range(0, len(frame), _ROWS):
                 for row in frame.iloc[first : first + _ROWS].to_dict("records"):
                     take({str(key): value for key, value in row.items()})
 
     def _time(self, value: object) -> float | None:
         t_s = number(value)
-        return None if t_s is None or not 0 <= t_s / self._dilation <= LONGEST_S else t_s / self._dilation
+        return (
+            None
+            if t_s is None or not 0 <= t_s / self._dilation <= LONGEST_S
+            else t_s / self._dilation
+        )
 
     def _take_step(self, row: Mapping[str, Any]) -> None:
         t_s = self._time(row.get("t_s"))
@@ -267,7 +307,9 @@ class CellView:
             self.bins.spread("samples", max(0.0, t_s - took_s), t_s, samples)
         for column in ("loss", "ratio", "bandwidth_bps"):
             if (value := number(row.get(column))) is not None:
-                self.bins.mean(column, t_s, value * (self._dilation if column.endswith("_bps") else 1.0))
+                self.bins.mean(
+                    column, t_s, value * (self._dilation if column.endswith("_bps") else 1.0)
+                )
         self._furthest[row.get("rank")] = max(step, self._furthest.get(row.get("rank"), -1))
         if (payload := number(row.get("payload_bytes"))) is not None:
             self._payload = self._payload[0] + payload, self._payload[1] + 1
@@ -275,7 +317,9 @@ class CellView:
             loss, bandwidth = number(row.get("loss")), number(row.get("bandwidth_bps"))
             self._latest["scheme"] = _text(row.get("scheme") or "", 40)
             self._latest["loss"] = loss if loss is None else _short(loss)
-            self._latest["bandwidth_bps"] = bandwidth if bandwidth is None else _short(bandwidth * self._dilation)
+            self._latest["bandwidth_bps"] = (
+                bandwidth if bandwidth is None else _short(bandwidth * self._dilation)
+            )
 
     def _take_evaluation(self, row: Mapping[str, Any]) -> None:
         t_s, accuracy = self._time(row.get("t_s")), number(row.get("accuracy"))
@@ -285,14 +329,23 @@ class CellView:
 
     def _is_due(self, line: bytes) -> bool:
         try:
-            t_s = float(line[len(_TIME_FIRST) : line.index(b",")]) if line.startswith(_TIME_FIRST) else math.inf
+            t_s = (
+                float(line[len(_TIME_FIRST) : line.index(b",")])
+                if line.startswith(_TIME_FIRST)
+                else math.inf
+            )
         except ValueError:
             return True  # parsing it will tell
         return t_s == self._sample_s or t_s >= self._sample_s + _LINKS_EVERY_S * self._dilation
 
     def _take_link(self, row: Mapping[str, Any]) -> None:
         t_s, link, direction = number(row.get("t_s")), row.get("link"), row.get("direction")
-        if t_s is None or self._time(t_s) is None or not isinstance(link, str) or not isinstance(direction, str):
+        if (
+            t_s is None
+            or self._time(t_s) is None
+            or not isinstance(link, str)
+            or not isinstance(direction, str)
+        ):
             return
         if t_s != self._sample_s:
             self._end_sample()
@@ -300,7 +353,8 @@ class CellView:
         self._sample[link, direction] = row
 
     def _end_sample(self) -> None:
-        """A sample of all links is whole: what they carried since the one before, and what they may."""
+        """A sample of all links is whole: what they carried since the one before, and what they
+        may."""
         if not self._sample:
             return
         t_s = self._sample_s / self._dilation
@@ -309,19 +363,30 @@ class CellView:
         if self._counted:
             before_s, before = self._counted[-1]
             span_s = max(t_s - before_s, 1e-3)
-            if rates := [(now - before[key]) * 8 / span_s for key, now in counted.items() if key in before]:
+            if rates := [
+                (now - before[key]) * 8 / span_s for key, now in counted.items() if key in before
+            ]:
                 middle_s = (t_s + before_s) / 2
                 self.bins.mean("carried_bps", middle_s, sum(rates) / len(rates))
                 self.bins.add("least_bps", middle_s, min(rates), min)
                 self.bins.add("most_bps", middle_s, max(rates), max)
         self._counted.append((t_s, counted))
-        limits = [limit for row in self._sample.values() if (limit := number(row.get("rate_bps"))) is not None]
+        limits = [
+            limit
+            for row in self._sample.values()
+            if (limit := number(row.get("rate_bps"))) is not None
+        ]
         if limits:
             self.bins.add("limit_bps", t_s, min(limits) * self._dilation, min)
-        since_s, since = next((one for one in reversed(self._counted) if t_s - one[0] >= _CARRIED_OVER_S), self._counted[0])
+        since_s, since = next(
+            (one for one in reversed(self._counted) if t_s - one[0] >= _CARRIED_OVER_S),
+            self._counted[0],
+        )
         for (link, direction), row in self._sample.items():
             limit = number(row.get("rate_bps"))
-            carried = counted[link, direction] - since.get((link, direction), counted[link, direction])
+            carried = counted[link, direction] - since.get(
+                (link, direction), counted[link, direction]
+            )
             self._links.setdefault(link, {})[direction] = [
                 None if limit is None else _short(limit * self._dilation),
                 _short(carried * 8 / max(t_s - since_s, 1e-3)),
@@ -369,17 +434,23 @@ class CellView:
     def _take_failure(self, row: Mapping[str, Any]) -> None:
         if row.get("kind") == "failure":
             t_s = _short((number(row.get("t_s")) or 0.0) / self._dilation)
-            self._failures.append(f"at {t_s} s {_text(row.get('worker'))} {_text(row.get('text'), 300)}")
+            self._failures.append(
+                f"at {t_s} s {_text(row.get('worker'))} {_text(row.get('text'), 300)}"
+            )
             self._sources += self._of_workers(len(self._failures))
 
     def _take_load(self, row: Mapping[str, Any]) -> None:
         busy, foreign = number(row.get("cpu_busy_share")), number(row.get("cpu_foreign_share"))
         if busy is not None and foreign is not None:
-            self._taken = self._taken[0] + (foreign if busy >= BUSY_SHARE else 0.0), self._taken[1] + 1
+            self._taken = (
+                self._taken[0] + (foreign if busy >= BUSY_SHARE else 0.0),
+                self._taken[1] + 1,
+            )
 
 
 class RunView:
-    """All cells of a run directory. ``update``, then ``changes``: what a page that has had all before must be told."""
+    """All cells of a run directory. ``update``, then ``changes``: what a page that has had all
+    before must be told."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -389,10 +460,13 @@ class RunView:
         self._gone = False
 
     def update(self, at_most_s: float) -> None:
-        """Read on for at most so long; what is left is for the next time. The cell that runs comes first."""
+        """Read on for at most so long; what is left is for the next time. The cell that runs comes
+        first."""
         self._find_cells()
         deadline_s = time.monotonic() + at_most_s
-        for cell in sorted(self.cells.values(), key=lambda cell: -cell.ended_at_s if cell.ended_at_s else -math.inf):
+        for cell in sorted(
+            self.cells.values(), key=lambda cell: -cell.ended_at_s if cell.ended_at_s else -math.inf
+        ):
             cell.read(deadline_s)
             if time.monotonic() > deadline_s:
                 return
@@ -400,7 +474,10 @@ class RunView:
     def _find_cells(self) -> None:
         try:
             paths = (self.directory / "cells").iterdir()
-            found = sorted((path for path in paths if not path.is_symlink() and is_directory(path)), key=_natural)
+            found = sorted(
+                (path for path in paths if not path.is_symlink() and is_directory(path)),
+                key=_natural,
+            )
         except OSError:
             found = []
         self._gone = not self.directory.is_dir()
@@ -409,7 +486,8 @@ class RunView:
         known, self.cells = self.cells, {}
         for path in found:
             cell = known.get(path.name)
-            if cell is None or cell.stamp != _stamp(path / CELL_FILE):  # tried again, it begins anew
+            # tried again, it begins anew
+            if cell is None or cell.stamp != _stamp(path / CELL_FILE):
                 cell = CellView(path, points)
             cell.refresh()
             self.cells[path.name] = cell
@@ -439,7 +517,12 @@ class RunView:
 
     def _series(self, cell: CellView, first: int) -> dict[str, Any]:
         bins = cell.bins
-        return {"width_s": bins.width_s, "from": first, "reported_s": cell.reported_s, "columns": bins.values(first)}
+        return {
+            "width_s": bins.width_s,
+            "from": first,
+            "reported_s": cell.reported_s,
+            "columns": bins.values(first),
+        }
 
     def _parts(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         current = self._current(rows)
@@ -458,7 +541,9 @@ class RunView:
     def _current(self, rows: Mapping[str, Mapping[str, Any]]) -> str | None:
         """The cell that runs, or else ended last."""
         live = [name for name, row in rows.items() if row["state"] in ("running", "starting")]
-        ended = sorted((cell.ended_at_s, name) for name, cell in self.cells.items() if cell.ended_at_s)
+        ended = sorted(
+            (cell.ended_at_s, name) for name, cell in self.cells.items() if cell.ended_at_s
+        )
         return live[0] if live else ended[-1][1] if ended else next(iter(rows), None)
 
     def _progress(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -468,7 +553,8 @@ class RunView:
         return {"cells": len(rows), "done": done, "share": _short(share), "left_s": self._left_s()}
 
     def _left_s(self) -> float | None:
-        """By what cells have taken since the run was started or resumed; before one has ended, by what they are to take."""
+        """By what cells have taken since the run was started or resumed; before one has ended, by
+        what they are to take."""
         pending, began_s = self._pending(), self._began_s()
         ended = [cell.ended_at_s for cell in self.cells.values() if cell.ended_at_s > began_s]
         if began_s and pending and ended:
@@ -482,19 +568,25 @@ class RunView:
         return round(sum(left_s)) if len(left_s) == len(pending) else None
 
     def _began_s(self) -> float:
-        """When the run was started, or resumed, as time.time() counts: who runs it has written so into its lock. 0: unknown."""
+        """When the run was started, or resumed, as time.time() counts: who runs it has written so
+        into its lock. 0: unknown."""
         stamp = _stamp(self.directory / LOCK_FILE)
         return stamp[1] / 1e9 if stamp else 0.0
 
     def _pending(self) -> list[CellView]:
-        """Cells that are still to run; one that failed in an earlier run is tried again, and keeps its result until then."""
+        """Cells that are still to run; one that failed in an earlier run is tried again, and keeps
+        its result until then."""
         began_s = self._began_s()
         return [
-            cell for cell in self.cells.values() if not cell.ended_at_s or (cell.ended_at_s < began_s and cell.state != "done")
+            cell
+            for cell in self.cells.values()
+            if not cell.ended_at_s or (cell.ended_at_s < began_s and cell.state != "done")
         ]
 
 
-def _of_rank(rank: int, take: Callable[[Mapping[str, Any]], None]) -> Callable[[Mapping[str, Any]], None]:
+def _of_rank(
+    rank: int, take: Callable[[Mapping[str, Any]], None]
+) -> Callable[[Mapping[str, Any]], None]:
     """Only of its own steps a worker has a say."""
 
     def own(row: Mapping[str, Any]) -> None:
@@ -505,12 +597,16 @@ def _of_rank(rank: int, take: Callable[[Mapping[str, Any]], None]) -> Callable[[
 
 
 def _names(links: list[str]) -> str:
-    return ", ".join(links) if len(links) <= _NAMED_LINKS else f"{links[0]} and {len(links) - 1} more"
+    return (
+        ", ".join(links) if len(links) <= _NAMED_LINKS else f"{links[0]} and {len(links) - 1} more"
+    )
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
     """Sort key under which "w10" follows "w9"."""
-    return [(int(part) if part.isdecimal() else 0, part) for part in re.split(r"([0-9]+)", path.name)]
+    return [
+        (int(part) if part.isdecimal() else 0, part) for part in re.split(r"([0-9]+)", path.name)
+    ]
 
 
 def _text(value: object, length: int = 80) -> str:
@@ -556,4 +652,6 @@ def _stamp(path: Path, regular: bool = True) -> tuple[int, int] | None:
         status = path.lstat()
     except OSError:
         return None
-    return (status.st_ino, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) or not regular else None
+    return (
+        (status.st_ino, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) or not regular else None
+    )

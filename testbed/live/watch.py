@@ -13,13 +13,17 @@ from testbed.run.directory import LOCK_FILE, SPEC_FILE
 
 
 def under_way(directory: Path) -> bool:
-    """Whether a process runs the cells of a run directory: it holds the lock, or a cell of it answers."""
+    """Whether a process runs the cells of a run directory: it holds the lock, or a cell of it
+    answers."""
     try:
-        lock = os.open(directory / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        lock = os.open(
+            directory / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        )
     except OSError:
         return _answers(directory)
     try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for no more than a moment, or we would be who runs it
+        # for no more than a moment, or we would be who runs it
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
@@ -36,14 +40,21 @@ def _answers(directory: Path) -> bool:
 
 
 def watch(directory: Path, address: str, port: int, say: Callable[[str], None]) -> None:
-    """Serve the page of a run until interrupted; its report, while nothing is under way. port: 0 = any that is free.
+    """Serve the page of a run until interrupted; its report, while nothing is under way. port: 0 =
+    any that is free.
 
     Raises ValueError, one line, if there is no run directory, and CannotServe.
     """
     if not is_file(directory / SPEC_FILE) and not is_directory(directory / "cells"):
-        raise ValueError(f"{directory}: is no run directory; run directories lie in runs, unless --out said otherwise")
+        raise ValueError(
+            f"{directory}: is no run directory; run directories lie in runs, unless --out said"
+            " otherwise"
+        )
     with LivePage(directory.resolve(), address, port, lambda: under_way(directory)) as page:
         say(f"{'live page' if under_way(directory) else 'report'}: {page.url}  (Ctrl-C ends it)")
         if not page.loopback:
-            say("others can reach it: what they send and get is not encrypted, and the address is all that keeps them out")
+            say(
+                "others can reach it: what they send and get is not encrypted, and the address is"
+                " all that keeps them out"
+            )
         serve(page)

@@ -1,8 +1,9 @@
-"""The connection between the orchestrator and the agent of a node: TLS over TCP, messages in both directions.
+"""The connection between the orchestrator and the agent of a node: TLS over TCP, messages in both
+directions.
 
-The secret of a run is a certificate with its key, made for it. Each end shows the certificate, and accepts none but it, so only
-who has the key gets a word in, or reads one; and as TLS 1.3 agrees on new keys each time, a recorded conversation is worth
-nothing (RFC 8446).
+The secret of a run is a certificate with its key, made for it. Each end shows the certificate, and
+accepts none but it, so only who has the key gets a word in, or reads one; and as TLS 1.3 agrees on
+new keys each time, a recorded conversation is worth nothing (RFC 8446).
 """
 
 import contextlib
@@ -60,12 +61,15 @@ def make_secret() -> bytes:
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
     )
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     return certificate.public_bytes(serialization.Encoding.PEM) + private
 
 
 def secured(sock: socket.socket, secret: bytes, *, server: bool) -> ssl.SSLSocket:
-    """Agree on TLS with the other end. Raises OSError (ssl.SSLError) if that lacks the secret, ValueError if this is none."""
+    """Agree on TLS with the other end. Raises OSError (ssl.SSLError) if that lacks the secret,
+    ValueError if this is none."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
@@ -74,7 +78,9 @@ def secured(sock: socket.socket, secret: bytes, *, server: bool) -> ssl.SSLSocke
     try:
         os.write(file, secret)
         context.load_cert_chain(f"/proc/self/fd/{file}")
-        context.load_verify_locations(cadata=secret.partition(b"-----BEGIN PRIVATE KEY")[0].decode())
+        context.load_verify_locations(
+            cadata=secret.partition(b"-----BEGIN PRIVATE KEY")[0].decode()
+        )
     except (ssl.SSLError, UnicodeDecodeError):
         raise ValueError("the secret is none that the orchestrator has made") from None
     finally:
@@ -87,7 +93,9 @@ def secured(sock: socket.socket, secret: bytes, *, server: bool) -> ssl.SSLSocke
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MOST_UNSENT_BYTES)
         made = context.wrap_socket(sock, server_side=server)
         stack.callback(made.close)
-        own = ssl.PEM_cert_to_DER_cert(secret[: secret.index(b"-----BEGIN PRIVATE KEY")].decode().strip())
+        own = ssl.PEM_cert_to_DER_cert(
+            secret[: secret.index(b"-----BEGIN PRIVATE KEY")].decode().strip()
+        )
         if made.getpeercert(binary_form=True) != own:
             raise ssl.SSLError("the other end shows another certificate")
         stack.pop_all()
@@ -97,9 +105,9 @@ def secured(sock: socket.socket, secret: bytes, *, server: bool) -> ssl.SSLSocke
 class Channel:
     """Messages over one TLS connection; a thread of its own sends and receives.
 
-    kind: of the messages that may come. heard: called with each and the bytes behind it, in order, on the channel's thread; it
-    must not wait. What it raises ends the connection. lost: called once, there, with the reason as one line, when it
-    has ended.
+    kind: of the messages that may come. heard: called with each and the bytes behind it, in order,
+    on the channel's thread; it must not wait. What it raises ends the connection. lost: called
+    once, there, with the reason as one line, when it has ended.
     """
 
     def __init__(
@@ -113,7 +121,8 @@ class Channel:
         self._waiting: deque[bytes] = deque()
         self._urgent: deque[bytes] = deque()
         self._rest = memoryview(b"")
-        """Of the message that is being sent. TLS wants the same bytes again after a refusal, so it is sent to its end."""
+        """Of the message that is being sent. TLS wants the same bytes again after a refusal, so it
+        is sent to its end."""
         self._waiting_bytes = 0
         self._room = threading.Condition()
         self._woken, self._waker = socket.socketpair()
@@ -132,7 +141,8 @@ class Channel:
         self._thread.start()
 
     def send(self, message: Message, payload: bytes = b"") -> None:
-        """Send a message with bytes behind it. Waits while too much is under way, but not on the channel's own thread.
+        """Send a message with bytes behind it. Waits while too much is under way, but not on the
+        channel's own thread.
 
         What tells that this end lives, and what time it is, overtakes all else, and does not wait.
 
@@ -175,7 +185,8 @@ class Channel:
             pass
         except (OSError, ValueError) as error:
             reason = str(error)
-        except Exception as error:  # what nobody has foreseen must not leave others waiting for this thread
+        except Exception as error:
+            # what nobody has foreseen must not leave others waiting for this thread
             reason = f"{type(error).__name__}: {error}"
         finally:
             with self._room:
@@ -195,10 +206,16 @@ class Channel:
             selector.register(self._woken, selectors.EVENT_READ)
             selector.register(self._socket, selectors.EVENT_READ)
             while not self._closing:
-                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._waiting_bytes else 0)
+                events = selectors.EVENT_READ | (
+                    selectors.EVENT_WRITE if self._waiting_bytes else 0
+                )
                 selector.modify(self._socket, events)
-                left = self._socket.pending() > 0  # decrypted already, so the kernel does not tell of it
-                ready = {key.fileobj: happened for key, happened in selector.select(0 if left else _CHECK_S)}
+                # decrypted already, so the kernel does not tell of it
+                left = self._socket.pending() > 0
+                ready = {
+                    key.fileobj: happened
+                    for key, happened in selector.select(0 if left else _CHECK_S)
+                }
                 if self._woken in ready:
                     self._woken.recv(4096)
                 if left or ready.get(self._socket, 0) & selectors.EVENT_READ:

@@ -1,6 +1,8 @@
-"""What the orchestrator and the agent of a node may say to each other: a JSON object a line, some with bytes behind it.
+"""What the orchestrator and the agent of a node may say to each other: a JSON object a line, some
+with bytes behind it.
 
-Nothing is believed before it has one of these shapes. A path is relative to the run directory, which each end has its own of.
+Nothing is believed before it has one of these shapes. A path is relative to the run directory,
+which each end has its own of.
 """
 
 from typing import Annotated, Any, Literal
@@ -60,18 +62,22 @@ class Hello(Message):
 
 
 class AskTime(Message):
-    """What is your time? Some times a second, so that each end also knows that the other one lives."""
+    """What is your time? Some times a second, so that each end also knows that the other one
+    lives."""
 
     type: Literal["ask_time"] = "ask_time"
     number: Number
 
 
 class Status(Message):
-    """Once a second. clock: the fields of ``testbed.clock.Clock``; none before the first answer. arrived: by link, the bytes
-    that have come down. failure: why no records are written any more."""
+    """Once a second. clock: the fields of ``testbed.clock.Clock``; none before the first answer.
+    arrived: by link, the bytes that have come down. failure: why no records are written any
+    more."""
 
     type: Literal["status"] = "status"
-    clock: Annotated[list[Finite], Field(min_length=5, max_length=5), AfterValidator(_possible)] | None = None
+    clock: (
+        Annotated[list[Finite], Field(min_length=5, max_length=5), AfterValidator(_possible)] | None
+    ) = None
     arrived: dict[Name, Number] = Field(default_factory=dict)
     failure: str = Field("", max_length=2000)
 
@@ -143,7 +149,8 @@ class Time(Message):
 
 
 class MakeDirectories(Request):
-    """Make a cell's directories, afresh, and its control socket. user: to whom what programs write in is given.
+    """Make a cell's directories, afresh, and its control socket. user: to whom what programs write
+    in is given.
 
     cell: its directory. writable: those in which programs write.
     """
@@ -163,7 +170,8 @@ class AppendFile(Message):
 
 
 class OpenLab(Request):
-    """Make this node's part of the lab. The bytes are its ``LabPlan``; details: by host, what the lab has to know of it."""
+    """Make this node's part of the lab. The bytes are its ``LabPlan``; details: by host, what the
+    lab has to know of it."""
 
     type: Literal["open_lab"] = "open_lab"
     details: dict[Name, dict[str, Any]]
@@ -194,7 +202,8 @@ class ReadCounters(Request):
 
 
 class Timeline(Request):
-    """The bytes are changes of links, as JSON; each such message continues the one before. last: records may begin."""
+    """The bytes are changes of links, as JSON; each such message continues the one before. last:
+    records may begin."""
 
     type: Literal["timeline"] = "timeline"
     last: bool
@@ -220,7 +229,16 @@ class Close(Request):
 
 
 FromAgent = Annotated[
-    Hello | AskTime | Status | Answer | Refused | Exited | FileGrew | Connected | Data | Disconnected,
+    Hello
+    | AskTime
+    | Status
+    | Answer
+    | Refused
+    | Exited
+    | FileGrew
+    | Connected
+    | Data
+    | Disconnected,
     Field(discriminator="type"),
 ]
 FromOrchestrator = Annotated[
@@ -244,7 +262,8 @@ FROM_ORCHESTRATOR: TypeAdapter[FromOrchestrator] = TypeAdapter(FromOrchestrator)
 
 
 def parse(line: bytes, kind: TypeAdapter[Any]) -> Any:
-    """A message of ``FROM_AGENT`` or ``FROM_ORCHESTRATOR``; raises ValueError, one line, if it is none."""
+    """A message of ``FROM_AGENT`` or ``FROM_ORCHESTRATOR``; raises ValueError, one line, if it is
+    none."""
     try:
         return kind.validate_json(line)
     except ValidationError as error:

@@ -1,4 +1,5 @@
-"""The thread that owns the links of a running cell: changes at absolute deadlines, counters in between."""
+"""The thread that owns the links of a running cell: changes at absolute deadlines, counters in
+between."""
 
 import itertools
 import queue
@@ -24,10 +25,12 @@ from testbed.timeline.validation import state_error
 
 SAMPLE_S = 0.1
 _READ_BACK_S = 1.0
-"""So often the kernel is asked if links still are as they were set; it takes a few times as long as a sample."""
+"""So often the kernel is asked if links still are as they were set; it takes a few times as long as
+a sample."""
 _READ_BACK_GUARD = 6.0
 _GUARD = 1.5
-"""No sample is begun when a change is due sooner than this many times what the last one took: a change must be on time."""
+"""No sample is begun when a change is due sooner than this many times what the last one took: a
+change must be on time."""
 _OVERDUE_S = 0.5
 """But this late a sample comes first, or a dense timeline would leave no evidence."""
 
@@ -43,13 +46,15 @@ class Reachable(Protocol):
 
 
 class LinkDriver:
-    """Runs from entering to leaving. Records go to events.jsonl (every change), and ten times a second to links.jsonl, and to
-    delayline.jsonl where there is a delay line.
+    """Runs from entering to leaving. Records go to events.jsonl (every change), and ten times a
+    second to links.jsonl, and to delayline.jsonl where there is a delay line.
 
-    One thread does both, and answers the requests of the server, so the netlink sockets need no lock. ``failure`` has the error
-    that ended it early, if any. trunks: names of the links on which all properties hold in both directions.
-    dilation: requests and answers have rates and delays as they would be without it. hosts: that requests may ask the way to.
-    clock: this machine's against the orchestrator's, on which ``t0_s`` is, and by which changes are due.
+    One thread does both, and answers the requests of the server, so the netlink sockets need no
+    lock. ``failure`` has the error that ended it early, if any. trunks: names of the links on which
+    all properties hold in both directions.
+    dilation: requests and answers have rates and delays as they would be without it. hosts: that
+    requests may ask the way to. clock: this machine's against the orchestrator's, on which ``t0_s``
+    is, and by which changes are due.
     """
 
     def __init__(
@@ -76,7 +81,9 @@ class LinkDriver:
         self._t0_s = t0_s
         self._events = RecordFile(directory / "events.jsonl", new=True)
         self._samples = RecordFile(directory / "links.jsonl", new=True)
-        self._line = RecordFile(directory / "delayline.jsonl", new=True) if links.line is not None else None
+        self._line = (
+            RecordFile(directory / "delayline.jsonl", new=True) if links.line is not None else None
+        )
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="links", daemon=True)
 
@@ -84,7 +91,12 @@ class LinkDriver:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._stopping.set()
         self._thread.join()
         self._events.close()
@@ -114,15 +126,20 @@ class LinkDriver:
             if due is not None and due.at_s <= now and not overdue:
                 self._apply(due)
                 due = next(pending, None)
-            elif next_sample <= now and (due is None or overdue or due.at_s - now > _GUARD * reading_s):
+            elif next_sample <= now and (
+                due is None or overdue or due.at_s - now > _GUARD * reading_s
+            ):
                 self._sample()
-                # At a random moment of its tenth of a second: a training has a rhythm of its own, and with samples that come
-                # regularly an idle time of each step could fall between them every time.
+                # At a random moment of its tenth of a second: a training has a rhythm of its own,
+                # and with samples that come regularly an idle time of each step could fall between
+                # them every time.
                 slot = max(slot + 1, int(now / SAMPLE_S))
                 next_sample = max(SAMPLE_S * (slot + random.random()), now)
                 self._answer_requests()
                 reading_s = self._since_t0(monotonic_s()) - now
-                if now >= next_read_back and (due is None or due.at_s - now > _READ_BACK_GUARD * reading_s):
+                if now >= next_read_back and (
+                    due is None or due.at_s - now > _READ_BACK_GUARD * reading_s
+                ):
                     self._read_back()
                     next_read_back = now + _READ_BACK_S
             else:
@@ -139,7 +156,10 @@ class LinkDriver:
         own_s = monotonic_s()
         now, unsure_s = self._since_t0(own_s), self._clock().uncertainty_s(own_s)
         states = self._links.states
-        events = [_event(now, now, link, states[link], "readback", False, unsure_s) for link in self._links.deviating()]
+        events = [
+            _event(now, now, link, states[link], "readback", False, unsure_s)
+            for link in self._links.deviating()
+        ]
         if events:
             self._events.append(events)
 
@@ -174,45 +194,79 @@ class LinkDriver:
         if request.get("set"):
             wanted = parse_link(request["set"], self._links.mtu)
             wished = {
-                name: wanted.applied_to(states[name].slowed(1 / self._dilation), trunk=name in self._trunks) for name in names
+                name: wanted.applied_to(
+                    states[name].slowed(1 / self._dilation), trunk=name in self._trunks
+                )
+                for name in names
             }
             for name, state in wished.items():
                 if fault := state_error(state):
                     raise ValueError(f"{name}: {fault}")
             changes = {name: state.slowed(self._dilation) for name, state in wished.items()}
-            impaired = {(link, side) for link, state in changes.items() for side in DIRECTIONS if getattr(state, side).impaired}
+            impaired = {
+                (link, side)
+                for link, state in changes.items()
+                for side in DIRECTIONS
+                if getattr(state, side).impaired
+            }
             if missing := impaired - self._links.impaired:
                 raise ValueError(
-                    f"{sorted(missing)[0][0]} can have no delay or loss, because nothing in its schedule has any; "
-                    "give the link some delay in the spec to be able to change it by hand"
+                    f"{sorted(missing)[0][0]} can have no delay or loss, because nothing in its"
+                    " schedule has any; give the link some delay in the spec to be able to change"
+                    " it by hand"
                 )
             asked_s = self._since_t0(monotonic_s())
             self._record(asked_s, "manual", changes, self._links.apply(changes))
-        shown = {name: self._links.states[name].slowed(1 / self._dilation).to_json() for name in names}
-        return {name: {"state": shown[name], **self._carried.of(name, self._dilation)} for name in names}
+        shown = {
+            name: self._links.states[name].slowed(1 / self._dilation).to_json() for name in names
+        }
+        return {
+            name: {"state": shown[name], **self._carried.of(name, self._dilation)} for name in names
+        }
 
     def _moments(self) -> Iterator["_Moment"]:
         """The changes that are due together, encoded before they are due."""
         for at_s, group in itertools.groupby(self._timeline, key=lambda change: change.at_s):
-            yield _Moment(at_s, self._links.prepare({change.link: change.state for change in group}))
+            yield _Moment(
+                at_s, self._links.prepare({change.link: change.state for change in group})
+            )
 
     def _record_initial(self) -> None:
         # The lab applied and verified the first states before t = 0.
         unsure_s = self._clock().uncertainty_s(monotonic_s())
         self._events.append(
-            [_event(0.0, 0.0, link, state, "initial", True, unsure_s) for link, state in self._links.states.items()]
+            [
+                _event(0.0, 0.0, link, state, "initial", True, unsure_s)
+                for link, state in self._links.states.items()
+            ]
         )
 
     def _apply(self, moment: "_Moment") -> None:
         results = self._links.commit(moment.prepared)
         self._record(moment.at_s, "schedule", moment.prepared.changes, results)
 
-    def _record(self, planned_s: float, kind: str, changes: Mapping[str, LinkState], results: Mapping[str, Applied]) -> None:
+    def _record(
+        self,
+        planned_s: float,
+        kind: str,
+        changes: Mapping[str, LinkState],
+        results: Mapping[str, Applied],
+    ) -> None:
         rows = []
         for link, state in changes.items():
             applied = results[link]
             unsure_s = self._clock().uncertainty_s(applied.applied_s)
-            rows.append(_event(planned_s, self._since_t0(applied.applied_s), link, state, kind, applied.verified, unsure_s))
+            rows.append(
+                _event(
+                    planned_s,
+                    self._since_t0(applied.applied_s),
+                    link,
+                    state,
+                    kind,
+                    applied.verified,
+                    unsure_s,
+                )
+            )
         self._events.append(rows)
 
     def _sample(self) -> None:
@@ -254,7 +308,13 @@ class LinkDriver:
                     {
                         "t_s": t_s,
                         "cpu_s": line.cpu_s,
-                        "frames": sum(way.frames + way.duplicated - way.lost - way.overflowed for way in ways) - held,
+                        "frames": (
+                            sum(
+                                way.frames + way.duplicated - way.lost - way.overflowed
+                                for way in ways
+                            )
+                            - held
+                        ),
                         "late": sum(way.late for way in ways),
                         "latest_s": max((way.latest_s for way in ways), default=0.0),
                         "held": held,
@@ -268,7 +328,9 @@ class CarriedRates:
     """What every link carries now, from the counters of the last second."""
 
     def __init__(self) -> None:
-        self._history: deque[tuple[float, Mapping[tuple[str, str], QdiscCounters]]] = deque(maxlen=round(1 / SAMPLE_S) + 1)
+        self._history: deque[tuple[float, Mapping[tuple[str, str], QdiscCounters]]] = deque(
+            maxlen=round(1 / SAMPLE_S) + 1
+        )
 
     def update(self, t_s: float, counters: Mapping[tuple[str, str], QdiscCounters]) -> None:
         """Take a sample."""
@@ -280,12 +342,15 @@ class CarriedRates:
         return sum(newest[link, "down"].bytes for link in links if (link, "down") in newest)
 
     def of(self, link: str, dilation: float = 1.0) -> dict[str, dict[str, float]]:
-        """By direction: carried_bps over the last second, as it would be without dilation, backlog_bytes now, drops so far."""
+        """By direction: carried_bps over the last second, as it would be without dilation,
+        backlog_bytes now, drops so far."""
         (first_s, first), (last_s, last) = self._history[0], self._history[-1]
         span_s = max(last_s - first_s, 1e-3) / dilation
         return {
             direction: {
-                "carried_bps": (last[link, direction].bytes - first[link, direction].bytes) * 8 / span_s,
+                "carried_bps": (
+                    (last[link, direction].bytes - first[link, direction].bytes) * 8 / span_s
+                ),
                 "backlog_bytes": last[link, direction].backlog_bytes,
                 "drops": last[link, direction].drops,
             }
@@ -300,7 +365,13 @@ class _Moment:
 
 
 def _event(
-    planned_s: float, applied_s: float, link: str, state: LinkState, kind: str, verified: bool, unsure_s: float
+    planned_s: float,
+    applied_s: float,
+    link: str,
+    state: LinkState,
+    kind: str,
+    verified: bool,
+    unsure_s: float,
 ) -> dict[str, Any]:
     return {
         "planned_s": planned_s,

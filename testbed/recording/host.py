@@ -15,16 +15,19 @@ from netsenseml.records import RecordFile, monotonic_s
 
 SAMPLE_S = 0.1
 _WINDOW_S = 1.0
-"""Shares are those of the last second: the kernel counts the time of processes in steps of 10 ms."""
+"""Shares are those of the last second: the kernel counts the time of processes in steps of 10
+ms."""
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
 class _Counters:
-    """Seconds since boot. waiting_s: time in which some program waited for a processor; NaN if the kernel does not tell.
+    """Seconds since boot. waiting_s: time in which some program waited for a processor; NaN if the
+    kernel does not tell.
 
-    busy_s, total_s: of all processors. programs_s: what programs used of busy_s, with what a hypervisor took away; ours_s: what
-    our programs used of that. softnet_drops: packets that did not fit into a processor's input queue.
+    busy_s, total_s: of all processors. programs_s: what programs used of busy_s, with what a
+    hypervisor took away; ours_s: what our programs used of that. softnet_drops: packets that did
+    not fit into a processor's input queue.
     """
 
     t_s: float
@@ -37,10 +40,12 @@ class _Counters:
 
 
 class HostMonitor:
-    """Records the load of the machine ten times a second, from entering to leaving (``results.columns.HOST_COLUMNS``).
+    """Records the load of the machine ten times a second, from entering to leaving
+    (``results.columns.HOST_COLUMNS``).
 
-    roots: processes that are ours, with all that descends from them. usage_s: processor time so far of other programs of ours,
-    which cannot be seen as processes. node: what the machine is called, if there are several.
+    roots: processes that are ours, with all that descends from them. usage_s: processor time so far
+    of other programs of ours, which cannot be seen as processes. node: what the machine is called,
+    if there are several.
     """
 
     def __init__(
@@ -68,7 +73,12 @@ class HostMonitor:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._stopping.set()
         self._thread.join()
         self._records.close()
@@ -85,7 +95,9 @@ class HostMonitor:
         while not self._stopping.wait(SAMPLE_S):
             self._history.append(now := self._count())
             drops = {"softnet_drops": now.softnet_drops - begin.softnet_drops}
-            self._records.append([{**shares(self._history[0], now, self._t0_s), **drops, **self._where}])
+            self._records.append(
+                [{**shares(self._history[0], now, self._t0_s), **drops, **self._where}]
+            )
 
     def _count(self) -> _Counters:
         now_s = monotonic_s()
@@ -128,7 +140,8 @@ def descendants(roots: Iterable[int]) -> list[int]:
 
 
 def _stat(pid: int) -> list[str]:
-    # Fields of proc(5) stat from the third on; the second, the name in parentheses, may hold anything.
+    # Fields of proc(5) stat from the third on; the second, the name in parentheses, may hold
+    # anything.
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -151,7 +164,8 @@ def _boot_id() -> str:
 
 
 def _softnet_drops() -> int:
-    # One line a processor; the second field counts what its queue (net.core.netdev_max_backlog) had no room for.
+    # One line a processor; the second field counts what its queue (net.core.netdev_max_backlog) had
+    # no room for.
     with open("/proc/net/softnet_stat") as file:
         return sum(int(line.split()[1], 16) for line in file)
 

@@ -1,12 +1,13 @@
-"""The server for the links and hosts of a running cell: ``testbed link``, ``exec`` and ``capture`` ask it, over a Unix socket
-in the cell's directory.
+"""The server for the links and hosts of a running cell: ``testbed link``, ``exec`` and ``capture``
+ask it, over a Unix socket in the cell's directory.
 
 One request a connection, one JSON object each way:
 
-    {"links": ["w0"], "set": {"rate": "5mbit"}}  →  {"links": {...}} with the states after the change
-    {"links": []}                                →  {"links": {name: {"state": …, "up": {…}, "down": {…}}}} of all
-    {"host": "w0"}                       →  {"host": {"interface": …, "addresses": {…}, "namespace": 17 or "container": …}}
-    anything that is wrong                       →  {"error": "one line"}
+    {"links": ["w0"], "set": {"rate": "5mbit"}}  →  {"links": {…}} with the states after the change
+    {"links": []}            →  {"links": {name: {"state": …, "up": {…}, "down": {…}}}} of all
+    {"host": "w0"}           →  {"host": {"interface": …, "addresses": {…}, "namespace": 17}}, or
+                                "container" in place of "namespace"
+    anything that is wrong   →  {"error": "one line"}
 """
 
 import contextlib
@@ -54,7 +55,12 @@ class LinkServer:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._closing = True
         self._path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -82,19 +88,24 @@ class LinkServer:
 
 def _pid_of_peer(connection: socket.socket) -> int:
     """0 if it is outside of this process's PID namespace."""
-    pid, _, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    pid, _, _ = _CREDENTIALS.unpack(
+        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    )
     return int(pid)
 
 
 def _is_confined(connection: socket.socket) -> bool:
-    """Whether the other end is a program on a host, which has a PID namespace of its own below ours: links are not for it."""
+    """Whether the other end is a program on a host, which has a PID namespace of its own below
+    ours: links are not for it."""
     pid = _pid_of_peer(connection)
     own, theirs = (Path(f"/proc/{one}/ns/pid") for one in ("self", pid))
-    return pid > 0 and own.stat().st_ino != theirs.stat().st_ino  # 0: outside of ours, as the caller is
+    # 0: outside of ours, as the caller is
+    return pid > 0 and own.stat().st_ino != theirs.stat().st_ino
 
 
 def send_request(directory: Path, request: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Put a request to the cell that runs in ``directory``; raises OSError, one line, if none does."""
+    """Put a request to the cell that runs in ``directory``; raises OSError, one line, if none
+    does."""
     with _connected(directory) as connection:
         connection.settimeout(2 * _TIMEOUT_S)
         connection.sendall(protocol.encode_message(request))
@@ -102,7 +113,8 @@ def send_request(directory: Path, request: Mapping[str, Any]) -> Mapping[str, An
 
 
 def listening_pid(directory: Path) -> int:
-    """The process that answers, as this PID namespace counts them (SO_PEERCRED, socket(7)); raises OSError if none does."""
+    """The process that answers, as this PID namespace counts them (SO_PEERCRED, socket(7)); raises
+    OSError if none does."""
     with _connected(directory) as connection:
         return _pid_of_peer(connection)
 
@@ -113,18 +125,23 @@ def _connected(directory: Path) -> Iterator[socket.socket]:
         with protocol.connect_unix(directory / SOCKET_FILE) as connection:
             yield connection
     except (FileNotFoundError, ConnectionError):
-        raise ConnectionError(f"{directory}: the cell does not answer any more; it may have ended just now") from None
+        raise ConnectionError(
+            f"{directory}: the cell does not answer any more; it may have ended just now"
+        ) from None
 
 
 def live_cell(run: Path) -> Path | None:
-    """Directory of the cell of a run that is running now. Raises PermissionError if it may be one of another user's."""
+    """Directory of the cell of a run that is running now. Raises PermissionError if it may be one
+    of another user's."""
     refused = None
     for found in sorted(run.glob(f"cells/*/{SOCKET_FILE}")):
         try:
             with protocol.connect_unix(found):
                 return found.parent
         except PermissionError:
-            refused = PermissionError(errno.EACCES, "belongs to another user; use sudo", str(found.parent))
+            refused = PermissionError(
+                errno.EACCES, "belongs to another user; use sudo", str(found.parent)
+            )
         except OSError:
             pass  # none listens: it was killed
     if refused:

@@ -1,4 +1,5 @@
-"""What goes on in a lab from t = 0 on: its links change when they are due, and all is recorded; as far as this machine goes."""
+"""What goes on in a lab from t = 0 on: its links change when they are due, and all is recorded; as
+far as this machine goes."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,8 +22,8 @@ from testbed.timeline import Change
 class Recording:
     """What is to be done and recorded in a cell.
 
-    directory: of the cell, for the records. timeline: changes of links, in order. server: whose requests are answered.
-    trunks, dilation: see ``LinkDriver``.
+    directory: of the cell, for the records. timeline: changes of links, in order. server: whose
+    requests are answered. trunks, dilation: see ``LinkDriver``.
     """
 
     directory: Path
@@ -37,7 +38,12 @@ class Recorder(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
 
     def begin(self, t0_s: float) -> None:
         """t = 0 is at ``t0_s``, on this process's CLOCK_MONOTONIC."""
@@ -51,10 +57,11 @@ class Recorder(Protocol):
 
 
 class LocalRecorder:
-    """A thread for the links (``LinkDriver``) and one for the load of this machine (``HostMonitor``).
+    """A thread for the links (``LinkDriver``) and one for the load of this machine
+    (``HostMonitor``).
 
-    pids, usage_s, node: see ``HostMonitor``; this process is ours, too. clock: this machine's against the orchestrator's, by
-    which all times are written.
+    pids, usage_s, node: see ``HostMonitor``; this process is ours, too. clock: this machine's
+    against the orchestrator's, by which all times are written.
     """
 
     def __init__(
@@ -94,14 +101,20 @@ class LocalRecorder:
         )
         self._driver = self._running.enter_context(driver)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._running.close()
 
     @property
     def failure(self) -> str:
         if self._driver is not None and (error := self._driver.failure) is not None:
             full = isinstance(error, OSError) and no_room(error)
-            return f"{'records could not be written' if full else 'a link could not be changed or read'}: {error}"
+            what = "records could not be written" if full else "a link could not be changed or read"
+            return f"{what}: {error}"
         if self._monitor is not None and self._monitor.failure is not None:
             return f"the load of this machine could not be recorded: {self._monitor.failure}"
         return ""

@@ -1,6 +1,8 @@
-"""Figures of a run: tables → plotly. Each function draws the cells it is given, which share one set of overrides.
+"""Figures of a run: tables → plotly. Each function draws the cells it is given, which share one set
+of overrides.
 
-A method has one colour in all figures (``palette``). Seeds of a method are lines of the same colour.
+A method has one colour in all figures (``palette``). Seeds of a method are lines of the same
+colour.
 """
 
 import math
@@ -21,28 +23,41 @@ from testbed.results.summary import outages, summarize, target_accuracy
 INK, FAINT, GRID, SCHEDULE = "#1f2933", "#616e7c", "rgba(31, 41, 51, 0.09)", "#e4eaf1"
 
 PAYLOAD_SHARE = 1448 / 1514 * 0.98
-"""TCP payload of a full Ethernet frame, less what the acknowledgements of the opposite direction take."""
+"""TCP payload of a full Ethernet frame, less what the acknowledgements of the opposite direction
+take."""
 
 
 def figures(run: Run, summary: Mapping[str, Any] | None = None) -> dict[str, dict[str, go.Figure]]:
     """All figures of a run: {text of the overrides ("" for none): {name of the figure: figure}}.
 
-    If there are several sets of overrides the first group, "Overview", compares them. summary: of the run, if it is at hand.
+    If there are several sets of overrides the first group, "Overview", compares them. summary: of
+    the run, if it is at hand.
     """
     styles = palette(run.cells["method"])
     names = run.cells["overrides"].map(scenario)
-    drawn = {name: _of_scenario(run, set(run.cells.loc[names == name, "cell"]), styles) for name in dict.fromkeys(names)}
+    drawn = {
+        name: _of_scenario(run, set(run.cells.loc[names == name, "cell"]), styles)
+        for name in dict.fromkeys(names)
+    }
     if len(drawn) < 2 or run.cells["method"].nunique() < 2:
         return drawn
     return {"Overview": {"heat_map": heat_map(summary or summarize(run))}, **drawn}
 
 
 def heat_map(summary: Mapping[str, Any]) -> go.Figure:
-    """Throughput of every method against the baseline's, under every set of overrides. summary: as ``summarize`` makes it."""
+    """Throughput of every method against the baseline's, under every set of overrides. summary: as
+    ``summarize`` makes it."""
     names = list(dict.fromkeys(scenario(cell["overrides"]) for cell in summary["cells"]))
-    compared = {(c["method"], scenario(c["overrides"])): c for c in summary["comparisons"] if c["throughput_ratio"]}
+    compared = {
+        (c["method"], scenario(c["overrides"])): c
+        for c in summary["comparisons"]
+        if c["throughput_ratio"]
+    }
     methods = method_order(method for method, _ in compared)
-    ratios = [[compared[m, n]["throughput_ratio"] if (m, n) in compared else None for n in names] for m in methods]
+    ratios = [
+        [compared[m, n]["throughput_ratio"] if (m, n) in compared else None for n in names]
+        for m in methods
+    ]
     figure = go.Figure(
         go.Heatmap(
             x=[escape(_short(name)) for name in names],
@@ -50,7 +65,11 @@ def heat_map(summary: Mapping[str, Any]) -> go.Figure:
             z=[[None if ratio is None else math.log10(ratio) for ratio in row] for row in ratios],
             text=[
                 [
-                    "" if r is None else f"{r:.3g}×" + ("" if compared[m, n]["valid"] else " (not valid)")
+                    (
+                        ""
+                        if r is None
+                        else f"{r:.3g}×" + ("" if compared[m, n]["valid"] else " (not valid)")
+                    )
                     for n, r in zip(names, row, strict=True)
                 ]
                 for m, row in zip(methods, ratios, strict=True)
@@ -65,7 +84,8 @@ def heat_map(summary: Mapping[str, Any]) -> go.Figure:
         )
     )
     return _finish(figure, 100 + 42 * len(methods), hovermode="closest").update_layout(
-        xaxis=_axis("", showgrid=False, type="category"), yaxis=_axis("", showgrid=False, autorange="reversed", type="category")
+        xaxis=_axis("", showgrid=False, type="category"),
+        yaxis=_axis("", showgrid=False, autorange="reversed", type="category"),
     )
 
 
@@ -95,10 +115,17 @@ def _of_scenario(run: Run, cells: set[str], styles: Palette) -> dict[str, go.Fig
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def throughput(steps: pd.DataFrame, links: pd.DataFrame, failures: pd.DataFrame, styles: Palette) -> go.Figure | None:
-    """Samples/s over time; behind it the tightest limit of any link, and the times in which failed workers were replaced."""
+def throughput(
+    steps: pd.DataFrame, links: pd.DataFrame, failures: pd.DataFrame, styles: Palette
+) -> go.Figure | None:
+    """Samples/s over time; behind it the tightest limit of any link, and the times in which failed
+    workers were replaced."""
     figure = go.Figure()
-    longest = links.loc[links["cell"] == links.loc[links["t_s"].idxmax(), "cell"]] if len(links) else links
+    longest = (
+        links.loc[links["cell"] == links.loc[links["t_s"].idxmax(), "cell"]]
+        if len(links)
+        else links
+    )
     schedule = series.limits(longest)
     if len(schedule):
         figure.add_scatter(
@@ -111,7 +138,9 @@ def throughput(steps: pd.DataFrame, links: pd.DataFrame, failures: pd.DataFrame,
             fillcolor=SCHEDULE,
             hovertemplate="link limit %{y:~s}bit/s<extra></extra>",
         )
-    if not _lines(figure, steps, styles, series.throughput, "samples_per_s", "%{y:.4~s} samples/s", yaxis="y2"):
+    if not _lines(
+        figure, steps, styles, series.throughput, "samples_per_s", "%{y:.4~s} samples/s", yaxis="y2"
+    ):
         return None
     for failure, to_s in outages(failures):
         colour = styles[failure["method"]]["color"]
@@ -120,17 +149,38 @@ def throughput(steps: pd.DataFrame, links: pd.DataFrame, failures: pd.DataFrame,
     # The first axis lies behind the second: the schedule has to be the one on y.
     return _finish(figure, 380).update_layout(
         xaxis=_time_axis(),
-        yaxis=_axis("link limit (bit/s)", side="right", showgrid=False, rangemode="tozero", tickformat="~s"),
-        yaxis2=_axis("samples/s", overlaying="y", side="left", rangemode="tozero", gridcolor=GRID, tickmode="auto"),
+        yaxis=_axis(
+            "link limit (bit/s)", side="right", showgrid=False, rangemode="tozero", tickformat="~s"
+        ),
+        yaxis2=_axis(
+            "samples/s",
+            overlaying="y",
+            side="left",
+            rangemode="tozero",
+            gridcolor=GRID,
+            tickmode="auto",
+        ),
     )
 
 
 def compression(steps: pd.DataFrame, styles: Palette) -> go.Figure | None:
     """Share of the gradient elements sent, and bytes sent per step and rank, over time."""
     figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.08)
-    panels = (("ratio", "%{y:.2~%} of the gradient sent"), ("payload_bytes", "%{y:.4~s}B per step and rank"))
+    panels = (
+        ("ratio", "%{y:.2~%} of the gradient sent"),
+        ("payload_bytes", "%{y:.4~s}B per step and rank"),
+    )
     drawn = [
-        _lines(figure, steps, styles, series.by_step, column, hover, xaxis=f"x{row or ''}", yaxis=f"y{row or ''}")
+        _lines(
+            figure,
+            steps,
+            styles,
+            series.by_step,
+            column,
+            hover,
+            xaxis=f"x{row or ''}",
+            yaxis=f"y{row or ''}",
+        )
         for row, (column, hover) in zip((None, 2), panels, strict=True)
     ]
     if not any(drawn):
@@ -144,26 +194,48 @@ def compression(steps: pd.DataFrame, styles: Palette) -> go.Figure | None:
 
 
 def loss(steps: pd.DataFrame, styles: Palette, over: str) -> go.Figure | None:
-    """Training loss over time (``over="t_s"``) or over the bytes that all ranks had sent (``over="sent_bytes"``)."""
+    """Training loss over time (``over="t_s"``) or over the bytes that all ranks had sent
+    (``over="sent_bytes"``)."""
     figure = go.Figure()
     if not _lines(figure, steps, styles, _smooth_loss, "loss", "loss %{y:.3~f}", x=over):
         return None
-    axis = _time_axis() if over == "t_s" else _axis("bytes sent by all ranks", rangemode="tozero", tickformat="~s")
-    return _finish(figure, 340).update_layout(xaxis=axis, yaxis=_log_axis("training loss", tickformat="~g"))
+    axis = (
+        _time_axis()
+        if over == "t_s"
+        else _axis("bytes sent by all ranks", rangemode="tozero", tickformat="~s")
+    )
+    return _finish(figure, 340).update_layout(
+        xaxis=axis, yaxis=_log_axis("training loss", tickformat="~g")
+    )
 
 
 def accuracy(evals: pd.DataFrame, styles: Palette, target: float | None) -> go.Figure | None:
     """Accuracy on the test set over time, with the target accuracy."""
     figure = go.Figure()
     hover = "%{y:.1%} correct"
-    if not _lines(figure, evals, styles, lambda cell: cell, "accuracy", hover, mode="lines+markers", marker={"size": 4}):
+    if not _lines(
+        figure,
+        evals,
+        styles,
+        lambda cell: cell,
+        "accuracy",
+        hover,
+        mode="lines+markers",
+        marker={"size": 4},
+    ):
         return None
     if target is not None:
-        figure.add_hline(target, line={"color": FAINT, "width": 1, "dash": "dot"}, annotation_text="target")
-    return _finish(figure, 340).update_layout(xaxis=_time_axis(), yaxis=_axis("test accuracy", tickformat=".0%"))
+        figure.add_hline(
+            target, line={"color": FAINT, "width": 1, "dash": "dot"}, annotation_text="target"
+        )
+    return _finish(figure, 340).update_layout(
+        xaxis=_time_axis(), yaxis=_axis("test accuracy", tickformat=".0%")
+    )
 
 
-def accuracy_over_bytes(evals: pd.DataFrame, steps: pd.DataFrame, styles: Palette, target: float | None) -> go.Figure | None:
+def accuracy_over_bytes(
+    evals: pd.DataFrame, steps: pd.DataFrame, styles: Palette, target: float | None
+) -> go.Figure | None:
     """Accuracy on the test set over the bytes that all ranks had sent."""
 
     def over_bytes(cell: pd.DataFrame) -> pd.DataFrame:
@@ -176,14 +248,18 @@ def accuracy_over_bytes(evals: pd.DataFrame, steps: pd.DataFrame, styles: Palett
     if not _lines(figure, evals, styles, over_bytes, "accuracy", "%{y:.1%} correct", **options):
         return None
     if target is not None:
-        figure.add_hline(target, line={"color": FAINT, "width": 1, "dash": "dot"}, annotation_text="target")
+        figure.add_hline(
+            target, line={"color": FAINT, "width": 1, "dash": "dot"}, annotation_text="target"
+        )
     return _finish(figure, 340).update_layout(
-        xaxis=_axis("bytes sent by all ranks", type="log", tickformat="~s"), yaxis=_axis("test accuracy", tickformat=".0%")
+        xaxis=_axis("bytes sent by all ranks", type="log", tickformat="~s"),
+        yaxis=_axis("test accuracy", tickformat=".0%"),
     )
 
 
 def breakdown(steps: pd.DataFrame) -> go.Figure | None:
-    """Where the time of a step goes, mean over steps and ranks: compute + exposed communication, and encoding in it."""
+    """Where the time of a step goes, mean over steps and ranks: compute + exposed communication,
+    and encoding in it."""
     parts = ["compute_s", "comm_s", "encode_s"]
     means = steps.groupby("method")[parts].mean()
     if means.dropna(how="all").empty:
@@ -214,7 +290,8 @@ def breakdown(steps: pd.DataFrame) -> go.Figure | None:
 
 
 def sensing(steps: pd.DataFrame, links: pd.DataFrame, styles: Palette) -> go.Figure | None:
-    """What methods that sense took for the bandwidth, and what the tightest link leaves for the payload."""
+    """What methods that sense took for the bandwidth, and what the tightest link leaves for the
+    payload."""
     sensed = steps.dropna(subset=["bandwidth_bps"])
     if sensed.empty:
         return None
@@ -231,12 +308,14 @@ def sensing(steps: pd.DataFrame, links: pd.DataFrame, styles: Palette) -> go.Fig
         )
     _lines(figure, sensed, styles, series.by_step, "bandwidth_bps", "estimate %{y:.3~s}bit/s")
     return _finish(figure, 340).update_layout(
-        xaxis=_time_axis(), yaxis=_axis("payload bandwidth (bit/s)", rangemode="tozero", tickformat="~s")
+        xaxis=_time_axis(),
+        yaxis=_axis("payload bandwidth (bit/s)", rangemode="tozero", tickformat="~s"),
     )
 
 
 def utilisation(links: pd.DataFrame, styles: Palette) -> go.Figure | None:
-    """What the links carried against their limit, one panel a method; of its cells, the one with the first seed."""
+    """What the links carried against their limit, one panel a method; of its cells, the one with
+    the first seed."""
     methods = method_order(links["method"])
     if not methods:
         return None
@@ -250,9 +329,17 @@ def utilisation(links: pd.DataFrame, styles: Palette) -> go.Figure | None:
         own = links[links["method"] == method]
         cell = own[own["cell"] == own.loc[own["seed"].idxmin(), "cell"]]
         rates, limit, colour = series.carried(cell), series.limits(cell), styles[method]["color"]
-        band = {"x": rates["t_s"], "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
+        band = {
+            "x": rates["t_s"],
+            "mode": "lines",
+            "line": {"width": 0},
+            "hoverinfo": "skip",
+            "showlegend": False,
+        }
         figure.add_scatter(**band, y=rates["min_bps"], row=row, col=1)
-        figure.add_scatter(**band, y=rates["max_bps"], fill="tonexty", fillcolor=f"{colour}40", row=row, col=1)
+        figure.add_scatter(
+            **band, y=rates["max_bps"], fill="tonexty", fillcolor=f"{colour}40", row=row, col=1
+        )
         figure.add_scatter(
             x=rates["t_s"],
             y=rates["mean_bps"],
@@ -276,9 +363,12 @@ def utilisation(links: pd.DataFrame, styles: Palette) -> go.Figure | None:
             col=1,
         )
     height = 110 + 140 * len(methods)
-    _finish(figure, height).update_layout(legend_y=1 + 26 / height)  # above the title of the first panel
+    # above the title of the first panel
+    _finish(figure, height).update_layout(legend_y=1 + 26 / height)
     figure.update_annotations(x=0, xanchor="left", font={"size": 13, "color": INK})
-    figure.update_yaxes(_axis("bit/s", rangemode="tozero", nticks=4, tickformat="~s")).update_xaxes(_axis(""))
+    figure.update_yaxes(_axis("bit/s", rangemode="tozero", nticks=4, tickformat="~s")).update_xaxes(
+        _axis("")
+    )
     return figure.update_xaxes(_time_axis(), row=len(methods), col=1)
 
 
@@ -292,7 +382,8 @@ def _lines(
     x: str = "t_s",
     **options: object,
 ) -> int:
-    """One line a cell, one entry of the legend a method; returns the number of lines that have a point."""
+    """One line a cell, one entry of the legend a method; returns the number of lines that have a
+    point."""
     named = {trace.name for trace in figure.data}
     drawn = 0
     for method, cell in _cells(table):
@@ -325,13 +416,22 @@ def _cells(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 def _smooth_loss(cell: pd.DataFrame) -> pd.DataFrame:
     # The loss of one batch is noise; a mean over a fortieth of the run shows where it goes.
     per_step = series.by_step(cell)
-    per_step["loss"] = per_step["loss"].rolling(max(1, len(per_step) // 40), min_periods=1, center=True).mean()
+    per_step["loss"] = (
+        per_step["loss"].rolling(max(1, len(per_step) // 40), min_periods=1, center=True).mean()
+    )
     return per_step
 
 
 def _axis(title: str, **options: object) -> dict[str, object]:
     text = {"text": title, "standoff": 8, "font": {"size": 13, "color": FAINT}}
-    return {"title": text, "gridcolor": GRID, "zeroline": False, "automargin": True, "ticklabelstandoff": 4, **options}
+    return {
+        "title": text,
+        "gridcolor": GRID,
+        "zeroline": False,
+        "automargin": True,
+        "ticklabelstandoff": 4,
+        **options,
+    }
 
 
 def _log_axis(title: str, **options: object) -> dict[str, object]:
@@ -350,7 +450,14 @@ def _finish(figure: go.Figure, height: int, hovermode: str = "x unified") -> go.
         height=height,
         margin={"l": 8, "r": 8, "t": 8, "b": 8},
         font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
-        legend={"orientation": "h", "traceorder": "normal", "y": 1, "yanchor": "bottom", "x": 0, "font": {"size": 13}},
+        legend={
+            "orientation": "h",
+            "traceorder": "normal",
+            "y": 1,
+            "yanchor": "bottom",
+            "x": 0,
+            "font": {"size": 13},
+        },
         hovermode=hovermode,
         hoverlabel={"font": {"size": 12}},
         paper_bgcolor="white",

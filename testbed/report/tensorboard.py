@@ -26,7 +26,8 @@ _EVALS = ("accuracy", "loss")
 
 
 def write_events(run: Run, directory: Path) -> None:
-    """Write ``directory/<cell>/events.out.tfevents…``: scalars by step, means over ranks, with the time since t = 0.
+    """Write ``directory/<cell>/events.out.tfevents…``: scalars by step, means over ranks, with the
+    time since t = 0.
 
     Event files that are there already are replaced.
     """

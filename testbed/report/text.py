@@ -16,7 +16,8 @@ _PREFIXES = {-9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T"}
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One method under one set of overrides; numbers are means over its seeds, units as in summary.json."""
+    """One method under one set of overrides; numbers are means over its seeds, units as in
+    summary.json."""
 
     scenario: str
     method: str
@@ -42,7 +43,8 @@ _MEANS = (
 
 
 def rows(summary: Mapping[str, Any]) -> list[Row]:
-    """The cells of a summary gathered by overrides and method, with how each method compares to the baseline."""
+    """The cells of a summary gathered by overrides and method, with how each method compares to the
+    baseline."""
     compared = {(scenario(c["overrides"]), c["method"]): c for c in summary["comparisons"]}
     found = []
     for name in dict.fromkeys(scenario(cell["overrides"]) for cell in summary["cells"]):
@@ -67,22 +69,36 @@ def rows(summary: Mapping[str, Any]) -> list[Row]:
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """The result in one sentence: the method that trained the most samples/s, against the baseline."""
+    """The result in one sentence: the method that trained the most samples/s, against the
+    baseline."""
     comparisons = [c for c in summary["comparisons"] if c["throughput_ratio"]]
     if not comparisons:
         return _caution(summary) + _single(rows(summary))
     by_method = {
-        method: [c for c in comparisons if c["method"] == method] for method in {c["method"]: None for c in comparisons}
+        method: [c for c in comparisons if c["method"] == method]
+        for method in {c["method"]: None for c in comparisons}
     }
-    best = max(by_method, key=lambda method: geometric_mean([c["throughput_ratio"] for c in by_method[method]]) or 0)
-    baseline, ratios = comparisons[0]["baseline"], sorted(c["throughput_ratio"] for c in by_method[best])
+    best = max(
+        by_method,
+        key=lambda method: geometric_mean([c["throughput_ratio"] for c in by_method[method]]) or 0,
+    )
+    baseline, ratios = (
+        comparisons[0]["baseline"],
+        sorted(c["throughput_ratio"] for c in by_method[best]),
+    )
     if len(ratios) == 1:
         amount = f"{times(ratios[0])} as many samples per second as {baseline}"
         amount += interval(by_method[best][0]["ci95"], prefix=f" (95{SPACE}% interval ", suffix=")")
     else:
-        amount = f"{times(ratios[0])} to {times(ratios[-1])} as many samples per second as {baseline}"
+        amount = (
+            f"{times(ratios[0])} to {times(ratios[-1])} as many samples per second as {baseline}"
+        )
         amount += f" under {len(ratios)} sets of conditions"
-    subject = f"{best} trained" if ratios[-1] >= 1 else f"No method beat {baseline}: the nearest, {best}, trained"
+    subject = (
+        f"{best} trained"
+        if ratios[-1] >= 1
+        else f"No method beat {baseline}: the nearest, {best}, trained"
+    )
     return f"{_caution(summary)}{subject} {amount}{_accuracies(summary, best, baseline)}."
 
 
@@ -96,7 +112,11 @@ def times(ratio: float | None) -> str:
 def interval(ci95: Sequence[float | None], prefix: str = "", suffix: str = "") -> str:
     """[3.9, 4.3] → "3.9–4.3×" between prefix and suffix; "" if there is none."""
     low, high = ci95
-    return "" if low is None or high is None else f"{prefix}{times(low).rstrip('×')}–{times(high)}{suffix}"
+    return (
+        ""
+        if low is None or high is None
+        else f"{prefix}{times(low).rstrip('×')}–{times(high)}{suffix}"
+    )
 
 
 def percent(share: float | None) -> str:
@@ -140,7 +160,10 @@ def _span(rates: Sequence[float]) -> str:
 
 def _accuracies(summary: Mapping[str, Any], method: str, baseline: str) -> str:
     """How the accuracies compare; "" unless both were evaluated."""
-    ours, theirs = (_mean(c["final_accuracy"] for c in summary["cells"] if c["method"] == m) for m in (method, baseline))
+    ours, theirs = (
+        _mean(c["final_accuracy"] for c in summary["cells"] if c["method"] == m)
+        for m in (method, baseline)
+    )
     if ours is None or theirs is None:
         return ""
     if percent(ours) == percent(theirs):

@@ -1,4 +1,5 @@
-"""Records of a cell under time dilation: in the time of the experiment, and in that of the machine."""
+"""Records of a cell under time dilation: in the time of the experiment, and in that of the
+machine."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,8 +7,11 @@ from typing import Any
 import pandas as pd
 
 
-def undilated(table: pd.DataFrame, factors: Mapping[str, float], *, inverse: bool = False) -> pd.DataFrame:
-    """A table of records with times (``*_s``) divided and rates (``*_bps``) multiplied by the factor of each row's cell.
+def undilated(
+    table: pd.DataFrame, factors: Mapping[str, float], *, inverse: bool = False
+) -> pd.DataFrame:
+    """A table of records with times (``*_s``) divided and rates (``*_bps``) multiplied by the
+    factor of each row's cell.
 
     factors: by name of the cell. inverse: what the clocks said, from what was reported.
     """

@@ -1,4 +1,5 @@
-"""A run directory → pandas. Works while the run is going on, after it, and on what a killed run has left."""
+"""A run directory → pandas. Works while the run is going on, after it, and on what a killed run has
+left."""
 
 import re
 from collections.abc import Mapping
@@ -27,20 +28,24 @@ class NotARun(FileNotFoundError):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Run:
-    """One run. Every table holds the rows of all cells and starts with the columns cell, method, seed.
+    """One run. Every table holds the rows of all cells and starts with the columns cell, method,
+    seed.
 
     path, name: its directory and the name in its spec.
     spec, environment: what was asked for, and the machine that did it; {} if not recorded.
-    summary: content of ``summary.json``; None until the run has ended (``summarize(run)`` makes one at any time).
-    cells: one row a cell: cell, method, seed, workers, ranks_per_worker, overrides ({dotted key: value}), status ("done",
-        "failed", "interrupted", or "unfinished" if it is running or was killed), problems ([text]), earlier ([text], of a
-        failed try before this one), steps, t_end_s, final_accuracy, final_loss, parameters ({rank: hash}), workload (as in
-        cell.json; {} of a script), machine (where it ran: machine, kernel, processor, cores), tcp (as in cell.json), notes
-        ([text], what its links have otherwise than the spec says), calibrate (if its links were to be measured before t = 0),
-        dilation (by which all times are divided and rates multiplied here, but those of workload, calibration and
-        events.state, which are as the kernel had them).
-    steps, links, events, evals, traffic, failures, calibration, host, delayline: columns and units in
-        ``testbed.results.columns``.
+    summary: content of ``summary.json``; None until the run has ended (``summarize(run)`` makes one
+    at any time).
+    cells: one row a cell: cell, method, seed, workers, ranks_per_worker, overrides ({dotted key:
+        value}), status ("done", "failed", "interrupted", or "unfinished" if it is running or was
+        killed), problems ([text]), earlier ([text], of a failed try before this one), steps,
+        t_end_s, final_accuracy, final_loss, parameters ({rank: hash}), workload (as in cell.json;
+        {} of a script), machine (where it ran: machine, kernel, processor, cores), tcp (as in
+        cell.json), notes ([text], what its links have otherwise than the spec says), calibrate (if
+        its links were to be measured before t = 0), dilation (by which all times are divided and
+        rates multiplied here, but those of workload, calibration and events.state, which are as the
+        kernel had them).
+    steps, links, events, evals, traffic, failures, calibration, host, delayline: columns and units
+        in ``testbed.results.columns``.
     """
 
     path: Path
@@ -72,11 +77,15 @@ def require_run(path: Path) -> None:
 
 
 def load_run(path: str | Path) -> Run:
-    """Load a run directory. Raises ``NotARun`` if there is none, ValueError if its spec cannot be read."""
+    """Load a run directory. Raises ``NotARun`` if there is none, ValueError if its spec cannot be
+    read."""
     path = Path(path)
     require_run(path)
     spec = _read_spec(path / "spec.yaml")
-    cell_dirs = sorted((d for d in (path / "cells").glob("*") if not d.is_symlink() and is_directory(d)), key=_natural)
+    cell_dirs = sorted(
+        (d for d in (path / "cells").glob("*") if not d.is_symlink() and is_directory(d)),
+        key=_natural,
+    )
     cells = [cell_row(d) for d in cell_dirs]
     tables = {name: _all_cells(cell_dirs, name, cells) for name in TABLES}
     factors = {cell["cell"]: cell["dilation"] for cell in cells}
@@ -95,7 +104,11 @@ def cell_row(cell_dir: Path) -> dict[str, Any]:
     """One row of ``Run.cells``; what is not recorded (yet) has its default."""
     config = read_json(cell_dir / CELL_FILE) or {"problems": [f"{CELL_FILE} is missing or damaged"]}
     result = read_json(cell_dir / RESULT_FILE) or {}
-    known = {key: value for key, value in {**config, **result}.items() if key in _CELL_DEFAULTS and value is not None}
+    known = {
+        key: value
+        for key, value in {**config, **result}.items()
+        if key in _CELL_DEFAULTS and value is not None
+    }
     known = {key: value for key, value in known.items() if key not in IDENTITY_COLUMNS}
     if odd := [key for key, value in known.items() if not _fits(key, value)]:
         known = {key: value for key, value in known.items() if key not in odd}
@@ -151,7 +164,8 @@ _CELL_DEFAULTS: Mapping[str, Any] = {
 
 
 def _all_cells(cell_dirs: list[Path], name: str, cells: list[dict[str, Any]]) -> pd.DataFrame:
-    """One table of all cells; what cannot be read is a problem of its cell, which is added to its row of ``cells``."""
+    """One table of all cells; what cannot be read is a problem of its cell, which is added to its
+    row of ``cells``."""
     tables = []
     for directory, cell in zip(cell_dirs, cells, strict=True):
         try:
@@ -159,7 +173,9 @@ def _all_cells(cell_dirs: list[Path], name: str, cells: list[dict[str, Any]]) ->
                 tables.append(table)
         except ValueError as error:
             cell["problems"] = [*cell["problems"], str(error)]
-    return pd.concat(tables or [to_frame([], TABLES[name], dict.fromkeys(IDENTITY_COLUMNS))], ignore_index=True)
+    return pd.concat(
+        tables or [to_frame([], TABLES[name], dict.fromkeys(IDENTITY_COLUMNS))], ignore_index=True
+    )
 
 
 def _natural(path: Path) -> list[int | str]:

@@ -1,4 +1,5 @@
-"""How methods and conditions are called and ordered in every table and figure. Imports no pandas."""
+"""How methods and conditions are called and ordered in every table and figure. Imports no
+pandas."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,5 +13,6 @@ def scenario(overrides: Mapping[str, Any]) -> str:
 
 
 def method_order(methods: Iterable[str]) -> list[str]:
-    """Each method once, the baseline first, the others by name: the one order of all tables and figures."""
+    """Each method once, the baseline first, the others by name: the one order of all tables and
+    figures."""
     return sorted(set(methods), key=lambda method: (method != BASELINE, method))

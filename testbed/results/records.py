@@ -36,12 +36,16 @@ _BATCH = 100_000
 
 
 def method_label(method: MethodConfig) -> str:
-    """What a method is called in every table and figure unless the cell names it: name and options, "topk-0.1"."""
-    return "-".join([method["name"].replace(":", "."), *map(str, (method.get("options") or {}).values())])
+    """What a method is called in every table and figure unless the cell names it: name and options,
+    "topk-0.1"."""
+    return "-".join(
+        [method["name"].replace(":", "."), *map(str, (method.get("options") or {}).values())]
+    )
 
 
 def identity(cell_dir: Path) -> dict[str, Any]:
-    """The values of ``IDENTITY_COLUMNS``. A cell whose ``cell.json`` is missing or damaged is "unknown", seed -1."""
+    """The values of ``IDENTITY_COLUMNS``. A cell whose ``cell.json`` is missing or damaged is
+    "unknown", seed -1."""
     try:
         config: Mapping[str, Any] = read_cell(cell_dir)
         label = config.get("label") or method_label(config["method"])
@@ -50,26 +54,36 @@ def identity(cell_dir: Path) -> dict[str, Any]:
         return {"cell": cell_dir.name, "method": UNKNOWN, "seed": -1}
 
 
-def to_frame(rows: Iterable[Mapping[str, Any]], table: Table, identity: Mapping[str, Any]) -> pd.DataFrame:
-    """Rows of records → a table with all of its columns in their order and types, the identity first."""
+def to_frame(
+    rows: Iterable[Mapping[str, Any]], table: Table, identity: Mapping[str, Any]
+) -> pd.DataFrame:
+    """Rows of records → a table with all of its columns in their order and types, the identity
+    first."""
     columns, rows = list(table.columns), iter(rows)
     frames = [_typed(pd.DataFrame(columns=columns), table)]
-    while batch := [{column: row.get(column) for column in columns} for row in itertools.islice(rows, _BATCH)]:
+    while batch := [
+        {column: row.get(column) for column in columns} for row in itertools.islice(rows, _BATCH)
+    ]:
         frame = pd.DataFrame(batch, columns=columns)
         for column in columns:
             if table.dtype(column) == "json":
-                frame[column] = frame[column].map(lambda value: json.dumps(value, sort_keys=True)).astype("str")
+                frame[column] = (
+                    frame[column].map(lambda value: json.dumps(value, sort_keys=True)).astype("str")
+                )
         frames.append(_typed(frame, table))
     return _identified(pd.concat(frames, ignore_index=True), identity)
 
 
 def _typed(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
-    """A frame with the types of a table; what cannot have them, which we never write, is missing, or its row is."""
+    """A frame with the types of a table; what cannot have them, which we never write, is missing,
+    or its row is."""
     for column in table.columns:
         match table.dtype(column):
             case "bool":  # what was not said to be true is not
                 frame[column] = (
-                    frame[column].map(lambda value: isinstance(value, bool | np.bool) and bool(value)).astype("bool")
+                    frame[column]
+                    .map(lambda value: isinstance(value, bool | np.bool) and bool(value))
+                    .astype("bool")
                 )
             case "json" | "str":
                 frame[column] = _texts(frame[column])
@@ -113,24 +127,40 @@ def _identified(frame: pd.DataFrame, identity: Mapping[str, Any]) -> pd.DataFram
 
 def record_files(cell_dir: Path, name: str) -> list[Path]:
     """The record files of a table that are still there."""
-    return sorted(path for glob in TABLES[name].records for path in cell_dir.glob(glob) if is_regular(path))
+    return sorted(
+        path for glob in TABLES[name].records for path in cell_dir.glob(glob) if is_regular(path)
+    )
 
 
 def _recorded(cell_dir: Path, name: str) -> Iterator[dict[str, Any]]:
-    """The rows of a table's record files; of those that a host wrote only what is its own to say."""
+    """The rows of a table's record files; of those that a host wrote only what is its own to
+    say."""
     config = read_json(cell_dir / CELL_FILE) or {}
     flows, per_host = config.get("flows"), ranks_per_worker(config)
-    ends = {name: tuple(two) for name, two in flows.items() if isinstance(two, list)} if isinstance(flows, dict) else {}
+    ends = (
+        {name: tuple(two) for name, two in flows.items() if isinstance(two, list)}
+        if isinstance(flows, dict)
+        else {}
+    )
     for path in record_files(cell_dir, name):
         host = None if path.parent == cell_dir else path.parent.name
         with contextlib.suppress(OSError):  # whoever wrote it may have forbidden to read it
             for row in read_records(path):
-                if isinstance(row, dict) and (host is None or _is_of_host(host, name, row, ends, per_host)):
+                if isinstance(row, dict) and (
+                    host is None or _is_of_host(host, name, row, ends, per_host)
+                ):
                     yield row
 
 
-def _is_of_host(host: str, table: str, row: Mapping[str, Any], flows: Mapping[str, tuple[str, ...]], per_host: int) -> bool:
-    """Whether a row of a table is for a host, or a rank of its own directory, to write. flows: from where to where."""
+def _is_of_host(
+    host: str,
+    table: str,
+    row: Mapping[str, Any],
+    flows: Mapping[str, tuple[str, ...]],
+    per_host: int,
+) -> bool:
+    """Whether a row of a table is for a host, or a rank of its own directory, to write. flows: from
+    where to where."""
     match table, row:
         case "steps", {"rank": int(rank)}:
             return rank_name(rank, per_host) == host
@@ -142,7 +172,8 @@ def _is_of_host(host: str, table: str, row: Mapping[str, Any], flows: Mapping[st
 
 
 def read_table(cell_dir: Path, name: str) -> pd.DataFrame:
-    """One table of a cell at any time: from Parquet if it has ended, else what its record files hold so far.
+    """One table of a cell at any time: from Parquet if it has ended, else what its record files
+    hold so far.
 
     Raises ValueError, one line, if the Parquet file cannot be read.
     """
@@ -160,10 +191,13 @@ def read_table(cell_dir: Path, name: str) -> pd.DataFrame:
 
 
 def finish_cell(cell_dir: Path) -> None:
-    """Turn the record files of an ended cell into Parquet; a cell without ``result.json`` is left as it is.
+    """Turn the record files of an ended cell into Parquet; a cell without ``result.json`` is left
+    as it is.
 
-    Safe to repeat, and to be killed at any point: a Parquet file is there only if it is whole, and the records
-    go only after it. Record files found beside a Parquet file are therefore leftovers, of which some may be gone.
+    Safe to repeat, and to be killed at any point: a Parquet file is there only if it is whole, and
+    the records
+    go only after it. Record files found beside a Parquet file are therefore leftovers, of which
+    some may be gone.
     """
     if not (cell_dir / RESULT_FILE).exists():
         return  # still being written to, or killed; its records can be read where they are

@@ -1,4 +1,5 @@
-"""What became slower or faster from one run to another, for a CI that guards a method or the testbed."""
+"""What became slower or faster from one run to another, for a CI that guards a method or the
+testbed."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,16 +12,18 @@ from testbed.results.names import scenario
 from testbed.results.summary import RESAMPLES, bootstrap_ci95, geometric_mean, summarize
 
 WINDOWS = 20
-"""Into so many a run is cut. The links of both runs did the same in the same window, so the windows are compared in pairs."""
+"""Into so many a run is cut. The links of both runs did the same in the same window, so the windows
+are compared in pairs."""
 
 
 @dataclass(frozen=True, slots=True)
 class MethodComparison:
     """One method under one set of overrides, in both runs.
 
-    ratio: time of a step in the second run ÷ in the first, as long as both ran; geometric mean over the seeds that both have.
-    ci95: of that, over seeds if there are three, else over ``WINDOWS``, which knows nothing of what differs from run to run.
-    verdict: "slower", "faster", "same", or "missing" if the second run lacks a cell of the first. valid: all cells are.
+    ratio: time of a step in the second run ÷ in the first, as long as both ran; geometric mean over
+    the seeds that both have. ci95: of that, over seeds if there are three, else over ``WINDOWS``,
+    which knows nothing of what differs from run to run. verdict: "slower", "faster", "same", or
+    "missing" if the second run lacks a cell of the first. valid: all cells are.
     """
 
     method: str
@@ -34,7 +37,8 @@ class MethodComparison:
 
 
 def compare_runs(before: Run, after: Run, tolerance: float) -> list[MethodComparison]:
-    """Every method and scenario of the first run. Slower, or faster: by more than ``tolerance``, and the interval agrees."""
+    """Every method and scenario of the first run. Slower, or faster: by more than ``tolerance``,
+    and the interval agrees."""
     return list(_compare_runs(before, after, tolerance))
 
 
@@ -44,8 +48,16 @@ def _compare_runs(before: Run, after: Run, tolerance: float) -> Iterator[MethodC
         seeds = [seed for m, n, seed in first if (m, n) == (method, name)]
         shared = [seed for seed in seeds if (method, name, seed) in second]
         pairs = [(first[method, name, seed], second[method, name, seed]) for seed in shared]
-        windows = [counts for a, b in pairs if (counts := _steps_by_window(before, a["cell"], after, b["cell"]))]
-        accuracies = [b["final_accuracy"] - a["final_accuracy"] for a, b in pairs if _both(a, b, "final_accuracy")]
+        windows = [
+            counts
+            for a, b in pairs
+            if (counts := _steps_by_window(before, a["cell"], after, b["cell"]))
+        ]
+        accuracies = [
+            b["final_accuracy"] - a["final_accuracy"]
+            for a, b in pairs
+            if _both(a, b, "final_accuracy")
+        ]
         ratio = geometric_mean([a.sum() / b.sum() for a, b in windows])
         ci95 = _interval(windows)
         yield MethodComparison(
@@ -61,25 +73,37 @@ def _compare_runs(before: Run, after: Run, tolerance: float) -> Iterator[MethodC
 
 
 def differing_keys(before: Run, after: Run) -> list[str]:
-    """Keys of the specs at the top that differ, but for the name: what is compared then is not the same experiment."""
+    """Keys of the specs at the top that differ, but for the name: what is compared then is not the
+    same experiment."""
     keys = {*before.spec, *after.spec} - {"name"}
     return sorted(key for key in keys if before.spec.get(key) != after.spec.get(key))
 
 
 def _cells(run: Run) -> dict[tuple[str, str, int], Mapping[str, Any]]:
-    return {(cell["method"], scenario(cell["overrides"]), cell["seed"]): cell for cell in summarize(run)["cells"]}
+    return {
+        (cell["method"], scenario(cell["overrides"]), cell["seed"]): cell
+        for cell in summarize(run)["cells"]
+    }
 
 
 def _both(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> bool:
     return a[key] is not None and b[key] is not None
 
 
-def _steps_by_window(before: Run, first: str, after: Run, second: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _steps_by_window(
+    before: Run, first: str, after: Run, second: str
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Steps in every window, of either run; None if one of them has no step."""
-    ends = [np.sort(run.steps.loc[run.steps["cell"] == cell, "t_s"]) for run, cell in ((before, first), (after, second))]
+    ends = [
+        np.sort(run.steps.loc[run.steps["cell"] == cell, "t_s"])
+        for run, cell in ((before, first), (after, second))
+    ]
     if not all(len(end) for end in ends):
         return None
-    ranks = [run.steps.loc[run.steps["cell"] == cell, "rank"].nunique() for run, cell in ((before, first), (after, second))]
+    ranks = [
+        run.steps.loc[run.steps["cell"] == cell, "rank"].nunique()
+        for run, cell in ((before, first), (after, second))
+    ]
     edges_s = np.linspace(0, min(end[-1] for end in ends), WINDOWS + 1)
     # Every rank has a row of every step; a step is spread over its duration.
     a, b = (
@@ -96,7 +120,9 @@ def _interval(windows: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, floa
     if low is not None and high is not None:
         return low, high
     drawn = np.random.default_rng(0).integers(WINDOWS, size=(RESAMPLES, WINDOWS))
-    logs = sum(np.log(a[drawn].sum(axis=1) / b[drawn].sum(axis=1)) for a, b in windows) / len(windows)
+    logs = sum(np.log(a[drawn].sum(axis=1) / b[drawn].sum(axis=1)) for a, b in windows) / len(
+        windows
+    )
     low, high = np.exp(np.quantile(logs, [0.025, 0.975])).tolist()
     return low, high
 

@@ -1,12 +1,13 @@
 """Who won, by how much, and whether it can be believed: the content of ``summary.json``.
 
     {"name", "valid", "problems": ["<cell>: <problem>"],
-     "cells": [{"cell", "method", "seed", "overrides", "workers", "ranks_per_worker", "steps", "throughput_samples_per_s",
-                "step_s_median", "encode_s_median", "payload_bytes_per_step", "lost_energy", "phases", "final_loss",
-                "final_accuracy", "best_accuracy", "time_to_target_s", "bytes_to_target", "restarts", "lost_steps", "valid",
-                "problems", "earlier_failures", "replicas_identical", "calibrated"}],
-     "comparisons": [{"baseline", "method", "overrides", "throughput_ratio", "ci95": [lo, hi], "time_to_target_ratio",
-                      "seeds", "valid"}],
+     "cells": [{"cell", "method", "seed", "overrides", "workers", "ranks_per_worker", "steps",
+                "throughput_samples_per_s", "step_s_median", "encode_s_median",
+                "payload_bytes_per_step", "lost_energy", "phases", "final_loss", "final_accuracy",
+                "best_accuracy", "time_to_target_s", "bytes_to_target", "restarts", "lost_steps",
+                "valid", "problems", "earlier_failures", "replicas_identical", "calibrated"}],
+     "comparisons": [{"baseline", "method", "overrides", "throughput_ratio", "ci95": [lo, hi],
+                      "time_to_target_ratio", "seeds", "valid"}],
      "regrets": [{"method", "overrides", "best", "regret", "oracle", "valid"}],
      "notes": ["what a reader of the figures should know"]}
 
@@ -35,42 +36,70 @@ from testbed.results.validity import WHEN, cell_problems, replicas_identical
 ADAPTIVE = "netsense"
 """How the labels of methods begin that choose for themselves."""
 ROUNDING: Mapping[str, float] = {"allreduce": 0.0, "float16": 2.0**-22, "bfloat16": 2.0**-16}
-"""Energy that is lost at most where values are only rounded, by scheme: the square of half a unit in the last place."""
+"""Energy that is lost at most where values are only rounded, by scheme: the square of half a unit
+in the last place."""
 CSV_FILE = "summary.csv"
 RESAMPLES = 10_000
 
 METRICS: Mapping[str, str] = {
-    "throughput_samples_per_s": "samples of all ranks ÷ time until the last step's end; everything after t = 0 counts, but for"
-    " the steps of the spec's workload.warmup, which all numbers of steps leave out",
+    "throughput_samples_per_s": (
+        "samples of all ranks ÷ time until the last step's end; everything after t = 0 counts, but"
+        " for the steps of the spec's workload.warmup, which all numbers of steps leave out"
+    ),
     "step_s_median": "median wall time of a step, over all steps and ranks",
-    "encode_s_median": "median time that a rank spent on encoding and decoding in a step, beside or after backward",
-    "lost_energy": "share of the gradients' energy (sum of squares) that a step did not send, mean over steps and ranks",
-    "payload_bytes_per_step": "bytes that one rank sent for one step's exchange, mean over steps and ranks",
+    "encode_s_median": (
+        "median time that a rank spent on encoding and decoding in a step, beside or after backward"
+    ),
+    "lost_energy": (
+        "share of the gradients' energy (sum of squares) that a step did not send, mean over steps"
+        " and ranks"
+    ),
+    "payload_bytes_per_step": (
+        "bytes that one rank sent for one step's exchange, mean over steps and ranks"
+    ),
     "final_loss": "loss over the test set at the end",
     "final_accuracy": "share of the test set classified correctly at the end",
     "best_accuracy": "the best accuracy of any evaluation",
     "time_to_target_s": "time of the first evaluation that reached the spec's target accuracy",
     "bytes_to_target": "bytes that all ranks together had sent by then",
     "restarts": "how often all workers were started again because one had died",
-    "lost_steps": "steps that were done twice, since the checkpoint that the workers went on from was older; their first"
-    " try does not count for throughput",
-    "earlier_failures": "why a try of the cell before this one failed; its numbers are those of the second",
+    "lost_steps": (
+        "steps that were done twice, since the checkpoint that the workers went on from was older;"
+        " their first try does not count for throughput"
+    ),
+    "earlier_failures": (
+        "why a try of the cell before this one failed; its numbers are those of the second"
+    ),
     "replicas_identical": "whether all ranks ended with bit-identical parameters",
-    "calibrated": "whether the links were measured before t = 0; not if the spec says calibrate: false, or limits nothing",
+    "calibrated": (
+        "whether the links were measured before t = 0; not if the spec says calibrate: false, or"
+        " limits nothing"
+    ),
     "throughput_ratio": "method ÷ baseline, geometric mean over the seeds that both ran",
     "ci95": "95 % bootstrap interval of throughput_ratio over seeds; null below three seeds",
-    "time_to_target_ratio": "method ÷ baseline: below 1 the method was sooner; geometric mean over seeds",
+    "time_to_target_ratio": (
+        "method ÷ baseline: below 1 the method was sooner; geometric mean over seeds"
+    ),
     "seeds": "number of seeds that both ran",
-    "regret": "throughput of the best other method that lost no more of the gradients' energy ÷ that of netsense:"
-    " above 1, netsense chose too cautiously or too slowly; geometric mean over the seeds that both ran",
-    "phases": "what was reached between two changes of the schedule, where there are not too many: from_s, to_s, samples_per_s,"
-    " lost_energy",
-    "oracle": "as regret, against one who chose the best of these methods anew in every phase; null without phases",
+    "regret": (
+        "throughput of the best other method that lost no more of the gradients' energy ÷ that of"
+        " netsense: above 1, netsense chose too cautiously or too slowly; geometric mean over the"
+        " seeds that both ran"
+    ),
+    "phases": (
+        "what was reached between two changes of the schedule, where there are not too many:"
+        " from_s, to_s, samples_per_s, lost_energy"
+    ),
+    "oracle": (
+        "as regret, against one who chose the best of these methods anew in every phase; null"
+        " without phases"
+    ),
 }
 
 
 def summarize(run: Run) -> dict[str, Any]:
-    """Summary of a run at any time; a cell that has not ended is counted as it stands, and is not valid."""
+    """Summary of a run at any time; a cell that has not ended is counted as it stands, and is not
+    valid."""
     cells = [summarize_cell(cell, run) for cell in run.cells.to_dict("records")]
     planned = dict.fromkeys(note for cell in run.cells["notes"] for note in cell)
     problems = [f"{cell['cell']}: {problem}" for cell in cells for problem in cell["problems"]]
@@ -90,10 +119,15 @@ def _machines(run: Run) -> list[str]:
     kinds: dict[str, dict[str, str]] = {}
     for cell in run.cells.to_dict("records"):
         if cell["machine"]:
-            kind = ", ".join(f"{cell['machine'].get(key)}" for key in ("processor", "cores", "kernel"))
-            kinds.setdefault(scenario(cell["overrides"]), {})[kind] = str(cell["machine"].get("machine"))
+            kind = ", ".join(
+                f"{cell['machine'].get(key)}" for key in ("processor", "cores", "kernel")
+            )
+            kinds.setdefault(scenario(cell["overrides"]), {})[kind] = str(
+                cell["machine"].get("machine")
+            )
     return [
-        f"{f'with {name} ' if name else ''}methods ran on different machines: {'; '.join(map(one_line, machines.values()))}"
+        f"{f'with {name} ' if name else ''}methods ran on different machines:"
+        f" {'; '.join(map(one_line, machines.values()))}"
         for name, machines in kinds.items()
         if len(machines) > 1
     ]
@@ -110,7 +144,8 @@ def _restarts(run: Run) -> list[str]:
 
 
 def outages(failures: pd.DataFrame) -> Iterator[tuple[dict[str, Any], float]]:
-    """The first failure, as a row, of every time in which the workers of a cell were not all there, and when that ended."""
+    """The first failure, as a row, of every time in which the workers of a cell were not all there,
+    and when that ended."""
     for _, rows in failures.groupby("cell"):
         first: dict[str, Any] | None = None
         for row in rows.sort_values("t_s").to_dict("records"):
@@ -129,19 +164,34 @@ def _delay_line(run: Run) -> list[str]:
     begin, end = by_cell.first(), by_cell.last()
     core = ((end["cpu_s"] - begin["cpu_s"]) / (end["t_s"] - begin["t_s"])).max()
     late = ((end["late"] - begin["late"]) / (end["frames"] - begin["frames"]).clip(lower=1)).max()
-    return [f"the delay line used at most {core:.0%} of a processor; at most {late:.2%} of its frames left late"]
+    return [
+        f"the delay line used at most {core:.0%} of a processor; at most {late:.2%} of its frames"
+        " left late"
+    ]
 
 
 def _processors(run: Run) -> list[str]:
-    """Cells whose compute is paced or emulated, so that the processors should not matter, but that kept them busy."""
-    paced = [cell["cell"] for cell in run.cells.to_dict("records") if isinstance(cell["workload"].get("compute"), dict)]
+    """Cells whose compute is paced or emulated, so that the processors should not matter, but that
+    kept them busy."""
+    paced = [
+        cell["cell"]
+        for cell in run.cells.to_dict("records")
+        if isinstance(cell["workload"].get("compute"), dict)
+    ]
     shares = (run.host["cpu_busy_share"] > _BUSY_SHARE).groupby(run.host["cell"]).mean()
     busy = shares[shares.index.isin(paced) & (shares > _BUSY_TIME)]
     if busy.empty:
         return []
-    more = f", and in {len(busy) - 1} other cells for more than {_BUSY_TIME:.0%}" if len(busy) > 1 else ""
+    more = (
+        f", and in {len(busy) - 1} other cells for more than {_BUSY_TIME:.0%}"
+        if len(busy) > 1
+        else ""
+    )
     where = f"{busy.max():.0%} of the time in {busy.idxmax()}{more}"
-    return [f"hardly a processor was idle for {where}: there this machine decided, too; a larger dilation takes that away"]
+    return [
+        f"hardly a processor was idle for {where}: there this machine decided, too; a larger"
+        " dilation takes that away"
+    ]
 
 
 _BUSY_SHARE, _BUSY_TIME = 0.9, 0.2
@@ -155,7 +205,9 @@ def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
     try:
         return _finite(_summary_of(cell, run))
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        return _damaged(cell, f"its records are damaged: {one_line(f'{type(error).__name__}: {error}')}")
+        return _damaged(
+            cell, f"its records are damaged: {one_line(f'{type(error).__name__}: {error}')}"
+        )
 
 
 def _finite(value: Any) -> Any:
@@ -209,7 +261,10 @@ def _summary_of(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
     warm_from_s = steps.loc[steps["step"] < warmup, "t_s"].max() if warmup else 0.0
     problems = cell_problems(*_as_clocked(cell, tables), warmup)
     if cell["dilation"] > 1:
-        problems = [f"{problem} (in this machine's time, dilation {cell['dilation']:g})" for problem in problems]
+        problems = [
+            f"{problem} (in this machine's time, dilation {cell['dilation']:g})"
+            for problem in problems
+        ]
     last = evals.iloc[-1] if len(evals) else {"accuracy": None, "loss": None}
     final_accuracy = _number(cell["final_accuracy"], last["accuracy"])
     return {
@@ -220,7 +275,9 @@ def _summary_of(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
         "workers": cell["workers"],
         "ranks_per_worker": cell["ranks_per_worker"],
         "steps": int(_number(cell["steps"], steps["step"].max() + 1) or 0),
-        "throughput_samples_per_s": _number(warm["samples"].sum(min_count=1) / (warm["t_s"].max() - warm_from_s)),
+        "throughput_samples_per_s": _number(
+            warm["samples"].sum(min_count=1) / (warm["t_s"].max() - warm_from_s)
+        ),
         "step_s_median": _number(warm["step_s"].median()),
         "encode_s_median": _number(warm["encode_s"].median()),
         "lost_energy": lost_energy(warm),
@@ -228,7 +285,9 @@ def _summary_of(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
         "phases": phases(warm, _lost(warm), tables["events"]),
         "final_loss": _number(cell["final_loss"], last["loss"]),
         "final_accuracy": final_accuracy,
-        "best_accuracy": _number(pd.Series([*evals["accuracy"], final_accuracy], dtype="float64").max()),
+        "best_accuracy": _number(
+            pd.Series([*evals["accuracy"], final_accuracy], dtype="float64").max()
+        ),
         "time_to_target_s": time_to_target(evals, target_accuracy(run.spec)),
         "bytes_to_target": bytes_to_target(evals, all_steps, target_accuracy(run.spec)),
         "restarts": int((tables["failures"]["kind"] == "restart").sum()),
@@ -253,7 +312,8 @@ def _as_clocked(
 
 
 def target_accuracy(spec: Mapping[str, Any]) -> float | None:
-    """The accuracy that the spec's workload is to reach, or else at which it stops; None if there is neither."""
+    """The accuracy that the spec's workload is to reach, or else at which it stops; None if there
+    is neither."""
     workload = spec.get("workload") or {}
     target: float | None = workload.get("target") or (workload.get("stop") or {}).get("accuracy")
     return target
@@ -265,13 +325,19 @@ def time_to_target(evals: pd.DataFrame, target: float | None) -> float | None:
 
 
 def bytes_to_target(evals: pd.DataFrame, steps: pd.DataFrame, target: float | None) -> float | None:
-    """Bytes that all ranks together had sent at the first evaluation that reached the target accuracy; None if none did."""
+    """Bytes that all ranks together had sent at the first evaluation that reached the target
+    accuracy; None if none did."""
     reached_s = time_to_target(evals, target)
-    return None if reached_s is None else _number(steps.loc[steps["t_s"] <= reached_s, "payload_bytes"].sum())
+    return (
+        None
+        if reached_s is None
+        else _number(steps.loc[steps["t_s"] <= reached_s, "payload_bytes"].sum())
+    )
 
 
 def lost_work(steps: pd.DataFrame, failures: pd.DataFrame) -> "pd.Series[bool]":
-    """Which rows of steps of a cell were done in vain: the workers were started again, and went on from an earlier step."""
+    """Which rows of steps of a cell were done in vain: the workers were started again, and went on
+    from an earlier step."""
     lost = pd.Series(False, index=steps.index)
     for restart_s in failures.loc[failures["kind"] == "restart", "t_s"]:
         later = steps["t_s"] > restart_s
@@ -280,16 +346,22 @@ def lost_work(steps: pd.DataFrame, failures: pd.DataFrame) -> "pd.Series[bool]":
 
 
 def lost_energy(steps: pd.DataFrame) -> float | None:
-    """Mean share of the gradients' energy that was not sent; where values are only rounded, its bound. None if not known."""
+    """Mean share of the gradients' energy that was not sent; where values are only rounded, its
+    bound. None if not known."""
     return _number(_lost(steps).mean())
 
 
 def _lost(steps: pd.DataFrame) -> pd.Series:
-    return steps["lost_energy"].astype(float).fillna(steps["scheme"].str.replace(WHEN, "", regex=True).map(ROUNDING))
+    return (
+        steps["lost_energy"]
+        .astype(float)
+        .fillna(steps["scheme"].str.replace(WHEN, "", regex=True).map(ROUNDING))
+    )
 
 
 def regrets(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How much the methods that choose for themselves lose to the best fixed choice in hindsight, in every set of overrides.
+    """How much the methods that choose for themselves lose to the best fixed choice in hindsight,
+    in every set of overrides.
 
     Only what loses no more energy counts: sending less is always faster.
     """
@@ -297,7 +369,8 @@ def regrets(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for name in dict.fromkeys(scenario(cell["overrides"]) for cell in cells):
         group = [cell for cell in cells if scenario(cell["overrides"]) == name]
         by_method = {
-            method: [cell for cell in group if cell["method"] == method] for method in method_order(c["method"] for c in group)
+            method: [cell for cell in group if cell["method"] == method]
+            for method in method_order(c["method"] for c in group)
         }
         fixed = [method for method in by_method if not method.startswith(ADAPTIVE)]
         for method in (method for method in by_method if method not in fixed):
@@ -308,7 +381,9 @@ def regrets(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 if lost is None or other_lost is None or other_lost > lost:
                     continue
                 by_seed = {cell["seed"]: cell for cell in by_method[method]}
-                pairs = [(cell, by_seed[cell["seed"]]) for cell in theirs if cell["seed"] in by_seed]
+                pairs = [
+                    (cell, by_seed[cell["seed"]]) for cell in theirs if cell["seed"] in by_seed
+                ]
                 ratio = geometric_mean(_ratios(pairs, "throughput_samples_per_s"))
                 if ratio is not None:
                     rivals[other] = ratio, all(a["valid"] and b["valid"] for a, b in pairs)
@@ -323,9 +398,19 @@ def regrets(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _oracle(cells: Sequence[Mapping[str, Any]], rivals: Sequence[Sequence[Mapping[str, Any]]]) -> float | None:
+def _oracle(
+    cells: Sequence[Mapping[str, Any]], rivals: Sequence[Sequence[Mapping[str, Any]]]
+) -> float | None:
     ratios = [
-        oracle(cell["phases"], [their["phases"] for theirs in rivals for their in theirs if their["seed"] == cell["seed"]])
+        oracle(
+            cell["phases"],
+            [
+                their["phases"]
+                for theirs in rivals
+                for their in theirs
+                if their["seed"] == cell["seed"]
+            ],
+        )
         for cell in cells
     ]
     return geometric_mean([ratio for ratio in ratios if ratio])
@@ -347,7 +432,9 @@ def compare(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         baseline, *others = method_order(cell["method"] for cell in group)
         base = {cell["seed"]: cell for cell in group if cell["method"] == baseline}
         for method in others:
-            pairs = [(c, base[c["seed"]]) for c in group if c["method"] == method and c["seed"] in base]
+            pairs = [
+                (c, base[c["seed"]]) for c in group if c["method"] == method and c["seed"] in base
+            ]
             throughput = _ratios(pairs, "throughput_samples_per_s")
             comparisons.append(
                 {
@@ -358,7 +445,10 @@ def compare(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "ci95": bootstrap_ci95(throughput),
                     "time_to_target_ratio": geometric_mean(_ratios(pairs, "time_to_target_s")),
                     "seeds": len(throughput),
-                    "valid": bool(pairs) and all(ours["valid"] and theirs["valid"] for ours, theirs in pairs),
+                    "valid": (
+                        bool(pairs)
+                        and all(ours["valid"] and theirs["valid"] for ours, theirs in pairs)
+                    ),
                 }
             )
     return comparisons
@@ -372,8 +462,9 @@ def geometric_mean(ratios: Sequence[float]) -> float | None:
 def bootstrap_ci95(ratios: Sequence[float]) -> list[float | None]:
     """95 % percentile bootstrap interval of the geometric mean; [None, None] below three ratios.
 
-    The unit is the seed. The steps of one run share its start, its links and its host, so one run gives no interval
-    however long it is. With few seeds the interval is too narrow (three seeds cover nearer 75 % than 95 %).
+    The unit is the seed. The steps of one run share its start, its links and its host, so one run
+    gives no interval however long it is. With few seeds the interval is too narrow (three seeds
+    cover nearer 75 % than 95 %).
     The generator is seeded: equal ratios give equal intervals.
     """
     if len(ratios) < 3:
@@ -384,7 +475,8 @@ def bootstrap_ci95(ratios: Sequence[float]) -> list[float | None]:
 
 
 def write_summary(summary: Mapping[str, Any], directory: Path) -> None:
-    """Write ``summary.json``, and ``summary.csv`` with one row a cell and one column an override."""
+    """Write ``summary.json``, and ``summary.csv`` with one row a cell and one column an
+    override."""
     with replacing(directory / SUMMARY_FILE) as path:
         path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     rows = [
@@ -397,15 +489,23 @@ def write_summary(summary: Mapping[str, Any], directory: Path) -> None:
         for cell in summary["cells"]
     ]
     with replacing(directory / CSV_FILE) as path, open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+        writer = csv.DictWriter(
+            file, fieldnames=list(dict.fromkeys(key for row in rows for key in row))
+        )
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _ratios(pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]], metric: str) -> list[float]:
-    return [ours[metric] / theirs[metric] for ours, theirs in pairs if ours[metric] and theirs[metric]]
+def _ratios(
+    pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]], metric: str
+) -> list[float]:
+    return [
+        ours[metric] / theirs[metric] for ours, theirs in pairs if ours[metric] and theirs[metric]
+    ]
 
 
 def _number(*candidates: Any) -> float | None:
     """The first that is a finite number."""
-    return next((float(value) for value in candidates if pd.notna(value) and np.isfinite(value)), None)
+    return next(
+        (float(value) for value in candidates if pd.notna(value) and np.isfinite(value)), None
+    )

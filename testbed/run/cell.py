@@ -1,4 +1,5 @@
-"""The orchestrator of one cell: lab up, workers ready, t = 0, stop, teardown; whatever happens, a result is written."""
+"""The orchestrator of one cell: lab up, workers ready, t = 0, stop, teardown; whatever happens, a
+result is written."""
 
 import contextlib
 import itertools
@@ -17,7 +18,15 @@ from typing import Any
 from netsenseml.listener import ENV_LISTENER
 from netsenseml.records import RecordFile, monotonic_s
 from testbed import protocol
-from testbed.files import everything_in, explained, no_room, open_regular, read_json, remove_tree, replacing
+from testbed.files import (
+    everything_in,
+    explained,
+    no_room,
+    open_regular,
+    read_json,
+    remove_tree,
+    replacing,
+)
 from testbed.labs.base import Host, HostFailed, Lab, LabPlan, Process, View
 from testbed.labs.calibration import calibrate, measurable
 from testbed.plan import Cell, notes
@@ -34,16 +43,20 @@ READY_TIMEOUT_S = 180.0
 SILENT_WORKER_S = 30.0
 _POLL_S = 0.25
 _LAST_WORDS_S = 1.0
-"""So long others are waited for: to say that they have failed, too, or what they are doing, or a last word after their end."""
+"""So long others are waited for: to say that they have failed, too, or what they are doing, or a
+last word after their end."""
 _CUT_S = 30.0
-"""When the time of a cell is over and a link is cut, the step in work has so long to show that it goes on."""
+"""When the time of a cell is over and a link is cut, the step in work has so long to show that it
+goes on."""
 _FUTILE_RESTARTS = 3
-"""So often in a row workers are started again that come no further; what they fail of then is no accident."""
+"""So often in a row workers are started again that come no further; what they fail of then is no
+accident."""
 _KILLED_S = 10.0
 """A killed process has ended after so long, or never will."""
 _PORT = 29500
 _MOVED_BYTES = 4096
-"""So much must arrive for gradients to count as moving; TCP asks now and then whether a link that is cut works again."""
+"""So much must arrive for gradients to count as moving; TCP asks now and then whether a link that
+is cut works again."""
 
 OpenLab = Callable[[LabPlan], Lab]
 Tick = Callable[[float, int], None]
@@ -55,7 +68,8 @@ class CellFailed(Exception):
 
 
 class WorkersFailed(CellFailed):
-    """Workers failed at a time (CLOCK_MONOTONIC), and may be started again. worker: the first, "" if there is none."""
+    """Workers failed at a time (CLOCK_MONOTONIC), and may be started again. worker: the first, ""
+    if there is none."""
 
     def __init__(self, worker: str, text: str, at_s: float) -> None:
         super().__init__(f"{worker} {text}".strip())
@@ -64,9 +78,11 @@ class WorkersFailed(CellFailed):
 
 @dataclass
 class CellResult:
-    """How a cell ended, written to result.json. status: done, failed or interrupted. parameters: hash by rank.
+    """How a cell ended, written to result.json. status: done, failed or interrupted. parameters:
+    hash by rank.
 
-    earlier: problems of a try before this one, which failed. machine: where it ran (``directory.machine``).
+    earlier: problems of a try before this one, which failed. machine: where it ran
+    (``directory.machine``).
     """
 
     status: str = "interrupted"
@@ -80,16 +96,20 @@ class CellResult:
     machine: Mapping[str, Any] = field(default_factory=machine)
 
 
-def run_cell(cell: Cell, open_lab: OpenLab, directory: Path, tick: Tick, earlier: Sequence[str] = ()) -> CellResult:
-    """Run a cell in a fresh lab and leave its records in ``directory`` (run directory/cells/name), which ``prepare_cell`` made.
+def run_cell(
+    cell: Cell, open_lab: OpenLab, directory: Path, tick: Tick, earlier: Sequence[str] = ()
+) -> CellResult:
+    """Run a cell in a fresh lab and leave its records in ``directory`` (run directory/cells/name),
+    which ``prepare_cell`` made.
 
-    earlier: why a try before this one failed. A failure of the cell is a result; LabError and KeyboardInterrupt pass through
-    after the result is written.
+    earlier: why a try before this one failed. A failure of the cell is a result; LabError and
+    KeyboardInterrupt pass through after the result is written.
     """
     result = CellResult(earlier=list(earlier))
     try:
         with (
-            ControlServer(directory / protocol.SOCKET_FILE, _members(cell)) as control,  # it is what hosts are shown
+            # it is what hosts are shown
+            ControlServer(directory / protocol.SOCKET_FILE, _members(cell)) as control,
             open_lab(replace(cell.lab, view=_view(cell, directory))) as lab,
         ):
             _CellRunner(cell, lab, control, directory, result, tick).run()
@@ -111,7 +131,8 @@ def _members(cell: Cell) -> list[Member]:
 
 
 def prepare_cell(cell: Cell, directory: Path, earlier: Sequence[str] = ()) -> None:
-    """Make the cell's directory afresh, with cell.json; of an earlier try only the logs are kept, in logs/earlier.
+    """Make the cell's directory afresh, with cell.json; of an earlier try only the logs are kept,
+    in logs/earlier.
 
     earlier: why it failed before.
     """
@@ -122,12 +143,20 @@ def prepare_cell(cell: Cell, directory: Path, earlier: Sequence[str] = ()) -> No
         logs.rename(kept)
     remove_tree(directory)
     logs.mkdir(parents=True)
-    for made in (directory / protocol.SHARED, *itertools.chain.from_iterable(_own(cell, directory).values())):
+    for made in (
+        directory / protocol.SHARED,
+        *itertools.chain.from_iterable(_own(cell, directory).values()),
+    ):
         made.mkdir(parents=True)
     if kept.is_dir():
         kept.rename(logs / "earlier")
     links = {name: state.to_json() for name, state in cell.lab.links.items()}
-    config = {**cell.config(), "label": cell.method.label, "overrides": dict(cell.overrides), "links": links}
+    config = {
+        **cell.config(),
+        "label": cell.method.label,
+        "overrides": dict(cell.overrides),
+        "links": links,
+    }
     config["dilation"] = cell.dilation
     config["earlier"] = list(earlier)
     config["flows"] = {flow.name: [flow.source, flow.target] for flow in cell.flows}
@@ -143,19 +172,28 @@ def _view(cell: Cell, directory: Path) -> View:
     """What the programs of a cell see of the run directory."""
     run = directory.parents[1]
     copied = [run / name for name in (SCRIPT, DATA) if (run / name).exists()]
-    for path in itertools.chain.from_iterable(map(everything_in, (directory / protocol.CELL_FILE, *copied))):
-        if not path.is_symlink():  # whatever umask and the originals have: the programs may be another user's
+    for path in itertools.chain.from_iterable(
+        map(everything_in, (directory / protocol.CELL_FILE, *copied))
+    ):
+        # whatever umask and the originals have: the programs may be another user's
+        if not path.is_symlink():
             path.chmod(path.stat().st_mode | (0o555 if path.is_dir() else 0o444))
     reads = (directory / protocol.CELL_FILE, directory / protocol.SOCKET_FILE, *copied)
     return View(run, reads, directory / protocol.SHARED, _own(cell, directory))
 
 
 def _own(cell: Cell, directory: Path) -> dict[str, tuple[Path, ...]]:
-    """By host, where its programs write: its directory, and those of its ranks if it has several."""
+    """By host, where its programs write: its directory, and those of its ranks if it has
+    several."""
     names = {host: [host] for host in cell.lab.hosts}
     for worker in cell.workers:
-        names[worker] += [protocol.rank_name(rank, cell.ranks_per_worker) for rank in cell.ranks_of(worker)]
-    return {host: tuple(protocol.host_directory(directory, one) for one in dict.fromkeys(own)) for host, own in names.items()}
+        names[worker] += [
+            protocol.rank_name(rank, cell.ranks_per_worker) for rank in cell.ranks_of(worker)
+        ]
+    return {
+        host: tuple(protocol.host_directory(directory, one) for one in dict.fromkeys(own))
+        for host, own in names.items()
+    }
 
 
 def write_result(directory: Path, result: CellResult) -> None:
@@ -176,7 +214,8 @@ def _write_result(directory: Path, result: CellResult) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """What ended a program, and when it was noticed (CLOCK_MONOTONIC). by_peer: it says that another rank did."""
+    """What ended a program, and when it was noticed (CLOCK_MONOTONIC). by_peer: it says that
+    another rank did."""
 
     at_s: float
     text: str
@@ -184,9 +223,18 @@ class _Failure:
 
 
 class _CellRunner:
-    """The conversation with the programs of one cell: its workers by rank, those of its traffic by flow and end."""
+    """The conversation with the programs of one cell: its workers by rank, those of its traffic by
+    flow and end."""
 
-    def __init__(self, cell: Cell, lab: Lab, control: ControlServer, directory: Path, result: CellResult, tick: Tick) -> None:
+    def __init__(
+        self,
+        cell: Cell,
+        lab: Lab,
+        control: ControlServer,
+        directory: Path,
+        result: CellResult,
+        tick: Tick,
+    ) -> None:
         self._cell, self._lab, self._control = cell, lab, control
         self._directory, self._result, self._tick = directory, result, tick
         self._ranks = cell.ranks
@@ -211,14 +259,19 @@ class _CellRunner:
         self._wanted = False
         """So that all are started again."""
         self._restarts = self._futile = self._furthest = 0
-        self._records = RecordFile(directory / "failures.jsonl", new=True) if cell.may_restart else None
+        self._records = (
+            RecordFile(directory / "failures.jsonl", new=True) if cell.may_restart else None
+        )
 
     def run(self) -> None:
         self._start_workers()
         self._start_traffic()
         self._wait_until_ready()
         if len({self._ready[rank].parameters for rank in self._ranks}) > 1:
-            raise CellFailed("the workers do not begin with the same parameters; seed the model before it is built")
+            raise CellFailed(
+                "the workers do not begin with the same parameters; seed the model before it is"
+                " built"
+            )
         if self._cell.calibrate:
             self._calibrate()
         trunks = tuple(self._cell.lab.trunks)
@@ -239,7 +292,9 @@ class _CellRunner:
                 if not self._result.t_end_s:
                     self._result.t_end_s = round(monotonic_s() - t0_s, 6)
         done = [self._done[rank] for rank in self._ranks]
-        self._result.parameters = {str(rank): message.parameters for rank, message in enumerate(done)}
+        self._result.parameters = {
+            str(rank): message.parameters for rank, message in enumerate(done)
+        }
         self._result.steps = max(message.steps for message in done)
         for message in done:
             if message.accuracy is not None:
@@ -252,7 +307,10 @@ class _CellRunner:
         per_host = self._cell.ranks_per_worker
         for rank in self._ranks:
             host = hosts[rank // per_host]
-            directory, met = host.path_on_host(self._directory), f"{protocol.SHARED}/rendezvous-{self._restarts}"
+            directory, met = (
+                host.path_on_host(self._directory),
+                f"{protocol.SHARED}/rendezvous-{self._restarts}",
+            )
             env = {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank % per_host),
@@ -262,7 +320,11 @@ class _CellRunner:
                 "MASTER_PORT": str(_PORT + self._restarts),
                 "GLOO_SOCKET_IFNAME": ",".join([host.interface] * self._cell.connections),
                 "OMP_NUM_THREADS": "1",
-                **({protocol.ENV_RENDEZVOUS: f"file://{directory}/{met}"} if self._lab.shared_files else {}),
+                **(
+                    {protocol.ENV_RENDEZVOUS: f"file://{directory}/{met}"}
+                    if self._lab.shared_files
+                    else {}
+                ),
                 **({protocol.ENV_RESTARTS: str(self._restarts)} if self._restarts else {}),
                 **self._environment(rank, host),
                 ENV_LISTENER: protocol.LISTENER,
@@ -280,11 +342,15 @@ class _CellRunner:
             for end, host in (("receive", target), ("send", source)):
                 member = flow.name, end
                 program = ["python", "-m", TRAFFIC_PROGRAM, end, flow.to_json(), target.address]
-                self._processes[member] = host.start(program, self._environment(member, host), self._log(member))
+                self._processes[member] = host.start(
+                    program, self._environment(member, host), self._log(member)
+                )
 
     def _environment(self, member: Member, host: Host) -> dict[str, str]:
         """What every program finds the control socket by, and the place for what it writes."""
-        output = protocol.host_directory(self._directory, self._name(member) if isinstance(member, int) else host.name)
+        output = protocol.host_directory(
+            self._directory, self._name(member) if isinstance(member, int) else host.name
+        )
         return {
             protocol.ENV_CELL_DIR: host.path_on_host(self._directory),
             protocol.ENV_OUTPUT_DIR: host.path_on_host(output),
@@ -306,10 +372,19 @@ class _CellRunner:
         own = _own(self._cell, self._directory)
         logs = self._directory / "logs"
         written = {
-            host: sum(map(_size_bytes, (*own[host], *logs.glob(f"{host}.log"), *logs.glob(f"{host}-*.log")))) for host in own
+            host: sum(
+                map(
+                    _size_bytes,
+                    (*own[host], *logs.glob(f"{host}.log"), *logs.glob(f"{host}-*.log")),
+                )
+            )
+            for host in own
         }
         host = max(written, key=lambda host: written[host])
-        return f"{host} has written {written[host] / 1e6:,.0f} MB, most of this cell's ({own[host][0]}, {logs})"
+        return (
+            f"{host} has written {written[host] / 1e6:,.0f} MB, most of this cell's"
+            f" ({own[host][0]}, {logs})"
+        )
 
     def _name(self, member: Member) -> str:
         if isinstance(member, int):
@@ -325,7 +400,10 @@ class _CellRunner:
         while missing := [member for member in self._processes if member not in self._ready]:
             if monotonic_s() > deadline_s:
                 late = ", ".join(map(self._name, missing))
-                raise CellFailed(f"not ready in {READY_TIMEOUT_S:g} s: {late}; {_last_line(self._log(missing[0]))}")
+                raise CellFailed(
+                    f"not ready in {READY_TIMEOUT_S:g} s: {late};"
+                    f" {_last_line(self._log(missing[0]))}"
+                )
             self._receive(0.2)
             self._check_programs()
 
@@ -340,7 +418,11 @@ class _CellRunner:
             if done and not self._result.t_end_s:
                 self._result.t_end_s = round(now_s, 6)
             poll_s = 0.02 if done else 0.1
-            due_s = [at_s for at_s in (stop.get("seconds", 0.0), *(kill.at_s for kill in self._kills)) if at_s > now_s]
+            due_s = [
+                at_s
+                for at_s in (stop.get("seconds", 0.0), *(kill.at_s for kill in self._kills))
+                if at_s > now_s
+            ]
             self._receive(min(poll_s, *(at_s - now_s for at_s in due_s)) if due_s else poll_s)
             while self._kills and self._kills[0].at_s <= monotonic_s() - t0_s:
                 self._kill(self._kills.popleft(), t0_s)
@@ -351,7 +433,9 @@ class _CellRunner:
             try:
                 self._check_programs()
                 step = max(self._in_work.values(), default=0)
-                progress.update(monotonic_s(), step + done, recorder.arrived_bytes(self._cell.workers))
+                progress.update(
+                    monotonic_s(), step + done, recorder.arrived_bytes(self._cell.workers)
+                )
                 cut = self._holding and not done and bool(self._links_cut_for_good(now_s))
                 if waited_s := progress.too_long(monotonic_s(), cut):
                     raise WorkersFailed("", self._standstill(waited_s), monotonic_s())
@@ -363,7 +447,11 @@ class _CellRunner:
 
     def _kill(self, kill: Kills, t0_s: float) -> None:
         for worker in kill.workers:
-            alive = [rank for rank in self._cell.ranks_of(worker) if rank not in self._codes and rank not in self._done]
+            alive = [
+                rank
+                for rank in self._cell.ranks_of(worker)
+                if rank not in self._codes and rank not in self._done
+            ]
             for rank in alive:
                 self._processes[rank].kill()
             if alive:
@@ -371,13 +459,22 @@ class _CellRunner:
                 self._killed.update(alive)
                 self._wanted = self._wanted or kill.restart
 
-    def _record(self, t_s: float, worker: str, kind: str, text: str = "", planned_s: float | None = None) -> None:
+    def _record(
+        self, t_s: float, worker: str, kind: str, text: str = "", planned_s: float | None = None
+    ) -> None:
         if self._records is not None:
-            row = {"planned_s": planned_s, "t_s": round(t_s, 6), "worker": worker, "kind": kind, "text": text}
+            row = {
+                "planned_s": planned_s,
+                "t_s": round(t_s, 6),
+                "worker": worker,
+                "kind": kind,
+                "text": text,
+            }
             self._records.append([row])
 
     def _restart(self, failure: WorkersFailed, t0_s: float) -> None:
-        """Start all workers again, at t = 0 of before; raises the failure if that is not wanted, or has helped no more."""
+        """Start all workers again, at t = 0 of before; raises the failure if that is not wanted, or
+        has helped no more."""
         while True:
             if not self._cell.restarts and not self._wanted:
                 raise failure
@@ -386,7 +483,10 @@ class _CellRunner:
             self._futile = 0 if reached > self._furthest or self._wanted else self._futile + 1
             self._furthest = max(self._furthest, reached)
             if self._futile >= _FUTILE_RESTARTS:
-                raise CellFailed(f"{failure}; {self._futile} new starts in a row came no further than step {self._furthest}")
+                raise CellFailed(
+                    f"{failure}; {self._futile} new starts in a row came no further than step"
+                    f" {self._furthest}"
+                )
             self._end_workers()
             self._restarts += 1
             try:
@@ -406,11 +506,22 @@ class _CellRunner:
         for rank in self._ranks:
             self._processes[rank].kill()
         given_up_s = monotonic_s() + _KILLED_S
-        while any(self._processes[rank].poll() is None for rank in self._ranks) and monotonic_s() < given_up_s:
+        while (
+            any(self._processes[rank].poll() is None for rank in self._ranks)
+            and monotonic_s() < given_up_s
+        ):
             time.sleep(0.01)
         self._control.renew(self._ranks)
         said: tuple[dict[Member, Any], ...] = (
-            *(self._codes, self._failures, self._ready, self._done, self._in_work, self._held, self._at),
+            *(
+                self._codes,
+                self._failures,
+                self._ready,
+                self._done,
+                self._in_work,
+                self._held,
+                self._at,
+            ),
             *(self._heard_s, self._lost_s),
         )
         for by_member in said:
@@ -427,23 +538,38 @@ class _CellRunner:
         late = [rank for rank in self._ranks if rank not in self._codes]
         self._control.broadcast({"type": "where"})
         asked_s = monotonic_s()
-        while monotonic_s() - asked_s < _LAST_WORDS_S and not all(rank in self._at for rank in late):
+        while monotonic_s() - asked_s < _LAST_WORDS_S and not all(
+            rank in self._at for rank in late
+        ):
             self._receive(0.1)
         logs = self._directory / "logs"
         if len(self._done) == len(self._ranks):
             still = ", ".join(f"{self._name(rank)}{self._at.get(rank, '')}" for rank in late)
             return f"{still} was done and has not ended {waiting}; see {logs}"
-        doing = [f"{self._name(r)} in step {self._in_work.get(r, 0)}{self._at.get(r, '')}" for r in late if r not in self._done]
+        doing = [
+            f"{self._name(r)} in step {self._in_work.get(r, 0)}{self._at.get(r, '')}"
+            for r in late
+            if r not in self._done
+        ]
         cut = self._links_cut_for_good(math.inf)
         why = f", and {', '.join(cut)} is cut off" if cut else ""
         what = "the last step has not ended" if self._holding else "no step has ended"
         return f"{what} and no gradient moved {waiting}{why}: {', '.join(doing)}; see {logs}"
 
     def _links_cut_for_good(self, now_s: float) -> list[str]:
-        """Links of workers, and trunks, that are cut and that no change after a time connects again."""
-        joined = {change.link for change in self._cell.timeline if change.at_s > now_s and change.state.connected}
+        """Links of workers, and trunks, that are cut and that no change after a time connects
+        again."""
+        joined = {
+            change.link
+            for change in self._cell.timeline
+            if change.at_s > now_s and change.state.connected
+        }
         needed = {*self._cell.workers, *self._cell.lab.trunks} - joined
-        return [link for link, state in self._lab.links.states.items() if link in needed and not state.connected]
+        return [
+            link
+            for link, state in self._lab.links.states.items()
+            if link in needed and not state.connected
+        ]
 
     def _hold(self) -> None:
         self._holding = True
@@ -462,16 +588,23 @@ class _CellRunner:
         if heard.token != self._control.tokens[member]:
             return  # a last word of one that has been started again since
         self._heard_s[member] = heard.at_s
-        if not isinstance(member, int) and not isinstance(heard.message, messages.Ready | ProtocolViolation | Lost):
+        if not isinstance(member, int) and not isinstance(
+            heard.message, messages.Ready | ProtocolViolation | Lost
+        ):
             self._note(member, _Failure(heard.at_s, "said what is for workers to say"))
             return
         match heard.message:
             case Lost():
                 self._lost_s.setdefault(member, heard.at_s)
             case ProtocolViolation(error):
-                self._note(member, _Failure(heard.at_s, f"sent something that is no message: {error}"))
+                self._note(
+                    member, _Failure(heard.at_s, f"sent something that is no message: {error}")
+                )
             case messages.Failed(error=error, by_peer=by_peer):
-                self._note(member, _Failure(heard.at_s, f"failed: {protocol.one_line(error, 500)}", by_peer))
+                self._note(
+                    member,
+                    _Failure(heard.at_s, f"failed: {protocol.one_line(error, 500)}", by_peer),
+                )
             case messages.Ready():
                 self._ready[member] = heard.message
             case messages.Heartbeat(step=step):
@@ -490,7 +623,8 @@ class _CellRunner:
                 self._agree_on_the_last_step()
 
     def _agree_on_the_last_step(self) -> None:
-        # A rank that has ended by itself answers no more; the others are let go, and end by themselves after as many steps.
+        # A rank that has ended by itself answers no more; the others are let go, and end by
+        # themselves after as many steps.
         ended = {member: message.steps for member, message in self._done.items()}
         if self._holding and not self._stopped and len({**self._held, **ended}) == len(self._ranks):
             self._stopped = True
@@ -503,7 +637,8 @@ class _CellRunner:
         self._failures.setdefault(member, failure)
 
     def _check_programs(self) -> None:
-        """Raise CellFailed if one has failed: for whoever failed first, once the others have had time to say that they have."""
+        """Raise CellFailed if one has failed: for whoever failed first, once the others have had
+        time to say that they have."""
         now_s = monotonic_s()
         everyone_done = len(self._done) == len(self._ranks)
         if now_s < self._next_poll_s and not everyone_done:
@@ -518,19 +653,39 @@ class _CellRunner:
                         why = ", as the schedule has it,"
                     elif code == -signal.SIGKILL and _oom_kills() > self._oom_kills:
                         limit = self._cell.lab.limits.memory_bytes
-                        why = f", out of memory{'' if limit is None else f' (limits.memory is {format_size(limit)})'},"
-                    self._note(member, _Failure(self._lost_s.get(member, now_s), _end(code) + why + self._when(member)))
+                        most = "" if limit is None else f" (limits.memory is {format_size(limit)})"
+                        why = f", out of memory{most},"
+                    self._note(
+                        member,
+                        _Failure(
+                            self._lost_s.get(member, now_s), _end(code) + why + self._when(member)
+                        ),
+                    )
         for rank in self._ranks:
-            if rank not in self._codes and rank not in self._done and now_s - self._heard_s.get(rank, now_s) > SILENT_WORKER_S:
+            if (
+                rank not in self._codes
+                and rank not in self._done
+                and now_s - self._heard_s.get(rank, now_s) > SILENT_WORKER_S
+            ):
                 self._note(rank, _Failure(now_s, f"has not been heard for {SILENT_WORKER_S:g} s"))
             # Its last words may still be on their way.
-            if self._codes.get(rank) == 0 and rank not in self._done and now_s - self._ended_s(rank) > _LAST_WORDS_S:
+            if (
+                self._codes.get(rank) == 0
+                and rank not in self._done
+                and now_s - self._ended_s(rank) > _LAST_WORDS_S
+            ):
                 text = "ended with exit code 0 before it was done"
-                hint = "" if rank not in self._ready or not self._cell.program else ", without session.close()"
+                hint = (
+                    ""
+                    if rank not in self._ready or not self._cell.program
+                    else ", without session.close()"
+                )
                 self._note(rank, _Failure(now_s, text + hint))
         all_ended = all(rank in self._codes for rank in self._ranks)
         if self._failures and (all_ended or now_s - self._first_noticed_s > _LAST_WORDS_S):
-            member, failure = min(self._failures.items(), key=lambda found: (found[1].by_peer, found[1].at_s))
+            member, failure = min(
+                self._failures.items(), key=lambda found: (found[1].by_peer, found[1].at_s)
+            )
             text = f"{failure.text}; {_last_line(self._log(member))}"
             if isinstance(member, int):
                 raise WorkersFailed(self._name(member), text, failure.at_s)
@@ -542,14 +697,18 @@ class _CellRunner:
     def _when(self, member: Member) -> str:
         if member in self._done:
             return " after its last step"
-        return " before it was " + ("done" if member in self._ready else "ready") if isinstance(member, int) else ""
+        return (
+            " before it was " + ("done" if member in self._ready else "ready")
+            if isinstance(member, int)
+            else ""
+        )
 
 
 class _Progress:
     """Tells when a cell stands still: no step ends, and nothing arrives at the workers.
 
-    A step over a thin link may take an hour, but then gradients arrive all the time. Competing flows, which end up at workers
-    too, hide that; then steps alone count.
+    A step over a thin link may take an hour, but then gradients arrive all the time. Competing
+    flows, which end up at workers too, hide that; then steps alone count.
     """
 
     def __init__(self, now_s: float, cell: Cell) -> None:
@@ -560,7 +719,8 @@ class _Progress:
         self._moved_s = now_s
 
     def update(self, now_s: float, step: int, arrived_bytes: int) -> None:
-        """step: the newest in work; being done is one more. arrived_bytes: of all workers together, so far."""
+        """step: the newest in work; being done is one more. arrived_bytes: of all workers together,
+        so far."""
         if step > self._step:
             self._step, self._moved_s = step, now_s
         if self._counts_arrivals and arrived_bytes - self._arrived > _MOVED_BYTES:
@@ -568,7 +728,8 @@ class _Progress:
             self._arrived = arrived_bytes
 
     def too_long(self, now_s: float, cut: bool) -> float:
-        """Seconds without progress, if these are too many; else 0. cut: time is up, and a link is cut for good."""
+        """Seconds without progress, if these are too many; else 0. cut: time is up, and a link is
+        cut for good."""
         waited_s = now_s - self._moved_s
         limit_s = min(self._timeout_s, _CUT_S) if cut else self._timeout_s
         return waited_s if waited_s > limit_s else 0.0
@@ -579,7 +740,8 @@ def _end(code: int) -> str:
 
 
 def _oom_kills() -> int:
-    """How many processes the kernel has ended so far for want of memory, in any control group (/proc/vmstat, Linux 4.13)."""
+    """How many processes the kernel has ended so far for want of memory, in any control group
+    (/proc/vmstat, Linux 4.13)."""
     counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
     return int(counters.get("oom_kill", 0))
 

@@ -1,9 +1,10 @@
 """A sweep over several machines: the cells of a run as tasks of a Dask cluster.
 
-Dask (distributed) brings the machines, by SSH, Slurm, PBS or Kubernetes. One that offers ``--resources testbed=1`` runs one
-job at a time: all cells of one combination of the matrix, since methods are compared on one machine, or one cell.
-A cell comes home when it has ended, into the run directory here. When a machine is lost, the cells that it had not sent are run
-elsewhere.
+Dask (distributed) brings the machines, by SSH, Slurm, PBS or Kubernetes. One that offers
+``--resources testbed=1`` runs one job at a time: all cells of one combination of the matrix, since
+methods are compared on one machine, or one cell.
+A cell comes home when it has ended, into the run directory here. When a machine is lost, the cells
+that it had not sent are run elsewhere.
 """
 
 import contextlib
@@ -43,13 +44,19 @@ _LEAVE_S = 12.0
 
 
 def execute_on(
-    address: str, plan: Plan, directory: Path, console: Console, only: Collection[str] = (), *, spread: bool = False
+    address: str,
+    plan: Plan,
+    directory: Path,
+    console: Console,
+    only: Collection[str] = (),
+    *,
+    spread: bool = False,
 ) -> int:
     """Run every cell of a run directory that is not done yet on a cluster; returns the exit code.
 
-    address: of Dask's scheduler, tcp://host:8786, or ``local:N`` for N workers on this machine. only: as in ``sweep.execute``.
-    spread: any machine may take any cell, also where methods are compared. Raises LabError if there is no such cluster, or
-    nothing in it offers RESOURCE.
+    address: of Dask's scheduler, tcp://host:8786, or ``local:N`` for N workers on this machine.
+    only: as in ``sweep.execute``. spread: any machine may take any cell, also where methods are
+    compared. Raises LabError if there is no such cluster, or nothing in it offers RESOURCE.
     """
     _, interrupted = interrupt_main_thread_once(_LEAVE_S)
     try:
@@ -63,7 +70,8 @@ def execute_on(
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """A client of a cluster in which some machine offers RESOURCE. Raises LabError if there is none."""
+    """A client of a cluster in which some machine offers RESOURCE. Raises LabError if there is
+    none."""
     try:
         import distributed
     except ImportError:
@@ -73,20 +81,37 @@ def connected(address: str) -> Iterator[Any]:
         try:
             if count != address:
                 cluster = distributed.LocalCluster(
-                    n_workers=int(count), threads_per_worker=1, resources={RESOURCE: 1}, dashboard_address=None, silence_logs=50
+                    n_workers=int(count),
+                    threads_per_worker=1,
+                    resources={RESOURCE: 1},
+                    dashboard_address=None,
+                    silence_logs=50,
                 )
                 address = stack.enter_context(cluster).scheduler_address
-            client = stack.enter_context(distributed.Client(address, timeout=5, set_as_default=False))
+            client = stack.enter_context(
+                distributed.Client(address, timeout=5, set_as_default=False)
+            )
         except (OSError, ValueError, ImportError) as error:  # of what the address needs
-            raise LabError(f"--on {address}: no Dask scheduler can be reached there: {one_line(str(error))}") from None
+            raise LabError(
+                f"--on {address}: no Dask scheduler can be reached there: {one_line(str(error))}"
+            ) from None
         except TypeError as error:  # what Dask raises where it has no certificates to show
             mend = "configure distributed.comm.tls, or use tcp://"
-            raise LabError(f"--on {address}: Dask has no TLS configuration here ({one_line(str(error))}); {mend}") from None
+            raise LabError(
+                f"--on {address}: Dask has no TLS configuration here ({one_line(str(error))});"
+                f" {mend}"
+            ) from None
         given_up_s = time.monotonic() + _NO_MACHINE_S
-        while not any(RESOURCE in worker["resources"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()):
+        while not any(
+            RESOURCE in worker["resources"]
+            for worker in client.scheduler_info(n_workers=-1)["workers"].values()
+        ):
             if time.monotonic() > given_up_s:
                 offer = f"dask worker {address} --nthreads 1 --resources {RESOURCE}=1"
-                raise LabError(f"--on {address}: no machine there offers to run cells; start some with: {offer}")
+                raise LabError(
+                    f"--on {address}: no machine there offers to run cells; start some with:"
+                    f" {offer}"
+                )
             time.sleep(_POLL_S)
         yield client
 
@@ -101,13 +126,31 @@ class _Sweep:
         from distributed import Queue, Variable
 
         cells = in_turn(self._plan)
-        pending = [cell for cell in cells if cell.name in only] if only else not_done(cells, self._directory)
-        arrivals, done = Queue(self._name, client=self._client), Variable(self._name, client=self._client)
+        pending = (
+            [cell for cell in cells if cell.name in only]
+            if only
+            else not_done(cells, self._directory)
+        )
+        arrivals, done = (
+            Queue(self._name, client=self._client),
+            Variable(self._name, client=self._client),
+        )
         done.set([])
-        files, links = _packed(self._directory, [SPEC_FILE, SCRIPT, TRACES]), _links(self._directory / DATA)
+        files, links = (
+            _packed(self._directory, [SPEC_FILE, SCRIPT, TRACES]),
+            _links(self._directory / DATA),
+        )
         tasks = [
             self._client.submit(
-                run_job, self._name, files, links, cells, _version(), resources={RESOURCE: 1}, pure=False, retries=0
+                run_job,
+                self._name,
+                files,
+                links,
+                cells,
+                _version(),
+                resources={RESOURCE: 1},
+                pure=False,
+                retries=0,
             )
             for cells in _jobs(pending, spread)
         ]
@@ -147,8 +190,13 @@ class _Sweep:
             (Path(half) / name).rename(self._place(name))
         self._home.add(name)
         result = read_result(self._place(name)) or {}
-        text = f"{result.get('status')}, {result.get('steps')} steps in {result.get('t_end_s', 0):.1f} s on {one_line(machine)}"
-        self._say(f"[{len(self._home)}/{of}] {name}: {'; '.join([text, *result.get('problems', [])])}")
+        text = (
+            f"{result.get('status')}, {result.get('steps')} steps in {result.get('t_end_s', 0):.1f}"
+            f" s on {one_line(machine)}"
+        )
+        self._say(
+            f"[{len(self._home)}/{of}] {name}: {'; '.join([text, *result.get('problems', [])])}"
+        )
         return bool(result.get("status") != "done")
 
     def _say(self, line: str) -> None:
@@ -174,7 +222,9 @@ def _jobs(cells: Sequence[Cell], spread: bool) -> list[list[str]]:
     """What a machine runs at a time: the cells of one combination of the matrix."""
     jobs: dict[str, list[str]] = {}
     for cell in cells:
-        jobs.setdefault(cell.name if spread else repr(sorted(cell.overrides.items())), []).append(cell.name)
+        jobs.setdefault(cell.name if spread else repr(sorted(cell.overrides.items())), []).append(
+            cell.name
+        )
     return list(jobs.values())
 
 
@@ -186,7 +236,8 @@ def _version() -> str:
 
 
 def _packed(parent: Path, names: Sequence[str]) -> bytes:
-    """Files and folders of a directory as a compressed archive; those that are not there are left out."""
+    """Files and folders of a directory as a compressed archive; those that are not there are left
+    out."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=1) as tar:
         for name in names:
@@ -196,7 +247,8 @@ def _packed(parent: Path, names: Sequence[str]) -> bytes:
 
 
 def unpack(packed: bytes, directory: Path) -> None:
-    """Files and folders of an archive that lie below the directory; nothing else, whatever is in it."""
+    """Files and folders of an archive that lie below the directory; nothing else, whatever is in
+    it."""
     with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
         for member in tar:
             path = PurePath(member.name)
@@ -216,9 +268,11 @@ def _links(folder: Path) -> dict[str, str]:
 
 
 def run_job(name: str, files: bytes, links: dict[str, str], cells: list[str], version: str) -> str:
-    """On a machine of the cluster: run some cells, and send each home when it has ended; returns what went wrong, or "".
+    """On a machine of the cluster: run some cells, and send each home when it has ended; returns
+    what went wrong, or "".
 
-    name: of Dask's queue that takes (machine, cell, archive), and of the variable with the cells that are home already.
+    name: of Dask's queue that takes (machine, cell, archive), and of the variable with the cells
+    that are home already.
     """
     from distributed import Queue, Variable, get_client, get_worker
 
@@ -226,13 +280,16 @@ def run_job(name: str, files: bytes, links: dict[str, str], cells: list[str], ve
 
     machine = platform.node()
     if version != _version():
-        raise RuntimeError(f"{machine} has netsenseml {_version()}, where the sweep was started it is {version}")
+        raise RuntimeError(
+            f"{machine} has netsenseml {_version()}, where the sweep was started it is {version}"
+        )
     client, worker = get_client(), get_worker()
     key = worker.get_current_task()
     arrivals = Queue(name, client=client)
     home = set(Variable(name, client=client).get(timeout=30))
     left = [cell for cell in cells if cell not in home]
-    if not left:  # whoever had this job before has ended right after its last cell; no names would stand for all
+    # whoever had this job before has ended right after its last cell; no names would stand for all
+    if not left:
         return ""
     with tempfile.TemporaryDirectory(prefix="netsense-") as temporary:
         directory = Path(temporary) / "run"
@@ -254,13 +311,18 @@ def run_job(name: str, files: bytes, links: dict[str, str], cells: list[str], ve
             try:
                 while True:
                     ended = process.poll() is not None
-                    for cell in [cell for cell in left if _has_ended(directory / "cells" / cell, ended)]:
+                    for cell in [
+                        cell for cell in left if _has_ended(directory / "cells" / cell, ended)
+                    ]:
                         left.remove(cell)
                         finish_cell(directory / "cells" / cell)
                         arrivals.put((machine, cell, _packed(directory / "cells", [cell])))
                     if ended:
                         break
-                    if key not in worker.state.tasks or worker.state.tasks[key].state != "executing":
+                    if (
+                        key not in worker.state.tasks
+                        or worker.state.tasks[key].state != "executing"
+                    ):
                         raise RuntimeError("the sweep was ended")
                     time.sleep(_POLL_S)
             finally:
@@ -268,7 +330,11 @@ def run_job(name: str, files: bytes, links: dict[str, str], cells: list[str], ve
                     process.send_signal(signal.SIGINT)
                     process.wait()
             log.seek(0)
-            said = [line.removeprefix("testbed: ").strip() for line in log if line.startswith("testbed: ")]
+            said = [
+                line.removeprefix("testbed: ").strip()
+                for line in log
+                if line.startswith("testbed: ")
+            ]
     if not left:
         return ""
     return f"{machine}: {said[-1] if said else f'ended with exit code {process.returncode}'}"
@@ -281,5 +347,9 @@ def _has_ended(cell: Path, all_have: bool) -> bool:
 
 
 def _bar(console: Console) -> Progress:
-    columns = TextColumn("{task.completed:.0f}/{task.total:.0f} {task.description}"), BarColumn(), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+    )
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

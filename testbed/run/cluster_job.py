@@ -1,6 +1,7 @@
 """Some cells of a run: ``python -m testbed.run.cluster_job RUN_DIRECTORY CELL …``.
 
-Not for people: ``testbed.run.cluster`` starts it on another machine, with a pipe as standard input whose end means stop.
+Not for people: ``testbed.run.cluster`` starts it on another machine, with a pipe as standard input
+whose end means stop.
 """
 
 import os
@@ -23,7 +24,9 @@ from testbed.spec.load import load_spec
 def main() -> int:
     """Run the cells; the exit codes of ``testbed run``, less those of the results."""
     directory, cells = Path(sys.argv[1]), sys.argv[2:]
-    threading.Thread(target=watch_parent_pipe, args=(lambda: os.kill(os.getpid(), signal.SIGINT),), daemon=True).start()
+    threading.Thread(
+        target=watch_parent_pipe, args=(lambda: os.kill(os.getpid(), signal.SIGINT),), daemon=True
+    ).start()
     plan = make_plan(load_spec(directory / run_directory.SPEC_FILE), directory)
     try:
         check_machine(plan)

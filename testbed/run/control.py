@@ -1,4 +1,5 @@
-"""The orchestrator's end of the control socket: one thread, all workers of a cell and the programs of its traffic."""
+"""The orchestrator's end of the control socket: one thread, all workers of a cell and the programs
+of its traffic."""
 
 import contextlib
 import queue
@@ -39,7 +40,8 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What came from a member, and when (CLOCK_MONOTONIC). token: by which it had shown who it is."""
+    """What came from a member, and when (CLOCK_MONOTONIC). token: by which it had shown who it
+    is."""
 
     member: Member
     message: Message | ProtocolViolation | Lost
@@ -59,7 +61,8 @@ class _Connection:
 class ControlServer:
     """Accepts the members of a cell, sends heartbeats, and puts what they say into ``inbox``.
 
-    ``tokens`` has what each of them must show; connections that show none of these are closed without a word, so
+    ``tokens`` has what each of them must show; connections that show none of these are closed
+    without a word, so
     that a stranger can neither speak for a member nor stop the cell.
     """
 
@@ -75,13 +78,19 @@ class ControlServer:
     def __enter__(self) -> Self:
         self._path.unlink(missing_ok=True)
         self._server = protocol.listen_unix(self._path)
-        self._path.chmod(0o666)  # a worker container runs as another user; the tokens guard the socket
+        # a worker container runs as another user; the tokens guard the socket
+        self._path.chmod(0o666)
         self._server.setblocking(False)
         self._thread = threading.Thread(target=self._serve, name="control", daemon=True)
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._stopping.set()
         self._thread.join(timeout=2)
         self._server.close()
@@ -99,12 +108,14 @@ class ControlServer:
                 except OSError:
                     sent = 0
                 if sent < len(line):
-                    # It has gone, or has not read for so long that its buffer is full: the reading side reports the loss.
+                    # It has gone, or has not read for so long that its buffer is full: the reading
+                    # side reports the loss.
                     with contextlib.suppress(OSError):
                         connection.socket.shutdown(socket.SHUT_RDWR)
 
     def renew(self, members: Iterable[Member]) -> None:
-        """Give other tokens to members that are to be started again, so that last words of the old ones are told apart."""
+        """Give other tokens to members that are to be started again, so that last words of the old
+        ones are told apart."""
         with self._lock:
             for member in members:
                 self._members.pop(self.tokens[member], None)
@@ -120,7 +131,9 @@ class ControlServer:
                 if now >= next_beat:
                     self.broadcast({"type": "heartbeat"})
                     next_beat = now + protocol.HEARTBEAT_S
-                for key, _ in selector.select(timeout=min(0.2, next_beat - now) if next_beat > now else 0):
+                for key, _ in selector.select(
+                    timeout=min(0.2, next_beat - now) if next_beat > now else 0
+                ):
                     if key.fileobj is self._server:
                         self._accept(selector)
                     elif key.data in self._connections.values():  # or it has just been closed
@@ -136,7 +149,9 @@ class ControlServer:
         except OSError:
             return  # whoever called has hung up
         accepted.setblocking(False)
-        strangers = [connection for connection in self._connections.values() if connection.member is None]
+        strangers = [
+            connection for connection in self._connections.values() if connection.member is None
+        ]
         if len(strangers) >= len(self.tokens) + _SPARE_CONNECTIONS:
             self._close(selector, strangers[0])
         connection = _Connection(accepted)
@@ -157,7 +172,9 @@ class ControlServer:
                 self._take(connection, parse_message(content), now_s)
         except ValueError as error:
             if connection.member is not None:
-                self.inbox.put(Heard(connection.member, ProtocolViolation(str(error)), now_s, connection.token))
+                self.inbox.put(
+                    Heard(connection.member, ProtocolViolation(str(error)), now_s, connection.token)
+                )
             data = b""
         if not data:
             self._close(selector, connection)

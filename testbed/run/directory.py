@@ -18,9 +18,24 @@ from pathlib import Path
 import psutil
 
 from testbed import gpus
-from testbed.files import everything_in, is_directory, is_file, no_room, read_json, remove_tree, replacing
+from testbed.files import (
+    everything_in,
+    is_directory,
+    is_file,
+    no_room,
+    read_json,
+    remove_tree,
+    replacing,
+)
 from testbed.protocol import one_line
-from testbed.spec.files import data_folders, find_folder, script_files, trace_files, with_data_folders, with_trace_files
+from testbed.spec.files import (
+    data_folders,
+    find_folder,
+    script_files,
+    trace_files,
+    with_data_folders,
+    with_trace_files,
+)
 from testbed.spec.load import dump_spec
 from testbed.spec.models import ScriptSpec, Spec
 
@@ -30,7 +45,8 @@ RESERVE_FILE = ".reserve"
 _RESERVE_BYTES = 1 << 18
 """Enough for the result of a cell, whatever went wrong in it."""
 _LEAST_FREE_BYTES, _LEAST_FREE_SHARE = 1 << 27, 0.01
-"""Below the lesser of the two a cell ends, before its worker fills the disk for everybody; it may write fast."""
+"""Below the lesser of the two a cell ends, before its worker fills the disk for everybody; it may
+write fast."""
 ENVIRONMENT_FILE = "environment.json"
 SCRIPT = "script"
 TRACES = "traces"
@@ -52,18 +68,24 @@ class NoRoom(Exception):
 
 @contextmanager
 def run_lock(directory: Path) -> Iterator[int]:
-    """Only one at a time runs the cells of a directory; raises RunIsBusy if another does. Yields a descriptor.
+    """Only one at a time runs the cells of a directory; raises RunIsBusy if another does. Yields a
+    descriptor.
 
-    The lock ends with the last process that has the descriptor open, in whatever way. A file system without locks has none.
+    The lock ends with the last process that has the descriptor open, in whatever way. A file system
+    without locks has none.
     """
-    lock = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    lock = os.open(
+        directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
+    )
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
             who = f"process {holder}" if holder.isdigit() else "another process"
-            raise RunIsBusy(f"{directory}: {who} is running it; wait for that to end, or end it") from None
+            raise RunIsBusy(
+                f"{directory}: {who} is running it; wait for that to end, or end it"
+            ) from None
         except OSError:
             pass
         os.ftruncate(lock, 0)
@@ -76,7 +98,9 @@ def run_lock(directory: Path) -> Iterator[int]:
 def is_being_run(directory: Path) -> bool:
     """Whether a process holds the lock of a run directory now."""
     try:
-        lock = os.open(directory / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        lock = os.open(
+            directory / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        )
     except OSError:
         return False
     try:
@@ -91,8 +115,11 @@ def is_being_run(directory: Path) -> bool:
 
 
 def reserve_room(directory: Path) -> None:
-    """Set room aside, so that a cell's result can be written on a disk that is full; raises OSError if little is left."""
-    reserve = os.open(directory / RESERVE_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    """Set room aside, so that a cell's result can be written on a disk that is full; raises OSError
+    if little is left."""
+    reserve = os.open(
+        directory / RESERVE_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
+    )
     try:
         os.posix_fallocate(reserve, 0, _RESERVE_BYTES)
     finally:
@@ -104,7 +131,9 @@ def reserve_room(directory: Path) -> None:
 def is_nearly_full(directory: Path) -> bool:
     """Whether so little is left on its disk that a run should end."""
     disk = os.statvfs(directory)
-    return disk.f_bavail * disk.f_frsize < min(_LEAST_FREE_BYTES, _LEAST_FREE_SHARE * disk.f_blocks * disk.f_frsize)
+    return disk.f_bavail * disk.f_frsize < min(
+        _LEAST_FREE_BYTES, _LEAST_FREE_SHARE * disk.f_blocks * disk.f_frsize
+    )
 
 
 def release_reserve(directory: Path) -> None:
@@ -124,15 +153,21 @@ def is_full(directory: Path) -> bool:
 
 
 def create(spec: Spec, parent: Path, spec_directory: Path) -> Path:
-    """A new run directory ``<name>-<UTC time>`` with spec.yaml, environment.json and copies of all files that the spec names.
+    """A new run directory ``<name>-<UTC time>`` with spec.yaml, environment.json and copies of all
+    files that the spec names.
 
-    spec_directory: where the spec lies. With the copies a run can be resumed, and read, after script and traces have changed.
-    Folders of data sets are not copied, there are links to them. Raises NoPlace; whatever goes wrong, nothing is left of it.
+    spec_directory: where the spec lies. With the copies a run can be resumed, and read, after
+    script and traces have changed. Folders of data sets are not copied, there are links to them.
+    Raises NoPlace; whatever goes wrong, nothing is left of it.
     """
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        what = "is a link that leads nowhere" if parent.is_symlink() else "is no directory, and run directories lie in one"
+        what = (
+            "is a link that leads nowhere"
+            if parent.is_symlink()
+            else "is no directory, and run directories lie in one"
+        )
         raise NoPlace(f"{parent}: {what}; name another place with --out") from None
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     for number in itertools.count(1):
@@ -160,13 +195,15 @@ def _fill(directory: Path, spec: Spec, spec_directory: Path) -> None:
 
 
 def note_environment(directory: Path) -> list[str]:
-    """Add what this machine is now to environment.json, if that is another; returns what differs, one line each."""
+    """Add what this machine is now to environment.json, if that is another; returns what differs,
+    one line each."""
     now = environment()
     file = directory / ENVIRONMENT_FILE
     recorded = read_json(file) or {}
     later = [entry for entry in recorded.get("resumed") or [] if isinstance(entry, dict)]
     newest = later[-1] if later else recorded
-    same = {"load_average", "memory_bytes"}  # the load is never the same, the memory of containers hardly
+    # the load is never the same, the memory of containers hardly
+    same = {"load_average", "memory_bytes"}
     changed = [key for key in now if key not in same and newest.get(key) != now[key]]
     if changed:
         with replacing(file) as path:
@@ -175,7 +212,8 @@ def note_environment(directory: Path) -> list[str]:
 
 
 def _copy_script(script: ScriptSpec, spec_directory: Path, directory: Path) -> str:
-    """Copy a script with what it needs into a folder of its own; returns its path in the run directory."""
+    """Copy a script with what it needs into a folder of its own; returns its path in the run
+    directory."""
     original = (spec_directory / script.file).resolve()
     for path in script_files(original, script.files):
         target = directory / SCRIPT / path.relative_to(original.parent)
@@ -188,12 +226,17 @@ def _copy_script(script: ScriptSpec, spec_directory: Path, directory: Path) -> s
 
 
 def _not_copied(run: Path) -> Callable[[str, list[str]], set[str]]:
-    """For copytree: caches, what is neither a file nor a folder, such as a link that leads nowhere (editors lock files so),
-    and the folders of runs, which may lie in a folder that is copied into one of them."""
+    """For copytree: caches, what is neither a file nor a folder, such as a link that leads nowhere
+    (editors lock files so), and the folders of runs, which may lie in a folder that is copied into
+    one of them."""
     runs = run.parent.resolve()
 
     def is_left_out(path: Path) -> bool:
-        return path.name in ("__pycache__", ".git") or path == runs or not (is_file(path) or is_directory(path))
+        return (
+            path.name in ("__pycache__", ".git")
+            or path == runs
+            or not (is_file(path) or is_directory(path))
+        )
 
     def ignored(folder: str, names: list[str]) -> set[str]:
         place = Path(folder).resolve()
@@ -230,7 +273,9 @@ def _with_data_linked(spec: Spec, spec_directory: Path, directory: Path) -> Spec
 def _free_name(wanted: Path, names: Mapping[str, str]) -> str:
     """The wanted name, or one with a number if it is taken."""
     numbered = (wanted.with_stem(f"{wanted.stem}-{number}") for number in itertools.count(2))
-    return next(str(path) for path in itertools.chain([wanted], numbered) if str(path) not in names.values())
+    return next(
+        str(path) for path in itertools.chain([wanted], numbered) if str(path) not in names.values()
+    )
 
 
 def environment() -> dict[str, object]:
@@ -256,7 +301,12 @@ def environment() -> dict[str, object]:
 def machine() -> dict[str, object]:
     """Which machine this is, and what decides how fast it is."""
     cores = len(os.sched_getaffinity(0))
-    return {"machine": platform.node(), "kernel": platform.release(), "processor": _processor(), "cores": cores}
+    return {
+        "machine": platform.node(),
+        "kernel": platform.release(),
+        "processor": _processor(),
+        "cores": cores,
+    }
 
 
 def _congestion_control() -> str | None:
@@ -272,11 +322,15 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def give_to_owner_of(parent: Path, directory: Path) -> str:
-    """Hand a tree made as root to the owner of the directory above it; no effect for anyone but root.
+    """Hand a tree made as root to the owner of the directory above it; no effect for anyone but
+    root.
 
     Returns one line if that cannot be done, which takes nothing away from the run.
     """
@@ -286,6 +340,7 @@ def give_to_owner_of(parent: Path, directory: Path) -> str:
     for path in everything_in(directory):
         try:
             os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
-        except OSError as error:  # root has not every right everywhere: in containers, on file systems of others
+        except OSError as error:
+            # root has not every right everywhere: in containers, on file systems of others
             return f"{directory} still belongs to root: {error.strerror}"
     return ""

@@ -1,4 +1,5 @@
-"""What lies in a directory of runs, at a glance: from names and summaries alone, so that hundreds of runs take no time."""
+"""What lies in a directory of runs, at a glance: from names and summaries alone, so that hundreds
+of runs take no time."""
 
 import re
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ _STAMP = re.compile(r"-(\d{8}T\d{6}Z)(?:-\d+)?$")
 class Listed:
     """One run directory.
 
-    began: UTC, as its name has it, else when it was made. verdict: "valid", "invalid", "running"; "unfinished": it has no
-    summary (yet); "damaged": it has one that cannot be read.
+    began: UTC, as its name has it, else when it was made. verdict: "valid", "invalid", "running";
+    "unfinished": it has no summary (yet); "damaged": it has one that cannot be read.
     """
 
     directory: str
@@ -34,7 +35,8 @@ class Listed:
 
 
 def list_runs(folder: Path) -> list[Listed]:
-    """The run directories in a folder, newest first; what else lies there is left out. Raises NotARun if there is no folder."""
+    """The run directories in a folder, newest first; what else lies there is left out. Raises
+    NotARun if there is no folder."""
     try:
         paths = [path for path in folder.iterdir() if not path.is_symlink() and is_directory(path)]
     except OSError as error:
@@ -75,7 +77,10 @@ def _verdict(path: Path) -> tuple[str, str]:
         if is_being_run(path):
             return "running", f"{done} {'cell' if done == 1 else 'cells'} done"
         if not (path / SUMMARY_FILE).exists():
-            return "unfinished", f"{done} of {cells} cells are done; go on with: testbed run --resume {path}"
+            return (
+                "unfinished",
+                f"{done} of {cells} cells are done; go on with: testbed run --resume {path}",
+            )
     except OSError as error:
         return "damaged", f"cannot be read: {error.strerror}"
     try:
@@ -88,7 +93,9 @@ def _verdict(path: Path) -> tuple[str, str]:
 def _count(path: Path) -> tuple[int, int]:
     """(cells that are done, all cells)."""
     cells = [cell for cell in (path / "cells").iterdir() if is_directory(cell)]
-    results = [read_json(cell / RESULT_FILE) or {} for cell in cells if is_regular(cell / RESULT_FILE)]
+    results = [
+        read_json(cell / RESULT_FILE) or {} for cell in cells if is_regular(cell / RESULT_FILE)
+    ]
     return sum(result.get("status") == "done" for result in results), len(cells)
 
 
@@ -102,5 +109,7 @@ def runs_table(runs: Sequence[Listed]) -> RenderableType:
     styles = {"valid": "green", "running": "bold", "unfinished": "yellow"}
     for run in runs:
         verdict = Text(run.verdict, style=styles.get(run.verdict, "red"))
-        table.add_row(f"{run.began:%Y-%m-%d %H:%M}", Text(run.directory), verdict, Text(run.headline))
+        table.add_row(
+            f"{run.began:%Y-%m-%d %H:%M}", Text(run.directory), verdict, Text(run.headline)
+        )
     return table

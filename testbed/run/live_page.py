@@ -1,4 +1,5 @@
-"""The live page of a run that this process is about to make: served by a child that ends with it."""
+"""The live page of a run that this process is about to make: served by a child that ends with
+it."""
 
 import contextlib
 import os
@@ -18,20 +19,30 @@ LINGER_S = 10.0
 
 @contextlib.contextmanager
 def live_page(directory: Path, console: Console) -> Iterator[Callable[[], None]]:
-    """Serve the page of a run directory during the block; yields what says that the run has ended, and has a report.
+    """Serve the page of a run directory during the block; yields what says that the run has ended,
+    and has a report.
 
-    The child's standard input is a pipe that only we hold open, so it ends when we do, in whatever way. It is a process of its
-    own and in no hurry, lest it disturb the cells; and whatever befalls it, the run goes on without a page.
+    The child's standard input is a pipe that only we hold open, so it ends when we do, in whatever
+    way. It is a process of its own and in no hurry, lest it disturb the cells; and whatever befalls
+    it, the run goes on without a page.
     """
     read_end, parent_pipe = os.pipe2(os.O_CLOEXEC)
     command = module_command("testbed.live", str(directory.resolve()), "127.0.0.1", "0")
-    # A process group of its own: Ctrl-C is for us, and then the pipe tells it. What goes wrong there is nothing for a terminal.
+    # A process group of its own: Ctrl-C is for us, and then the pipe tells it. What goes wrong
+    # there is nothing for a terminal.
     child = subprocess.Popen(
-        command, stdin=read_end, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, process_group=0
+        command,
+        stdin=read_end,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        process_group=0,
     )
     os.close(read_end)
     try:
-        console.print(f"live page: {_first_line(child)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"live page: {_first_line(child)}", markup=False, highlight=False, soft_wrap=True
+        )
         yield lambda: _say_ended(parent_pipe)
     finally:
         os.close(parent_pipe)

@@ -1,4 +1,5 @@
-"""Whether this machine can make the traffic that was asked for; found out before anything starts."""
+"""Whether this machine can make the traffic that was asked for; found out before anything
+starts."""
 
 import shutil
 from collections.abc import Collection
@@ -12,7 +13,8 @@ _BUILTIN = "leave engine out: the built-in one needs nothing"
 
 
 def check_congestion(names: Collection[str | None], *, privileged: bool) -> None:
-    """Raise LabError with the mend if this machine lacks a congestion control; None stands for its own.
+    """Raise LabError with the mend if this machine lacks a congestion control; None stands for its
+    own.
 
     privileged: who chooses it has CAP_NET_ADMIN in the network namespace.
     """
@@ -23,7 +25,8 @@ def check_congestion(names: Collection[str | None], *, privileged: bool) -> None
 
 def check_traffic(flows: Collection[Flow], lab: str) -> None:
     """Raise LabError with the mend if hosts of a lab lack a congestion control or iperf3."""
-    # Programs are root in the namespaces of the netns lab; in containers they have no rights at all.
+    # Programs are root in the namespaces of the netns lab; in containers they have no rights at
+    # all.
     check_congestion({flow.congestion for flow in flows}, privileged=lab == "netns")
     if not any(flow.engine == "iperf3" for flow in flows):
         return
@@ -34,5 +37,10 @@ def check_traffic(flows: Collection[Flow], lab: str) -> None:
         from testbed.labs.docker import image_has
 
         if not image_has(PROGRAM):
-            mend = f"add it to containers/Dockerfile (RUN apt-get update && apt-get install -y {PROGRAM}), or {_BUILTIN}"
-            raise LabError(f"engine: {PROGRAM} needs a program that the image of the hosts lacks; {mend}")
+            mend = (
+                "add it to containers/Dockerfile (RUN apt-get update && apt-get install -y"
+                f" {PROGRAM}), or {_BUILTIN}"
+            )
+            raise LabError(
+                f"engine: {PROGRAM} needs a program that the image of the hosts lacks; {mend}"
+            )

@@ -1,4 +1,5 @@
-"""What workers and programs of traffic may say on the control socket; ``testbed.protocol`` says what it means.
+"""What workers and programs of traffic may say on the control socket; ``testbed.protocol`` says
+what it means.
 
 They run code of others, so nothing that they send is believed before it has one of these shapes.
 """
@@ -25,7 +26,8 @@ class Hello(_Message):
 
 
 class Ready(_Message):
-    """Ready to start. parameters: hash of the model's, equal on all ranks; a program of traffic has none."""
+    """Ready to start. parameters: hash of the model's, equal on all ranks; a program of traffic has
+    none."""
 
     type: Literal["ready"]
     pid: Annotated[int, Field(ge=1, le=2**22)] | None = None
@@ -81,7 +83,10 @@ class Where(_Message):
     at: str = Field(max_length=1000)
 
 
-Message = Annotated[Hello | Ready | Heartbeat | Holding | Evaluated | Done | Failed | Where, Field(discriminator="type")]
+Message = Annotated[
+    Hello | Ready | Heartbeat | Holding | Evaluated | Done | Failed | Where,
+    Field(discriminator="type"),
+]
 _MESSAGE: TypeAdapter[Message] = TypeAdapter(Message)
 
 
@@ -92,4 +97,8 @@ def parse_message(content: dict[str, Any]) -> Message:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"][1:])
-        raise ValueError(one_line(f"type {content.get('type')!r:.40}: {place + ': ' if place else ''}{first['msg']}")) from None
+        raise ValueError(
+            one_line(
+                f"type {content.get('type')!r:.40}: {place + ': ' if place else ''}{first['msg']}"
+            )
+        ) from None

@@ -43,7 +43,12 @@ class RunProgress:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._bar.stop()
 
     def retry(self) -> None:
@@ -57,14 +62,18 @@ class RunProgress:
         self._number += 1
         self._next_line_s = time.monotonic() + _PLAIN_EVERY_S
         if self._live:
-            self._task = self._bar.add_task(self._title() + self._left(), total=1.0, note="starting workers")
+            self._task = self._bar.add_task(
+                self._title() + self._left(), total=1.0, note="starting workers"
+            )
         else:
             self._say(f"starting {len(cell.workers)} workers{self._left()}")
 
     def tick(self, t_s: float, step: int) -> None:
         """The cell is ``t_s`` seconds old and works on ``step``."""
         if self._live and self._task is not None:
-            self._bar.update(self._task, completed=self._share(t_s, step), note=self._step(t_s, step))
+            self._bar.update(
+                self._task, completed=self._share(t_s, step), note=self._step(t_s, step)
+            )
         elif not self._live and time.monotonic() >= self._next_line_s:
             self._next_line_s = time.monotonic() + _PLAIN_EVERY_S
             self._say(f"{t_s:.0f} s, {self._step(t_s, step)}")
@@ -78,7 +87,11 @@ class RunProgress:
         if not self._ended:
             return ""
         left_s = (time.monotonic() - self._began_s) / self._ended * (self._pending - self._ended)
-        return f", about {left_s / 60:.0f} min left" if left_s >= 90 else f", about {left_s:.0f} s left"
+        return (
+            f", about {left_s / 60:.0f} min left"
+            if left_s >= 90
+            else f", about {left_s:.0f} s left"
+        )
 
     def end(self, text: str) -> None:
         """The cell ended; ``text`` says how."""
@@ -93,7 +106,9 @@ class RunProgress:
 
     def _say(self, text: str) -> None:
         # In a file or a CI log a line stays one line, however long the cell's name.
-        self._console.print(f"{self._title()}: {text}", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(
+            f"{self._title()}: {text}", markup=False, highlight=False, soft_wrap=True
+        )
 
     def _share(self, t_s: float, step: int) -> float:
         stop = self._cell.stop

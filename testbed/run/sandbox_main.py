@@ -1,6 +1,8 @@
-"""The first process of a netns lab: ``python -m testbed.run.sandbox_main RUN_DIRECTORY LOCK [CELL …]``.
+"""The first process of a netns lab:
+``python -m testbed.run.sandbox_main RUN_DIRECTORY LOCK [CELL …]``.
 
-Not for people: ``testbed run`` starts it inside private namespaces, with a pipe as standard input whose end means stop.
+Not for people: ``testbed run`` starts it inside private namespaces, with a pipe as standard input
+whose end means stop.
 """
 
 import os
@@ -18,8 +20,10 @@ from testbed.signals import EXIT_INTERRUPTED, interrupt_main_thread_once, watch_
 
 
 def main() -> int:
-    """Run the cells; exit code 0, 1 (the disk is full), 4 (this machine cannot) or 130 (interrupted)."""
-    os.set_inheritable(int(sys.argv[2]), False)  # the lock of the run is held until this process ends, but by no worker
+    """Run the cells; exit code 0, 1 (the disk is full), 4 (this machine cannot) or 130
+    (interrupted)."""
+    # the lock of the run is held until this process ends, but by no worker
+    os.set_inheritable(int(sys.argv[2]), False)
     stop, interrupted = interrupt_main_thread_once()
     try:
         # It may say so at once: whoever started us can have ended while this process was loading.
@@ -31,7 +35,8 @@ def main() -> int:
         if isinstance(error, LabError):
             print(f"testbed: {error}", file=sys.stderr)
             return EXIT_CANNOT
-        if isinstance(error, NoRoom | OSError):  # or the run directory has gone, or may not be written to
+        # or the run directory has gone, or may not be written to
+        if isinstance(error, NoRoom | OSError):
             print(f"testbed: {_one_line(error)}", file=sys.stderr)
             return EXIT_FAILED
         raise

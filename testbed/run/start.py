@@ -1,4 +1,5 @@
-"""From a validated spec to a finished run: check the machine, make the directory, run the cells, write the results."""
+"""From a validated spec to a finished run: check the machine, make the directory, run the cells,
+write the results."""
 
 import contextlib
 import os
@@ -53,7 +54,8 @@ class Cluster:
             pass
 
     def run(self, plan: Plan, directory: Path, console: Console, only: Collection[str]) -> int:
-        """Returns the exit code, whatever the verdict of the cells. only: as in ``sweep.execute``."""
+        """Returns the exit code, whatever the verdict of the cells. only: as in
+        ``sweep.execute``."""
         from testbed.run.cluster import execute_on
 
         return execute_on(self.address, plan, directory, console, only, spread=self.spread)
@@ -61,7 +63,8 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How to run: ``quiet``, without progress; ``live``, with a page that shows it; ``on`` a cluster, or else this machine."""
+    """How to run: ``quiet``, without progress; ``live``, with a page that shows it; ``on`` a
+    cluster, or else this machine."""
 
     quiet: bool = False
     live: bool = False
@@ -72,7 +75,8 @@ _PLAIN = RunOptions()
 
 
 def lacking_gpu(plan: Plan) -> str | None:
-    """Why a plan that must have a GPU cannot have it on this machine, in its lab; None if nothing is missing."""
+    """Why a plan that must have a GPU cannot have it on this machine, in its lab; None if nothing
+    is missing."""
     if all(cell.lab.device != "cuda" for cell in plan.cells):
         return None
     names, daemon = gpus.found(), None
@@ -88,7 +92,8 @@ def lacking_gpu(plan: Plan) -> str | None:
 
 
 def check_machine(plan: Plan) -> str:
-    """Raise LabError, before anything is made, if this machine cannot run the plan; returns the engine that impairs links."""
+    """Raise LabError, before anything is made, if this machine cannot run the plan; returns the
+    engine that impairs links."""
     if fault := lacking_gpu(plan):
         raise LabError(fault)
     engine = "auto"
@@ -98,31 +103,40 @@ def check_machine(plan: Plan) -> str:
     if plan.lab == "netns":
         with groups_of_run(plan.limits):
             pass
-    check_congestion({cell.lab.tcp.congestion for cell in plan.cells}, privileged=True)  # we make the routes
+    # we make the routes
+    check_congestion({cell.lab.tcp.congestion for cell in plan.cells}, privileged=True)
     check_traffic([flow for cell in plan.cells for flow in cell.flows], plan.lab)
     return engine
 
 
 def choose_engine(lab: str, wanted: str, impaired: bool, qdiscs: Iterable[str]) -> str:
-    """What makes delay, jitter and loss: "netem" where the kernel has it, else "userspace", unless one of them is wanted.
+    """What makes delay, jitter and loss: "netem" where the kernel has it, else "userspace", unless
+    one of them is wanted.
 
-    Raises LabError if this machine's kernel lacks a kind of qdisc, or does not let us shape links with it.
+    Raises LabError if this machine's kernel lacks a kind of qdisc, or does not let us shape links
+    with it.
     """
     if lab == "swarm":
         return wanted  # each node says what its kernel lacks when it is to make its links
-    missing = _missing_kinds(lab, [*qdiscs, *(["netem"] if impaired and wanted != "userspace" else [])])
+    missing = _missing_kinds(
+        lab, [*qdiscs, *(["netem"] if impaired and wanted != "userspace" else [])]
+    )
     engine = wanted
     if wanted == "auto":
         engine = "userspace" if "netem" in missing else "netem"
     if engine == "netem" and "netem" in missing:
         raise LabError(
-            "delay, jitter, loss and the like need the kernel's netem, which is missing; use "
-            f"network.engine: auto, do without them, or {System.of_this_machine().load_module('sch_netem')}"
+            "delay, jitter, loss and the like need the kernel's netem, which is missing; use"
+            " network.engine: auto, do without them, or"
+            f" {System.of_this_machine().load_module('sch_netem')}"
         )
     if engine == "userspace" and impaired:
         _check_taps(lab)
     if others := [kind for kind in missing if kind != "netem"]:
-        raise LabError(f"this kernel has no {others[0]}; {System.of_this_machine().load_module(f'sch_{others[0]}')}")
+        raise LabError(
+            f"this kernel has no {others[0]};"
+            f" {System.of_this_machine().load_module(f'sch_{others[0]}')}"
+        )
     return engine
 
 
@@ -149,16 +163,24 @@ def _check_taps(lab: str) -> None:
 
 
 def _run_in_sandbox(module: str, *arguments: str) -> str:
-    """What a module of checks prints inside private namespaces; raises LabError with its last words."""
+    """What a module of checks prints inside private namespaces; raises LabError with its last
+    words."""
     command = [*sandbox_command(), *module_command(module, *arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+    )
     if done.returncode != 0:
         raise LabError(f"cannot make a lab: {why_it_failed(done)}")
     return done.stdout
 
 
 def start_run(
-    spec: Spec, plan: Plan, out: Path, script_directory: Path, console: Console, options: RunOptions = _PLAIN
+    spec: Spec,
+    plan: Plan,
+    out: Path,
+    script_directory: Path,
+    console: Console,
+    options: RunOptions = _PLAIN,
 ) -> tuple[int, Path]:
     """Run a new experiment; returns the exit code and the run directory."""
     engine = "auto"
@@ -166,8 +188,11 @@ def start_run(
         options.on.check()
     else:
         engine = check_machine(plan)
-    if engine != "auto" and plan.impaired and len(plan.engines) == 1:  # it is written down, and --resume goes on with the same
-        spec = spec.model_copy(update={"network": spec.network.model_copy(update={"engine": engine})})
+    # it is written down, and --resume goes on with the same
+    if engine != "auto" and plan.impaired and len(plan.engines) == 1:
+        spec = spec.model_copy(
+            update={"network": spec.network.model_copy(update={"engine": engine})}
+        )
     directory = run_directory.create(spec, out, script_directory)
     if (copied := run_directory.copied_script(directory)) and not options.quiet:
         console.print(f"copied into the run: {', '.join(copied)}", markup=False, soft_wrap=True)
@@ -175,7 +200,14 @@ def start_run(
         return _run(plan, directory, lock, console, options), directory
 
 
-def continue_run(plan: Plan, directory: Path, console: Console, options: RunOptions = _PLAIN, *, again: bool = False) -> int:
+def continue_run(
+    plan: Plan,
+    directory: Path,
+    console: Console,
+    options: RunOptions = _PLAIN,
+    *,
+    again: bool = False,
+) -> int:
     """Run the cells that are not done, then write summary and report; returns the exit code.
 
     again: and those that are done, but not valid. Raises RunIsBusy if they are being run.
@@ -184,8 +216,12 @@ def continue_run(plan: Plan, directory: Path, console: Console, options: RunOpti
         check_machine(plan)
     with run_directory.run_lock(directory) as lock:
         for line in run_directory.note_environment(directory) if options.on is None else ():
-            console.print(f"the cells will not all be of one machine: {line}", markup=False, soft_wrap=True)
-        return _run(plan, directory, lock, console, options, _not_valid(plan, directory) if again else ())
+            console.print(
+                f"the cells will not all be of one machine: {line}", markup=False, soft_wrap=True
+            )
+        return _run(
+            plan, directory, lock, console, options, _not_valid(plan, directory) if again else ()
+        )
 
 
 def _not_valid(plan: Plan, directory: Path) -> list[str]:
@@ -193,21 +229,35 @@ def _not_valid(plan: Plan, directory: Path) -> list[str]:
     from testbed.results.load import load_run
     from testbed.results.summary import summarize
 
-    invalid = {cell["cell"] for cell in summarize(load_run(directory))["cells"] if not cell["valid"]}
+    invalid = {
+        cell["cell"] for cell in summarize(load_run(directory))["cells"] if not cell["valid"]
+    }
     invalid.update(cell.name for cell in not_done(plan.cells, directory))
     return sorted(invalid)
 
 
-def _run(plan: Plan, directory: Path, lock: int, console: Console, options: RunOptions, only: Collection[str] = ()) -> int:
+def _run(
+    plan: Plan,
+    directory: Path,
+    lock: int,
+    console: Console,
+    options: RunOptions,
+    only: Collection[str] = (),
+) -> int:
     # The results need pandas and plotly; they load while the cells run.
     threading.Thread(target=_load_results, daemon=True).start()
     try:
         with (
-            groups_for(plan, options) as groups,  # before the page: a group with processes in it cannot be divided
-            live_page(directory, console) if options.live else contextlib.nullcontext() as say_ended,
+            # before the page: a group with processes in it cannot be divided
+            groups_for(plan, options) as groups,
+            (
+                live_page(directory, console) if options.live else contextlib.nullcontext()
+            ) as say_ended,
         ):
             if options.on:
-                code = options.on.run(plan, directory, Console(quiet=True) if options.quiet else console, only)
+                code = options.on.run(
+                    plan, directory, Console(quiet=True) if options.quiet else console, only
+                )
             else:
                 code = run_cells(plan, directory, lock, console, groups, only, quiet=options.quiet)
             verdict = finish(directory, console, interrupted=code == EXIT_INTERRUPTED)
@@ -219,8 +269,11 @@ def _run(plan: Plan, directory: Path, lock: int, console: Console, options: RunO
             console.print(fault, markup=False, soft_wrap=True)
 
 
-def groups_for(plan: Plan, options: RunOptions = _PLAIN) -> contextlib.AbstractContextManager[Mapping[str, Path]]:
-    """The groups in which the netns lab limits its hosts, if it runs here (``labs.cgroups.groups_of_run``)."""
+def groups_for(
+    plan: Plan, options: RunOptions = _PLAIN
+) -> contextlib.AbstractContextManager[Mapping[str, Path]]:
+    """The groups in which the netns lab limits its hosts, if it runs here
+    (``labs.cgroups.groups_of_run``)."""
     return groups_of_run(plan.limits if plan.lab == "netns" and options.on is None else ())
 
 
@@ -274,7 +327,9 @@ def report_run(directory: Path, console: Console) -> int:
         return finish(directory, console)
 
 
-def finish(directory: Path, console: Console, *, interrupted: bool = False, going_on: bool = False) -> int:
+def finish(
+    directory: Path, console: Console, *, interrupted: bool = False, going_on: bool = False
+) -> int:
     """Records → Parquet, summary, table, report; returns the exit code that the results deserve.
 
     going_on: the records stay as they are.
@@ -288,7 +343,8 @@ def finish(directory: Path, console: Console, *, interrupted: bool = False, goin
     shown = Path(os.path.relpath(directory))
     summary: dict[str, Any] = {}
     try:
-        for cell in sorted((directory / "cells").glob("*")):  # nothing if this is no run, which load_run then says
+        # nothing if this is no run, which load_run then says
+        for cell in sorted((directory / "cells").glob("*")):
             if not going_on:
                 finish_cell(cell)
         run = load_run(directory)
@@ -296,7 +352,9 @@ def finish(directory: Path, console: Console, *, interrupted: bool = False, goin
         write_summary(summary, directory)
         console.print(terminal_table(summary))
         if interrupted:
-            console.print(f"interrupted; the records so far are in {shown}", markup=False, soft_wrap=True)
+            console.print(
+                f"interrupted; the records so far are in {shown}", markup=False, soft_wrap=True
+            )
             return EXIT_INTERRUPTED
         write_report(run, directory / "report.html", summary)
     except OSError as error:

@@ -33,9 +33,11 @@ EXIT_DONE, EXIT_FAILED, EXIT_CANNOT = 0, 1, 4
 
 
 def execute(directory: Path, console: Console, only: Collection[str] = ()) -> None:
-    """Run every cell of a run directory that is not done yet; for netns the caller is inside the sandbox.
+    """Run every cell of a run directory that is not done yet; for netns the caller is inside the
+    sandbox.
 
-    only: these instead, done or not, if there are any. What an earlier try of a cell has left is kept until its turn comes.
+    only: these instead, done or not, if there are any. What an earlier try of a cell has left is
+    kept until its turn comes.
     """
     spec = load_spec(directory / SPEC_FILE)
     plan = make_plan(spec, directory)
@@ -47,7 +49,8 @@ def execute(directory: Path, console: Console, only: Collection[str] = ()) -> No
         place = directory / "cells" / cell.name
         if not place.is_dir():  # the live page, and the report, are to know of it
             prepare_cell(cell, place)
-        for left in (SOCKET_FILE, LINK_SOCKET_FILE):  # of a try that was killed: the page would say that it runs
+        # of a try that was killed: the page would say that it runs
+        for left in (SOCKET_FILE, LINK_SOCKET_FILE):
             (place / left).unlink(missing_ok=True)
     failed: list[Cell] = []
     with (
@@ -71,14 +74,19 @@ def execute(directory: Path, console: Console, only: Collection[str] = ()) -> No
 
         for cell in pending:
             run(cell)
-        for cell in list(failed):  # what went wrong once may have been an accident, but it is not forgotten
+        # what went wrong once may have been an accident, but it is not forgotten
+        for cell in list(failed):
             progress.retry()
             run(cell)
 
 
 def not_done(cells: Iterable[Cell], directory: Path) -> list[Cell]:
     """Those that have not come to their end in a run directory."""
-    return [cell for cell in cells if (read_result(directory / "cells" / cell.name) or {}).get("status") != "done"]
+    return [
+        cell
+        for cell in cells
+        if (read_result(directory / "cells" / cell.name) or {}).get("status") != "done"
+    ]
 
 
 @contextmanager
@@ -93,18 +101,32 @@ def _room_reserved(directory: Path) -> Iterator[None]:
 def no_room_left(directory: Path) -> str:
     """What to say when there is no room left for a run."""
     shown = Path(os.path.relpath(directory))
-    return f"no space left on the disk of {shown}; its records so far are kept: make room, then: testbed run --resume {shown}"
+    return (
+        f"no space left on the disk of {shown}; its records so far are kept: make room, then:"
+        f" testbed run --resume {shown}"
+    )
 
 
 def _failures(result: Mapping[str, Any], directory: Path) -> list[str]:
-    """Why a cell failed, in all its tries so far; result: of the last one, {} if that was cut short."""
+    """Why a cell failed, in all its tries so far; result: of the last one, {} if that was cut
+    short."""
     known = result or read_json(directory / CELL_FILE) or {}
-    found = [known.get("earlier"), result.get("problems") if result.get("status") == "failed" else None]
-    return [line for lines in found if isinstance(lines, list) for line in lines if isinstance(line, str)]
+    found = [
+        known.get("earlier"),
+        result.get("problems") if result.get("status") == "failed" else None,
+    ]
+    return [
+        line
+        for lines in found
+        if isinstance(lines, list)
+        for line in lines
+        if isinstance(line, str)
+    ]
 
 
 def in_turn(plan: Plan) -> list[Cell]:
-    """The cells in the order in which they run: shuffled, lest a slow hour of this machine meet one method alone.
+    """The cells in the order in which they run: shuffled, lest a slow hour of this machine meet one
+    method alone.
 
     The same order each time; that of the spec if every method has but one cell.
     """
@@ -121,14 +143,19 @@ def execute_in_sandbox(
     progress: int | None = None,
     groups: Mapping[str, Path] = MappingProxyType({}),
 ) -> int:
-    """Run ``execute`` inside private namespaces as a child process; returns its exit code. lock: of ``directory.run_lock``.
+    """Run ``execute`` inside private namespaces as a child process; returns its exit code. lock: of
+    ``directory.run_lock``.
 
-    progress: where the child writes it, as in ``subprocess``; None: to our standard output. groups: from ``groups_of_run``.
+    progress: where the child writes it, as in ``subprocess``; None: to our standard output. groups:
+    from ``groups_of_run``.
 
-    When we end, in whatever way, the child stops in an orderly way (``child_of_ours``); and when its first process ends, the
-    kernel removes the rest.
+    When we end, in whatever way, the child stops in an orderly way (``child_of_ours``); and when
+    its first process ends, the kernel removes the rest.
     """
-    command = [*sandbox_command(), *module_command("testbed.run.sandbox_main", str(directory), str(lock), *only)]
+    command = [
+        *sandbox_command(),
+        *module_command("testbed.run.sandbox_main", str(directory), str(lock), *only),
+    ]
     environment = {**os.environ, ENV_GROUPS: encode_groups(groups)}
     with child_of_ours(command, stdout=progress, pass_fds=[lock], env=environment) as child:
         return child.wait()

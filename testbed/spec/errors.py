@@ -1,4 +1,5 @@
-"""Wording of what is wrong with a spec: the place, the fault, the valid choices, the mend; one line a fault."""
+"""Wording of what is wrong with a spec: the place, the fault, the valid choices, the mend; one line
+a fault."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -9,12 +10,15 @@ _SHOWN = 5
 
 
 class SpecError(ValueError):
-    """Bad input (exit code 2). ``str()`` has one line for each fault: ``file: place: fault; mend``."""
+    """Bad input (exit code 2). ``str()`` has one line for each fault:
+    ``file: place: fault; mend``."""
 
     def __init__(self, faults: Sequence[tuple[str, str]], source: str = "") -> None:
         self.faults = list(faults)
         self.source = source
-        lines = [": ".join(part for part in (source, *fault) if part) for fault in self.faults[:_SHOWN]]
+        lines = [
+            ": ".join(part for part in (source, *fault) if part) for fault in self.faults[:_SHOWN]
+        ]
         if len(self.faults) > _SHOWN:
             lines.append(f"{source}: and {len(self.faults) - _SHOWN} more faults")
         super().__init__("\n".join(one_line(line, 1000) for line in lines))

@@ -21,7 +21,8 @@ _TRACE = re.compile(r"(schedule\.\d+\.)?trace")
 
 
 def reader(directory: Path) -> Callable[[str], str]:
-    """A function from file names to texts, which reads each file once and raises ValueError with what is wrong."""
+    """A function from file names to texts, which reads each file once and raises ValueError with
+    what is wrong."""
 
     @cache
     def read(name: str) -> str:
@@ -54,9 +55,11 @@ def _choices(path: Path) -> str:
 
 
 def script_files(script: Path, named: Iterable[str] = ()) -> list[Path]:
-    """A script and what it needs of its own folder: the modules that it imports, whole packages, and the files ``named``.
+    """A script and what it needs of its own folder: the modules that it imports, whole packages,
+    and the files ``named``.
 
-    As far as import statements say, anywhere in the code, which is read and not run. A folder is a package if it has modules.
+    As far as import statements say, anywhere in the code, which is read and not run. A folder is a
+    package if it has modules.
     """
     folder, found = script.parent, {script: None}
     pending = [script]
@@ -72,10 +75,13 @@ def script_files(script: Path, named: Iterable[str] = ()) -> list[Path]:
 
 
 def _modules(package: Path) -> list[Path]:
-    """All modules in a folder and below it, as far as it can be read; none if there is none in the folder itself."""
+    """All modules in a folder and below it, as far as it can be read; none if there is none in the
+    folder itself."""
     found: list[Path] = []
     for folder, _, names in os.walk(package):
-        found += [path for name in names if (path := Path(folder, name)).suffix == ".py" and is_file(path)]
+        found += [
+            path for name in names if (path := Path(folder, name)).suffix == ".py" and is_file(path)
+        ]
         if not found:
             break
     return sorted(found)
@@ -88,7 +94,11 @@ def _imported(file: Path) -> set[str]:
     except (SyntaxError, ValueError, RecursionError, OSError, MemoryError):
         return set()  # the worker will tell
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    names += [
+        node.module
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level
+    ]
     return {name.partition(".")[0] for name in names}
 
 
@@ -113,12 +123,19 @@ def _names(rename_all: Callable[[Callable[[str], str]], object]) -> list[str]:
 def with_trace_files(spec: Spec, names: Mapping[str, str]) -> Spec:
     """The same spec with its trace files under new names."""
     raw = spec.model_dump(mode="json", exclude_none=True, by_alias=True)
-    return validate({**raw, **{key: _with_traces(raw[key], names.__getitem__) for key in ("schedule", "matrix")}})
+    return validate(
+        {
+            **raw,
+            **{key: _with_traces(raw[key], names.__getitem__) for key in ("schedule", "matrix")},
+        }
+    )
 
 
 def data_folders(spec: Spec) -> list[str]:
     """Names of all folders of data sets in the workload and the matrix of a spec, each once."""
-    return _names(partial(_with_folders, spec.model_dump(mode="json", exclude_none=True, by_alias=True)))
+    return _names(
+        partial(_with_folders, spec.model_dump(mode="json", exclude_none=True, by_alias=True))
+    )
 
 
 def with_data_folders(spec: Spec, names: Mapping[str, str]) -> Spec:
@@ -133,10 +150,11 @@ def find_folder(directory: Path, name: str) -> Path:
 
 
 def data_folder(spec: Spec, directory: Path) -> Path | None:
-    """Folder of the data set that the workers of a spec read, if it has one; ``directory`` is that of the spec.
+    """Folder of the data set that the workers of a spec read, if it has one; ``directory`` is that
+    of the spec.
 
-    Raises SpecError with the way to get the files that are not there. What a data set of the user's own calls a folder counts
-    if there is such a directory.
+    Raises SpecError with the way to get the files that are not there. What a data set of the user's
+    own calls a folder counts if there is such a directory.
     """
     if spec.workload is None:
         return None
@@ -155,12 +173,17 @@ def data_folder(spec: Spec, directory: Path) -> Path | None:
 
 
 def _with_folders(raw: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
-    """A copy of a raw spec with other names for the folders of data sets, wherever a matrix may have put them."""
+    """A copy of a raw spec with other names for the folders of data sets, wherever a matrix may
+    have put them."""
 
     def in_data(data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        renamed = {**data, "folder": _renamed(data["folder"], rename)} if isinstance(data.get("folder"), str) else data
+        renamed = (
+            {**data, "folder": _renamed(data["folder"], rename)}
+            if isinstance(data.get("folder"), str)
+            else data
+        )
         return {**renamed, "options": in_data(data["options"])} if "options" in data else renamed
 
     out = {**raw, "matrix": dict(raw["matrix"])}
@@ -175,9 +198,13 @@ def _with_folders(raw: Mapping[str, Any], rename: Callable[[str], str]) -> dict[
 
 
 def _with_traces(node: Any, rename: Callable[[str], str]) -> Any:
-    """A copy of a part of a raw spec in which each name of a trace file is replaced, wherever a matrix may have put it."""
+    """A copy of a part of a raw spec in which each name of a trace file is replaced, wherever a
+    matrix may have put it."""
     if isinstance(node, dict):
-        return {key: (_renamed if _TRACE.fullmatch(str(key)) else _with_traces)(value, rename) for key, value in node.items()}
+        return {
+            key: (_renamed if _TRACE.fullmatch(str(key)) else _with_traces)(value, rename)
+            for key, value in node.items()
+        }
     return [_with_traces(value, rename) for value in node] if isinstance(node, list) else node
 
 

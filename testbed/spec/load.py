@@ -1,4 +1,5 @@
-"""YAML file → validated Spec. Every fault becomes a SpecError with its place; nothing else escapes."""
+"""YAML file → validated Spec. Every fault becomes a SpecError with its place; nothing else
+escapes."""
 
 import copy
 import itertools
@@ -22,7 +23,8 @@ _MAX_CELLS = 100_000
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice (YAML would silently keep the last), and takes ``on`` and ``off`` for keys."""
+    """SafeLoader that refuses a key given twice (YAML would silently keep the last), and takes
+    ``on`` and ``off`` for keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -31,20 +33,26 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 key_node.tag = "tag:yaml.org,2002:str"
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands there twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands there twice", key_node.start_mark
+                )
             if isinstance(key, Hashable):
                 seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 takes 1e-3 for a text, as it wants a point in each float; 1.2, by which editors go, does not.
+# YAML 1.1 takes 1e-3 for a text, as it wants a point in each float; 1.2, by which editors go, does
+# not.
 _UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
 )
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
-    """Read and validate a spec; ``overrides`` are texts of the form "dotted.key=value" (YAML value). Raises SpecError."""
+    """Read and validate a spec; ``overrides`` are texts of the form "dotted.key=value" (YAML
+    value). Raises SpecError."""
     raw = read_yaml(path)
     for text in overrides:
         raw = with_text(raw, text)
@@ -61,7 +69,11 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
     for index, name in enumerate(spec.script.files if spec.script else ()):
         named = (path.parent / spec.script.file).parent / name  # type: ignore[union-attr]
         if not is_file(named) and not is_directory(named):
-            text = "is neither a file nor a folder" if exists(named) else f"there is no {name!r} beside the script"
+            text = (
+                "is neither a file nor a folder"
+                if exists(named)
+                else f"there is no {name!r} beside the script"
+            )
             raise SpecError([(f"script.files.{index}", text)], path.name)
     return spec
 
@@ -69,7 +81,10 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
 def _check_overrides(spec: Spec, overrides: Sequence[str]) -> None:
     for key in (text.partition("=")[0].strip() for text in overrides):
         if varied := next((varied for varied in spec.matrix if _lies_in(key, varied)), None):
-            text = f"varies by the matrix, which would win; use --set 'matrix={{{varied}: [value, …]}}'"
+            text = (
+                f"varies by the matrix, which would win; use --set 'matrix={{{varied}: [value,"
+                " …]}'"
+            )
             raise SpecError([(key, text)])
 
 
@@ -86,11 +101,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise SpecError([("", "is a directory; name the YAML file in it")], name)
         if size > MAX_BYTES:
             raise SpecError(
-                [("", f"is {size / 2**20:.0f} MiB long; a spec has less than 1 MiB, is this the right file?")], name
+                [
+                    (
+                        "",
+                        (
+                            f"is {size / 2**20:.0f} MiB long; a spec has less than 1 MiB, is this"
+                            " the right file?"
+                        ),
+                    )
+                ],
+                name,
             )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise SpecError([("", "there is no such file; testbed init writes one to begin with")], str(path)) from None
+        raise SpecError(
+            [("", "there is no such file; testbed init writes one to begin with")], str(path)
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise SpecError([("", f"cannot be read: {reason}")], str(path)) from None
@@ -99,29 +125,45 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise SpecError([(line, f"not valid YAML: {error.problem or error.context}")], name) from None
+        raise SpecError(
+            [(line, f"not valid YAML: {error.problem or error.context}")], name
+        ) from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise SpecError([("", f"not valid YAML: {str(error) or type(error).__name__}")], name) from None
+        raise SpecError(
+            [("", f"not valid YAML: {str(error) or type(error).__name__}")], name
+        ) from None
     if data is None:
         raise SpecError([("", "is empty; testbed init writes one to begin with")], name)
     if not isinstance(data, dict):
-        raise SpecError([("", f"must be a mapping of keys to values, not a {type(data).__name__}")], name)
+        raise SpecError(
+            [("", f"must be a mapping of keys to values, not a {type(data).__name__}")], name
+        )
     _check_values(data, name)
     return data
 
 
 def _check_values(data: Any, source: str) -> None:
-    """Raise SpecError for what not every check would bear, and no spec has: huge whole numbers, half characters, and aliases
-    by which a small file stands for billions of nodes."""
+    """Raise SpecError for what not every check would bear, and no spec has: huge whole numbers,
+    half characters, and aliases by which a small file stands for billions of nodes."""
     for count, (place, node) in enumerate(_nodes(data), 1):
         if count >= _MAX_NODES:
-            raise SpecError([("", f"has more than {_MAX_NODES} values once its aliases are expanded")], source)
-        for value in [node, *node] if isinstance(node, Mapping) else [node]:  # before a key becomes part of a place
+            raise SpecError(
+                [("", f"has more than {_MAX_NODES} values once its aliases are expanded")], source
+            )
+        # before a key becomes part of a place
+        for value in [node, *node] if isinstance(node, Mapping) else [node]:
             if isinstance(value, int) and abs(value) >= 2**63:
-                fault = "is a number that is too large" if value is node else "has a key that is too large a number"
+                fault = (
+                    "is a number that is too large"
+                    if value is node
+                    else "has a key that is too large a number"
+                )
                 raise SpecError([(place_of(place), fault)], source)
             if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-                raise SpecError([(place_of(place), f"{value!r:.40} has half a character; write whole ones")], source)
+                raise SpecError(
+                    [(place_of(place), f"{value!r:.40} has half a character; write whole ones")],
+                    source,
+                )
 
 
 def _nodes(data: Any) -> Iterator[tuple[list[str | int], Any]]:
@@ -137,12 +179,17 @@ def _nodes(data: Any) -> Iterator[tuple[list[str | int], Any]]:
 
 
 def parse_link(raw: Mapping[str, Any], mtu: int | None = None) -> LinkChange:
-    """Properties of a link, as under ``set`` in a schedule; mtu: of the network, if it is known. Raises SpecError."""
+    """Properties of a link, as under ``set`` in a schedule; mtu: of the network, if it is known.
+    Raises SpecError."""
     try:
         change = LinkChange.model_validate(raw)
     except ValidationError as error:
-        raise SpecError([_place_and_text(detail) for detail in error.errors(include_url=False)]) from None
-    if mtu is not None and (faults := [(place_of(place), text) for place, text in small_queues(change, mtu)]):
+        raise SpecError(
+            [_place_and_text(detail) for detail in error.errors(include_url=False)]
+        ) from None
+    if mtu is not None and (
+        faults := [(place_of(place), text) for place, text in small_queues(change, mtu)]
+    ):
         raise SpecError(faults)
     return change
 
@@ -152,7 +199,9 @@ def validate(raw: Mapping[str, Any]) -> Spec:
     try:
         return Spec.model_validate(raw)
     except ValidationError as error:
-        raise SpecError([_place_and_text(detail) for detail in error.errors(include_url=False)]) from None
+        raise SpecError(
+            [_place_and_text(detail) for detail in error.errors(include_url=False)]
+        ) from None
 
 
 _WORDING = {
@@ -183,10 +232,20 @@ def _place_and_text(detail: Any) -> tuple[str, str]:
         if kind != "missing" and isinstance(given, (str, int, float, bool)):
             text += f", not {given!r:.40}"
     elif kind == "literal_error":
-        text = f"{given!r:.40} is unknown; valid: {context['expected'].replace(' or ', ', ').replace(chr(39), '')}"
+        text = (
+            f"{given!r:.40} is unknown; valid:"
+            f" {context['expected'].replace(' or ', ', ').replace(chr(39), '')}"
+        )
     elif kind == "string_pattern_mismatch":
-        of_region, of_spec = "small letters and digits", "up to 64 letters, digits, '_', '-' and '.'"
-        allowed = f"{of_spec}, not one of these three first" if "A-Z" in context["pattern"] else f"{of_region}, a letter first"
+        of_region, of_spec = (
+            "small letters and digits",
+            "up to 64 letters, digits, '_', '-' and '.'",
+        )
+        allowed = (
+            f"{of_spec}, not one of these three first"
+            if "A-Z" in context["pattern"]
+            else f"{of_region}, a letter first"
+        )
         text = f"{given!r:.40} cannot be a name, which has {allowed}"
     else:
         text = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
@@ -201,37 +260,80 @@ NOT_COMPARED = ("workload", "workload.target", "workload.warmup")
 
 
 def combinations(spec: Spec) -> list[dict[str, Any]]:
-    """Every combination of the matrix as {dotted key: value}; one empty one if there is no matrix."""
+    """Every combination of the matrix as {dotted key: value}; one empty one if there is no
+    matrix."""
     keys = list(spec.matrix)
     for key, values in spec.matrix.items():
-        if over := next((later for later in keys[keys.index(key) + 1 :] if _lies_in(key, later)), None):
-            raise SpecError([(place_of(["matrix", key]), f"would be lost, as {over} comes later; put it below that")])
+        if over := next(
+            (later for later in keys[keys.index(key) + 1 :] if _lies_in(key, later)), None
+        ):
+            raise SpecError(
+                [
+                    (
+                        place_of(["matrix", key]),
+                        f"would be lost, as {over} comes later; put it below that",
+                    )
+                ]
+            )
         if not values:
             raise SpecError([(place_of(["matrix", key]), "has no values; give at least one")])
         if twice := [value for index, value in enumerate(values) if value in values[:index]]:
-            raise SpecError([(place_of(["matrix", key]), f"{twice[0]!r} stands there twice; remove one")])
+            raise SpecError(
+                [(place_of(["matrix", key]), f"{twice[0]!r} stands there twice; remove one")]
+            )
         if key.split(".")[0] in NOT_VARIED:
-            raise SpecError([(place_of(["matrix", key]), "cannot vary by matrix; methods and seeds are lists of their own")])
+            raise SpecError(
+                [
+                    (
+                        place_of(["matrix", key]),
+                        "cannot vary by matrix; methods and seeds are lists of their own",
+                    )
+                ]
+            )
         if key in NOT_COMPARED:
             text = "cannot vary by matrix, or its cells could not be compared; run two experiments"
             raise SpecError([(place_of(["matrix", key]), text)])
     if (many := math.prod(map(len, spec.matrix.values()))) > _MAX_COMBINATIONS:
         raise SpecError(
-            [("matrix", f"makes {many:,} combinations; {_MAX_COMBINATIONS:,} are possible, make several experiments")]
+            [
+                (
+                    "matrix",
+                    (
+                        f"makes {many:,} combinations; {_MAX_COMBINATIONS:,} are possible, make"
+                        " several experiments"
+                    ),
+                )
+            ]
         )
     if (cells := many * len(spec.methods) * len(spec.seeds)) > _MAX_CELLS:
         counts = {"matrix": many, "methods": len(spec.methods), "seeds": len(spec.seeds)}
-        parts = f"{many:,} combinations of the matrix, {len(spec.methods):,} methods and {len(spec.seeds):,} seeds"
-        text = f"{parts} make {cells:,} cells; {_MAX_CELLS:,} are possible, make several experiments"
+        parts = (
+            f"{many:,} combinations of the matrix, {len(spec.methods):,} methods and"
+            f" {len(spec.seeds):,} seeds"
+        )
+        text = (
+            f"{parts} make {cells:,} cells; {_MAX_CELLS:,} are possible, make several experiments"
+        )
         raise SpecError([(max(counts, key=counts.__getitem__), text)])
-    return [dict(zip(spec.matrix, values, strict=True)) for values in itertools.product(*spec.matrix.values())]
+    return [
+        dict(zip(spec.matrix, values, strict=True))
+        for values in itertools.product(*spec.matrix.values())
+    ]
 
 
 def with_text(raw: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """A copy with one "dotted.key=value" of the command line taken in; the value is YAML. Raises SpecError."""
+    """A copy with one "dotted.key=value" of the command line taken in; the value is YAML. Raises
+    SpecError."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise SpecError([("--set", f"{text!r} is not of the form key=value, for example network.link.rate=20mbit")])
+        raise SpecError(
+            [
+                (
+                    "--set",
+                    f"{text!r} is not of the form key=value, for example network.link.rate=20mbit",
+                )
+            ]
+        )
     try:
         given = yaml.load(value, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
         _check_values({key.strip(): given}, "--set")
@@ -239,7 +341,9 @@ def with_text(raw: Mapping[str, Any], text: str) -> dict[str, Any]:
     except SpecError as error:
         raise error.found_in("--set") from None
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise SpecError([("--set", f"the value of {key.strip()} is not YAML: {value!r:.60}")]) from None
+        raise SpecError(
+            [("--set", f"the value of {key.strip()} is not YAML: {value!r:.60}")]
+        ) from None
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,7 +355,8 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
 
 
 def with_override(raw: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """A copy with one dotted key replaced; ``schedule.0.set.rate`` reaches into lists. Raises SpecError."""
+    """A copy with one dotted key replaced; ``schedule.0.set.rate`` reaches into lists. Raises
+    SpecError."""
     out = copy.deepcopy(dict(raw))
     *parents, last = key.split(".")
     node: Any = out

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 
 class Queue(NamedTuple):
-    """How much may wait at a link: a time at the line rate, or bytes. Exactly one of them is set."""
+    """How much may wait at a link: a time at the line rate, or bytes. Exactly one of them is
+    set."""
 
     seconds: float | None
     bytes: int | None
@@ -58,40 +59,66 @@ def parse_queue(text: object) -> Queue:
                 raise no_size from None
             times, sizes = ", ".join(units.TIMES), ", ".join(units.SIZES)
             raise ValueError(
-                f"{text!r} is not a queue; write a time like 50ms ({times}) or a size like 64KiB ({sizes})"
+                f"{text!r} is not a queue; write a time like 50ms ({times}) or a size like 64KiB"
+                f" ({sizes})"
             ) from None
 
 
 def _format_queue(queue: Queue) -> str:
-    return units.format_size(queue.bytes) if queue.bytes is not None else units.format_time(queue.seconds or 0.0)
+    return (
+        units.format_size(queue.bytes)
+        if queue.bytes is not None
+        else units.format_time(queue.seconds or 0.0)
+    )
 
 
 def written_as(name: str) -> WithJsonSchema:
-    """Names the definition in the JSON Schema that says what people write for a value (``spec.schema``)."""
+    """Names the definition in the JSON Schema that says what people write for a value
+    (``spec.schema``)."""
     return WithJsonSchema({"$comment": name})
 
 
 Rate = Annotated[
-    int, BeforeValidator(units.parse_rate), PlainSerializer(units.format_rate, return_type=str), written_as("rate")
+    int,
+    BeforeValidator(units.parse_rate),
+    PlainSerializer(units.format_rate, return_type=str),
+    written_as("rate"),
 ]
 Time = Annotated[
-    float, BeforeValidator(units.parse_time), PlainSerializer(units.format_time, return_type=str), written_as("time")
+    float,
+    BeforeValidator(units.parse_time),
+    PlainSerializer(units.format_time, return_type=str),
+    written_as("time"),
 ]
 Delay = Annotated[Time, Field(le=units.MAX_DELAY_S)]
 Share = Annotated[float, BeforeValidator(units.parse_share), written_as("share")]
 Size = Annotated[
-    int, BeforeValidator(units.parse_size), PlainSerializer(units.format_size, return_type=str), written_as("size")
+    int,
+    BeforeValidator(units.parse_size),
+    PlainSerializer(units.format_size, return_type=str),
+    written_as("size"),
 ]
 Memory = Annotated[
-    int, BeforeValidator(units.parse_memory), PlainSerializer(units.format_size, return_type=str), written_as("size")
+    int,
+    BeforeValidator(units.parse_memory),
+    PlainSerializer(units.format_size, return_type=str),
+    written_as("size"),
 ]
-QueueText = Annotated[Queue, BeforeValidator(parse_queue), PlainSerializer(_format_queue, return_type=str), written_as("queue")]
+QueueText = Annotated[
+    Queue,
+    BeforeValidator(parse_queue),
+    PlainSerializer(_format_queue, return_type=str),
+    written_as("queue"),
+]
 
 
 class Model(BaseModel):
-    """Base of all parts of a spec: frozen, and an unknown key is an error that names the nearest valid one."""
+    """Base of all parts of a spec: frozen, and an unknown key is an error that names the nearest
+    valid one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -100,31 +127,43 @@ class Model(BaseModel):
             return data
         valid = [field.alias or name for name, field in cls.model_fields.items()]
         if not isinstance(data, dict):
-            raise PydanticCustomError("mapping", f"must be a mapping with the keys {', '.join(valid)}, not {data!r:.40}")
+            raise PydanticCustomError(
+                "mapping", f"must be a mapping with the keys {', '.join(valid)}, not {data!r:.40}"
+            )
         for key in data:
             if key not in valid:
-                raise PydanticCustomError("at_key", f"unknown key; {did_you_mean(str(key), valid)}", {"path": [key]})
+                raise PydanticCustomError(
+                    "at_key", f"unknown key; {did_you_mean(str(key), valid)}", {"path": [key]}
+                )
         check_filled(data, dict(zip(valid, cls.model_fields.values(), strict=True)))
         return data
 
 
-def check_filled(data: Mapping[str, Any], fields: Mapping[str, FieldInfo] = MappingProxyType({})) -> None:
-    """Refuse a key with nothing behind it: it would count as left out, and for a rate that means no limit."""
+def check_filled(
+    data: Mapping[str, Any], fields: Mapping[str, FieldInfo] = MappingProxyType({})
+) -> None:
+    """Refuse a key with nothing behind it: it would count as left out, and for a rate that means no
+    limit."""
     for key, value in data.items():
         if value is None:
             examples = fields[key].examples if key in fields else None
-            raise PydanticCustomError("at_key", empty(examples[0] if examples else None), {"path": [key]})
+            raise PydanticCustomError(
+                "at_key", empty(examples[0] if examples else None), {"path": [key]}
+            )
 
 
 def empty(example: str | None = None) -> str:
     """What is wrong with a key that has nothing behind it, or null."""
-    return f"is empty; give it a value{f' such as {example}' if example else ''}, or remove the line"
+    return (
+        f"is empty; give it a value{f' such as {example}' if example else ''}, or remove the line"
+    )
 
 
 class LossSpec(Model):
     """Loss of packets, written as ``1%`` or as a mapping.
 
-    share with correlation: random loss. share with burst: a Gilbert model; with bad and good, too: Gilbert-Elliott.
+    share with correlation: random loss. share with burst: a Gilbert model; with bad and good, too:
+    Gilbert-Elliott.
     """
 
     share: Share = Field(examples=["1%"])
@@ -147,18 +186,24 @@ class LossSpec(Model):
     def _possible(self) -> Self:
         if self.burst is None and (self.bad != 1 or self.good != 0):
             raise PydanticCustomError(
-                "at_key", "is missing; bad and good belong to bursts of a mean length", {"path": ["burst"]}
+                "at_key",
+                "is missing; bad and good belong to bursts of a mean length",
+                {"path": ["burst"]},
             )
         if self.burst is not None and self.correlation:
             text = "goes with random loss only; bursts have their own"
             raise PydanticCustomError("at_key", text, {"path": ["correlation"]})
         if self.burst is not None and not self.good <= self.share < self.bad:
             text = (
-                f"{self.share:g} must lie between the loss in the good state ({self.good:g}) and in the bad one ({self.bad:g})"
+                f"{self.share:g} must lie between the loss in the good state ({self.good:g}) and in"
+                f" the bad one ({self.bad:g})"
             )
             raise PydanticCustomError("at_key", text, {"path": ["share"]})
         if self.burst is not None and self.burst * (self.bad - self.share) < self.share - self.good:
-            text = f"bursts of mean length {self.burst:g} cannot make up a loss of {self.share:g}; make them longer"
+            text = (
+                f"bursts of mean length {self.burst:g} cannot make up a loss of {self.share:g};"
+                " make them longer"
+            )
             raise PydanticCustomError("at_key", text, {"path": ["burst"]})
         return self
 
@@ -177,7 +222,8 @@ class LinkParametersSpec(Model):
     rate: Rate | None = Field(default=None, examples=["50mbit"])
     """Of Ethernet frames; no limit if left out at the beginning."""
     queue: QueueText | None = Field(default=None, examples=["50ms"])
-    """How much may wait, as a time at the rate or in bytes; one frame always may, and bytes that hold none are refused."""
+    """How much may wait, as a time at the rate or in bytes; one frame always may, and bytes that
+    hold none are refused."""
     delay: Delay | None = Field(default=None, examples=["10ms"])
     """One way, at most 1000s."""
     jitter: Delay | None = Field(default=None, examples=["2ms"])
@@ -193,18 +239,23 @@ class LinkParametersSpec(Model):
     reorder: Share | None = Field(default=None, examples=["1%"])
     """Share of the packets that are not delayed, and so overtake others."""
     in_order: StrictBool | None = Field(default=None, examples=["true"])
-    """Jitter lets no packet overtake another, as on most real paths; otherwise it reorders packets, as in netem."""
+    """Jitter lets no packet overtake another, as on most real paths; otherwise it reorders packets,
+    as in netem."""
     aqm: Literal[*AQMS] | None = Field(default=None, examples=["fq_codel"])  # type: ignore[valid-type]
-    """What manages the queue. fifo: drops what does not fit; codel: also drops what has waited for too long; fq_codel: that,
-    and a queue for each flow; cake: that, and a queue for each host."""
+    """What manages the queue. fifo: drops what does not fit; codel: also drops what has waited for
+    too long; fq_codel: that, and a queue for each flow; cake: that, and a queue for each host."""
     ecn: StrictBool | None = Field(default=None, examples=["true"])
-    """The queue marks packets of flows that understand it, where it would drop them. All hosts' flows do where one link has it,
-    and then cake marks, too, whatever is said of its own link."""
+    """The queue marks packets of flows that understand it, where it would drop them. All hosts'
+    flows do where one link has it, and then cake marks, too, whatever is said of its own link."""
 
     @model_validator(mode="after")
     def _marks_or_drops(self) -> Self:
         if self.ecn and self.aqm == "fifo":
-            raise PydanticCustomError("at_key", f"{NO_ECN}; use aqm: codel, fq_codel or cake, or remove it", {"path": ["ecn"]})
+            raise PydanticCustomError(
+                "at_key",
+                f"{NO_ECN}; use aqm: codel, fq_codel or cake, or remove it",
+                {"path": ["ecn"]},
+            )
         return self
 
     def changes(self) -> dict[str, Any]:
@@ -238,27 +289,39 @@ _BOTH_DIRECTIONS = ("rate_bps", "queue_s", "queue_bytes", "aqm", "ecn")
 
 
 def _up(value: Any) -> Any:
-    # A union would report the faults of both its sides; a bool is itself, all else must be link parameters.
-    return value if isinstance(value, bool | LinkParametersSpec) or value is None else LinkParametersSpec.model_validate(value)
+    # A union would report the faults of both its sides; a bool is itself, all else must be link
+    # parameters.
+    return (
+        value
+        if isinstance(value, bool | LinkParametersSpec) or value is None
+        else LinkParametersSpec.model_validate(value)
+    )
 
 
 class LinkSpec(LinkParametersSpec):
     """Properties of a link: both directions, then what differs in one of them.
 
-    Rate, queue, aqm and ecn hold in both directions. All else is put on down, where netem does not get in the way of TCP's
-    small queues, so that a one-way delay of 10 ms is an RTT of 20 ms between two workers; what stands under ``up`` is on up.
-    ``up: false`` is a partition, ``up: true`` ends it.
+    Rate, queue, aqm and ecn hold in both directions. All else is put on down, where netem does not
+    get in the way of TCP's small queues, so that a one-way delay of 10 ms is an RTT of 20 ms
+    between two workers; what stands under ``up`` is on up. ``up: false`` is a partition,
+    ``up: true`` ends it.
     """
 
     up: Annotated[LinkParametersSpec | bool | None, BeforeValidator(_up)] = None
-    """What differs from the worker to the switch; false cuts the link off, of which nobody is told, and true joins it again."""
+    """What differs from the worker to the switch; false cuts the link off, of which nobody is told,
+    and true joins it again."""
     down: LinkParametersSpec | None = None
     """What differs from the switch to the worker."""
 
     def changes_by_direction(self, trunk: bool = False) -> dict[str, dict[str, Any]]:
-        """{"up": …, "down": …} under the names of ``LinkParameters``; on a trunk everything holds in both directions."""
+        """{"up": …, "down": …} under the names of ``LinkParameters``; on a trunk everything holds
+        in both directions."""
         both = self.changes()
-        up = both if trunk else {name: value for name, value in both.items() if name in _BOTH_DIRECTIONS}
+        up = (
+            both
+            if trunk
+            else {name: value for name, value in both.items() if name in _BOTH_DIRECTIONS}
+        )
         return {
             "up": up | (self.up.changes() if isinstance(self.up, LinkParametersSpec) else {}),
             "down": both | (self.down.changes() if self.down else {}),
@@ -268,7 +331,9 @@ class LinkSpec(LinkParametersSpec):
         """The state with these properties replaced."""
         changes = self.changes_by_direction(trunk)
         up, down = (getattr(state, side).with_changes(changes[side]) for side in DIRECTIONS)
-        return LinkState(up, down, connected=self.up if isinstance(self.up, bool) else state.connected)
+        return LinkState(
+            up, down, connected=self.up if isinstance(self.up, bool) else state.connected
+        )
 
 
 class LinkChange(LinkSpec):
@@ -279,7 +344,9 @@ class LinkChange(LinkSpec):
         for path, part in (((), self), (("up",), self.up), (("down",), self.down)):
             for key, reason in KEPT.items():
                 if isinstance(part, LinkParametersSpec) and getattr(part, key) is not None:
-                    text = f"cannot change while a link is in use, as {reason}; give it under network"
+                    text = (
+                        f"cannot change while a link is in use, as {reason}; give it under network"
+                    )
                     raise PydanticCustomError("at_key", text, {"path": [*path, key]})
         return self
 
@@ -293,7 +360,10 @@ KEPT = {
 def parse_congestion(value: object) -> str:
     """The name of a congestion control, as the kernel might know it."""
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,15}", value):
-        raise ValueError(f"{value!r:.40} is no congestion control; write its name in the kernel, such as cubic, reno or bbr")
+        raise ValueError(
+            f"{value!r:.40} is no congestion control; write its name in the kernel, such as cubic,"
+            " reno or bbr"
+        )
     return value
 
 
@@ -311,8 +381,9 @@ class NetworkSpec(Model):
     """How hosts are joined."""
 
     topology: Literal["star", "dumbbell", "regions"] = "star"
-    """star: one switch. dumbbell: two switches with workers at the ``left`` and all others at the right, and the shared
-    ``trunk`` between them. regions: one switch for each of the ``regions``, and a trunk ``between`` any two of them."""
+    """star: one switch. dumbbell: two switches with workers at the ``left`` and all others at the
+    right, and the shared ``trunk`` between them. regions: one switch for each of the ``regions``,
+    and a trunk ``between`` any two of them."""
     link: LinkSpec = LinkSpec()
     """Every worker's access link."""
     links: dict[str, LinkSpec] = Field(default_factory=dict, examples=["{w3: {rate: 20mbit}}"])
@@ -326,40 +397,52 @@ class NetworkSpec(Model):
     )
     """Workers by region; each is in one of them."""
     between: dict[str, LinkSpec] | None = Field(default=None, examples=["{all: {rate: 100mbit}}"])
-    """Trunks by pair of regions (``eu-us``), or ``all`` for what every pair has. The delay is that of one way."""
+    """Trunks by pair of regions (``eu-us``), or ``all`` for what every pair has. The delay is that
+    of one way."""
     congestion: CongestionControl | None = Field(default=None, examples=["cubic"])
     """TCP's congestion control on all hosts; left out: the kernel's own, under dilation reno."""
     engine: Literal["auto", "netem", "userspace"] = "auto"
-    """What makes delay, jitter and loss. netem: the kernel. userspace: a delay line of our own, for kernels without netem.
-    auto: netem where the kernel has it, else userspace."""
+    """What makes delay, jitter and loss. netem: the kernel. userspace: a delay line of our own, for
+    kernels without netem. auto: netem where the kernel has it, else userspace."""
     shaper: Literal["htb", "tbf"] = "htb"
-    """What makes a rate. htb: keeps its tokens when the rate changes. tbf: refills its bucket with every change, which is a
-    free burst."""
+    """What makes a rate. htb: keeps its tokens when the rate changes. tbf: refills its bucket with
+    every change, which is a free burst."""
     mtu: StrictInt = Field(default=1500, ge=576, le=9000)
     """Of all interfaces, in bytes of IP; a frame has 14 more."""
     ip: Literal[4, 6] = 4
     """The version that the workers talk to each other with; 6 needs an mtu of at least 1280."""
     connections: StrictInt = Field(default=1, ge=1, le=16)
-    """That Gloo has between any two ranks of a group, for long fat paths, which one TCP connection may not fill. Each
-    collective goes over one of them, the next over another."""
+    """That Gloo has between any two ranks of a group, for long fat paths, which one TCP connection
+    may not fill. Each collective goes over one of them, the next over another."""
 
     @model_validator(mode="after")
     def _packets_may_be_so_small(self) -> Self:
         if self.ip == 6 and self.mtu < MIN_IPV6_MTU:
-            text = f"{self.mtu} is too small for ip: 6, which needs {MIN_IPV6_MTU}; make it larger, or use ip: 4"
+            text = (
+                f"{self.mtu} is too small for ip: 6, which needs {MIN_IPV6_MTU}; make it larger, or"
+                " use ip: 4"
+            )
             raise PydanticCustomError("at_key", text, {"path": ["mtu"]})
         return self
 
     @model_validator(mode="after")
     def _keys_of_topology(self) -> Self:
-        needed = {"star": (), "dumbbell": ("trunk",), "regions": ("regions", "between")}[self.topology]
+        needed = {"star": (), "dumbbell": ("trunk",), "regions": ("regions", "between")}[
+            self.topology
+        ]
         allowed = {*needed, *(("left",) if self.topology == "dumbbell" else ())}
         for key in ("trunk", "left", "regions", "between"):
             given = getattr(self, key) is not None
             if key in needed and not given:
-                raise PydanticCustomError("at_key", f"is missing; topology {self.topology} needs it", {"path": [key]})
+                raise PydanticCustomError(
+                    "at_key", f"is missing; topology {self.topology} needs it", {"path": [key]}
+                )
             if given and key not in allowed:
-                raise PydanticCustomError("at_key", f"does not belong to topology {self.topology}; remove it", {"path": [key]})
+                raise PydanticCustomError(
+                    "at_key",
+                    f"does not belong to topology {self.topology}; remove it",
+                    {"path": [key]},
+                )
         return self
 
     @model_validator(mode="after")
@@ -368,7 +451,9 @@ class NetworkSpec(Model):
         for position, host in enumerate(left):
             if host in left[:position]:
                 path: list[str | int] = ["left", position]
-                raise PydanticCustomError("at_key", f"{host!r} stands there twice; remove one", {"path": path})
+                raise PydanticCustomError(
+                    "at_key", f"{host!r} stands there twice; remove one", {"path": path}
+                )
         pairs = list(self.between or {})
         for position, pair in enumerate(pairs):
             if (turned := "-".join(reversed(pair.split("-")))) in pairs[:position]:
@@ -384,7 +469,8 @@ def _links(value: object) -> object:
 
 
 class Entry(Model):
-    """One line of the script: something begins at a time. LENGTH: the key that says how long it takes."""
+    """One line of the script: something begins at a time. LENGTH: the key that says how long it
+    takes."""
 
     LENGTH: ClassVar[str] = "at"
 
@@ -398,7 +484,8 @@ class Entry(Model):
 
 
 class WorkerEntry(Entry):
-    """What happens to workers: killed, started again, slowed down (``testbed.timeline.workers``)."""
+    """What happens to workers: killed, started again, slowed down
+    (``testbed.timeline.workers``)."""
 
     @property
     @abstractmethod
@@ -407,7 +494,8 @@ class WorkerEntry(Entry):
 
 
 class ScheduleEntry(Entry, ABC):
-    """From a time on, some links follow a pattern. The patterns are in ``testbed.timeline.patterns``."""
+    """From a time on, some links follow a pattern. The patterns are in
+    ``testbed.timeline.patterns``."""
 
     links: Annotated[list[str], BeforeValidator(_links), written_as("links")] = Field(
         default_factory=lambda: ["all"], min_length=1, examples=["[w1, w2]"]
@@ -416,11 +504,13 @@ class ScheduleEntry(Entry, ABC):
 
     @abstractmethod
     def updates(self, start: "StartContext") -> "Iterator[Update]":
-        """What it does to one link, in order of time; may go on for ever. Raises SpecError with a place within the entry."""
+        """What it does to one link, in order of time; may go on for ever. Raises SpecError with a
+        place within the entry."""
 
 
 def _parsed_entry(entry: object) -> object:
-    # The patterns are built from the models above, so they cannot be imported before these are complete.
+    # The patterns are built from the models above, so they cannot be imported before these are
+    # complete.
     from testbed.timeline.patterns import parse_entry
 
     return parse_entry(entry)
@@ -437,15 +527,25 @@ def parse_streams(value: object) -> Streams:
     if isinstance(value, Streams):
         return value
     bounds: Any
-    kind, bounds = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else ("random", value)
+    kind, bounds = (
+        next(iter(value.items()))
+        if isinstance(value, dict) and len(value) == 1
+        else ("random", value)
+    )
     bounds = bounds if isinstance(bounds, list) else [bounds, bounds]
     numbers = all(isinstance(n, int) and not isinstance(n, bool) for n in bounds)
     if kind not in ("random", "ramp") or not numbers or len(bounds) != 2:
-        text = f"{value!r:.40} is not a number of streams; write one like 4, {{random: [1, 50]}} or {{ramp: [1, 50]}}"
+        text = (
+            f"{value!r:.40} is not a number of streams; write one like 4, {{random: [1, 50]}} or"
+            " {ramp: [1, 50]}"
+        )
         raise ValueError(text)
     fewest, most = bounds
     if not 1 <= fewest <= most <= MAX_STREAMS:
-        raise ValueError(f"{value!r:.40} is out of range; a flow has 1 to {MAX_STREAMS} streams, the smaller number first")
+        raise ValueError(
+            f"{value!r:.40} is out of range; a flow has 1 to {MAX_STREAMS} streams, the smaller"
+            " number first"
+        )
     return Streams(fewest, most, ramp=kind == "ramp")
 
 
@@ -460,11 +560,17 @@ def parse_duration(value: object) -> Duration:
     if isinstance(value, Duration):
         return value
     if isinstance(value, dict) and set(value) != {"mean"}:
-        raise ValueError(f"{value!r:.40} is no duration; write one like 60s, or {{mean: 60s}} for an exponential one")
+        raise ValueError(
+            f"{value!r:.40} is no duration; write one like 60s, or {{mean: 60s}} for an"
+            " exponential one"
+        )
     exponential = isinstance(value, dict)
     seconds = units.parse_time(value["mean"] if isinstance(value, dict) else value)
     if seconds < _SHORTEST_PHASE_S:
-        raise ValueError(f"{value!r:.40} is too short; it must be at least {units.format_time(_SHORTEST_PHASE_S)}")
+        raise ValueError(
+            f"{value!r:.40} is too short; it must be at least"
+            f" {units.format_time(_SHORTEST_PHASE_S)}"
+        )
     return Duration(seconds, exponential)
 
 
@@ -473,15 +579,23 @@ def _format_duration(duration: Duration) -> str | dict[str, str]:
     return {"mean": text} if duration.exponential else text
 
 
-Phase = Annotated[Duration, BeforeValidator(parse_duration), PlainSerializer(_format_duration), written_as("duration")]
+Phase = Annotated[
+    Duration,
+    BeforeValidator(parse_duration),
+    PlainSerializer(_format_duration),
+    written_as("duration"),
+]
 
 
 class TcpSpec(Model):
     """TCP as fast as it goes."""
 
-    streams: Annotated[Streams, BeforeValidator(parse_streams), PlainSerializer(_format_streams), written_as("streams")] = (
-        ONE_STREAM
-    )
+    streams: Annotated[
+        Streams,
+        BeforeValidator(parse_streams),
+        PlainSerializer(_format_streams),
+        written_as("streams"),
+    ] = ONE_STREAM
     """Parallel streams: a number, or ``{random: [1, 50]}``, drawn anew each time it goes on."""
     congestion: CongestionControl | None = Field(default=None, examples=["cubic"])
     """Congestion control; left out: the host's own."""
@@ -505,29 +619,39 @@ class TrafficSpec(Model):
     """Another one."""
     at: Time = 0.0
     """When it begins."""
-    duration: Annotated[Time, written_as("positive_time")] | None = Field(None, alias="for", examples=["5s"])
+    duration: Annotated[Time, written_as("positive_time")] | None = Field(
+        None, alias="for", examples=["5s"]
+    )
     """How long it goes on, at least 100ms; to the end of the cell if left out."""
     tcp: TcpSpec | None = Field(None, examples=["{streams: 4}"])
     """TCP as fast as it goes."""
     udp: UdpSpec | None = Field(None, examples=["{rate: 5mbit}"])
     """Datagrams at an even rate."""
     on: Phase | None = Field(None, examples=["60s"])
-    """It flows for so long and pauses for ``off``, in turn; ``{mean: 60s}`` is drawn from an exponential distribution."""
+    """It flows for so long and pauses for ``off``, in turn; ``{mean: 60s}`` is drawn from an
+    exponential distribution."""
     off: Phase | None = Field(None, examples=["10s"])
     """How long it pauses, like ``on``."""
     seed: StrictInt = Field(0, ge=0, lt=2**31)
-    """Of what is drawn at random; the same in every cell, so that all methods meet the same traffic."""
+    """Of what is drawn at random; the same in every cell, so that all methods meet the same
+    traffic."""
     engine: Literal["builtin", "iperf3"] = "builtin"
     """builtin needs nothing; iperf3 where the hosts have it."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if (self.tcp is None) == (self.udp is None):
-            raise PydanticCustomError("kind", "needs exactly one of tcp and udp, for example tcp: {streams: 4}")
+            raise PydanticCustomError(
+                "kind", "needs exactly one of tcp and udp, for example tcp: {streams: 4}"
+            )
         if self.source == self.target:
-            raise PydanticCustomError("at_key", "is the host that it comes from; name another one", {"path": ["to"]})
+            raise PydanticCustomError(
+                "at_key", "is the host that it comes from; name another one", {"path": ["to"]}
+            )
         if self.duration is not None and self.duration < _SHORTEST_PHASE_S:
-            raise PydanticCustomError("at_key", "is too short; it must be at least 100ms", {"path": ["for"]})
+            raise PydanticCustomError(
+                "at_key", "is too short; it must be at least 100ms", {"path": ["for"]}
+            )
         if (self.on is None) != (self.off is None):
             key, other = ("off", "on") if self.off is None else ("on", "off")
             text = f"is missing; {other} needs it, for example {{on: 60s, off: 10s}}"
@@ -551,26 +675,41 @@ class StopSpec(Model):
     @classmethod
     def _bare_seconds(cls, data: Any) -> Any:
         # `seconds: 30` says its unit in its name.
-        if isinstance(data, dict) and isinstance(data.get("seconds"), (int, float)) and not isinstance(data["seconds"], bool):
+        if (
+            isinstance(data, dict)
+            and isinstance(data.get("seconds"), (int, float))
+            and not isinstance(data["seconds"], bool)
+        ):
             if data["seconds"] < 0:
-                raise PydanticCustomError("at_key", f"{data['seconds']} is negative; write it like 30", {"path": ["seconds"]})
+                raise PydanticCustomError(
+                    "at_key",
+                    f"{data['seconds']} is negative; write it like 30",
+                    {"path": ["seconds"]},
+                )
             return {**data, "seconds": f"{data['seconds']}s"}
         return data
 
     @model_validator(mode="after")
     def _capped(self) -> Self:
         if self.steps is None and self.epochs is None and not self.seconds:
-            raise PydanticCustomError("stop", "needs one of steps, epochs and seconds, for example {steps: 60}")
+            raise PydanticCustomError(
+                "stop", "needs one of steps, epochs and seconds, for example {steps: 60}"
+            )
         return self
 
     def limits(self) -> StopConfig:
         """Only the limits that are set, numbers in SI units."""
-        given = {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
+        given = {
+            name: value
+            for name in type(self).model_fields
+            if (value := getattr(self, name)) is not None
+        }
         return cast(StopConfig, given)
 
 
 class Named(Model):
-    """A name from a catalogue with its options, written as ``topk`` or ``{name: topk, ratio: 0.1}``."""
+    """A name from a catalogue with its options, written as ``topk`` or
+    ``{name: topk, ratio: 0.1}``."""
 
     name: str
     """Of the catalogue, or package.module:attribute."""
@@ -588,24 +727,40 @@ class Named(Model):
             check_filled(data)
             inner = data.get("options", {})
             if not isinstance(inner, dict):
-                raise PydanticCustomError("at_key", "must be a mapping of options", {"path": ["options"]})
+                raise PydanticCustomError(
+                    "at_key", "must be a mapping of options", {"path": ["options"]}
+                )
             if wrong := [key for key in {**data, **inner} if not isinstance(key, str)]:
-                raise PydanticCustomError("at_key", f"has the key {wrong[0]!r}; names of options are texts", {"path": []})
+                raise PydanticCustomError(
+                    "at_key", f"has the key {wrong[0]!r}; names of options are texts", {"path": []}
+                )
             check_filled(inner)
             options = {k: v for k, v in data.items() if k not in ("name", "options", "label")}
-            return {"name": data["name"], "options": {**inner, **options}, "label": data.get("label", "")}
+            return {
+                "name": data["name"],
+                "options": {**inner, **options},
+                "label": data.get("label", ""),
+            }
         if isinstance(data, dict):
-            raise PydanticCustomError("at_key", "is missing; write a name, or {name: …, option: …}", {"path": ["name"]})
+            raise PydanticCustomError(
+                "at_key", "is missing; write a name, or {name: …, option: …}", {"path": ["name"]}
+            )
         return data
 
 
 def _refuse_what_is_gone(method: str, options: Mapping[str, Any]) -> None:
     """Older specs name what netsense had when its own rule kept to a share of the compute."""
     if method == "netsense" and "share" in options:
-        text = "is gone; netsense keeps to no share of the compute any more, but makes the most progress a second: remove it"
+        text = (
+            "is gone; netsense keeps to no share of the compute any more, but makes the most"
+            " progress a second: remove it"
+        )
         raise PydanticCustomError("at_key", text, {"path": ["share"]})
     if method == "netsense" and options.get("policy") == "budget":
-        text = "'budget' is now 'progress', which makes the most progress a second, and is the default: remove it"
+        text = (
+            "'budget' is now 'progress', which makes the most progress a second, and is the"
+            " default: remove it"
+        )
         raise PydanticCustomError("at_key", text, {"path": ["policy"]})
 
 
@@ -626,7 +781,9 @@ class MethodSpec(Named):
                 fault = f"{data['label']!r} is the name of another method; choose another label"
                 raise PydanticCustomError("at_key", fault, {"path": ["label"]})
             if not data.get("label"):
-                data["label"] = "-".join([data["name"].replace(":", "."), *(str(v) for v in given.values())])
+                data["label"] = "-".join(
+                    [data["name"].replace(":", "."), *(str(v) for v in given.values())]
+                )
         return data
 
 
@@ -655,7 +812,8 @@ class DataSpec(Named):
 
 
 class OptimizerSpec(Named):
-    """An optimizer by name with its options, for example ``{name: sgd, lr: 0.1, momentum: 0.9}``."""
+    """An optimizer by name with its options, for example
+    ``{name: sgd, lr: 0.1, momentum: 0.9}``."""
 
     @model_validator(mode="before")
     @classmethod
@@ -670,20 +828,32 @@ class ComputeSpec(Model):
     """What a step's compute takes. ``real``: the time it takes."""
 
     pace: Time | None = Field(default=None, examples=["120ms"])
-    """Real compute that waits so that it takes at least so long a step; it stands for a faster or slower accelerator."""
-    emulate: Annotated[Time, written_as("positive_time"), Field(gt=0)] | None = Field(default=None, examples=["120ms"])
-    """No arithmetic; every layer waits for its share of this time. It measures throughput, never accuracy."""
+    """Real compute that waits so that it takes at least so long a step; it stands for a faster or
+    slower accelerator."""
+    emulate: Annotated[Time, written_as("positive_time"), Field(gt=0)] | None = Field(
+        default=None, examples=["120ms"]
+    )
+    """No arithmetic; every layer waits for its share of this time. It measures throughput, never
+    accuracy."""
     jitter: Share = Field(default=0.0, examples=["5%"])
     """From step to step, as a standard deviation; needs emulate."""
-    stragglers: dict[str, Annotated[StrictFloat, Field(ge=0.1, le=1000)]] = Field(default_factory=dict, examples=["{w3: 2}"])
+    stragglers: dict[str, Annotated[StrictFloat, Field(ge=0.1, le=1000)]] = Field(
+        default_factory=dict, examples=["{w3: 2}"]
+    )
     """Workers that take so many times as long; needs pace or emulate."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         if self.pace is not None and self.emulate is not None:
-            raise PydanticCustomError("at_key", "cannot stand beside pace; keep one of them", {"path": ["emulate"]})
+            raise PydanticCustomError(
+                "at_key", "cannot stand beside pace; keep one of them", {"path": ["emulate"]}
+            )
         if self.jitter and self.emulate is None:
-            raise PydanticCustomError("at_key", "needs emulate, for example {emulate: 120ms, jitter: 5%}", {"path": ["jitter"]})
+            raise PydanticCustomError(
+                "at_key",
+                "needs emulate, for example {emulate: 120ms, jitter: 5%}",
+                {"path": ["jitter"]},
+            )
         if self.stragglers and self.pace is None and self.emulate is None:
             text = "needs pace or emulate, for example {pace: 120ms, stragglers: {w3: 2}}"
             raise PydanticCustomError("at_key", text, {"path": ["stragglers"]})
@@ -695,7 +865,9 @@ class ComputeSpec(Model):
         if data == "real":
             return {}
         if isinstance(data, str):
-            raise PydanticCustomError("compute", f"{data!r} is unknown; valid: real, {{pace: 120ms}}, {{emulate: 120ms}}")
+            raise PydanticCustomError(
+                "compute", f"{data!r} is unknown; valid: real, {{pace: 120ms}}, {{emulate: 120ms}}"
+            )
         return data
 
 
@@ -715,7 +887,8 @@ class WorkloadSpec(Model):
     compute: ComputeSpec = ComputeSpec()
     """real, or how long a step's compute is to take."""
     device: Literal["cpu", "cuda", "auto"] = "cpu"
-    """Where model and gradients are; with cuda the workers share the GPUs of the machine in turn, with auto if it has any."""
+    """Where model and gradients are; with cuda the workers share the GPUs of the machine in turn,
+    with auto if it has any."""
     evaluate_every: Time = 1.0
     """Between two evaluations of the test set, for which all wait."""
     target: Share | None = Field(None, examples=["95%"])
@@ -729,20 +902,34 @@ class WorkloadSpec(Model):
     def _possible(self) -> Self:
         if self.compute.emulate is None:
             try:
-                catalog.check_pair(self.model.name, self.model.options, self.data.name, self.data.options)
+                catalog.check_pair(
+                    self.model.name, self.model.options, self.data.name, self.data.options
+                )
             except ValueError as error:
-                raise PydanticCustomError("at_key", "{fault}", {"path": ["data"], "fault": str(error)}) from None
+                raise PydanticCustomError(
+                    "at_key", "{fault}", {"path": ["data"], "fault": str(error)}
+                ) from None
             return self
         if ":" in self.model.name:
-            text = "cannot be emulated, as only a model of the zoo says what its layers cost; use compute: {pace: 120ms}"
+            text = (
+                "cannot be emulated, as only a model of the zoo says what its layers cost; use"
+                " compute: {pace: 120ms}"
+            )
             raise PydanticCustomError("at_key", text, {"path": ["model"]})
         if self.stop.steps is None and not self.stop.seconds:
             text = "needs steps or seconds with compute: emulate, which has no epochs"
             raise PydanticCustomError("at_key", text, {"path": ["stop"]})
-        learning = {"target": self.target, "stop.accuracy": self.stop.accuracy, "stop.epochs": self.stop.epochs}
+        learning = {
+            "target": self.target,
+            "stop.accuracy": self.stop.accuracy,
+            "stop.epochs": self.stop.epochs,
+        }
         for place, given in learning.items():
             if given is not None:
-                text = "cannot be had from compute: emulate, which learns nothing; use pace, or remove it"
+                text = (
+                    "cannot be had from compute: emulate, which learns nothing; use pace, or"
+                    " remove it"
+                )
                 raise PydanticCustomError("at_key", text, {"path": place.split(".")})
         return self
 
@@ -771,8 +958,15 @@ class ScriptSpec(Model):
     @model_validator(mode="after")
     def _beside_it(self) -> Self:
         for index, name in enumerate(self.files):
-            if PurePath(name).is_absolute() or ".." in PurePath(name).parts or not PurePath(name).parts:
-                text = f"{name!r:.60} is not in the folder of the script; move it there, or give its path by args"
+            if (
+                PurePath(name).is_absolute()
+                or ".." in PurePath(name).parts
+                or not PurePath(name).parts
+            ):
+                text = (
+                    f"{name!r:.60} is not in the folder of the script; move it there, or give its"
+                    " path by args"
+                )
                 raise PydanticCustomError("at_key", text, {"path": ["files", index]})
         return self
 
@@ -780,10 +974,16 @@ class ScriptSpec(Model):
     def _can_be_handed_over(self) -> Self:
         for index, word in enumerate(self.args):
             if "\0" in word:
-                text = "has the character NUL, which no argument of a program can have; give it in a file"
+                text = (
+                    "has the character NUL, which no argument of a program can have; give it in a"
+                    " file"
+                )
                 raise PydanticCustomError("at_key", text, {"path": ["args", index]})
         if (size := sum(len(word.encode(errors="replace")) for word in self.args)) > _ARGS_BYTES:
-            text = f"has {size} bytes, and at most {_ARGS_BYTES} can be handed over; put them into a file named under files"
+            text = (
+                f"has {size} bytes, and at most {_ARGS_BYTES} can be handed over; put them into a"
+                " file named under files"
+            )
             raise PydanticCustomError("at_key", text, {"path": ["args"]})
         return self
 
@@ -791,7 +991,10 @@ class ScriptSpec(Model):
     def _ends_from_outside(self) -> Self:
         for key in ("steps", "epochs"):
             if self.stop is not None and getattr(self.stop, key) is not None:
-                text = "is for the script to count; give stop: {seconds: 60}, or the number to the script by args"
+                text = (
+                    "is for the script to count; give stop: {seconds: 60}, or the number to the"
+                    " script by args"
+                )
                 raise PydanticCustomError("at_key", text, {"path": ["stop", key]})
         return self
 
@@ -800,8 +1003,11 @@ class LimitsSpec(Model):
     """What the programs of one worker may use together."""
 
     memory: Memory | None = Field(default=None, examples=["2GiB"])
-    """A worker that takes more is ended by the kernel, and its cell says so. No limit if left out."""
-    pids: Annotated[StrictInt, Field(ge=16, le=2**22)] | None = Field(default=None, examples=["1000"])
+    """A worker that takes more is ended by the kernel, and its cell says so. No limit if left
+    out."""
+    pids: Annotated[StrictInt, Field(ge=16, le=2**22)] | None = Field(
+        default=None, examples=["1000"]
+    )
     """Processes and threads. If left out 4096 in the Docker lab, no limit in the netns lab."""
 
 
@@ -810,14 +1016,21 @@ _ETHERNET_BYTES = 14
 
 
 def small_queues(part: Any, mtu: int) -> Iterator[tuple[list[str | int], str]]:
-    """(place, what is wrong) for each queue in a part of a spec whose bytes hold no frame, so that nothing would pass."""
+    """(place, what is wrong) for each queue in a part of a spec whose bytes hold no frame, so that
+    nothing would pass."""
     queue = part.queue if isinstance(part, LinkParametersSpec) else None
     if queue and queue.bytes is not None and queue.bytes < mtu + _ETHERNET_BYTES:
-        text = f"{units.format_size(queue.bytes)} do not hold one frame; with this mtu give it at least"
+        text = (
+            f"{units.format_size(queue.bytes)} do not hold one frame; with this mtu give it at"
+            " least"
+        )
         yield ["queue"], f"{text} {mtu + _ETHERNET_BYTES}B"
     inside: Iterable[tuple[list[str | int], Any]] = ()
     if isinstance(part, Model):
-        inside = (([field.alias or name], getattr(part, name)) for name, field in type(part).model_fields.items())
+        inside = (
+            ([field.alias or name], getattr(part, name))
+            for name, field in type(part).model_fields.items()
+        )
     elif isinstance(part, dict):
         inside = (([key], value) for key, value in part.items())
     elif isinstance(part, list):
@@ -829,19 +1042,25 @@ def small_queues(part: Any, mtu: int) -> Iterator[tuple[list[str | int], str]]:
 
 
 class Spec(Model):
-    """A whole experiment: every method trains once with every seed under every combination of the matrix."""
+    """A whole experiment: every method trains once with every seed under every combination of the
+    matrix."""
 
     name: str = Field("experiment", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}$")
     """Of the experiment; run directories begin with it."""
     lab: Literal["netns", "docker", "swarm"] = "netns"
-    """Where the workers run: in rootless network namespaces, in Docker containers, or in containers on the nodes of a Docker
-    Swarm. There an mtu that is left out is 1450, as the overlay network takes 50 bytes of each frame."""
-    placement: dict[str, dict[NodeLabel, NodeLabel]] = Field(default_factory=dict, examples=["{w0: {zone: a}, w1: {zone: b}}"])
-    """In a swarm, the labels that a host's node must have; hosts that are left out go where Swarm puts them."""
+    """Where the workers run: in rootless network namespaces, in Docker containers, or in containers
+    on the nodes of a Docker Swarm. There an mtu that is left out is 1450, as the overlay network
+    takes 50 bytes of each frame."""
+    placement: dict[str, dict[NodeLabel, NodeLabel]] = Field(
+        default_factory=dict, examples=["{w0: {zone: a}, w1: {zone: b}}"]
+    )
+    """In a swarm, the labels that a host's node must have; hosts that are left out go where Swarm
+    puts them."""
     workers: StrictInt = Field(4, ge=1, le=64)
     """How many; they are called w0, w1, …"""
     ranks_per_worker: StrictInt = Field(1, ge=1, le=16)
-    """Processes that train on each worker. They share its link; what they send each other stays on its loopback."""
+    """Processes that train on each worker. They share its link; what they send each other stays on
+    its loopback."""
     limits: LimitsSpec = LimitsSpec()
     """What each worker may use of this machine's memory and processes."""
     network: NetworkSpec = NetworkSpec()
@@ -854,28 +1073,39 @@ class Spec(Model):
     """What the workers train; or give a script."""
     script: ScriptSpec | None = Field(None, examples=["train.py"])
     """A program of your own in place of the workload."""
-    methods: list[MethodSpec] = Field(min_length=1, max_length=100, examples=["[allreduce, netsense]"])
-    """What is compared; the baseline is allreduce, or else the label that comes first in the alphabet."""
+    methods: list[MethodSpec] = Field(
+        min_length=1, max_length=100, examples=["[allreduce, netsense]"]
+    )
+    """What is compared; the baseline is allreduce, or else the label that comes first in the
+    alphabet."""
     seeds: list[Annotated[StrictInt, Field(ge=0, lt=2**31)]] = Field(
         default_factory=lambda: [0], min_length=1, max_length=1000, examples=["[0, 1, 2]"]
     )
     """Of the initial parameters and the order of the data; several give an interval."""
-    matrix: dict[str, list[Any]] = Field(default_factory=dict, examples=["{network.link.rate: [20mbit, 200mbit]}"])
+    matrix: dict[str, list[Any]] = Field(
+        default_factory=dict, examples=["{network.link.rate: [20mbit, 200mbit]}"]
+    )
     """Values by dotted key of this spec: one cell for every combination."""
     calibrate: StrictBool = True
     """Whether every cell measures its links before it starts, which takes about a second."""
     dilation: StrictFloat = Field(1.0, ge=1, le=1000)
-    """Rates, delays, compute and schedule are slowed by this factor, and the times reported divided by it."""
+    """Rates, delays, compute and schedule are slowed by this factor, and the times reported divided
+    by it."""
     step_timeout: Annotated[Time, Field(ge=2)] = 600.0
-    """A cell fails when for so long no step has ended and nothing has come to any worker, or when a worker that is done has not
-    ended. With competing traffic a step may not take longer."""
+    """A cell fails when for so long no step has ended and nothing has come to any worker, or when a
+    worker that is done has not ended. With competing traffic a step may not take longer."""
     on_failure: Literal["stop", "continue"] = "stop"
-    """Whether a worker that dies ends its cell, or all are started again, from their last checkpoint."""
+    """Whether a worker that dies ends its cell, or all are started again, from their last
+    checkpoint."""
 
     @model_validator(mode="before")
     @classmethod
     def _as_swarms_have_it(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict) or raw.get("lab") != "swarm" or not isinstance(raw.get("network", {}), dict):
+        if (
+            not isinstance(raw, dict)
+            or raw.get("lab") != "swarm"
+            or not isinstance(raw.get("network", {}), dict)
+        ):
             return raw
         network = {"mtu": OVERLAY_MTU, **raw.get("network", {})}
         if network.get("engine", "auto") == "auto":
@@ -884,16 +1114,23 @@ class Spec(Model):
 
     @model_validator(mode="after")
     def _all_is_slower(self) -> Self:
-        paced = self.workload is not None and (self.workload.compute.pace or self.workload.compute.emulate)
+        paced = self.workload is not None and (
+            self.workload.compute.pace or self.workload.compute.emulate
+        )
         if self.dilation > 1 and not paced:
-            text = "slows links and times, but not real compute; use compute: {pace: …} or {emulate: …}, or dilation: 1"
+            text = (
+                "slows links and times, but not real compute; use compute: {pace: …} or {emulate:"
+                " …}, or dilation: 1"
+            )
             raise PydanticCustomError("at_key", text, {"path": ["dilation"]})
         return self
 
     @model_validator(mode="after")
     def _workers_exist(self) -> Self:
         stragglers = self.workload.compute.stragglers if self.workload else {}
-        named: list[tuple[list[str | int], str]] = [(["workload", "compute", "stragglers", name], name) for name in stragglers]
+        named: list[tuple[list[str | int], str]] = [
+            (["workload", "compute", "stragglers", name], name) for name in stragglers
+        ]
         for index, entry in enumerate(self.schedule):
             if isinstance(entry, WorkerEntry):
                 named += [(["schedule", index], name) for name in entry.workers]
@@ -912,7 +1149,9 @@ class Spec(Model):
             for index, name in enumerate(names):
                 if name in names[:index]:
                     mend = "remove one, or give it a label" if key == "methods" else "remove one"
-                    raise PydanticCustomError("at_key", f"{name!r} stands there twice; {mend}", {"path": [key, index]})
+                    raise PydanticCustomError(
+                        "at_key", f"{name!r} stands there twice; {mend}", {"path": [key, index]}
+                    )
         return self
 
     @model_validator(mode="after")
@@ -920,8 +1159,13 @@ class Spec(Model):
         room = self.network.mtu - _IP_AND_UDP_BYTES[self.network.ip]
         for index, flow in enumerate(self.traffic):
             if flow.udp is not None and flow.udp.packet > room:
-                text = f"{units.format_size(flow.udp.packet)} do not fit into one frame; with this mtu at most {room}B do"
-                raise PydanticCustomError("at_key", text, {"path": ["traffic", index, "udp", "packet"]})
+                text = (
+                    f"{units.format_size(flow.udp.packet)} do not fit into one frame; with this mtu"
+                    f" at most {room}B do"
+                )
+                raise PydanticCustomError(
+                    "at_key", text, {"path": ["traffic", index, "udp", "packet"]}
+                )
         if fault := next(small_queues(self, self.network.mtu), None):
             raise PydanticCustomError("at_key", fault[1], {"path": fault[0]})
         return self

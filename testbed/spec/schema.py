@@ -1,10 +1,13 @@
-"""JSON Schema of a spec, for editors: made from the models, the patterns of a schedule and the catalogues of names.
+"""JSON Schema of a spec, for editors: made from the models, the patterns of a schedule and the
+catalogues of names.
 
-``testbed schema`` prints it, and it lies as ``schema.json`` beside this file. It takes whatever ``validate`` takes. Of what
-that refuses it cannot say: how large a text with a unit is (a rate of 1bit), sums (a burst that cannot make up its loss), names
-that must be the same in two places (``links: [w9]``), what lies beside the spec, values of a matrix, rules between two options.
+``testbed schema`` prints it, and it lies as ``schema.json`` beside this file. It takes whatever
+``validate`` takes. Of what that refuses it cannot say: how large a text with a unit is (a rate of
+1bit), sums (a burst that cannot make up its loss), names that must be the same in two places
+(``links: [w9]``), what lies beside the spec, values of a matrix, rules between two options.
 
-Draft 7, which is what editors know best. There nothing that stands beside a ``$ref`` counts, so only notes stand there.
+Draft 7, which is what editors know best. There nothing that stands beside a ``$ref`` counts, so
+only notes stand there.
 """
 
 import json
@@ -65,7 +68,9 @@ def json_schema(registered: Iterable[str] = ()) -> Json:
     """The schema as data; registered as in ``schema_text``."""
     models: list[type[BaseModel]] = [Spec, *ENTRIES.values()]
     _, made = models_json_schema(
-        [(model, "validation") for model in models], ref_template="#/definitions/{model}", schema_generator=_Generator
+        [(model, "validation") for model in models],
+        ref_template="#/definitions/{model}",
+        schema_generator=_Generator,
     )
     definitions: Json = made["$defs"]
     for model in _models(models):
@@ -73,7 +78,9 @@ def json_schema(registered: Iterable[str] = ()) -> Json:
     _add_rules(definitions)
     definitions |= _QUANTITIES | _changes(definitions)
     definitions["Entry"] = {
-        "description": "From a time on, some links follow a pattern, or something happens to workers.",
+        "description": (
+            "From a time on, some links follow a pattern, or something happens to workers."
+        ),
         "anyOf": [_ref(entry.__name__) for entry in ENTRIES.values()],
     }
     for name, short in {
@@ -83,9 +90,16 @@ def json_schema(registered: Iterable[str] = ()) -> Json:
         "Scale": {**definitions["Scale"]["properties"]["rate"]},
     }.items():
         definitions[name] = {**_notes(definitions[name]), "anyOf": [short, definitions[name]]}
-    for name, catalog in {"ModelSpec": MODELS, "DataSpec": DATA, "OptimizerSpec": OPTIMIZERS}.items():
+    for name, catalog in {
+        "ModelSpec": MODELS,
+        "DataSpec": DATA,
+        "OptimizerSpec": OPTIMIZERS,
+    }.items():
         definitions[name] = {**_notes(definitions[name]), **_choice(catalog)}
-    definitions["MethodSpec"] = {**_notes(definitions["MethodSpec"]), **_choice(METHODS, registered, foreign_labels=METHODS)}
+    definitions["MethodSpec"] = {
+        **_notes(definitions["MethodSpec"]),
+        **_choice(METHODS, registered, foreign_labels=METHODS),
+    }
     head = {"$schema": "http://json-schema.org/draft-07/schema#", "$comment": MARK}
     spec = definitions.pop("Spec") | {"title": "Experiment of netsense-testbed"}
     del definitions["Duration"]  # what is behind ``duration``, which is written otherwise
@@ -112,7 +126,12 @@ def _models(roots: Iterable[type[BaseModel]]) -> Iterator[type[BaseModel]]:
     while pending:
         part = pending.pop()
         pending += getattr(part, "__args__", ())
-        if isinstance(part, type) and issubclass(part, BaseModel) and part not in seen and not isabstract(part):
+        if (
+            isinstance(part, type)
+            and issubclass(part, BaseModel)
+            and part not in seen
+            and not isabstract(part)
+        ):
             seen.add(part)
             pending += [field.annotation for field in part.model_fields.values()]
             yield part
@@ -131,7 +150,9 @@ def _say_defaults(schema: Json, model: type[BaseModel]) -> None:
 
 _QUANTITIES: Json = {
     "rate": {
-        "description": "A rate a second, a number with bit, kbit, mbit or gbit; from 8kbit to 100gbit.",
+        "description": (
+            "A rate a second, a number with bit, kbit, mbit or gbit; from 8kbit to 100gbit."
+        ),
         "type": "string",
         "pattern": units.RATE_PATTERN,
         "patternErrorMessage": "Write a rate like 50mbit (units: bit, kbit, mbit, gbit).",
@@ -157,7 +178,9 @@ _QUANTITIES: Json = {
         "description": "Seconds, or a time with its unit: us, ms, s or min.",
         "type": ["string", "number"],
         "pattern": units.TIME_PATTERN,
-        "patternErrorMessage": "Write a number of seconds, or a time like 2min (units: us, ms, s, min).",
+        "patternErrorMessage": (
+            "Write a number of seconds, or a time like 2min (units: us, ms, s, min)."
+        ),
         "minimum": 0,
         "maximum": 10_000_000,
         "examples": [30, "2min"],
@@ -173,13 +196,17 @@ _QUANTITIES: Json = {
         "description": "A time at the rate (us, ms, s, min), or a size (B, kB, MB, KiB, MiB).",
         "type": ["string", "number"],
         "pattern": units.QUEUE_PATTERN,
-        "patternErrorMessage": "Write a time like 50ms (us, ms, s, min) or a size like 64KiB (B, kB, MB, KiB, MiB).",
+        "patternErrorMessage": (
+            "Write a time like 50ms (us, ms, s, min) or a size like 64KiB (B, kB, MB, KiB, MiB)."
+        ),
         "minimum": 0,
         "maximum": 0,
         "examples": ["50ms", "64KiB"],
     },
     "share": {
-        "description": "A share of 0% to 100%; or a number from 0 to 1, but not the whole number 1.",
+        "description": (
+            "A share of 0% to 100%; or a number from 0 to 1, but not the whole number 1."
+        ),
         "type": ["string", "number"],
         "pattern": units.SHARE_PATTERN,
         "patternErrorMessage": "Write a share like 1%.",
@@ -207,7 +234,9 @@ _QUANTITIES: Json = {
         ],
     },
     "streams": {
-        "description": "A number of streams, {random: [1, 50]}, or {ramp: [1, 50]} for one more in each phase.",
+        "description": (
+            "A number of streams, {random: [1, 50]}, or {ramp: [1, 50]} for one more in each phase."
+        ),
         "anyOf": [
             _ref("few_streams"),
             *(_object({kind: _ref("few_streams")}, required=[kind]) for kind in ("random", "ramp")),
@@ -231,7 +260,10 @@ _QUANTITIES: Json = {
         "maxItems": 2,
     },
     "duration": {
-        "description": "A time of at least 100ms, or {mean: 60s} for one that is drawn from an exponential distribution.",
+        "description": (
+            "A time of at least 100ms, or {mean: 60s} for one that is drawn from an exponential"
+            " distribution."
+        ),
         "anyOf": [
             _ref("positive_time"),
             {
@@ -250,15 +282,23 @@ def _pair(schema: Json) -> Json:
 
 
 def _changes(definitions: Json) -> Json:
-    """What may change of a link in use, also as two values of each property; and what of that gradually."""
-    parameters, link, loss = (definitions[name]["properties"] for name in ("LinkParametersSpec", "LinkSpec", "LossSpec"))
-    out: Json = {"LossPairs": _object({key: _pair(value) for key, value in loss.items()}, required=["share"])}
+    """What may change of a link in use, also as two values of each property; and what of that
+    gradually."""
+    parameters, link, loss = (
+        definitions[name]["properties"] for name in ("LinkParametersSpec", "LinkSpec", "LossSpec")
+    )
+    out: Json = {
+        "LossPairs": _object({key: _pair(value) for key, value in loss.items()}, required=["share"])
+    }
     for prefix, kept in (("", set(parameters) - set(KEPT)), ("Gradual", CONTINUOUS)):
         values = {key: value for key, value in parameters.items() if key in kept}
         pairs = {key: _pair(value) for key, value in values.items()}
         pairs["loss"] = {"anyOf": [pairs["loss"], _ref("LossPairs")]}
         one, two = f"{prefix}ShapeChange", f"{prefix}ShapePairs"
-        sides: Json = {"up": _ref(one) if prefix else {"anyOf": [_ref(one), {"type": "boolean"}]}, "down": _ref(one)}
+        sides: Json = {
+            "up": _ref(one) if prefix else {"anyOf": [_ref(one), {"type": "boolean"}]},
+            "down": _ref(one),
+        }
         both: Json = {side: {"anyOf": [_ref(two), _pair(sides[side])]} for side in DIRECTIONS}
         for side in DIRECTIONS:
             sides[side] |= _notes(link[side])
@@ -267,19 +307,30 @@ def _changes(definitions: Json) -> Json:
             one: _object(values),
             two: _object(pairs),
             f"{prefix}LinkChange": _object({**values, **sides}, minProperties=1),
-            f"{prefix}LinkPairs": _object({**pairs, **both}, minProperties=1, description="Two values for each property."),
+            f"{prefix}LinkPairs": _object(
+                {**pairs, **both}, minProperties=1, description="Two values for each property."
+            ),
         }
     return out
 
 
 def _choice(
-    catalog: Mapping[str, Mapping[str, Option]], registered: Iterable[str] = (), foreign_labels: Iterable[str] = ()
+    catalog: Mapping[str, Mapping[str, Option]],
+    registered: Iterable[str] = (),
+    foreign_labels: Iterable[str] = (),
 ) -> Json:
     """A name, or a name with its options. What is the user's own has any options."""
     others = [name for name in registered if name not in catalog]
     own = {"anyOf": [_IMPORT_PATH, *([{"enum": others}] if others else [])]}
     known = [_named({"const": name}, options, foreign_labels) for name, options in catalog.items()]
-    return {"anyOf": [{"enum": [*catalog, *others]}, _IMPORT_PATH, *known, _named(own, None, foreign_labels)]}
+    return {
+        "anyOf": [
+            {"enum": [*catalog, *others]},
+            _IMPORT_PATH,
+            *known,
+            _named(own, None, foreign_labels),
+        ]
+    }
 
 
 def _named(name: Json, options: Mapping[str, Option] | None, foreign_labels: Iterable[str]) -> Json:
@@ -311,13 +362,25 @@ def _named(name: Json, options: Mapping[str, Option] | None, foreign_labels: Ite
 def _is_one_of(names: Sequence[str], *also: Json) -> Json:
     """Matches names with and without options."""
     name = {"anyOf": [{"enum": list(names)}, *also]}
-    return {"anyOf": [*name["anyOf"], {"type": "object", "properties": {"name": name}, "required": ["name"]}]}
+    return {
+        "anyOf": [
+            *name["anyOf"],
+            {"type": "object", "properties": {"name": name}, "required": ["name"]},
+        ]
+    }
 
 
 def _add_rules(definitions: Json) -> None:
     """What a model says of several keys at once, as far as it is about which of them are there."""
     some = {"type": "string", "pattern": "^[^eE]*[1-9]"}
-    slowed = {"properties": {"workload": {"required": ["compute"], "properties": {"compute": _needs("pace", "emulate")}}}}
+    slowed = {
+        "properties": {
+            "workload": {
+                "required": ["compute"],
+                "properties": {"compute": _needs("pace", "emulate")},
+            }
+        }
+    }
     star = {"properties": {"topology": {"const": "star"}, "ip": {"const": 4}}}
     kernel = {"properties": {"engine": {"enum": ["auto", "netem"]}}}
     cpu = {"properties": {"device": {"enum": ["cpu", "auto"]}}}
@@ -325,16 +388,35 @@ def _add_rules(definitions: Json) -> None:
         "Spec": {
             "oneOf": [{"required": ["workload"]}, {"required": ["script"]}],
             "allOf": [
-                _if({"dilation": {"exclusiveMinimum": 1}}, {"required": ["workload"], **slowed}, "dilation"),
-                _if({"lab": {"enum": ["docker", "swarm"]}}, {"properties": {"network": star}}, "lab"),
-                _if({"lab": {"const": "swarm"}}, {"properties": {"network": kernel, "workload": cpu}}, "lab"),
-                _if({"lab": {"enum": ["netns", "docker"]}}, {"properties": {"placement": {"maxProperties": 0}}}),
+                _if(
+                    {"dilation": {"exclusiveMinimum": 1}},
+                    {"required": ["workload"], **slowed},
+                    "dilation",
+                ),
+                _if(
+                    {"lab": {"enum": ["docker", "swarm"]}}, {"properties": {"network": star}}, "lab"
+                ),
+                _if(
+                    {"lab": {"const": "swarm"}},
+                    {"properties": {"network": kernel, "workload": cpu}},
+                    "lab",
+                ),
+                _if(
+                    {"lab": {"enum": ["netns", "docker"]}},
+                    {"properties": {"placement": {"maxProperties": 0}}},
+                ),
             ],
         },
         "NetworkSpec": {
             "allOf": [
-                _if({"topology": {"const": "star"}}, _without("trunk", "left", "regions", "between")),
-                _if({"topology": {"const": "dumbbell"}}, {"required": ["trunk"], **_without("regions", "between")}, "topology"),
+                _if(
+                    {"topology": {"const": "star"}}, _without("trunk", "left", "regions", "between")
+                ),
+                _if(
+                    {"topology": {"const": "dumbbell"}},
+                    {"required": ["trunk"], **_without("regions", "between")},
+                    "topology",
+                ),
                 _if(
                     {"topology": {"const": "regions"}},
                     {"required": ["regions", "between"], **_without("trunk", "left")},
@@ -343,8 +425,12 @@ def _add_rules(definitions: Json) -> None:
                 _if({"ip": {"const": 6}}, {"properties": {"mtu": {"minimum": MIN_IPV6_MTU}}}, "ip"),
             ]
         },
-        "LinkParametersSpec": _if({"aqm": {"const": "fifo"}}, {"properties": {"ecn": {"const": False}}}, "aqm"),
-        "LinkSpec": _if({"aqm": {"const": "fifo"}}, {"properties": {"ecn": {"const": False}}}, "aqm"),
+        "LinkParametersSpec": _if(
+            {"aqm": {"const": "fifo"}}, {"properties": {"ecn": {"const": False}}}, "aqm"
+        ),
+        "LinkSpec": _if(
+            {"aqm": {"const": "fifo"}}, {"properties": {"ecn": {"const": False}}}, "aqm"
+        ),
         "TrafficSpec": {
             "oneOf": [{"required": ["tcp"]}, {"required": ["udp"]}],
             "dependencies": {"on": ["off"], "off": ["on"]},
@@ -353,12 +439,20 @@ def _add_rules(definitions: Json) -> None:
         "ComputeSpec": {
             "allOf": [
                 {"not": {"required": ["pace", "emulate"]}},
-                _if({"jitter": {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, some]}}, _needs("emulate"), "jitter"),
+                _if(
+                    {"jitter": {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, some]}},
+                    _needs("emulate"),
+                    "jitter",
+                ),
                 _if({"stragglers": {"minProperties": 1}}, _needs("pace", "emulate"), "stragglers"),
             ]
         },
         "WorkloadSpec": {
-            **_if({"compute": {"type": "object", "required": ["emulate"]}}, _only_emulated(), "compute"),
+            **_if(
+                {"compute": {"type": "object", "required": ["emulate"]}},
+                _only_emulated(),
+                "compute",
+            ),
             "else": {"allOf": [_learns_from(model, data) for model, data in FITTING.items()]},
         },
     }
@@ -371,7 +465,12 @@ def _add_rules(definitions: Json) -> None:
     whole = "|".join(key.replace(".", r"\.") for key in NOT_COMPARED)
     spec["matrix"] |= {
         "propertyNames": {"pattern": rf"^(?!(?:{whole})$)(?:{varied})(?:\.|$)"},
-        "additionalProperties": {"type": "array", "items": _FILLED, "minItems": 1, "uniqueItems": True},
+        "additionalProperties": {
+            "type": "array",
+            "items": _FILLED,
+            "minItems": 1,
+            "uniqueItems": True,
+        },
     }
     network["regions"]["additionalProperties"] = False
     spec["placement"]["additionalProperties"]["additionalProperties"] = False
@@ -404,11 +503,14 @@ def _learns_from(model: str, data: Sequence[str]) -> Json:
     then: Json = {"properties": {"data": _is_one_of(data, _IMPORT_PATH)}}
     if defaults["data"] not in data:
         then["required"] = ["data"]
-    return _if({"model": _is_one_of([model])}, then, *([] if model == defaults["model"] else ["model"]))
+    return _if(
+        {"model": _is_one_of([model])}, then, *([] if model == defaults["model"] else ["model"])
+    )
 
 
 def _tidied(node: Any) -> Any:
-    """References in place of the names that ``written_as`` gave, examples as values, a description with a line a paragraph."""
+    """References in place of the names that ``written_as`` gave, examples as values, a description
+    with a line a paragraph."""
     if isinstance(node, list):
         return [_tidied(part) for part in node]
     if not isinstance(node, dict):

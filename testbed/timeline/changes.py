@@ -15,13 +15,16 @@ from testbed.timeline.updates import PropertyKey, StartContext, with_values
 from testbed.timeline.validation import state_error
 
 MAX_CHANGES = 300_000
-"""Of one timeline: eight links, ten times a second, for an hour. A change is one moment of one link."""
-_Tracks = dict[PropertyKey, list[tuple[float, Any]]]  # of one link: values by time (s after t = 0, to the microsecond)
+"""Of one timeline: eight links, ten times a second, for an hour. A change is one moment of one
+link."""
+# of one link: values by time (s after t = 0, to the microsecond)
+_Tracks = dict[PropertyKey, list[tuple[float, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """At ``at_s`` seconds after t = 0 a link gets a new state, which is complete: applying it needs no memory."""
+    """At ``at_s`` seconds after t = 0 a link gets a new state, which is complete: applying it needs
+    no memory."""
 
     at_s: float
     link: str
@@ -43,10 +46,11 @@ def expand(
 ) -> tuple[Change, ...]:
     """All changes of links in a schedule in order of time, one for each moment and link.
 
-    Entries act in order of their time, then of their place in the file; a later one takes the properties that it sets over
-    from whatever set them before. Nothing happens at or after ``end_s``, the end of the run in seconds if that is known.
-    initial: the links in their first state. workers: the links that ``all`` stands for; left out: every link. trunks: links on
-    which every property holds in both directions. read: gives the text of a file named in the spec.
+    Entries act in order of their time, then of their place in the file; a later one takes the
+    properties that it sets over from whatever set them before. Nothing happens at or after
+    ``end_s``, the end of the run in seconds if that is known. initial: the links in their first
+    state. workers: the links that ``all`` stands for; left out: every link. trunks: links on which
+    every property holds in both directions. read: gives the text of a file named in the spec.
     Raises SpecError with the place of what cannot be done.
     """
     _check_first(initial)
@@ -67,11 +71,15 @@ def expand(
                 )
                 left = _record(entry, start, tracks[link], end_s, left)
     _check_rates(initial, tracks)
-    changes = [change for link, track in tracks.items() for change in _changes(link, track, initial[link])]
+    changes = [
+        change for link, track in tracks.items() for change in _changes(link, track, initial[link])
+    ]
     changes.sort(key=attrgetter("at_s", "link"))
     for change in changes:
         if fault := state_error(change.state):
-            raise SpecError([("schedule", f"link {change.link} at {format_time(change.at_s)}: {fault}")])
+            raise SpecError(
+                [("schedule", f"link {change.link} at {format_time(change.at_s)}: {fault}")]
+            )
     return tuple(changes)
 
 
@@ -86,15 +94,20 @@ def _check_rates(initial: Mapping[str, LinkState], tracks: Mapping[str, _Tracks]
         for side in DIRECTIONS:
             aqm, rate_bps = getattr(state, side).aqm, getattr(state, side).rate_bps
             if aqm != "fifo" and rate_bps is None and (side, "rate_bps") not in tracks[link]:
-                fault = f"link {link}: {aqm} has nothing to manage where no rate makes packets wait; give it a rate, too"
+                fault = (
+                    f"link {link}: {aqm} has nothing to manage where no rate makes packets wait;"
+                    " give it a rate, too"
+                )
                 raise SpecError([("network", fault)])
 
 
-def _record(entry: ScheduleEntry, start: StartContext, tracks: _Tracks, end_s: float | None, left: int) -> int:
+def _record(
+    entry: ScheduleEntry, start: StartContext, tracks: _Tracks, end_s: float | None, left: int
+) -> int:
     """Add the updates of one entry on one link to its tracks; returns how many more there may be.
 
-    An update that changes nothing is left out, as the kernel may give a free burst with every change; but it is counted, or a
-    pattern of nothing else would never end.
+    An update that changes nothing is left out, as the kernel may give a free burst with every
+    change; but it is counted, or a pattern of nothing else would never end.
     """
     taken: _Tracks = {}
     last: Mapping[PropertyKey, Any] | None = None
@@ -103,7 +116,10 @@ def _record(entry: ScheduleEntry, start: StartContext, tracks: _Tracks, end_s: f
         if end_s is not None and at_s >= end_s:
             break
         if not left:
-            fault = f"the schedule makes more than {MAX_CHANGES:,} changes; choose longer steps, a shorter for, or fewer links"
+            fault = (
+                f"the schedule makes more than {MAX_CHANGES:,} changes; choose longer steps, a"
+                " shorter for, or fewer links"
+            )
             raise SpecError([("", fault)])
         left -= 1
         if values == last:
@@ -124,7 +140,10 @@ def _position(track: Sequence[tuple[float, Any]], at_s: float) -> int:
 
 def _state_at(at_s: float, tracks: _Tracks, initial: LinkState) -> LinkState:
     positions = {key: _position(track, at_s) for key, track in tracks.items()}
-    return with_values(initial, {key: tracks[key][position - 1][1] for key, position in positions.items() if position})
+    return with_values(
+        initial,
+        {key: tracks[key][position - 1][1] for key, position in positions.items() if position},
+    )
 
 
 def _changes(link: str, tracks: _Tracks, state: LinkState) -> Iterator[Change]:
@@ -137,12 +156,21 @@ def _changes(link: str, tracks: _Tracks, state: LinkState) -> Iterator[Change]:
         yield Change(at_s, link, state)
 
 
-def _named_links(entry: ScheduleEntry, links: Mapping[str, LinkState], workers: Sequence[str] | None) -> Sequence[str]:
+def _named_links(
+    entry: ScheduleEntry, links: Mapping[str, LinkState], workers: Sequence[str] | None
+) -> Sequence[str]:
     if entry.links == ["all"]:
         return list(links) if workers is None else workers
     for position, name in enumerate(entry.links):
         if name == "all":
-            raise SpecError([(place_of(["links", position]), "all stands alone, for every worker; write links: all")])
+            raise SpecError(
+                [
+                    (
+                        place_of(["links", position]),
+                        "all stands alone, for every worker; write links: all",
+                    )
+                ]
+            )
         if name not in links:
             fault = f"there is no link {name!r}; {did_you_mean(name, ['all', *links])}"
             raise SpecError([(place_of(["links", position]), fault)])
@@ -157,8 +185,8 @@ def check_end(entry: Entry, end_s: float | None) -> None:
     late = "at" if entry.at >= end_s else entry.LENGTH if last_s > end_s + 1e-9 else None
     if late:
         fault = (
-            f"{format_time(entry.at if late == 'at' else last_s)} comes after the end of the run at {format_time(end_s)} "
-            "(stop.seconds); make it earlier or the run longer"
+            f"{format_time(entry.at if late == 'at' else last_s)} comes after the end of the run at"
+            f" {format_time(end_s)} (stop.seconds); make it earlier or the run longer"
         )
         raise SpecError([(late, fault)])
 

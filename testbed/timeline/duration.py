@@ -38,6 +38,17 @@ class DurationEntry(ScheduleEntry):
         duration_s = self.duration if self.duration is not None else start.left_s
         if duration_s is None and self.endless(start):
             raise SpecError(
-                [("for", "is missing, as the run has no stop.seconds to end it; say how long, for example for: 60s")]
+                [
+                    (
+                        "for",
+                        (
+                            "is missing, as the run has no stop.seconds to end it; say how long,"
+                            " for example for: 60s"
+                        ),
+                    )
+                ]
             )
-        return takewhile(lambda update: duration_s is None or round(update[0], 6) < duration_s, self.unbounded_updates(start))
+        return takewhile(
+            lambda update: duration_s is None or round(update[0], 6) < duration_s,
+            self.unbounded_updates(start),
+        )

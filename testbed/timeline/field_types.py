@@ -33,11 +33,14 @@ Interval = Annotated[Time, AfterValidator(_not_too_often), written_as("positive_
 def check_changes(spec: LinkSpec, key: str) -> None:
     """Raise an error at ``key`` if a spec names no property."""
     if not values_of(spec, trunk=True):
-        raise PydanticCustomError("at_key", "changes nothing; name a property, for example rate: 10mbit", {"path": [key]})
+        raise PydanticCustomError(
+            "at_key", "changes nothing; name a property, for example rate: 10mbit", {"path": [key]}
+        )
 
 
 def check_continuous(spec: LinkSpec, *, at: tuple[str, ...] = (), instead: str) -> None:
-    """Raise an error, ``at`` a place, if a property cannot change gradually. instead: the pattern that can have it."""
+    """Raise an error, ``at`` a place, if a property cannot change gradually. instead: the pattern
+    that can have it."""
     for path, part in (((), spec), (("up",), spec.up), (("down",), spec.down)):
         if isinstance(part, LinkParametersSpec):
             given = {name for name in part.model_fields_set if getattr(part, name) is not None}

@@ -1,4 +1,5 @@
-"""What a pattern sees of a link when it starts, and the updates that it yields; what all patterns have in common."""
+"""What a pattern sees of a link when it starts, and the updates that it yields; what all patterns
+have in common."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -11,15 +12,17 @@ LINK = "link"
 PropertyKey = tuple[str, str]
 """(direction, property of ``LinkParameters``), or (LINK, property of ``LinkState``)."""
 Update = tuple[float, Mapping[PropertyKey, Any]]
-"""(seconds after the start of the entry, new values). All updates of a pattern have the same keys."""
+"""(seconds after the start of the entry, new values). All updates of a pattern have the same
+keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class StartContext:
     """What a pattern sees of one link when it starts.
 
-    state: in force at that moment. left_s: seconds to the end of the run, None if that is not known. trunk: every property
-    holds in both directions. read: gives the text of a file named in the spec; raises ValueError.
+    state: in force at that moment. left_s: seconds to the end of the run, None if that is not
+    known. trunk: every property holds in both directions. read: gives the text of a file named in
+    the spec; raises ValueError.
     """
 
     link: str
@@ -32,7 +35,9 @@ class StartContext:
 def values_of(spec: LinkSpec, trunk: bool) -> dict[PropertyKey, Any]:
     """The properties that a spec gives, with their values."""
     values = {
-        (side, name): value for side, changes in spec.changes_by_direction(trunk).items() for name, value in changes.items()
+        (side, name): value
+        for side, changes in spec.changes_by_direction(trunk).items()
+        for name, value in changes.items()
     }
     return values | ({(LINK, "connected"): spec.up} if isinstance(spec.up, bool) else {})
 
@@ -48,12 +53,17 @@ def with_values(state: LinkState, values: Mapping[PropertyKey, Any]) -> LinkStat
     changes: dict[str, dict[str, Any]] = {}
     for (place, name), value in values.items():
         changes.setdefault(place, {})[name] = value
-    sides = {side: getattr(state, side).with_changes(changes[side]) for side in DIRECTIONS if side in changes}
+    sides = {
+        side: getattr(state, side).with_changes(changes[side])
+        for side in DIRECTIONS
+        if side in changes
+    }
     return replace(state, **sides, **changes.get(LINK, {}))
 
 
 def interpolate(first: Any, second: Any, fraction: float) -> Any:
-    """The value at a fraction (0 to 1) of the way between two of them; the ends are met exactly, whole numbers stay whole.
+    """The value at a fraction (0 to 1) of the way between two of them; the ends are met exactly,
+    whole numbers stay whole.
 
     Of a Loss every number moves; between random loss and bursts, the bursts hold all the way.
     """
@@ -62,7 +72,12 @@ def interpolate(first: Any, second: Any, fraction: float) -> Any:
     if fraction >= 1:
         return second
     if isinstance(first, Loss):
-        return Loss(*(interpolate(getattr(first, part.name), getattr(second, part.name), fraction) for part in fields(Loss)))
+        return Loss(
+            *(
+                interpolate(getattr(first, part.name), getattr(second, part.name), fraction)
+                for part in fields(Loss)
+            )
+        )
     if first is None or second is None:
         return second if first is None else first
     value = first + (second - first) * fraction

@@ -42,13 +42,18 @@ class Restart(WorkerEntry):
 
 
 class Slow(WorkerEntry):
-    """Workers compute so many times as long, for some time or to the end; ``stragglers`` of the workload multiply with it."""
+    """Workers compute so many times as long, for some time or to the end; ``stragglers`` of the
+    workload multiply with it."""
 
     LENGTH = "for"
 
-    slow: dict[str, Annotated[StrictFloat, Field(ge=0.1, le=1000)]] = Field(min_length=1, examples=["{w1: 3}"])
+    slow: dict[str, Annotated[StrictFloat, Field(ge=0.1, le=1000)]] = Field(
+        min_length=1, examples=["{w1: 3}"]
+    )
     """By worker: how many times as long it computes."""
-    duration: Annotated[Time, written_as("positive_time"), Field(gt=0)] | None = Field(None, alias="for", examples=["5s"])
+    duration: Annotated[Time, written_as("positive_time"), Field(gt=0)] | None = Field(
+        None, alias="for", examples=["5s"]
+    )
     """For how long; to the end if left out."""
 
     @property
@@ -66,7 +71,8 @@ WORKER_ENTRIES: dict[str, type[WorkerEntry]] = {"kill": Kill, "restart": Restart
 
 @dataclass(frozen=True, slots=True)
 class Kills:
-    """At ``at_s`` seconds after t = 0 these workers are killed. restart: all are started again in any case."""
+    """At ``at_s`` seconds after t = 0 these workers are killed. restart: all are started again in
+    any case."""
 
     at_s: float
     workers: tuple[str, ...]
@@ -75,7 +81,8 @@ class Kills:
 
 @dataclass(frozen=True, slots=True)
 class Slowdown:
-    """From ``from_s`` to ``to_s`` seconds after t = 0 (None: to the end) a worker computes ``factor`` times as long."""
+    """From ``from_s`` to ``to_s`` seconds after t = 0 (None: to the end) a worker computes
+    ``factor`` times as long."""
 
     worker: str
     from_s: float
@@ -84,7 +91,8 @@ class Slowdown:
 
 
 def kills(schedule: Sequence[Entry], end_s: float | None = None) -> tuple[Kills, ...]:
-    """The kills of a schedule in order of time. Raises SpecError with the place of one after the end of the run."""
+    """The kills of a schedule in order of time. Raises SpecError with the place of one after the
+    end of the run."""
     found = []
     for index, entry in enumerate(schedule):
         if isinstance(entry, Kill | Restart):
@@ -94,16 +102,24 @@ def kills(schedule: Sequence[Entry], end_s: float | None = None) -> tuple[Kills,
     return tuple(sorted(found, key=lambda kill: kill.at_s))
 
 
-def slowdowns(schedule: Sequence[Entry], end_s: float | None = None, paced: bool = True) -> tuple[Slowdown, ...]:
-    """The slowdowns of a schedule. Raises SpecError with the place of one after the end of the run, or without a pace."""
+def slowdowns(
+    schedule: Sequence[Entry], end_s: float | None = None, paced: bool = True
+) -> tuple[Slowdown, ...]:
+    """The slowdowns of a schedule. Raises SpecError with the place of one after the end of the run,
+    or without a pace."""
     found = []
     for index, entry in enumerate(schedule):
         if isinstance(entry, Slow):
             with placed(index):
                 check_end(entry, end_s)
                 if not paced:
-                    text = "what real compute takes is for this machine to say; it needs compute: {pace: …} or {emulate: …}"
+                    text = (
+                        "what real compute takes is for this machine to say; it needs compute:"
+                        " {pace: …} or {emulate: …}"
+                    )
                     raise SpecError([("slow", text)])
             to_s = None if entry.duration is None else entry.at + entry.duration
-            found += [Slowdown(worker, entry.at, to_s, factor) for worker, factor in entry.slow.items()]
+            found += [
+                Slowdown(worker, entry.at, to_s, factor) for worker, factor in entry.slow.items()
+            ]
     return tuple(found)

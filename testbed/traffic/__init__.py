@@ -1,1 +1,2 @@
-"""Competing traffic: what flows when (``flows``, ``plan``), and the programs that make it on the hosts (``program``)."""
+"""Competing traffic: what flows when (``flows``, ``plan``), and the programs that make it on the
+hosts (``program``)."""

@@ -1,6 +1,7 @@
 """A competing flow and the times at which it flows; pure data.
 
-The programs on the hosts work from the same data as the plan. So that they start fast, this imports the standard library only.
+The programs on the hosts work from the same data as the plan. So that they start fast, this imports
+the standard library only.
 """
 
 import itertools
@@ -26,18 +27,24 @@ def family_of(address: str) -> socket.AddressFamily:
 
 
 class Duration(NamedTuple):
-    """How long a flow is on or off: ``seconds`` each time, or, if ``exponential``, so distributed with that mean."""
+    """How long a flow is on or off: ``seconds`` each time, or, if ``exponential``, so distributed
+    with that mean."""
 
     seconds: float
     exponential: bool = False
 
     def draw(self, source: Random) -> float:
         """The next duration in s."""
-        return max(source.expovariate(1 / self.seconds), _SHORTEST_S) if self.exponential else self.seconds
+        return (
+            max(source.expovariate(1 / self.seconds), _SHORTEST_S)
+            if self.exponential
+            else self.seconds
+        )
 
 
 class Streams(NamedTuple):
-    """How many parallel streams a flow has: drawn anew for each phase, evenly between two numbers that may be the same.
+    """How many parallel streams a flow has: drawn anew for each phase, evenly between two numbers
+    that may be the same.
 
     ramp: or one more in each phase, from the fewest to the most, and then again.
     """
@@ -97,7 +104,8 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A flow is on from ``at_s`` to ``end_s`` (may be infinite), in seconds after t = 0, with some parallel streams."""
+    """A flow is on from ``at_s`` to ``end_s`` (may be infinite), in seconds after t = 0, with some
+    parallel streams."""
 
     at_s: float
     end_s: float
@@ -105,17 +113,22 @@ class Phase:
 
 
 def phases(flow: Flow) -> Iterator[Phase]:
-    """The phases in which a flow is on, in order; without end if the flow pauses and has no end itself.
+    """The phases in which a flow is on, in order; without end if the flow pauses and has no end
+    itself.
 
-    The same flow gives the same phases everywhere: the draws depend on nothing but its seed and its name. The name makes
-    flows that were given the same seed independent of each other.
+    The same flow gives the same phases everywhere: the draws depend on nothing but its seed and its
+    name. The name makes flows that were given the same seed independent of each other.
     """
     source = Random(f"{flow.seed} {flow.name}")
     at_s = flow.at_s
     for number in itertools.count():
         if at_s >= flow.end_s:
             return
-        end_s = flow.end_s if flow.on is None else min(flow.end_s, round(at_s + flow.on.draw(source), 6))
+        end_s = (
+            flow.end_s
+            if flow.on is None
+            else min(flow.end_s, round(at_s + flow.on.draw(source), 6))
+        )
         yield Phase(at_s, end_s, flow.streams.of_phase(number, source))
         if flow.off is None:
             return

@@ -1,8 +1,8 @@
 """Traffic by iperf3, for those who want its own; TCP and UDP.
 
-A phase is one client, ended by a signal, because iperf3 counts its time in whole seconds. The bytes are those that the server
-prints ten times a second; its rates are good to about 1 %. iperf3 gives up when its path is cut for long, and then the
-cell fails.
+A phase is one client, ended by a signal, because iperf3 counts its time in whole seconds. The bytes
+are those that the server prints ten times a second; its rates are good to about 1 %. iperf3 gives
+up when its path is cut for long, and then the cell fails.
 """
 
 import ctypes
@@ -22,13 +22,16 @@ _CHECK_S = 0.1
 _FOREVER_S = 86_400  # iperf3's longest
 _ENDING_S = 1.0
 _STREAM = re.compile(r"\[ *(\d+)\] local .* connected to ")
-_INTERVAL = re.compile(r"\[ *(\d+)\] +([\d.]+)-([\d.]+) +sec .*? ([\d.]+) Kbits/sec(?:.*? (\d+)/(\d+) \()?")
+_INTERVAL = re.compile(
+    r"\[ *(\d+)\] +([\d.]+)-([\d.]+) +sec .*? ([\d.]+) Kbits/sec(?:.*? (\d+)/(\d+) \()?"
+)
 _PR_SET_PDEATHSIG = 1
 _TOTALS = ("receiver", "sender")
 
 
 def _end_with_parent() -> None:
-    """Have the kernel kill iperf3 when this program ends, in whatever way: nobody else knows of it."""
+    """Have the kernel kill iperf3 when this program ends, in whatever way: nobody else knows of
+    it."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -49,7 +52,9 @@ class Sender:
         self.due_s = monotonic_s() + _CHECK_S
         if self._client is None or (code := self._client.poll()) is None:
             return
-        words = self._client.communicate()[1].strip().splitlines() or [f"{PROGRAM} ended with exit code {code}"]
+        words = self._client.communicate()[1].strip().splitlines() or [
+            f"{PROGRAM} ended with exit code {code}"
+        ]
         if _BUSY not in words[-1]:
             raise OSError(words[-1])
         self._start()  # the server has not yet noticed the end of the last phase
@@ -68,7 +73,17 @@ class Sender:
 
     def _start(self) -> None:
         flow = self._flow
-        command = [PROGRAM, "-c", self._address, "-p", str(flow.port), "-t", str(_FOREVER_S), "-P", str(self._streams)]
+        command = [
+            PROGRAM,
+            "-c",
+            self._address,
+            "-p",
+            str(flow.port),
+            "-t",
+            str(_FOREVER_S),
+            "-P",
+            str(self._streams),
+        ]
         if flow.kind == "udp":
             command += ["-u", "-b", str(flow.rate_bps), "-l", str(flow.packet_bytes)]
         elif flow.congestion is not None:
@@ -88,8 +103,24 @@ class Receiver:
 
     def __init__(self, flow: Flow, address: str, selector: selectors.BaseSelector) -> None:
         self._counts = Transcript(flow)
-        command = [PROGRAM, "-s", "-B", address, "-p", str(flow.port), "-i", "0.1", "-f", "k", "--forceflush"]
-        self._server = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=_end_with_parent)  # noqa: PLW1509
+        command = [
+            PROGRAM,
+            "-s",
+            "-B",
+            address,
+            "-p",
+            str(flow.port),
+            "-i",
+            "0.1",
+            "-f",
+            "k",
+            "--forceflush",
+        ]
+        self._server = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509
+        )
         assert self._server.stdout is not None
         self._output = self._server.stdout.fileno()
         self._pending = b""

@@ -13,14 +13,18 @@ _PHASES_SHOWN = 10
 
 
 def background_hosts(traffic: Sequence[TrafficSpec], workers: Sequence[str]) -> tuple[str, ...]:
-    """The hosts bg0, bg1, … that the traffic names, in order. Raises SpecError for a host that cannot be."""
+    """The hosts bg0, bg1, … that the traffic names, in order. Raises SpecError for a host that
+    cannot be."""
     found: set[str] = set()
     for index, entry in enumerate(traffic):
         for key, name in (("from", entry.source), ("to", entry.target)):
             if _BACKGROUND_HOST.fullmatch(name):
                 found.add(name)
             elif name not in workers:
-                fault = f"there is no host {name!r}; {did_you_mean(name, workers)}, and bg0, bg1, … for traffic alone"
+                fault = (
+                    f"there is no host {name!r}; {did_you_mean(name, workers)}, and bg0, bg1, … for"
+                    " traffic alone"
+                )
                 raise SpecError([(place_of(["traffic", index, key]), fault)])
     return tuple(sorted(found, key=lambda name: int(name.removeprefix("bg"))))
 
@@ -34,8 +38,8 @@ def plan_flows(traffic: Sequence[TrafficSpec], stop_s: float | None) -> tuple[Fl
     for index, entry in enumerate(traffic):
         if stop_s is not None and entry.at >= stop_s:
             fault = (
-                f"the traffic at {format_time(entry.at)} comes after the end of the run at {format_time(stop_s)} "
-                "(stop.seconds); make it earlier or the run longer"
+                f"the traffic at {format_time(entry.at)} comes after the end of the run at"
+                f" {format_time(stop_s)} (stop.seconds); make it earlier or the run longer"
             )
             raise SpecError([(place_of(["traffic", index, "at"]), fault)])
         flow = _flow(entry, FIRST_PORT + index, {flow.name for flow in flows})
@@ -70,7 +74,8 @@ def _flow(entry: TrafficSpec, port: int, taken: set[str]) -> Flow:
 
 
 def describe_flow(flow: Flow, stop_s: float | None) -> Iterator[str]:
-    """What a flow does, phase by phase, in words; of many phases the first ones. stop_s: when the cell ends, if known."""
+    """What a flow does, phase by phase, in words; of many phases the first ones. stop_s: when the
+    cell ends, if known."""
     last_s = float("inf") if stop_s is None else stop_s
     engine = ", by iperf3" if flow.engine == "iperf3" else ""
     for number, phase in enumerate(phases(flow)):
@@ -80,7 +85,10 @@ def describe_flow(flow: Flow, stop_s: float | None) -> Iterator[str]:
             yield f"t={phase.at_s:g}s [{flow.source}] and so on"
             return
         until = f"until t={phase.end_s:g}s" if phase.end_s < last_s else "to the end"
-        yield f"t={phase.at_s:g}s [{flow.source}] {_what(flow, phase)} to {flow.target} {until}{engine}"
+        yield (
+            f"t={phase.at_s:g}s [{flow.source}] {_what(flow, phase)} to {flow.target}"
+            f" {until}{engine}"
+        )
 
 
 def _what(flow: Flow, phase: Phase) -> str:

@@ -1,14 +1,14 @@
 """One end of a competing flow: ``python -m testbed.traffic.program send|receive FLOW ADDRESS``.
 
-FLOW: ``Flow.to_json``. ADDRESS: IPv4 address of the receiving host. The environment names the directories of cell and host
-(``protocol``).
+FLOW: ``Flow.to_json``. ADDRESS: IPv4 address of the receiving host. The environment names the
+directories of cell and host (``protocol``).
 
-Both ends get ready, say so over the control socket, wait there for t = 0, and end when the orchestrator hangs up. The receiving
-end counts the payload that arrives (traffic-<flow>.jsonl, ten rows a second); the sending end notes when the flow really
-began and stopped (events-<flow>.jsonl).
+Both ends get ready, say so over the control socket, wait there for t = 0, and end when the
+orchestrator hangs up. The receiving end counts the payload that arrives (traffic-<flow>.jsonl, ten
+rows a second); the sending end notes when the flow really began and stopped (events-<flow>.jsonl).
 
-An engine is a module with a ``Sender`` and a ``Receiver``, and one line in ``ENGINES``. Imports the standard library only,
-so that it starts fast, and on any host.
+An engine is a module with a ``Sender`` and a ``Receiver``, and one line in ``ENGINES``. Imports the
+standard library only, so that it starts fast, and on any host.
 """
 
 import importlib
@@ -31,12 +31,13 @@ ENGINES = {
 }
 
 Selector = selectors.SelectSelector
-"""Sleeps to the microsecond, where epoll rounds up to the next millisecond; and a flow has few sockets. What is registered as
-data is called when the socket is ready."""
+"""Sleeps to the microsecond, where epoll rounds up to the next millisecond; and a flow has few
+sockets. What is registered as data is called when the socket is ready."""
 
 
 class Sender(Protocol):
-    """The sending end. ``due_s``: when it wants ``tick`` next (CLOCK_MONOTONIC); infinite: its sockets say when."""
+    """The sending end. ``due_s``: when it wants ``tick`` next (CLOCK_MONOTONIC); infinite: its
+    sockets say when."""
 
     due_s: float
 
@@ -53,7 +54,8 @@ class Sender(Protocol):
 
 
 class Receiver(Protocol):
-    """The receiving end: payload bytes since the start; of TCP the streams open now, of UDP the packets and the lost ones."""
+    """The receiving end: payload bytes since the start; of TCP the streams open now, of UDP the
+    packets and the lost ones."""
 
     @property
     def bytes(self) -> int: ...
@@ -71,11 +73,14 @@ class Receiver(Protocol):
 
 
 class Orchestrator:
-    """The line to the orchestrator. Silence for ``protocol.SILENCE_S`` is an error: nobody else would ever end the flow."""
+    """The line to the orchestrator. Silence for ``protocol.SILENCE_S`` is an error: nobody else
+    would ever end the flow."""
 
     def __init__(self) -> None:
         self.closed = False
-        self._socket = protocol.connect_unix(Path(os.environ[protocol.ENV_CELL_DIR]) / protocol.SOCKET_FILE)
+        self._socket = protocol.connect_unix(
+            Path(os.environ[protocol.ENV_CELL_DIR]) / protocol.SOCKET_FILE
+        )
         self._incoming = protocol.MessageBuffer()
         self._heard_s = monotonic_s()
 
@@ -83,9 +88,13 @@ class Orchestrator:
         return self._socket.fileno()
 
     def wait_for_start(self) -> float:
-        """Say that this end is ready; returns t0, CLOCK_MONOTONIC seconds of t = 0. Infinite if there will be none."""
+        """Say that this end is ready; returns t0, CLOCK_MONOTONIC seconds of t = 0. Infinite if
+        there will be none."""
         self._socket.settimeout(protocol.SILENCE_S)
-        for message in ({"type": "hello", "token": os.environ.get(protocol.ENV_TOKEN, "")}, {"type": "ready"}):
+        for message in (
+            {"type": "hello", "token": os.environ.get(protocol.ENV_TOKEN, "")},
+            {"type": "ready"},
+        ):
             self._socket.sendall(protocol.encode_message(message))
         while not self.closed:
             for message in self.read():
@@ -115,8 +124,17 @@ def send(flow: Flow, address: str, output: Path) -> None:
         selector.register(orchestrator, selectors.EVENT_READ, orchestrator.read)
 
         def note(planned_s: float, streams: int) -> None:
-            state = {"streams": streams} if flow.kind == "tcp" else {"rate_bps": flow.rate_bps if streams else 0}
-            event = {"planned_s": planned_s, "applied_s": round(monotonic_s() - t0_s, 6), "link": flow.name, "state": state}
+            state = (
+                {"streams": streams}
+                if flow.kind == "tcp"
+                else {"rate_bps": flow.rate_bps if streams else 0}
+            )
+            event = {
+                "planned_s": planned_s,
+                "applied_s": round(monotonic_s() - t0_s, 6),
+                "link": flow.name,
+                "state": state,
+            }
             events.append([{**event, "kind": "traffic", "verified": True}])
 
         for phase in phases(flow):
@@ -132,8 +150,11 @@ def send(flow: Flow, address: str, output: Path) -> None:
         _run(selector, orchestrator, float("inf"))
 
 
-def _run(selector: Selector, orchestrator: Orchestrator, until_s: float, sender: Sender | None = None) -> None:
-    """Wait for sockets, and let the sender do what is due, until a time or until the orchestrator hangs up."""
+def _run(
+    selector: Selector, orchestrator: Orchestrator, until_s: float, sender: Sender | None = None
+) -> None:
+    """Wait for sockets, and let the sender do what is due, until a time or until the orchestrator
+    hangs up."""
     while not orchestrator.closed and (now := monotonic_s()) < until_s:
         due_s = min(until_s, sender.due_s if sender else until_s, now + 1.0)
         _dispatch(selector, due_s)
@@ -158,8 +179,16 @@ def receive(flow: Flow, address: str, output: Path) -> None:
             if now < sample_s and not orchestrator.closed:
                 continue
             receiver.collect()
-            row = {"t_s": round(now - t0_s, 6), "flow": flow.name, "from": flow.source, "to": flow.target, "kind": flow.kind}
-            counted = {name: getattr(receiver, name) for name in ("streams", "bytes", "packets", "lost")}
+            row = {
+                "t_s": round(now - t0_s, 6),
+                "flow": flow.name,
+                "from": flow.source,
+                "to": flow.target,
+                "kind": flow.kind,
+            }
+            counted = {
+                name: getattr(receiver, name) for name in ("streams", "bytes", "packets", "lost")
+            }
             records.append([{**row, **counted}])
             sample_s = max(sample_s + SAMPLE_S, now)
 
@@ -174,10 +203,13 @@ def _engine(flow: Flow) -> Any:
 
 
 def main(arguments: list[str]) -> int:
-    """Run one end; returns the exit status: 0, or 1 after a failure that the last line of stderr explains."""
+    """Run one end; returns the exit status: 0, or 1 after a failure that the last line of stderr
+    explains."""
     end, flow, address = arguments
     try:
-        {"send": send, "receive": receive}[end](Flow.from_json(flow), address, Path(os.environ[protocol.ENV_OUTPUT_DIR]))
+        {"send": send, "receive": receive}[end](
+            Flow.from_json(flow), address, Path(os.environ[protocol.ENV_OUTPUT_DIR])
+        )
     except OSError as error:
         print(f"testbed: {error}", file=sys.stderr)
         return 1

@@ -12,7 +12,8 @@ from testbed.traffic.flows import MAX_STREAMS, Flow, Phase, family_of
 
 _CHUNK = bytes(1 << 18)
 _ABORT = struct.pack("ii", 1, 0)
-"""SO_LINGER: close with a reset. What waits in the socket is dropped, where a normal close would go on sending it."""
+"""SO_LINGER: close with a reset. What waits in the socket is dropped, where a normal close would go
+on sending it."""
 _PASSING = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET}
 """What a stream meets when its path is cut for a while; it begins anew then."""
 _WAKE_BYTES = 1 << 16
@@ -29,7 +30,8 @@ class Sender:
         self._congestion = flow.congestion
         self._selector = selector
         self._streams: set[socket.socket] = set()
-        self._new_socket().close()  # a congestion control that this host does not have is found before t = 0
+        # a congestion control that this host does not have is found before t = 0
+        self._new_socket().close()
 
     def begin(self, phase: Phase) -> None:
         for _ in range(phase.streams):
@@ -57,7 +59,8 @@ class Sender:
         if (code := stream.connect_ex(self._target)) not in (0, errno.EINPROGRESS):
             raise OSError(code, f"cannot connect to {self._target[0]}: {errno.errorcode[code]}")
         if self._congestion is not None:
-            set_congestion_control(stream, self._congestion)  # once more: connecting takes that of the route, if it has one
+            # once more: connecting takes that of the route, if it has one
+            set_congestion_control(stream, self._congestion)
 
     def _send(self, stream: socket.socket) -> None:
         try:
@@ -86,7 +89,9 @@ class Receiver:
         self._selector = selector
         self._open: set[socket.socket] = set()
         self._scratch = bytearray(1 << 20)
-        self._listener = socket.create_server((address, flow.port), family=family_of(address), backlog=2 * MAX_STREAMS)
+        self._listener = socket.create_server(
+            (address, flow.port), family=family_of(address), backlog=2 * MAX_STREAMS
+        )
         selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     @property
@@ -147,8 +152,9 @@ def congestion_error(name: str, *, privileged: bool) -> str | None:
     allowed = _congestion_controls("allowed")
     if name not in allowed and not privileged:
         return (
-            f"this kernel allows the congestion control {name!r} to privileged programs only; valid: {', '.join(allowed)}; "
-            f"allow it with: sudo sysctl -w net.ipv4.tcp_allowed_congestion_control='{' '.join([*allowed, name])}'"
+            f"this kernel allows the congestion control {name!r} to privileged programs only;"
+            f" valid: {', '.join(allowed)}; allow it with: sudo sysctl -w"
+            f" net.ipv4.tcp_allowed_congestion_control='{' '.join([*allowed, name])}'"
         )
     return None
 

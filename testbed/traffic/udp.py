@@ -18,7 +18,8 @@ _PASSING = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENOBUFS}
 
 
 class Sender:
-    """Datagram k of a phase is due k intervals after its begin; one that is late is sent at once (``program.Sender``)."""
+    """Datagram k of a phase is due k intervals after its begin; one that is late is sent at once
+    (``program.Sender``)."""
 
     def __init__(self, flow: Flow, address: str, selector: selectors.BaseSelector) -> None:
         self.due_s = math.inf
@@ -57,7 +58,8 @@ class Sender:
 
 
 class Receiver:
-    """Counts datagrams (``program.Receiver``). lost: numbers up to the highest one seen, less the datagrams that came."""
+    """Counts datagrams (``program.Receiver``). lost: numbers up to the highest one seen, less the
+    datagrams that came."""
 
     streams = None
 

@@ -1,4 +1,5 @@
-"""Checkpoints of the built-in worker: what a rank leaves in its directory, to go on from when it is started again."""
+"""Checkpoints of the built-in worker: what a rank leaves in its directory, to go on from when it is
+started again."""
 
 import contextlib
 import math
@@ -13,14 +14,16 @@ from testbed import protocol
 
 
 class Checkpoints:
-    """Those of one rank. All ranks make them after the same steps, so the newest that all have is a state of the whole job."""
+    """Those of one rank. All ranks make them after the same steps, so the newest that all have is a
+    state of the whole job."""
 
     def __init__(self, directory: Path, every: int | None) -> None:
         """every: steps; None: none is ever due."""
         self._directory = directory
         self._every = every
         self.steps_until_exchange = 1
-        """So many steps may a rank be ahead of one that has died: as many checkpoints more must be kept as are due in these."""
+        """So many steps may a rank be ahead of one that has died: as many checkpoints more must be
+        kept as are due in these."""
 
     def due(self, steps: int) -> bool:
         """Whether one is to be made after so many steps in all."""
@@ -36,7 +39,8 @@ class Checkpoints:
             self._path(old).unlink()
 
     def newest_of_all(self) -> tuple[int, dict[str, Any]] | None:
-        """(steps, state) of the newest that all ranks of the default group have; every rank has to ask. None: there is none.
+        """(steps, state) of the newest that all ranks of the default group have; every rank has to
+        ask. None: there is none.
 
         Newer ones are removed: the training that made them is not gone on with.
         """

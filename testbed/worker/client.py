@@ -17,15 +17,17 @@ _LONGEST = 200
 class ControlClient:
     """Talks to the orchestrator from a thread of its own; messages are described in ``protocol``.
 
-    A worker without an orchestrator would train on, or hang in a collective, for ever. Therefore silence for
-    ``silence_s`` or a lost socket ends the process at once with exit status ``EXIT_ORPHANED``: no other thread can be
-    trusted to end it while it waits in a collective. Records are written row by row, so nothing is left to flush.
+    A worker without an orchestrator would train on, or hang in a collective, for ever. Therefore
+    silence for ``silence_s`` or a lost socket ends the process at once with exit status
+    ``EXIT_ORPHANED``: no other thread can be trusted to end it while it waits in a collective.
+    Records are written row by row, so nothing is left to flush.
     """
 
     EXIT_ORPHANED = 70
 
     def __init__(self, path: Path, rank: int, silence_s: float = protocol.SILENCE_S) -> None:
-        """Connect to the socket at ``path``, with the token of the environment; raises OSError if nobody listens there."""
+        """Connect to the socket at ``path``, with the token of the environment; raises OSError if
+        nobody listens there."""
         self._rank = rank
         self._silence_s = silence_s
         self._socket = protocol.connect_unix(path)
@@ -41,7 +43,8 @@ class ControlClient:
         self.send({"type": "hello", "token": os.environ.get(protocol.ENV_TOKEN, "")})
 
     def ready(self, parameters: str) -> float:
-        """Tell that this worker is ready and wait for the start; returns t0, CLOCK_MONOTONIC seconds of t = 0."""
+        """Tell that this worker is ready and wait for the start; returns t0, CLOCK_MONOTONIC
+        seconds of t = 0."""
         self.send({"type": "ready", "pid": os.getpid(), "parameters": parameters})
         self._thread.start()
         with self._state:
@@ -60,7 +63,8 @@ class ControlClient:
             return self._last_step is None or steps < self._last_step
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send one message. A socket that is gone is not reported here: the thread ends the process."""
+        """Send one message. A socket that is gone is not reported here: the thread ends the
+        process."""
         with self._sending:
             try:
                 self._socket.sendall(protocol.encode_message(message))
@@ -73,7 +77,8 @@ class ControlClient:
         self.send({"type": "failed", "error": error, "by_peer": by_peer})
 
     def close(self) -> None:
-        """From here on, silence is no reason to end. The connection stays until the process ends, to tell of a late failure."""
+        """From here on, silence is no reason to end. The connection stays until the process ends,
+        to tell of a late failure."""
         self._closed = True
 
     def _serve(self) -> None:
@@ -91,7 +96,9 @@ class ControlClient:
                 self.send({"type": "heartbeat", "step": self.step})
                 sent = now
             try:
-                data = self._receive(min(sent + protocol.HEARTBEAT_S, heard + self._silence_s) - now)
+                data = self._receive(
+                    min(sent + protocol.HEARTBEAT_S, heard + self._silence_s) - now
+                )
                 if data is None:
                     continue
                 if not data:
@@ -115,7 +122,8 @@ class ControlClient:
                 case "start":
                     self._t0 = float(message["t0"])
                 case "hold":
-                    # Under the lock, so that the step named is the one that step_done lets nobody leave.
+                    # Under the lock, so that the step named is the one that step_done lets nobody
+                    # leave.
                     self._holding = True
                     self.send({"type": "holding", "step": self.step})
                 case "stop":
@@ -130,4 +138,6 @@ def _main_thread_at() -> str:
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return "no Python code"
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"[:_LONGEST]
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"[
+        :_LONGEST
+    ]

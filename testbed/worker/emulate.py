@@ -1,7 +1,8 @@
-"""Emulated compute: the parameters, layers and buckets of a model, and waits in place of its arithmetic.
+"""Emulated compute: the parameters, layers and buckets of a model, and waits in place of its
+arithmetic.
 
-The gradients are made up: they have the shapes of the real ones and heavy tails, but carry no signal. So this measures
-throughput, never accuracy.
+The gradients are made up: they have the shapes of the real ones and heavy tails, but carry no
+signal. So this measures throughput, never accuracy.
 """
 
 import random
@@ -27,7 +28,8 @@ _SHORTEST_S = 5e-5  # a sleep of less takes longer than asked for
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """compute_s: forward and backward of a step. jitter: standard deviation from step to step, as a share; drawn from seed."""
+    """compute_s: forward and backward of a step. jitter: standard deviation from step to step, as a
+    share; drawn from seed."""
 
     compute_s: float
     jitter: float
@@ -35,22 +37,27 @@ class Timing:
 
 
 class Emulated(nn.Module):
-    """A model that only takes its time: ``begin()``, then call it, then ``backward`` of what it returns.
+    """A model that only takes its time: ``begin()``, then call it, then ``backward`` of what it
+    returns.
 
-    Each layer waits for its share of the time, by its multiplications, and in backward hands over its gradients: DDP
-    fills the same buckets in the same order, and exchange and backward overlap as they would. What the layers have
-    waited for is counted from the beginning of the step, so a machine that comes late with one layer catches up in the next;
-    but time that the hook itself takes away from backward is not caught up.
+    Each layer waits for its share of the time, by its multiplications, and in backward hands over
+    its gradients: DDP fills the same buckets in the same order, and exchange and backward overlap
+    as they would. What the layers have waited for is counted from the beginning of the step, so a
+    machine that comes late with one layer catches up in the next; but time that the hook itself
+    takes away from backward is not caught up.
     """
 
     def __init__(self, model: nn.Module, sample: torch.Tensor, timing: Timing) -> None:
-        """model, sample: on the meta device; one input of the model, with a batch dimension of 1."""
+        """model, sample: on the meta device; one input of the model, with a batch dimension of
+        1."""
         super().__init__()
         works = layer_works(model, sample)
         _materialize(model)
         self.model = model
         total = sum(works.values())
-        self._layers = [(tuple(layer.parameters(recurse=False)), work / total) for layer, work in works.items()]
+        self._layers = [
+            (tuple(layer.parameters(recurse=False)), work / total) for layer, work in works.items()
+        ]
         self._timing = timing
         self._gradients = _Gradients(timing.seed)
         self._draw = random.Random(timing.seed)
@@ -66,7 +73,9 @@ class Emulated(nn.Module):
 
     def begin(self, factor: float = 1.0) -> None:
         """A step begins. factor: by how much longer it takes than others."""
-        self._step_s = self._timing.compute_s * factor * max(0.1, self._draw.gauss(1, self._timing.jitter))
+        self._step_s = (
+            self._timing.compute_s * factor * max(0.1, self._draw.gauss(1, self._timing.jitter))
+        )
         self._due_s = monotonic_s()
         self._taken_s = self.taken_s()
 
@@ -85,7 +94,8 @@ class Emulated(nn.Module):
             time.sleep(left_s)
 
     def end(self) -> None:
-        """A step ends: the first elements of every parameter add up their mean gradients, so that replicas can be compared."""
+        """A step ends: the first elements of every parameter add up their mean gradients, so that
+        replicas can be compared."""
         with torch.no_grad():
             for parameter in self.parameters():
                 assert parameter.grad is not None
@@ -94,9 +104,15 @@ class Emulated(nn.Module):
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, emulated: Emulated, share: float, *parameters: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, emulated: Emulated, share: float, *parameters: torch.Tensor
+    ) -> torch.Tensor:
         emulated.wait(FORWARD_SHARE * share)
-        ctx.emulated, ctx.share, ctx.shapes = emulated, share, [parameter.shape for parameter in parameters]
+        ctx.emulated, ctx.share, ctx.shapes = (
+            emulated,
+            share,
+            [parameter.shape for parameter in parameters],
+        )
         return x.clone()
 
     @staticmethod
@@ -106,11 +122,14 @@ class _Layer(torch.autograd.Function):
 
 
 class _Gradients:
-    """Views into one table of Student's t with 3 degrees of freedom, whose scale differs from block to block."""
+    """Views into one table of Student's t with 3 degrees of freedom, whose scale differs from block
+    to block."""
 
     def __init__(self, seed: int) -> None:
         draw = np.random.default_rng(seed)
-        values = draw.standard_t(3, _TABLE).reshape(-1, _BLOCK) * np.exp(draw.standard_normal((_TABLE // _BLOCK, 1)))
+        values = draw.standard_t(3, _TABLE).reshape(-1, _BLOCK) * np.exp(
+            draw.standard_normal((_TABLE // _BLOCK, 1))
+        )
         self._table = torch.from_numpy(values.reshape(-1).astype(np.float32))
         self._draw = random.Random(seed)
 
@@ -119,34 +138,46 @@ class _Gradients:
         self._table = fn(self._table)
 
     def draw(self, shape: torch.Size) -> torch.Tensor:
-        """A tensor of this shape, another one each time; rows of one larger than the table overlap."""
+        """A tensor of this shape, another one each time; rows of one larger than the table
+        overlap."""
         rows = shape[0] if len(shape) > 1 else 1
         columns = shape.numel() // rows
         stride = min(columns, (_TABLE - _SPARE - columns) // rows)
         if stride < 1:
-            raise ValueError(f"a parameter of shape {tuple(shape)} has too long rows to be emulated")
+            raise ValueError(
+                f"a parameter of shape {tuple(shape)} has too long rows to be emulated"
+            )
         offset = self._draw.randrange(_TABLE - (rows - 1) * stride - columns + 1)
         drawn = self._table.as_strided((rows, columns), (stride, 1), offset)
         return drawn.unflatten(1, shape[1:]) if len(shape) > 1 else drawn[0]
 
 
 def layer_works(model: nn.Module, sample: torch.Tensor) -> dict[nn.Module, float]:
-    """Multiplications of every layer that has parameters of its own, for one sample, in the order of forward."""
+    """Multiplications of every layer that has parameters of its own, for one sample, in the order
+    of forward."""
     works: dict[nn.Module, float] = {}
 
     def count(layer: nn.Module, _: Any, output: torch.Tensor) -> None:
         weight = getattr(layer, "weight", None)
         dense = isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)
-        works[layer] = works.get(layer, 0.0) + output.numel() * (weight[0].numel() if dense and weight is not None else 1)
+        works[layer] = works.get(layer, 0.0) + output.numel() * (
+            weight[0].numel() if dense and weight is not None else 1
+        )
 
-    owners = [layer for layer in model.modules() if next(layer.parameters(recurse=False), None) is not None]
+    owners = [
+        layer
+        for layer in model.modules()
+        if next(layer.parameters(recurse=False), None) is not None
+    ]
     handles = [layer.register_forward_hook(count) for layer in owners]
     with torch.no_grad():
         model(sample)
     for handle in handles:
         handle.remove()
     if missing := set(owners) - set(works):
-        raise ValueError(f"{len(missing)} layers of the model are not used by its forward; it cannot be emulated")
+        raise ValueError(
+            f"{len(missing)} layers of the model are not used by its forward; it cannot be emulated"
+        )
     return works
 
 
@@ -155,4 +186,8 @@ def _materialize(model: nn.Module) -> None:
     for module in model.modules():
         module._buffers.clear()
         for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(torch.from_numpy(np.zeros(parameter.shape, dtype=np.float32))))
+            setattr(
+                module,
+                name,
+                nn.Parameter(torch.from_numpy(np.zeros(parameter.shape, dtype=np.float32))),
+            )

@@ -1,4 +1,5 @@
-"""What makes a session a worker of a cell: its method, its records, its start and its end come from the testbed."""
+"""What makes a session a worker of a cell: its method, its records, its start and its end come from
+the testbed."""
 
 import contextlib
 import errno
@@ -26,7 +27,8 @@ LONGEST_LINE = 1000
 class CellListener:
     """Installed by the environment variable that ``netsenseml.listener`` names.
 
-    In a step this waits while the orchestrator asks to hold, so that all ranks end after the same step.
+    In a step this waits while the orchestrator asks to hold, so that all ranks end after the same
+    step.
     """
 
     def __init__(self) -> None:
@@ -41,7 +43,10 @@ class CellListener:
     def method(self) -> tuple[str, dict[str, Any]]:
         """Raises ValueError, one line, if this process has a session in the cell already."""
         if self._records(protocol.STEPS_FILE).exists():
-            raise ValueError("this process has joined its cell already; only one model of a worker can be measured")
+            raise ValueError(
+                "this process has joined its cell already; only one model of a worker can be"
+                " measured"
+            )
         configured = protocol.read_cell(self._cell)["method"]
         return configured["name"], configured["options"]
 
@@ -77,8 +82,11 @@ class CellListener:
         if self._control is not None:
             self._control.failed(describe_error(error), by_peer=blames_peer(error))
 
-    def _uncaught(self, hook: Callable[..., Any], kind: type[BaseException], error: BaseException, *rest: Any) -> None:
-        """Whatever ends the script: it is told at once, before others notice that this rank has gone."""
+    def _uncaught(
+        self, hook: Callable[..., Any], kind: type[BaseException], error: BaseException, *rest: Any
+    ) -> None:
+        """Whatever ends the script: it is told at once, before others notice that this rank has
+        gone."""
         with contextlib.suppress(OSError):
             self.failed(error)
         hook(kind, error, *rest)
@@ -96,17 +104,20 @@ class CellListener:
 
 
 def describe_error(error: BaseException) -> str:
-    """Kind and text of an error, as a traceback ends; the first line of it, with the mend for what confinement forbids."""
+    """Kind and text of an error, as a traceback ends; the first line of it, with the mend for what
+    confinement forbids."""
     line = "".join(traceback.format_exception_only(error)).strip().splitlines()[0][:LONGEST_LINE]
     read_only = isinstance(error, OSError) and error.errno == errno.EROFS
-    return line + f"; {protocol.ENV_OUTPUT_DIR} names the directory in which it may write" * read_only
+    return (
+        line + f"; {protocol.ENV_OUTPUT_DIR} names the directory in which it may write" * read_only
+    )
 
 
 def parameters_hash(module: torch.nn.Module, *, gather: bool = True) -> str:
     """SHA-256 over all parameters, in order: equal for replicas that are equal bit by bit.
 
-    Buffers are left out: DDP makes those of all ranks equal only before a forward, so that the running statistics of
-    normalisation differ after the last one.
+    Buffers are left out: DDP makes those of all ranks equal only before a forward, so that the
+    running statistics of normalisation differ after the last one.
 
     gather: put shards together, for which all ranks must come here.
     """
@@ -115,5 +126,7 @@ def parameters_hash(module: torch.nn.Module, *, gather: bool = True) -> str:
         tensor: Any = parameter
         if hasattr(tensor, "full_tensor"):
             tensor = tensor.full_tensor() if gather else tensor.to_local()
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()

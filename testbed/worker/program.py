@@ -1,11 +1,12 @@
 """The worker program: ``python -m testbed.worker.program``.
 
-Environment: NETSENSE_CELL_DIR (directory of the cell), NETSENSEML_LISTENER (what ties the session to the cell), RANK,
-WORLD_SIZE, NETSENSE_RENDEZVOUS (init_method of the process group, default env://), GLOO_SOCKET_IFNAME (interface of the shaped
-link).
+Environment: NETSENSE_CELL_DIR (directory of the cell), NETSENSEML_LISTENER (what ties the session
+to the cell), RANK, WORLD_SIZE, NETSENSE_RENDEZVOUS (init_method of the process group, default
+env://), GLOO_SOCKET_IFNAME (interface of the shaped link).
 
-Importing this module loads everything heavy and starts no thread, so that one process can import it once and fork the
-workers. Nothing here may run a parallel operation of torch on import: its threads would not survive the fork.
+Importing this module loads everything heavy and starts no thread, so that one process can import it
+once and fork the workers. Nothing here may run a parallel operation of torch on import: its threads
+would not survive the fork.
 """
 
 import contextlib
@@ -22,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # seconds of import that DDP would otherwise do in every worker when it is made
+
+# seconds of import that DDP would otherwise do in every worker when it is made
+import torch._dynamo
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -42,8 +45,10 @@ from testbed.worker.zoo import Dataset, make_data, make_emulated, make_model, ma
 
 
 def main() -> int:
-    """Train the cell's workload as one rank; returns the exit status: 0, or 1 after a failure that stderr explains."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # end at once, whatever a parent process had installed
+    """Train the cell's workload as one rank; returns the exit status: 0, or 1 after a failure that
+    stderr explains."""
+    # end at once, whatever a parent process had installed
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     run = None
     try:
@@ -82,7 +87,8 @@ class Run:
 
     @classmethod
     def from_environment(cls) -> "Run":
-        """Read the cell and build its parts; raises ValueError, one line, for a configuration that cannot work."""
+        """Read the cell and build its parts; raises ValueError, one line, for a configuration that
+        cannot work."""
         rank, ranks = _integer("RANK"), _integer("WORLD_SIZE")
         cell = protocol.read_cell(Path(_required(protocol.ENV_CELL_DIR)))
         check_method(cell["method"]["name"], cell["method"]["options"])
@@ -94,14 +100,19 @@ class Run:
         name, model_options = workload["model"], workload["model_options"]
         model: nn.Module
         if isinstance(compute, dict) and "emulate_s" in compute:
-            timing = Timing(Compute.of(compute, rank).seconds, compute["jitter"], seed=cell["seed"] * ranks + rank)
+            timing = Timing(
+                Compute.of(compute, rank).seconds,
+                compute["jitter"],
+                seed=cell["seed"] * ranks + rank,
+            )
             model, data, epoch_steps = make_emulated(name, model_options, timing), None, math.inf
         else:
             data = make_data(workload["data"], workload["data_options"])
             epoch_steps = len(data[0]) // (workload["batch"] * ranks)
             if not epoch_steps:
                 raise ValueError(
-                    f"{ranks} workers with batches of {workload['batch']} need more than {len(data[0])} training samples"
+                    f"{ranks} workers with batches of {workload['batch']} need more than"
+                    f" {len(data[0])} training samples"
                 )
             model = make_model(name, model_options, cell["seed"])
         device = _device(workload["device"], rank)
@@ -118,7 +129,11 @@ class Run:
             model=model,
             data=data,
             adaptive=optimizer["name"].startswith("adam"),
-            optimizer=None if isinstance(model, Emulated) else make_optimizer(model.parameters(), optimizer),
+            optimizer=(
+                None
+                if isinstance(model, Emulated)
+                else make_optimizer(model.parameters(), optimizer)
+            ),
             method_options=options,
             device=device,
         )
@@ -126,16 +141,22 @@ class Run:
     def train(self) -> None:
         """Form the group, train until the stop, evaluate, and take leave."""
         dist.init_process_group(
-            "gloo", init_method=os.environ.get(protocol.ENV_RENDEZVOUS, "env://"), rank=self.rank, world_size=self.ranks
+            "gloo",
+            init_method=os.environ.get(protocol.ENV_RENDEZVOUS, "env://"),
+            rank=self.rank,
+            world_size=self.ranks,
         )
         begun = self._go_on() if os.environ.get(protocol.ENV_RESTARTS) else None
-        # Every rank built the same replica from the seed: nothing has to cross the links before the start.
+        # Every rank built the same replica from the seed: nothing has to cross the links before the
+        # start.
         ddp = DistributedDataParallel(
             self.model,
             init_sync=False,
-            gradient_as_bucket_view=isinstance(self.model, Emulated),  # the gradients of a large model once are enough
+            # the gradients of a large model once are enough
+            gradient_as_bucket_view=isinstance(self.model, Emulated),
         )
-        torch.manual_seed(self.seed * self.ranks + self.rank)  # from here on dropout differs between ranks
+        # from here on dropout differs between ranks
+        torch.manual_seed(self.seed * self.ranks + self.rank)
         self.session = session = attach(ddp, **self.method_options)
         self.checkpoints.steps_until_exchange = session.method.steps_until_exchange
         if begun is not None:
@@ -149,7 +170,8 @@ class Run:
         dist.destroy_process_group()
 
     def _go_on(self) -> dict[str, Any] | None:
-        """Take model and optimizer from the newest checkpoint that all ranks have; returns the rest of it."""
+        """Take model and optimizer from the newest checkpoint that all ranks have; returns the rest
+        of it."""
         found = self.checkpoints.newest_of_all()
         if found is None:
             print("testbed: no checkpoint to go on from; training begins anew", file=sys.stderr)
@@ -165,7 +187,11 @@ class Run:
         if not self.checkpoints.due(session.steps):
             return
         with session.pause():
-            state = {"model": self.model.state_dict(), "session": session.state_dict(), "random": torch.get_rng_state()}
+            state = {
+                "model": self.model.state_dict(),
+                "session": session.state_dict(),
+                "random": torch.get_rng_state(),
+            }
             optimizer = {} if self.optimizer is None else {"optimizer": self.optimizer.state_dict()}
             self.checkpoints.save(session.steps, {**state, **optimizer})
 
@@ -183,7 +209,13 @@ class Run:
             self._checkpoint(session)
         session.close()
 
-    def _train(self, ddp: DistributedDataParallel, session: Session, data: Dataset, optimizer: torch.optim.Optimizer) -> None:
+    def _train(
+        self,
+        ddp: DistributedDataParallel,
+        session: Session,
+        data: Dataset,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
         pace = Pace(self.compute, session)
         next_evaluation_s = monotonic_s() + self.evaluate_every_s
         for x, y in self._batches(data, session.steps):
@@ -203,7 +235,9 @@ class Run:
         session.synchronize()
         session.close(*(self._evaluate(session, data) if self.rank == 0 else ()))
 
-    def _batches(self, data: Dataset, first: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _batches(
+        self, data: Dataset, first: int = 0
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This rank's share of every global batch from a step on, epoch after epoch, without end.
 
         An incomplete batch is dropped.
@@ -242,7 +276,8 @@ _TEST_BATCH = 512
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """How long a step of a rank is to compute. seconds: 0: as long as it takes. slow: (from_s, to_s, factor) after t = 0."""
+    """How long a step of a rank is to compute. seconds: 0: as long as it takes. slow: (from_s,
+    to_s, factor) after t = 0."""
 
     seconds: float
     slow: tuple[tuple[float, float, float], ...] = ()
@@ -255,9 +290,16 @@ class Compute:
                 return cls(0.0)
             case {"pace_s": float() | int() as seconds} | {"emulate_s": float() | int() as seconds}:
                 factors = compute.get("factors")
-                slow = tuple((from_s, to_s or math.inf, f) for r, from_s, to_s, f in compute.get("slow", ()) if r == rank)
+                slow = tuple(
+                    (from_s, to_s or math.inf, f)
+                    for r, from_s, to_s, f in compute.get("slow", ())
+                    if r == rank
+                )
                 return cls(float(seconds) * (factors[rank] if factors else 1.0), slow)
-        raise ValueError(f'compute must be "real", {{"pace_s": seconds}} or {{"emulate_s": seconds}}, not {compute!r}')
+        raise ValueError(
+            'compute must be "real", {"pace_s": seconds} or {"emulate_s": seconds}, not'
+            f" {compute!r}"
+        )
 
     def factor(self, t_s: float) -> float:
         """By how much longer a step takes that begins at this time."""
@@ -267,7 +309,8 @@ class Compute:
 class Pace:
     """Stretches a step's compute to its pace by waiting between forward and backward.
 
-    What follows the wait (backward up to the last gradient, optimizer) is taken to last as long as it did lately.
+    What follows the wait (backward up to the last gradient, optimizer) is taken to last as long as
+    it did lately.
     """
 
     def __init__(self, compute: Compute, session: Session) -> None:
@@ -292,11 +335,15 @@ class Pace:
 
 
 def _device(wanted: str, rank: int) -> torch.device:
-    """Ranks share the GPUs of the machine in turn; raises ValueError, one line, if torch sees none where one is wanted."""
+    """Ranks share the GPUs of the machine in turn; raises ValueError, one line, if torch sees none
+    where one is wanted."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError(f"workload.device: cuda needs a torch that sees a GPU, and torch {torch.__version__} sees none")
+        raise ValueError(
+            f"workload.device: cuda needs a torch that sees a GPU, and torch {torch.__version__}"
+            " sees none"
+        )
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
@@ -307,14 +354,18 @@ def _momentum_where_it_belongs(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(optimizer, options of the method): some methods have a momentum in place of the optimizer's.
 
-    DGC applies that of the optimizer before it chooses what to send; one that the spec gives to dgc itself counts instead.
-    DeMo's is its decay, where the optimizer steps by signs.
+    DGC applies that of the optimizer before it chooses what to send; one that the spec gives to dgc
+    itself counts instead. DeMo's is its decay, where the optimizer steps by signs.
     """
     name, options = method["name"], method["options"]
     left = {key: value for key, value in optimizer.items() if key not in ("momentum", "nesterov")}
     if name == "dgc":
         return left, {"momentum": options.get("momentum", optimizer.get("momentum", 0.0))}
-    if name == "demo" and optimizer["name"] in ("adam", "adamw") and options.get("update") != "mean":
+    if (
+        name == "demo"
+        and optimizer["name"] in ("adam", "adamw")
+        and options.get("update") != "mean"
+    ):
         return {**optimizer, "beta1": 0.0}, {}
     if name == "demo" and optimizer["name"] == "sgd" and options.get("update") == "sign":
         return left, {}
@@ -327,7 +378,9 @@ def _report(error: Exception, session: Session | None) -> None:
         if session is None:
             path = Path(_required(protocol.ENV_CELL_DIR)) / protocol.SOCKET_FILE
             line = str(error).strip() if isinstance(error, ValueError) else ""
-            ControlClient(path, _integer("RANK")).failed(line or describe_error(error), by_peer=blames_peer(error))
+            ControlClient(path, _integer("RANK")).failed(
+                line or describe_error(error), by_peer=blames_peer(error)
+            )
         else:
             session.fail(error)
 
@@ -350,4 +403,5 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # taking torch apart takes a second, and threads of Gloo that are still there can abort it
+    # taking torch apart takes a second, and threads of Gloo that are still there can abort it
+    os._exit(code)

@@ -43,7 +43,8 @@ def resnet18(classes: int) -> nn.Module:
 
 
 def vgg16(classes: int) -> nn.Module:
-    """VGG-16 without normalisation on (b, 3, side, side) (ICLR 2015); 138 357 544 parameters at 1000 classes."""
+    """VGG-16 without normalisation on (b, 3, side, side) (ICLR 2015); 138 357 544 parameters at
+    1000 classes."""
     layers: list[nn.Module] = []
     inputs = 3
     for outputs, repeated in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
@@ -51,5 +52,14 @@ def vgg16(classes: int) -> nn.Module:
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
             inputs = outputs
         layers.append(nn.MaxPool2d(2))
-    dense = (nn.Linear(512 * 7 * 7, 4096), nn.ReLU(), nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout())
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(7), nn.Flatten(), *dense, nn.Linear(4096, classes))
+    dense = (
+        nn.Linear(512 * 7 * 7, 4096),
+        nn.ReLU(),
+        nn.Dropout(),
+        nn.Linear(4096, 4096),
+        nn.ReLU(),
+        nn.Dropout(),
+    )
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(7), nn.Flatten(), *dense, nn.Linear(4096, classes)
+    )

@@ -1,4 +1,5 @@
-"""Models, data sets and optimizers of the built-in worker; their options are in ``testbed.catalog``."""
+"""Models, data sets and optimizers of the built-in worker; their options are in
+``testbed.catalog``."""
 
 import itertools
 import pickle
@@ -20,14 +21,16 @@ from testbed.worker.text import Gpt, library_text
 from testbed.worker.vision import resnet18, vgg16
 
 Dataset = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""train_x, train_y, test_x, test_y: floating-point samples and int64 classes, samples along the first dimension."""
+"""train_x, train_y, test_x, test_y: floating-point samples and int64 classes, samples along the
+first dimension."""
 
 _SIDE = 8  # pixels of a digit
 _CLASSES = 10
 
 
 def make_model(name: str, options: dict[str, Any], seed: int) -> nn.Module:
-    """The model called ``name``, or what ``package.module:callable`` makes of the options; weights drawn from ``seed``."""
+    """The model called ``name``, or what ``package.module:callable`` makes of the options; weights
+    drawn from ``seed``."""
     options = check_model(name, options)
     torch.manual_seed(seed)
     if is_import_path(name):
@@ -37,17 +40,23 @@ def make_model(name: str, options: dict[str, Any], seed: int) -> nn.Module:
 
 
 def mlp(hidden: list[int]) -> nn.Module:
-    """Multi-layer perceptron with ReLU on (b, 64); 301 066 parameters at the default of two layers of 512."""
+    """Multi-layer perceptron with ReLU on (b, 64); 301 066 parameters at the default of two layers
+    of 512."""
     widths = [_SIDE * _SIDE, *hidden]
-    layers = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
+    layers = [
+        layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())
+    ]
     return nn.Sequential(*layers, nn.Linear(widths[-1], _CLASSES))
 
 
 def cnn(channels: list[int], hidden: int) -> nn.Module:
-    """Convolutions (3x3, ReLU), 2x2 max pooling and two linear layers on (b, 64), taken as 8x8 images."""
+    """Convolutions (3x3, ReLU), 2x2 max pooling and two linear layers on (b, 64), taken as 8x8
+    images."""
     depths = [1, *channels]
     convolutions = [
-        layer for a, b in itertools.pairwise(depths) for layer in (nn.Conv2d(a, b, kernel_size=3, padding=1), nn.ReLU())
+        layer
+        for a, b in itertools.pairwise(depths)
+        for layer in (nn.Conv2d(a, b, kernel_size=3, padding=1), nn.ReLU())
     ]
     return nn.Sequential(
         nn.Unflatten(1, (1, _SIDE, _SIDE)),
@@ -60,23 +69,39 @@ def cnn(channels: list[int], hidden: int) -> nn.Module:
     )
 
 
-_MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn, "resnet18": resnet18, "vgg16": vgg16, "gpt": Gpt}
+_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "resnet18": resnet18,
+    "vgg16": vgg16,
+    "gpt": Gpt,
+}
 
 
 def make_emulated(name: str, options: dict[str, Any], timing: Timing) -> Emulated:
-    """The model called ``name`` without its arithmetic; images are 224 pixels high and wide, texts as long as can be.
+    """The model called ``name`` without its arithmetic; images are 224 pixels high and wide, texts
+    as long as can be.
 
     Raises ValueError for a model of the user's own, as nobody knows what its input looks like.
     """
     options = check_model(name, options)
     if is_import_path(name):
-        raise ValueError(f"compute: emulate knows only the models {', '.join(_MODELS)}; use pace for '{name}'")
+        raise ValueError(
+            f"compute: emulate knows only the models {', '.join(_MODELS)}; use pace for '{name}'"
+        )
     with torch.device("meta"):
         model = _MODELS[name](**options)
         if name == "gpt":
             sample = torch.zeros(1, options["context"], dtype=torch.int64)
         else:
-            sample = torch.zeros(1, *((_SIDE * _SIDE,) if name in ("mlp", "cnn") else (3, _PUBLISHED_SIDE, _PUBLISHED_SIDE)))
+            sample = torch.zeros(
+                1,
+                *(
+                    (_SIDE * _SIDE,)
+                    if name in ("mlp", "cnn")
+                    else (3, _PUBLISHED_SIDE, _PUBLISHED_SIDE)
+                ),
+            )
     return Emulated(model, sample, timing)
 
 
@@ -93,7 +118,8 @@ def make_data(name: str, options: dict[str, Any]) -> Dataset:
 
 
 def digits() -> Dataset:
-    """Scikit-learn's handwritten digits: 1347 samples to train and 450 to test, (n, 64) float32, standardised.
+    """Scikit-learn's handwritten digits: 1347 samples to train and 450 to test, (n, 64) float32,
+    standardised.
 
     The split is the same for every seed, so that accuracies can be compared.
     """
@@ -112,7 +138,8 @@ def digits() -> Dataset:
 
 
 def images(classes: int, side: int, samples: int, noise: float) -> Dataset:
-    """Made-up images, (n, 3, side, side) float32: a smooth pattern for every class, shifted at random, in noise.
+    """Made-up images, (n, 3, side, side) float32: a smooth pattern for every class, shifted at
+    random, in noise.
 
     The same for every seed of an experiment; a tenth of them is for the test.
     """
@@ -130,7 +157,8 @@ def images(classes: int, side: int, samples: int, noise: float) -> Dataset:
 
 
 def cifar(classes: int, folder: str) -> Dataset:
-    """CIFAR-10 or CIFAR-100 from the files of its Python version: (n, 3, 32, 32) float32, standardised.
+    """CIFAR-10 or CIFAR-100 from the files of its Python version: (n, 3, 32, 32) float32,
+    standardised.
 
     Raises ValueError with the way to get them if they are not in ``folder``.
     """
@@ -139,13 +167,24 @@ def cifar(classes: int, folder: str) -> Dataset:
     try:
         files = [(Path(folder) / file).read_bytes() for file in CIFAR_FILES[name]]
     except OSError as error:
-        raise ValueError(f"data '{name}': {error.filename} cannot be read: {error.strerror}") from None
+        raise ValueError(
+            f"data '{name}': {error.filename} cannot be read: {error.strerror}"
+        ) from None
     parts = [pickle.loads(file, encoding="bytes") for file in files]  # noqa: S301 - the user's own files, published so
     pixels = [torch.from_numpy(part[b"data"]).view(-1, 3, 32, 32) for part in parts]
     labels = [torch.tensor(part[key], dtype=torch.int64) for part in parts]
-    train_x, test_x = torch.cat(pixels[:-1]).float(), pixels[-1].float()  # every worker has all of it: no copies of 600 MB
-    mean, scale = train_x.mean(dim=(0, 2, 3), keepdim=True), train_x.std(dim=(0, 2, 3), keepdim=True)
-    return train_x.sub_(mean).div_(scale), torch.cat(labels[:-1]), test_x.sub_(mean).div_(scale), labels[-1]
+    # every worker has all of it: no copies of 600 MB
+    train_x, test_x = torch.cat(pixels[:-1]).float(), pixels[-1].float()
+    mean, scale = (
+        train_x.mean(dim=(0, 2, 3), keepdim=True),
+        train_x.std(dim=(0, 2, 3), keepdim=True),
+    )
+    return (
+        train_x.sub_(mean).div_(scale),
+        torch.cat(labels[:-1]),
+        test_x.sub_(mean).div_(scale),
+        labels[-1],
+    )
 
 
 _DATA: dict[str, Callable[..., Dataset]] = {
@@ -157,7 +196,9 @@ _DATA: dict[str, Callable[..., Dataset]] = {
 }
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: dict[str, Any]) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], config: dict[str, Any]
+) -> torch.optim.Optimizer:
     """The optimizer that ``config`` describes: its name with its options."""
     config = dict(config)
     name = config.pop("name")

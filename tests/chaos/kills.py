@@ -2,10 +2,11 @@
 
     python tests/chaos/kills.py [--kills 20] [--seed 0] [--lab netns] [--lab docker]
 
-Each round runs a small experiment and sends one signal to one of its processes: the orchestrator, the first process of the
-lab, the process that forks workers, a worker, a program of the traffic, a delay line or a container. Then, after the stated
-clean-up (none; in Docker ``testbed clean`` where the orchestrator was killed), nothing may be left of it, what lay beside it
-must be as it was, all records that were a second old must load, and nobody may have seen a traceback.
+Each round runs a small experiment and sends one signal to one of its processes: the orchestrator,
+the first process of the lab, the process that forks workers, a worker, a program of the traffic, a
+delay line or a container. Then, after the stated clean-up (none; in Docker ``testbed clean`` where
+the orchestrator was killed), nothing may be left of it, what lay beside it must be as it was, all
+records that were a second old must load, and nobody may have seen a traceback.
 """
 
 import argparse
@@ -31,22 +32,39 @@ from testbed import load_run
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-TARGETS = ("orchestrator", "group", "sandbox", "fork server", "worker", "traffic", "delay line", "container")
+TARGETS = (
+    "orchestrator",
+    "group",
+    "sandbox",
+    "fork server",
+    "worker",
+    "traffic",
+    "delay line",
+    "container",
+)
 _END_S = 15.0
 SPEC = {
     "name": "chaos",
     "workers": 2,
     "network": {"link": {"rate": "20mbit"}},
-    "schedule": [{"at": "700ms", "set": {"rate": "10mbit"}}, {"at": "1s", "ramp": {"rate": "20mbit"}, "over": "500ms"}],
+    "schedule": [
+        {"at": "700ms", "set": {"rate": "10mbit"}},
+        {"at": "1s", "ramp": {"rate": "20mbit"}, "over": "500ms"},
+    ],
     "traffic": [{"from": "bg0", "to": "w1", "at": "500ms", "udp": {"rate": "1mbit"}}],
-    "workload": {"model": {"name": "mlp", "hidden": [64]}, "stop": {"seconds": 2.5}, "compute": {"pace": "20ms"}},
+    "workload": {
+        "model": {"name": "mlp", "hidden": [64]},
+        "stop": {"seconds": 2.5},
+        "compute": {"pace": "20ms"},
+    },
     "methods": ["allreduce", "topk"],
 }
 
 
 @dataclass
 class Outcome:
-    """One round. phase: in which the signal came. faults: what should not be; empty if all is well."""
+    """One round. phase: in which the signal came. faults: what should not be; empty if all is well.
+    printed: by the run."""
 
     lab: str
     phase: str = "nothing made"
@@ -55,6 +73,7 @@ class Outcome:
     seconds: float = 0.0
     code: int = 0
     faults: list[str] = field(default_factory=list)
+    printed: str = ""
 
 
 def one_round(lab: str, draw: random.Random, directory: Path) -> Outcome:
@@ -64,10 +83,27 @@ def one_round(lab: str, draw: random.Random, directory: Path) -> Outcome:
     (directory / "chaos.yaml").write_text(yaml.safe_dump(spec))
     printed = directory / "printed.txt"
     with open(printed, "w") as log:
-        command = [sys.executable, "-m", "testbed.cli", "run", str(directory / "chaos.yaml"), "--out", str(directory / "runs")]
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=ENV, start_new_session=True)
+        command = [
+            sys.executable,
+            "-m",
+            "testbed.cli",
+            "run",
+            str(directory / "chaos.yaml"),
+            "--out",
+            str(directory / "runs"),
+        ]
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            env=ENV,
+            start_new_session=True,
+        )
     outcome = Outcome(lab)
-    wanted = draw.choice([target for target in TARGETS if (target == "container") <= (lab == "docker")])
+    wanted = draw.choice(
+        [target for target in TARGETS if (target == "container") <= (lab == "docker")]
+    )
     outcome.signal = draw.choice(SIGNALS).name
     kill_at_s = time.monotonic() + draw.uniform(0.2, 12.0 if lab == "netns" else 18.0)
     written: collections.deque[tuple[float, int]] = collections.deque()
@@ -92,7 +128,8 @@ def one_round(lab: str, draw: random.Random, directory: Path) -> Outcome:
         process.kill()
         process.wait()
     outcome.code, outcome.seconds = process.returncode, time.monotonic() - killed_s
-    outcome.faults += _faults(outcome, directory, printed.read_text(errors="replace"), must_load)
+    outcome.printed = printed.read_text(errors="replace")
+    outcome.faults += _faults(outcome, directory, must_load)
     return outcome
 
 
@@ -111,7 +148,11 @@ def _victims(orchestrator: int, wanted: str, draw: random.Random) -> list[int]:
             "delay line": "testbed.links.delayline",
         }
         if wanted in words:
-            return [one.pid for one in below if words[wanted] in one.cmdline() and one.name() != "unshare"][:1]
+            return [
+                one.pid
+                for one in below
+                if words[wanted] in one.cmdline() and one.name() != "unshare"
+            ][:1]
         servers = {one.pid for one in below if "testbed.labs.forkserver" in one.cmdline()}
         forked = [one.pid for one in below if one.ppid() in servers]
         return [draw.choice(forked)] if forked else []
@@ -129,7 +170,14 @@ def _containers() -> list[int]:
     names = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
     ask = ["docker", "inspect", "--format", "{{.State.Pid}}", *names]
     return (
-        [int(pid) for pid in subprocess.run(ask, capture_output=True, text=True, check=False).stdout.split()] if names else []
+        [
+            int(pid)
+            for pid in subprocess.run(
+                ask, capture_output=True, text=True, check=False
+            ).stdout.split()
+        ]
+        if names
+        else []
     )
 
 
@@ -151,22 +199,33 @@ def _phase(directory: Path) -> str:
         return "results"
     if any((cell / "host.jsonl").exists() for cell in going):
         return "steps"
-    return "calibration" if any((cell / "calibration.jsonl").exists() for cell in going) else "lab and workers"
+    return (
+        "calibration"
+        if any((cell / "calibration.jsonl").exists() for cell in going)
+        else "lab and workers"
+    )
 
 
-def _faults(outcome: Outcome, directory: Path, printed: str, must_load: int) -> Iterator[str]:
-    if "Traceback" in printed:
-        yield "a traceback: " + printed.strip().splitlines()[-1]
+def _faults(outcome: Outcome, directory: Path, must_load: int) -> Iterator[str]:
+    if "Traceback" in outcome.printed:
+        yield "a traceback: " + outcome.printed.strip().splitlines()[-1]
     end = time.monotonic() + 5
     while (left := _left(directory)) and time.monotonic() < end:
         time.sleep(0.1)
     if left:
         yield f"left: {', '.join(left)}"
     if outcome.lab == "docker":
-        subprocess.run([sys.executable, "-m", "testbed.cli", "clean"], env=ENV, capture_output=True, check=False)
+        subprocess.run(
+            [sys.executable, "-m", "testbed.cli", "clean"],
+            env=ENV,
+            capture_output=True,
+            check=False,
+        )
         for kind in ("container", "network"):
             command = ["docker", kind, "ls", "--quiet", "--filter", "label=netsense.testbed"]
-            if names := subprocess.run(command, capture_output=True, text=True, check=False).stdout.split():
+            if names := subprocess.run(
+                command, capture_output=True, text=True, check=False
+            ).stdout.split():
                 yield f"left in Docker: {kind} {', '.join(names)}"
     for run in directory.glob("runs/*"):
         if (run / "spec.yaml").exists():
@@ -175,7 +234,11 @@ def _faults(outcome: Outcome, directory: Path, printed: str, must_load: int) -> 
             again = any((cell / "logs" / "earlier").exists() for cell in run.glob("cells/*"))
             if have < must_load and not again:  # a cell that is tried again begins anew
                 yield f"{must_load - have} of {must_load} records lost"
-    if outcome.target in ("orchestrator", "group") and outcome.signal != "SIGKILL" and outcome.phase != "start":
+    if (
+        outcome.target in ("orchestrator", "group")
+        and outcome.signal != "SIGKILL"
+        and outcome.phase != "start"
+    ):
         if outcome.code not in (130, 0, 3):
             yield f"exit code {outcome.code}"
     elif outcome.target == "sandbox" and outcome.signal != "SIGKILL" and outcome.code == 130:
@@ -185,7 +248,8 @@ def _faults(outcome: Outcome, directory: Path, printed: str, must_load: int) -> 
 
 
 def _left(directory: Path) -> list[str]:
-    """Processes that name the directory, or run a program of the testbed without an orchestrator."""
+    """Processes that name the directory, or run a program of the testbed without an
+    orchestrator."""
     found = []
     for one in psutil.process_iter(["cmdline", "pid"]):
         words = " ".join(one.info["cmdline"] or [])
@@ -196,7 +260,8 @@ def _left(directory: Path) -> list[str]:
 
 @contextlib.contextmanager
 def bystanders(labs: Sequence[str]) -> Iterator[list[str]]:
-    """Things of others beside the experiments; yields a list that has, at the end, what happened to them."""
+    """Things of others beside the experiments; yields a list that has, at the end, what happened to
+    them."""
     harmed: list[str] = []
     sleeper = subprocess.Popen(["sleep", "100000"], start_new_session=True)
     names = "netsense-chaos-bystander"
@@ -207,7 +272,12 @@ def bystanders(labs: Sequence[str]) -> Iterator[list[str]]:
         yield harmed
         if sleeper.poll() is not None:
             harmed.append("a process of another")
-        if docker and subprocess.run(["docker", "network", "inspect", names], capture_output=True, check=False).returncode:
+        if (
+            docker
+            and subprocess.run(
+                ["docker", "network", "inspect", names], capture_output=True, check=False
+            ).returncode
+        ):
             harmed.append("a network of another")
     finally:
         sleeper.kill()
@@ -218,12 +288,16 @@ def bystanders(labs: Sequence[str]) -> Iterator[list[str]]:
 
 def main() -> int:
     """Prints every round and a table; exit code 1 if something is not as it should be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lab", action="append", choices=["netns", "docker"])
     options = parser.parse_args()
     labs = options.lab or ["netns"]
+    # below nohup it would be ignored by what is killed here, too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     outcomes = []
     with bystanders(labs) as harmed:
         for number in range(options.kills):
@@ -236,13 +310,24 @@ def main() -> int:
             outcomes.append(one)
             what = f"{one.signal} to {one.target} in {one.phase}"
             verdict = "; ".join(one.faults) or "well"
-            print(f"{number:4} {one.lab:6} {what:50} exit code {one.code:4} after {one.seconds:5.1f} s: {verdict}", flush=True)
+            print(
+                f"{number:4} {one.lab:6} {what:50} exit code {one.code:4} after {one.seconds:5.1f}"
+                f" s: {verdict}",
+                flush=True,
+            )
+            if one.faults:
+                print(one.printed, flush=True)
     table = collections.Counter((one.lab, one.phase, one.target, one.signal) for one in outcomes)
-    bad = collections.Counter((one.lab, one.phase, one.target, one.signal) for one in outcomes if one.faults)
+    bad = collections.Counter(
+        (one.lab, one.phase, one.target, one.signal) for one in outcomes if one.faults
+    )
     print(f"\n{'lab':7} {'phase':16} {'target':14} {'signal':8} {'rounds':>6} {'faults':>6}")
     for key, count in sorted(table.items()):
         print(f"{key[0]:7} {key[1]:16} {key[2]:14} {key[3]:8} {count:6} {bad[key]:6}")
-    print(f"\n{len(outcomes)} rounds, {sum(bad.values())} with faults; harmed beside them: {', '.join(harmed) or 'nothing'}")
+    print(
+        f"\n{len(outcomes)} rounds, {sum(bad.values())} with faults; harmed beside them:"
+        f" {', '.join(harmed) or 'nothing'}"
+    )
     return int(bool(bad) or bool(harmed))
 
 

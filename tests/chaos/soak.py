@@ -1,15 +1,18 @@
-"""Does a run of hours keep its size? One cell whose links are changed and read ten times a second, watched from outside.
+"""Does a run of hours keep its size? One cell whose links are changed and read ten times a second,
+watched from outside.
 
     python tests/chaos/soak.py [--hours 2] [--links 64] [--workers 8] [--out DIRECTORY]
 
-Eight workers train with netsense, and the other hosts send each other datagrams, two and two. All links get a new rate through
-the socket that ``testbed link`` uses, as soon as it has answered the last time, which is with every sample; the links of four
-workers have a timeline of ten changes a second besides. Every ten seconds the memory that each process has to itself (USS,
+Eight workers train with netsense, and the other hosts send each other datagrams, two and two. All
+links get a new rate through the socket that ``testbed link`` uses, as soon as it has answered the
+last time, which is with every sample; the links of four workers have a timeline of ten changes a
+second besides. Every ten seconds the memory that each process has to itself (USS,
 /proc/PID/smaps_rollup), its descriptors and its threads are written to soak.csv.
 
-Prints a table by kind of process: the median of its memory in the first and the last tenth of the time, once the first five
-minutes are over (a tenth of a shorter run), what it grew by, and its descriptors. Exit code 1 if one grew by more than 2 % and
-1 MiB, if a descriptor stayed, or if the run failed; whether other programs made it not valid is no matter here.
+Prints a table by kind of process: the median of its memory in the first and the last tenth of the
+time, once the first five minutes are over (a tenth of a shorter run), what it grew by, and its
+descriptors. Exit code 1 if one grew by more than 2 % and 1 MiB, if a descriptor stayed, or if the
+run failed; whether other programs made it not valid is no matter here.
 """
 
 import argparse
@@ -43,7 +46,10 @@ def spec_of(seconds: float, links: int, workers: int) -> dict[str, Any]:
     return {
         "name": "soak",
         "workers": workers,
-        "network": {"link": {"rate": "5mbit"}, "links": {name: {"rate": "5mbit"} for name in others}},
+        "network": {
+            "link": {"rate": "5mbit"},
+            "links": {name: {"rate": "5mbit"} for name in others},
+        },
         "schedule": [
             {
                 "at": "1s",
@@ -52,7 +58,9 @@ def spec_of(seconds: float, links: int, workers: int) -> dict[str, Any]:
                 "every": "100ms",
             }
         ],
-        "traffic": [{"from": source, "to": target, "udp": {"rate": "100kbit"}} for source, target in pairs],
+        "traffic": [
+            {"from": source, "to": target, "udp": {"rate": "100kbit"}} for source, target in pairs
+        ],
         "workload": {
             "model": {"name": "mlp", "hidden": [64]},
             "stop": {"seconds": seconds},
@@ -76,7 +84,8 @@ def processes_of(orchestrator: int) -> Iterator[tuple[str, psutil.Process]]:
                 yield "cell", one
             elif one.pid in servers and one.ppid() not in servers:
                 yield "fork server", one
-            elif one.pid in servers:  # forked from it, and named like it; a worker's Gloo and recorder have threads
+            elif one.pid in servers:
+                # forked from it, and named like it; a worker's Gloo and recorder have threads
                 yield ("worker" if one.num_threads() > 4 else "traffic"), one
             elif words:
                 yield "unshare and inits", one
@@ -123,15 +132,23 @@ def soak(process: subprocess.Popen[bytes], runs: Path, out: Path, seconds: float
             continue
         if now_s - begun_s > seconds - 1:
             break
-        with suppress(OSError, ValueError):  # it is answered with the next sample, of which there are ten a second
-            changes += "links" in send_request(cell, {"links": [], "set": {"rate": f"{draw.randint(2, 8)}mbit"}})
+        # it is answered with the next sample, of which there are ten a second
+        with suppress(OSError, ValueError):
+            changes += "links" in send_request(
+                cell, {"links": [], "set": {"rate": f"{draw.randint(2, 8)}mbit"}}
+            )
         if now_s >= next_row_s:
             next_row_s += _EVERY_S
             frame = pd.DataFrame(watched(process.pid, begun_s))
-            frame.to_csv(out / "soak.csv", mode="a", header=not (out / "soak.csv").exists(), index=False)
+            frame.to_csv(
+                out / "soak.csv", mode="a", header=not (out / "soak.csv").exists(), index=False
+            )
             if round(now_s - begun_s) % 300 < _EVERY_S:
                 sums = frame.groupby("kind")["uss_mib"].sum().round(1).to_dict()
-                print(f"{now_s - begun_s:6.0f} s, all links changed {changes} times, MiB: {sums}", flush=True)
+                print(
+                    f"{now_s - begun_s:6.0f} s, all links changed {changes} times, MiB: {sums}",
+                    flush=True,
+                )
     print(f"all links changed {changes} times; the cell ends")
 
 
@@ -142,10 +159,20 @@ def judge(out: Path, seconds: float) -> bool:
     rows = rows[rows["t_s"] >= begin_s]
     tenth_s = (rows["t_s"].max() - begin_s) / 10
     well = True
-    print(f"{'process':26}{'number':>7}{'first MiB':>11}{'last MiB':>10}{'most grown':>12}{'descriptors':>16}")
+    print(
+        f"{'process':26}{'number':>7}{'first MiB':>11}{'last MiB':>10}{'most grown':>12}{'descriptors':>16}"
+    )
     for kind, ours in rows.groupby("kind", sort=False):
-        first = ours[ours["t_s"] <= begin_s + tenth_s].groupby("pid")[["uss_mib", "descriptors"]].median()
-        last = ours[ours["t_s"] >= rows["t_s"].max() - tenth_s].groupby("pid")[["uss_mib", "descriptors"]].median()
+        first = (
+            ours[ours["t_s"] <= begin_s + tenth_s]
+            .groupby("pid")[["uss_mib", "descriptors"]]
+            .median()
+        )
+        last = (
+            ours[ours["t_s"] >= rows["t_s"].max() - tenth_s]
+            .groupby("pid")[["uss_mib", "descriptors"]]
+            .median()
+        )
         grown = (last["uss_mib"] - first["uss_mib"]).dropna()
         worst = (grown / first["uss_mib"]).max()
         beyond = (grown > _NOISE_MIB) & (grown > GROWTH * first["uss_mib"].reindex(grown.index))
@@ -153,8 +180,8 @@ def judge(out: Path, seconds: float) -> bool:
         lost = len(first) - len(grown)
         well &= not beyond.any() and not stayed.any()
         print(
-            f"{kind:26}{len(first):7}{first['uss_mib'].median():11.1f}{last['uss_mib'].median():10.1f}{worst:12.1%}"
-            f"{first['descriptors'].median():8.0f} → {last['descriptors'].median():.0f}"
+            f"{kind:26}{len(first):7}{first['uss_mib'].median():11.1f}{last['uss_mib'].median():10.1f}{worst:12.1%}{first['descriptors'].median():8.0f}"
+            f" → {last['descriptors'].median():.0f}"
             + (f"   {int(beyond.sum())} too large" if beyond.any() else "")
             + (f"   {int(stayed.sum())} keep descriptors" if stayed.any() else "")
             + (f"   {lost} ended" if lost else "")
@@ -163,26 +190,52 @@ def judge(out: Path, seconds: float) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hours", type=float, default=2.0)
     parser.add_argument("--links", type=int, default=64)
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=None, help="for the run and soak.csv (a new directory for temporary files)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="for the run and soak.csv (a new directory for temporary files)",
+    )
     options = parser.parse_args()
     seconds = 3600 * options.hours
     out = options.out or Path(tempfile.mkdtemp(prefix="netsense-soak-"))
     out.mkdir(parents=True, exist_ok=True)
     (out / "soak.csv").unlink(missing_ok=True)
     (out / "soak.yaml").write_text(yaml.safe_dump(spec_of(seconds, options.links, options.workers)))
-    command = [sys.executable, "-m", "testbed.cli", "run", str(out / "soak.yaml"), "--out", str(out / "runs")]
+    command = [
+        sys.executable,
+        "-m",
+        "testbed.cli",
+        "run",
+        str(out / "soak.yaml"),
+        "--out",
+        str(out / "runs"),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with open(out / "printed.txt", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
+        )
     try:
         soak(process, out / "runs", out, seconds)
         peak_mib, begun_s = 0.0, time.monotonic()
         while process.poll() is None:
-            peak_mib = max([peak_mib, *(row["rss_mib"] for row in watched(process.pid, 0.0) if row["kind"] == "orchestrator")])
+            peak_mib = max(
+                [
+                    peak_mib,
+                    *(
+                        row["rss_mib"]
+                        for row in watched(process.pid, 0.0)
+                        if row["kind"] == "orchestrator"
+                    ),
+                ]
+            )
             time.sleep(1)
     finally:
         if process.poll() is None:
@@ -190,7 +243,8 @@ def main() -> int:
             process.wait()
     print((out / "printed.txt").read_text())
     print(
-        f"exit code {process.returncode}; results and report took {time.monotonic() - begun_s:.0f} s, {peak_mib:.0f} MiB at most"
+        f"exit code {process.returncode}; results and report took {time.monotonic() - begun_s:.0f}"
+        f" s, {peak_mib:.0f} MiB at most"
     )
     return int(not judge(out, seconds) or process.returncode not in (0, 3))
 

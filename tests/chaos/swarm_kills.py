@@ -2,8 +2,8 @@
 
     python tests/chaos/swarm_kills.py [--kills 20] [--seed 0] [--target agent]…
 
-Three nodes on this machine (tests/swarm/swarm_nodes.py); needs root and the image. Each round runs a small experiment and sends
-SIGKILL at a random moment of a cell:
+Three nodes on this machine (tests/swarm/swarm_nodes.py); needs root and the image. Each round runs
+a small experiment and sends SIGKILL at a random moment of a cell:
 
     orchestrator   to ``testbed run``
     agent          to the agent of a node
@@ -11,9 +11,10 @@ SIGKILL at a random moment of a cell:
     manager        to dockerd of the node that is one, where ``testbed run`` goes on
     node           to all processes of such a node at once, as if it lost its power
 
-Then the cell has to end within 15 s, unless it does not need what was killed, with one line that names the node, and is tried
-again on what is left of the swarm. Afterwards the daemon is started again, ``testbed clean`` is run, and nothing may be left on
-any node. Of an orchestrator that was killed all records that were a second old must load.
+Then the cell has to end within 15 s, unless it does not need what was killed, with one line that
+names the node, and is tried again on what is left of the swarm. Afterwards the daemon is started
+again, ``testbed clean`` is run, and nothing may be left on any node. Of an orchestrator that was
+killed all records that were a second old must load.
 """
 
 import argparse
@@ -46,8 +47,15 @@ SPEC = {
     "lab": "swarm",
     "workers": 3,
     "network": {"link": {"rate": "20mbit"}},
-    "schedule": [{"at": "1s", "set": {"rate": "10mbit"}}, {"at": "2s", "ramp": {"rate": "20mbit"}, "over": "500ms"}],
-    "workload": {"model": {"name": "mlp", "hidden": [64]}, "stop": {"seconds": 6}, "compute": {"pace": "20ms"}},
+    "schedule": [
+        {"at": "1s", "set": {"rate": "10mbit"}},
+        {"at": "2s", "ramp": {"rate": "20mbit"}, "over": "500ms"},
+    ],
+    "workload": {
+        "model": {"name": "mlp", "hidden": [64]},
+        "stop": {"seconds": 6},
+        "compute": {"pace": "20ms"},
+    },
     "methods": ["allreduce"],
     "calibrate": False,
 }
@@ -55,8 +63,8 @@ SPEC = {
 
 @dataclass
 class Outcome:
-    """One round. at_s: when the signal came, after the first step. seconds: until the cell, or else the run, had ended.
-    faults: what should not be; empty if all is well."""
+    """One round. at_s: when the signal came, after the first step. seconds: until the cell, or else
+    the run, had ended. faults: what should not be; empty if all is well."""
 
     target: str
     at_s: float
@@ -76,7 +84,9 @@ def one_round(nodes: Nodes, target: str, draw: random.Random, directory: Path) -
 
     with open(directory / "printed.txt", "w") as log:
         command = testbed("run", str(directory / "chaos.yaml"), "--out", str(directory / "runs"))
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
+        )
     if not _wait(lambda: _rows(directory) > 0 or process.poll() is not None, 60):
         outcome.faults.append("no step in 60 s")
     time.sleep(outcome.at_s)
@@ -89,7 +99,9 @@ def one_round(nodes: Nodes, target: str, draw: random.Random, directory: Path) -
         if not _wait(lambda: victim.name in printed.read_text(), _END_S):
             outcome.faults.append(f"{victim.name} is not named in {_END_S:g} s")
         outcome.seconds = time.monotonic() - killed_s
-        outcome.said = next((line.strip() for line in printed.read_text().splitlines() if victim.name in line), "")
+        outcome.said = next(
+            (line.strip() for line in printed.read_text().splitlines() if victim.name in line), ""
+        )
     try:
         outcome.code = process.wait(_SECOND_TRY_S)
     except subprocess.TimeoutExpired:
@@ -124,15 +136,21 @@ def _kill(target: str, victim: Node, orchestrator: int) -> None:
     elif target == "node":
         end_all_in(victim.namespace)
     else:
-        pids = subprocess.run(["ip", "netns", "pids", victim.namespace], capture_output=True, text=True, check=True).stdout
+        pids = subprocess.run(
+            ["ip", "netns", "pids", victim.namespace], capture_output=True, text=True, check=True
+        ).stdout
         for pid in map(int, pids.split()):
             if b"testbed.agent" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
 
 
 def _rows(directory: Path, older_s: float = 0.0) -> int:
-    """Rows of steps that have come home; those that are older than so many seconds by the newest one."""
-    steps = [path.read_bytes().splitlines() for path in directory.glob("runs/*/cells/*/hosts/*/steps.jsonl")]
+    """Rows of steps that have come home; those that are older than so many seconds by the newest
+    one."""
+    steps = [
+        path.read_bytes().splitlines()
+        for path in directory.glob("runs/*/cells/*/hosts/*/steps.jsonl")
+    ]
     per_second = 1 / 0.06
     return max(0, sum(map(len, steps)) - round(len(steps) * older_s * per_second))
 
@@ -173,7 +191,9 @@ def main() -> int:
         rounds = [one for one in outcomes if one.target == target]
         seconds = [one.seconds for one in rounds] or [float("nan")]
         well = sum(not one.faults for one in rounds)
-        print(f"{target:14}{len(rounds):8}{well:8}{statistics.median(seconds):10.1f}{max(seconds):8.1f}")
+        print(
+            f"{target:14}{len(rounds):8}{well:8}{statistics.median(seconds):10.1f}{max(seconds):8.1f}"
+        )
     return int(any(one.faults for one in outcomes))
 
 

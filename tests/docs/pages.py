@@ -2,18 +2,21 @@
 
 All rules can be seen in a page's source. Of fenced blocks:
 
-- console: commands behind ``$ ``, continued behind ``> ``, and below each what it prints. sh: commands alone, a line each,
-  continued behind a backslash. A page is one session of bash, from top to bottom, in an empty directory.
+- console: commands behind ``$ ``, continued behind ``> ``, and below each what it prints. sh:
+  commands alone, a line each, continued behind a backslash. A page is one session of bash, from top
+  to bottom, in an empty directory.
 - A command ends with exit code 0, or else the next one is ``echo $?``.
-- Printed lines are compared by their words of three letters and more, in order, since figures differ from run to run.
-  ``…`` stands for anything, alone in a line for any lines; lines that are not shown may come between.
+- Printed lines are compared by their words of three letters and more, in order, since figures
+  differ from run to run. ``…`` stands for anything, alone in a line for any lines; lines that are
+  not shown may come between.
 - A block with ``title="FILE"`` is written to that file before what follows is run.
-- yaml that begins with ``name:`` is a spec; without a title, and with another key of a spec in front, it stands in place
-  of that part of experiments/smoke.yaml. ``testbed validate`` and the schema have to take either.
-- python without a title is a program of its own, run where it stands. On a page that says ``<!-- run by: TEST -->`` that
-  test runs it.
-- ``<!-- not run: REASON -->`` before a block leaves it out. ``<!-- test with: OPTIONS -->`` adds options to each
-  ``testbed run`` in it; with ``--dry-run`` what it prints is not compared.
+- yaml that begins with ``name:`` is a spec; without a title, and with another key of a spec in
+  front, it stands in place of that part of experiments/smoke.yaml. ``testbed validate`` and the
+  schema have to take either.
+- python without a title is a program of its own, run where it stands. On a page that says
+  ``<!-- run by: TEST -->`` that test runs it.
+- ``<!-- not run: REASON -->`` before a block leaves it out. ``<!-- test with: OPTIONS -->`` adds
+  options to each ``testbed run`` in it; with ``--dry-run`` what it prints is not compared.
 - All others are to be read only.
 """
 
@@ -32,16 +35,20 @@ SHELLS = ("sh", "bash", "shell")
 
 _NOTE = r"(?:^[ ]*<!--[ ]*(?P<rule>not run|test with):(?P<words>[^>]*)-->[ ]*\n(?:[ ]*\n)?)?"
 _BLOCK = re.compile(
-    _NOTE + r"^(?P<indent>[ ]*)```(?P<info>[^`\n]*)\n(?P<text>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL
+    _NOTE + r"^(?P<indent>[ ]*)```(?P<info>[^`\n]*)\n(?P<text>.*?)^(?P=indent)```[ ]*$",
+    re.MULTILINE | re.DOTALL,
 )
 _LEFT_OVER = re.compile(r"<!--[ ]*(?:not|test|run)\b[^>]*-->")
 _RUN_BY = re.compile(r"^<!--[ ]*run by:[ ]*(\S+)[ ]*-->$", re.MULTILINE)
-_INDENTED = re.compile(r"^ {4}(?:testbed|torchrun|python|pip|make|docker|dask|export|accelerate) .*", re.MULTILINE)
+_INDENTED = re.compile(
+    r"^ {4}(?:testbed|torchrun|python|pip|make|docker|dask|export|accelerate) .*", re.MULTILINE
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block. number: of its page. rule, words: of the comment before it, empty if there is none."""
+    """A fenced block. number: of its page. rule, words: of the comment before it, empty if there is
+    none."""
 
     page: Path
     number: int
@@ -58,7 +65,10 @@ class Block:
     @property
     def file(self) -> str:
         """Where the session finds its text."""
-        return self.title or f".block-{self.number}.{'py' if self.language == 'python' else self.language}"
+        return (
+            self.title
+            or f".block-{self.number}.{'py' if self.language == 'python' else self.language}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +84,17 @@ def blocks(page: Path) -> list[Block]:
     found = []
     for number, match in enumerate(_BLOCK.finditer(page.read_text()), start=1):
         width = len(match["indent"])
-        text = "".join(line[width:] if line.strip() else line for line in match["text"].splitlines(keepends=True))
+        text = "".join(
+            line[width:] if line.strip() else line
+            for line in match["text"].splitlines(keepends=True)
+        )
         language = re.match(r"\s*\{?\s*\.?([\w+-]*)", match["info"])
         title = re.search(r'\btitle="([^"]+)"', match["info"])
         words = (match["words"] or "").strip()
         name = language[1] if language else ""
-        found.append(Block(page, number, name, title[1] if title else "", text, match["rule"] or "", words))
+        found.append(
+            Block(page, number, name, title[1] if title else "", text, match["rule"] or "", words)
+        )
     return found
 
 
@@ -117,13 +132,19 @@ def commands(page: Path) -> Iterator[Command]:
 def _file(block: Block) -> Command:
     mark = "END-OF-BLOCK"
     target = shlex.quote(block.file)
-    return Command(f"mkdir -p $(dirname {target}) && cat >{target} <<'{mark}'\n{block.text}{mark}", block.place)
+    return Command(
+        f"mkdir -p $(dirname {target}) && cat >{target} <<'{mark}'\n{block.text}{mark}", block.place
+    )
 
 
 def _typed(block: Block) -> Iterator[Command]:
     if block.language in SHELLS:
         lines = re.sub(r"\\\n\s*", "", block.text).splitlines()
-        yield from (Command(line, block.place) for line in lines if line.strip() and not line.lstrip().startswith("#"))
+        yield from (
+            Command(line, block.place)
+            for line in lines
+            if line.strip() and not line.lstrip().startswith("#")
+        )
         return
     text, expected = "", list[str]()
     for line in [*block.text.splitlines(), "$ "]:
@@ -142,17 +163,23 @@ def _shortened(command: Command, block: Block) -> Command:
         return command
     program, hash_, comment = command.text.partition("  #")
     text = f"{program} {block.words}{hash_}{comment}"
-    return replace(command, text=text, expected=None if "--dry-run" in block.words else command.expected)
+    return replace(
+        command, text=text, expected=None if "--dry-run" in block.words else command.expected
+    )
 
 
-def run(typed: Sequence[Command], folder: Path, environment: Mapping[str, str], timeout_s: float) -> None:
-    """Type the commands into one bash, in a folder; raises AssertionError that names the first that does not do as its page
-    says, with what it printed."""
+def run(
+    typed: Sequence[Command], folder: Path, environment: Mapping[str, str], timeout_s: float
+) -> None:
+    """Type the commands into one bash, in a folder; raises AssertionError that names the first that
+    does not do as its page says, with what it printed."""
     parts = []
     for command, after in zip(typed, [*typed[1:], None], strict=True):
         may_fail = after is not None and after.text == "echo $?"
         ends = "" if may_fail else "[ $code = 0 ] || exit"
-        parts.append(f"{command.text}\ncode=$?; printf '\\001%s\\001' $code; {ends}\n(exit $code)\n")
+        parts.append(
+            f"{command.text}\ncode=$?; printf '\\001%s\\001' $code; {ends}\n(exit $code)\n"
+        )
     process = subprocess.Popen(
         ["bash", "-c", "".join(parts)],
         cwd=folder,
@@ -184,7 +211,8 @@ def run(typed: Sequence[Command], folder: Path, environment: Mapping[str, str], 
 
 
 def first_missing(expected: Sequence[str], output: str) -> str | None:
-    """The first expected line that the output lacks, or has not behind those before it; None if it has all."""
+    """The first expected line that the output lacks, or has not behind those before it; None if it
+    has all."""
     printed = iter([_words(line) for line in output.splitlines()])
     for line in expected:
         pattern = ".*".join(re.escape(_words(part)) for part in line.split("…"))

@@ -1,4 +1,5 @@
-"""Every command and every snippet of the pages below docs/, by the rules of ``pages``: they do what the page says.
+"""Every command and every snippet of the pages below docs/, by the rules of ``pages``: they do what
+the page says.
 
 Pages with commands are run from the installed wheel, outside of the checkout.
 """
@@ -48,7 +49,11 @@ def first_key(block: Block) -> str:
     return lines[0].partition(":")[0] if block.language == "yaml" and lines else ""
 
 
-SPECS = [block for block in BLOCKS if first_key(block) == "name" or (first_key(block) in KEYS and not block.title)]
+SPECS = [
+    block
+    for block in BLOCKS
+    if first_key(block) == "name" or (first_key(block) in KEYS and not block.title)
+]
 
 
 @pytest.mark.fast
@@ -62,14 +67,18 @@ def test_what_is_not_run_has_a_reason_and_is_little():
 @pytest.mark.fast
 @pytest.mark.parametrize("page", PAGES, ids=names)
 def test_no_command_and_no_comment_escapes_the_rules(page):
-    assert comments_that_belong_to_no_block(page) == [], "write it right before a block, as tests/docs/pages.py says"
+    assert comments_that_belong_to_no_block(page) == [], (
+        "write it right before a block, as tests/docs/pages.py says"
+    )
     if page.parent != DOCS or page.name == "index.md":
         assert indented_commands(page) == [], "fence it as ```sh"
     for block in blocks(page):
         assert not block.title.startswith("/") and ".." not in Path(block.title).parts, block.place
         assert block.rule != "test with" or block.language in ("console", *SHELLS), block.place
     if test := run_by(page):
-        assert any(names(page) in path.read_text() for path in (ROOT / test).parent.glob("*.py")), f"{test} does not name it"
+        assert any(names(page) in path.read_text() for path in (ROOT / test).parent.glob("*.py")), (
+            f"{test} does not name it"
+        )
 
 
 @pytest.mark.fast
@@ -85,7 +94,11 @@ def test_outputs_are_compared_by_words_in_order():
 @pytest.mark.fast
 def test_a_session_fails_where_a_page_lies(tmp_path):
     here = {"PATH": "/usr/bin:/bin"}
-    honest = [Command("x=5; false", ""), Command("echo $?", "", ["1"]), Command("echo value $x", "", ["value 4"])]
+    honest = [
+        Command("x=5; false", ""),
+        Command("echo $?", "", ["1"]),
+        Command("echo value $x", "", ["value 4"]),
+    ]
     run(honest, tmp_path, here, 9)
     for lie in (
         [Command("false", "p"), Command("true", "p")],
@@ -114,19 +127,31 @@ def test_specs_and_parts_of_specs_are_good(block, experiments, tmp_path):
             folder.joinpath(other.title).write_text(other.text)
     text = block.text
     if first_key(block) != "name":
-        text = yaml.safe_dump({**yaml.safe_load((folder / "smoke.yaml").read_text()), **yaml.safe_load(text)})
+        text = yaml.safe_dump(
+            {**yaml.safe_load((folder / "smoke.yaml").read_text()), **yaml.safe_load(text)}
+        )
     path = folder / "block.yaml"
     path.write_text(text)
     result = CliRunner().invoke(app, ["validate", str(path)])
     assert result.exit_code == 0, result.output
-    assert jsonschema.Draft7Validator(json.loads(SCHEMA_FILE.read_text())).is_valid(yaml.safe_load(text))
+    assert jsonschema.Draft7Validator(json.loads(SCHEMA_FILE.read_text())).is_valid(
+        yaml.safe_load(text)
+    )
 
 
 @pytest.mark.netns
 @pytest.mark.parametrize("page", [page for page in PAGES if any(commands(page))], ids=names)
-def test_what_a_page_says_to_type_does_what_it_says(page: Path, installation: Installation, tmp_path: Path) -> None:
-    # As on a machine whose name nothing resolves, and in a terminal that is wide enough for a table.
-    here = {**installation.environment, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "COLUMNS": "110"}
+def test_what_a_page_says_to_type_does_what_it_says(
+    page: Path, installation: Installation, tmp_path: Path
+) -> None:
+    # As on a machine whose name nothing resolves, and in a terminal that is wide enough for a
+    # table.
+    here = {
+        **installation.environment,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "110",
+    }
     run(list(commands(page)), tmp_path, here, timeout_s=180)
     for block in blocks(page):
         modeline = re.match(r"# yaml-language-server: \$schema=(\S+)\n", block.text)
@@ -134,4 +159,6 @@ def test_what_a_page_says_to_type_does_what_it_says(page: Path, installation: In
             validator = jsonschema.Draft7Validator(json.loads((tmp_path / modeline[1]).read_text()))
             validator.check_schema(validator.schema)
             raw = yaml.safe_load(block.text)
-            assert validator.is_valid(raw) and not validator.is_valid({**raw, "wokers": 4}), block.place
+            assert validator.is_valid(raw) and not validator.is_valid({**raw, "wokers": 4}), (
+                block.place
+            )

@@ -1,4 +1,5 @@
-"""The site: it is built strictly, has all that the code has, leads nowhere in vain, and can be read on a telephone."""
+"""The site: it is built strictly, has all that the code has, leads nowhere in vain, and can be read
+on a telephone."""
 
 import json
 import os
@@ -35,11 +36,16 @@ def name(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site. Built strictly a link or an anchor that is not there, and a page that no menu has, are errors."""
+    """The built site. Built strictly a link or an anchor that is not there, and a page that no menu
+    has, are errors."""
     place = tmp_path_factory.mktemp("site")
     # Not with --quiet: warnings that are not told are not counted.
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(place)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "NO_MKDOCS_2_WARNING": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+        "NO_MKDOCS_2_WARNING": "1",
+    }
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
@@ -63,7 +69,11 @@ class Reader(HTMLParser):
         elif tag == "link" and found.get("rel") in ("canonical", "prev", "next"):
             pass
         else:
-            self.loaded += [str(found[key]) for key in ("src", "srcset", "href", "data", "poster") if found.get(key)]
+            self.loaded += [
+                str(found[key])
+                for key in ("src", "srcset", "href", "data", "poster")
+                if found.get(key)
+            ]
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -97,7 +107,11 @@ def test_the_pages_have_every_key_command_column_and_method(site: Path) -> None:
     ids = Reader(site / "reference/methods.html").ids
     assert set(methods) <= ids
     cli = Reader(site / "reference/cli.html")
-    commands = [command.name or str(command.callback.__name__) for command in app.registered_commands if command.callback]
+    commands = [
+        command.name or str(command.callback.__name__)
+        for command in app.registered_commands
+        if command.callback
+    ]
     assert len(commands) > 10 and set(commands) <= cli.ids
     assert {"--set", "--json", "--resume", "--tolerance"} <= set(cli.text.replace(",", " ").split())
     columns = Reader(site / "reference/columns.html")
@@ -106,23 +120,33 @@ def test_the_pages_have_every_key_command_column_and_method(site: Path) -> None:
     assert names <= set(re.findall(r"\w+", columns.text))
     python = Reader(site / "reference/python.html").text
     for package in (testbed, netsenseml):
-        assert [name for name in package.__all__ if f"{package.__name__}.{name}" not in python] == []
+        assert [
+            name for name in package.__all__ if f"{package.__name__}.{name}" not in python
+        ] == []
 
 
 def test_the_site_needs_no_other_machine(site: Path) -> None:
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > 25
-    away = {(page.name, what) for page in pages for what in Reader(page).loaded if re.match(r"(https?:)?//", what)}
+    away = {
+        (page.name, what)
+        for page in pages
+        for what in Reader(page).loaded
+        if re.match(r"(https?:)?//", what)
+    }
     away |= {
         (sheet.name, what)
         for sheet in site.rglob("*.css")
-        for what in re.findall(r"(?:url\(|@import )[\"']?((?:https?:)?//[^\"')]+)", sheet.read_text())
+        for what in re.findall(
+            r"(?:url\(|@import )[\"']?((?:https?:)?//[^\"')]+)", sheet.read_text()
+        )
     }
     assert away == set()
 
 
 def test_links_and_anchors_within_the_site_lead_somewhere(site: Path) -> None:
-    """mkdocs looks at what is written in Markdown; here is what has become of it, with menus and made pages."""
+    """mkdocs looks at what is written in Markdown; here is what has become of it, with menus and
+    made pages."""
     pages = {page: Reader(page) for page in site.rglob("*.html")}
     broken = []
     for page, reader in pages.items():
@@ -158,7 +182,9 @@ BASE: dict[str, Any] = {
 def test_every_spec_in_a_page_is_good(page: Path, tmp_path: Path) -> None:
     """A part of a spec is put into a whole one; a list has flows."""
     for block in re.findall(r"^```yaml.*\n([^`]*)^```", page.read_text(), re.MULTILINE):
-        (tmp_path / "block.yaml").write_text(f"traffic:\n{block}" if block.startswith("- {from:") else block)
+        (tmp_path / "block.yaml").write_text(
+            f"traffic:\n{block}" if block.startswith("- {from:") else block
+        )
         raw = read_yaml(tmp_path / "block.yaml")
         validate(raw if "methods" in raw else {**BASE, **raw})
 
@@ -168,9 +194,13 @@ def test_the_lines_that_read_a_run_do(tmp_path: Path) -> None:
     directory = write_run(tmp_path / "runs" / "smoke", methods=("allreduce", "netsense"))
     for page in (ROOT / "README.md", ROOT / "docs" / "reference/columns.md"):
         (block,) = re.findall(
-            r"^```python\n(import testbed\n[^`]*)^```", page.read_text().replace("`testbed run`", ""), re.MULTILINE
+            r"^```python\n(import testbed\n[^`]*)^```",
+            page.read_text().replace("`testbed run`", ""),
+            re.MULTILINE,
         )
-        block = block.replace("runs/smoke-…", str(directory)).replace('run.summary["comparisons"]', "run.summary")
+        block = block.replace("runs/smoke-…", str(directory)).replace(
+            'run.summary["comparisons"]', "run.summary"
+        )
         names: dict[str, Any] = {}
         exec("\n".join(line for line in block.splitlines() if "run_experiment" not in line), names)
         assert len(names["run"].steps) > 100
@@ -189,9 +219,17 @@ def test_the_longest_pages_fit_a_telephone(site: Path, tmp_path: Path) -> None:
     written = [page for page in site.rglob("*.html") if "files" not in page.relative_to(site).parts]
     longest = sorted(written, key=lambda page: page.stat().st_size)[-4:]
     with Browser(tmp_path / "profile") as browser:
-        browser.tell("Emulation.setDeviceMetricsOverride", width=360, height=800, deviceScaleFactor=1, mobile=True)
+        browser.tell(
+            "Emulation.setDeviceMetricsOverride",
+            width=360,
+            height=800,
+            deviceScaleFactor=1,
+            mobile=True,
+        )
         for page in [site / "index.html", *longest]:
             browser.tell("Page.navigate", url=page.as_uri())
-            browser.wait_for("document.readyState === 'complete' && !!document.querySelector('.md-content h1')")
+            browser.wait_for(
+                "document.readyState === 'complete' && !!document.querySelector('.md-content h1')"
+            )
             assert browser.value("document.documentElement.scrollWidth") <= 360, page.name
             assert browser.value(CUT_OFF) == [], page.name

@@ -1,4 +1,5 @@
-"""Methods at work on a CUDA device that all ranks share, over Gloo groups, and over NCCL as far as that goes on one device."""
+"""Methods at work on a CUDA device that all ranks share, over Gloo groups, and over NCCL as far as
+that goes on one device."""
 
 import itertools
 import os
@@ -33,11 +34,30 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("powersgd", {"rank": 2}),
     ("netsense", {}),
     ("netsense", {"policy": "bdp"}),
-    ("netsense", {"policy": "fixed", "schemes": ["int4", "sparse-int8@2%", "allreduce", "allreduce", "int8-ring"]}),
+    (
+        "netsense",
+        {
+            "policy": "fixed",
+            "schemes": ["int4", "sparse-int8@2%", "allreduce", "allreduce", "int8-ring"],
+        },
+    ),
 ]
 IDS = ["-".join([name, *map(str, options.values())]) for name, options in METHODS]
 PLANS: list[Plan] = [
-    *map(parse, ["bf16", "int8", "int4", "sign", "fp32", "int8-ring", "sparse-bf16@5%", "sparse-int4@1%-ring", "host-int8"]),
+    *map(
+        parse,
+        [
+            "bf16",
+            "int8",
+            "int4",
+            "sign",
+            "fp32",
+            "int8-ring",
+            "sparse-bf16@5%",
+            "sparse-int4@1%-ring",
+            "host-int8",
+        ],
+    ),
     RingAllReduce(),
     RandomK(0.1),
     WideAllGather(0.05, piece=3000),
@@ -46,13 +66,17 @@ PLANS: list[Plan] = [
 
 def make_ddp(device: str = "cuda", **options: Any) -> DistributedDataParallel:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 5))
+    model = nn.Sequential(
+        nn.Linear(20, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 5)
+    )
     return DistributedDataParallel(model.to(device), bucket_cap_mb=0.05, **options)
 
 
 def batch(rank: int, step: int, device: str = "cuda") -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(1000 * rank + step)
-    return torch.randn(8, 20, generator=draw).to(device), torch.randint(0, 5, (8,), generator=draw).to(device)
+    return torch.randn(8, 20, generator=draw).to(device), torch.randint(
+        0, 5, (8,), generator=draw
+    ).to(device)
 
 
 def parameters(module: nn.Module) -> torch.Tensor:
@@ -66,14 +90,18 @@ def exchange_all(rank: int, devices: list[str]) -> list[list[float]]:
     mesh, found = Mesh(dist.group.WORLD, hosts=[0, 0, 1, 1], device=torch.device(devices[rank])), []
     for plan, elements in itertools.product(PLANS, [1, 700, 100_000]):
         for step in range(2):  # the second one has a residual
-            tensor = torch.randn(elements, generator=torch.Generator().manual_seed(10 * step + rank)).to(devices[rank])
+            tensor = torch.randn(
+                elements, generator=torch.Generator().manual_seed(10 * step + rank)
+            ).to(devices[rank])
             all_reduce_mean(tensor, (plan.name, elements), plan, mesh).wait()
         found.append(tensor.cpu().tolist())
     mesh.close()
     return found
 
 
-@pytest.mark.parametrize("devices", [["cuda"] * 4, ["cpu", "cuda", "cuda", "cpu"]], ids=["cuda", "mixed"])
+@pytest.mark.parametrize(
+    "devices", [["cuda"] * 4, ["cpu", "cuda", "cuda", "cpu"]], ids=["cuda", "mixed"]
+)
 def test_plans_give_on_every_device_what_they_give_on_the_cpu(devices: list[str]) -> None:
     expected = run_group(exchange_all, 4, ["cpu"] * 4)[0]
     names = [f"{plan.name} of {n}" for plan, n in itertools.product(PLANS, [1, 700, 100_000])]
@@ -97,7 +125,9 @@ def train(rank: int, method: str, options: dict[str, Any], steps: int) -> tuple[
         optimizer.step()
         session.step(loss, samples=len(x))
     session.close()
-    assert session.last is not None and session.last["step"] == steps - 1 and session.last["loss"] > 0
+    assert (
+        session.last is not None and session.last["step"] == steps - 1 and session.last["loss"] > 0
+    )
     return parameters(ddp.module).tolist(), session.last["loss"]
 
 
@@ -109,9 +139,15 @@ def test_replicas_stay_bit_identical(method: str, options: dict[str, Any]) -> No
 
 
 def exchanged_and_own(rank: int, method: str, options: dict[str, Any]) -> list[list[float]]:
-    """Sums over some steps of the exchanged mean and of the own gradient, and the final residual."""
+    """Sums over some steps of the exchanged mean and of the own gradient, and the final
+    residual."""
     ddp = make_ddp()
-    reference = nn.Sequential(*[type(m)(m.in_features, m.out_features) if isinstance(m, nn.Linear) else m for m in ddp.module])
+    reference = nn.Sequential(
+        *[
+            type(m)(m.in_features, m.out_features) if isinstance(m, nn.Linear) else m
+            for m in ddp.module
+        ]
+    )
     reference.cuda()
     session = Session(ddp, method, **options)
     ddp.register_comm_hook(session, comm_hook)
@@ -129,21 +165,27 @@ def exchanged_and_own(rank: int, method: str, options: dict[str, Any]) -> list[l
                 parameter -= 0.1 * parameter.grad
         session.step()
     kept = session.state_dict().get("feedback", {})
-    residual = torch.cat([kept.get(n, torch.zeros_like(p)).reshape(-1) for n, p in ddp.module.named_parameters()])
+    residual = torch.cat(
+        [kept.get(n, torch.zeros_like(p)).reshape(-1) for n, p in ddp.module.named_parameters()]
+    )
     session.close()
     return [exchanged.tolist(), own.tolist(), residual.tolist()]
 
 
 @pytest.mark.parametrize("method", ["topk", "quantized", "netsense"])
 def test_what_was_sent_and_what_is_kept_make_up_the_gradients(method: str) -> None:
-    ranks = [[torch.tensor(part) for part in rank] for rank in run_group(exchanged_and_own, 3, method, {})]
+    ranks = [
+        [torch.tensor(part) for part in rank]
+        for rank in run_group(exchanged_and_own, 3, method, {})
+    ]
     given = torch.stack([own for _, own, _ in ranks]).mean(0)
     kept = torch.stack([residual for _, _, residual in ranks]).mean(0)
     assert torch.allclose(ranks[0][0] + kept, given, atol=1e-5)
 
 
 def late_gradients(rank: int, method: str) -> float:
-    """The device is made to be a while behind the CPU, so that whoever does not wait for it sends what is not there yet."""
+    """The device is made to be a while behind the CPU, so that whoever does not wait for it sends
+    what is not there yet."""
     ddp = make_ddp()
     session = attach(ddp, method)
     x, y = batch(0, 0)  # the same on all ranks: the mean is the own gradient
@@ -154,7 +196,9 @@ def late_gradients(rank: int, method: str) -> float:
         torch.cuda._sleep(50_000_000)
         loss.backward()
         got = torch.cat([p.grad.reshape(-1) for p in ddp.parameters()])
-        expected = torch.autograd.grad(nn.functional.cross_entropy(ddp.module(x + step), y), list(ddp.parameters()))
+        expected = torch.autograd.grad(
+            nn.functional.cross_entropy(ddp.module(x + step), y), list(ddp.parameters())
+        )
         whole = torch.cat([g.reshape(-1) for g in expected])
         worst = max(worst, float((got - whole).abs().max()))
         session.step()
@@ -181,7 +225,9 @@ def with_times(rank: int, path: str, method: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("method", ["allreduce", "topk", "netsense"])
-def test_time_of_the_device_is_computation_and_not_communication(method: str, tmp_path: Path) -> None:
+def test_time_of_the_device_is_computation_and_not_communication(
+    method: str, tmp_path: Path
+) -> None:
     for rows in run_group(with_times, 1, str(tmp_path), method):
         assert [row["step"] for row in rows] == list(range(12))
         for row in rows[4:]:
@@ -198,7 +244,10 @@ def synchronisations(rank: int, method: str) -> dict[str, int]:
     for step in range(12):
         if step == 6:
             profile = torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+                activities=[
+                    torch.profiler.ProfilerActivity.CPU,
+                    torch.profiler.ProfilerActivity.CUDA,
+                ]
             )
             profile.__enter__()
         optimizer.zero_grad()
@@ -228,14 +277,21 @@ def test_no_step_waits_for_the_whole_device(method: str) -> None:
 def alone_with_nccl(directory: str) -> list[str]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     dist.init_process_group(
-        "nccl", init_method=f"file://{directory}/rendezvous", rank=0, world_size=1, timeout=timedelta(seconds=60)
+        "nccl",
+        init_method=f"file://{directory}/rendezvous",
+        rank=0,
+        world_size=1,
+        timeout=timedelta(seconds=60),
     )
     found = []
     for method, options in METHODS:
         values, _ = train(0, method, options, 12)
         found.append(f"{method} {all(value == value for value in values)}")
     scaled = make_ddp()
-    scaler, optimizer = torch.amp.GradScaler("cuda", init_scale=2.0**30), torch.optim.SGD(scaled.parameters(), lr=0.05)
+    scaler, optimizer = (
+        torch.amp.GradScaler("cuda", init_scale=2.0**30),
+        torch.optim.SGD(scaled.parameters(), lr=0.05),
+    )
     session = attach(scaled, "topk", scaler=scaler, ratio=0.05)
     for step in range(20):
         optimizer.zero_grad()
@@ -288,7 +344,9 @@ def test_ranks_of_a_host_exchange_by_nccl_what_they_would_by_gloo() -> None:
     found = {}
     for device in ("cpu", "cuda"):
         with tempfile.TemporaryDirectory() as directory:
-            found[device] = Ranks(exchange_by_hosts, [(rank, directory, device) for rank in range(4)], {}).results()
+            found[device] = Ranks(
+                exchange_by_hosts, [(rank, directory, device) for rank in range(4)], {}
+            ).results()
     assert [by_nccl for by_nccl, _ in found["cuda"]] == [True] * 4
     assert [by_nccl for by_nccl, _ in found["cpu"]] == [False] * 4
     for (_, theirs), (_, ours) in zip(found["cpu"], found["cuda"], strict=True):
@@ -297,13 +355,18 @@ def test_ranks_of_a_host_exchange_by_nccl_what_they_would_by_gloo() -> None:
 
 def train_by_nccl(rank: int, directory: str, steps: int) -> list[tuple[str, list[float]]]:
     join(rank, 2, directory, rank)
-    return [(name, train(rank, method, options, steps)[0]) for name, (method, options) in zip(IDS, METHODS, strict=True)]
+    return [
+        (name, train(rank, method, options, steps)[0])
+        for name, (method, options) in zip(IDS, METHODS, strict=True)
+    ]
 
 
 @two_devices
 def test_replicas_stay_bit_identical_over_nccl() -> None:
     with tempfile.TemporaryDirectory() as directory:
-        first, second = Ranks(train_by_nccl, [(rank, directory, 40) for rank in range(2)], {}).results()
+        first, second = Ranks(
+            train_by_nccl, [(rank, directory, 40) for rank in range(2)], {}
+        ).results()
     for (name, ours), (_, theirs) in zip(first, second, strict=True):
         assert ours == theirs and all(value == value for value in ours), name
 

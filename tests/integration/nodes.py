@@ -1,9 +1,11 @@
-"""Nodes for tests of a lab over several machines: network namespaces of this one, each with an agent, and its hosts below it.
+"""Nodes for tests of a lab over several machines: network namespaces of this one, each with an
+agent, and its hosts below it.
 
     nodes' own network   a bridge, 10.90.0.254 here, 10.90.0.<n> on node n<n>
     links of the lab     a bridge of each node, with a port for each of its hosts and one to a bridge that joins them all
 
-The caller is inside ``testbed.labs.netns.sandbox_command``: with its first process everything here ends.
+The caller is inside ``testbed.labs.netns.sandbox_command``: with its first process everything here
+ends.
 """
 
 import contextlib
@@ -29,11 +31,14 @@ _FIRST_PORT = 100
 
 
 class NodePart:
-    """A node's part of a lab (``testbed.agent.program.NodeLab``). details: by host, {"number": of its address}."""
+    """A node's part of a lab (``testbed.agent.program.NodeLab``). details: by host, {"number": of
+    its address}."""
 
     usage_s = 0.0
 
-    def __init__(self, plan: LabPlan, details: Mapping[str, Mapping[str, Any]], directory: Path) -> None:
+    def __init__(
+        self, plan: LabPlan, details: Mapping[str, Mapping[str, Any]], directory: Path
+    ) -> None:
         self._plan, self._details = plan, details
         self._held = contextlib.ExitStack()
         self.hosts: dict[str, NetnsHost] = {}
@@ -47,7 +52,9 @@ class NodePart:
             address, mac = f"10.77.0.{detail['number']}", mac_of(detail["number"])
             with back_to_own_namespace():
                 namespace, inner = _new_namespace()
-            self.hosts[name] = NetnsHost(name, address, mac, namespace, inner, server, self._plan, groups=())
+            self.hosts[name] = NetnsHost(
+                name, address, mac, namespace, inner, server, self._plan, groups=()
+            )
             self._held.callback(self.hosts[name].close)
             self._held.callback(inner.close)
             node.batch(
@@ -69,7 +76,12 @@ class NodePart:
         self.links.apply(self._plan.links)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._held.close()
 
 
@@ -88,9 +100,22 @@ def make_networks(nodes: int) -> None:
         subprocess.run(["nsenter", f"--net=/run/netns/{name}", "sh", "-c", quiet], check=True)
         for bridge, inside in (("control", "ctl"), ("data", "up0")):
             outside = f"{bridge}{number}"
-            _ip([f"link add {outside} type veth peer name {inside} netns {name}", f"link set {outside} master {bridge} up"])
+            _ip(
+                [
+                    f"link add {outside} type veth peer name {inside} netns {name}",
+                    f"link set {outside} master {bridge} up",
+                ]
+            )
         inner = ["link set lo up", f"addr add 10.90.0.{number}/24 dev ctl", "link set ctl up"]
-        _ip([*inner, "link add br0 type bridge mcast_snooping 0", "link set up0 master br0 up", "link set br0 up"], name)
+        _ip(
+            [
+                *inner,
+                "link add br0 type bridge mcast_snooping 0",
+                "link set up0 master br0 up",
+                "link set br0 up",
+            ],
+            name,
+        )
 
 
 def _ip(lines: Sequence[str], namespace: str = "") -> None:
@@ -100,16 +125,30 @@ def _ip(lines: Sequence[str], namespace: str = "") -> None:
 
 @contextlib.contextmanager
 def agent(
-    name: str, port: int, secret: bytes, scratch: Path, own_time: Sequence[str] = (), program: Sequence[str] = ()
+    name: str,
+    port: int,
+    secret: bytes,
+    scratch: Path,
+    own_time: Sequence[str] = (),
+    program: Sequence[str] = (),
 ) -> Iterator["subprocess.Popen[str]"]:
-    """An agent in the network of node ``name``. own_time: options of unshare(1). program: instead of ``-m testbed.agent``."""
+    """An agent in the network of node ``name``. own_time: options of unshare(1). program: instead
+    of ``-m testbed.agent``."""
     file = scratch / "secret"
     file.write_bytes(secret)
     private = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc", *own_time]
-    command = ["nsenter", f"--net=/run/netns/{name}", *private, sys.executable, *(program or ["-m", "testbed.agent"])]
+    command = [
+        "nsenter",
+        f"--net=/run/netns/{name}",
+        *private,
+        sys.executable,
+        *(program or ["-m", "testbed.agent"]),
+    ]
     command += [f"{HERE}:{port}", "--name", name, "--secret", str(file), "--lab", "nodes:NodePart"]
     command += ["--directory", str(scratch / name)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         try:
             yield process
         finally:

@@ -1,4 +1,5 @@
-"""Calibration of real links, the load of the machine during a run, and the doctor, in the netns lab."""
+"""Calibration of real links, the load of the machine during a run, and the doctor, in the netns
+lab."""
 
 import json
 import os
@@ -43,7 +44,9 @@ def command(*arguments):
 def start(tmp_path, **changes):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**SPEC, **changes}))
     arguments = ["run", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "runs")]
-    return subprocess.Popen([sys.executable, "-m", "testbed.cli", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-m", "testbed.cli", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
 
 
 def finished(process, tmp_path):
@@ -61,15 +64,21 @@ def test_every_direction_of_unequal_links_is_measured_before_the_start(tmp_path)
     assert set(zip(calibration["link"], calibration["direction"], strict=True)) == {
         (link, side) for link in ("w0", "w1", "w2") for side in ("up", "down")
     }
-    assert (calibration["expected"] == calibration["link"].map({"w0": 20e6, "w1": 20e6, "w2": 5e6})).all()
+    assert (
+        calibration["expected"] == calibration["link"].map({"w0": 20e6, "w1": 20e6, "w2": 5e6})
+    ).all()
     # On a machine that is shared, some attempt may miss; half of them would be no accident.
     assert calibration["within"].mean() > 0.5
     assert 0 < loaded.host["cpu_busy_share"].mean() <= 1.05
     assert len(loaded.host) > 15
 
 
-def test_a_machine_that_others_keep_busy_makes_a_run_invalid_and_calibration_can_be_turned_off(tmp_path):
-    process = start(tmp_path, calibrate=False, workload={**SPEC["workload"], "stop": {"seconds": 4}})
+def test_a_machine_that_others_keep_busy_makes_a_run_invalid_and_calibration_can_be_turned_off(
+    tmp_path,
+):
+    process = start(
+        tmp_path, calibrate=False, workload={**SPEC["workload"], "stop": {"seconds": 4}}
+    )
     wait_until(lambda: list(tmp_path.glob("runs/*/cells/*/host.jsonl")))
     burn = [sys.executable, "-S", "-c", "while True: pass"]
     others = [subprocess.Popen(burn) for _ in range(os.cpu_count() or 1)]
@@ -81,7 +90,10 @@ def test_a_machine_that_others_keep_busy_makes_a_run_invalid_and_calibration_can
             other.wait()
     loaded, cell = finished(process, tmp_path)
     assert not loaded.summary["valid"]
-    assert any(problem.startswith("this machine was too busy: other programs took") for problem in cell["problems"])
+    assert any(
+        problem.startswith("this machine was too busy: other programs took")
+        for problem in cell["problems"]
+    )
     assert loaded.calibration.empty
     assert not cell["calibrated"]
     assert not any("calibrated" in problem for problem in cell["problems"])
@@ -107,7 +119,11 @@ with HostMonitor([os.getpid()], monotonic_s(), Path({str(tmp_path)!r})):
     time.sleep(2.5)
 burner.kill()
 """)
-    subprocess.run([*sandbox_command(), sys.executable, str(script)], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    subprocess.run(
+        [*sandbox_command(), sys.executable, str(script)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     rows = [json.loads(line) for line in (tmp_path / "host.jsonl").read_text().splitlines()]
     cores = os.cpu_count() or 1
     own = [row["cpu_busy_share"] - row["cpu_foreign_share"] for row in rows[10:]]
@@ -122,8 +138,12 @@ def test_calibrate_measures_what_tcp_can_have(tmp_path):
     rows = {row["quantity"]: row for row in result["rows"]}
     assert list(rows) == ["rtt_min", "rtt_median", "goodput_one", "goodput_ring"]
     assert rows["goodput_one"]["expected"] == pytest.approx(37e6 * 1448 / 1514)
-    assert rows["goodput_one"]["measured"] == pytest.approx(rows["goodput_one"]["expected"], rel=0.05)
-    assert rows["goodput_ring"]["measured"] == pytest.approx(rows["goodput_ring"]["expected"], rel=0.10)
+    assert rows["goodput_one"]["measured"] == pytest.approx(
+        rows["goodput_one"]["expected"], rel=0.05
+    )
+    assert rows["goodput_ring"]["measured"] == pytest.approx(
+        rows["goodput_ring"]["expected"], rel=0.10
+    )
     assert result["valid"] == all(row["within"] for row in result["rows"]) == (done.returncode == 0)
 
 
@@ -157,7 +177,12 @@ def test_the_doctor_says_what_works_here():
     result = json.loads(done.stdout)
     assert result["labs"]["netns"]
     verdicts = {finding["name"]: finding for finding in result["findings"]}
-    assert verdicts["lab netns"]["verdict"] == verdicts["tbf"]["verdict"] == verdicts["htb"]["verdict"] == "ok"
+    assert (
+        verdicts["lab netns"]["verdict"]
+        == verdicts["tbf"]["verdict"]
+        == verdicts["htb"]["verdict"]
+        == "ok"
+    )
     assert verdicts["limits"]["found"]
     assert all(finding["mend"] for finding in result["findings"] if finding["verdict"] == "missing")
     assert verdicts["delay line"]["verdict"] == "ok" or verdicts["delay line"]["mend"]
@@ -174,9 +199,15 @@ def test_a_calibration_whose_parent_ends_leaves_nothing(tmp_path, number):
 
     def left():
         commands = [one.info["cmdline"] or [""] for one in psutil.process_iter(["cmdline"])]
-        return [words for words in commands if "testbed.calibrate" in words and str(rate_bps) in words[-1]]
+        return [
+            words
+            for words in commands
+            if "testbed.calibrate" in words and str(rate_bps) in words[-1]
+        ]
 
-    with subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+    ) as process:
         wait_until(lambda: list(tmp_path.glob("calibrate-*/cells/*")) and left())
         process.send_signal(number)
         assert process.wait(20) == (130 if number == signal.SIGINT else -number)

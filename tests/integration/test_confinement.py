@@ -155,7 +155,12 @@ done()
 """
 
 
-@pytest.fixture(params=[pytest.param("netns", marks=pytest.mark.netns), pytest.param("docker", marks=pytest.mark.docker)])
+@pytest.fixture(
+    params=[
+        pytest.param("netns", marks=pytest.mark.netns),
+        pytest.param("docker", marks=pytest.mark.docker),
+    ]
+)
 def place(request, tmp_path):
     """A lab, and a directory that its hosts can be shown."""
     if request.param == "netns":
@@ -168,31 +173,58 @@ def place(request, tmp_path):
 
 def test_a_worker_has_its_own_directory_and_nothing_else(place):
     lab, directory = place
-    _, out = run(directory, lab=lab, script=script(directory, ATTACKS.replace("SPEC_DIRECTORY", str(directory))))
+    _, out = run(
+        directory,
+        lab=lab,
+        script=script(directory, ATTACKS.replace("SPEC_DIRECTORY", str(directory))),
+    )
     assert "done, 20 steps" in out
     cell = next((only_run(directory) / "cells").iterdir())
     said = json.loads((cell / "hosts" / "w1" / "said.json").read_text())
     refused = {"OSError", "PermissionError", "FileNotFoundError", "NetlinkError"}
     assert said.pop("own link") in refused
-    assert {name: what for name, what in said.items() if name.startswith("write ") and what not in refused} == {}
+    assert {
+        name: what
+        for name, what in said.items()
+        if name.startswith("write ") and what not in refused
+    } == {}
     assert said["above"] in (0, 10)  # 10: there is no such thing to be had
     assert [
         path for path in said["machine"] if lab == "netns" or not path.startswith("/dev/")
     ] == []  # Docker makes its own /dev
     assert said["tokens"] == 0
-    assert lab == "docker" or (said["inherited"][0] == "/dev/null" and said["init"] == "PermissionError")
+    assert lab == "docker" or (
+        said["inherited"][0] == "/dev/null" and said["init"] == "PermissionError"
+    )
     assert said["memory"] == "500"  # it is the first to go
     assert said["others"] == 0 and said["processes"] <= 5
-    assert [name for name in said["sockets"] if not name.startswith(".hosts-")] == ["control.sock"]  # where nobody listens
+    # where nobody listens
+    assert [name for name in said["sockets"] if not name.startswith(".hosts-")] == ["control.sock"]
     name = f"cells/{cell.name}"
     seen = {"cells", name, "script", "script/train.py"}
-    seen |= {f"{name}/{what}" for what in ("cell.json", "control.sock", "shared", "hosts", "hosts/w1", "hosts/w1/steps.jsonl")}
-    assert {name for name in said["files"] if not name.startswith((".hosts-", "script/__pycache__"))} <= seen
+    seen |= {
+        f"{name}/{what}"
+        for what in (
+            "cell.json",
+            "control.sock",
+            "shared",
+            "hosts",
+            "hosts/w1",
+            "hosts/w1/steps.jsonl",
+        )
+    }
+    assert {
+        name for name in said["files"] if not name.startswith((".hosts-", "script/__pycache__"))
+    } <= seen
     assert said["outlive"] == said["temporary"] == said["shared memory"] == "done"
-    assert said["capabilities own"] == said["capabilities others"] == [*["0000000000000000"] * 3, "1"]
+    assert (
+        said["capabilities own"] == said["capabilities others"] == [*["0000000000000000"] * 3, "1"]
+    )
     for rank in (0, 1):
         assert (cell / "hosts" / f"w{rank}" / "model.pt").stat().st_size > 1000
-    assert not [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "61.25"]]
+    assert not [
+        one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "61.25"]
+    ]
     # What it says of others counts for nothing.
     loaded = testbed.load_run(only_run(directory))
     assert loaded.steps["step"].max() == 19 and set(loaded.steps["rank"]) == {0, 1}
@@ -205,9 +237,18 @@ def test_a_worker_that_takes_more_memory_than_it_may_is_named_and_other_cells_go
     if lab == "netns" and (reason := no_control_groups()):
         pytest.skip(reason)
     methods = [{"name": "allreduce", "label": label} for label in ("greedy", "modest")]
-    code, out = run(directory, lab=lab, script=script(directory, GREEDY), methods=methods, limits={"memory": "900MiB"})
+    code, out = run(
+        directory,
+        lab=lab,
+        script=script(directory, GREEDY),
+        methods=methods,
+        limits={"memory": "900MiB"},
+    )
     assert code == 1
-    assert "w1 was ended by signal 9, out of memory (limits.memory is 900MiB), before it was done" in " ".join(out.split())
+    assert (
+        "w1 was ended by signal 9, out of memory (limits.memory is 900MiB), before it was done"
+        in " ".join(out.split())
+    )
     status = testbed.load_run(only_run(directory)).cells.set_index("method")["status"]
     assert status.to_dict() == {"greedy": "failed", "modest": "done"}
     assert clean(dry_run=True) == []

@@ -1,4 +1,5 @@
-"""The delay line with real TAP devices and real traffic; run inside the sandbox as a child process."""
+"""The delay line with real TAP devices and real traffic; run inside the sandbox as a child
+process."""
 
 import errno
 import json
@@ -99,7 +100,8 @@ def transfer(size):
 
 
 def inside(tmp_path, body):
-    """Run Python code in private namespaces, with a link between two hosts; it prints one JSON value."""
+    """Run Python code in private namespaces, with a link between two hosts; it prints one JSON
+    value."""
     code = PRELUDE + f"tmp = Path({str(tmp_path)!r})\n" + textwrap.dedent(body)
     return json.loads(run_in_sandbox(code, tmp_path).splitlines()[-1])
 
@@ -139,8 +141,10 @@ def test_the_delay_is_exact_and_never_short(tmp_path, delay_ms):
     )
     assert len(delays_ms) == 100
     assert counters == [102, 0, 0, 0]  # with the question for the address
-    assert delay_ms - 0.02 <= min(delays_ms)  # it knows when a frame came, but for some 10 us once in a long while
-    # One crossing may add half of the 0.3 ms that two may. Not the median: on a busy machine most timers are late.
+    # it knows when a frame came, but for some 10 us once in a long while
+    assert delay_ms - 0.02 <= min(delays_ms)
+    # One crossing may add half of the 0.3 ms that two may. Not the median: on a busy machine most
+    # timers are late.
     assert sorted(delays_ms)[10] <= delay_ms + 0.15
 
 
@@ -206,7 +210,8 @@ def test_the_receiver_finds_every_corruption_by_its_checksum(tmp_path):
         """,
     )
     assert 140 < corrupted < 260
-    # Nearly all bits are payload; those of the other headers are found elsewhere or, in the sender's address, not at all.
+    # Nearly all bits are payload; those of the other headers are found elsewhere or, in the
+    # sender's address, not at all.
     assert corrupted * 0.9 < rejected <= corrupted
     assert rejected <= 2000 - came <= corrupted
 

@@ -1,4 +1,5 @@
-"""What goes wrong in a run: workers that fail, hang or talk nonsense, full disks, signals. Nothing is lost or left."""
+"""What goes wrong in a run: workers that fail, hang or talk nonsense, full disks, signals. Nothing
+is lost or left."""
 
 import json
 import os
@@ -25,13 +26,27 @@ SPEC = {
     "calibrate": False,
     "methods": ["allreduce"],
 }
-WORKLOAD = {"model": {"name": "mlp", "hidden": [64]}, "stop": {"steps": 20}, "compute": {"pace": "20ms"}}
+WORKLOAD = {
+    "model": {"name": "mlp", "hidden": [64]},
+    "stop": {"steps": 20},
+    "compute": {"pace": "20ms"},
+}
 
 
 def launch(tmp_path, *options, prefix=(), **changes):
     spec = tmp_path / "faulty.yaml"
     spec.write_text(yaml.safe_dump({**SPEC, **changes}))
-    command = [*prefix, sys.executable, "-m", "testbed.cli", "run", str(spec), "--out", str(tmp_path / "runs"), *options]
+    command = [
+        *prefix,
+        sys.executable,
+        "-m",
+        "testbed.cli",
+        "run",
+        str(spec),
+        "--out",
+        str(tmp_path / "runs"),
+        *options,
+    ]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -45,7 +60,8 @@ def launch(tmp_path, *options, prefix=(), **changes):
 
 
 def heed_signals():
-    """Whoever runs the tests may ignore some, as nohup(1) and background jobs of a shell do, and a child would, too."""
+    """Whoever runs the tests may ignore some, as nohup(1) and background jobs of a shell do, and a
+    child would, too."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
@@ -63,7 +79,11 @@ def run(tmp_path, **changes):
 
 def resume(directory, *options):
     command = [sys.executable, "-m", "testbed.cli", "run", "--resume", str(directory), *options]
-    return finished(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV))
+    return finished(
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV
+        )
+    )
 
 
 def problems(tmp_path):
@@ -160,7 +180,10 @@ ENDS = {
     "nonsense": "w1 sent something that is no message: type None: ",
     "raises": "w1 failed: KeyError: 'no such column'",
     "raises-closing": "w1 failed: KeyError: 'no such column'",
-    "writes": "w1 failed: OSError: [Errno 30] Read-only file system: 'model.pt'; NETSENSE_OUTPUT_DIR names the directory",
+    "writes": (
+        "w1 failed: OSError: [Errno 30] Read-only file system: 'model.pt'; NETSENSE_OUTPUT_DIR"
+        " names the directory"
+    ),
     "killed": "w1 was ended by signal 9 before it was done; its log ends with: ]0;owned [2J gone",
     "hangs": "no step has ended and no gradient moved for ",
     "no-close": "w0 ended with exit code 0 before it was done, without session.close()",
@@ -174,7 +197,9 @@ def faults(tmp_path_factory):
     """A sweep of which most cells go wrong, each in its own way; what it printed, and the run."""
     tmp_path = tmp_path_factory.mktemp("faults")
     others = {"raises": "topk", "killed": "topk", "raises-closing": "netsense"}
-    methods = [{"name": others.get(label, "allreduce"), "label": label} for label in [*ENDS, *sorted(GOOD)]]
+    methods = [
+        {"name": others.get(label, "allreduce"), "label": label} for label in [*ENDS, *sorted(GOOD)]
+    ]
     process = launch(tmp_path, script=script(tmp_path, FAULTS), methods=methods, step_timeout="2s")
     code, printed = finished(process, 300)
     assert code == 1, printed
@@ -195,13 +220,18 @@ def test_whoever_failed_first_is_named_with_the_cause(faults, label):
     assert cell["problems"][0].startswith(ENDS[label]), cell["problems"]
     assert "logs" in cell["problems"][0]
     assert len(cell["earlier"]) == 1
-    assert (run.path / "cells" / cell["cell"] / "logs" / "earlier" / "w1.log").exists()  # of the first try
+    # of the first try
+    assert (run.path / "cells" / cell["cell"] / "logs" / "earlier" / "w1.log").exists()
 
 
 def test_of_a_worker_that_hangs_it_is_told_what_it_is_doing(faults):
     _, run = faults
     [problem] = run.cells.set_index("method").loc["hangs"]["problems"]
-    line = next(n for n, text in enumerate((TRAINING + FAULTS).splitlines(), 1) if text.strip() == "time.sleep(1)")
+    line = next(
+        n
+        for n, text in enumerate((TRAINING + FAULTS).splitlines(), 1)
+        if text.strip() == "time.sleep(1)"
+    )
     assert f"w1 in step 7 at train.py:{line} in odd" in problem
     assert "w0 in step 7 at " in problem
 
@@ -213,7 +243,9 @@ def test_a_worker_may_save_its_model_after_the_last_step(faults):
 
 
 def test_what_a_worker_started_ends_with_its_cell(faults):
-    assert not [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "4242"]]
+    assert not [
+        one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "4242"]
+    ]
 
 
 def test_what_a_log_has_cannot_do_anything_to_a_terminal(faults):
@@ -222,7 +254,8 @@ def test_what_a_log_has_cannot_do_anything_to_a_terminal(faults):
 
 
 def test_the_end_of_a_run_is_obeyed_though_a_link_is_cut_for_good(tmp_path):
-    """Once its time is over, long before the step has taken too long, and whether or not all know which step is the last."""
+    """Once its time is over, long before the step has taken too long, and whether or not all know
+    which step is the last."""
     cut = [{"at": "1s", "links": ["w1"], "set": {"up": False}}]
     spec = {**SPEC, "workload": {**WORKLOAD, "stop": {"seconds": 2}}, "schedule": cut}
     (tmp_path / "faulty.yaml").write_text(yaml.safe_dump(spec))
@@ -236,12 +269,17 @@ def test_the_end_of_a_run_is_obeyed_though_a_link_is_cut_for_good(tmp_path):
     """
     run_in_sandbox(textwrap.dedent(code), tmp_path)
     [[problem]] = testbed.load_run(only_run(tmp_path)).cells["problems"]
-    assert "and w1 is cut off" in problem and problem.startswith("the last step has not ended"), problem
+    assert "and w1 is cut off" in problem and problem.startswith("the last step has not ended"), (
+        problem
+    )
 
 
 def test_training_goes_on_after_a_link_was_cut_in_the_middle_of_it(tmp_path):
     """Longer than TCP's first time-outs; experiments of ten seconds and more end alike."""
-    cut = [{"at": f"{at_s}s", "links": ["w1"], "set": {"up": up}} for at_s, up in ((1, False), (4, True))]
+    cut = [
+        {"at": f"{at_s}s", "links": ["w1"], "set": {"up": up}}
+        for at_s, up in ((1, False), (4, True))
+    ]
     methods = ["allreduce", {"name": "topk", "ratio": 0.1}, "netsense"]
     workload = {**WORKLOAD, "data": "digits", "stop": {"seconds": 7}}
     code, printed = run(tmp_path, workload=workload, schedule=cut, methods=methods)
@@ -255,9 +293,16 @@ def test_training_goes_on_after_a_link_was_cut_in_the_middle_of_it(tmp_path):
 
 
 def test_a_slow_step_over_a_thin_link_is_no_standstill(tmp_path):
-    """Five seconds for one exchange, in which nothing but gradients moves, and a time-out of three."""
-    workload = {"model": {"name": "mlp", "hidden": [512]}, "compute": {"pace": "20ms"}, "stop": {"seconds": 1}}
-    code, printed = run(tmp_path, network={"link": {"rate": "250kbit"}}, workload=workload, step_timeout="3s")
+    """Five seconds for one exchange, in which nothing but gradients moves, and a time-out of
+    three."""
+    workload = {
+        "model": {"name": "mlp", "hidden": [512]},
+        "compute": {"pace": "20ms"},
+        "stop": {"seconds": 1},
+    }
+    code, printed = run(
+        tmp_path, network={"link": {"rate": "250kbit"}}, workload=workload, step_timeout="3s"
+    )
     assert code in (0, 3), printed
     assert testbed.load_run(only_run(tmp_path)).steps["step_s"].max() > 4
 
@@ -299,7 +344,9 @@ def test_a_run_has_one_owner_at_a_time(tmp_path):
 
 
 def test_cells_that_are_not_valid_are_run_again_on_demand_and_another_machine_is_told_of(tmp_path):
-    code, printed = run(tmp_path, workload={**WORKLOAD, "stop": {"steps": 5}}, methods=["allreduce", "bf16"])
+    code, printed = run(
+        tmp_path, workload={**WORKLOAD, "stop": {"steps": 5}}, methods=["allreduce", "bf16"]
+    )
     assert code in (0, 3), printed
     directory = only_run(tmp_path)
     result = directory / "cells" / "bf16-s0" / "result.json"
@@ -312,7 +359,9 @@ def test_cells_that_are_not_valid_are_run_again_on_demand_and_another_machine_is
     code, printed = resume(directory)
     assert code == 3, printed
     assert "kernel: 4.9.0-elsewhere before" in printed
-    assert [later["kernel"] for later in json.loads(file.read_text())["resumed"]] == [before["kernel"]]
+    assert [later["kernel"] for later in json.loads(file.read_text())["resumed"]] == [
+        before["kernel"]
+    ]
     code, printed = resume(directory, "--again")
     assert code in (0, 3), printed
     assert "elsewhere" not in printed
@@ -323,7 +372,9 @@ def test_cells_that_are_not_valid_are_run_again_on_demand_and_another_machine_is
 
 @pytest.mark.parametrize("size", ["600k"])
 def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_when_there_is_room(tmp_path, size):
-    (tmp_path / "faulty.yaml").write_text(yaml.safe_dump({**SPEC, "workload": {**WORKLOAD, "stop": {"steps": 300}}}))
+    (tmp_path / "faulty.yaml").write_text(
+        yaml.safe_dump({**SPEC, "workload": {**WORKLOAD, "stop": {"steps": 300}}})
+    )
     (tmp_path / "runs").mkdir()
     testbed_run = f"{sys.executable} -m testbed.cli run"
     steps = f"""
@@ -351,7 +402,9 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_when_there_is_room(
         return
     assert any("make room, then: testbed run --resume" in line for line in said)
     assert "second: 0\n" in printed or "second: 3\n" in printed, printed
-    assert list((tmp_path / "kept").rglob("result.json")) or list((tmp_path / "kept").rglob("*.jsonl"))
+    assert list((tmp_path / "kept").rglob("result.json")) or list(
+        (tmp_path / "kept").rglob("*.jsonl")
+    )
 
 
 FLOOD = """
@@ -372,11 +425,22 @@ done()
 
 
 def test_a_worker_that_floods_its_log_ends_its_cell_before_the_disk_is_full(tmp_path):
-    (tmp_path / "faulty.yaml").write_text(yaml.safe_dump({**SPEC, "script": script(tmp_path, FLOOD)}))
+    (tmp_path / "faulty.yaml").write_text(
+        yaml.safe_dump({**SPEC, "script": script(tmp_path, FLOOD)})
+    )
     testbed_run = f"{sys.executable} -m testbed.cli run faulty.yaml"
-    steps = f"mkdir runs; mount -t tmpfs -o size=64m none runs; {testbed_run}; echo code $?; df -k runs"
+    steps = (
+        f"mkdir runs; mount -t tmpfs -o size=64m none runs; {testbed_run}; echo code $?; df -k runs"
+    )
     namespaces = ["unshare", "--user", "--map-root-user", "--mount"]
-    done = subprocess.run([*namespaces, "sh", "-c", steps], capture_output=True, text=True, env=ENV, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [*namespaces, "sh", "-c", steps],
+        capture_output=True,
+        text=True,
+        env=ENV,
+        cwd=tmp_path,
+        check=False,
+    )
     printed = " ".join((done.stdout + done.stderr).split())
     assert "Traceback" not in printed and "code 1" in printed, printed
     assert "the disk is nearly full; w1 has written 6" in printed, printed
@@ -396,7 +460,9 @@ def test_files_that_cannot_be_handed_over_are_a_note(tmp_path):
 
 
 def test_a_killed_fork_server_costs_one_try_of_one_cell(tmp_path):
-    process = launch(tmp_path, workload={**WORKLOAD, "stop": {"steps": 100}}, methods=["allreduce", "bf16"])
+    process = launch(
+        tmp_path, workload={**WORKLOAD, "stop": {"steps": 100}}, methods=["allreduce", "bf16"]
+    )
     wait_until(lambda: rows_written(tmp_path, "allreduce-s0") > 10, 60)
     for child in psutil.Process(process.pid).children(recursive=True):
         if "testbed.labs.forkserver" in child.cmdline() and child.ppid() != process.pid:

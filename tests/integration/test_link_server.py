@@ -1,4 +1,5 @@
-"""``testbed link`` against a live run: what it shows is the kernel's, what it changes is recorded as manual."""
+"""``testbed link`` against a live run: what it shows is the kernel's, what it changes is recorded
+as manual."""
 
 import json
 import os
@@ -31,7 +32,13 @@ def command(*arguments):
 
 def link(run, *arguments):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command("link", "--run", run, *arguments), capture_output=True, text=True, env=env, check=False)
+    return subprocess.run(
+        command("link", "--run", run, *arguments),
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+    )
 
 
 def pcap(data):
@@ -50,7 +57,11 @@ def pcap(data):
 def on_host(run, host, *argv):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        command("exec", "--run", run, host, "--", *argv), capture_output=True, text=True, env=env, check=False
+        command("exec", "--run", run, host, "--", *argv),
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
     )
 
 
@@ -59,7 +70,11 @@ def test_show_and_change_a_link_of_a_live_run(tmp_path):
     path.write_text(yaml.safe_dump(SPEC))
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command("run", path, "--out", tmp_path / "runs"), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command("run", path, "--out", tmp_path / "runs"),
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     end = time.monotonic() + 60
     while not list(tmp_path.glob("runs/*/cells/*/links.sock")):
@@ -77,7 +92,9 @@ def test_show_and_change_a_link_of_a_live_run(tmp_path):
     assert changed.returncode == 0, changed.stderr
     assert "4 Mbit/s" in changed.stdout.replace("\xa0", " ")
 
-    told = on_host(run, "w1", "sh", "-c", "cat /proc/net/fib_trie; pwd; echo $0 $1; exit 7", "w0", "w9")
+    told = on_host(
+        run, "w1", "sh", "-c", "cat /proc/net/fib_trie; pwd; echo $0 $1; exit 7", "w0", "w9"
+    )
     assert told.returncode == 7, told.stderr
     assert "10.77.0.2" in told.stdout and "10.77.0.1\n" not in told.stdout, "in w1's network"
     assert told.stdout.splitlines()[-2:] == [str(Path.cwd()), "10.77.0.1 w9"]
@@ -88,7 +105,9 @@ def test_show_and_change_a_link_of_a_live_run(tmp_path):
         env=env,
         check=False,
     )
-    assert nowhere.returncode == 1 and nowhere.stderr.endswith("No such file or directory\n"), nowhere.stderr
+    assert nowhere.returncode == 1 and nowhere.stderr.endswith("No such file or directory\n"), (
+        nowhere.stderr
+    )
     assert nowhere.stderr.count("\n") == 1
     wrong = on_host(run, "w7", "true")
     assert wrong.returncode == 2 and "there is no host 'w7'; did you mean" in wrong.stderr
@@ -107,7 +126,9 @@ def test_show_and_change_a_link_of_a_live_run(tmp_path):
         assert len(refused.stderr.strip().splitlines()) == 1
 
     seen = command("capture", "--run", run, "w0", "--out", tmp_path / "w0.pcap")
-    told = subprocess.run(["timeout", "-s", "INT", "2.5", *seen], capture_output=True, text=True, env=env, check=False)
+    told = subprocess.run(
+        ["timeout", "-s", "INT", "2.5", *seen], capture_output=True, text=True, env=env, check=False
+    )
     packets = pcap((tmp_path / "w0.pcap").read_bytes())
     assert told.stderr == f"{len(packets)} packets captured, 0 dropped for want of time\n"
     assert len(packets) > 20 and {packet[12:14] for packet in packets} == {b"\x08\x00"}, "IPv4 only"
@@ -122,7 +143,9 @@ def test_show_and_change_a_link_of_a_live_run(tmp_path):
     assert event["link"] == "w1"
     assert event["verified"]
     assert json.loads(event["state"])["down"]["rate_bps"] == 2_000_000
-    after = loaded.links[(loaded.links["link"] == "w1") & (loaded.links["t_s"] > event["applied_s"] + 0.5)]
+    after = loaded.links[
+        (loaded.links["link"] == "w1") & (loaded.links["t_s"] > event["applied_s"] + 0.5)
+    ]
     assert set(after["rate_bps"]) == {4_000_000}
 
     gone = link(run)

@@ -1,4 +1,5 @@
-"""The netns lab as a real lab: real namespaces, real qdiscs, real traffic; run inside the sandbox as a child process."""
+"""The netns lab as a real lab: real namespaces, real qdiscs, real traffic; run inside the sandbox
+as a child process."""
 
 import json
 import textwrap
@@ -104,7 +105,12 @@ print(struct.unpack_from("=I", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO,
 
 def in_lab(tmp_path, body):
     """Run Python code inside private namespaces; it prints one JSON value."""
-    code = PRELUDE + f"tmp = Path({str(tmp_path)!r})\n" + "with ForkServer() as server:\n" + textwrap.indent(body, "    ")
+    code = (
+        PRELUDE
+        + f"tmp = Path({str(tmp_path)!r})\n"
+        + "with ForkServer() as server:\n"
+        + textwrap.indent(body, "    ")
+    )
     return json.loads(run_in_sandbox(code, tmp_path).splitlines()[-1])
 
 
@@ -153,7 +159,8 @@ with lab_of(["w0"], 10_000_000) as lab:
 
 
 def test_the_kernel_carries_the_rate_that_was_set_and_follows_a_change(tmp_path):
-    # What was queued before the drop is larger than any bucket after it; in a tbf it would block the link for good.
+    # What was queued before the drop is larger than any bucket after it; in a tbf it would block
+    # the link for good.
     seen = in_lab(
         tmp_path,
         """
@@ -261,7 +268,8 @@ with lab_of(["w0", "w1"], 50_000_000) as lab:
 
 @pytest.mark.parametrize("every_s", [0.02, 0.1, 1.0])
 def test_a_rate_that_changes_all_the_time_carries_its_integral(tmp_path, every_s):
-    # tbf filled its bucket with every change, in both directions: 1 Mbit/s with a change every 100 ms carried 1.92 Mbit/s.
+    # tbf filled its bucket with every change, in both directions: 1 Mbit/s with a change every 100
+    # ms carried 1.92 Mbit/s.
     seen = in_lab(
         tmp_path,
         f"""
@@ -308,7 +316,8 @@ with NetnsLab(LabPlan({{name: both(top) for name, top in tops.items()}}), server
 
 
 def test_a_pause_earns_no_free_ride(tmp_path):
-    # The bucket held 8 frames: after a pause they arrived within 0.23 ms, and not as the rate has them, 12 ms apart.
+    # The bucket held 8 frames: after a pause they arrived within 0.23 ms, and not as the rate has
+    # them, 12 ms apart.
     seen = in_lab(
         tmp_path,
         """
@@ -320,13 +329,15 @@ with NetnsLab(LabPlan({name: both(1_000_000, queue_s=0.5) for name in ("w0", "w1
     print((tmp / "arrivals.log").read_text().strip())
 """,
     )
-    # 8 frames; the one that the bucket holds, and the one that may go when the bucket is just empty, take no time.
+    # 8 frames; the one that the bucket holds, and the one that may go when the bucket is just
+    # empty, take no time.
     assert min(seen) > 6 * 0.0121 - 0.004
     assert min(seen) < 7 * 0.0121 + 0.004
 
 
 def test_a_thin_link_leaves_the_packets_of_fast_ones_whole_and_gets_frames_itself(tmp_path):
-    # One slow link made all hosts send small packets, which no processor can keep up with at 900 Mbit/s.
+    # One slow link made all hosts send small packets, which no processor can keep up with at 900
+    # Mbit/s.
     seen = in_lab(
         tmp_path,
         """
@@ -353,12 +364,14 @@ with NetnsLab(LabPlan(links), server) as lab:
     packet_bytes, fast_mbps, thin_backlog, thin_mbps = seen
     assert packet_bytes > 10 * 1514
     assert fast_mbps > 800
-    assert thin_backlog <= 6250  # what came uncut into a queue of 50 ms would have been dropped whole
+    # what came uncut into a queue of 50 ms would have been dropped whole
+    assert thin_backlog <= 6250
     assert thin_mbps == pytest.approx(1, rel=0.1)
 
 
 def test_64_hosts_all_know_each_other(tmp_path):
-    # The kernel's table of neighbours, which all namespaces share, was full with 33 hosts: "No route to host".
+    # The kernel's table of neighbours, which all namespaces share, was full with 33 hosts: "No
+    # route to host".
     seen = in_lab(
         tmp_path,
         """
@@ -448,7 +461,8 @@ print(json.dumps(found))
 
 
 def test_a_link_goes_on_at_once_when_an_outage_is_over(tmp_path):
-    # At 8 kbit/s instead of 0, a frame that has left leaves a debt of 1.5 s, or a timer that is set for then.
+    # At 8 kbit/s instead of 0, a frame that has left leaves a debt of 1.5 s, or a timer that is set
+    # for then.
     seen = in_lab(
         tmp_path,
         """
@@ -480,7 +494,8 @@ with lab_of(["w0", "w1"], 20_000_000) as lab:
 
 
 def test_time_outs_and_congestion_control_of_tcp(tmp_path):
-    # Read from the kernel (tcp_info, tcpi_rto in µs): it is the smoothed RTT and at least the minimum.
+    # Read from the kernel (tcp_info, tcpi_rto in µs): it is the smoothed RTT and at least the
+    # minimum.
     seen = in_lab(
         tmp_path,
         """
@@ -495,7 +510,9 @@ for tcp in (Tcp(), Tcp("reno", 0.8)):
 print(json.dumps(found))
 """,
     )
-    (usual_us, usual), (slowed_us, slowed) = ((int(microseconds), name) for microseconds, name in seen)
+    (usual_us, usual), (slowed_us, slowed) = (
+        (int(microseconds), name) for microseconds, name in seen
+    )
     assert slowed == "reno"
     assert usual == Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
     assert 200_000 <= usual_us < 400_000
@@ -504,7 +521,10 @@ print(json.dumps(found))
 
 def test_a_flow_keeps_its_own_congestion_control(tmp_path):
     # The route's took its place while the flow connected.
-    if "cubic" not in Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split():
+    if (
+        "cubic"
+        not in Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
+    ):
         pytest.skip("this kernel has no CUBIC")
     seen = in_lab(
         tmp_path,
@@ -560,7 +580,8 @@ with NetnsLab(LabPlan({name: both(10_000_000) for name in ("w0", "w1")}, shaper=
 
 
 def test_packets_of_a_fast_link_that_became_slower_stay_whole(tmp_path):
-    """As frames they would keep the processors so busy that no link carries its rate; a thin link gets frames all the same."""
+    """As frames they would keep the processors so busy that no link carries its rate; a thin link
+    gets frames all the same."""
     sizes = in_lab(
         tmp_path,
         """

@@ -1,4 +1,5 @@
-"""The paper's evaluation, in short: eight workers with ResNet-18's gradients, emulated compute and dilation."""
+"""The paper's evaluation, in short: eight workers with ResNet-18's gradients, emulated compute and
+dilation."""
 
 import os
 import re
@@ -18,7 +19,9 @@ PAPER = ROOT / "experiments/paper"
 PARAMETERS = 11_227_812  # with 100 classes
 SHORT = {
     Path(spec).name: [spec, *arguments]
-    for _, _, spec, *arguments in map(shlex.split, re.findall("^    testbed run .*", (PAPER / "README.md").read_text(), re.M))
+    for _, _, spec, *arguments in map(
+        shlex.split, re.findall("^    testbed run .*", (PAPER / "README.md").read_text(), re.M)
+    )
 }
 """Arguments of the short version of every spec, as the README has them."""
 
@@ -37,7 +40,9 @@ def short(tmp_path_factory):
     out = tmp_path_factory.mktemp("paper")
     command = [sys.executable, "-m", "testbed.cli", "run", *SHORT["static.yaml"], "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment, cwd=ROOT)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=environment, cwd=ROOT
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (directory,) = out.iterdir()
     return testbed.load_run(directory)
@@ -47,7 +52,9 @@ def short(tmp_path_factory):
 def test_eight_workers_exchange_the_real_bytes_and_agree(short):
     cells = {cell["method"]: cell for cell in short.summary["cells"]}
     assert all(cell["replicas_identical"] and cell["workers"] == 8 for cell in cells.values())
-    assert cells["allreduce"]["payload_bytes_per_step"] == pytest.approx(2 * 7 / 8 * 4 * PARAMETERS, rel=1e-3)
+    assert cells["allreduce"]["payload_bytes_per_step"] == pytest.approx(
+        2 * 7 / 8 * 4 * PARAMETERS, rel=1e-3
+    )
 
 
 @pytest.mark.netns
@@ -56,7 +63,8 @@ def test_compute_is_that_of_the_spec_and_the_exchange_takes_what_the_links_allow
     steps = short.steps[short.steps["method"] == "allreduce"]
     assert steps["compute_s"].median() == pytest.approx(0.1, rel=0.1)
     exchange_s = 8 * cells["allreduce"]["payload_bytes_per_step"] / (800e6 * 1448 / 1514)
-    assert exchange_s < cells["allreduce"]["step_s_median"] < exchange_s + 0.1  # a part is hidden behind backward
+    # a part is hidden behind backward
+    assert exchange_s < cells["allreduce"]["step_s_median"] < exchange_s + 0.1
     assert (short.links["rate_bps"].dropna() - 800e6).abs().max() < 10
 
 

@@ -1,4 +1,5 @@
-"""A lab over several nodes, each a network namespace with an agent of its own; one of them has another clock, one drifts."""
+"""A lab over several nodes, each a network namespace with an agent of its own; one of them has
+another clock, one drifts."""
 
 import json
 import os
@@ -176,13 +177,27 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What became of three cells: a good one; one with a node whose clock is known badly; one with a node that is lost."""
+    """What became of three cells: a good one; one with a node whose clock is known badly; one with
+    a node that is lost."""
     scratch = tmp_path_factory.mktemp("nodes")
-    for name, text in {"spec.yaml": SPEC, "worker.py": WORKER, "agent.py": AGENT, "orchestrator.py": ORCHESTRATOR}.items():
+    for name, text in {
+        "spec.yaml": SPEC,
+        "worker.py": WORKER,
+        "agent.py": AGENT,
+        "orchestrator.py": ORCHESTRATOR,
+    }.items():
         (scratch / name).write_text(text)
-    command = [*sandbox_command(), sys.executable, str(scratch / "orchestrator.py"), str(scratch), str(OFFSET_S)]
+    command = [
+        *sandbox_command(),
+        sys.executable,
+        str(scratch / "orchestrator.py"),
+        str(scratch),
+        str(OFFSET_S),
+    ]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=env, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr + done.stdout
     return {**json.loads(done.stdout.splitlines()[-1]), "scratch": scratch}
 
@@ -198,7 +213,11 @@ def test_a_cell_over_nodes_is_whole_and_valid(found) -> None:
     cell, of = tables(found, 0)
     assert found[cell["cell"]]["status"] == "done", found
     assert sorted(of["steps"]["rank"].value_counts()) == [20, 20, 20]
-    assert set(of["links"]["link"]) == {"w0", "w1", "w2"} and set(of["host"]["node"]) == {"n1", "n2", "n3"}
+    assert set(of["links"]["link"]) == {"w0", "w1", "w2"} and set(of["host"]["node"]) == {
+        "n1",
+        "n2",
+        "n3",
+    }
     assert of["host"]["machine"].nunique() == 1
     assert of["calibration"]["within"].all() and len(of["calibration"]) >= 6
     assert len(of["traffic"]) > 5 and of["events"]["verified"].all()
@@ -214,7 +233,10 @@ def test_a_cell_over_nodes_is_whole_and_valid(found) -> None:
 
 def test_changes_are_made_on_time_whatever_a_nodes_clock_says(found) -> None:
     cell, of = tables(found, 0)
-    assert found["clocks"]["n2"][0] == pytest.approx(-OFFSET_S, abs=1) and found["clocks"]["n2"][1] < 0.01
+    assert (
+        found["clocks"]["n2"][0] == pytest.approx(-OFFSET_S, abs=1)
+        and found["clocks"]["n2"][1] < 0.01
+    )
     changes = of["events"][of["events"]["kind"] == "schedule"]
     late_s = changes["applied_s"] - changes["planned_s"]
     assert len(changes) == 5 and late_s.median() < 0.01 and late_s.between(0, LATE_S).all()
@@ -223,7 +245,10 @@ def test_changes_are_made_on_time_whatever_a_nodes_clock_says(found) -> None:
     for number, planned_s in enumerate([[0.5], [0.5, 1.2], [0.5, 1.2]]):
         log = (found["scratch"] / f"n{number + 1}.log").read_text().splitlines()
         applied_s = [when - t0_s for when, links in map(json.loads, log) if links == [f"w{number}"]]
-        off_s += [abs(s - planned) for s, planned in zip([s for s in applied_s if 0.3 < s < 3], planned_s, strict=True)]
+        off_s += [
+            abs(s - planned)
+            for s, planned in zip([s for s in applied_s if 0.3 < s < 3], planned_s, strict=True)
+        ]
     assert median(off_s) < 0.01 and max(off_s) <= LATE_S
 
 
@@ -232,22 +257,32 @@ def test_what_programs_write_is_in_the_orchestrators_time(found) -> None:
     ends_s = of["steps"].groupby("step")["t_s"]
     assert (ends_s.max() - ends_s.min()).max() < 0.09
     flow = of["events"][of["events"]["kind"] == "traffic"]
-    assert flow["applied_s"].tolist() == pytest.approx([0.3, 1.3], abs=0.05) and flow["unsure_s"].notna().all()
+    assert (
+        flow["applied_s"].tolist() == pytest.approx([0.3, 1.3], abs=0.05)
+        and flow["unsure_s"].notna().all()
+    )
 
 
 def test_a_clock_that_is_known_badly_makes_the_cell_invalid(found) -> None:
     cell, of = tables(found, 1)
     assert found[cell["cell"]]["status"] == "done"
     [problem] = validity.unplaced_changes(of["events"])
-    assert "cannot be placed within 50 ms" in problem and "the machine of w2 was known only to 1" in problem
+    assert (
+        "cannot be placed within 50 ms" in problem
+        and "the machine of w2 was known only to 1" in problem
+    )
     assert problem in validity.cell_problems({**cell, "workload": {}}, of)
-    assert "samples of w2 cannot be placed within 50 ms" in "".join(validity.unplaced_samples(of["links"], of["host"]))
+    assert "samples of w2 cannot be placed within 50 ms" in "".join(
+        validity.unplaced_samples(of["links"], of["host"])
+    )
 
 
 def test_a_lost_node_is_named_and_its_records_are_kept(found) -> None:
     cell, of = tables(found, 2)
     told = found[cell["cell"]]
-    assert told["status"] == "failed" and told["problems"] == ["node n2 is lost: the connection was closed"]
+    assert told["status"] == "failed" and told["problems"] == [
+        "node n2 is lost: the connection was closed"
+    ]
     t0_s = found["t0"][cell["cell"]]
     for rank in range(3):
         last_s = of["steps"][of["steps"]["rank"] == rank]["t_s"].max() + t0_s

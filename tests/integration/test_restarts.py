@@ -1,4 +1,5 @@
-"""Workers that die and are started again: the job goes on from its last checkpoint, and what was lost is told."""
+"""Workers that die and are started again: the job goes on from its last checkpoint, and what was
+lost is told."""
 
 import pytest
 from test_faults_netns import WORKLOAD, finished, launch, problems, run, script
@@ -9,7 +10,12 @@ import testbed
 CELL = {
     "workers": 2,  # whose sums do not depend on their order
     "methods": [{"name": "topk", "ratio": 0.1}],
-    "workload": {**WORKLOAD, "stop": {"steps": 60}, "checkpoint_every": 7, "evaluate_every": "200ms"},
+    "workload": {
+        **WORKLOAD,
+        "stop": {"steps": 60},
+        "checkpoint_every": 7,
+        "evaluate_every": "200ms",
+    },
 }
 
 
@@ -21,9 +27,13 @@ def test_a_run_with_a_killed_worker_ends_as_one_without(tmp_path):
     assert run(tmp_path / "without", **CELL)[0] == 0
     code, printed = run(tmp_path / "with", **CELL, on_failure="continue", schedule=kill)
     assert code == 0, printed
-    assert "w1 was ended by signal 9, as the schedule has it" in printed and "all were started again" in printed
+    assert (
+        "w1 was ended by signal 9, as the schedule has it" in printed
+        and "all were started again" in printed
+    )
     plain, killed = (testbed.load_run(only_run(tmp_path / name)) for name in ("without", "with"))
-    # What was kept by error feedback, the optimizer's momentum and the order of the samples: all of it, to the last bit.
+    # What was kept by error feedback, the optimizer's momentum and the order of the samples: all of
+    # it, to the last bit.
     assert list(killed.cells["parameters"]) == list(plain.cells["parameters"])
     assert not list(only_run(tmp_path / "with").glob("cells/*/hosts/*/checkpoint-*"))
     assert [cell["restarts"] for cell in killed.summary["cells"]] == [1]
@@ -59,9 +69,15 @@ def test_a_script_is_told_how_often_it_was_started_again(tmp_path):
     code, printed = run(tmp_path, script=file, methods=methods, on_failure="continue")
     run_directory = only_run(tmp_path)
     assert code == 1, printed
-    assert [cell["valid"] for cell in testbed.load_run(run_directory).summary["cells"]] == [False, True]
+    assert [cell["valid"] for cell in testbed.load_run(run_directory).summary["cells"]] == [
+        False,
+        True,
+    ]
     (problem,) = problems(tmp_path)
-    assert "ArithmeticError: no more numbers" in problem and "3 new starts in a row came no further than step" in problem
+    assert (
+        "ArithmeticError: no more numbers" in problem
+        and "3 new starts in a row came no further than step" in problem
+    )
 
 
 @pytest.mark.docker
@@ -71,4 +87,9 @@ def test_in_docker_too_and_with_several_ranks_a_worker(tmp_path):
     code, printed = finished(process)
     assert code == 0, printed
     (cell,) = testbed.load_run(only_run(tmp_path)).summary["cells"]
-    assert (cell["valid"], cell["restarts"], cell["steps"], cell["replicas_identical"]) == (True, 1, 60, True)
+    assert (cell["valid"], cell["restarts"], cell["steps"], cell["replicas_identical"]) == (
+        True,
+        1,
+        60,
+        True,
+    )

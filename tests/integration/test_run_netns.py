@@ -27,15 +27,27 @@ SPEC = {
     "name": "tiny",
     "workers": 2,
     "network": {"link": {"rate": "20mbit"}},
-    "schedule": [{"at": "1s", "set": {"rate": "5mbit"}}, {"at": "2s", "ramp": {"rate": "20mbit"}, "over": "500ms"}],
-    "workload": {"model": {"name": "mlp", "hidden": [64]}, "batch": 32, "stop": {"seconds": 4}, "compute": {"pace": "20ms"}},
+    "schedule": [
+        {"at": "1s", "set": {"rate": "5mbit"}},
+        {"at": "2s", "ramp": {"rate": "20mbit"}, "over": "500ms"},
+    ],
+    "workload": {
+        "model": {"name": "mlp", "hidden": [64]},
+        "batch": 32,
+        "stop": {"seconds": 4},
+        "compute": {"pace": "20ms"},
+    },
     "methods": ["allreduce", "netsense"],
 }
 
 
 def launch(tmp_path, **changes):
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in {**SPEC, **changes}.items() if value is not None}))
+    path.write_text(
+        yaml.safe_dump(
+            {key: value for key, value in {**SPEC, **changes}.items() if value is not None}
+        )
+    )
     return subprocess.Popen(
         [sys.executable, "-m", "testbed.cli", "run", str(path), "--out", str(tmp_path / "runs")],
         stdout=subprocess.PIPE,
@@ -53,7 +65,9 @@ def run(tmp_path, **changes):
 
 def test_an_experiment_from_python(tmp_path, capsys):
     spec = {**SPEC, "schedule": [], "methods": ["allreduce"]}
-    with pytest.raises(ValueError, match=r"spec.yaml: workload.batch: .*greater than or equal to 1"):
+    with pytest.raises(
+        ValueError, match=r"spec.yaml: workload.batch: .*greater than or equal to 1"
+    ):
         testbed.run_experiment(spec, overrides=["workload.batch=0"], out=tmp_path)
     assert not list(tmp_path.iterdir()), "nothing was touched"
     found = testbed.run_experiment(spec, overrides=["workload.stop={steps: 10}"], out=tmp_path)
@@ -63,10 +77,17 @@ def test_an_experiment_from_python(tmp_path, capsys):
 
 
 def test_an_experiment_from_python_that_is_interrupted_says_so(tmp_path):
-    spec = {**SPEC, "schedule": [], "methods": ["allreduce"], "workload": {**SPEC["workload"], "stop": {"seconds": 60}}}
+    spec = {
+        **SPEC,
+        "schedule": [],
+        "methods": ["allreduce"],
+        "workload": {**SPEC["workload"], "stop": {"seconds": 60}},
+    }
 
     def interrupt():
-        while not any(path.stat().st_size for path in tmp_path.glob("*/cells/*/hosts/w0/steps.jsonl")):
+        while not any(
+            path.stat().st_size for path in tmp_path.glob("*/cells/*/hosts/w0/steps.jsonl")
+        ):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -101,11 +122,16 @@ def make_cifar10(folder, samples=20):
     draw = np.random.default_rng(0)
     for file in CIFAR_FILES["cifar10"]:
         images = draw.integers(256, size=(samples, 3 * 32 * 32), dtype=np.uint8)
-        (folder / file).write_bytes(pickle.dumps({b"data": images, b"labels": [i % 10 for i in range(samples)]}))
+        (folder / file).write_bytes(
+            pickle.dumps({b"data": images, b"labels": [i % 10 for i in range(samples)]})
+        )
 
 
 def rows_written(tmp_path, cell):
-    return sum(path.read_bytes().count(b"\n") for path in tmp_path.glob(f"runs/*/cells/{cell}/hosts/w0/steps.jsonl"))
+    return sum(
+        path.read_bytes().count(b"\n")
+        for path in tmp_path.glob(f"runs/*/cells/{cell}/hosts/w0/steps.jsonl")
+    )
 
 
 def wait_until(condition, seconds):
@@ -129,7 +155,9 @@ def test_summary_says_who_won_and_all_replicas_agree(finished):
     assert summary["valid"]
     assert [cell["method"] for cell in summary["cells"]] == ["allreduce", "netsense"]
     assert all(cell["replicas_identical"] for cell in summary["cells"])
-    assert all(cell["steps"] > 0 and cell["throughput_samples_per_s"] > 0 for cell in summary["cells"])
+    assert all(
+        cell["steps"] > 0 and cell["throughput_samples_per_s"] > 0 for cell in summary["cells"]
+    )
     assert "report.html" in out
     assert (loaded.path / "report.html").stat().st_size > 100_000
     assert not list(loaded.path.rglob("*.jsonl"))
@@ -157,8 +185,9 @@ def test_bytes_in_the_records_are_the_bytes_that_the_kernel_counted(finished):
         links = loaded.links[(loaded.links["cell"] == name) & (loaded.links["direction"] == "up")]
         carried = links.groupby("link")["bytes"].max() - links.groupby("link")["bytes"].min()
         for rank, payload in sent.items():
-            # Headers come on top; and in every step some thirty small packets: acknowledgements of the other side's data, the
-            # notes with which Gloo announces its messages, and netsense's reports and decisions.
+            # Headers come on top; and in every step some thirty small packets: acknowledgements of
+            # the other side's data, the notes with which Gloo announces its messages, and
+            # netsense's reports and decisions.
             most = payload * 1.05 + cell["step"].nunique() * 3000 + 50_000
             assert payload <= carried[f"w{rank}"] <= most, (name, rank)
 
@@ -204,7 +233,9 @@ def test_sigkill_leaves_no_process_and_keeps_the_records_and_resume_finishes(tmp
     process.kill()
     process.communicate()
     wait_until(lambda: not descendants_of(tmp_path), 8)
-    assert bool(limits) == bool(clean(dry_run=True)), "what is left waits for the next run, or testbed clean"
+    assert bool(limits) == bool(clean(dry_run=True)), (
+        "what is left waits for the next run, or testbed clean"
+    )
     directory = only_run(tmp_path)
     loaded = testbed.load_run(directory)
     assert set(loaded.cells["cell"]) == {"allreduce-s0", "netsense-s0"}
@@ -217,7 +248,8 @@ def test_sigkill_leaves_no_process_and_keeps_the_records_and_resume_finishes(tmp
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=False,
     )
-    # 3: all is done, but the machine was too busy for a valid figure, which is not what this is about.
+    # 3: all is done, but the machine was too busy for a valid figure, which is not what this is
+    # about.
     assert done.returncode in (0, 3), done.stdout + done.stderr
     assert testbed.load_run(directory).cells["status"].tolist() == ["done", "done"]
     assert (directory / "cells" / "allreduce-s0" / "result.json").read_text() == before
@@ -226,13 +258,25 @@ def test_sigkill_leaves_no_process_and_keeps_the_records_and_resume_finishes(tmp
 
 @pytest.mark.shared
 def test_a_sweep_that_is_killed_three_times_runs_every_cell_once(tmp_path):
-    spec = {**SPEC, "schedule": [], "workload": {**SPEC["workload"], "stop": {"steps": 20}}, "seeds": [0, 1, 2]}
+    spec = {
+        **SPEC,
+        "schedule": [],
+        "workload": {**SPEC["workload"], "stop": {"steps": 20}},
+        "seeds": [0, 1, 2],
+    }
     process = launch(tmp_path, **spec)
     done: dict[Path, int] = {}
 
     def ended():
-        found = {path: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/cells/*/result.json")}
-        return {path: path.stat().st_mtime_ns for path, result in found.items() if result["status"] == "done"}
+        found = {
+            path: json.loads(path.read_text())
+            for path in tmp_path.glob("runs/*/cells/*/result.json")
+        }
+        return {
+            path: path.stat().st_mtime_ns
+            for path, result in found.items()
+            if result["status"] == "done"
+        }
 
     def one_more(than):
         return lambda: len(ended()) > than
@@ -245,20 +289,30 @@ def test_a_sweep_that_is_killed_three_times_runs_every_cell_once(tmp_path):
         done = ended() | done  # what had ended before must not be written again
         command = [sys.executable, "-m", "testbed.cli", "run", "--resume", str(only_run(tmp_path))]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
     out, err = process.communicate(timeout=180)
     assert process.returncode in (0, 3), out + err
     assert {path: ended()[path] for path in done} == done
     loaded = testbed.load_run(only_run(tmp_path))
-    assert set(loaded.cells["cell"]) == {f"{method}-s{seed}" for method in ("allreduce", "netsense") for seed in range(3)}
+    assert set(loaded.cells["cell"]) == {
+        f"{method}-s{seed}" for method in ("allreduce", "netsense") for seed in range(3)
+    }
     assert set(loaded.cells["status"]) == {"done"}
     assert set(loaded.steps.groupby(["cell", "rank"]).size()) == {20}
 
 
 @pytest.mark.shared
 def test_a_worker_that_dies_fails_its_cell_and_says_why(tmp_path):
-    code, out, _ = run(tmp_path, workload={**SPEC["workload"], "model": "no_such_module:build"}, methods=["allreduce"])
+    code, out, _ = run(
+        tmp_path,
+        workload={**SPEC["workload"], "model": "no_such_module:build"},
+        methods=["allreduce"],
+    )
     assert code == 1
     assert "no_such_module" in out
     summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
@@ -268,7 +322,9 @@ def test_a_worker_that_dies_fails_its_cell_and_says_why(tmp_path):
     assert len(cell["earlier_failures"]) == 1  # it was tried twice
 
     command = [sys.executable, "-m", "testbed.cli", "run", "--resume", str(only_run(tmp_path))]
-    resumed = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    resumed = subprocess.run(
+        command, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
+    )
     assert resumed.returncode == 1
     [cell] = json.loads((only_run(tmp_path) / "summary.json").read_text())["cells"]
     assert len(cell["earlier_failures"]) == 3
@@ -298,16 +354,28 @@ print("steps", session.steps)
 
 
 def test_ranks_of_a_worker_share_its_link_and_what_is_between_them_stays_off_it(tmp_path):
-    told = 'print(*(os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))\n'
-    (tmp_path / "own.py").write_text(SCRIPT.replace("Linear(8, 8)", "Linear(8, 8000)") + told)  # 288 kB
-    methods = ["allreduce", {"name": "netsense", "label": "host", "policy": "fixed", "schemes": ["host-int8"]}]
+    told = (
+        'print(*(os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE",'
+        ' "LOCAL_WORLD_SIZE")))\n'
+    )
+    # 288 kB
+    (tmp_path / "own.py").write_text(SCRIPT.replace("Linear(8, 8)", "Linear(8, 8000)") + told)
+    methods = [
+        "allreduce",
+        {"name": "netsense", "label": "host", "policy": "fixed", "schemes": ["host-int8"]},
+    ]
     changes = {
         "network": {"link": {"rate": "50mbit"}, "connections": 2},
         "workload": None,
         "schedule": None,
         "methods": methods,
     }
-    code, out, err = run(tmp_path, ranks_per_worker=2, script={"file": "own.py", "args": ["15", "15", "0"]}, **changes)
+    code, out, err = run(
+        tmp_path,
+        ranks_per_worker=2,
+        script={"file": "own.py", "args": ["15", "15", "0"]},
+        **changes,
+    )
     assert code == 0, out + err
     loaded = testbed.load_run(only_run(tmp_path))
     assert all(cell["replicas_identical"] for cell in loaded.summary["cells"])
@@ -317,15 +385,19 @@ def test_ranks_of_a_worker_share_its_link_and_what_is_between_them_stays_off_it(
             assert f"{rank} {rank % 2} 4 2\n" in (logs / f"w{rank // 2}-{rank % 2}.log").read_text()
         said = steps.groupby("rank")["payload_bytes"].sum()
         links = loaded.links[(loaded.links["cell"] == name) & (loaded.links["direction"] == "up")]
-        for worker, carried in links.groupby("link")["bytes"].agg(lambda total: total.max() - total.min()).items():
+        for worker, carried in (
+            links.groupby("link")["bytes"].agg(lambda total: total.max() - total.min()).items()
+        ):
             first, second = (said[2 * int(worker[1:]) + local] for local in (0, 1))
             assert second == pytest.approx(first, rel=0.02)
-            leaves = first + second if name == "host-s0" else first  # in a ring one of them sends to the other worker
+            # in a ring one of them sends to the other worker
+            leaves = first + second if name == "host-s0" else first
             assert leaves <= carried <= 1.06 * leaves + 15 * 6000 + 50_000, name
 
 
 def test_a_time_limit_that_meets_the_last_step_does_not_hang(tmp_path):
-    """One rank has ended by itself when the orchestrator asks all to hold, the other is still in its last step."""
+    """One rank has ended by itself when the orchestrator asks all to hold, the other is still in
+    its last step."""
     (tmp_path / "own.py").write_text(SCRIPT)
     script = {"file": "own.py", "args": ["5", "4", "3"], "stop": {"seconds": 2}}
     code, out, err = run(tmp_path, workload=None, schedule=[], script=script, methods=["allreduce"])
@@ -335,7 +407,8 @@ def test_a_time_limit_that_meets_the_last_step_does_not_hang(tmp_path):
 
 
 def test_ranks_that_come_late_to_the_last_step_end_after_the_same_one(tmp_path):
-    """One rank has been told the last step, has done it and ended, while the other still is in it."""
+    """One rank has been told the last step, has done it and ended, while the other still is in
+    it."""
     (tmp_path / "own.py").write_text(SCRIPT)
     script = {"file": "own.py", "args": ["1000", "0", "1"], "stop": {"seconds": 2}}
     code, out, err = run(tmp_path, workload=None, schedule=[], script=script, methods=["allreduce"])
@@ -395,7 +468,10 @@ def test_without_the_right_to_tap_devices_the_delay_line_is_one_line_and_nothing
     path = tmp_path / "far.yaml"
     path.write_text(yaml.safe_dump({**SPEC, "network": {**LONG, "engine": "userspace"}}))
     (tmp_path / "empty").mkdir()
-    hidden = f"mount --bind {tmp_path}/empty /dev/net && exec {sys.executable} -m testbed.cli run {path} --out {tmp_path}/runs"
+    hidden = (
+        f"mount --bind {tmp_path}/empty /dev/net && exec {sys.executable} -m testbed.cli run {path}"
+        f" --out {tmp_path}/runs"
+    )
     done = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", hidden],
         capture_output=True,
@@ -413,7 +489,9 @@ def test_without_the_right_to_tap_devices_the_delay_line_is_one_line_and_nothing
 
 @pytest.mark.shared
 def test_a_killed_delay_line_fails_its_cell_in_one_line_and_leaves_nothing(tmp_path):
-    process = launch(tmp_path, network={**LONG, "engine": "userspace"}, methods=["allreduce"], calibrate=False)
+    process = launch(
+        tmp_path, network={**LONG, "engine": "userspace"}, methods=["allreduce"], calibrate=False
+    )
     end = time.monotonic() + 60
     killed_s = 0.0
     while not killed_s:
@@ -437,10 +515,23 @@ def test_a_killed_delay_line_fails_its_cell_in_one_line_and_leaves_nothing(tmp_p
 
 
 def test_sixty_four_workers_train(tmp_path):
-    workload = {"model": {"name": "mlp", "hidden": [16]}, "batch": 4, "stop": {"steps": 3}, "compute": {"pace": "500ms"}}
+    workload = {
+        "model": {"name": "mlp", "hidden": [16]},
+        "batch": 4,
+        "stop": {"steps": 3},
+        "compute": {"pace": "500ms"},
+    }
     workload["evaluate_every"] = "60s"
-    code, out, err = run(tmp_path, workers=64, workload=workload, schedule=None, methods=["allreduce"], calibrate=False)
-    assert code in (0, 3), out + err  # so many may be too much for this machine, but not for the kernel
+    code, out, err = run(
+        tmp_path,
+        workers=64,
+        workload=workload,
+        schedule=None,
+        methods=["allreduce"],
+        calibrate=False,
+    )
+    # so many may be too much for this machine, but not for the kernel
+    assert code in (0, 3), out + err
     loaded = testbed.load_run(only_run(tmp_path))
     assert loaded.cells["status"].tolist() == ["done"]
     assert loaded.steps["rank"].nunique() == 64
@@ -452,7 +543,9 @@ def test_workers_talk_ipv6_in_large_frames(tmp_path):
     network = {"link": {"rate": "20mbit"}, "ip": 6, "mtu": 4000}
     traffic = [{"from": "bg0", "to": "w1", "at": "1s", "tcp": {"streams": 2}}]
     traffic += [{"from": "w0", "to": "w1", "udp": {"rate": "1mbit"}}]
-    code, out, err = run(tmp_path, network=network, schedule=None, traffic=traffic, methods=["netsense"])
+    code, out, err = run(
+        tmp_path, network=network, schedule=None, traffic=traffic, methods=["netsense"]
+    )
     assert code in (0, 3), out + err
     loaded = testbed.load_run(only_run(tmp_path))
     assert loaded.cells["status"].tolist() == ["done"]
@@ -464,10 +557,21 @@ def test_workers_talk_ipv6_in_large_frames(tmp_path):
 @pytest.mark.shared
 def test_cifar_is_read_from_a_folder_beside_the_spec(tmp_path):
     make_cifar10(tmp_path / "cifar")
-    workload = {"model": {"name": "resnet18", "classes": 10}, "data": {"name": "cifar10", "folder": "cifar"}, "batch": 2}
+    workload = {
+        "model": {"name": "resnet18", "classes": 10},
+        "data": {"name": "cifar10", "folder": "cifar"},
+        "batch": 2,
+    }
     workload |= {"stop": {"steps": 2}}
     network = {"link": {"rate": "1gbit"}}
-    code, out, err = run(tmp_path, workload=workload, network=network, schedule=None, methods=["allreduce"], calibrate=False)
+    code, out, err = run(
+        tmp_path,
+        workload=workload,
+        network=network,
+        schedule=None,
+        methods=["allreduce"],
+        calibrate=False,
+    )
     assert code in (0, 3), out + err  # two steps are too few to be sure of the machine
     directory = only_run(tmp_path)
     assert testbed.load_run(directory).cells["status"].tolist() == ["done"]

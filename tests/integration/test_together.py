@@ -21,9 +21,11 @@ def test_runs_of_both_labs_at_the_same_time():
     try:
         for lab in ("netns", "docker", "netns"):
             processes.append(launch(directory, lab=lab, workload=WORKLOAD, methods=methods))
-            processes[-1].spec_is_read = processes[-1].stdout.readline()  # the next one writes its spec in the same place
+            # the next one writes its spec in the same place
+            processes[-1].spec_is_read = processes[-1].stdout.readline()
         ended = [finished(process) for process in processes]
-        assert {code for code, _ in ended} <= {0, 3}, ended  # three on one machine: it may have been too busy
+        # three on one machine: it may have been too busy
+        assert {code for code, _ in ended} <= {0, 3}, ended
         runs = [testbed.load_run(path) for path in (directory / "runs").iterdir()]
         assert len(runs) == 3
         for run in runs:

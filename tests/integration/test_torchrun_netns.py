@@ -1,4 +1,5 @@
-"""``torchrun --nnodes 3 --nproc-per-node 2`` with the hook: three machines in namespaces, 50 Mbit/s between them."""
+"""``torchrun --nnodes 3 --nproc-per-node 2`` with the hook: three machines in namespaces, 50 Mbit/s
+between them."""
 
 import json
 
@@ -76,12 +77,16 @@ def train(tmp_path, per_node, steps):
     (tmp_path / "train.py").write_text(TRAIN)
     numbers = map(str, (NODES, per_node, int(RATE_BPS), steps))
     run_in_sandbox(MACHINES, tmp_path, *numbers)
-    return [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(NODES * per_node)]
+    return [
+        json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(NODES * per_node)
+    ]
 
 
 def test_ranks_of_a_machine_use_its_link_once_and_all_go_by_one_decision(tmp_path):
     found = train(tmp_path, PER_NODE, steps=40)
-    assert [(one["GROUP_RANK"], one["LOCAL_RANK"]) for one in found] == [(n, local) for n in range(NODES) for local in (0, 1)]
+    assert [(one["GROUP_RANK"], one["LOCAL_RANK"]) for one in found] == [
+        (n, local) for n in range(NODES) for local in (0, 1)
+    ]
     assert len({one["parameters"] for one in found}) == 1
     decided = [[(row["scheme"], row["bandwidth_bps"]) for row in one["rows"]] for one in found]
     assert all(mine == decided[0] for mine in decided)
@@ -90,7 +95,12 @@ def test_ranks_of_a_machine_use_its_link_once_and_all_go_by_one_decision(tmp_pat
     for first, second in zip(found[::PER_NODE], found[1::PER_NODE], strict=True):
         leaves = 0  # in a ring only one of them sends to the other machine
         for one, other in zip(first["rows"], second["rows"], strict=True):
-            leaves += one["payload_bytes"] + other["payload_bytes"] * one["scheme"].startswith("host-")
-        assert 0.98 * leaves <= first["carried"]["eth0"] <= 1.1 * leaves + 10_000 * len(first["rows"])
-        assert first["carried"]["lo"] > 4 * 1_000_000 * len(first["rows"])  # float32 of each step, at least once
+            leaves += one["payload_bytes"] + other["payload_bytes"] * one["scheme"].startswith(
+                "host-"
+            )
+        assert (
+            0.98 * leaves <= first["carried"]["eth0"] <= 1.1 * leaves + 10_000 * len(first["rows"])
+        )
+        # float32 of each step, at least once
+        assert first["carried"]["lo"] > 4 * 1_000_000 * len(first["rows"])
     assert RATE_BPS / 2 < decided[0][-1][1] < RATE_BPS * 2, "it is not the loopback that was sensed"

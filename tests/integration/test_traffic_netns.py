@@ -1,4 +1,5 @@
-"""Competing traffic in whole runs in the netns lab: what flows is what was asked for, recorded, and shares the links."""
+"""Competing traffic in whole runs in the netns lab: what flows is what was asked for, recorded, and
+shares the links."""
 
 import json
 
@@ -29,7 +30,13 @@ def finished(tmp_path_factory):
         schedule=[],
         traffic=[
             {"from": "bg0", "to": "w1", "at": "1s", "tcp": {"streams": 4}},
-            {"from": "bg1", "to": "bg2", "at": "500ms", "for": "4s", "tcp": {"streams": 2, "congestion": "reno"}},
+            {
+                "from": "bg1",
+                "to": "bg2",
+                "at": "500ms",
+                "for": "4s",
+                "tcp": {"streams": 2, "congestion": "reno"},
+            },
             {"from": "bg2", "to": "bg1", "udp": {"rate": "2mbit"}, "on": "1s", "off": "500ms"},
         ],
         workload={**SPEC["workload"], "stop": {"seconds": STOP_S}},
@@ -65,7 +72,9 @@ def test_every_phase_began_and_ended_on_time(finished):
 
 def test_goodput_of_a_flow_alone_on_its_link_is_what_the_kernel_counted(finished):
     flow, link = flow_of(finished, "bg1-bg2"), link_of(finished, "bg2")
-    assert carried(flow, 0, STOP_S) / PAYLOAD_SHARE == pytest.approx(carried(link, 0, STOP_S), rel=0.05)
+    assert carried(flow, 0, STOP_S) / PAYLOAD_SHARE == pytest.approx(
+        carried(link, 0, STOP_S), rel=0.05
+    )
     goodput_bps = carried(flow, 1.5, 4.5) * 8 / 3
     assert 0.9 * 20e6 * PAYLOAD_SHARE <= goodput_bps <= 1.01 * 20e6
     assert flow["streams"].max() == 2
@@ -78,7 +87,8 @@ def test_a_flow_and_the_workers_share_a_link(finished):
     # In a ring, what rank 0 sends is what rank 1 receives.
     payload = steps[steps["rank"] == 0]["payload_bytes"].sum()
     competing = carried(flow, 1, STOP_S)
-    assert min(payload, competing) > 200_000  # four streams leave short messages little: 460 kB and more were seen
+    # four streams leave short messages little: 460 kB and more were seen
+    assert min(payload, competing) > 200_000
     assert payload + competing <= carried(link, 1, STOP_S) <= 1.02 * 20e6 / 8 * (STOP_S - 1)
     before = finished.steps[finished.steps["t_s"] < 1]["step_s"].median()
     assert steps["step_s"].median() > 1.5 * before
@@ -96,7 +106,8 @@ def test_a_flow_that_dies_fails_the_cell_and_says_why(tmp_path, monkeypatch):
     broken = tmp_path / "bin" / "iperf3"
     broken.parent.mkdir()
     broken.write_text(
-        "#!/bin/sh\necho 'iperf3: error - out of paper' >&2\necho Server listening\n[ $1 = -s ] && sleep 60\nexit 1\n"
+        "#!/bin/sh\necho 'iperf3: error - out of paper' >&2\necho Server listening\n[ $1 = -s ] &&"
+        " sleep 60\nexit 1\n"
     )
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", f"{broken.parent}:/usr/bin:/bin")

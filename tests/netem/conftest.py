@@ -18,7 +18,9 @@ _figures: list[tuple[str, str, str]] = []
 
 def pair_state(**impairments: object) -> LinkState:
     """A link of the tests' usual rate, with impairments on its down direction."""
-    return LinkState(LinkParameters(rate_bps=RATE_BPS), LinkParameters(rate_bps=RATE_BPS, **impairments))  # type: ignore[arg-type]
+    return LinkState(
+        LinkParameters(rate_bps=RATE_BPS), LinkParameters(rate_bps=RATE_BPS, **impairments)
+    )  # type: ignore[arg-type]
 
 
 class Pair(NetnsLab):
@@ -60,7 +62,8 @@ def pair_with_programs() -> Iterator[Pair]:
 
 @pytest.fixture
 def engine() -> str:
-    """What impairs the links: "netem" under User-Mode Linux, "userspace" on the kernel that we have."""
+    """What impairs the links: "netem" under User-Mode Linux, "userspace" on the kernel that we
+    have."""
     return ENGINE
 
 
@@ -75,4 +78,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("figures")
         widths = [max(len(row[column]) for row in _figures) for column in range(3)]
         for row in _figures:
-            terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            terminalreporter.write_line(
+                "  ".join(
+                    cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+                ).rstrip()
+            )

@@ -1,4 +1,5 @@
-"""Limits of a host's memory and processes, by control groups of version 2 under User-Mode Linux, or of what the machine has."""
+"""Limits of a host's memory and processes, by control groups of version 2 under User-Mode Linux, or
+of what the machine has."""
 
 import time
 from pathlib import Path
@@ -50,11 +51,19 @@ def ended(process):
 def test_who_takes_more_than_a_host_may_is_stopped_and_other_hosts_go_on(groups, tmp_path):
     with (
         ForkServer() as server,
-        NetnsLab(LabPlan(dict.fromkeys(("w0", "w1"), pair_state()), limits=LIMITS), server, groups) as lab,
+        NetnsLab(
+            LabPlan(dict.fromkeys(("w0", "w1"), pair_state()), limits=LIMITS), server, groups
+        ) as lab,
     ):
-        assert sorted(path.name for path in groups["memory"].glob("host-*")) == ["host-w0", "host-w1"]
+        assert sorted(path.name for path in groups["memory"].glob("host-*")) == [
+            "host-w0",
+            "host-w1",
+        ]
         other = lab.hosts["w1"].start(["python", "-c", WAIT], {}, tmp_path / "w1.log")
-        assert ended(lab.hosts["w0"].start(["python", "-c", TAKE_MEMORY], {}, tmp_path / "memory.log")) == -9
+        assert (
+            ended(lab.hosts["w0"].start(["python", "-c", TAKE_MEMORY], {}, tmp_path / "memory.log"))
+            == -9
+        )
         forked = lab.hosts["w0"].start(["python", "-c", FORK], {}, tmp_path / "pids.log")
         assert ended(forked) == 0
         refused_at, _, why = (tmp_path / "pids.log").read_text().partition(" ")

@@ -1,5 +1,5 @@
-"""Limits for an ordinary user, in a group that was delegated: groups of the machine are made and changed, so only under
-User-Mode Linux, with version 2 alone."""
+"""Limits for an ordinary user, in a group that was delegated: groups of the machine are made and
+changed, so only under User-Mode Linux, with version 2 alone."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,8 @@ pytestmark = pytest.mark.netem
 
 
 def test_an_ordinary_user_needs_a_group_that_was_delegated(tmp_path):
-    """As systemd-run --user --scope --property=Delegate=yes makes one; below the machine's own the user may make none."""
+    """As systemd-run --user --scope --property=Delegate=yes makes one; below the machine's own the
+    user may make none."""
     user, top = 1234, Path("/sys/fs/cgroup")
     scope = top / "scope"
     (top / "cgroup.subtree_control").write_text("+memory +pids")
@@ -29,9 +30,15 @@ def test_an_ordinary_user_needs_a_group_that_was_delegated(tmp_path):
             try:
                 with groups_of_run(LIMITS.by_controller) as made:
                     told = made["memory"].parent == scope and made["memory"] == made["pids"]
-                    os._exit(0 if told and Path("/proc/self/cgroup").read_text().strip().endswith("/self") else 1)
+                    os._exit(
+                        0
+                        if told and Path("/proc/self/cgroup").read_text().strip().endswith("/self")
+                        else 1
+                    )
             except LabError as error:
-                os._exit(2 if "no control group can be made (Permission denied)" in str(error) else 3)
+                os._exit(
+                    2 if "no control group can be made (Permission denied)" in str(error) else 3
+                )
             os._exit(4)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 

@@ -18,7 +18,8 @@ AQMS = ("codel", "fq_codel", "cake")
 
 @pytest.fixture(scope="module", params=[False, True], ids=["drops", "marks"])
 def found(request):
-    """What one flow meets at each managed queue, and the queue's counters at its end; the flows have links of their own."""
+    """What one flow meets at each managed queue, and the queue's counters at its end; the flows
+    have links of their own."""
     fast = LinkParameters(100_000_000)
     ends = {aqm: (f"w{2 * number}", f"w{2 * number + 1}") for number, aqm in enumerate(AQMS)}
     links = {source: LinkState(fast, fast) for source, _ in ends.values()}
@@ -27,7 +28,10 @@ def found(request):
         for aqm, (_, sink) in ends.items()
     }
     one_asks = Lock()
-    with NetnsLab(LabPlan(links, tcp=Tcp(ecn=request.param)), ForkServer()) as lab, ThreadPoolExecutor() as threads:
+    with (
+        NetnsLab(LabPlan(links, tcp=Tcp(ecn=request.param)), ForkServer()) as lab,
+        ThreadPoolExecutor() as threads,
+    ):
 
         def measured(aqm):
             source, sink = ends[aqm]
@@ -46,7 +50,8 @@ def test_a_managed_queue_stays_short_and_marks_where_it_may(figure, found, aqm):
     figure(
         f"{aqm}{' with ECN' if ecn else ''}, a queue of 500 ms at 20 Mbit/s",
         "less than 100 ms wait" + (", marks and no drops" if ecn else ""),
-        f"{1e3 * waits_s:.0f} ms, {flow.goodput_bps / 1e6:.1f} Mbit/s, {flow.marked} marked, {counters.drops} dropped",
+        f"{1e3 * waits_s:.0f} ms, {flow.goodput_bps / 1e6:.1f} Mbit/s, {flow.marked} marked,"
+        f" {counters.drops} dropped",
     )
     assert waits_s < 0.1
     assert flow.goodput_bps > 0.85 * 20e6

@@ -13,10 +13,12 @@ pytestmark = pytest.mark.netem
 
 
 def best(measure, off, tolerance, rounds=6):
-    """The measurement that is the least off: the first within tolerance, or the best of some rounds.
+    """The measurement that is the least off: the first within tolerance, or the best of some
+    rounds.
 
-    A busy machine is late, each time differently, and what is late makes delays longer and more different and rates lower.
-    It is never early, so that the best round is the one nearest to what netem and tbf do.
+    A busy machine is late, each time differently, and what is late makes delays longer and more
+    different and rates lower. It is never early, so that the best round is the one nearest to what
+    netem and tbf do.
     """
     found = []
     for _ in range(rounds):
@@ -29,8 +31,9 @@ def best(measure, off, tolerance, rounds=6):
 def waking_takes_ms(asleep_ms):
     """The least time by which a program wakes too late from such a sleep.
 
-    A frame that comes to an idle delay line wakes it, once in either direction. Processors that slept for longer take longer
-    to wake, those of virtual machines up to 0.2 ms, before any program of ours can look at a clock.
+    A frame that comes to an idle delay line wakes it, once in either direction. Processors that
+    slept for longer take longer to wake, those of virtual machines up to 0.2 ms, before any program
+    of ours can look at a clock.
     """
     late_ns = []
     for _ in range(10):
@@ -67,7 +70,9 @@ def test_the_round_trip_takes_both_delays(pair, figure, engine, delay_ms):
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("jitter_ms", [5, 10])
-def test_jitter_is_the_standard_deviation_whatever_the_distribution(pair, figure, distribution, jitter_ms):
+def test_jitter_is_the_standard_deviation_whatever_the_distribution(
+    pair, figure, distribution, jitter_ms
+):
     pair.set(delay_s=0.05, jitter_s=jitter_ms / 1e3, distribution=distribution)
 
     def measure():
@@ -146,7 +151,11 @@ def test_no_packet_slips_past_the_delay_while_it_changes(pair, figure):
         changing.join()
         came = flow.arrivals()
     earliest_ms = (came.at_ns - sent_ns[came.number]).min() / 1e6
-    figure(f"{len(changes)} changes of a delay under way", "no packet before 20 ms", f"earliest {earliest_ms:.3f} ms")
+    figure(
+        f"{len(changes)} changes of a delay under way",
+        "no packet before 20 ms",
+        f"earliest {earliest_ms:.3f} ms",
+    )
     assert len(came.number) == len(sent_ns)
     assert earliest_ms >= 20
 

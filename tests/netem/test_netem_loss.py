@@ -1,4 +1,5 @@
-"""What netem does to packets, counted: by the programs that sent and received them, and by the kernel."""
+"""What netem does to packets, counted: by the programs that sent and received them, and by the
+kernel."""
 
 import random
 from dataclasses import replace
@@ -12,15 +13,16 @@ from testbed.links.state import Loss
 
 pytestmark = pytest.mark.netem
 
-# The verdict is on the 95 % interval, as everywhere; the assertion is on the 99.99 % interval, or a right kernel would fail
-# one run in three.
+# The verdict is on the 95 % interval, as everywhere; the assertion is on the 99.99 % interval, or a
+# right kernel would fail one run in three.
 Z_VERDICT, Z_FAIL = 1.960, 3.891
 # The bridge itself says now and then which multicast groups it listens to (IGMP).
 STRAY_PACKETS = 4
 
 
 def verdict(figure, what, count, share, seen, spread=1.0):
-    """Hold a number of events to the binomial interval; ``spread`` widens it where events come in bursts."""
+    """Hold a number of events to the binomial interval; ``spread`` widens it where events come in
+    bursts."""
     deviation = sqrt(count * share * (1 - share)) * spread
     off = (seen - count * share) / deviation
     figure(
@@ -32,7 +34,8 @@ def verdict(figure, what, count, share, seen, spread=1.0):
 
 
 def send(pair, count, payload_bytes=16):
-    """Send datagrams from w0 to w1 and hold the kernel's counters to what programs sent and received."""
+    """Send datagrams from w0 to w1 and hold the kernel's counters to what programs sent and
+    received."""
     hosts, links = pair.hosts, pair.links
     before, left = links.counters(), frames_left(pair, "w1")
     elsewhere = udp_counters(hosts["w1"])["RcvbufErrors"] + backlog_drops()
@@ -41,9 +44,15 @@ def send(pair, count, payload_bytes=16):
         came = flow.arrivals()
     after = links.counters()
     assert after["w0", "up"].packets - before["w0", "up"].packets == count
-    assert after["w0", "up"].drops == after["w1", "down"].drops == 0, "a queue overflowed, so that not only netem dropped"
+    assert after["w0", "up"].drops == after["w1", "down"].drops == 0, (
+        "a queue overflowed, so that not only netem dropped"
+    )
     assert udp_counters(hosts["w1"])["RcvbufErrors"] + backlog_drops() == elsewhere
-    return came, frames_left(pair, "w1") - left, after["w1", "down"].lost - before["w1", "down"].lost
+    return (
+        came,
+        frames_left(pair, "w1") - left,
+        after["w1", "down"].lost - before["w1", "down"].lost,
+    )
 
 
 @pytest.mark.parametrize(("percent", "count"), [(0.1, 400_000), (1, 200_000), (5, 100_000)])
@@ -67,7 +76,14 @@ def test_bursts_of_loss(pair, figure, share, burst):
     lost = count - len(came.number)
     assert 0 <= dropped - lost <= STRAY_PACKETS
     memory = 1 - sum(loss.transitions)  # correlation of the state from packet to packet
-    verdict(figure, f"loss of {share:.0%} in bursts of {burst}", count, share, lost, spread=sqrt((1 + memory) / (1 - memory)))
+    verdict(
+        figure,
+        f"loss of {share:.0%} in bursts of {burst}",
+        count,
+        share,
+        lost,
+        spread=sqrt((1 + memory) / (1 - memory)),
+    )
     mean = came.lost_runs.mean()
     measured = f"{mean:.2f} ({mean / burst - 1:+.1%}) over {len(came.lost_runs)} bursts"
     figure(f"mean burst of {burst}", f"{burst} ± 15 %", measured)
@@ -84,11 +100,19 @@ def test_loss_in_both_states_of_gilbert_and_elliott(pair, figure):
     # Variance of a sum: that of independent losses, and what the state adds to it.
     state = bad * (1 - bad) * (loss.bad_loss - loss.good_loss) ** 2
     spread = sqrt(1 + 2 * state / (loss.share * (1 - loss.share)) * memory / (1 - memory))
-    verdict(figure, "loss of 3 %: 50 % in the bad state, 0.5 % in the good", count, 0.03, count - len(came.number), spread)
+    verdict(
+        figure,
+        "loss of 3 %: 50 % in the bad state, 0.5 % in the good",
+        count,
+        0.03,
+        count - len(came.number),
+        spread,
+    )
 
 
 def test_correlated_loss_is_what_netem_makes_of_it(pair, figure):
-    # netem mixes each random number with the one before, which narrows their spread: fewer are low enough to be a loss.
+    # netem mixes each random number with the one before, which narrows their spread: fewer are low
+    # enough to be a loss.
     share, correlation, count = 0.1, 0.3, 200_000
     pair.set(loss=Loss(share, correlation=correlation))
     came, _, dropped = send(pair, count)
@@ -100,7 +124,14 @@ def test_correlated_loss_is_what_netem_makes_of_it(pair, figure):
         losses += value < share
         runs += value < share <= before
     expected, burst = losses / (10 * count), losses / runs
-    verdict(figure, f"loss of {share:.0%} with correlation {correlation:.0%}", count, expected, lost, spread=1.5)
+    verdict(
+        figure,
+        f"loss of {share:.0%} with correlation {correlation:.0%}",
+        count,
+        expected,
+        lost,
+        spread=1.5,
+    )
     assert came.lost_runs.mean() == pytest.approx(burst, rel=0.15)
 
 
@@ -123,8 +154,15 @@ def test_corruption_flips_a_bit_and_the_checksum_finds_it(pair, figure):
     rejected = udp_counters(pair.hosts["w1"])["InCsumErrors"] - rejected
     assert 0 <= carried - count <= STRAY_PACKETS
     assert dropped == 0
-    # Nearly all bits of a frame are payload; those of its headers are found elsewhere, or, in the sender's address, not at all.
-    verdict(figure, f"corruption of {share:.0%}, payload", count, share * payload / (14 + 20 + 8 + payload), rejected)
+    # Nearly all bits of a frame are payload; those of its headers are found elsewhere, or, in the
+    # sender's address, not at all.
+    verdict(
+        figure,
+        f"corruption of {share:.0%}, payload",
+        count,
+        share * payload / (14 + 20 + 8 + payload),
+        rejected,
+    )
     assert rejected <= count - len(came.number) <= rejected * 1.1
 
 
@@ -146,7 +184,9 @@ def test_one_property_changes_and_the_others_stay(pair):
     for link in ("w0", "w1"):
         state = pair.links.states[link]
         faster = {"rate_bps": 200_000_000}
-        state = replace(state, up=state.up.with_changes(faster), down=state.down.with_changes(faster))
+        state = replace(
+            state, up=state.up.with_changes(faster), down=state.down.with_changes(faster)
+        )
         assert pair.links.apply({link: state})[link].verified
     came, _, dropped = send(pair, 20_000)
     assert dropped == pytest.approx(1000, rel=0.25)

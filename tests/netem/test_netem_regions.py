@@ -28,7 +28,8 @@ TCP_SHARE = 1448 / 1514
 
 
 def measured(ends):
-    """Payload (bits/s) from one host to another, after the losses of the slow start, whose filled gaps come at once."""
+    """Payload (bits/s) from one host to another, after the losses of the slow start, whose filled
+    gaps come at once."""
     return goodput(*ends, warm_up_s=5.0, seconds=4.0)
 
 
@@ -40,7 +41,10 @@ def test_every_pair_of_regions_gets_its_delay_and_its_rate(figure, engine):
         w0, w1, w2 = lab.hosts.values()
         pairs = {"eu-us": (w0, w1), "us-as": (w1, w2), "eu-as": (w2, w0)}
         limits = {name: plan.links[name].up for name in pairs}
-        rtt_ms = {name: ping(first, second.address, 20)[1:].min() * 1e3 for name, (first, second) in pairs.items()}
+        rtt_ms = {
+            name: ping(first, second.address, 20)[1:].min() * 1e3
+            for name, (first, second) in pairs.items()
+        }
         with ThreadPoolExecutor() as threads:  # none of them takes anything from another
             rates_bps = dict(zip(pairs, threads.map(measured, pairs.values()), strict=True))
         for name, up in limits.items():
@@ -52,7 +56,8 @@ def test_every_pair_of_regions_gets_its_delay_and_its_rate(figure, engine):
             figure(
                 name,
                 f"{wanted_ms:g} ms, {wanted_bps / 1e6:.2f} Mbit/s, each ± 5 %",
-                f"{rtt_ms[name]:.2f} ms, {rate_bps / 1e6:.2f} Mbit/s ({rate_bps / wanted_bps - 1:+.1%})",
+                f"{rtt_ms[name]:.2f} ms, {rate_bps / 1e6:.2f} Mbit/s"
+                f" ({rate_bps / wanted_bps - 1:+.1%})",
             )
             assert rtt_ms[name] == pytest.approx(wanted_ms, rel=0.05)
             assert rate_bps == pytest.approx(wanted_bps, rel=0.05)

@@ -1,10 +1,12 @@
-"""Run a command under User-Mode Linux, whose kernel has netem whatever the machine's own kernel has.
+"""Run a command under User-Mode Linux, whose kernel has netem whatever the machine's own kernel
+has.
 
     python tests/netem/uml.py [--timeout SECONDS] [--memory MIB] -- python -m pytest tests/netem
 
-The guest is an ordinary process and needs no root. Its file system is the machine's own, read-only: the same Python, the same
-checkout, and nothing it does can change a file. ``/run``, ``/dev/shm`` and ``$TMPDIR`` are its own memory. In it the command
-is root, on one processor, in the current directory and with this environment; "python" means the Python that runs this.
+The guest is an ordinary process and needs no root. Its file system is the machine's own, read-only:
+the same Python, the same checkout, and nothing it does can change a file. ``/run``, ``/dev/shm``
+and ``$TMPDIR`` are its own memory. In it the command is root, on one processor, in the current
+directory and with this environment; "python" means the Python that runs this.
 
 Exit code: the command's own; 4 if User-Mode Linux is missing; 124 if the time was up.
 """
@@ -43,16 +45,25 @@ def kernel() -> str:
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "i686"):
         raise MissingError("User-Mode Linux exists only on x86 Linux; run make test-netem there")
     path = shutil.which("linux.uml")
-    if path is None or not MODULES.is_dir() or not shutil.which("modprobe", path=_with_sbin(os.environ.get("PATH", ""))):
+    if (
+        path is None
+        or not MODULES.is_dir()
+        or not shutil.which("modprobe", path=_with_sbin(os.environ.get("PATH", "")))
+    ):
         if not shutil.which("apt-get"):
             raise MissingError(
-                "User-Mode Linux is packaged by Debian and Ubuntu only (user-mode-linux); run make test-netem there"
+                "User-Mode Linux is packaged by Debian and Ubuntu only (user-mode-linux); run make"
+                " test-netem there"
             )
-        raise MissingError("User-Mode Linux is missing; install it with: sudo apt-get install user-mode-linux kmod")
+        raise MissingError(
+            "User-Mode Linux is missing; install it with: sudo apt-get install user-mode-linux kmod"
+        )
     return path
 
 
-def run(command: Sequence[str], *, timeout_s: float, memory_mib: int, environment: dict[str, str]) -> int:
+def run(
+    command: Sequence[str], *, timeout_s: float, memory_mib: int, environment: dict[str, str]
+) -> int:
     """Run a command in a guest, its output on this terminal, and give its exit code."""
     binary = kernel()
     with tempfile.TemporaryDirectory(prefix="uml-") as scratch:
@@ -70,11 +81,22 @@ def run(command: Sequence[str], *, timeout_s: float, memory_mib: int, environmen
         }
         (place / "job.json").write_text(json.dumps(job))
         init = place / "init"
-        init.write_text(f"#!/bin/sh\nexec {shlex.join([sys.executable, str(HERE / 'guest.py'), str(place / 'job.json')])}\n")
+        init.write_text(
+            "#!/bin/sh\nexec"
+            f" {shlex.join([sys.executable, str(HERE / 'guest.py'), str(place / 'job.json')])}\n"
+        )
         init.chmod(0o755)
         arguments = [
             *(binary, f"mem={memory_mib}M", f"uml_dir={place}", "umid=guest", f"init={init}"),
-            *("rootfstype=hostfs", "rootflags=/", "ro", "con=null", "con0=fd:0,fd:1", "loglevel=1", "selinux=0"),
+            *(
+                "rootfstype=hostfs",
+                "rootflags=/",
+                "ro",
+                "con=null",
+                "con0=fd:0,fd:1",
+                "loglevel=1",
+                "selinux=0",
+            ),
         ]
         # The console goes through a file: a guest whose console is a pipe hangs now and then.
         with (place / "console").open("wb") as console, (place / "console").open("rb") as shown:
@@ -101,27 +123,38 @@ def run(command: Sequence[str], *, timeout_s: float, memory_mib: int, environmen
         if not in_time:
             print(f"\nThe guest was stopped: the {timeout_s:g} s it had are over.", file=sys.stderr)
             return TIMED_OUT
-        print("The guest has died. Its console:", (place / "console").read_text(errors="replace"), sep="\n", file=sys.stderr)
+        print(
+            "The guest has died. Its console:",
+            (place / "console").read_text(errors="replace"),
+            sep="\n",
+            file=sys.stderr,
+        )
         return 1
 
 
 def _preloaded(place: Path) -> dict[str, str]:
-    """What lets the guest run where a process has more registers than User-Mode Linux 6.1 knows (``registers.c``)."""
+    """What lets the guest run where a process has more registers than User-Mode Linux 6.1 knows
+    (``registers.c``)."""
     flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
     if not flags & {"avx512f", "amx_tile", "pku"}:
         return {}
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         raise MissingError(
-            "on this processor User-Mode Linux needs a C compiler; install it with: sudo apt-get install gcc libc6-dev"
+            "on this processor User-Mode Linux needs a C compiler; install it with: sudo apt-get"
+            " install gcc libc6-dev"
         )
     library = place / "registers.so"
-    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, HERE / "registers.c", "-ldl"], check=True)
+    subprocess.run(
+        [compiler, "-O2", "-shared", "-fPIC", "-o", library, HERE / "registers.c", "-ldl"],
+        check=True,
+    )
     return {"LD_PRELOAD": str(library)}
 
 
 def _show(guest: subprocess.Popen[bytes], console: BinaryIO, until_s: float) -> bool:
-    """Copy what the command prints to the terminal until the guest ends; False if the time was up first."""
+    """Copy what the command prints to the terminal until the guest ends; False if the time was up
+    first."""
     pending, began, ended = b"", False, False
     while True:
         alive = guest.poll() is None
@@ -132,7 +165,11 @@ def _show(guest: subprocess.Popen[bytes], console: BinaryIO, until_s: float) -> 
             ended = END in pending
             text, _, rest = pending.partition(END)
             # Where END may have begun, wait for the rest of it.
-            keep = 0 if ended else max((n for n in range(1, len(END)) if pending.endswith(END[:n])), default=0)
+            keep = (
+                0
+                if ended
+                else max((n for n in range(1, len(END)) if pending.endswith(END[:n])), default=0)
+            )
             text, pending = text[: len(text) - keep], rest or text[len(text) - keep :]
             sys.stdout.buffer.write(text)
             sys.stdout.buffer.flush()
@@ -144,24 +181,28 @@ def _show(guest: subprocess.Popen[bytes], console: BinaryIO, until_s: float) -> 
 
 
 def _prepare() -> None:
-    """In the guest's process: end with this one, on one processor, with timers that are not late."""
+    """In the guest's process: end with this one, on one processor, with timers that are not
+    late."""
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     libc.prctl(_PR_SET_TIMERSLACK, 1)  # the guest's timers are ours: let none of them be 50 µs late
-    # The guest's kernel and its programs are processes that take turns. On one processor a turn is three times as short, and a
-    # timer fires where the guest runs, not where it has to wake a processor that sleeps.
+    # The guest's kernel and its programs are processes that take turns. On one processor a turn is
+    # three times as short, and a timer fires where the guest runs, not where it has to wake a
+    # processor that sleeps.
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 def _end(guest: subprocess.Popen[bytes]) -> None:
-    """End the guest and all its processes; they are the session that it was started in, and nobody else is."""
+    """End the guest and all its processes; they are the session that it was started in, and nobody
+    else is."""
     if guest.poll() is None:
         guest.terminate()  # it then ends its processes itself
         try:
             guest.wait(3)
         except subprocess.TimeoutExpired:
             pass
-    # Processes of the guest before its kernel: without the kernel that traces them they would run as programs of this machine.
+    # Processes of the guest before its kernel: without the kernel that traces them they would run
+    # as programs of this machine.
     for pid in sorted(_session(guest.pid), key=lambda pid: pid == guest.pid):
         try:
             os.kill(pid, signal.SIGKILL)
@@ -183,16 +224,23 @@ def _session(leader: int) -> list[int]:
 
 
 def _memory_place(scratch: Path, memory_mib: int) -> Path:
-    """Where the guest's memory can lie: a file system in memory if it is large enough (in containers it often is not)."""
+    """Where the guest's memory can lie: a file system in memory if it is large enough (in
+    containers it often is not)."""
     try:
         room = os.statvfs(_SHM)
     except OSError:
         return scratch
-    return _SHM if os.access(_SHM, os.W_OK) and room.f_bavail * room.f_frsize > memory_mib << 20 else scratch
+    return (
+        _SHM
+        if os.access(_SHM, os.W_OK) and room.f_bavail * room.f_frsize > memory_mib << 20
+        else scratch
+    )
 
 
 def _with_sbin(path: str) -> str:
-    return os.pathsep.join([*filter(None, path.split(os.pathsep)), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+    return os.pathsep.join(
+        [*filter(None, path.split(os.pathsep)), "/usr/local/sbin", "/usr/sbin", "/sbin"]
+    )
 
 
 def _environment() -> dict[str, str]:
@@ -213,8 +261,16 @@ def _environment() -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--timeout", type=float, default=900, metavar="SECONDS", help="stop the guest after so long (900)")
-    parser.add_argument("--memory", type=int, default=768, metavar="MIB", help="memory of the guest (768)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=900,
+        metavar="SECONDS",
+        help="stop the guest after so long (900)",
+    )
+    parser.add_argument(
+        "--memory", type=int, default=768, metavar="MIB", help="memory of the guest (768)"
+    )
     parser.add_argument("command", nargs="+", help="what to run, after --")
     given = parser.parse_args(arguments)
     program, *rest = given.command
@@ -222,7 +278,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
-        return run(command, timeout_s=given.timeout, memory_mib=given.memory, environment=_environment())
+        return run(
+            command, timeout_s=given.timeout, memory_mib=given.memory, environment=_environment()
+        )
     except MissingError as error:
         print(error, file=sys.stderr)
         return MISSING

@@ -1,7 +1,8 @@
 """Sockets on the hosts of a lab, and what went over the wire between them.
 
-A socket belongs to the network namespace in which it is created, so one process can hold both ends: nothing has to be
-synchronised, and one clock stamps both. System calls are dear under User-Mode Linux; packets are sent and read many at a time.
+A socket belongs to the network namespace in which it is created, so one process can hold both ends:
+nothing has to be synchronised, and one clock stamps both. System calls are dear under User-Mode
+Linux; packets are sent and read many at a time.
 """
 
 import ctypes
@@ -30,13 +31,18 @@ _BURST_PER_S = {"netem": 150_000, "userspace": 40_000}[os.environ.get("NETSENSE_
 _SO_RCVBUFFORCE, _SO_TIMESTAMPNS = 33, 35
 _BUFFER_BYTES = 64 << 20
 _TCP_INFO = 100, 156, 196
-"""tcpi_total_retrans, tcpi_data_segs_out and tcpi_delivered_ce in struct tcp_info, <linux/tcp.h>."""
+"""tcpi_total_retrans, tcpi_data_segs_out and tcpi_delivered_ce in struct tcp_info,
+<linux/tcp.h>."""
 _CONTROL_BYTES = 64
 _STAMP = struct.Struct("=qq")  # struct timespec
-_ECHO, _ECHO_ID = struct.Struct("!BBHHH"), 0x7E50  # type, code, checksum, identifier, number: struct icmphdr
+# type, code, checksum, identifier, number: struct icmphdr
+_ECHO, _ECHO_ID = struct.Struct("!BBHHH"), 0x7E50
 _IOVEC = np.dtype([("base", "u8"), ("len", "u8")])
 _MMSGHDR = np.dtype(
-    [(name, "u8") for name in ("name", "namelen", "iov", "iovlen", "control", "controllen", "flags", "len")]
+    [
+        (name, "u8")
+        for name in ("name", "namelen", "iov", "iovlen", "control", "controllen", "flags", "len")
+    ]
 )  # struct mmsghdr where pointers have 64 bits
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -71,14 +77,16 @@ class _Messages:
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """Datagrams in the order of their arrival: the number that each carries, and when the kernel got it (ns since 1970)."""
+    """Datagrams in the order of their arrival: the number that each carries, and when the kernel
+    got it (ns since 1970)."""
 
     number: Any
     at_ns: Any
 
     @property
     def lost_runs(self) -> Any:
-        """Lengths of the runs of numbers that never came, between the first and the last that did."""
+        """Lengths of the runs of numbers that never came, between the first and the last that
+        did."""
         gaps = np.diff(np.unique(self.number)) - 1
         return gaps[gaps > 0]
 
@@ -94,7 +102,8 @@ class Flow:
             self._in = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             try:
                 self._in.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
-            except PermissionError:  # in a user namespace; then as much as everyone may, and it is read often
+            except PermissionError:
+                # in a user namespace; then as much as everyone may, and it is read often
                 self._in.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
             self._in.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
             self._in.bind(("0.0.0.0", PORT))
@@ -122,9 +131,16 @@ class Flow:
             messages.numbers[:size] = np.arange(self._next, self._next + size)
             done = 0
             while done < size:
-                sent = _libc.sendmmsg(self._out.fileno(), ctypes.c_void_p(address + done * _MMSGHDR.itemsize), size - done, 0)
+                sent = _libc.sendmmsg(
+                    self._out.fileno(),
+                    ctypes.c_void_p(address + done * _MMSGHDR.itemsize),
+                    size - done,
+                    0,
+                )
                 if sent < 0:
-                    raise OSError(ctypes.get_errno(), "sendmmsg: " + os.strerror(ctypes.get_errno()))
+                    raise OSError(
+                        ctypes.get_errno(), "sendmmsg: " + os.strerror(ctypes.get_errno())
+                    )
                 done += sent
             self._next += size
             self._read()
@@ -132,7 +148,8 @@ class Flow:
             time.sleep(max(0.0, due_s - time.monotonic()))
 
     def paced(self, count: int) -> Any:
-        """Send one at a time, 10 000 a second at most; the times at which each was sent (ns since 1970)."""
+        """Send one at a time, 10 000 a second at most; the times at which each was sent (ns since
+        1970)."""
         sent = np.zeros(count, np.int64)
         begin_ns = time.time_ns()
         payload = bytearray(self._sending.data.shape[1])
@@ -154,7 +171,11 @@ class Flow:
             selector.register(self._in, selectors.EVENT_READ)
             while selector.select(quiet_s):
                 self._read()
-        numbers, stamps = zip(*self._got, strict=True) if self._got else ((np.zeros(0, np.int64),), (np.zeros(0, np.int64),))
+        numbers, stamps = (
+            zip(*self._got, strict=True)
+            if self._got
+            else ((np.zeros(0, np.int64),), (np.zeros(0, np.int64),))
+        )
         self._got.clear()
         return Arrivals(np.concatenate(numbers), np.concatenate(stamps))
 
@@ -173,9 +194,11 @@ class Flow:
 
 
 def ping(source: NetnsHost, address: str, count: int) -> Any:
-    """Round-trip times (s) of ICMP echo requests, one after another; the far kernel answers, the near one stamps the answer.
+    """Round-trip times (s) of ICMP echo requests, one after another; the far kernel answers, the
+    near one stamps the answer.
 
-    Polls, because a guest that waits is a process that sleeps, and waking it takes longer than the tests can bear.
+    Polls, because a guest that waits is a process that sleeps, and waking it takes longer than the
+    tests can bear.
     """
     times = []
     with at(source):
@@ -204,7 +227,8 @@ def ping(source: NetnsHost, address: str, count: int) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """What one TCP flow got: goodput in bits/s without its beginning, data segments that it sent, and of them again."""
+    """What one TCP flow got: goodput in bits/s without its beginning, data segments that it sent,
+    and of them again."""
 
     goodput_bps: float
     segments: int
@@ -218,7 +242,9 @@ def goodput(source: NetnsHost, sink: NetnsHost, warm_up_s: float, seconds: float
     return transfer(source, sink, warm_up_s, seconds).goodput_bps
 
 
-def transfer(source: NetnsHost, sink: NetnsHost, warm_up_s: float, seconds: float, congestion: str = "cubic") -> Transfer:
+def transfer(
+    source: NetnsHost, sink: NetnsHost, warm_up_s: float, seconds: float, congestion: str = "cubic"
+) -> Transfer:
     """Send as fast as TCP lets us."""
     with at(sink):
         server = socket.create_server(("0.0.0.0", PORT))
@@ -250,12 +276,15 @@ def transfer(source: NetnsHost, sink: NetnsHost, warm_up_s: float, seconds: floa
                     counted_from = time.monotonic()
         took_s = time.monotonic() - counted_from
         info = out.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        again, segments, marked = (struct.unpack_from("=I", info, at_byte)[0] for at_byte in _TCP_INFO)
+        again, segments, marked = (
+            struct.unpack_from("=I", info, at_byte)[0] for at_byte in _TCP_INFO
+        )
         return Transfer(total * 8 / took_s, segments, again, marked)
 
 
 def frames_left(lab: NetnsLab, link: str, direction: str = "down") -> int:
-    """Frames that left what impairs them: netem stands before the queue, the delay line behind it."""
+    """Frames that left what impairs them: netem stands before the queue, the delay line behind
+    it."""
     counters = lab.links.counters()[link, direction]
     if lab.links.line_counters is None:
         return counters.packets
@@ -272,5 +301,8 @@ def udp_counters(host: NetnsHost) -> dict[str, int]:
 
 
 def backlog_drops() -> int:
-    """Packets that the kernel has dropped between two interfaces, because a processor had too many to take in."""
-    return sum(int(line.split()[1], 16) for line in Path("/proc/net/softnet_stat").read_text().splitlines())
+    """Packets that the kernel has dropped between two interfaces, because a processor had too many
+    to take in."""
+    return sum(
+        int(line.split()[1], 16) for line in Path("/proc/net/softnet_stat").read_text().splitlines()
+    )

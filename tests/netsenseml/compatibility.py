@@ -25,7 +25,11 @@ def results(junit: Sequence[Path]) -> dict[str, str]:
     for case in chain.from_iterable(ET.parse(path).iter("testcase") for path in junit):
         file = case.attrib["classname"].rpartition(".")[2]
         bad = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        said = "passed" if bad is None else f"{bad.tag}: {bad.attrib.get('message', '').splitlines()[0]}"
+        said = (
+            "passed"
+            if bad is None
+            else f"{bad.tag}: {bad.attrib.get('message', '').splitlines()[0]}"
+        )
         found[f"{file}.py::{case.attrib['name']}"] = said
     return found
 
@@ -34,7 +38,9 @@ def verdict(tests: list[str], said: dict[str, str], passed: str) -> str:
     """Of the tests of a line, which may be named without their parameters."""
     told = []
     for test in tests:
-        own = [result for name, result in said.items() if name == test or name.startswith(f"{test}[")]
+        own = [
+            result for name, result in said.items() if name == test or name.startswith(f"{test}[")
+        ]
         told += own or ["not run"]
     return next((result for result in told if result != "passed"), passed)
 
@@ -46,9 +52,21 @@ def page(junit: Sequence[Path]) -> str:
     said = results(junit)
     rows = []
     for line in LINES:
-        own = [f"test_matrix.py::{test_as_without_a_hook.__name__}[{line.name}]"] if line.run is not None else []
-        rows.append((line.name, verdict([*own, *line.elsewhere], said, line.passed), [*own, *line.elsewhere]))
-    names = "\n".join(f"| {name} | {result} | {'<br>'.join(tests)} |" for name, result, tests in rows)
+        own = (
+            [f"test_matrix.py::{test_as_without_a_hook.__name__}[{line.name}]"]
+            if line.run is not None
+            else []
+        )
+        rows.append(
+            (
+                line.name,
+                verdict([*own, *line.elsewhere], said, line.passed),
+                [*own, *line.elsewhere],
+            )
+        )
+    names = "\n".join(
+        f"| {name} | {result} | {'<br>'.join(tests)} |" for name, result, tests in rows
+    )
     return f"""# What NetSenseML works together with
 
 Made by tests/netsenseml/compatibility.py of the tests that passed with torch {torch.__version__} and Python

@@ -11,7 +11,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# A server that has imported torch once and forks the ranks: this is also how the testbed starts workers.
+# A server that has imported torch once and forks the ranks: this is also how the testbed starts
+# workers.
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["testbed.worker.program", "netsenseml.api", "torch._dynamo"])
 
@@ -29,8 +30,15 @@ class Ranks:
         self.processes, self._results = [], []
         for rank, given in enumerate(arguments):
             ours, theirs = _PROCESSES.Pipe(duplex=False)
-            own_env = {"GLOO_SOCKET_IFNAME": "lo", "RANK": str(rank), "WORLD_SIZE": str(len(arguments)), **env}
-            process = _PROCESSES.Process(target=_run, args=(theirs, own_env, log, function, given), daemon=True)
+            own_env = {
+                "GLOO_SOCKET_IFNAME": "lo",
+                "RANK": str(rank),
+                "WORLD_SIZE": str(len(arguments)),
+                **env,
+            }
+            process = _PROCESSES.Process(
+                target=_run, args=(theirs, own_env, log, function, given), daemon=True
+            )
             process.start()
             theirs.close()
             self.processes.append(process)
@@ -56,8 +64,11 @@ class Ranks:
             process.join()
 
 
-def run_group(function: Callable[..., Any], ranks: int, *arguments: Any, timeout_s: float = 1800) -> list[Any]:
-    """Results of ``function(rank, *arguments)`` in a process group of so many ranks; timeout_s: of the group."""
+def run_group(
+    function: Callable[..., Any], ranks: int, *arguments: Any, timeout_s: float = 1800
+) -> list[Any]:
+    """Results of ``function(rank, *arguments)`` in a process group of so many ranks; timeout_s: of
+    the group."""
     with tempfile.TemporaryDirectory() as directory:
         given = [(function, directory, rank, ranks, timeout_s, arguments) for rank in range(ranks)]
         return Ranks(_in_group, given, {}).results()
@@ -71,11 +82,18 @@ def wait_for_others(name: str) -> None:
 
     store = store_of(dist.group.WORLD)
     store.set(f"test/{name}/{dist.get_rank()}", "")
-    store.wait([f"test/{name}/{rank}" for rank in range(dist.get_world_size())], timedelta(seconds=100))
+    store.wait(
+        [f"test/{name}/{rank}" for rank in range(dist.get_world_size())], timedelta(seconds=100)
+    )
 
 
 def _in_group(
-    function: Callable[..., Any], directory: str, rank: int, ranks: int, timeout_s: float, arguments: tuple[Any, ...]
+    function: Callable[..., Any],
+    directory: str,
+    rank: int,
+    ranks: int,
+    timeout_s: float,
+    arguments: tuple[Any, ...],
 ) -> Any:
     import torch
     import torch.distributed as dist
@@ -97,7 +115,11 @@ def _in_group(
 
 
 def _run(
-    results: Connection, env: Mapping[str, str], log: Path | None, function: Callable[..., Any], arguments: tuple[Any, ...]
+    results: Connection,
+    env: Mapping[str, str],
+    log: Path | None,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     os.environ.update(env)
     if log is not None:

@@ -16,17 +16,24 @@ ELEMENTS = 20 * 60 + 60 + 60 * 60 + 60 + 60 * 5 + 5
 def make_ddp(bucket_cap_mb: float = 0.01, **options: object) -> DistributedDataParallel:
     """DDP rebuilds its buckets after the first backward."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 60), nn.ReLU(), nn.Linear(60, 60), nn.ReLU(), nn.Linear(60, 5))
+    model = nn.Sequential(
+        nn.Linear(20, 60), nn.ReLU(), nn.Linear(60, 60), nn.ReLU(), nn.Linear(60, 5)
+    )
     return DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb, **options)
 
 
 def batches(rank: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(rank)
     for _ in range(steps):
-        yield torch.randn(8, 20, generator=generator), torch.randint(0, 5, (8,), generator=generator)
+        yield (
+            torch.randn(8, 20, generator=generator),
+            torch.randint(0, 5, (8,), generator=generator),
+        )
 
 
-def backward(ddp: DistributedDataParallel, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def backward(
+    ddp: DistributedDataParallel, batch: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
     """One of this batch alone; returns the loss."""
     ddp.zero_grad()
     loss = nn.functional.cross_entropy(ddp(batch[0]), batch[1])

@@ -1,4 +1,5 @@
-"""Runs the blocks of docs/howto/training.md, under torchrun; rank 0 tells of each stack, as JSON."""
+"""Runs the blocks of docs/howto/training.md, under torchrun; rank 0 tells of each stack, as
+JSON."""
 
 import json
 import re
@@ -21,7 +22,10 @@ PAGE = Path(__file__).parents[2] / "docs/howto/training.md"
 def blocks() -> dict[str, list[str]]:
     """Of the page's Python, by heading."""
     _, *sections = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)
-    return {section.splitlines()[0]: re.findall(r"```python\n(.*?)```", section, re.DOTALL) for section in sections}
+    return {
+        section.splitlines()[0]: re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+        for section in sections
+    }
 
 
 def surroundings() -> dict[str, Any]:
@@ -50,7 +54,9 @@ def lightning_module(model: nn.Module) -> Any:
             super().__init__()
             self.layers = model
 
-        def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], number: int) -> torch.Tensor:
+        def training_step(
+            self, batch: tuple[torch.Tensor, torch.Tensor], number: int
+        ) -> torch.Tensor:
             return nn.functional.cross_entropy(self.layers(batch[0]), batch[1])
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -61,12 +67,21 @@ def lightning_module(model: nn.Module) -> Any:
 
 def tell(stack: str, session: Any, more: Mapping[str, Any]) -> None:
     module = session.module
-    whole = nn.ParameterList([getattr(p, "full_tensor", lambda p=p: p)().detach() for p in module.parameters()])
+    whole = nn.ParameterList(
+        [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in module.parameters()]
+    )
     hashes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(hashes, parameters_hash(whole))
     kept = session._lr  # which it knows once it has found the optimizer
     if dist.get_rank() == 0:
-        told = {"stack": stack, "steps": session.steps, "replicas": len(set(hashes)), "lr": kept, "payload": None, **more}
+        told = {
+            "stack": stack,
+            "steps": session.steps,
+            "replicas": len(set(hashes)),
+            "lr": kept,
+            "payload": None,
+            **more,
+        }
         if session.last is not None:
             told["payload"] = session.last["payload_bytes"]
         print(json.dumps(told), flush=True)
@@ -76,14 +91,18 @@ def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     setup, loop = blocks()["DistributedDataParallel"]
-    compiled = blocks()["torch.compile"][0].replace("(model))", "(model), backend='eager')")  # inductor takes a minute
+    # inductor takes a minute
+    compiled = blocks()["torch.compile"][0].replace("(model))", "(model), backend='eager')")
     sharded, checkpoint = blocks()["fully_shard (FSDP2)"]
     for stack, parts in (
         ("DistributedDataParallel", [setup, loop]),
         ("torch.compile", [compiled, loop]),
         ("Accelerate", blocks()["Accelerate"]),
         ("Lightning", blocks()["Lightning"]),
-        ("fully_shard (FSDP2)", [sharded, loop.replace("session.close()", ""), checkpoint, "session.close()"]),
+        (
+            "fully_shard (FSDP2)",
+            [sharded, loop.replace("session.close()", ""), checkpoint, "session.close()"],
+        ),
     ):
         if len(sys.argv) > 1 and stack not in sys.argv[1:]:
             continue
@@ -98,8 +117,14 @@ def main() -> None:
             for part in parts:
                 exec(compile(part, PAGE.name, "exec"), names)  # its own
             dist.barrier()
-        session = names["trainer"].callbacks[0].session if stack == "Lightning" else names["session"]
-        tell(stack, session, {"trained": parameters_hash(names["model"]) != before if stack[0] != "f" else True})
+        session = (
+            names["trainer"].callbacks[0].session if stack == "Lightning" else names["session"]
+        )
+        tell(
+            stack,
+            session,
+            {"trained": parameters_hash(names["model"]) != before if stack[0] != "f" else True},
+        )
     without = "Without DistributedDataParallel"
     if len(sys.argv) == 1 or without in sys.argv[1:]:
         names = {"tensor": torch.full((1000,), 1.0 + dist.get_rank())}

@@ -17,13 +17,16 @@ ANY_FLOAT = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subno
 
 
 def rank_by_magnitude(values: torch.Tensor) -> list[int]:
-    """Indices by the stated rule: by magnitude, NaN above infinity, lower index first among equals."""
+    """Indices by the stated rule: by magnitude, NaN above infinity, lower index first among
+    equals."""
     magnitude = (values.view(torch.int32) & 0x7FFFFFFF).tolist()
     return sorted(range(len(magnitude)), key=lambda i: (-magnitude[i], i))
 
 
 @given(st.lists(ANY_FLOAT, min_size=1, max_size=60), st.data())
-def test_largest_takes_exactly_k_by_the_stated_rule(values: list[float], data: st.DataObject) -> None:
+def test_largest_takes_exactly_k_by_the_stated_rule(
+    values: list[float], data: st.DataObject
+) -> None:
     x = torch.tensor(values, dtype=torch.float32)
     k = data.draw(st.integers(1, len(values)))
     assert largest(x, k).tolist() == sorted(rank_by_magnitude(x)[:k])
@@ -37,7 +40,9 @@ def test_largest_takes_exactly_k_by_the_stated_rule(values: list[float], data: s
     st.integers(0, 2**31),
     st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_the_guessed_threshold_changes_nothing(shape: str, n: int, ratio: float, seed: int, dtype: torch.dtype) -> None:
+def test_the_guessed_threshold_changes_nothing(
+    shape: str, n: int, ratio: float, seed: int, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, generator=generator)
     if shape == "heavy":

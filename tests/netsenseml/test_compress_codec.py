@@ -1,4 +1,5 @@
-"""The codec, as properties: nothing is lost, errors are bounded, all devices agree, nothing malformed gets through."""
+"""The codec, as properties: nothing is lost, errors are bounded, all devices agree, nothing
+malformed gets through."""
 
 import contextlib
 import math
@@ -63,14 +64,26 @@ def numbers(kind: str, n: int, seed: int = 0) -> torch.Tensor:
     return x
 
 
-KINDS = ["normal", "heavy", "bfloat16", "few distinct", "zeros", "mostly zeros", "denormal", "huge", "NaN and Inf"]
+KINDS = [
+    "normal",
+    "heavy",
+    "bfloat16",
+    "few distinct",
+    "zeros",
+    "mostly zeros",
+    "denormal",
+    "huge",
+    "NaN and Inf",
+]
 
 
 @st.composite
 def gradients(draw: st.DrawFn) -> torch.Tensor:
     if draw(st.booleans()):
         return torch.tensor(draw(st.lists(any_float, max_size=40)), dtype=torch.float32)
-    return numbers(draw(st.sampled_from(KINDS)), draw(st.integers(0, 3000)), draw(st.integers(0, 99)))
+    return numbers(
+        draw(st.sampled_from(KINDS)), draw(st.integers(0, 3000)), draw(st.integers(0, 99))
+    )
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -142,7 +155,9 @@ def check_round_trip(codec: Codec, x: torch.Tensor, seed: int) -> torch.Tensor:
     sent, got, residual = x[chosen].double(), got[chosen].double(), residual[chosen].double()
     seen = got.isfinite()
     assert not residual[~seen].any() and residual.isfinite().all()
-    assert bool(((got + residual - sent).abs()[seen] <= 2**-24 * (sent - got).abs()[seen] + 2**-150).all())
+    assert bool(
+        ((got + residual - sent).abs()[seen] <= 2**-24 * (sent - got).abs()[seen] + 2**-150).all()
+    )
     assert bool(((got - sent).abs()[seen] <= largest_error(codec, x[chosen])[seen]).all())
     if codec.values in ("fp32", "bf16"):
         wrong = ~sent.isfinite()
@@ -155,12 +170,19 @@ def check_round_trip(codec: Codec, x: torch.Tensor, seed: int) -> torch.Tensor:
 
 @settings(max_examples=300, deadline=None)
 @given(codecs, gradients(), st.integers(-(2**70), 2**70))
-def test_sent_and_residual_make_up_the_compensated_gradient(codec: Codec, x: torch.Tensor, seed: int) -> None:
+def test_sent_and_residual_make_up_the_compensated_gradient(
+    codec: Codec, x: torch.Tensor, seed: int
+) -> None:
     buffer = check_round_trip(codec, x, seed)
-    assert torch.equal(buffer, codec.encode(x.clone(), seed if codec.stochastic else 0)), "only chance depends on the seed"
+    assert torch.equal(buffer, codec.encode(x.clone(), seed if codec.stochastic else 0)), (
+        "only chance depends on the seed"
+    )
 
 
-@pytest.mark.parametrize("name", ["int8", "sign", "sparse-bf16@1%", "sparse-int4@10%", "sparse-fp32@0.01%", "sparse-int8@40%"])
+@pytest.mark.parametrize(
+    "name",
+    ["int8", "sign", "sparse-bf16@1%", "sparse-int4@10%", "sparse-fp32@0.01%", "sparse-int8@40%"],
+)
 @pytest.mark.parametrize(("kind", "n"), [("heavy", 5_000_000), ("mostly zeros", 1_234_567)])
 def test_large_gradients(name: str, kind: str, n: int) -> None:
     check_round_trip(Codec.parse(name), numbers(kind, n), seed=7)
@@ -170,7 +192,9 @@ def test_large_gradients(name: str, kind: str, n: int) -> None:
 @given(codecs, gradients(), st.integers(0, 99), st.sampled_from([1.0, 0.25, 1 / 3]))
 @example(Codec("sign"), torch.tensor([-0.0]), 0, 1.0)
 @example(Codec("sign", 0.5), torch.tensor([-0.0, 1e-45]), 0, 1.0)
-def test_all_devices_agree_to_the_bit(codec: Codec, x: torch.Tensor, seed: int, scale: float) -> None:
+def test_all_devices_agree_to_the_bit(
+    codec: Codec, x: torch.Tensor, seed: int, scale: float
+) -> None:
     found = []
     for name in BACKENDS:
         with backend(name):
@@ -178,7 +202,12 @@ def test_all_devices_agree_to_the_bit(codec: Codec, x: torch.Tensor, seed: int, 
             buffer = codec.encode(residual, seed, sent=sent)
             out = add_decoded(buffer, torch.ones(len(x)), scale)
             found.append(
-                (buffer, bits(residual), bits(out.nan_to_num()), torch.empty(0) if sent.positions is None else sent.positions)
+                (
+                    buffer,
+                    bits(residual),
+                    bits(out.nan_to_num()),
+                    torch.empty(0) if sent.positions is None else sent.positions,
+                )
             )
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
@@ -186,7 +215,13 @@ def test_all_devices_agree_to_the_bit(codec: Codec, x: torch.Tensor, seed: int, 
 
 def test_all_devices_agree_on_a_large_gradient() -> None:
     x = numbers("normal", 300_000)
-    for codec in (Codec("int8"), Codec("int8", stochastic=True), Codec("int4", 0.1), Codec("int4"), Codec("sign", 0.01)):
+    for codec in (
+        Codec("int8"),
+        Codec("int8", stochastic=True),
+        Codec("int4", 0.1),
+        Codec("int4"),
+        Codec("sign", 0.01),
+    ):
         with backend("tensors"):
             theirs = codec.encode(x.clone(), 3)
         assert torch.equal(codec.encode(x.clone(), 3), theirs)
@@ -210,14 +245,19 @@ def test_stochastic_rounding_is_unbiased_and_independent(values: str) -> None:
     step = largest_in_block(x, values) / LEVELS[VALUES[values]]
     step = ((bits(step) + 0xFFFF) & ~0xFFFF).view(torch.float32)  # to a bfloat16, up
     buffers = [codec.encode(x.clone(), seed) for seed in range(seeds)]
-    errors = torch.stack([(add_decoded(buffer, torch.zeros(n)) - x) / step for buffer in buffers]).double()
+    errors = torch.stack(
+        [(add_decoded(buffer, torch.zeros(n)) - x) / step for buffer in buffers]
+    ).double()
     up = (x / step).double().remainder(1)
     variance = up * (1 - up)
     # Five standard deviations each; the seeds are fixed, so that this cannot flake.
     assert bool((errors.mean(dim=0).abs() <= 5 * (variance / seeds).sqrt() + 1e-2).all())
     assert abs(errors.mean()) <= 5 * math.sqrt(variance.mean() / (seeds * n))
-    assert abs(errors.var(dim=0).mean() / variance.mean() - 1) <= 5 * math.sqrt(2 / (seeds * n)) + 1e-2
-    # Sums over elements vary as much as those of independent errors: neither in step nor against each other.
+    assert (
+        abs(errors.var(dim=0).mean() / variance.mean() - 1) <= 5 * math.sqrt(2 / (seeds * n)) + 1e-2
+    )
+    # Sums over elements vary as much as those of independent errors: neither in step nor against
+    # each other.
     assert abs(errors.sum(dim=1).var() / variance.sum() - 1) <= 5 * math.sqrt(2 / seeds)
 
 
@@ -227,14 +267,26 @@ def test_the_largest_value_of_a_block_is_not_clipped(values: str, most: float) -
     x = torch.linspace(-1, 1, 255) * most
     residual = x.clone()
     Codec(values).encode(residual, 0)
-    assert bool((residual.double().abs() <= 0.5 * largest_in_block(x.double(), values) / LEVELS[VALUES[values]] * 1.008).all())
+    assert bool(
+        (
+            residual.double().abs()
+            <= 0.5 * largest_in_block(x.double(), values) / LEVELS[VALUES[values]] * 1.008
+        ).all()
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "of_student3", "of_normal", "bits_before"),
-    [("int4", 0.025, 0.01, 4.125), ("int8", 5e-4, 6e-5, 8.125), ("sign", 0.60, 0.37, 1.125), ("bf16", 3e-6, 3e-6, 16)],
+    [
+        ("int4", 0.025, 0.01, 4.125),
+        ("int8", 5e-4, 6e-5, 8.125),
+        ("sign", 0.60, 0.37, 1.125),
+        ("bf16", 3e-6, 3e-6, 16),
+    ],
 )
-def test_energy_lost_and_bytes(name: str, of_student3: float, of_normal: float, bits_before: float) -> None:
+def test_energy_lost_and_bytes(
+    name: str, of_student3: float, of_normal: float, bits_before: float
+) -> None:
     """Before, when int4 was rounded by chance in blocks of 256, it lost 0.169 and 0.032."""
     codec, n = Codec(name), 1 << 19
     assert share_lost(codec, student3(n)) <= of_student3
@@ -269,14 +321,18 @@ def test_size_is_known_beforehand_and_not_above_its_formula(n: int, codec: Codec
     k = codec.elements(n)
     plan = layout(VALUES[codec.values], n, k)
     position_bits = 8 * (plan.scales.start - plan.high.start)
-    alternatives = [n, *(k * low + k + max(n - 1, 0) // 2**low for low in range(32))] if k < n else [0]
+    alternatives = (
+        [n, *(k * low + k + max(n - 1, 0) // 2**low for low in range(32))] if k < n else [0]
+    )
     assert position_bits <= min(alternatives) + 2 * 63
     assert plan.nbytes == codec.nbytes(n) and plan.nbytes % 8 == 0
     if 0 < k < n:
         assert position_bits <= k * (math.log2(math.e * n / k) + 0.56) + 128
 
 
-@pytest.mark.parametrize(("name", "most"), [("sparse-bf16@1%", 3.2), ("sparse-int8@1%", 2.3), ("sparse-int4@10%", 1.23)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("sparse-bf16@1%", 3.2), ("sparse-int8@1%", 2.3), ("sparse-int4@10%", 1.23)]
+)
 def test_bytes_per_element_sent(name: str, most: float) -> None:
     codec = Codec.parse(name)
     assert codec.nbytes(RESNET18) <= most * codec.elements(RESNET18)
@@ -295,17 +351,23 @@ def test_names() -> None:
     assert Codec("int4", stochastic=True).name == "int4" and not Codec.parse("int4").stochastic
 
 
-@pytest.mark.parametrize("name", ["", "int9", "sparse-int8", "int8@1%", "sparse-int8@0%", "sparse-int8@x%", "sparse-int8@200%"])
+@pytest.mark.parametrize(
+    "name",
+    ["", "int9", "sparse-int8", "int8@1%", "sparse-int8@0%", "sparse-int8@x%", "sparse-int8@200%"],
+)
 def test_an_unknown_name_gets_the_choices(name: str) -> None:
     with pytest.raises(
-        ValueError, match=r"^unknown codec .*fp32, bf16, int8, int4, sign and, such as sparse-bf16@1%"
+        ValueError,
+        match=r"^unknown codec .*fp32, bf16, int8, int4, sign and, such as sparse-bf16@1%",
     ) as caught:
         Codec.parse(name)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "x", [torch.zeros(3, dtype=torch.float64), torch.zeros(2, 2), torch.zeros(8)[::2]], ids=["float64", "matrix", "strided"]
+    "x",
+    [torch.zeros(3, dtype=torch.float64), torch.zeros(2, 2), torch.zeros(8)[::2]],
+    ids=["float64", "matrix", "strided"],
 )
 def test_only_flat_float32(x: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="only contiguous float32"):
@@ -315,7 +377,8 @@ def test_only_flat_float32(x: torch.Tensor) -> None:
 
 
 def decode_between_guards(buffer: torch.Tensor, n: int) -> str:
-    """What is wrong with a buffer, or "" if it was decoded; checks that nothing else was written."""
+    """What is wrong with a buffer, or "" if it was decoded; checks that nothing else was
+    written."""
     guard = 64
     field = torch.full((n + 2 * guard,), 1.5)
     out = field[guard : guard + n]
@@ -343,13 +406,15 @@ def test_damaged_buffers_do_no_harm(name: str, codec: Codec, n: int, data: st.Da
             flipped = buffer.clone()
             flipped[bit // 8] ^= 1 << bit % 8
             problem = decode_between_guards(flipped, n)
-            if bit // 8 < HEADER_BYTES and bit // 8 != 5:  # another format may by chance have the same size
+            # another format may by chance have the same size
+            if bit // 8 < HEADER_BYTES and bit // 8 != 5:
                 assert problem
             elif plan.high.start <= bit // 8 < plan.high.stop:
                 assert problem, "one position too many or too few"
         middle = slice(HEADER_BYTES, len(buffer))
         buffer[middle] = torch.frombuffer(
-            bytearray(data.draw(st.randoms(use_true_random=False)).randbytes(len(buffer))), dtype=torch.uint8
+            bytearray(data.draw(st.randoms(use_true_random=False)).randbytes(len(buffer))),
+            dtype=torch.uint8,
         )[middle]
         decode_between_guards(buffer, n)
 

@@ -1,4 +1,5 @@
-"""Kernels are compiled once on a machine, by one process, and kept; what was kept badly is not believed."""
+"""Kernels are compiled once on a machine, by one process, and kept; what was kept badly is not
+believed."""
 
 import fcntl
 import multiprocessing
@@ -44,7 +45,9 @@ def test_they_are_compiled_once_and_kept(compiled: list[float], tmp_path: Path) 
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["name"]
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-3], lambda content: b"", lambda content: content + b"0"])
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-3], lambda content: b"", lambda content: content + b"0"]
+)
 def test_half_a_file_is_made_anew(compiled: list[float], damage: Any, tmp_path: Path) -> None:
     kernels.kept([tmp_path], "name", None)
     (tmp_path / "name").write_bytes(damage((tmp_path / "name").read_bytes()))
@@ -52,7 +55,9 @@ def test_half_a_file_is_made_anew(compiled: list[float], damage: Any, tmp_path: 
     assert len(compiled) == 2
 
 
-def test_where_nothing_can_be_written_they_are_kept_elsewhere_or_not_at_all(compiled: list[float], tmp_path: Path) -> None:
+def test_where_nothing_can_be_written_they_are_kept_elsewhere_or_not_at_all(
+    compiled: list[float], tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     closed = tmp_path / "file" / "cache"
     assert kernels.kept([closed], "name", None) == kernels.kept([closed], "name", None) == MADE
@@ -90,7 +95,9 @@ def test_for_one_that_has_been_stopped_nobody_waits_for_ever(
         os.close(stopped)
 
 
-def test_one_that_was_forked_off_meanwhile_keeps_no_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_one_that_was_forked_off_meanwhile_keeps_no_lock(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """It has open what its parent had."""
     really, inherited = os.open, list[int]()
 
@@ -112,7 +119,11 @@ def test_one_that_was_forked_off_meanwhile_keeps_no_lock(monkeypatch: pytest.Mon
 def test_arrays_of_another_kind_are_refused() -> None:
     """Their address would be all that a kernel looks at."""
     x, positions = np.zeros(8, np.float32), np.arange(4, dtype=np.uint32)
-    for values in (np.zeros(4, np.float64), np.zeros(8, np.float32)[::2], np.zeros((2, 2), np.float32)):
+    for values in (
+        np.zeros(4, np.float64),
+        np.zeros(8, np.float32)[::2],
+        np.zeros((2, 2), np.float32),
+    ):
         with pytest.raises(TypeError, match="not contiguous float32 of 1 dimensions"):
             kernels.scatter(x, positions, values)
 

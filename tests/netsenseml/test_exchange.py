@@ -1,4 +1,5 @@
-"""The order of collectives, the compressed collective by itself, and the costs of plans against what is really sent."""
+"""The order of collectives, the compressed collective by itself, and the costs of plans against
+what is really sent."""
 
 import hashlib
 import itertools
@@ -74,7 +75,8 @@ def residual_of(mesh: Mesh, key: str, elements: int) -> torch.Tensor:
 
 
 def test_every_stage_is_passed_in_the_order_of_the_tensors_whichever_completes_first() -> None:
-    """Collectives complete in a random order; what is launched in each stage must not depend on it."""
+    """Collectives complete in a random order; what is launched in each stage must not depend on
+    it."""
     launched: list[list[int]] = [[], [], []]
 
     def exchange(tensor: int) -> Exchange:
@@ -112,7 +114,8 @@ def test_after_a_failure_nothing_goes_on_and_nobody_waits(where: str) -> None:
     broken, whole = scheduler.submit(exchange(True)), scheduler.submit(exchange(False))
     later = scheduler.submit(exchange(False))
     for work in (broken, whole, later, scheduler.submit(exchange(False))):
-        with pytest.raises(Exception, match="broken"):  # what follows would not match the collectives of other ranks
+        # what follows would not match the collectives of other ranks
+        with pytest.raises(Exception, match="broken"):
             work.wait()
     scheduler.close()
 
@@ -136,7 +139,9 @@ def test_closing_waits_for_what_was_submitted_and_may_be_repeated() -> None:
 
 
 @given(st.integers(0, 10**8), st.integers(1, 64))
-def test_chunks_cover_the_tensor_and_all_but_the_last_end_with_a_block(elements: int, ranks: int) -> None:
+def test_chunks_cover_the_tensor_and_all_but_the_last_end_with_a_block(
+    elements: int, ranks: int
+) -> None:
     sizes = chunk_sizes(elements, ranks)
     assert len(sizes) == ranks and sum(sizes) == elements
     assert sizes == sorted(sizes, reverse=True)
@@ -163,7 +168,9 @@ def every_plan_in_turn(rank: int, ranks: int) -> list[str]:
             sent_in_all += mean
             found.append(digest(mean))
         expected = mean_over_ranks(given_in_all - residual_of(mesh, key, elements))
-        torch.testing.assert_close(sent_in_all, expected, rtol=1e-4, atol=1e-4, msg=f"{key}, {elements} elements")
+        torch.testing.assert_close(
+            sent_in_all, expected, rtol=1e-4, atol=1e-4, msg=f"{key}, {elements} elements"
+        )
         mesh.memory.forget(key)
     mesh.close()
     return found
@@ -176,16 +183,25 @@ def test_what_is_sent_and_what_is_kept_are_what_was_given_by_every_plan(ranks: i
 
 
 def plans_drawn_per_key(rank: int, ranks: int, seed: int) -> list[str]:
-    """Many keys under way at once, each round by another plan; all is drawn from a seed that the ranks share."""
+    """Many keys under way at once, each round by another plan; all is drawn from a seed that the
+    ranks share."""
     mesh = mesh_of_all([0, 0, 1, 1] if ranks == 4 else None)
     plans = [*OTHERS, *FLAT, *(HOSTS if ranks == 4 else [])]
-    plans = [plan for plan in plans if not isinstance(plan, WideAllGather)]  # the next one must wait for it
+    # the next one must wait for it
+    plans = [plan for plan in plans if not isinstance(plan, WideAllGather)]
     draw = random.Random(seed)
     found = []
     for case in range(8):
-        keys = {f"{case}-{i}": draw.choice([*SIZES[:-1], draw.randrange(30_000)]) for i in range(draw.randint(1, 8))}
-        given_in_all = {key: torch.zeros(elements, dtype=torch.float64) for key, elements in keys.items()}
-        sent_in_all = {key: torch.zeros(elements, dtype=torch.float64) for key, elements in keys.items()}
+        keys = {
+            f"{case}-{i}": draw.choice([*SIZES[:-1], draw.randrange(30_000)])
+            for i in range(draw.randint(1, 8))
+        }
+        given_in_all = {
+            key: torch.zeros(elements, dtype=torch.float64) for key, elements in keys.items()
+        }
+        sent_in_all = {
+            key: torch.zeros(elements, dtype=torch.float64) for key, elements in keys.items()
+        }
         for step in range(draw.randint(1, 5)):
             order = draw.sample(sorted(keys), len(keys))
             chosen = [draw.choice(plans) for _ in order]
@@ -195,14 +211,19 @@ def plans_drawn_per_key(rank: int, ranks: int, seed: int) -> list[str]:
                 scale = 10.0 ** draw.randint(-3, 3)
                 tensors.append(scale * torch.randn(keys[key], generator=own))
                 given_in_all[key] += tensors[-1]
-            works = [all_reduce_mean(t, key, plan, mesh) for t, key, plan in zip(tensors, order, chosen, strict=True)]
+            works = [
+                all_reduce_mean(t, key, plan, mesh)
+                for t, key, plan in zip(tensors, order, chosen, strict=True)
+            ]
             for key, work in zip(order, works, strict=True):
                 sent_in_all[key] += work.wait()
                 found.append(digest(work.wait()))
         for key, elements in keys.items():
             expected = mean_over_ranks(given_in_all[key] - residual_of(mesh, key, elements))
             scale = float(expected.abs().max()) if elements else 0.0
-            torch.testing.assert_close(sent_in_all[key], expected, rtol=1e-4, atol=1e-4 * max(scale, 1e3))
+            torch.testing.assert_close(
+                sent_in_all[key], expected, rtol=1e-4, atol=1e-4 * max(scale, 1e3)
+            )
     mesh.close()
     return found
 
@@ -231,11 +252,14 @@ def bytes_by_plan(rank: int) -> list[tuple[int, float]]:
 
 
 def test_costs_say_what_is_sent() -> None:
-    """On average over the ranks that exchange: of an all-reduce in chunks, the last rank may have nothing to reduce."""
+    """On average over the ranks that exchange: of an all-reduce in chunks, the last rank may have
+    nothing to reduce."""
     ranks = run_group(bytes_by_plan, 4)
     for number, (elements, plan) in enumerate(itertools.product(SENT, PLANS)):
         sent = [rank[number][0] for rank in ranks]
-        assert sum(sent) / len(sent) == pytest.approx(plan.cost(elements, Topology(4, 2)).sent_bytes, abs=2), plan.name
+        assert sum(sent) / len(sent) == pytest.approx(
+            plan.cost(elements, Topology(4, 2)).sent_bytes, abs=2
+        ), plan.name
         assert all(rank[number][1] > 0 for rank in ranks), plan.name
 
 
@@ -254,11 +278,15 @@ def direct_means(rank: int, elements: int) -> list[tuple[list[float], list[float
 
 
 def test_the_chunk_that_a_rank_reduces_has_its_own_part_exactly() -> None:
-    """Its own part of the mean crosses no network, so that only the coding of the mean may change it."""
+    """Its own part of the mean crosses no network, so that only the coding of the mean may change
+    it."""
     elements, ranks = 2000, 3
     found = run_group(direct_means, ranks, elements)
     sizes = chunk_sizes(elements, ranks)
-    tensors = [torch.randn(elements, generator=torch.Generator().manual_seed(rank)).split(sizes) for rank in range(ranks)]
+    tensors = [
+        torch.randn(elements, generator=torch.Generator().manual_seed(rank)).split(sizes)
+        for rank in range(ranks)
+    ]
     for number, codec in enumerate(map(Codec, ROUNDED)):
         for chunk, size in enumerate(sizes):
             mean = torch.zeros(size)
@@ -268,9 +296,12 @@ def test_the_chunk_that_a_rank_reduces_has_its_own_part_exactly() -> None:
                 else:
                     add_decoded(codec.encode(tensors[rank][chunk].clone(), 0), mean, 1 / ranks)
             expected = add_decoded(codec.encode(mean, 0), torch.zeros(size))
-            result, kept = (torch.tensor(found[chunk][number][i]).split(sizes)[chunk] for i in (0, 1))
+            result, kept = (
+                torch.tensor(found[chunk][number][i]).split(sizes)[chunk] for i in (0, 1)
+            )
             assert torch.equal(result, expected), codec.name
-            torch.testing.assert_close(kept, ranks * mean)  # of the coding of the mean, and of nothing else
+            # of the coding of the mean, and of nothing else
+            torch.testing.assert_close(kept, ranks * mean)
 
 
 def kept_without_feedback(rank: int) -> bool:
@@ -290,10 +321,16 @@ def test_names_are_read_back(plan: Plan) -> None:
 
 
 @given(st.floats(1e-4, 1.0), st.integers(1, 5000), st.integers(0, 2**40))
-def test_random_elements_are_distinct_and_the_same_on_all_ranks(density: float, elements: int, seed: int) -> None:
+def test_random_elements_are_distinct_and_the_same_on_all_ranks(
+    density: float, elements: int, seed: int
+) -> None:
     chosen = [RandomK(density).chosen(elements, seed) for _ in range(2)]
     assert torch.equal(*chosen)
-    assert bool((chosen[0].diff() > 0).all()) and int(chosen[0][0]) >= 0 and int(chosen[0][-1]) < elements
+    assert (
+        bool((chosen[0].diff() > 0).all())
+        and int(chosen[0][0]) >= 0
+        and int(chosen[0][-1]) < elements
+    )
 
 
 def test_a_backward_that_broke_off_is_not_part_of_the_next() -> None:
@@ -310,8 +347,11 @@ def test_a_backward_that_broke_off_is_not_part_of_the_next() -> None:
     assert 0.03 <= spent.encode_s < 0.05
 
 
-def test_time_under_way_counts_once_in_whatever_order_collectives_complete(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 1.0, 2.0, 4.0, 6.0])  # the step begins, one is launched, another, which completes first
+def test_time_under_way_counts_once_in_whatever_order_collectives_complete(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # the step begins, one is launched, another, which completes first
+    clock = iter([0.0, 1.0, 2.0, 4.0, 6.0])
     for module in (netsenseml.clock, netsenseml.statistics):
         monkeypatch.setattr(module, "monotonic_s", lambda: next(clock))
     statistics, completing = StepStatistics(2), [Future(), Future()]

@@ -1,4 +1,5 @@
-"""Error feedback: what was not sent is kept, moves along with its parameters, and is worth as much as before."""
+"""Error feedback: what was not sent is kept, moves along with its parameters, and is worth as much
+as before."""
 
 import math
 
@@ -24,7 +25,9 @@ def keep(feedback: ErrorFeedback, key: object, values: torch.Tensor) -> None:
     feedback.settle(key, feedback.compensate(key, values, dense=False))
 
 
-def send(feedback: ErrorFeedback, key: object, values: torch.Tensor, *, dense: bool = True) -> torch.Tensor:
+def send(
+    feedback: ErrorFeedback, key: object, values: torch.Tensor, *, dense: bool = True
+) -> torch.Tensor:
     """Let all be sent; returns it."""
     compensated = feedback.compensate(key, values, dense=dense)
     sent = compensated.tensor.clone()
@@ -35,7 +38,9 @@ def send(feedback: ErrorFeedback, key: object, values: torch.Tensor, *, dense: b
 
 @settings(max_examples=30)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.data())
-def test_residuals_follow_their_parameters_into_other_buckets(sizes: list[int], data: st.DataObject) -> None:
+def test_residuals_follow_their_parameters_into_other_buckets(
+    sizes: list[int], data: st.DataObject
+) -> None:
     parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
     feedback = ErrorFeedback((f"p{i}", parameter) for i, parameter in enumerate(parameters))
     for i, parameter in enumerate(parameters):
@@ -45,7 +50,9 @@ def test_residuals_follow_their_parameters_into_other_buckets(sizes: list[int], 
         cut = data.draw(st.integers(0, len(order)))
         for bucket in filter(None, (order[:cut], order[cut:])):
             key = tuple(parameters[i] for i in bucket)
-            compensated = feedback.compensate(key, torch.zeros(sum(sizes[i] for i in bucket)), dense=False)
+            compensated = feedback.compensate(
+                key, torch.zeros(sum(sizes[i] for i in bucket)), dense=False
+            )
             assert compensated.tensor.tolist() == [i + 1 for i in bucket for _ in range(sizes[i])]
             feedback.settle(key, compensated)
     feedback.rescale(2.0)
@@ -56,7 +63,9 @@ def test_residuals_follow_their_parameters_into_other_buckets(sizes: list[int], 
 
 @settings(max_examples=50)
 @given(
-    st.sampled_from([Codec("bf16"), Codec("int4"), Codec("sign"), Codec("int8", 0.1), Codec("fp32", 0.02)]),
+    st.sampled_from(
+        [Codec("bf16"), Codec("int4"), Codec("sign"), Codec("int8", 0.1), Codec("fp32", 0.02)]
+    ),
     st.integers(1, 2000),
     st.lists(st.tuples(st.booleans(), st.floats(1e-6, 1e6)), min_size=1, max_size=8),
     st.booleans(),
@@ -64,7 +73,8 @@ def test_residuals_follow_their_parameters_into_other_buckets(sizes: list[int], 
 def test_what_is_sent_and_what_is_kept_are_what_was_given(
     codec: Codec, elements: int, steps: list[tuple[bool, float]], holds_unused: bool
 ) -> None:
-    """Also where a residual is held back, and where half of the parameters are left out of a step."""
+    """Also where a residual is held back, and where half of the parameters are left out of a
+    step."""
     parameters = [torch.nn.Parameter(torch.zeros(elements)) for _ in range(2)]
     feedback, key = ErrorFeedback(zip("ab", parameters, strict=True)), tuple(parameters)
     feedback.holds_unused = holds_unused
@@ -83,7 +93,9 @@ def test_what_is_sent_and_what_is_kept_are_what_was_given(
         feedback.settle(key, compensated, sent.positions)
         given_in_all += gradient
     residual = torch.cat([feedback.state_dict()[name] for name in "ab"]).double()
-    torch.testing.assert_close(sent_in_all + residual, given_in_all, rtol=1e-5, atol=1e-5 * max(largest, 1e-30))
+    torch.testing.assert_close(
+        sent_in_all + residual, given_in_all, rtol=1e-5, atol=1e-5 * max(largest, 1e-30)
+    )
 
 
 def test_where_all_is_sent_a_large_residual_goes_little_by_little() -> None:
@@ -111,8 +123,19 @@ def test_what_is_kept_for_a_parameter_that_a_step_leaves_out_stays_there() -> No
     feedback.holds_unused = True
     keep(feedback, (a, b), torch.arange(10.0))
     gradient = torch.tensor([1.0] * 6 + [0.0] * 4)
-    assert send(feedback, (a, b), gradient, dense=False).tolist() == [*(torch.arange(6.0) + 1), 0, 0, 0, 0]
-    assert send(feedback, (a, b), torch.ones(10), dense=False).tolist() == [1.0] * 6 + [7.0, 8.0, 9.0, 10.0]
+    assert send(feedback, (a, b), gradient, dense=False).tolist() == [
+        *(torch.arange(6.0) + 1),
+        0,
+        0,
+        0,
+        0,
+    ]
+    assert send(feedback, (a, b), torch.ones(10), dense=False).tolist() == [1.0] * 6 + [
+        7.0,
+        8.0,
+        9.0,
+        10.0,
+    ]
 
 
 def test_a_residual_is_bounded_and_the_ratio_is_told() -> None:
@@ -121,7 +144,11 @@ def test_a_residual_is_bounded_and_the_ratio_is_told() -> None:
     for _ in range(50):
         compensated = feedback.compensate("key", torch.ones(1000), dense=False)
         ratios.append(feedback.settle("key", compensated))
-    assert ratios[:3] == pytest.approx([1, 2, 3]) and ratios[-1] == pytest.approx(30) and max(ratios) <= 30
+    assert (
+        ratios[:3] == pytest.approx([1, 2, 3])
+        and ratios[-1] == pytest.approx(30)
+        and max(ratios) <= 30
+    )
     torch.testing.assert_close(feedback.state_dict()["key"], torch.full((1000,), 30.0))
 
 
@@ -163,7 +190,9 @@ def test_what_an_undone_step_sent_of_the_residual_is_kept_again() -> None:
             feedback.forget("key")
         feedback.restore()
         after = feedback.state_dict()
-        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        assert before.keys() == after.keys() and all(
+            torch.equal(before[name], after[name]) for name in before
+        )
         feedback.restore()  # there is nothing more to be undone
         assert torch.equal(feedback.state_dict()["key"], after["key"])
 
@@ -186,19 +215,34 @@ def test_feedback_survives_a_checkpoint() -> None:
     send(old, (a, b), torch.zeros(10), dense=False)  # a checkpoint is a copy
     new.load_state_dict(state)
     new.rescale(3.0)  # before anything of it was asked for
-    assert send(new, (b, a), torch.zeros(10), dense=False).tolist() == [18, 21, 24, 27, 0, 3, 6, 9, 12, 15]
+    assert send(new, (b, a), torch.zeros(10), dense=False).tolist() == [
+        18,
+        21,
+        24,
+        27,
+        0,
+        3,
+        6,
+        9,
+        12,
+        15,
+    ]
 
 
 def test_a_checkpoint_of_another_model_is_refused_in_one_line() -> None:
     feedback = ErrorFeedback(small_model())
-    for state, said in (({"c": torch.zeros(1)}, "'c'"), ({"a": torch.zeros(5)}, "5 elements, not 6")):
+    for state, said in (
+        ({"c": torch.zeros(1)}, "'c'"),
+        ({"a": torch.zeros(5)}, "5 elements, not 6"),
+    ):
         with pytest.raises(ValueError, match=said) as error:
             feedback.load_state_dict(state)
         assert "\n" not in str(error.value)
 
 
 def test_momentum_is_corrected_and_masked_as_in_the_paper() -> None:
-    """Against Algorithm 1 of deep gradient compression, element by element, with buckets rebuilt after the first step."""
+    """Against Algorithm 1 of deep gradient compression, element by element, with buckets rebuilt
+    after the first step."""
     (_, a), (_, b) = named = small_model()
     feedback = ErrorFeedback(named, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
@@ -208,7 +252,8 @@ def test_momentum_is_corrected_and_masked_as_in_the_paper() -> None:
         gradient = torch.randn(10, generator=generator)
         velocity = 0.9 * velocity + gradient
         waiting = waiting + velocity
-        order = torch.arange(10) if step == 0 else torch.arange(10).roll(-6)  # b first, from the second step on
+        # b first, from the second step on
+        order = torch.arange(10) if step == 0 else torch.arange(10).roll(-6)
         key = (a, b) if step == 0 else (b, a)
         compensated = feedback.compensate(key, gradient[order], dense=False)
         torch.testing.assert_close(compensated.tensor, waiting[order])
@@ -228,7 +273,11 @@ def test_without_compression_momentum_is_plain_momentum() -> None:
 
 def test_velocities_survive_a_checkpoint() -> None:
     (_, a), (_, b) = named = small_model()
-    old, new, plain = ErrorFeedback(named, momentum=0.5), ErrorFeedback(named, momentum=0.5), ErrorFeedback(named)
+    old, new, plain = (
+        ErrorFeedback(named, momentum=0.5),
+        ErrorFeedback(named, momentum=0.5),
+        ErrorFeedback(named),
+    )
     keep(old, (a, b), torch.arange(10.0))
     old.rescale(2.0)
     state = old.state_dict()
@@ -242,13 +291,18 @@ def test_velocities_survive_a_checkpoint() -> None:
     new.load_state_dict(plain.state_dict())
 
 
-@pytest.mark.parametrize(("codec", "tolerance"), [(Codec("bf16", 0.1), 0.03), (Codec("int4"), 0.05), (Codec("sign"), 0.02)])
+@pytest.mark.parametrize(
+    ("codec", "tolerance"),
+    [(Codec("bf16", 0.1), 0.03), (Codec("int4"), 0.05), (Codec("sign"), 0.02)],
+)
 def test_the_energy_lost_is_estimated_from_a_sample(codec: Codec, tolerance: float) -> None:
     given_in = torch.randn(500_000, generator=torch.Generator().manual_seed(0))
     whole, before = given_in.square().sum(), sample(given_in)
     assert norm(given_in) == pytest.approx(math.sqrt(whole), rel=tolerance)
     codec.encode(given_in, 0)
-    assert energy_lost(before, given_in) == pytest.approx(float(given_in.square().sum() / whole), rel=tolerance)
+    assert energy_lost(before, given_in) == pytest.approx(
+        float(given_in.square().sum() / whole), rel=tolerance
+    )
 
 
 def test_of_no_energy_none_is_lost() -> None:
@@ -270,4 +324,6 @@ def test_the_learning_rate_does_not_touch_velocities() -> None:
     before = feedback.state_dict()
     feedback.rescale(10.0, velocity=False)
     after = feedback.state_dict()
-    assert torch.equal(after["key"], 10 * before["key"]) and torch.equal(after["key:velocity"], before["key:velocity"])
+    assert torch.equal(after["key"], 10 * before["key"]) and torch.equal(
+        after["key:velocity"], before["key:velocity"]
+    )

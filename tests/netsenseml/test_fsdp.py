@@ -42,19 +42,26 @@ def two_by_two() -> DeviceMesh:
 def sharded(mesh: DeviceMesh | None, **options: Any) -> nn.Sequential:
     """In two units, one of them of two modules, with shards of unequal size."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 31), nn.ReLU(), nn.Linear(31, 31), nn.ReLU(), nn.Linear(31, 5))
+    model = nn.Sequential(
+        nn.Linear(20, 31), nn.ReLU(), nn.Linear(31, 31), nn.ReLU(), nn.Linear(31, 5)
+    )
     fully_shard([model[0], model[2]], mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
     return model
 
 
 def whole(model: nn.Module) -> torch.Tensor:
-    return torch.cat([parameter.full_tensor().detach().reshape(-1) for parameter in model.parameters()])
+    return torch.cat(
+        [parameter.full_tensor().detach().reshape(-1) for parameter in model.parameters()]
+    )
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """Of this rank's shards."""
-    return {name: parameter.grad.to_local().reshape(-1).clone() for name, parameter in model.named_parameters()}
+    return {
+        name: parameter.grad.to_local().reshape(-1).clone()
+        for name, parameter in model.named_parameters()
+    }
 
 
 def backward(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -88,7 +95,8 @@ STEPS = 15
 
 
 def train_all(rank: int) -> tuple[list[tuple[torch.Tensor, float]], dict[str, Any], str]:
-    """Parameters and loss of every method; the last record of one, and what the testbed takes its replicas for."""
+    """Parameters and loss of every method; the last record of one, and what the testbed takes its
+    replicas for."""
     mesh, found = two_by_two(), []
     for method, options in TRAINED:
         model = sharded(mesh)
@@ -120,7 +128,9 @@ def test_replicas_are_equal_and_end_where_those_of_fsdp_do(told: list[Told]) -> 
     for rank, (_, row, _) in enumerate(ranks):
         assert row["rank"] == rank and row["step"] == STEPS - 1 and row["samples"] == 8
         assert row["scheme"] == "int4" and 0 < row["payload_bytes"] < 0.25 * row["dense_bytes"]
-        assert 0 < row["comm_s"] < row["step_s"] and row["compute_s"] + row["comm_s"] == pytest.approx(row["step_s"])
+        assert 0 < row["comm_s"] < row["step_s"] and row["compute_s"] + row[
+            "comm_s"
+        ] == pytest.approx(row["step_s"])
         assert 0 < row["lost_energy"] < 0.1
 
 
@@ -136,9 +146,15 @@ def exchange_in_every_way(rank: int) -> None:
 
 
 def lose_nothing(
-    rank: int, mesh: DeviceMesh, accumulate: str | None, policy: MixedPrecisionPolicy, method: str, options: dict[str, Any]
+    rank: int,
+    mesh: DeviceMesh,
+    accumulate: str | None,
+    policy: MixedPrecisionPolicy,
+    method: str,
+    options: dict[str, Any],
 ) -> None:
-    """Sum of what arrives = mean over the replicas of (sum of what each has of this shard - what it keeps)."""
+    """Sum of what arrives = mean over the replicas of (sum of what each has of this shard - what it
+    keeps)."""
     model, alone = sharded(mesh, mp_policy=policy), sharded(mesh["shard"], mp_policy=policy)
     session = attach(model, method, **options)
     received: dict[str, torch.Tensor] = {}
@@ -161,7 +177,13 @@ def lose_nothing(
     for name, total in own.items():
         expected = total - kept[name][: total.numel()]
         dist.all_reduce(expected, group=mesh.get_group("replicate"))
-        torch.testing.assert_close(received[name], expected / 2, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            received[name],
+            expected / 2,
+            rtol=1e-4,
+            atol=1e-5,
+            msg=lambda text, n=name: f"{n}: {text}",
+        )
 
 
 def resume(rank: int, directory: str) -> bool:
@@ -169,7 +191,9 @@ def resume(rank: int, directory: str) -> bool:
     mesh = two_by_two()
     data = list(batches(rank, 6))
 
-    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, session: Any, some: list[Any]) -> None:
+    def steps(
+        model: nn.Module, optimizer: torch.optim.Optimizer, session: Any, some: list[Any]
+    ) -> None:
         for batch in some:
             optimizer.zero_grad()
             backward(model, batch)
@@ -186,10 +210,14 @@ def resume(rank: int, directory: str) -> bool:
     model, optimizer, session = make()
     steps(model, optimizer, session, data[:3])
     parts = get_state_dict(model, optimizer)
-    dcp.save({"model": parts[0], "optimizer": parts[1], "session": session}, checkpoint_id=directory)
+    dcp.save(
+        {"model": parts[0], "optimizer": parts[1], "session": session}, checkpoint_id=directory
+    )
     model, optimizer, session = make()
     parts = get_state_dict(model, optimizer)
-    dcp.load({"model": parts[0], "optimizer": parts[1], "session": session}, checkpoint_id=directory)
+    dcp.load(
+        {"model": parts[0], "optimizer": parts[1], "session": session}, checkpoint_id=directory
+    )
     set_state_dict(model, optimizer, model_state_dict=parts[0], optim_state_dict=parts[1])
     steps(model, optimizer, session, data[3:])
     with pytest.raises(ValueError, match="has no state of rank"):
@@ -243,17 +271,25 @@ class Partly(nn.Module):
         return self.used(x)
 
 
-def test_what_cannot_be_is_refused_in_one_line_and_a_closed_session_leaves_fsdp_as_it_was(told: list[Told]) -> None:
+def test_what_cannot_be_is_refused_in_one_line_and_a_closed_session_leaves_fsdp_as_it_was(
+    told: list[Told],
+) -> None:
     first, *others = [rank.said for rank in told]
     assert all(other == first for other in others)
     *lines, _ = first
     for line, said in zip(
         lines,
         (
-            "no replicas to exchange gradients between; call fully_shard with a mesh of two dimensions",
+            (
+                "no replicas to exchange gradients between; call fully_shard with a mesh of two"
+                " dimensions"
+            ),
             "'powersgd' needs the buckets of DistributedDataParallel",
             "has an all-reduce hook already; close its session first",
-            "attach takes a DistributedDataParallel or a model that fully_shard has made, not Linear",
+            (
+                "attach takes a DistributedDataParallel or a model that fully_shard has made, not"
+                " Linear"
+            ),
             "choose from topk",
             "set_reduce_scatter_unused_params(True)",
         ),

@@ -1,4 +1,5 @@
-"""Who imports what: the library knows nothing of the testbed, needs few others, and what is light stays so."""
+"""Who imports what: the library knows nothing of the testbed, needs few others, and what is light
+stays so."""
 
 import ast
 import importlib.util
@@ -29,7 +30,8 @@ def imports(path: Path) -> Iterator[str]:
 def test_it_imports_nothing_but_the_standard_library_and_what_it_declares() -> None:
     allowed = {*sys.stdlib_module_names, *NEEDED, "netsenseml"}
     found = {(str(path), name) for path in PACKAGE.rglob("*.py") for name in imports(path)}
-    kernels = str(PACKAGE / "compress" / "device_kernels.py")  # loaded only where torch has brought Triton along
+    # loaded only where torch has brought Triton along
+    kernels = str(PACKAGE / "compress" / "device_kernels.py")
     found -= {(kernels, "triton"), (kernels, "triton.language")}
     assert {(path, name) for path, name in found if name.partition(".")[0] not in allowed} == set()
 
@@ -37,7 +39,10 @@ def test_it_imports_nothing_but_the_standard_library_and_what_it_declares() -> N
 def loaded_by(code: str) -> set[str]:
     """Packages that are loaded after ``code`` in a fresh interpreter."""
     told = subprocess.run(
-        [sys.executable, "-c", f"{code}\nimport sys\nprint(*sorted(sys.modules))"], check=True, capture_output=True, text=True
+        [sys.executable, "-c", f"{code}\nimport sys\nprint(*sorted(sys.modules))"],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     return {name.partition(".")[0] for name in told.stdout.split()}
 
@@ -62,15 +67,19 @@ def test_the_library_works_without_the_testbed() -> None:
     modules = sorted(
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for path in PACKAGE.rglob("*.py")
-        if path.stem != "__init__" and (path.stem != "device_kernels" or importlib.util.find_spec("triton"))
+        if path.stem != "__init__"
+        and (path.stem != "device_kernels" or importlib.util.find_spec("triton"))
     )
     loaded = loaded_by("\n".join(f"import {module}" for module in modules))
     assert "torch" in loaded and not {"testbed", "sklearn", "pydantic"} & loaded
 
 
 @pytest.mark.parametrize("method", ["topk", "qsgd", "netsense"])
-def test_kernels_are_loaded_when_a_method_is_attached_and_not_in_its_first_step(method: str) -> None:
-    """They took the first step of every method but netsense a second and a half, and so its time to a target.
+def test_kernels_are_loaded_when_a_method_is_attached_and_not_in_its_first_step(
+    method: str,
+) -> None:
+    """They took the first step of every method but netsense a second and a half, and so its time to
+    a target.
 
     Numba takes most of a second, and is there to compile them only.
     """

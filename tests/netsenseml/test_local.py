@@ -59,19 +59,24 @@ def train_by_averages(rank: int) -> list[list[float]]:
             optimizer.step()
             session.step()
         session.close()
-        found.append(torch.cat([parameter.detach().reshape(-1) for parameter in ddp.parameters()]).tolist())
+        found.append(
+            torch.cat([parameter.detach().reshape(-1) for parameter in ddp.parameters()]).tolist()
+        )
     return found
 
 
 def test_with_one_inner_step_local_updates_are_the_averaging_of_gradients() -> None:
     for plain, local, diloco, fragments in run_group(train_by_averages, 3):
-        assert local == pytest.approx(plain, rel=1e-5, abs=1e-6)  # mean of parameters, or of gradients: rounded elsewhere
+        # mean of parameters, or of gradients: rounded elsewhere
+        assert local == pytest.approx(plain, rel=1e-5, abs=1e-6)
         assert diloco == local
-        assert fragments == pytest.approx(local, rel=1e-5, abs=1e-7)  # a ring adds up its chunks in an order of their own
+        # a ring adds up its chunks in an order of their own
+        assert fragments == pytest.approx(local, rel=1e-5, abs=1e-7)
 
 
 def follow_the_outer_optimizer(rank: int) -> tuple[list[float], list[float]]:
-    """Of one rank alone, whose pseudo-gradient is known: DiLoCo, and torch's own optimizer on the same."""
+    """Of one rank alone, whose pseudo-gradient is known: DiLoCo, and torch's own optimizer on the
+    same."""
     ddp = make_ddp()
     session = attach(ddp, "diloco", inner_steps=3)
     optimizer = make_optimizer("adamw", ddp)
@@ -86,7 +91,10 @@ def follow_the_outer_optimizer(rank: int) -> tuple[list[float], list[float]]:
             reference.step()
         session.step()
     session.close()
-    return [torch.cat([p.detach().reshape(-1) for p in some]).tolist() for some in (ddp.parameters(), outer)]
+    return [
+        torch.cat([p.detach().reshape(-1) for p in some]).tolist()
+        for some in (ddp.parameters(), outer)
+    ]
 
 
 def test_the_outer_optimizer_is_that_of_torch_with_the_papers_defaults() -> None:
@@ -99,7 +107,8 @@ def test_the_outer_optimizer_is_that_of_torch_with_the_papers_defaults() -> None
 
 
 def train_locally(rank: int) -> list[tuple[list[str], str, str, list[dict[str, Any]]]]:
-    """Of every method: hashes of the parameters after every step, of what is in common in the middle, of the end, and rows."""
+    """Of every method: hashes of the parameters after every step, of what is in common in the
+    middle, of the end, and rows."""
     found = []
     for method, options in LOCAL:
         for name in ("momentum", "adamw"):
@@ -123,38 +132,66 @@ def train_locally(rank: int) -> list[tuple[list[str], str, str, list[dict[str, A
     return found
 
 
-def test_replicas_are_equal_after_every_exchange_and_at_the_end_and_bytes_are_accounted_for() -> None:
+def test_replicas_are_equal_after_every_exchange_and_at_the_end_and_bytes_are_accounted_for() -> (
+    None
+):
     ranks = run_group(train_locally, 3)
     for number, (method, options) in enumerate(case for case in LOCAL for _ in range(2)):
         hashes, commons, ends, rows = zip(*(rank[number] for rank in ranks), strict=True)
         every = options["inner_steps"]
         exchanges = [] if "overlap" in options else list(range(every - 1, 13, every))
-        assert [step for step in range(13) if len({own[step] for own in hashes}) == 1] == exchanges, method
+        assert [
+            step for step in range(13) if len({own[step] for own in hashes}) == 1
+        ] == exchanges, method
         assert len(set(commons)) == len(set(ends)) == 1, method
         if exchanges:
-            assert commons[0] == hashes[0][exchanges[(10 // every) - 1]], "the newest that was exchanged"
+            assert commons[0] == hashes[0][exchanges[(10 // every) - 1]], (
+                "the newest that was exchanged"
+            )
         for *steps, last in rows:
             schemes = [row["scheme"] for row in steps]
             name = f"{method}/{options.get('values', '2bit' if method == 'sparseloco' else 'fp32')}"
             if exchanges:
                 assert schemes == [name if step in exchanges else "local" for step in range(13)]
             else:  # at 2, 4, 6 begin the exchanges of the fragments, and again 6 later
-                assert [step for step in range(13) if schemes[step] == f"{name}, 2 late"] == [3, 5, 7, 9, 11]
+                assert [step for step in range(13) if schemes[step] == f"{name}, 2 late"] == [
+                    3,
+                    5,
+                    7,
+                    9,
+                    11,
+                ]
             assert all((row["payload_bytes"] > 0) == (row["scheme"] != "local") for row in steps)
-            assert all(row["dense_bytes"] == round(all_reduce_bytes(4 * ELEMENTS, 3)) for row in steps)
-            assert all(row["ratio"] == 0 and row["lost_energy"] == 1 for row in steps if row["scheme"] == "local")
-            assert all(0 < row["comm_s"] <= row["step_s"] for row in steps if row["scheme"] != "local")
-            assert last["samples"] is None and last["step"] == 13 and last.keys() == STEP_COLUMNS.keys()
+            assert all(
+                row["dense_bytes"] == round(all_reduce_bytes(4 * ELEMENTS, 3)) for row in steps
+            )
+            assert all(
+                row["ratio"] == 0 and row["lost_energy"] == 1
+                for row in steps
+                if row["scheme"] == "local"
+            )
+            assert all(
+                0 < row["comm_s"] <= row["step_s"] for row in steps if row["scheme"] != "local"
+            )
+            assert (
+                last["samples"] is None
+                and last["step"] == 13
+                and last.keys() == STEP_COLUMNS.keys()
+            )
             assert last["payload_bytes"] > 0
             if method == "localsgd" and "values" not in options:
-                assert {row["payload_bytes"] for row in steps} == {0, round(all_reduce_bytes(4 * ELEMENTS, 3))}
+                assert {row["payload_bytes"] for row in steps} == {
+                    0,
+                    round(all_reduce_bytes(4 * ELEMENTS, 3)),
+                }
 
 
 # --- what a script may do
 
 
 def resume(rank: int, method: str, options: dict[str, Any]) -> list[bool]:
-    """Whether 12 steps are, bit by bit, 5 or 7 steps, a checkpoint whose model is that of rank 0 for all, and the others."""
+    """Whether 12 steps are, bit by bit, 5 or 7 steps, a checkpoint whose model is that of rank 0
+    for all, and the others."""
 
     def steps(data: list[Any]) -> None:
         for batch in data:
@@ -170,7 +207,9 @@ def resume(rank: int, method: str, options: dict[str, Any]) -> list[bool]:
             steps(data[:cut])
             kept, shared = io.BytesIO(), [None]
             with session.synchronized():
-                torch.save({"session": session.state_dict(), "optimizer": optimizer.state_dict()}, kept)
+                torch.save(
+                    {"session": session.state_dict(), "optimizer": optimizer.state_dict()}, kept
+                )
                 shared[0] = {name: value.clone() for name, value in ddp.module.state_dict().items()}
             session.close()
             dist.broadcast_object_list(shared)
@@ -216,7 +255,8 @@ def train_normed(rank: int) -> list[list[float]]:
 
 
 def leave_out_and_accumulate(rank: int) -> tuple[str, list[str]]:
-    """Rank 1 alone overflows in one of the steps, of two backwards each, the first of which are not synchronised at all."""
+    """Rank 1 alone overflows in one of the steps, of two backwards each, the first of which are not
+    synchronised at all."""
     ddp = make_ddp()
     optimizer, scaler = make_optimizer("momentum", ddp), torch.amp.GradScaler("cpu", init_scale=4.0)
     session = attach(ddp, "diloco", inner_steps=2, scaler=scaler)
@@ -225,7 +265,9 @@ def leave_out_and_accumulate(rank: int) -> tuple[str, list[str]]:
         optimizer.zero_grad()
         for last in (False, step > 0):
             with contextlib.nullcontext() if last else ddp.no_sync():
-                loss = nn.functional.cross_entropy(ddp(batch[0]), batch[1]) * (math.inf if (rank, step) == (1, 3) else 1.0)
+                loss = nn.functional.cross_entropy(ddp(batch[0]), batch[1]) * (
+                    math.inf if (rank, step) == (1, 3) else 1.0
+                )
                 scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -236,7 +278,8 @@ def leave_out_and_accumulate(rank: int) -> tuple[str, list[str]]:
 
 
 def train_on_nan(rank: int) -> tuple[list[bool], list[bool], bool]:
-    """Whether parameters are finite after each step, where rank 1 has a NaN in the second; and after they were set anew."""
+    """Whether parameters are finite after each step, where rank 1 has a NaN in the second; and
+    after they were set anew."""
     finite: list[list[bool]] = []
     for method, options in (("diloco", {"inner_steps": 3}), ("sparseloco", {"inner_steps": 3})):
         ddp = make_ddp()
@@ -245,7 +288,12 @@ def train_on_nan(rank: int) -> tuple[list[bool], list[bool], bool]:
         for step, batch in enumerate(batches(rank, 6)):
             if step == 3:
                 ddp.module.load_state_dict(make_ddp().module.state_dict())
-                session.load_state_dict({**session.state_dict(), "shared": [common.own() for common in session.method._all]})
+                session.load_state_dict(
+                    {
+                        **session.state_dict(),
+                        "shared": [common.own() for common in session.method._all],
+                    }
+                )
             loss = nn.functional.cross_entropy(ddp(batch[0]), batch[1])
             optimizer.zero_grad()
             (loss * (math.nan if (rank, step) == (1, 1) else 1.0)).backward()
@@ -260,7 +308,11 @@ def train_on_nan(rank: int) -> tuple[list[bool], list[bool], bool]:
 
 def step_without_session(rank: int) -> list[str]:
     found = []
-    for method, options in (("localsgd", {}), ("netsense", {"interval": 4}), ("diloco", {"inner_steps": 8, "fragments": 7})):
+    for method, options in (
+        ("localsgd", {}),
+        ("netsense", {"interval": 4}),
+        ("diloco", {"inner_steps": 8, "fragments": 7}),
+    ):
         ddp = make_ddp()
         try:
             session = attach(ddp, method, **options)
@@ -300,17 +352,23 @@ def test_resume_from_a_checkpoint_is_bit_identical(done: list[dict[str, Any]]) -
             assert same == [True, True], case
 
 
-def test_running_statistics_are_each_ranks_own_and_become_their_mean(done: list[dict[str, Any]]) -> None:
+def test_running_statistics_are_each_ranks_own_and_become_their_mean(
+    done: list[dict[str, Any]],
+) -> None:
     (first, mean, mask), (second, mean_too, mask_too) = (rank["normed"] for rank in done)
     assert first != second
-    assert mean == mean_too == pytest.approx([(a + b) / 2 for a, b in zip(first, second, strict=True)])
+    assert (
+        mean == mean_too == pytest.approx([(a + b) / 2 for a, b in zip(first, second, strict=True)])
+    )
     assert mask == mask_too == pytest.approx([0.0, -math.inf, 0.3])
 
 
 def test_steps_may_be_left_out_and_gradients_accumulated(done: list[dict[str, Any]]) -> None:
     (digest, schemes), (digest_too, schemes_too) = (rank["accumulate"] for rank in done)
     assert digest == digest_too
-    assert [scheme for scheme in schemes if "/" in scheme] == ["diloco/fp32"] * 3 and schemes[1:] == schemes_too[1:]
+    assert [scheme for scheme in schemes if "/" in scheme] == ["diloco/fp32"] * 3 and schemes[
+        1:
+    ] == schemes_too[1:]
 
 
 def test_a_nan_reaches_all_ranks_and_is_forgotten(done: list[dict[str, Any]]) -> None:
@@ -323,7 +381,10 @@ def test_what_cannot_work_is_refused_in_one_line(done: list[dict[str, Any]]) -> 
     for *several, fragments in (rank["refused"] for rank in done):
         assert len(several) == 2
         for unfinished in several:
-            assert "call it after every optimizer.step()" in unfinished and "\n" not in unfinished.strip()
+            assert (
+                "call it after every optimizer.step()" in unfinished
+                and "\n" not in unfinished.strip()
+            )
         assert "fragments must be at most 6" in fragments and "\n" not in fragments
 
 
@@ -375,10 +436,18 @@ def test_elements_may_be_chosen_and_are_found_again(data: st.DataObject) -> None
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 900), min_size=1, max_size=4), st.sampled_from([0.01, 0.1, 1.0]), st.integers(1, 300))
-def test_two_bits_send_the_largest_of_every_chunk_and_keep_the_rest(sizes: list[int], ratio: float, chunk: int) -> None:
+@given(
+    st.lists(st.integers(1, 900), min_size=1, max_size=4),
+    st.sampled_from([0.01, 0.1, 1.0]),
+    st.integers(1, 300),
+)
+def test_two_bits_send_the_largest_of_every_chunk_and_keep_the_rest(
+    sizes: list[int], ratio: float, chunk: int
+) -> None:
     plan = TwoBits(tuple(sizes), ratio, chunk)
-    x = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(chunk)) * (torch.arange(sum(sizes)) % 3 > 0)
+    x = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(chunk)) * (
+        torch.arange(sum(sizes)) % 3 > 0
+    )
     kept = x.clone()
     slot = plan.encode(kept)
     assert len(slot) == plan.nbytes
@@ -392,7 +461,9 @@ def test_two_bits_send_the_largest_of_every_chunk_and_keep_the_rest(sizes: list[
             own = slice(part, min(part + chunk, begin + size))
             k = max(1, math.ceil(ratio * (own.stop - own.start) - 1e-9))
             smallest = x[own].abs().sort(descending=True).values[k - 1]
-            assert ((sent[own] != 0) & (x[own].abs() < smallest)).sum() == 0, "only the largest of a chunk"
+            assert ((sent[own] != 0) & (x[own].abs() < smallest)).sum() == 0, (
+                "only the largest of a chunk"
+            )
             assert (sent[own] != 0).sum() <= k
         begin += size
 
@@ -419,4 +490,5 @@ def test_demo_transforms_squares_by_the_orthonormal_dct() -> None:
     first = x[: 128 * 96].view(128, 96)[:64, :48]  # 48 is the largest divisor of 96 up to 64
     expected = torch.from_numpy(scipy.fft.dctn(first.numpy(), norm="ortho"))
     torch.testing.assert_close(coefficients[: 64 * 48].view(64, 48), expected, rtol=0, atol=1e-4)
-    assert plan.elements == 4 * 32 + 5 * 26 + 21 + 32 + 1  # 26 is the largest divisor of 130; the convolution is 6 x 36
+    # 26 is the largest divisor of 130; the convolution is 6 x 36
+    assert plan.elements == 4 * 32 + 5 * 26 + 21 + 32 + 1

@@ -1,6 +1,7 @@
 """What DistributedDataParallel is used together with: every line trains as it does without a hook.
 
-docs/reference/compatibility.md is made of these tests, and of those elsewhere that ``LINES`` names, by compatibility.py.
+docs/reference/compatibility.md is made of these tests, and of those elsewhere that ``LINES`` names,
+by compatibility.py.
 """
 
 import contextlib
@@ -43,7 +44,8 @@ class Nothing:
 
 
 class Case(NamedTuple):
-    """A method, and how far the parameters may be from those of plain DDP, over how far training has moved them."""
+    """A method, and how far the parameters may be from those of plain DDP, over how far training
+    has moved them."""
 
     method: str
     options: dict[str, Any]
@@ -51,7 +53,8 @@ class Case(NamedTuple):
 
 
 ALLREDUCE = Case("allreduce", {}, 0.0)
-ALL_SENT = Case("topk", {"ratio": 1.0, "values": "fp32"}, 1e-5)  # through codec, memory and groups of our own, but exact
+# through codec, memory and groups of our own, but exact
+ALL_SENT = Case("topk", {"ratio": 1.0, "values": "fp32"}, 1e-5)
 CASES = [
     ALLREDUCE,
     ALL_SENT,
@@ -63,7 +66,14 @@ STEPS = 5
 
 def layers(*between: nn.Module, width: int = 40) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(20, width), nn.ReLU(), *between, nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 5))
+    return nn.Sequential(
+        nn.Linear(20, width),
+        nn.ReLU(),
+        *between,
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, 5),
+    )
 
 
 def wrap(model: nn.Module, **options: Any) -> DistributedDataParallel:
@@ -136,19 +146,24 @@ class Heads(nn.Module):
 
 
 def static_graph(rank: int, attach: Attach) -> Trained:
-    return train(rank, ddp := wrap(Heads(), static_graph=True), attach(ddp))  # of which two heads are never used
+    # of which two heads are never used
+    return train(rank, ddp := wrap(Heads(), static_graph=True), attach(ddp))
 
 
 def unused_parameters(rank: int, attach: Attach) -> Trained:
     model = Heads()
     ddp = wrap(model, find_unused_parameters=True)
-    return train(rank, ddp, attach(ddp), before_step=lambda step: setattr(model, "head", (step + rank) % 3))
+    return train(
+        rank, ddp, attach(ddp), before_step=lambda step: setattr(model, "head", (step + rank) % 3)
+    )
 
 
 def frozen_and_again(rank: int, attach: Attach) -> Trained:
     model = layers()
     ddp = wrap(model, find_unused_parameters=True)
-    return train(rank, ddp, attach(ddp), before_step=lambda step: model[0].requires_grad_(step not in (1, 2)))
+    return train(
+        rank, ddp, attach(ddp), before_step=lambda step: model[0].requires_grad_(step not in (1, 2))
+    )
 
 
 class Tied(nn.Module):
@@ -220,11 +235,18 @@ def bfloat16_model(rank: int, attach: Attach) -> Trained:
 
 def channels_last(rank: int, attach: Attach) -> Trained:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(5, 6, 2), nn.ReLU(), nn.Conv2d(6, 5, 1), nn.Flatten(), nn.LazyLinear(5))
+    model = nn.Sequential(
+        nn.Conv2d(5, 6, 2), nn.ReLU(), nn.Conv2d(6, 5, 1), nn.Flatten(), nn.LazyLinear(5)
+    )
     model(torch.zeros(1, 5, 2, 2))
     model = model.to(memory_format=torch.channels_last)
     ddp = wrap(model, gradient_as_bucket_view=True)
-    return train(rank, ddp, attach(ddp), x_as=lambda x: x.view(8, 5, 2, 2).contiguous(memory_format=torch.channels_last))
+    return train(
+        rank,
+        ddp,
+        attach(ddp),
+        x_as=lambda x: x.view(8, 5, 2, 2).contiguous(memory_format=torch.channels_last),
+    )
 
 
 class Centred(nn.Module):
@@ -264,18 +286,23 @@ def zero_redundancy(rank: int, attach: Attach) -> Trained:
     session = attach(ddp)
     optimizer = ZeroRedundancyOptimizer(ddp.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
     yield from train(rank, ddp, session, optimizer=optimizer)
-    assert isinstance(session, Nothing) or session.state_dict()["lr"] == 0.1, "no learning rate is followed"
+    assert isinstance(session, Nothing) or session.state_dict()["lr"] == 0.1, (
+        "no learning rate is followed"
+    )
 
 
 def clipped(rank: int, attach: Attach) -> Trained:
     ddp = wrap(layers())
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
-    optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(ddp.parameters(), 0.3) and None)
+    optimizer.register_step_pre_hook(
+        lambda *_: nn.utils.clip_grad_norm_(ddp.parameters(), 0.3) and None
+    )
     return train(rank, ddp, attach(ddp), optimizer=optimizer)
 
 
 def two_models(rank: int, attach: Attach) -> Trained:
-    """Of which one is trained on what the other returns, and the other by what the one says of that."""
+    """Of which one is trained on what the other returns, and the other by what the one says of
+    that."""
     one, other = wrap(layers()), wrap(layers())
     sessions = attach(one), attach(other)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (one, other)]
@@ -284,7 +311,9 @@ def two_models(rank: int, attach: Attach) -> Trained:
         for optimizer in optimizers:
             optimizer.zero_grad()
         made = nn.functional.pad(one(x), (0, 15))
-        (nn.functional.cross_entropy(other(made), y) + nn.functional.cross_entropy(other(x), y)).backward()
+        (
+            nn.functional.cross_entropy(other(made), y) + nn.functional.cross_entropy(other(x), y)
+        ).backward()
         for optimizer, session in zip(optimizers, sessions, strict=True):
             optimizer.step()
             session.step()
@@ -350,7 +379,9 @@ def another_time(rank: int, attach: Attach) -> Trained:
             told = [free.getsockname()[1]]
         dist.broadcast_object_list(told)
         dist.destroy_process_group()
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{told[0]}", rank=rank, world_size=2)
+        dist.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{told[0]}", rank=rank, world_size=2
+        )
         states = list(train(rank, ddp := wrap(layers()), attach(ddp)))
     return iter(states)
 
@@ -359,8 +390,8 @@ def another_time(rank: int, attach: Attach) -> Trained:
 
 
 class Line(NamedTuple):
-    """name: in the table. run: (rank, attach) -> parameters before and after. elsewhere: tests that are about it as well.
-    passed: what it means that all have passed."""
+    """name: in the table. run: (rank, attach) -> parameters before and after. elsewhere: tests that
+    are about it as well. passed: what it means that all have passed."""
 
     name: str
     run: Callable[[int, Attach], Trained] | None = None
@@ -377,7 +408,10 @@ LINES = [
     Line(
         "`find_unused_parameters=True`",
         unused_parameters,
-        elsewhere=["test_session.py::test_of_heads_that_take_turns_nothing_is_lost", "test_methods.py::test_nothing_is_lost"],
+        elsewhere=[
+            "test_session.py::test_of_heads_that_take_turns_nothing_is_lost",
+            "test_methods.py::test_nothing_is_lost",
+        ],
     ),
     Line(
         "layers that are frozen, and trained again",
@@ -387,7 +421,9 @@ LINES = [
     Line("shared parameters", shared_parameters),
     Line(
         "embeddings with sparse gradients",
-        elsewhere=["test_session.py::test_sparse_and_complex_gradients_are_refused_where_they_cannot_be_exchanged"],
+        elsewhere=[
+            "test_session.py::test_sparse_and_complex_gradients_are_refused_where_they_cannot_be_exchanged"
+        ],
         passed="refused in one line; `sparse=False` works",
     ),
     Line(
@@ -415,22 +451,32 @@ LINES = [
     Line("SyncBatchNorm", synchronised_batch_norm),
     Line("`Join` with uneven inputs", join),
     Line("ZeroRedundancyOptimizer", zero_redundancy),
-    Line("clipping after the exchange", clipped, elsewhere=["test_methods.py::test_resume_from_a_checkpoint"]),
+    Line(
+        "clipping after the exchange",
+        clipped,
+        elsewhere=["test_methods.py::test_resume_from_a_checkpoint"],
+    ),
     Line("two models in one process", two_models),
     Line(
         "a model on part of the ranks",
         sub_group,
         ranks=3,
-        elsewhere=["test_session.py::test_sessions_that_come_and_go_among_part_of_the_ranks_leave_nothing"],
+        elsewhere=[
+            "test_session.py::test_sessions_that_come_and_go_among_part_of_the_ranks_leave_nothing"
+        ],
     ),
     Line("activation checkpoints", activation_checkpoints),
     Line("activation checkpoints, `use_reentrant=True`", reentrant_checkpoints),
-    Line("parameters of 0 elements", empty_parameters, [*CASES, Case("powersgd", {"rank": 2}, 0.5)]),
+    Line(
+        "parameters of 0 elements", empty_parameters, [*CASES, Case("powersgd", {"rank": 2}, 0.5)]
+    ),
     Line("parameters of 1 element", scalar_parameters),
     Line("parameters of 10^8 elements", huge_parameters, [ALL_SENT]),
     Line(
         "complex parameters",
-        elsewhere=["test_session.py::test_sparse_and_complex_gradients_are_refused_where_they_cannot_be_exchanged"],
+        elsewhere=[
+            "test_session.py::test_sparse_and_complex_gradients_are_refused_where_they_cannot_be_exchanged"
+        ],
         passed="with `allreduce`; others refuse in one line",
     ),
     Line(
@@ -461,20 +507,26 @@ LINES = [
             "test_fsdp.py::test_resume_from_a_distributed_checkpoint_is_as_without_a_break",
         ],
     ),
-    Line("Accelerate", elsewhere=["test_snippets.py::test_the_blocks_of_the_page_train[Accelerate]"]),
+    Line(
+        "Accelerate", elsewhere=["test_snippets.py::test_the_blocks_of_the_page_train[Accelerate]"]
+    ),
     Line("Lightning", elsewhere=["test_snippets.py::test_the_blocks_of_the_page_train[Lightning]"]),
 ]
 
 
 States = list[tuple[np.ndarray, ...]]
-"""Parameters before and after, of plain DDP and of every case; nothing of a rank that takes no part."""
+"""Parameters before and after, of plain DDP and of every case; nothing of a rank that takes no
+part."""
 
 
 def run_lines(rank: int, names: Sequence[str]) -> dict[str, States | str]:
-    """By line its states, or the traceback of the first one that fails: after that, ranks need not be together."""
+    """By line its states, or the traceback of the first one that fails: after that, ranks need not
+    be together."""
 
     def attach(case: Case) -> Attach:
-        return lambda model, **options: netsenseml.attach(model, case.method, **case.options, **options)
+        return lambda model, **options: netsenseml.attach(
+            model, case.method, **case.options, **options
+        )
 
     found: dict[str, States | str] = {}
     for line in LINES:
@@ -483,7 +535,9 @@ def run_lines(rank: int, names: Sequence[str]) -> dict[str, States | str]:
         assert line.run is not None
         try:
             made = [lambda *_, **__: Nothing(), *map(attach, line.cases)]
-            found[line.name] = [tuple(state.numpy() for state in line.run(rank, one)) for one in made]
+            found[line.name] = [
+                tuple(state.numpy() for state in line.run(rank, one)) for one in made
+            ]
         except Exception:
             found[line.name] = traceback.format_exc()
             break
@@ -493,14 +547,27 @@ def run_lines(rank: int, names: Sequence[str]) -> dict[str, States | str]:
 
 @pytest.fixture(scope="module")
 def lines(request: pytest.FixtureRequest) -> dict[str, list[States | str]]:
-    """Of every rank, of all lines that are to be tested: in as few groups as possible, as ranks take longer to start."""
-    asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
-    chosen = [line for line in LINES if line.run is not None and line.name in asked and skipped(line) is None]
+    """Of every rank, of all lines that are to be tested: in as few groups as possible, as ranks
+    take longer to start."""
+    asked = {
+        item.callspec.params.get("name")
+        for item in request.session.items
+        if hasattr(item, "callspec")
+    }
+    chosen = [
+        line
+        for line in LINES
+        if line.run is not None and line.name in asked and skipped(line) is None
+    ]
     found = {}
     for size in sorted({line.ranks for line in chosen}):
         names = [line.name for line in chosen if line.ranks == size]
         ranks = run_group(run_lines, size, names, timeout_s=60)
-        found |= {name: [rank[name] for rank in ranks] for name in names if all(name in rank for rank in ranks)}
+        found |= {
+            name: [rank[name] for rank in ranks]
+            for name in names
+            if all(name in rank for rank in ranks)
+        }
     return found
 
 
@@ -518,13 +585,17 @@ def test_as_without_a_hook(name: str, lines: dict[str, list[States | str]]) -> N
     if (why := skipped(line)) is not None:
         pytest.skip(why)
     assert name in lines, "not run, as one before it failed"
-    assert not (failed := [states for states in lines[name] if isinstance(states, str)]), "\n".join(failed)
+    assert not (failed := [states for states in lines[name] if isinstance(states, str)]), "\n".join(
+        failed
+    )
     ranks = [states for states in lines[name] if states[0]]
     plain, *_ = ranks
     moved = np.linalg.norm(plain[0][1] - plain[0][0])
     assert moved > 0
     for i, case in enumerate([Case("plain", {}, 0.0), *line.cases]):
-        assert all(np.array_equal(states[i][1], plain[i][1]) for states in ranks), f"{case.method}: replicas differ"
+        assert all(np.array_equal(states[i][1], plain[i][1]) for states in ranks), (
+            f"{case.method}: replicas differ"
+        )
         off = np.linalg.norm(plain[i][1] - plain[0][1]) / moved
         assert off <= case.off, f"{case.method} is off by {off:.3g} of what training moved"
 

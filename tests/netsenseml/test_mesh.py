@@ -1,4 +1,5 @@
-"""The ranks that exchange: who they are, their groups and time-outs, and that these leave nothing behind."""
+"""The ranks that exchange: who they are, their groups and time-outs, and that these leave nothing
+behind."""
 
 import os
 import socket
@@ -57,7 +58,9 @@ class Described(Mesh):
         ([0, 0, 1, 1, 0, 0], Topology(6)),
     ],
 )
-def test_hosts_of_equal_size_whose_ranks_follow_each_other_have_several_ranks(hosts: list[int], topology: Topology) -> None:
+def test_hosts_of_equal_size_whose_ranks_follow_each_other_have_several_ranks(
+    hosts: list[int], topology: Topology
+) -> None:
     assert Described(hosts).topology == topology
 
 
@@ -82,7 +85,12 @@ def test_every_share_is_exchanged_by_one_rank_of_each_host(hosts: int, ranks_per
 @given(st.integers(1, 8), st.integers(1, 8))
 def test_an_interface_carries_what_leaves_its_host(hosts: int, ranks_per_host: int) -> None:
     topology = Topology(hosts * ranks_per_host, ranks_per_host)
-    pairs = [(a, b) for a in range(topology.ranks) for b in range(topology.ranks) if a != b and a < ranks_per_host]
+    pairs = [
+        (a, b)
+        for a in range(topology.ranks)
+        for b in range(topology.ranks)
+        if a != b and a < ranks_per_host
+    ]
     leaving = sum(b // ranks_per_host != 0 for _, b in pairs)
     assert topology.ranks_crossing * max(topology.ranks - 1, 1) == pytest.approx(leaving)
     assert topology.of_hosts == Topology(hosts)
@@ -93,7 +101,9 @@ def test_a_card_is_known_where_torch_tells_which_it_is(
     properties: dict[str, str], card: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch 2.4 does not."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**properties))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**properties)
+    )
     assert _card(torch.device("cuda")) == card
     assert _card(torch.device("cpu")) is None and _card(None) is None
 
@@ -158,13 +168,16 @@ def test_a_configuration_that_differs_is_refused_on_every_rank() -> None:
 
 
 def mean_of_part(rank: int) -> list[float]:
-    """Two meshes at once of ranks 3 and 1, in this order, and one of all; each is closed while the others go on."""
+    """Two meshes at once of ranks 3 and 1, in this order, and one of all; each is closed while the
+    others go on."""
     part, found = dist.new_group([1, 3]), []
     whole = Mesh(world(), hosts=[0, 0, 1, 1])
     meshes = [Mesh(part), Mesh(part)] if rank in (1, 3) else []
     for number in range(3):
         for mesh in meshes:
-            mean = all_reduce_mean(torch.full((3,), float(rank)), "key", DirectAllReduce(Codec("fp32")), mesh).wait()
+            mean = all_reduce_mean(
+                torch.full((3,), float(rank)), "key", DirectAllReduce(Codec("fp32")), mesh
+            ).wait()
             found += mean.tolist()
         plan = Hierarchical(DirectAllReduce(Codec("fp32")))
         found += all_reduce_mean(torch.full((3,), float(rank)), "key", plan, whole).wait().tolist()
@@ -188,7 +201,9 @@ def open_and_close(rank: int) -> list[tuple[int, int]]:
         for plan in plans:
             all_reduce_mean(torch.ones(1000), plan.name, plan, mesh).wait()
         mesh.close()
-        threads, descriptors = (len(list(Path("/proc/self", kind).iterdir())) for kind in ("task", "fd"))
+        threads, descriptors = (
+            len(list(Path("/proc/self", kind).iterdir())) for kind in ("task", "fd")
+        )
         counts.append((threads, descriptors))
     return counts
 
@@ -208,7 +223,9 @@ def meet_the_wrong_way_round(rank: int) -> list[float]:
     for thread in threads:
         thread.join()
     tensors = [torch.full((4,), float(number + 1)) for number in range(2)]
-    works = [all_reduce_mean(tensors[number], "key", parse("fp32"), meshes[number]) for number in order]
+    works = [
+        all_reduce_mean(tensors[number], "key", parse("fp32"), meshes[number]) for number in order
+    ]
     for work in works:
         work.wait()
     for mesh in meshes:
@@ -243,7 +260,8 @@ def test_a_hierarchy_loses_nothing_whatever_the_hosts_are_like(hosts: list[int])
 
 
 def abort_over_two_connections(rank: int) -> tuple[int, float]:
-    """(connections to the other rank, time in s until an exchange that the other never joins has ended)."""
+    """(connections to the other rank, time in s until an exchange that the other never joins has
+    ended)."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo,lo"
     mesh = Mesh(dist.new_group(timeout=timedelta(seconds=30)))
 
@@ -339,7 +357,11 @@ def leave_while_others_connect(rank: int) -> tuple[str, float]:
 
 def test_who_leaves_while_others_connect_does_not_keep_them_until_the_time_out() -> None:
     for rank, (said, took_s) in enumerate(run_group(leave_while_others_connect, 3, timeout_s=60)):
-        assert "left" in said if rank == 1 else said == "a connection ended while ranks 1 were still connecting"
+        assert (
+            "left" in said
+            if rank == 1
+            else said == "a connection ended while ranks 1 were still connecting"
+        )
         assert took_s < 30
 
 

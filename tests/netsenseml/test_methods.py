@@ -34,7 +34,10 @@ EXACT = [  # nothing is lost: what was not sent is kept to the last bit of round
     ("demo", {"decay": 1.0, "chunk": 16, "topk": 8}),
     ("netsense", {}),
     ("netsense", {"policy": "bdp", "start": 0.05}),
-    ("netsense", {"policy": "fixed", "schemes": ["int4", "allreduce", "allreduce", "sparse-int8@2%"]}),
+    (
+        "netsense",
+        {"policy": "fixed", "schemes": ["int4", "allreduce", "allreduce", "sparse-int8@2%"]},
+    ),
 ]
 ROUNDED = [("bf16", {}), ("fp16", {})]
 METHODS = [
@@ -81,7 +84,8 @@ def train_all(rank: int) -> list[tuple[str, list[float]]]:
 
 
 def test_replicas_stay_bit_identical_and_agree_on_the_ratio() -> None:
-    first, *others = run_group(train_all, 3)  # one group for all methods, as starting ranks takes longer than training
+    # one group for all methods, as starting ranks takes longer than training
+    first, *others = run_group(train_all, 3)
     for number, method in enumerate(METHODS):
         assert all(other[number] == first[number] for other in others), method
 
@@ -109,9 +113,15 @@ def test_ranks_agree_on_what_they_know_also_while_they_do_not_share_every_step()
 def exchange_with_reference(
     rank: int, method: str, options: dict[str, Any], accumulate: bool, ddp_options: dict[str, Any]
 ) -> list[list[float]]:
-    """Sums over some steps of the exchanged mean and of the own gradient, and the final residual."""
+    """Sums over some steps of the exchanged mean and of the own gradient, and the final
+    residual."""
     ddp = make_ddp(**ddp_options)
-    reference = nn.Sequential(*[type(m)(m.in_features, m.out_features) if isinstance(m, nn.Linear) else m for m in ddp.module])
+    reference = nn.Sequential(
+        *[
+            type(m)(m.in_features, m.out_features) if isinstance(m, nn.Linear) else m
+            for m in ddp.module
+        ]
+    )
     session = Session(ddp, method, **options)
     ddp.register_comm_hook(session, comm_hook)
     exchanged, own = torch.zeros(()), torch.zeros(())
@@ -134,27 +144,48 @@ def exchange_with_reference(
         session.step()
         assert session.steps == step + 1
     residuals = session.state_dict().get("feedback", {})
-    residual = torch.cat([residuals.get(n, torch.zeros_like(p)).reshape(-1) for n, p in ddp.module.named_parameters()])
+    residual = torch.cat(
+        [
+            residuals.get(n, torch.zeros_like(p)).reshape(-1)
+            for n, p in ddp.module.named_parameters()
+        ]
+    )
     return [exchanged.tolist(), own.tolist(), residual.tolist()]
 
 
-def exchange_all(rank: int, accumulate: bool, ddp_options: dict[str, Any]) -> list[list[list[float]]]:
-    return [exchange_with_reference(rank, *method, accumulate, ddp_options) for method in (*EXACT, *ROUNDED)]
+def exchange_all(
+    rank: int, accumulate: bool, ddp_options: dict[str, Any]
+) -> list[list[list[float]]]:
+    return [
+        exchange_with_reference(rank, *method, accumulate, ddp_options)
+        for method in (*EXACT, *ROUNDED)
+    ]
 
 
 @pytest.mark.parametrize(
     ("accumulate", "ddp_options"),
-    [(False, {}), (True, {}), (True, {"gradient_as_bucket_view": True, "find_unused_parameters": True})],
+    [
+        (False, {}),
+        (True, {}),
+        (True, {"gradient_as_bucket_view": True, "find_unused_parameters": True}),
+    ],
     ids=["every backward", "no_sync", "no_sync, bucket views, unused parameters"],
 )
 def test_nothing_is_lost(accumulate: bool, ddp_options: dict[str, Any]) -> None:
-    """Sum of exchanged means = sum of true means - mean residual: buckets are rebuilt on the way, ranks share indices."""
+    """Sum of exchanged means = sum of true means - mean residual: buckets are rebuilt on the way,
+    ranks share indices."""
     ranks = run_group(exchange_all, 3, accumulate, ddp_options)
     for number, method in enumerate((*EXACT, *ROUNDED)):
-        exchanged, own, residual = (torch.tensor([rank[number][i] for rank in ranks]) for i in range(3))
+        exchanged, own, residual = (
+            torch.tensor([rank[number][i] for rank in ranks]) for i in range(3)
+        )
         assert torch.equal(exchanged, exchanged[:1].expand_as(exchanged)), method
-        tolerance = {"rtol": 2e-2, "atol": 2e-3} if method in ROUNDED else {"rtol": 1e-4, "atol": 1e-6}
-        torch.testing.assert_close(exchanged[0], (own - residual).mean(dim=0), **tolerance, msg=str(method))
+        tolerance = (
+            {"rtol": 2e-2, "atol": 2e-3} if method in ROUNDED else {"rtol": 1e-4, "atol": 1e-6}
+        )
+        torch.testing.assert_close(
+            exchanged[0], (own - residual).mean(dim=0), **tolerance, msg=str(method)
+        )
         if method[1].get("ratio") == 1.0:
             assert not residual.any()
 
@@ -186,7 +217,9 @@ def several_backwards(rank: int) -> list[tuple[tuple[int, ...], int, int]]:
 def test_a_step_may_have_several_backwards_and_each_is_learnt_from_by_itself() -> None:
     first, second = run_group(several_backwards, 2)
     assert first == second and len(first) == 16
-    assert all(sum(buckets) == ELEMENTS and payload == 4 * ELEMENTS for buckets, _, payload in first)
+    assert all(
+        sum(buckets) == ELEMENTS and payload == 4 * ELEMENTS for buckets, _, payload in first
+    )
     assert all(len(buckets) == ready for buckets, ready, _ in first)
     rebuilt = first[1:]  # after its first backward DDP arranges the buckets anew
     assert len(set(rebuilt)) == 1 and len(rebuilt[0][0]) > 1
@@ -209,17 +242,26 @@ def one_checkpoint_for_all(rank: int) -> list[str]:
     session.close()
     messages = []
     policies = {"floor": 0.01}, {"policy": "bdp"}, {"policy": "fixed", "schemes": ["int8"]}
-    for options, state in (*((options, older) for options in policies), ({}, {**older, "fits": []})):
+    for options, state in (
+        *((options, older) for options in policies),
+        ({}, {**older, "fits": []}),
+    ):
         with pytest.raises(ValueError) as refused:
             attach(make_ddp(), "netsense", **options).load_state_dict(state)
         messages.append(str(refused.value))
     return messages
 
 
-def test_ranks_stay_together_when_they_go_back_and_checkpoints_of_others_are_refused_in_one_line() -> None:
+def test_ranks_stay_together_when_they_go_back_and_checkpoints_of_others_are_refused_in_one_line() -> (
+    None
+):
     for messages in run_group(one_checkpoint_for_all, 2):
         for message in messages:
-            assert "the checkpoint is of" in message and "go on without" in message and "\n" not in message
+            assert (
+                "the checkpoint is of" in message
+                and "go on without" in message
+                and "\n" not in message
+            )
 
 
 PAUSE_S = 0.4
@@ -248,12 +290,15 @@ def test_records(tmp_path: Path, explicit: bool) -> None:
             assert row.keys() == STEP_COLUMNS.keys()
             assert row["rank"] == rank and row["scheme"] == "sparse-bf16@10%"
             assert row["dense_bytes"] == 4 * ELEMENTS  # 2 (n - 1) / n = 1 for two ranks
-            assert row["payload_bytes"] == pytest.approx(2.8 * 0.1 * ELEMENTS, rel=0.15)  # and headers
+            # and headers
+            assert row["payload_bytes"] == pytest.approx(2.8 * 0.1 * ELEMENTS, rel=0.15)
             assert row["ratio"] == pytest.approx(0.1, rel=0.02)
             assert row["compute_s"] + row["comm_s"] == pytest.approx(row["step_s"])
             assert 0 < row["lost_energy"] < 1 < row["residual_ratio"] + 1
             assert row["bandwidth_bps"] is row["rtt_s"] is row["min_rtt_s"] is None
-            assert (row["loss"] is not None, row["samples"]) == ((True, 8) if explicit else (False, None))
+            assert (row["loss"] is not None, row["samples"]) == (
+                (True, 8) if explicit else (False, None)
+            )
         for before, row in itertools.pairwise(rows):
             assert row["step_s"] >= 0.05 and 0 < row["encode_s"] < row["step_s"]
             pause_s = PAUSE_S if explicit else 0  # a pause belongs to no step
@@ -299,7 +344,13 @@ RESUMED = [
     ("dgc", {"ratio": 0.05, "warmup": 5}),
     ("randomk", {"ratio": 0.1}),
     ("demo", {"chunk": 16, "topk": 8}),
-    ("netsense", {"policy": "fixed", "schemes": ["int8", "sparse-int4@5%", "allreduce", "allreduce", "sparse-int8@2%"]}),
+    (
+        "netsense",
+        {
+            "policy": "fixed",
+            "schemes": ["int8", "sparse-int4@5%", "allreduce", "allreduce", "sparse-int8@2%"],
+        },
+    ),
 ]
 
 
@@ -312,7 +363,8 @@ def test_resume_from_a_checkpoint() -> None:
 
 
 def low_precision(rank: int, method: str, options: dict[str, Any]) -> tuple[str, float]:
-    """A model in bfloat16, whose gradients and buckets are of that type, too; (hash of the parameters, last loss)."""
+    """A model in bfloat16, whose gradients and buckets are of that type, too; (hash of the
+    parameters, last loss)."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 60), nn.ReLU(), nn.Linear(60, 5)).to(torch.bfloat16)
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.01)
@@ -338,15 +390,22 @@ def low_precision_all(rank: int) -> list[tuple[str, float]]:
 
 
 def test_gradients_in_bfloat16() -> None:
-    for method, (first, loss), (second, _) in zip(LOW_PRECISION, *run_group(low_precision_all, 2), strict=True):
+    for method, (first, loss), (second, _) in zip(
+        LOW_PRECISION, *run_group(low_precision_all, 2), strict=True
+    ):
         assert first == second, method
         assert loss < 1.5, method  # 1.6 is a guess
 
 
 def overflow(rank: int) -> dict[str, list[int]]:
-    """Steps of 12 with a gradient that is not finite, after rank 0 had an overflow at step 3, and rank 1 a NaN at step 7."""
+    """Steps of 12 with a gradient that is not finite, after rank 0 had an overflow at step 3, and
+    rank 1 a NaN at step 7."""
     found = {}
-    for method, options in [*METHODS, ("topk12", {"ratio": 0.1}), ("dgc", {"ratio": 1.0, "values": "int8"})]:
+    for method, options in [
+        *METHODS,
+        ("topk12", {"ratio": 0.1}),
+        ("dgc", {"ratio": 1.0, "values": "int8"}),
+    ]:
         ddp = make_ddp()
         session = attach(ddp, method, **options)
         bad = []
@@ -448,7 +507,9 @@ def test_a_group_is_not_given_up_by_a_thread_of_its_own() -> None:
 
 def statistics_of(rank: int) -> str:
     torch.manual_seed(0)
-    ddp = DistributedDataParallel(nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)))
+    ddp = DistributedDataParallel(
+        nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
+    )
     attach(ddp, "allreduce")
     for x, y in batches(rank, 2):
         nn.functional.cross_entropy(ddp(x), y).backward()

@@ -1,4 +1,5 @@
-"""Published controllers: each by the rule of its paper on a trace made by hand, and all of them at work."""
+"""Published controllers: each by the rule of its paper on a trace made by hand, and all of them at
+work."""
 
 import io
 import math
@@ -32,7 +33,9 @@ MADE: dict[str, Callable[[], ByteBudget]] = {
     "kimad": lambda: Kimad(ALL, TOPOLOGY, sum(BUCKETS), start=0.05, time_budget=0.25),
     "dc2": lambda: Dc2(ALL, TOPOLOGY, sum(BUCKETS), start=0.05, target_delay=0.05),
     "deco": lambda: Deco(ALL, TOPOLOGY, sum(BUCKETS), start=0.05),
-    "accordion": lambda: Accordion(ALL, TOPOLOGY, sum(BUCKETS), l_low=0.3, l_high=0.03, eta=0.5, window=2),
+    "accordion": lambda: Accordion(
+        ALL, TOPOLOGY, sum(BUCKETS), l_low=0.3, l_high=0.03, eta=0.5, window=2
+    ),
 }
 
 
@@ -41,7 +44,12 @@ def bytes_of(name: str) -> float:
 
 
 def step(
-    policy: ByteBudget, *, bandwidth: float = 1e6, latency_s: float = 0.0, compute_s: float = 0.1, **more: Any
+    policy: ByteBudget,
+    *,
+    bandwidth: float = 1e6,
+    latency_s: float = 0.0,
+    compute_s: float = 0.1,
+    **more: Any,
 ) -> Observation:
     """What ranks see of a step with the present plan over a link of so many bytes/s."""
     terms = parse(policy.plan).cost(max(BUCKETS), TOPOLOGY).latency_terms
@@ -64,8 +72,12 @@ def step(
 
 def is_best_within(name: str, budget_bytes: float) -> bool:
     """Whether it fits, and all plans that lose less do not."""
-    denser = [plan.name for plan in ALL[: [plan.name for plan in ALL].index(name.removesuffix("-ring"))]]
-    return bytes_of(name) <= budget_bytes and all(bytes_of(other) > budget_bytes for other in denser)
+    denser = [
+        plan.name for plan in ALL[: [plan.name for plan in ALL].index(name.removesuffix("-ring"))]
+    ]
+    return bytes_of(name) <= budget_bytes and all(
+        bytes_of(other) > budget_bytes for other in denser
+    )
 
 
 def test_kimad_sends_what_the_bandwidth_carries_in_the_time_that_is_left() -> None:
@@ -158,7 +170,8 @@ def test_accordion_compresses_little_where_the_norm_of_the_gradients_changes_muc
     for norm in (1.0, 2.0, 2.2, 3.2, 3.0, 1.0, 1.0):
         policy.decide(step(policy, gradients=gradients(norm)))
         assert policy.plan == levels[-1]  # within a window nothing changes
-        policy.decide(step(policy, gradients=gradients(norm), bandwidth=1e4))  # nor does it care for the network
+        # nor does it care for the network
+        policy.decide(step(policy, gradients=gradients(norm), bandwidth=1e4))
         levels.append(policy.plan)
     assert levels == [low, low, *(low if change >= 0.5 else high for change in changes)]
     assert policy.bandwidth_bps is None
@@ -198,16 +211,22 @@ def test_large_payloads_go_round_a_ring_and_of_several_ranks_on_a_host_one_excha
     for topology, elements, expected in (
         (Topology(4), 100_000, "int8"),
         (Topology(4), 100_000_000, "int8-ring"),
-        (Topology(8, 4), 100_000, "host-bf16"),  # 2 n bytes of an all-reduce's 7 n, as only two hosts exchange
+        # 2 n bytes of an all-reduce's 7 n, as only two hosts exchange
+        (Topology(8, 4), 100_000, "host-bf16"),
     ):
-        policy = Accordion(plans(topology, 0.001), topology, elements, l_low=0.3, l_high=0.03, eta=0.5, window=2)
+        policy = Accordion(
+            plans(topology, 0.001), topology, elements, l_low=0.3, l_high=0.03, eta=0.5, window=2
+        )
         assert policy.plan == expected
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_after_a_checkpoint_the_same_is_decided(name: str) -> None:
     norms = [1.0, 1.0, 3.0, 3.0, 3.0, 3.1, 1.0, 1.0, 1.1]
-    trace = [{"bandwidth": 1e5 * (1 + i % 4), "gradients": gradients(norm)} for i, norm in enumerate(norms)]
+    trace = [
+        {"bandwidth": 1e5 * (1 + i % 4), "gradients": gradients(norm)}
+        for i, norm in enumerate(norms)
+    ]
     policy, other = MADE[name](), MADE[name]()
     for more in trace[:3]:
         policy.decide(step(policy, **more))
@@ -225,7 +244,8 @@ def test_after_a_checkpoint_the_same_is_decided(name: str) -> None:
 
 
 def train_and_go_on(rank: int) -> list[tuple[list[str], str]]:
-    """30 steps with every policy; with accordion, which keeps most, the last 10 from a checkpoint."""
+    """30 steps with every policy; with accordion, which keeps most, the last 10 from a
+    checkpoint."""
     found = []
     for name in MADE:
         options = {"window": 3, "eta": 100.0} if name == "accordion" else {}
@@ -257,15 +277,22 @@ def test_replicas_are_identical_and_ranks_agree_with_every_policy() -> None:
     for name, (schemes, _) in zip(MADE, first, strict=True):
         assert len(set(schemes)) > 1, name
     sparse = [scheme.startswith("sparse") for scheme in first[list(MADE).index("accordion")][0]]
-    assert [key for key, _ in groupby(sparse)] == [False, True, False, True]  # until there are two windows; as the rate falls
+    # until there are two windows; as the rate falls
+    assert [key for key, _ in groupby(sparse)] == [False, True, False, True]
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"policy": "kimat"}, "policy must be one of progress, bdp, kimad, dc2, deco, accordion, fixed, not 'kimat'"),
+        (
+            {"policy": "kimat"},
+            "policy must be one of progress, bdp, kimad, dc2, deco, accordion, fixed, not 'kimat'",
+        ),
         ({"policy": "kimad", "time_budget": -1}, "time_budget must be a number >= 0, not -1"),
-        ({"policy": "dc2", "target_delay": "50ms"}, "target_delay must be a number >= 0, not '50ms'"),
+        (
+            {"policy": "dc2", "target_delay": "50ms"},
+            "target_delay must be a number >= 0, not '50ms'",
+        ),
         ({"policy": "accordion", "window": 0}, "window must be an integer >= 1, not 0"),
         ({"policy": "accordion", "eta": 0}, "eta must be a number > 0, not 0"),
         ({"policy": "accordion", "l_high": 0.5}, "l_high must be at most l_low, 0.3, not 0.5"),
@@ -273,7 +300,9 @@ def test_replicas_are_identical_and_ranks_agree_with_every_policy() -> None:
         ({"start": 0.1}, "start is for policy: bdp or kimad or dc2 or deco, not for progress"),
     ],
 )
-def test_wrong_options_are_one_line_that_names_the_choices(options: dict[str, Any], said: str) -> None:
+def test_wrong_options_are_one_line_that_names_the_choices(
+    options: dict[str, Any], said: str
+) -> None:
     with pytest.raises(ValueError) as error:
         check_method("netsense", options)
     assert said in str(error.value)
@@ -282,5 +311,7 @@ def test_wrong_options_are_one_line_that_names_the_choices(options: dict[str, An
 
 def test_options_with_their_defaults_filled_in_are_taken_again() -> None:
     for policy in POLICIES:
-        options = check_method("netsense", {"policy": policy, **({"schemes": ["int8"]} if policy == "fixed" else {})})
+        options = check_method(
+            "netsense", {"policy": policy, **({"schemes": ["int8"]} if policy == "fixed" else {})}
+        )
         assert check_method("netsense", options) == options

@@ -1,4 +1,5 @@
-"""The kernel's view of connections: real ones over loopback, and a made-up kernel where time must pass."""
+"""The kernel's view of connections: real ones over loopback, and a made-up kernel where time must
+pass."""
 
 import os
 import random
@@ -53,7 +54,8 @@ def test_reads_what_the_kernel_knows(connection):
     info = tcp.read(client.fileno())
     assert 3_000_000 <= info.bytes_acked <= 3_000_001  # SYN counts
     assert 0 < info.min_rtt_s <= info.rtt_s < 1
-    # A peer that gets no processor for a while is probed, even over loopback; the kernel counts that.
+    # A peer that gets no processor for a while is probed, even over loopback; the kernel counts
+    # that.
     raw = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
     assert info.retransmits == struct.unpack_from("=I", raw, 100)[0]  # tcpi_total_retrans
 
@@ -74,7 +76,9 @@ def default_timeout():
     socket.setdefaulttimeout(None)
 
 
-def test_no_socket_becomes_non_blocking_where_a_default_timeout_is_set(connection, leaving, default_timeout):
+def test_no_socket_becomes_non_blocking_where_a_default_timeout_is_set(
+    connection, leaving, default_timeout
+):
     client, peer = connection
     leaving.add(client.fileno())
     unix = socket.socketpair()
@@ -95,7 +99,12 @@ def test_looking_for_peers_leaves_other_sockets_as_they_are(connection, default_
 @pytest.mark.parametrize("prefix", ["", "::ffff:"])
 def test_only_connections_that_leave_the_host_count(prefix):
     a, b = socket.socketpair()
-    with a, b, socket.create_server(("127.0.0.2", 0)) as server, socket.create_connection(server.getsockname()):
+    with (
+        a,
+        b,
+        socket.create_server(("127.0.0.2", 0)) as server,
+        socket.create_connection(server.getsockname()),
+    ):
         assert TcpMonitor([prefix + "127.0.0.1", prefix + "127.0.0.2", "::1"]).sample() is None
 
 
@@ -159,7 +168,8 @@ def test_fields_lie_where_the_kernel_puts_them():
     draw = random.Random(0)
     for _ in range(100):
         raw = draw.randbytes(draw.randrange(192, 300))
-        numbers = struct.unpack_from("=8x24I4Q6I4Q", raw)  # from tcpi_rto, _pacing_rate, _segs_out, _delivery_rate on
+        # from tcpi_rto, _pacing_rate, _segs_out, _delivery_rate on
+        numbers = struct.unpack_from("=8x24I4Q6I4Q", raw)
         info = TcpInfo.parse(raw)
         assert (info.rtt_s, info.min_rtt_s) == (numbers[15] / 1e6, numbers[31] / 1e6)
         assert (info.bytes_acked, info.retransmits) == (numbers[26], numbers[23])
@@ -167,7 +177,8 @@ def test_fields_lie_where_the_kernel_puts_them():
 
 @pytest.fixture
 def leaving(monkeypatch):
-    """Descriptors that the monitor takes for connections to another host, as loopback never counts."""
+    """Descriptors that the monitor takes for connections to another host, as loopback never
+    counts."""
     chosen = set()
     monkeypatch.setattr(tcp, "_other_host", lambda fd: PACKED if fd in chosen else None)
     monkeypatch.setattr(tcp, "_SEARCH_S", 0.0)
@@ -207,7 +218,9 @@ def test_connections_come_and_go(connection, leaving):
     assert monitor.sample() is None
 
 
-def test_a_descriptor_that_was_given_to_another_socket_is_another_connection(connection, leaving, monkeypatch):
+def test_a_descriptor_that_was_given_to_another_socket_is_another_connection(
+    connection, leaving, monkeypatch
+):
     client, peer = connection
     fd = client.fileno()
     leaving.add(fd)
@@ -215,7 +228,10 @@ def test_a_descriptor_that_was_given_to_another_socket_is_another_connection(con
     carry(client, peer, 100_000)
     assert monitor.sample().acked_bytes >= 100_000
     monkeypatch.setattr(tcp, "_other_host", lambda fd: None)
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as other:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as other,
+    ):
         os.dup2(other.fileno(), fd)
         assert monitor.sample() is None
 
@@ -248,7 +264,9 @@ def kernel(monkeypatch):
     return MadeUpKernel(monkeypatch)
 
 
-def test_a_longer_route_is_noticed_within_seconds_though_the_kernel_remembers_the_shorter_one(kernel):
+def test_a_longer_route_is_noticed_within_seconds_though_the_kernel_remembers_the_shorter_one(
+    kernel,
+):
     monitor = TcpMonitor([PEER])
     kernel.passes(0.1, acked=1000)
     assert monitor.sample().min_rtt_s == 0.001
@@ -261,7 +279,9 @@ def test_a_longer_route_is_noticed_within_seconds_though_the_kernel_remembers_th
     assert monitor.sample().min_rtt_s == 0.0005
 
 
-def test_the_smallest_rtt_may_come_from_another_connection_to_the_same_peer_but_not_from_an_idle_one(kernel):
+def test_the_smallest_rtt_may_come_from_another_connection_to_the_same_peer_but_not_from_an_idle_one(
+    kernel,
+):
     monitor = TcpMonitor([PEER])
     monitor.sample()
     kernel.now_s += 10

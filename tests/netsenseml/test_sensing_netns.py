@@ -7,7 +7,8 @@ from sandbox import run_in_sandbox
 
 pytestmark = pytest.mark.netns
 
-# One host connects to two others and to itself, and looks at each by itself. It waits for the lab to cut the second one off.
+# One host connects to two others and to itself, and looks at each by itself. It waits for the lab
+# to cut the second one off.
 CHOOSER = """
 import json, os, socket, sys, time
 from pathlib import Path
@@ -77,7 +78,8 @@ def test_only_connections_to_the_peers_count_and_stay_blocking(tmp_path, ip):
         json.loads, (tmp_path / "chooser.log").read_text().splitlines()
     )
     assert acked[0] is None  # to itself
-    assert acked[1:] == [pytest.approx(size, abs=1) for size in (30_000, 40_000, 40_000)]  # SYN counts
+    # SYN counts
+    assert acked[1:] == [pytest.approx(size, abs=1) for size in (30_000, 40_000, 40_000)]
     assert blocking == [True, True, True]
     assert addresses == ["10.77.0.1" if ip == "4" else "fd77::1"] * 2
     assert before[0] <= samples[0] <= after[0]

@@ -20,13 +20,27 @@ READY_S = -0.01, 0.0
 
 
 class Link:
-    """Whose steps take their time, and are late now and then. fixed_s: what a bucket takes whatever it sends."""
+    """Whose steps take their time, and are late now and then. fixed_s: what a bucket takes whatever
+    it sends."""
 
     def __init__(
-        self, mbit: float, latency_s: float = 1e-3, fixed_s: float = 0.0, noise: float = 0.03, late: float = 0.1
+        self,
+        mbit: float,
+        latency_s: float = 1e-3,
+        fixed_s: float = 0.0,
+        noise: float = 0.03,
+        late: float = 0.1,
     ) -> None:
-        self.mbit, self.latency_s, self.fixed_s, self.noise, self.delayed_means = mbit, latency_s, fixed_s, noise, late
-        self.model = NetworkModel(PLANS, TOPOLOGY, latency_s, byte_s=1.3 * 8e-6 / mbit, element_s=1e-9)
+        self.mbit, self.latency_s, self.fixed_s, self.noise, self.delayed_means = (
+            mbit,
+            latency_s,
+            fixed_s,
+            noise,
+            late,
+        )
+        self.model = NetworkModel(
+            PLANS, TOPOLOGY, latency_s, byte_s=1.3 * 8e-6 / mbit, element_s=1e-9
+        )
         self.model.buckets(ELEMENTS)
         self.draw = random.Random(0)
 
@@ -59,7 +73,9 @@ class Link:
 @pytest.mark.parametrize("name", ["allreduce", "int8", "sparse-int4@10%", "int4-ring"])
 @pytest.mark.parametrize("mbit", [5, 50, 200])
 @pytest.mark.parametrize("latency_s", [1e-4, 1e-3])
-def test_a_network_that_stays_is_known_within_a_quarter(name: str, mbit: float, latency_s: float) -> None:
+def test_a_network_that_stays_is_known_within_a_quarter(
+    name: str, mbit: float, latency_s: float
+) -> None:
     """By one plan, whose times alone do not tell bytes from what is fixed."""
     errors = Link(mbit, latency_s).steps(name, 60)[20:]
     assert sum(abs(error) <= 0.25 for error in errors) >= 0.9 * len(errors)
@@ -126,7 +142,9 @@ def test_communicators_have_their_own_speed_and_a_change_moves_all() -> None:
     link.mbit = 62.5
     link.steps("int8-ring", 20)
     assert link.bandwidth_mbit("int8-ring") == pytest.approx(62.5, rel=0.15)
-    assert link.bandwidth_mbit("int8-ring") / link.bandwidth_mbit("int8") == pytest.approx(own, rel=0.1)
+    assert link.bandwidth_mbit("int8-ring") / link.bandwidth_mbit("int8") == pytest.approx(
+        own, rel=0.1
+    )
 
 
 def test_small_payloads_do_not_make_a_network_thin() -> None:

@@ -1,4 +1,5 @@
-"""What a session promises beside the exchange: ranks that agree, refusals in one line, nothing lost on the way."""
+"""What a session promises beside the exchange: ranks that agree, refusals in one line, nothing lost
+on the way."""
 
 import copy
 import gc
@@ -28,7 +29,10 @@ from netsenseml import Session, attach, comm_hook
 from netsenseml.methods import METHODS, AllReduce
 from netsenseml.records import read_records
 
-FIXED = {"policy": "fixed", "schemes": ["int4", "sparse-int4@5%", "allreduce", "sparse-bf16@2%", "int8"]}
+FIXED = {
+    "policy": "fixed",
+    "schemes": ["int4", "sparse-int4@5%", "allreduce", "sparse-bf16@2%", "int8"],
+}
 KEPT = [  # methods whose parameters receive all of the gradients in the end
     ("quantized", {"values": "int4"}),
     ("topk", {"ratio": 0.05}),
@@ -42,7 +46,9 @@ KEPT = [  # methods whose parameters receive all of the gradients in the end
 
 def open_things() -> tuple[int, int]:
     """Threads, also those of Gloo, and file descriptors of this process."""
-    threads, descriptors = (len(list(Path("/proc/self", kind).iterdir())) for kind in ("task", "fd"))
+    threads, descriptors = (
+        len(list(Path("/proc/self", kind).iterdir())) for kind in ("task", "fd")
+    )
     return threads, descriptors
 
 
@@ -95,7 +101,9 @@ def come_late(rank: int) -> str:
 
 def test_a_rank_that_does_not_come_is_named_after_the_time_out_of_the_group() -> None:
     messages = run_group(come_late, 4, timeout_s=5)
-    assert messages == ["ranks 2 did not come within 5 s"] * 2 + [""] + ["ranks 2 did not come within 5 s"]
+    assert messages == ["ranks 2 did not come within 5 s"] * 2 + [""] + [
+        "ranks 2 did not come within 5 s"
+    ]
 
 
 class WithOption(AllReduce):
@@ -135,8 +143,12 @@ def load_checkpoints_apart(rank: int, method: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("method", ["topk", "powersgd", "netsense"])
-def test_checkpoints_of_different_steps_or_of_one_rank_alone_are_refused_by_name(method: str) -> None:
-    (differ, missed), (differs_too, _), _ = run_group(load_checkpoints_apart, 3, method, timeout_s=5)
+def test_checkpoints_of_different_steps_or_of_one_rank_alone_are_refused_by_name(
+    method: str,
+) -> None:
+    (differ, missed), (differs_too, _), _ = run_group(
+        load_checkpoints_apart, 3, method, timeout_s=5
+    )
     assert differ == differs_too
     assert "rank 1 has step of the checkpoint = 3, rank 0 has 2" in differ
     assert missed == "ranks 1, 2 did not come within 5 s"
@@ -158,8 +170,9 @@ def test_a_checkpoint_of_another_number_of_ranks_is_refused() -> None:
 
 
 class Heads(nn.Module):
-    """in_blocks: no block of values that share a scale has elements of two parameters. A sign cannot say that a value is zero,
-    so that what signsgd sends at the edges of a parameter that nobody used is lost."""
+    """in_blocks: no block of values that share a scale has elements of two parameters. A sign
+    cannot say that a value is zero, so that what signsgd sends at the edges of a parameter that
+    nobody used is lost."""
 
     def __init__(self, in_blocks: bool) -> None:
         super().__init__()
@@ -171,28 +184,40 @@ class Heads(nn.Module):
         return self.heads[head](self.trunk(x).relu())
 
 
-def noting_hook(state: tuple[Session, dict[int, list[nn.Parameter]]], bucket: dist.GradBucket) -> Future[torch.Tensor]:
+def noting_hook(
+    state: tuple[Session, dict[int, list[nn.Parameter]]], bucket: dist.GradBucket
+) -> Future[torch.Tensor]:
     session, buckets = state
     buckets[bucket.index()] = bucket.parameters()
     return session.exchange(bucket)
 
 
-def residuals(session: Session, buckets: dict[int, list[nn.Parameter]]) -> dict[nn.Parameter, torch.Tensor]:
-    """By parameter, whatever the method keeps them by. buckets: parameters of every bucket, in order."""
+def residuals(
+    session: Session, buckets: dict[int, list[nn.Parameter]]
+) -> dict[nn.Parameter, torch.Tensor]:
+    """By parameter, whatever the method keeps them by. buckets: parameters of every bucket, in
+    order."""
     state = session.state_dict()
     if "error_dict" in state:
         found = {}
         for index, flat in state["error_dict"].items():
-            found |= dict(zip(buckets[index], flat.split([p.numel() for p in buckets[index]]), strict=True))
+            found |= dict(
+                zip(buckets[index], flat.split([p.numel() for p in buckets[index]]), strict=True)
+            )
         return found
     named = dict(session.module.named_parameters())
-    return {named[name]: residual for name, residual in state["feedback"].items() if ":" not in name}
+    return {
+        named[name]: residual for name, residual in state["feedback"].items() if ":" not in name
+    }
 
 
 def turn_heads(rank: int, method: str, options: dict[str, Any], apart: bool) -> list[list[float]]:
-    """(received, sum of own gradients, residual) over 20 steps, all parameters after one another."""
+    """(received, sum of own gradients, residual) over 20 steps, all parameters after one
+    another."""
     torch.manual_seed(0)
-    ddp = DistributedDataParallel(Heads(in_blocks=method == "signsgd"), bucket_cap_mb=0.002, find_unused_parameters=True)
+    ddp = DistributedDataParallel(
+        Heads(in_blocks=method == "signsgd"), bucket_cap_mb=0.002, find_unused_parameters=True
+    )
     torch.manual_seed(0)
     reference = Heads(in_blocks=method == "signsgd")
     session = Session(ddp, method, **options)
@@ -200,7 +225,9 @@ def turn_heads(rank: int, method: str, options: dict[str, Any], apart: bool) -> 
 
     ddp.register_comm_hook((session, buckets), noting_hook)
     parameters = list(ddp.module.parameters())
-    received, own = ([torch.zeros(p.numel(), dtype=torch.float64) for p in parameters] for _ in range(2))
+    received, own = (
+        [torch.zeros(p.numel(), dtype=torch.float64) for p in parameters] for _ in range(2)
+    )
     for step, (x, y) in enumerate(batches(rank, 20)):
         head = (step + rank * apart) % 4
         for model in (ddp, reference):
@@ -224,18 +251,26 @@ def turn_heads_by_all(rank: int, apart: bool) -> list[list[list[float]]]:
 def test_of_heads_that_take_turns_nothing_is_lost(apart: bool) -> None:
     ranks = run_group(turn_heads_by_all, 2, apart)
     for number, method in enumerate(KEPT):
-        received, own, left = (torch.tensor([rank[number][i] for rank in ranks], dtype=torch.float64) for i in range(3))
+        received, own, left = (
+            torch.tensor([rank[number][i] for rank in ranks], dtype=torch.float64) for i in range(3)
+        )
         assert torch.equal(received[0], received[1]), method
         torch.testing.assert_close(
-            received[0], (own - left).mean(dim=0), rtol=1e-4, atol=1e-5, msg=lambda m, n=method: f"{n} {m}"
+            received[0],
+            (own - left).mean(dim=0),
+            rtol=1e-4,
+            atol=1e-5,
+            msg=lambda m, n=method: f"{n} {m}",
         )
 
 
 def scale_losses(rank: int, method: str, options: dict[str, Any]) -> list[list[float]]:
-    """As above in units of the loss, over 24 steps in which the scale grows and two steps are left out."""
+    """As above in units of the loss, over 24 steps in which the scale grows and two steps are left
+    out."""
     ddp, reference = make_ddp(), make_ddp().module
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
-    optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-9)  # so that all gradients are of the same model
+    # so that all gradients are of the same model
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-9)
     session = Session(ddp, method, scaler=scaler, **options)
     buckets: dict[int, list[nn.Parameter]] = {}
 
@@ -265,7 +300,9 @@ def scale_losses(rank: int, method: str, options: dict[str, Any]) -> list[list[f
     kept = residuals(session, buckets)
     session.close()
     assert max(scales) > 64
-    left = torch.cat([kept.get(p, torch.zeros(p.numel())) for p in parameters]).double() / scales[-1]
+    left = (
+        torch.cat([kept.get(p, torch.zeros(p.numel())) for p in parameters]).double() / scales[-1]
+    )
     return [received.tolist(), own.tolist(), left.tolist()]
 
 
@@ -282,16 +319,25 @@ SCALED = [
 def test_of_steps_that_the_scaler_leaves_out_nothing_is_lost() -> None:
     ranks = run_group(scale_losses_by_all, 2)
     for number, method in enumerate(SCALED):
-        received, own, left = (torch.tensor([rank[number][i] for rank in ranks], dtype=torch.float64) for i in range(3))
+        received, own, left = (
+            torch.tensor([rank[number][i] for rank in ranks], dtype=torch.float64) for i in range(3)
+        )
         torch.testing.assert_close(
-            received[0], (own - left).mean(dim=0), rtol=1e-3, atol=1e-5, msg=lambda m, n=method: f"{n} {m}"
+            received[0],
+            (own - left).mean(dim=0),
+            rtol=1e-3,
+            atol=1e-5,
+            msg=lambda m, n=method: f"{n} {m}",
         )
 
 
 def go_back_to_all_reduce(rank: int) -> tuple[list[float], list[str], bool]:
-    """What is sent over the gradient, by norm; the same data on all ranks, so that the mean gradient is that of each."""
+    """What is sent over the gradient, by norm; the same data on all ranks, so that the mean
+    gradient is that of each."""
     ddp, reference = make_ddp(), make_ddp().module
-    session = attach(ddp, "netsense", policy="fixed", schemes=["sparse-int4@1%"] * 15 + ["allreduce"])
+    session = attach(
+        ddp, "netsense", policy="fixed", schemes=["sparse-int4@1%"] * 15 + ["allreduce"]
+    )
     ratios, schemes = [], []
     sent, own = torch.zeros(()), torch.zeros(())
     for x, y in batches(0, 90):
@@ -312,7 +358,9 @@ def go_back_to_all_reduce(rank: int) -> tuple[list[float], list[str], bool]:
 def test_back_at_all_reduce_the_residual_goes_little_by_little_and_its_memory_is_freed() -> None:
     for ratios, schemes, holds in run_group(go_back_to_all_reduce, 2):
         assert schemes[0] == "sparse-int4@1%" and schemes[-60:] == ["allreduce"] * 60
-        back = [ratio for ratio, scheme in zip(ratios, schemes, strict=True) if scheme == "allreduce"]
+        back = [
+            ratio for ratio, scheme in zip(ratios, schemes, strict=True) if scheme == "allreduce"
+        ]
         assert 1.05 < max(back) < 1.6 and back[-1] == pytest.approx(1, rel=1e-4)
         assert not holds
 
@@ -325,7 +373,9 @@ def change_learning_rate(rank: int, method: str, options: dict[str, Any]) -> Non
     session = attach(ddp, method, **options)
 
     def mean_kept() -> dict[str, torch.Tensor]:
-        kept = {name: residual.clone() for name, residual in session.state_dict()["feedback"].items()}
+        kept = {
+            name: residual.clone() for name, residual in session.state_dict()["feedback"].items()
+        }
         for residual in kept.values():
             dist.all_reduce(residual)
         return {name: residual / 2 for name, residual in kept.items()}
@@ -346,7 +396,9 @@ def change_learning_rate(rank: int, method: str, options: dict[str, Any]) -> Non
         after = mean_kept()
         for name, parameter in ddp.module.named_parameters():
             sent = parameter.grad.view(-1)
-            torch.testing.assert_close(sent + after[name], factor * before[name], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                sent + after[name], factor * before[name], rtol=1e-4, atol=1e-6
+            )
         optimizer.step()
         session.step()
     session.close()
@@ -404,7 +456,9 @@ def adapt(rank: int, dtype: torch.dtype) -> list[list[str]]:
     for method in METHODS:
         torch.manual_seed(0)
         model = Adapted(dtype)
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["nowhere.weight", "nowhere.bias"])
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, ["nowhere.weight", "nowhere.bias"]
+        )
         ddp = DistributedDataParallel(model)
         session = attach(ddp, method)
         for batch in batches(rank, 3):
@@ -417,9 +471,11 @@ def adapt(rank: int, dtype: torch.dtype) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize(("dtype", "wide"), [(torch.float32, True), (torch.bfloat16, False)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "wide"), [(torch.float32, True), (torch.bfloat16, False)], ids=str
+)
 def test_only_what_is_trained_counts(dtype: torch.dtype, wide: bool) -> None:
-    for ((plans),) in run_group(adapt, 2, dtype):
+    for (plans,) in run_group(adapt, 2, dtype):
         assert ("fp32" in plans) is wide, "nobody sends more bytes than the gradients have"
 
 
@@ -442,7 +498,9 @@ def attach_odd_gradients(rank: int) -> dict[str, list[str]]:
             try:
                 session = attach(ddp := DistributedDataParallel(model), method)
             except ValueError as error:
-                assert "\n" not in str(error) and ("sparse=False" in str(error) or "choose allreduce" in str(error))
+                assert "\n" not in str(error) and (
+                    "sparse=False" in str(error) or "choose allreduce" in str(error)
+                )
                 refused[kind].append(method)
             else:
                 backward(ddp, next(batches(rank, 1)))
@@ -453,7 +511,10 @@ def attach_odd_gradients(rank: int) -> dict[str, list[str]]:
 
 def test_sparse_and_complex_gradients_are_refused_where_they_cannot_be_exchanged() -> None:
     for refused in run_group(attach_odd_gradients, 2):
-        assert refused == {"sparse": list(METHODS), "complex": [method for method in METHODS if method != "allreduce"]}
+        assert refused == {
+            "sparse": list(METHODS),
+            "complex": [method for method in METHODS if method != "allreduce"],
+        }
 
 
 def attach_beside_compiled_autograd(rank: int) -> str:
@@ -549,7 +610,9 @@ def step_with_anything(rank: int, directory: str) -> list[dict[str, Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for samples in (np.int64(8), torch.tensor(8), torch.tensor([8]), 8, None):
-            loss = nn.functional.cross_entropy(ddp(torch.ones(8, 20)), torch.zeros(8, dtype=torch.long))
+            loss = nn.functional.cross_entropy(
+                ddp(torch.ones(8, 20)), torch.zeros(8, dtype=torch.long)
+            )
             loss.backward()
             session.step(loss if samples is not None else np.float32(1.5), samples)
         session.evaluated(torch.tensor(0.5), np.float64(0.25))
@@ -595,11 +658,13 @@ class Counted(AllReduce):
 
 
 def break_a_backward(rank: int, method: str) -> int:
-    """All ranks break at the same place, and go on with the same session; the DDP that broke refuses to."""
+    """All ranks break at the same place, and go on with the same session; the DDP that broke
+    refuses to."""
     torch.manual_seed(0)
     breaker = Breaker()
     ddp = DistributedDataParallel(
-        nn.Sequential(nn.Linear(20, 60), breaker, nn.Linear(60, 60), nn.Linear(60, 5)), bucket_cap_mb=0.01
+        nn.Sequential(nn.Linear(20, 60), breaker, nn.Linear(60, 60), nn.Linear(60, 5)),
+        bucket_cap_mb=0.01,
     )
     session = attach(ddp, method)
     for batch in batches(rank, 3):
@@ -620,18 +685,22 @@ def break_a_backward(rank: int, method: str) -> int:
     return getattr(session.method, "finished", 0)
 
 
-@pytest.mark.parametrize("method", [f"{__name__}:Counted", "allreduce", "topk", "quantized", "netsense"])
+@pytest.mark.parametrize(
+    "method", [f"{__name__}:Counted", "allreduce", "topk", "quantized", "netsense"]
+)
 def test_after_a_backward_that_broke_the_next_one_comes_to_its_end(method: str) -> None:
     finished = run_group(break_a_backward, 2, method, timeout_s=20)
     assert finished == ([6, 6] if "Counted" in method else [0, 0])
 
 
 def break_alone(rank: int, method: str, options: dict[str, Any]) -> tuple[bool, float]:
-    """Rank 1 alone breaks, and goes on as if nothing had happened; whether a rank saw a failure, and how long it took."""
+    """Rank 1 alone breaks, and goes on as if nothing had happened; whether a rank saw a failure,
+    and how long it took."""
     torch.manual_seed(0)
     breaker = Breaker()
     ddp = DistributedDataParallel(
-        nn.Sequential(nn.Linear(20, 60), breaker, nn.Linear(60, 60), nn.Linear(60, 5)), bucket_cap_mb=0.01
+        nn.Sequential(nn.Linear(20, 60), breaker, nn.Linear(60, 60), nn.Linear(60, 5)),
+        bucket_cap_mb=0.01,
     )
     session = attach(ddp, method, **options)
     for batch in batches(rank, 3):
@@ -652,8 +721,13 @@ def break_alone(rank: int, method: str, options: dict[str, Any]) -> tuple[bool, 
     return failed, took_s
 
 
-@pytest.mark.parametrize(("method", "options"), [("quantized", {}), ("topk", {}), ("netsense", {**FIXED, "schemes": ["int8"]})])
-def test_of_a_rank_that_broke_alone_nobody_waits_for_ever(method: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("quantized", {}), ("topk", {}), ("netsense", {**FIXED, "schemes": ["int8"]})],
+)
+def test_of_a_rank_that_broke_alone_nobody_waits_for_ever(
+    method: str, options: dict[str, Any]
+) -> None:
     for failed, took_s in run_group(break_alone, 2, method, options, timeout_s=5):
         assert failed and took_s < 60
 
@@ -677,7 +751,10 @@ def train_on_two_hosts(rank: int, options: dict[str, Any]) -> tuple[str, list[st
     return parameters_hash(ddp.module), schemes, told
 
 
-@pytest.mark.parametrize("options", [{}, {"policy": "fixed", "schemes": ["host-int8", "host-sparse-int4@10%", "allreduce"]}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"policy": "fixed", "schemes": ["host-int8", "host-sparse-int4@10%", "allreduce"]}],
+)
 def test_hosts_with_several_ranks_train_and_decide_together(options: dict[str, Any]) -> None:
     """Ranks that send nothing to other hosts did not report, and the rest waited for them."""
     found = run_group(train_on_two_hosts, 4, options)
@@ -685,7 +762,8 @@ def test_hosts_with_several_ranks_train_and_decide_together(options: dict[str, A
     assert max(told for *_, told in found) <= 2
     schemes = found[0][1]
     if options:
-        assert schemes[:4] == ["host-int8", "host-sparse-int4@10%", "allreduce", "allreduce"]  # one a step
+        # one a step
+        assert schemes[:4] == ["host-int8", "host-sparse-int4@10%", "allreduce", "allreduce"]
     else:
         assert all(name == "allreduce" or name.startswith("host-") for name in schemes)
 
@@ -699,7 +777,9 @@ def leave_steps_out(rank: int, fused: bool) -> list[bool]:
     for step, batch in enumerate(batches(rank, 6)):
         before = session.state_dict()["feedback"]
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(ddp(batch[0]), batch[1]) * (math.inf if step == 4 else 1.0)
+        loss = nn.functional.cross_entropy(ddp(batch[0]), batch[1]) * (
+            math.inf if step == 4 else 1.0
+        )
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -756,7 +836,9 @@ def test_a_closed_session_says_so() -> None:
 # --- gradients on a device that is behind
 
 
-def train_on_a_late_device(rank: int, method: str, directory: str, stepping: bool) -> tuple[str, list[int]]:
+def train_on_a_late_device(
+    rank: int, method: str, directory: str, stepping: bool
+) -> tuple[str, list[int]]:
     with mock.patch.object(netsenseml.hook, "Clock", LateClock):
         ddp = make_ddp()
         session = attach(ddp, method, record=f"{directory}/{method}-{rank}")
@@ -777,27 +859,41 @@ def train_on_a_late_device(rank: int, method: str, directory: str, stepping: boo
     return parameters_hash(ddp.module), [*seen, session.last["step"]]
 
 
-def train_all_on_a_late_device(rank: int, directory: str, stepping: bool) -> list[tuple[str, list[int]]]:
-    return [train_on_a_late_device(rank, method, directory, stepping) for method in ("allreduce", "topk12", "netsense")]
+def train_all_on_a_late_device(
+    rank: int, directory: str, stepping: bool
+) -> list[tuple[str, list[int]]]:
+    return [
+        train_on_a_late_device(rank, method, directory, stepping)
+        for method in ("allreduce", "topk12", "netsense")
+    ]
 
 
 @pytest.mark.parametrize("stepping", [True, False])
-def test_of_a_late_device_records_are_complete_and_replicas_equal(stepping: bool, tmp_path: Path) -> None:
+def test_of_a_late_device_records_are_complete_and_replicas_equal(
+    stepping: bool, tmp_path: Path
+) -> None:
     first, *others = run_group(train_all_on_a_late_device, 3, str(tmp_path), stepping)
     for number, method in enumerate(("allreduce", "topk12", "netsense")):
         assert all(other[number] == first[number] for other in others), method
-        assert first[number][1] == [*range(-1, 39), 39], "a row comes when the next backward ends, the last one at the end"
+        assert first[number][1] == [
+            *range(-1, 39),
+            39,
+        ], "a row comes when the next backward ends, the last one at the end"
         for rank in range(3):
             rows = list(read_records(tmp_path / f"{method}-{rank}"))
             assert [row["step"] for row in rows] == list(range(40))
-            assert all(row["comm_s"] > 0 and row["compute_s"] > 0 and row["payload_bytes"] > 0 for row in rows)
+            assert all(
+                row["comm_s"] > 0 and row["compute_s"] > 0 and row["payload_bytes"] > 0
+                for row in rows
+            )
             assert all((row["loss"] is not None) == stepping for row in rows)
             if stepping:  # pauses belong to no step
                 assert sum(row["step_s"] for row in rows) < rows[-1]["t_s"] - 39 * 0.002
 
 
 def ask_a_late_device(rank: int) -> list[bool]:
-    """Whenever a moment of the device was asked for: had the newest backward handed over its last bucket?"""
+    """Whenever a moment of the device was asked for: had the newest backward handed over its last
+    bucket?"""
     handed_over, asked = [False], []
 
     class Asked(LateClock):

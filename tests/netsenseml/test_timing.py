@@ -1,4 +1,5 @@
-"""netsense decides when to exchange, too: local steps, delayed means, and the ways into them and out of them."""
+"""netsense decides when to exchange, too: local steps, delayed means, and the ways into them and
+out of them."""
 
 import contextlib
 import io
@@ -38,7 +39,9 @@ def at_random(seed: int) -> list[str]:
     """Schemes with and without intervals and delays, another one every few steps."""
     draw, names = random.Random(seed), list[str]()
     while len(names) < STEPS:
-        scheme = draw.choice(["allreduce", "int8", "int4-ring", "bf16", "sparse-int4@20%", "sparse-int4@5%-ring"])
+        scheme = draw.choice(
+            ["allreduce", "int8", "int4-ring", "bf16", "sparse-int4@20%", "sparse-int4@5%-ring"]
+        )
         interval, delay = draw.choice([0, 0, 1, 2, 3, 5, 8]), draw.choice([0, 1])
         delay = 1 if interval == 1 else delay
         names += [with_timing(scheme, interval, delay)] * draw.randint(1, 12)
@@ -46,8 +49,8 @@ def at_random(seed: int) -> list[str]:
 
 
 class Told(NamedTuple):
-    """Of a step. equal, optimizers: whether parameters are equal behind it, and the optimizers' states. sent: whether something
-    has arrived. back: whether it is the way back to gradients."""
+    """Of a step. equal, optimizers: whether parameters are equal behind it, and the optimizers'
+    states. sent: whether something has arrived. back: whether it is the way back to gradients."""
 
     equal: bool
     optimizers: bool
@@ -67,7 +70,9 @@ def synchronised(schemes: list[str]) -> list[Told]:
             late = False
         else:
             back = not interval
-            found.append(Told(back or not delay, back, late or under_way or back or not delay, back))
+            found.append(
+                Told(back or not delay, back, late or under_way or back or not delay, back)
+            )
             apart, since, late, under_way = not back, 0, False, delay > 0 and not back
     return found
 
@@ -80,13 +85,18 @@ def flat(tensors: Any) -> torch.Tensor:
     return torch.cat([tensor.detach().double().reshape(-1) for tensor in tensors])
 
 
-def switch_at_random(rank: int, name: str) -> tuple[list[str], list[str], list[list[list[float]]], list[Any]]:
-    """Hashes of parameters and of the optimizer after every step; every 50 steps what was put in and what became of it, of this
-    rank; rows."""
+def switch_at_random(
+    rank: int, name: str
+) -> tuple[list[str], list[str], list[list[list[float]]], list[Any]]:
+    """Hashes of parameters and of the optimizer after every step; every 50 steps what was put in
+    and what became of it, of this rank; rows."""
     ddp = make_ddp()
     optimizer = make_optimizer(name, ddp)
     session = attach(ddp, "netsense", policy="fixed", schemes=at_random(0))
-    begin, put_in = flat(ddp.parameters()), [torch.zeros(p.numel(), dtype=torch.float64) for p in ddp.parameters()]
+    begin, put_in = (
+        flat(ddp.parameters()),
+        [torch.zeros(p.numel(), dtype=torch.float64) for p in ddp.parameters()],
+    )
     for parameter, total in zip(ddp.parameters(), put_in, strict=True):
         parameter.register_hook(partial(add_to, total))
     hashes, states, kept, rows = [], [], [], []
@@ -95,15 +105,23 @@ def switch_at_random(rank: int, name: str) -> tuple[list[str], list[str], list[l
         optimizer.step()
         session.step()
         hashes.append(parameters_hash(ddp.module))
-        moments = [v for p in ddp.parameters() for k, v in sorted(optimizer.state[p].items()) if k != "step"]
+        moments = [
+            v
+            for p in ddp.parameters()
+            for k, v in sorted(optimizer.state[p].items())
+            if k != "step"
+        ]
         states.append(str(hash(tuple(flat(moments).tolist()))))
         rows.append(dict(session.last or {}))
         if name != "adamw" and step % 50 == 49:
             state = session.state_dict()
             named = ddp.module.named_parameters()
-            of_gradients = flat(state["feedback"].get(key, torch.zeros(p.numel())) for key, p in named)
+            of_gradients = flat(
+                state["feedback"].get(key, torch.zeros(p.numel())) for key, p in named
+            )
             of_parameters = state["apart"]["kept"].get("parameters", torch.zeros(1)).double()
-            for (own, *_), (mean, *_), _ in state["apart"]["exchanges"]:  # the parameters have the one, and not yet the other
+            # the parameters have the one, and not yet the other
+            for (own, *_), (mean, *_), _ in state["apart"]["exchanges"]:
                 of_parameters = of_parameters - own.double() + mean.double()
             late = {name: torch.zeros(p.numel()) for name, p in ddp.module.named_parameters()}
             for names, _, mean in state["late"]["under_way"]:
@@ -113,7 +131,10 @@ def switch_at_random(rank: int, name: str) -> tuple[list[str], list[str], list[l
             moved = (begin - flat(ddp.parameters()) + of_parameters) * (1 - MOMENTUM) / LR
             # v <- m v + g, x <- x - lr v: the sum of g is (1 - m) (sum of v) + m v
             kept.append(
-                [torch.cat(put_in).tolist(), (moved + MOMENTUM * velocity + of_gradients + flat(late.values())).tolist()]
+                [
+                    torch.cat(put_in).tolist(),
+                    (moved + MOMENTUM * velocity + of_gradients + flat(late.values())).tolist(),
+                ]
             )
     session.close()
     hashes.append(parameters_hash(ddp.module))
@@ -121,11 +142,16 @@ def switch_at_random(rank: int, name: str) -> tuple[list[str], list[str], list[l
 
 
 @pytest.mark.parametrize("name", ["momentum", "adamw"])
-def test_replicas_are_equal_and_nothing_is_lost_over_any_sequence_of_schemes_intervals_and_delays(name: str) -> None:
+def test_replicas_are_equal_and_nothing_is_lost_over_any_sequence_of_schemes_intervals_and_delays(
+    name: str,
+) -> None:
     ranks = run_group(switch_at_random, 3, name)
     schemes = at_random(0)
     for step, told in enumerate(synchronised(schemes)):
-        assert (len({hashes[step] for hashes, *_ in ranks}) == 1) == told.equal, (step, schemes[step])
+        assert (len({hashes[step] for hashes, *_ in ranks}) == 1) == told.equal, (
+            step,
+            schemes[step],
+        )
         if told.optimizers:
             assert len({states[step] for _, states, *_ in ranks}) == 1, (step, schemes[step])
     assert len({hashes[-1] for hashes, *_ in ranks}) == 1
@@ -141,17 +167,22 @@ def test_replicas_are_equal_and_nothing_is_lost_over_any_sequence_of_schemes_int
                 assert row["lost_energy"] == 1.0
 
 
-def add_at_rate(total: torch.Tensor, optimizer: torch.optim.Optimizer, gradient: torch.Tensor) -> None:
+def add_at_rate(
+    total: torch.Tensor, optimizer: torch.optim.Optimizer, gradient: torch.Tensor
+) -> None:
     total.add_(gradient.reshape(-1), alpha=optimizer.param_groups[0]["lr"])
 
 
 def change_the_rate(rank: int, scheme: str) -> tuple[list[str], list[list[list[float]]]]:
-    """The rate is now a tenth and now ten times what it was: hashes of parameters after every step; every 10 steps what was put
-    in, at its rate, and what became of it, of this rank."""
+    """The rate is now a tenth and now ten times what it was: hashes of parameters after every step;
+    every 10 steps what was put in, at its rate, and what became of it, of this rank."""
     ddp = make_ddp()
     optimizer = torch.optim.SGD(ddp.parameters(), lr=LR)
     session = attach(ddp, "netsense", policy="fixed", schemes=[scheme])
-    begin, put_in = flat(ddp.parameters()), [torch.zeros(p.numel(), dtype=torch.float64) for p in ddp.parameters()]
+    begin, put_in = (
+        flat(ddp.parameters()),
+        [torch.zeros(p.numel(), dtype=torch.float64) for p in ddp.parameters()],
+    )
     for parameter, total in zip(ddp.parameters(), put_in, strict=True):
         parameter.register_hook(partial(add_at_rate, total, optimizer))
     hashes, kept = [], []
@@ -166,17 +197,30 @@ def change_the_rate(rank: int, scheme: str) -> tuple[list[str], list[list[list[f
             named = dict(ddp.module.named_parameters())
             late = {name: torch.zeros(p.numel()) for name, p in named.items()}
             for names, _, mean in state["late"]["under_way"]:
-                late |= dict(zip(names, mean.split([late[name].numel() for name in names]), strict=True))
-            waits = flat(state["feedback"].get(name, torch.zeros(p.numel())) for name, p in named.items()) + flat(late.values())
-            kept.append([torch.cat(put_in).tolist(), (begin - flat(ddp.parameters()) + rate * waits).tolist()])
+                late |= dict(
+                    zip(names, mean.split([late[name].numel() for name in names]), strict=True)
+                )
+            waits = flat(
+                state["feedback"].get(name, torch.zeros(p.numel())) for name, p in named.items()
+            ) + flat(late.values())
+            kept.append(
+                [
+                    torch.cat(put_in).tolist(),
+                    (begin - flat(ddp.parameters()) + rate * waits).tolist(),
+                ]
+            )
     session.close()
     return hashes, kept
 
 
 @pytest.mark.parametrize("scheme", ["int8+1", "allreduce+1"])
-def test_what_is_under_way_when_the_learning_rate_changes_is_worth_as_much_as_before(scheme: str) -> None:
+def test_what_is_under_way_when_the_learning_rate_changes_is_worth_as_much_as_before(
+    scheme: str,
+) -> None:
     ranks = run_group(change_the_rate, 3, scheme)
-    assert all(len(set(hashes)) == 1 for hashes in zip(*(hashes for hashes, _ in ranks), strict=True))
+    assert all(
+        len(set(hashes)) == 1 for hashes in zip(*(hashes for hashes, _ in ranks), strict=True)
+    )
     for own in zip(*(kept for _, kept in ranks), strict=True):
         put_in, became = torch.tensor(own, dtype=torch.float64).mean(0)
         torch.testing.assert_close(became, put_in, rtol=1e-5, atol=1e-5)
@@ -186,11 +230,19 @@ def step_by_constant_gradients(rank: int) -> list[list[float]]:
     """With plain all-reduce, and apart now and then: parameters in the end."""
     found = []
     for delay in ("", "+1", None):
-        schemes = [f"allreduce/3{delay}"] * 7 + ["allreduce"] * 5 + [f"allreduce/4{delay}"] * 5 + ["allreduce"]
+        schemes = (
+            [f"allreduce/3{delay}"] * 7
+            + ["allreduce"] * 5
+            + [f"allreduce/4{delay}"] * 5
+            + ["allreduce"]
+        )
         schemes = ["allreduce"] if delay is None else schemes
         torch.manual_seed(0)
         ddp = DistributedDataParallel(nn.Linear(20, 5))
-        optimizer, session = make_optimizer("momentum", ddp), attach(ddp, "netsense", policy="fixed", schemes=schemes)
+        optimizer, session = (
+            make_optimizer("momentum", ddp),
+            attach(ddp, "netsense", policy="fixed", schemes=schemes),
+        )
         for x, _ in batches(rank, 24):
             optimizer.zero_grad()
             ddp(x).sum().backward()
@@ -202,22 +254,38 @@ def step_by_constant_gradients(rank: int) -> list[list[float]]:
 
 
 def go_on(rank: int, delay: str) -> list[bool]:
-    """Whether 24 steps are, bit by bit, some steps, a checkpoint whose model is that of rank 0 for all, and the others."""
-    schemes = [f"sparse-int4@20%{delay}"] * 4 + [f"int4/5{delay}"] * 10 + [f"int8{delay}"] * 3 + ["int8/4"]
+    """Whether 24 steps are, bit by bit, some steps, a checkpoint whose model is that of rank 0 for
+    all, and the others."""
+    schemes = (
+        [f"sparse-int4@20%{delay}"] * 4
+        + [f"int4/5{delay}"] * 10
+        + [f"int8{delay}"] * 3
+        + ["int8/4"]
+    )
     data, ends = list(batches(rank, 24)), []
     for cut in (24, 6, 9, 15):
         ddp = make_ddp(bucket_cap_mb=25)
-        optimizer, session = make_optimizer("momentum", ddp), attach(ddp, "netsense", policy="fixed", schemes=schemes)
+        optimizer, session = (
+            make_optimizer("momentum", ddp),
+            attach(ddp, "netsense", policy="fixed", schemes=schemes),
+        )
         for step, batch in enumerate(data):
             if step == cut:
                 kept, shared = io.BytesIO(), [None]
                 with session.synchronized():
-                    torch.save({"session": session.state_dict(), "optimizer": optimizer.state_dict()}, kept)
-                    shared[0] = {name: value.clone() for name, value in ddp.module.state_dict().items()}
+                    torch.save(
+                        {"session": session.state_dict(), "optimizer": optimizer.state_dict()}, kept
+                    )
+                    shared[0] = {
+                        name: value.clone() for name, value in ddp.module.state_dict().items()
+                    }
                 session.close()
                 dist.broadcast_object_list(shared)
                 ddp = make_ddp(bucket_cap_mb=25)
-                optimizer, session = make_optimizer("momentum", ddp), attach(ddp, "netsense", policy="fixed", schemes=schemes)
+                optimizer, session = (
+                    make_optimizer("momentum", ddp),
+                    attach(ddp, "netsense", policy="fixed", schemes=schemes),
+                )
                 backward(ddp, data[0])
                 kept.seek(0)
                 checkpoint = torch.load(kept)
@@ -233,12 +301,17 @@ def go_on(rank: int, delay: str) -> list[bool]:
 
 
 def look_in(rank: int) -> tuple[list[list[list[float]]], str]:
-    """Running means of this rank and in ``synchronized``, before the first exchange and behind it; what an optimizer is told
-    whose state has no mean."""
+    """Running means of this rank and in ``synchronized``, before the first exchange and behind it;
+    what an optimizer is told whose state has no mean."""
     torch.manual_seed(0)
     ddp = DistributedDataParallel(nn.Sequential(nn.Linear(20, 5), nn.BatchNorm1d(5)))
     optimizer = make_optimizer("momentum", ddp)
-    session = attach(ddp, "netsense", policy="fixed", schemes=["allreduce"] * 3 + ["int8/4"] * 5 + ["int8"] * 2 + ["int8/4"])
+    session = attach(
+        ddp,
+        "netsense",
+        policy="fixed",
+        schemes=["allreduce"] * 3 + ["int8/4"] * 5 + ["int8"] * 2 + ["int8/4"],
+    )
     found, refused = [], ""
     for step, (x, _) in enumerate(batches(rank, 11)):
         optimizer.zero_grad()
@@ -261,11 +334,15 @@ def look_in(rank: int) -> tuple[list[list[list[float]]], str]:
 
 
 def decide(rank: int) -> list[tuple[str, list[str], list[int]]]:
-    """Of an interval and a delay that are given, and such as are chosen: the parameters' hash, schemes, bytes."""
+    """Of an interval and a delay that are given, and such as are chosen: the parameters' hash,
+    schemes, bytes."""
     found = []
     for interval, delay in ((4, 0), ("auto", 0), (1, 1), (4, 1), ("auto", "auto")):
         ddp = make_ddp()
-        optimizer, session = make_optimizer("adamw", ddp), attach(ddp, "netsense", interval=interval, delay=delay)
+        optimizer, session = (
+            make_optimizer("adamw", ddp),
+            attach(ddp, "netsense", interval=interval, delay=delay),
+        )
         schemes, sent = [], []
         for batch in batches(rank, 40):
             backward(ddp, batch)
@@ -289,7 +366,11 @@ def refuse(rank: int) -> list[str]:
         backward(ddp, batch)
     session.close()
     found.append(str(refused.value))
-    for method, options in (("netsense", {"interval": 4}), ("netsense", {"interval": "auto"}), ("localsgd", {})):
+    for method, options in (
+        ("netsense", {"interval": 4}),
+        ("netsense", {"interval": "auto"}),
+        ("localsgd", {}),
+    ):
         ddp = make_ddp()
         session = attach(ddp, method, **options)
         optimizer = ZeroRedundancyOptimizer(ddp.parameters(), torch.optim.SGD, lr=LR)
@@ -303,8 +384,13 @@ def refuse(rank: int) -> list[str]:
 
 
 def resume_with_and_without_a_device(rank: int, interval: int, delay: int) -> tuple[str, int]:
-    """Rank 1 knows of a backward when the next one ends, rank 0 at once; both resume a step before an exchange."""
-    with mock.patch.object(netsenseml.hook, "Clock", LateClock) if rank == 1 else contextlib.nullcontext():
+    """Rank 1 knows of a backward when the next one ends, rank 0 at once; both resume a step before
+    an exchange."""
+    with (
+        mock.patch.object(netsenseml.hook, "Clock", LateClock)
+        if rank == 1
+        else contextlib.nullcontext()
+    ):
         ddp = make_ddp()
         session = attach(ddp, "netsense", interval=interval, delay=delay)
     optimizer, waiting = make_optimizer("sgd", ddp), 0
@@ -334,14 +420,17 @@ def done() -> list[dict[str, Any]]:
 
 
 def test_momentum_survives_the_ways_in_and_out(done: list[dict[str, Any]]) -> None:
-    """Where gradients do not depend on parameters, it makes no difference when these are exchanged."""
+    """Where gradients do not depend on parameters, it makes no difference when these are
+    exchanged."""
     for rank in done:
         apart, delayed, plain = rank["constant"]
         assert apart == pytest.approx(plain, rel=1e-5, abs=1e-5)
         assert delayed == pytest.approx(plain, rel=1e-5, abs=1e-5)
 
 
-def test_a_checkpoint_in_the_middle_of_an_interval_or_of_an_exchange_goes_on_bit_by_bit(done: list[dict[str, Any]]) -> None:
+def test_a_checkpoint_in_the_middle_of_an_interval_or_of_an_exchange_goes_on_bit_by_bit(
+    done: list[dict[str, Any]],
+) -> None:
     assert [rank["go on"] for rank in done] == [[True] * 6] * 2
 
 
@@ -351,14 +440,22 @@ def test_running_statistics_are_not_those_of_long_ago_and_an_optimizer_without_a
     for rank in done:
         ((own, before), _), refused = rank["look in"]
         assert own == before, "before the first exchange each rank has its own"
-        assert refused == "the optimizer keeps codes as torch.uint8, of which there is no mean; say interval=1 and delay=0"
+        assert (
+            refused
+            == "the optimizer keeps codes as torch.uint8, of which there is no mean; say interval=1"
+            " and delay=0"
+        )
     (own, behind), (own_too, behind_too) = (rank["look in"][0][1] for rank in done)
     assert behind == behind_too and own != own_too
 
 
-def test_intervals_and_delays_are_kept_to_and_chosen_by_all_alike(done: list[dict[str, Any]]) -> None:
+def test_intervals_and_delays_are_kept_to_and_chosen_by_all_alike(
+    done: list[dict[str, Any]],
+) -> None:
     for number in range(5):
-        (end, schemes, sent), (end_too, schemes_too, sent_too) = (rank["decide"][number] for rank in done)
+        (end, schemes, sent), (end_too, schemes_too, sent_too) = (
+            rank["decide"][number] for rank in done
+        )
         assert end == end_too
         assert schemes == schemes_too
         assert [size > 0 for size in sent] == [size > 0 for size in sent_too]
@@ -367,7 +464,11 @@ def test_intervals_and_delays_are_kept_to_and_chosen_by_all_alike(done: list[dic
             assert [step for step, size in enumerate(sent) if size] == list(range(3, 40, 4))
         if number == 2:
             kinds = [split_timing(scheme)[1:] for scheme in schemes]
-            assert set(kinds) <= {(0, 1), (1, 1), (0, 0)}, "the last only on the way back, which is all-reduce"
+            assert set(kinds) <= {
+                (0, 1),
+                (1, 1),
+                (0, 0),
+            }, "the last only on the way back, which is all-reduce"
             for size, kind, before in zip(sent[3:], kinds[3:], kinds[2:-1], strict=True):
                 assert size or kind != before, "nothing has landed only behind a change"
         if number == 3:
@@ -376,7 +477,9 @@ def test_intervals_and_delays_are_kept_to_and_chosen_by_all_alike(done: list[dic
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_the_controller_parts_the_ranks_where_the_network_is_thin_and_not_where_it_is_fast(adaptive: bool) -> None:
+def test_the_controller_parts_the_ranks_where_the_network_is_thin_and_not_where_it_is_fast(
+    adaptive: bool,
+) -> None:
     """1.1 million parameters, 60 ms of compute, four ranks."""
     for rate_bps, apart in ((2e6, True), (1e10, False)):
         world = World(Topology(4), rate_bps, 1e-4, compute_s=0.06, elements=(250_000, 850_000))
@@ -400,7 +503,9 @@ def test_ranks_come_back_when_the_network_has_become_fast_but_not_for_a_moment()
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_the_controller_delays_means_where_latency_is_the_price_and_not_where_nothing_is(adaptive: bool) -> None:
+def test_the_controller_delays_means_where_latency_is_the_price_and_not_where_nothing_is(
+    adaptive: bool,
+) -> None:
     for delay_s, delayed in ((0.05, True), (1e-4, False)):
         world = World(Topology(4), 1e10, delay_s, compute_s=0.1, elements=(250_000, 850_000))
         job = Job(world, adaptive, delays=(0, 1))
@@ -408,7 +513,9 @@ def test_the_controller_delays_means_where_latency_is_the_price_and_not_where_no
         assert {split_timing(name)[2] for name, _ in job.run(20)} == {int(delayed)}
 
 
-def test_means_are_applied_at_once_again_when_the_path_has_become_short_and_it_changes_but_once() -> None:
+def test_means_are_applied_at_once_again_when_the_path_has_become_short_and_it_changes_but_once() -> (
+    None
+):
     world = World(Topology(4), 1e10, 0.05, compute_s=0.1, elements=(250_000, 850_000))
     job = Job(world, delays=(0, 1))
     job.run(20)
@@ -441,18 +548,30 @@ def test_bad_options_give_one_line(options: dict[str, Any], said: str) -> None:
 
 def test_what_cannot_work_is_refused_in_one_line() -> None:
     for scaled, delayed, unused, *sharded in run_group(refuse, 2):
-        for text, what in ((scaled, "GradScaler"), (delayed, "GradScaler"), (unused, "find_unused_parameters")):
+        for text, what in (
+            (scaled, "GradScaler"),
+            (delayed, "GradScaler"),
+            (unused, "find_unused_parameters"),
+        ):
             assert what in text and "\n" not in text
         assert len(sharded) == 3
-        assert all(text.startswith("a ZeroRedundancyOptimizer makes no local steps") and "\n" not in text for text in sharded)
+        assert all(
+            text.startswith("a ZeroRedundancyOptimizer makes no local steps") and "\n" not in text
+            for text in sharded
+        )
 
 
 @pytest.mark.parametrize(("interval", "delay"), [(2, 0), (2, 1), (1, 1)])
-def test_ranks_with_and_without_a_device_resume_before_an_exchange_and_report_alike(interval: int, delay: int) -> None:
+def test_ranks_with_and_without_a_device_resume_before_an_exchange_and_report_alike(
+    interval: int, delay: int
+) -> None:
     """One reported what the other did not know yet, and each waited for the other."""
-    (first, waiting), (second, waiting_too) = run_group(resume_with_and_without_a_device, 2, interval, delay, timeout_s=20)
+    (first, waiting), (second, waiting_too) = run_group(
+        resume_with_and_without_a_device, 2, interval, delay, timeout_s=20
+    )
     assert first == second
     assert waiting and waiting_too
-    # With both of one step the kind may change by what was timed, and of late means these ranks do not report at the same time.
+    # With both of one step the kind may change by what was timed, and of late means these ranks do
+    # not report at the same time.
     assert waiting == waiting_too or (interval, delay) == (1, 1)
     assert delay or waiting == 1

@@ -1,4 +1,5 @@
-"""A swarm of three nodes for all tests of this directory; the second has a clock that is a million seconds ahead."""
+"""A swarm of three nodes for all tests of this directory; the second has a clock that is a million
+seconds ahead."""
 
 import subprocess
 import sys
@@ -22,9 +23,20 @@ def testbed_command(swarm):
 
     def run(*arguments, wait=True, **environment):
         command = swarm.manager.inside([sys.executable, "-m", "testbed.cli", *map(str, arguments)])
-        env = {**swarm.manager.environment, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment}
+        env = {
+            **swarm.manager.environment,
+            "PYTHONPATH": str(ROOT),
+            "COLUMNS": "200",
+            **environment,
+        }
         process = subprocess.Popen(
-            command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            command,
+            env=env,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
         if not wait:
             return process

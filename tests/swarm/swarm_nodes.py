@@ -1,11 +1,14 @@
-"""A Docker Swarm of several nodes on one machine, for tests: each node is a daemon in a network namespace of its own.
+"""A Docker Swarm of several nodes on one machine, for tests: each node is a daemon in a network
+namespace of its own.
 
-The namespaces are joined by a bridge, which is the network between the machines. Each daemon also has a mount namespace, in
-which its files lie where they do on a machine of its own (/var/run/docker), and may have another monotonic clock.
+The namespaces are joined by a bridge, which is the network between the machines. Each daemon also
+has a mount namespace, in which its files lie where they do on a machine of its own
+(/var/run/docker), and may have another monotonic clock.
 
     python tests/swarm/swarm_nodes.py [--nodes 3] -- COMMAND ARGS…
 
-runs a command on the first node, the manager: in its network namespace, with DOCKER_HOST set. Needs root, and dockerd.
+runs a command on the first node, the manager: in its network namespace, with DOCKER_HOST set. Needs
+root, and dockerd.
 """
 
 import argparse
@@ -28,7 +31,8 @@ IMAGE = os.environ.get("TESTBED_IMAGE", "netsense-testbed:local")
 _NETWORK = "10.79.0"
 _READY_S = 30.0
 _DOCKER_ROOT = Path(os.environ.get("NETSENSE_DOCKER_ROOT", "/var/lib/docker"))
-"""Of this machine's own daemon; it is often a mount of its own, and hard links to what is in it must be in it, too."""
+"""Of this machine's own daemon; it is often a mount of its own, and hard links to what is in it
+must be in it, too."""
 
 
 class Node:
@@ -55,7 +59,12 @@ class Node:
     def docker(self, *arguments: str, check: bool = True) -> str:
         """What Docker's command line says on this node."""
         done = subprocess.run(
-            self.inside(["docker", *arguments]), env=self.environment, capture_output=True, text=True, check=False, timeout=60
+            self.inside(["docker", *arguments]),
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
         )
         if check and done.returncode:
             raise RuntimeError(f"{self.name}: docker {' '.join(arguments)}: {done.stderr.strip()}")
@@ -66,8 +75,13 @@ class Node:
         execute, data = self.directory / "exec", self.directory / "data"
         for path in (execute, data):
             path.mkdir(parents=True, exist_ok=True)
-        clock = f"unshare --time --monotonic {self.monotonic_s} --fork --kill-child" if self.monotonic_s else ""
-        # A task sees the namespaces of later ones only if mounts spread, as systemd has it on real machines.
+        clock = (
+            f"unshare --time --monotonic {self.monotonic_s} --fork --kill-child"
+            if self.monotonic_s
+            else ""
+        )
+        # A task sees the namespaces of later ones only if mounts spread, as systemd has it on real
+        # machines.
         script = f"""
             mount --make-rshared / && mkdir -p /run/docker && mount --bind {execute} /run/docker && hostname {self.name} &&
             exec setpriv --pdeathsig KILL {clock} \
@@ -75,7 +89,9 @@ class Node:
                 --bip 172.31.{self.number}.1/24 --log-level warn"""
         with open(self.directory / "log", "ab") as log:
             self.process = subprocess.Popen(
-                self.inside(["unshare", "--mount", "--uts", "--propagation", "slave", "sh", "-c", script]),
+                self.inside(
+                    ["unshare", "--mount", "--uts", "--propagation", "slave", "sh", "-c", script]
+                ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -86,15 +102,23 @@ class Node:
         """Until the daemon answers."""
         given_up_s = time.monotonic() + _READY_S
         while not self.docker("info", "--format", "{{.ServerVersion}}", check=False):
-            if time.monotonic() > given_up_s or self.process is None or self.process.poll() is not None:
-                raise RuntimeError(f"{self.name}: no daemon:\n{(self.directory / 'log').read_text()[-2000:]}")
+            if (
+                time.monotonic() > given_up_s
+                or self.process is None
+                or self.process.poll() is not None
+            ):
+                raise RuntimeError(
+                    f"{self.name}: no daemon:\n{(self.directory / 'log').read_text()[-2000:]}"
+                )
             time.sleep(0.2)
 
     def load_image(self) -> None:
         """Copy the image from this machine's own daemon, unless it is there."""
         if not self.docker("image", "ls", "--quiet", IMAGE):
             with subprocess.Popen(["docker", "save", IMAGE], stdout=subprocess.PIPE) as save:
-                subprocess.run(["docker", "-H", f"unix://{self.socket}", "load"], stdin=save.stdout, check=True)
+                subprocess.run(
+                    ["docker", "-H", f"unix://{self.socket}", "load"], stdin=save.stdout, check=True
+                )
 
     def stop(self) -> None:
         """End the daemon and all that it has started."""
@@ -117,33 +141,48 @@ class Node:
     def overlays(self) -> list[str]:
         """Namespaces of overlay networks that are there, by the names of their files.
 
-        Docker leaves the file for up to a minute after the namespace, which is mounted on it (nsfs), has gone.
+        Docker leaves the file for up to a minute after the namespace, which is mounted on it
+        (nsfs), has gone.
         """
         mounts = Path(f"/proc/{self.daemon}/mountinfo").read_text().splitlines()
         mounted = [line.split()[4] for line in mounts if " - nsfs " in line]
         names = sorted(path.name for path in (self.directory / "exec" / "netns").glob("1-*"))
-        return [name for name in names if any(place.endswith(f"/netns/{name}") for place in mounted)]
+        return [
+            name for name in names if any(place.endswith(f"/netns/{name}") for place in mounted)
+        ]
 
 
 def end_all_in(namespace: str) -> None:
-    """SIGKILL for all processes in a network namespace, such as shims of containers that lost their daemon."""
-    for pid in subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False).stdout.split():
+    """SIGKILL for all processes in a network namespace, such as shims of containers that lost their
+    daemon."""
+    for pid in subprocess.run(
+        ["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False
+    ).stdout.split():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
 
 
 class Nodes:
-    """A swarm, from entering to leaving. monotonic_s: by number of a node, what its clock is ahead."""
+    """A swarm, from entering to leaving. monotonic_s: by number of a node, what its clock is
+    ahead."""
 
-    def __init__(self, count: int = 3, monotonic_s: Mapping[int, int] | None = None, directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        count: int = 3,
+        monotonic_s: Mapping[int, int] | None = None,
+        directory: Path | None = None,
+    ) -> None:
         self._own = directory is None
         self._work = directory or Path(
-            tempfile.mkdtemp(prefix="netsense-swarm-", dir=_DOCKER_ROOT if _DOCKER_ROOT.is_dir() else "/var/tmp")
+            tempfile.mkdtemp(
+                prefix="netsense-swarm-", dir=_DOCKER_ROOT if _DOCKER_ROOT.is_dir() else "/var/tmp"
+            )
         )
         self._token = f"ns{os.getpid()}"
         self._bridge = f"{self._token}-net"
         self.nodes = [
-            Node(number, self._token, self._work, (monotonic_s or {}).get(number, 0)) for number in range(1, count + 1)
+            Node(number, self._token, self._work, (monotonic_s or {}).get(number, 0))
+            for number in range(1, count + 1)
         ]
 
     @property
@@ -165,11 +204,17 @@ class Nodes:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._close()
 
     def left(self, seconds: float = 30.0) -> list[str]:
-        """What is on the nodes that a swarm does not have from the beginning; a node takes a moment to remove a container."""
+        """What is on the nodes that a swarm does not have from the beginning; a node takes a moment
+        to remove a container."""
         given_up_s = time.monotonic() + seconds
         while (found := self._found()) and time.monotonic() < given_up_s:
             time.sleep(0.3)
@@ -180,10 +225,18 @@ class Nodes:
         ingress = self.manager.docker("network", "inspect", "ingress", "--format", "{{.Id}}")
         for node in self.nodes:
             found += [f"{node.name}: container {name}" for name in node.docker("ps", "-aq").split()]
-            found += [f"{node.name}: volume {name}" for name in node.docker("volume", "ls", "-q").split()]
-            names = node.docker("network", "ls", "--filter", "name=netsense", "--format", "{{.Name}}").split()
+            found += [
+                f"{node.name}: volume {name}" for name in node.docker("volume", "ls", "-q").split()
+            ]
+            names = node.docker(
+                "network", "ls", "--filter", "name=netsense", "--format", "{{.Name}}"
+            ).split()
             found += [f"{node.name}: network {name}" for name in names]
-            found += [f"{node.name}: namespace {name}" for name in node.overlays() if not ingress.startswith(name[2:])]
+            found += [
+                f"{node.name}: namespace {name}"
+                for name in node.overlays()
+                if not ingress.startswith(name[2:])
+            ]
         found += [f"service {name}" for name in self.manager.docker("service", "ls", "-q").split()]
         found += [f"secret {name}" for name in self.manager.docker("secret", "ls", "-q").split()]
         return found
@@ -198,7 +251,10 @@ class Nodes:
             commands += [
                 f"netns add {node.namespace}",
                 f"-n {node.namespace} link set lo up",
-                f"-n {node.namespace} link add net0 type veth peer name {node.name} netns {self._bridge}",
+                (
+                    f"-n {node.namespace} link add net0 type veth peer name {node.name} netns"
+                    f" {self._bridge}"
+                ),
                 f"-n {self._bridge} link set {node.name} master br0 up",
                 f"-n {node.namespace} link set net0 up",
                 f"-n {node.namespace} address add {node.address}/24 dev net0",
@@ -216,7 +272,8 @@ class Nodes:
         data = node.directory / "data"
         (data / "image").mkdir(parents=True)
         for copy in (["cp", "-a", names, data / "image"], ["cp", "-al", layers, data]):
-            if subprocess.run(copy, check=False, stderr=subprocess.DEVNULL).returncode:  # such as on another file system
+            # such as on another file system
+            if subprocess.run(copy, check=False, stderr=subprocess.DEVNULL).returncode:
                 shutil.rmtree(data)
                 return
 
@@ -227,7 +284,16 @@ class Nodes:
         manager.docker("swarm", "init", "--advertise-addr", manager.address)
         token = manager.docker("swarm", "join-token", "--quiet", "worker")
         joins = [
-            pool.submit(node.docker, "swarm", "join", "--token", token, "--advertise-addr", node.address, manager.address)
+            pool.submit(
+                node.docker,
+                "swarm",
+                "join",
+                "--token",
+                token,
+                "--advertise-addr",
+                node.address,
+                manager.address,
+            )
             for node in self.nodes[1:]
         ]
         for join in joins:
@@ -237,7 +303,9 @@ class Nodes:
         with ThreadPoolExecutor() as pool:
             list(pool.map(Node.stop, self.nodes))
         for namespace in (self._bridge, *(node.namespace for node in self.nodes)):
-            subprocess.run(["ip", "netns", "delete", namespace], check=False, stderr=subprocess.DEVNULL)
+            subprocess.run(
+                ["ip", "netns", "delete", namespace], check=False, stderr=subprocess.DEVNULL
+            )
         if self._own:
             shutil.rmtree(self._work, ignore_errors=True)
 
@@ -250,9 +318,16 @@ def main() -> int:
     options = parser.parse_args()
     command = [word for word in options.command if word != "--"]
     with Nodes(options.nodes, directory=options.directory) as nodes:
-        places = json.dumps({node.name: {"socket": str(node.socket), "namespace": node.namespace} for node in nodes.nodes})
+        places = json.dumps(
+            {
+                node.name: {"socket": str(node.socket), "namespace": node.namespace}
+                for node in nodes.nodes
+            }
+        )
         environment = {**nodes.manager.environment, "NETSENSE_NODES": places}
-        return subprocess.run(nodes.manager.inside(command), env=environment, check=False).returncode
+        return subprocess.run(
+            nodes.manager.inside(command), env=environment, check=False
+        ).returncode
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The swarm lab on three nodes of this machine, as users run it. What the agents promise for themselves is in
-tests/testbed/test_agent.py and tests/integration/test_remote_lab.py."""
+"""The swarm lab on three nodes of this machine, as users run it. What the agents promise for
+themselves is in tests/testbed/test_agent.py and tests/integration/test_remote_lab.py."""
 
 import io
 import json
@@ -21,13 +21,22 @@ pytestmark = [pytest.mark.swarm, pytest.mark.alone]
 ROOT = Path(__file__).parents[2]
 SECONDS = 5.0
 """Until the links of the swarm's smoke test become thinner."""
-SHORT = ["--set", f"workload.stop.seconds={SECONDS + 1:g}", "--set", f"schedule=[{{at: {SECONDS:g}s, set: {{rate: 10mbit}}}}]"]
+SHORT = [
+    "--set",
+    f"workload.stop.seconds={SECONDS + 1:g}",
+    "--set",
+    f"schedule=[{{at: {SECONDS:g}s, set: {{rate: 10mbit}}}}]",
+]
 SMALL = {
     "name": "small",
     "lab": "swarm",
     "workers": 3,
     "network": {"link": {"rate": "20mbit"}},
-    "workload": {"model": {"name": "mlp", "hidden": [64]}, "stop": {"seconds": 30}, "compute": {"pace": "20ms"}},
+    "workload": {
+        "model": {"name": "mlp", "hidden": [64]},
+        "stop": {"seconds": 30},
+        "compute": {"pace": "20ms"},
+    },
     "methods": ["allreduce"],
 }
 
@@ -39,7 +48,8 @@ def small(tmp_path, **more):
 
 
 def throughput(run, method):
-    """Samples a second of the steps in the first seconds, in which the links of both runs are the same."""
+    """Samples a second of the steps in the first seconds, in which the links of both runs are the
+    same."""
     steps = run.steps[(run.steps["method"] == method) & (run.steps["t_s"] < SECONDS)]
     return steps["samples"].sum() / steps.groupby("rank")["step_s"].sum().mean()
 
@@ -50,14 +60,28 @@ def here(tmp_path_factory):
     if given := os.environ.get("NETSENSE_SMOKE"):
         return testbed.load_run(given)
     out = tmp_path_factory.mktemp("here")
-    command = [sys.executable, "-m", "testbed.cli", "run", "experiments/smoke.yaml", "--out", str(out), *SHORT]
+    command = [
+        sys.executable,
+        "-m",
+        "testbed.cli",
+        "run",
+        "experiments/smoke.yaml",
+        "--out",
+        str(out),
+        *SHORT,
+    ]
     subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
     return testbed.load_run(next(out.iterdir()))
 
 
-def test_smoke_over_three_nodes_is_valid_and_as_fast_as_on_one_machine(swarm, testbed_command, here, tmp_path):
-    for out in (tmp_path / "first", tmp_path / "second"):  # what else runs on the machine may spoil one
-        code, printed = testbed_command("run", "experiments/smoke.yaml", "--lab", "swarm", "--out", out, *SHORT)
+def test_smoke_over_three_nodes_is_valid_and_as_fast_as_on_one_machine(
+    swarm, testbed_command, here, tmp_path
+):
+    # what else runs on the machine may spoil one
+    for out in (tmp_path / "first", tmp_path / "second"):
+        code, printed = testbed_command(
+            "run", "experiments/smoke.yaml", "--lab", "swarm", "--out", out, *SHORT
+        )
         if code != 3:
             break
     assert code == 0, printed
@@ -72,14 +96,20 @@ def test_smoke_over_three_nodes_is_valid_and_as_fast_as_on_one_machine(swarm, te
     for method in ("allreduce", "topk-0.1", "netsense"):
         # What netsense chooses differs from run to run, and so few steps do not level that out.
         tolerance = 0.25 if method == "netsense" else 0.15
-        assert throughput(run, method) == pytest.approx(throughput(here, method), rel=tolerance), method
+        assert throughput(run, method) == pytest.approx(throughput(here, method), rel=tolerance), (
+            method
+        )
     assert not swarm.left()
 
 
-def test_when_the_orchestrator_is_killed_the_nodes_clean_up_and_clean_removes_the_rest(swarm, testbed_command, tmp_path):
+def test_when_the_orchestrator_is_killed_the_nodes_clean_up_and_clean_removes_the_rest(
+    swarm, testbed_command, tmp_path
+):
     process = testbed_command("run", small(tmp_path), "--out", tmp_path / "runs", "-q", wait=False)
     given_up_s = time.monotonic() + 60
-    while not sum(path.stat().st_size for path in tmp_path.glob("runs/*/cells/*/hosts/*/steps.jsonl")):
+    while not sum(
+        path.stat().st_size for path in tmp_path.glob("runs/*/cells/*/hosts/*/steps.jsonl")
+    ):
         assert time.monotonic() < given_up_s and process.poll() is None, process.stdout.read()
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
@@ -93,7 +123,9 @@ def test_when_the_orchestrator_is_killed_the_nodes_clean_up_and_clean_removes_th
     code, printed = testbed_command("clean")
     assert code == 0 and "removed network" in printed
     assert not swarm.left()
-    assert len(testbed.load_run(next((tmp_path / "runs").iterdir())).steps), "what had come home is lost"
+    assert len(testbed.load_run(next((tmp_path / "runs").iterdir())).steps), (
+        "what had come home is lost"
+    )
 
 
 def test_a_node_that_lacks_the_image_is_named(swarm, testbed_command, tmp_path):
@@ -102,18 +134,33 @@ def test_a_node_that_lacks_the_image_is_named(swarm, testbed_command, tmp_path):
         pass
     manager = swarm.manager
     command = manager.inside(["docker", "import", "-", "only-there:local"])
-    subprocess.run(command, env=manager.environment, input=archive.getvalue(), check=True, stdout=subprocess.DEVNULL)
-    code, printed = testbed_command("run", small(tmp_path), "--out", tmp_path / "runs", "-q", TESTBED_IMAGE="only-there:local")
+    subprocess.run(
+        command,
+        env=manager.environment,
+        input=archive.getvalue(),
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    code, printed = testbed_command(
+        "run", small(tmp_path), "--out", tmp_path / "runs", "-q", TESTBED_IMAGE="only-there:local"
+    )
     assert code == 4
-    assert "does not have the image only-there:local; load it there: docker save only-there:local | ssh node" in printed
+    assert (
+        "does not have the image only-there:local; load it there: docker save only-there:local |"
+        " ssh node" in printed
+    )
     assert "Traceback" not in printed
     assert not swarm.left()
 
 
-def test_a_host_goes_to_a_node_with_its_label_and_where_there_is_none_the_run_says_so(swarm, testbed_command, tmp_path):
+def test_a_host_goes_to_a_node_with_its_label_and_where_there_is_none_the_run_says_so(
+    swarm, testbed_command, tmp_path
+):
     swarm.manager.docker("node", "update", "--label-add", "zone=a", "node3")
     placed = small(tmp_path, placement={"w0": {"zone": "a"}, "w1": {"zone": "a"}}, calibrate=False)
-    code, printed = testbed_command("run", placed, "--out", tmp_path / "runs", "-q", "--set", "workload.stop.seconds=1")
+    code, printed = testbed_command(
+        "run", placed, "--out", tmp_path / "runs", "-q", "--set", "workload.stop.seconds=1"
+    )
     assert code in (0, 3), printed
     (found,) = (tmp_path / "runs").glob("*/cells/*/placement.json")
     where = json.loads(found.read_text())
@@ -124,17 +171,40 @@ def test_a_host_goes_to_a_node_with_its_label_and_where_there_is_none_the_run_sa
     assert not swarm.left()
 
 
-def test_a_network_between_the_nodes_that_carries_less_than_the_links_is_named(swarm, testbed_command, tmp_path):
-    tc = ["tc", "qdisc", "add", "dev", "net0", "root", "tbf", "rate", "8mbit", "burst", "16kb", "latency", "50ms"]
+def test_a_network_between_the_nodes_that_carries_less_than_the_links_is_named(
+    swarm, testbed_command, tmp_path
+):
+    tc = [
+        "tc",
+        "qdisc",
+        "add",
+        "dev",
+        "net0",
+        "root",
+        "tbf",
+        "rate",
+        "8mbit",
+        "burst",
+        "16kb",
+        "latency",
+        "50ms",
+    ]
     subprocess.run(swarm.nodes[2].inside(tc), check=True)
     try:
         spec = small(tmp_path)
-        code, printed = testbed_command("run", spec, "--out", tmp_path / "runs", "-q", "--set", "workload.stop.seconds=2")
+        code, printed = testbed_command(
+            "run", spec, "--out", tmp_path / "runs", "-q", "--set", "workload.stop.seconds=2"
+        )
     finally:
-        subprocess.run(swarm.nodes[2].inside(["tc", "qdisc", "delete", "dev", "net0", "root"]), check=True)
+        subprocess.run(
+            swarm.nodes[2].inside(["tc", "qdisc", "delete", "dev", "net0", "root"]), check=True
+        )
     assert code == 3, printed
     problems = testbed.load_run(next((tmp_path / "runs").iterdir())).summary["cells"][0]["problems"]
-    assert any("the network between these is the limit, and not the shaper" in problem for problem in problems), problems
+    assert any(
+        "the network between these is the limit, and not the shaper" in problem
+        for problem in problems
+    ), problems
     assert not swarm.left()
 
 
@@ -145,7 +215,9 @@ def test_hosts_of_traffic_are_on_the_nodes_too(swarm, testbed_command, tmp_path)
     ]
     spec = small(tmp_path, traffic=traffic, placement={"bg0": {"zone": "t"}})
     swarm.manager.docker("node", "update", "--label-add", "zone=t", "node2")
-    code, printed = testbed_command("run", spec, "--out", tmp_path / "runs", "-q", "--set", "workload.stop.seconds=4")
+    code, printed = testbed_command(
+        "run", spec, "--out", tmp_path / "runs", "-q", "--set", "workload.stop.seconds=4"
+    )
     assert code in (0, 3), printed
     run = testbed.load_run(next((tmp_path / "runs").iterdir()))
     assert run.cells["status"].tolist() == ["done"]

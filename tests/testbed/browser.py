@@ -1,5 +1,5 @@
-"""A headless Chromium that is told what to do over a pipe (Chrome DevTools Protocol), for what --dump-dom cannot: a page that
-goes on, input, and what a page costs."""
+"""A headless Chromium that is told what to do over a pipe (Chrome DevTools Protocol), for what
+--dump-dom cannot: a page that goes on, input, and what a page costs."""
 
 import base64
 import fcntl
@@ -15,7 +15,8 @@ from typing import Any, Self
 
 
 class Browser:
-    """One page from entering to leaving. ``messages`` has what it wrote to its console, and every error."""
+    """One page from entering to leaving. ``messages`` has what it wrote to its console, and every
+    error."""
 
     def __init__(self, profile: Path) -> None:
         self.messages: list[str] = []
@@ -35,10 +36,23 @@ class Browser:
             "--remote-debugging-pipe",
             "--disable-dev-shm-usage",
         ]
-        command += ["--enable-precise-memory-info", "--proxy-server=127.0.0.1:9", "--proxy-bypass-list=127.0.0.1"]
-        command += [f"--user-data-dir={self._profile}", "--no-first-run", "--disable-background-networking"]
-        # Chromium reads from descriptor 3 and writes to 4; ours must not be these when they are put there.
-        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20) for pair in (os.pipe(), os.pipe()) for end in pair]
+        command += [
+            "--enable-precise-memory-info",
+            "--proxy-server=127.0.0.1:9",
+            "--proxy-bypass-list=127.0.0.1",
+        ]
+        command += [
+            f"--user-data-dir={self._profile}",
+            "--no-first-run",
+            "--disable-background-networking",
+        ]
+        # Chromium reads from descriptor 3 and writes to 4; ours must not be these when they are put
+        # there.
+        ends = [
+            fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20)
+            for pair in (os.pipe(), os.pipe())
+            for end in pair
+        ]
         theirs_in, self._out, self._in, theirs_out = ends
 
         def connect() -> None:
@@ -46,17 +60,28 @@ class Browser:
             os.dup2(theirs_out, 4)
 
         self._process = subprocess.Popen(
-            command, preexec_fn=connect, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command,
+            preexec_fn=connect,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         os.close(theirs_in)
         os.close(theirs_out)
         target = self.tell("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.tell("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.tell("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Runtime", "Log", "Page", "Performance"):
             self.tell(f"{domain}.enable")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._process.kill()
         self._process.wait()
         os.close(self._in)
@@ -74,7 +99,11 @@ class Browser:
             if answer.get("id") == self._number:
                 assert "error" not in answer, answer
                 return dict(answer["result"])
-            if answer.get("method") in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
+            if answer.get("method") in (
+                "Runtime.consoleAPICalled",
+                "Runtime.exceptionThrown",
+                "Log.entryAdded",
+            ):
                 self.messages.append(json.dumps(answer["params"])[:500])
 
     def _next(self) -> dict[str, Any]:
@@ -88,7 +117,9 @@ class Browser:
 
     def value(self, expression: str) -> Any:
         """What an expression is on the page; a promise is waited for."""
-        told = self.tell("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        told = self.tell(
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in told, told
         return told["result"].get("value")
 
@@ -102,11 +133,21 @@ class Browser:
 
     def metric(self, name: str) -> float:
         """A counter of the page, such as TaskDuration (s) or JSHeapUsedSize (bytes)."""
-        return float({one["name"]: one["value"] for one in self.tell("Performance.getMetrics")["metrics"]}[name])
+        return float(
+            {one["name"]: one["value"] for one in self.tell("Performance.getMetrics")["metrics"]}[
+                name
+            ]
+        )
 
     def screenshot(self, path: Path) -> None:
         """The whole page as PNG."""
         size = self.tell("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 3000), "scale": 1}
+        clip = {
+            "x": 0,
+            "y": 0,
+            "width": size["width"],
+            "height": min(size["height"], 3000),
+            "scale": 1,
+        }
         told = self.tell("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(told["data"]))

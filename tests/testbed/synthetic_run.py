@@ -1,4 +1,5 @@
-"""Writes run directories as the orchestrator and the workers would, with numbers that can be checked by hand."""
+"""Writes run directories as the orchestrator and the workers would, with numbers that can be
+checked by hand."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,8 @@ from testbed.protocol import EVALS_FILE, STEPS_FILE, host_directory, rank_name
 
 FAST_BPS, SLOW_BPS = 50_000_000, 10_000_000
 SHARES = {"allreduce": (1.0, 1.0), "netsense": (0.4, 0.1), "topk": (0.3, 0.3)}
-"""Payload of each method as a share of the dense gradients, while the links are fast and while they are slow."""
+"""Payload of each method as a share of the dense gradients, while the links are fast and while they
+are slow."""
 DENSE_BYTES = 480_000
 COMPUTE_S = 0.02
 FRAME_BYTES, SEGMENT_BYTES = 1514, 1448
@@ -37,12 +39,23 @@ def time_of(bits: float, t_end_s: float) -> float:
     return float(np.interp(bits, [allowed_bits(t_s, t_end_s) for t_s in moments_s], moments_s))
 
 
-def write_run(path: Path, *, seeds: int = 1, methods: tuple[str, ...] = tuple(SHARES), **cell_options: Any) -> Path:
+def write_run(
+    path: Path, *, seeds: int = 1, methods: tuple[str, ...] = tuple(SHARES), **cell_options: Any
+) -> Path:
     """A finished run whose cells are valid unless ``cell_options`` of ``write_cell`` spoil them."""
     path.mkdir(parents=True)
-    workload = {"model": "mlp", "data": "digits", "batch": BATCH, "stop": {"accuracy": 0.9, "seconds": 30}}
-    (path / "spec.yaml").write_text(yaml.safe_dump({"name": "drop", "workers": 2, "lab": "netns", "workload": workload}))
-    (path / "environment.json").write_text(json.dumps({"kernel": "6.18", "cpus": 2, "python": "3.11", "torch": "2.13"}))
+    workload = {
+        "model": "mlp",
+        "data": "digits",
+        "batch": BATCH,
+        "stop": {"accuracy": 0.9, "seconds": 30},
+    }
+    (path / "spec.yaml").write_text(
+        yaml.safe_dump({"name": "drop", "workers": 2, "lab": "netns", "workload": workload})
+    )
+    (path / "environment.json").write_text(
+        json.dumps({"kernel": "6.18", "cpus": 2, "python": "3.11", "torch": "2.13"})
+    )
     for method in methods:
         for seed in range(seeds):
             write_cell(path / "cells" / f"{method}-s{seed}", method, seed, **cell_options)
@@ -64,7 +77,8 @@ def write_cell(
     evaluated: bool = True,
     late_s: float = 0.002,
 ) -> Path:
-    """One cell of ``t_end_s`` seconds. ``result`` replaces entries of result.json; ``killed`` leaves it out."""
+    """One cell of ``t_end_s`` seconds. ``result`` replaces entries of result.json; ``killed``
+    leaves it out."""
     path.mkdir(parents=True)
     config = {
         "cell": path.name,
@@ -79,7 +93,10 @@ def write_cell(
     steps = list(step_rows(SHARES.get(method, (0.5, 0.5)), seed, t_end_s))
     ranks = range(workers * ranks_per_worker)
     for rank in ranks:
-        append(steps_file(path, rank, ranks_per_worker), [{"rank": rank, **row, "scheme": method} for row in steps])
+        append(
+            steps_file(path, rank, ranks_per_worker),
+            [{"rank": rank, **row, "scheme": method} for row in steps],
+        )
     if evaluated:
         append(host_directory(path, rank_name(0, ranks_per_worker)) / EVALS_FILE, eval_rows(steps))
     append(path / "host.jsonl", host_rows(t_end_s))
@@ -113,7 +130,8 @@ def append(path: Path, rows: Any) -> None:
 
 
 def step_rows(shares: tuple[float, float], seed: int, t_end_s: float) -> Iterator[dict[str, Any]]:
-    """Steps of one rank: compute, then send a share of the dense bytes, which take 95 % of what the rates in force allow."""
+    """Steps of one rank: compute, then send a share of the dense bytes, which take 95 % of what the
+    rates in force allow."""
     t_s, step = 0.0, 0
     while True:
         rate_bps = rate_at(t_s, t_end_s)
@@ -154,7 +172,9 @@ def eval_rows(steps: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {"step": done, "t_s": row["t_s"], **scores}
 
 
-def host_rows(t_end_s: float, busy: float = 0.5, foreign: float = 0.02, waited: float = 0.3) -> Iterator[dict[str, Any]]:
+def host_rows(
+    t_end_s: float, busy: float = 0.5, foreign: float = 0.02, waited: float = 0.3
+) -> Iterator[dict[str, Any]]:
     """Ten samples a second of a machine under some load."""
     for number in range(1, round(t_end_s * 10) + 1):
         yield {
@@ -166,8 +186,11 @@ def host_rows(t_end_s: float, busy: float = 0.5, foreign: float = 0.02, waited: 
         }
 
 
-def link_rows(steps: list[dict[str, Any]], workers: int, t_end_s: float) -> Iterator[dict[str, Any]]:
-    """Ten samples a second of both directions of every worker's link; the frames flow while a step communicates."""
+def link_rows(
+    steps: list[dict[str, Any]], workers: int, t_end_s: float
+) -> Iterator[dict[str, Any]]:
+    """Ten samples a second of both directions of every worker's link; the frames flow while a step
+    communicates."""
     knots = [(0.0, 0.0)]
     for row in steps:
         begin_s, end_s, before = row["t_s"] - row["comm_s"], row["t_s"], knots[-1][1]
@@ -180,8 +203,18 @@ def link_rows(steps: list[dict[str, Any]], workers: int, t_end_s: float) -> Iter
     sent_bytes = np.interp(times_s, *zip(*knots, strict=True))
     for t_s, sent in zip(times_s.tolist(), sent_bytes.astype(int).tolist(), strict=True):
         rate_bps = rate_at(t_s, t_end_s)
-        shaper = {"rate_bps": rate_bps, "burst_bytes": max(rate_bps // 8000, 2 * FRAME_BYTES), "queue_bytes": rate_bps // 160}
-        counters = {"bytes": sent, "packets": sent // FRAME_BYTES, "drops": 0, "lost": None, "overlimits": 0}
+        shaper = {
+            "rate_bps": rate_bps,
+            "burst_bytes": max(rate_bps // 8000, 2 * FRAME_BYTES),
+            "queue_bytes": rate_bps // 160,
+        }
+        counters = {
+            "bytes": sent,
+            "packets": sent // FRAME_BYTES,
+            "drops": 0,
+            "lost": None,
+            "overlimits": 0,
+        }
         queue = {"backlog_bytes": 0, "qlen": 0}
         for rank in range(workers):
             for direction in ("up", "down"):
@@ -199,8 +232,19 @@ def link_rows(steps: list[dict[str, Any]], workers: int, t_end_s: float) -> Iter
 def event_rows(workers: int, t_end_s: float, late_s: float) -> Iterator[dict[str, Any]]:
     """The first state of every link, then the two changes of the schedule."""
     for kind, at_s in (("initial", 0.0), ("schedule", t_end_s / 3), ("schedule", 2 * t_end_s / 3)):
-        parameters = {"rate_bps": rate_at(at_s, t_end_s), "queue_s": 0.05, "delay_s": 0.0, "jitter_s": 0.0, "loss": 0.0}
+        parameters = {
+            "rate_bps": rate_at(at_s, t_end_s),
+            "queue_s": 0.05,
+            "delay_s": 0.0,
+            "jitter_s": 0.0,
+            "loss": 0.0,
+        }
         applied_s = -0.1 if kind == "initial" else at_s + late_s
         for rank in range(workers):
-            change = {"link": f"w{rank}", "state": {"up": parameters, "down": parameters}, "kind": kind, "verified": True}
+            change = {
+                "link": f"w{rank}",
+                "state": {"up": parameters, "down": parameters},
+                "kind": kind,
+                "verified": True,
+            }
             yield {"planned_s": at_s, "applied_s": applied_s, **change}

@@ -1,4 +1,5 @@
-"""The orchestrator and the agents of nodes: who is let in, what may be said, and what time it is."""
+"""The orchestrator and the agents of nodes: who is let in, what may be said, and what time it
+is."""
 
 import contextlib
 import json
@@ -31,7 +32,9 @@ HELLO = b'{"type": "hello", "node": "n1"}\n'
 
 
 @contextlib.contextmanager
-def agent_in_thread(address: str, secret: bytes, directory: Path, make_lab: Any = None) -> Iterator[Agent]:
+def agent_in_thread(
+    address: str, secret: bytes, directory: Path, make_lab: Any = None
+) -> Iterator[Agent]:
     directory.mkdir(exist_ok=True)
     sock = connect(address, secret, patience_s=0)
     agent = Agent("n1", make_lab, directory)
@@ -89,7 +92,8 @@ def test_an_agent_does_not_obey_who_does_not_have_the_secret() -> None:
 
 
 def test_a_recorded_conversation_is_worth_nothing(tmp_path: Path) -> None:
-    """All that an agent has sent is sent again, as it was: neither is a node let in, nor is anything of it answered."""
+    """All that an agent has sent is sent again, as it was: neither is a node let in, nor is
+    anything of it answered."""
     recorded: list[bytes] = []
     with Nodes("127.0.0.1") as nodes, socket.create_server(("127.0.0.1", 0)) as proxy:
 
@@ -121,7 +125,13 @@ def test_a_recorded_conversation_is_worth_nothing(tmp_path: Path) -> None:
 
 def test_who_talks_nonsense_is_cut_off() -> None:
     with Nodes("127.0.0.1") as nodes:
-        for words in (HELLO + HELLO, b"{}\n", b'{"type": "ask_time", "number": 1}\n', b"[" * 2000 + b"\n", b"x" * (1 << 21)):
+        for words in (
+            HELLO + HELLO,
+            b"{}\n",
+            b'{"type": "ask_time", "number": 1}\n',
+            b"[" * 2000 + b"\n",
+            b"x" * (1 << 21),
+        ):
             sock = secured(call(nodes), nodes.secret, server=False)
             with sock:
                 begun_s = time.monotonic()
@@ -163,29 +173,51 @@ def test_what_time_it_is_overtakes_the_files_that_wait() -> None:
 
 
 @pytest.mark.parametrize(
-    "clock", ["[NaN, 0, 0, 0, 0]", "[0, 0, 0, Infinity, 0]", "[0, 0.5, 0, 0, 0]", "[0, 0, 0, -1, 0]", "[0]"]
+    "clock",
+    ["[NaN, 0, 0, 0, 0]", "[0, 0, 0, Infinity, 0]", "[0, 0.5, 0, 0, 0]", "[0, 0, 0, -1, 0]", "[0]"],
 )
 def test_a_clock_that_no_machine_has_is_not_believed(clock: str) -> None:
     with pytest.raises(ValueError, match="clock"):
         messages.parse(f'{{"type": "status", "clock": {clock}}}'.encode(), messages.FROM_AGENT)
-    assert messages.parse(b'{"type": "status", "clock": [1e6, 1e-4, 5, 0.001, 0]}', messages.FROM_AGENT).clock[1] == 1e-4
+    assert (
+        messages.parse(
+            b'{"type": "status", "clock": [1e6, 1e-4, 5, 0.001, 0]}', messages.FROM_AGENT
+        ).clock[1]
+        == 1e-4
+    )
 
 
 @pytest.mark.parametrize(
-    "path", ["../x.jsonl", "/etc/passwd", "logs/../result.json", "result.json", "hosts/w0/.x", "logs/a/b.log", ""]
+    "path",
+    [
+        "../x.jsonl",
+        "/etc/passwd",
+        "logs/../result.json",
+        "result.json",
+        "hosts/w0/.x",
+        "logs/a/b.log",
+        "",
+    ],
 )
 def test_a_node_writes_only_where_records_belong(path: str) -> None:
     with pytest.raises(ValueError, match="path"):
-        messages.parse(json.dumps({"type": "file_grew", "path": path}).encode(), messages.FROM_AGENT)
+        messages.parse(
+            json.dumps({"type": "file_grew", "path": path}).encode(), messages.FROM_AGENT
+        )
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a//b", "a/./b", "a/..", "a\0b", ""])
 def test_an_agent_takes_no_path_that_leads_out(path: str) -> None:
     with pytest.raises(ValueError, match="path"):
-        messages.parse(json.dumps({"type": "append_file", "path": path}).encode(), messages.FROM_ORCHESTRATOR)
+        messages.parse(
+            json.dumps({"type": "append_file", "path": path}).encode(), messages.FROM_ORCHESTRATOR
+        )
 
 
-@given(st.binary(max_size=200) | st.dictionaries(st.text(max_size=8), st.integers() | st.text(max_size=5)).map(json.dumps))
+@given(
+    st.binary(max_size=200)
+    | st.dictionaries(st.text(max_size=8), st.integers() | st.text(max_size=5)).map(json.dumps)
+)
 def test_what_is_no_message_is_refused_in_one_line(line: bytes | str) -> None:
     for kind in (messages.FROM_AGENT, messages.FROM_ORCHESTRATOR):
         with pytest.raises(ValueError) as refused:
@@ -202,12 +234,20 @@ def test_what_a_node_cannot_make_is_said_with_its_name(tmp_path: Path) -> None:
     shared.mkdir(parents=True)
     (run / "script").mkdir()
     (run / "script" / "train.py").write_text("print()")
-    plan = LabPlan({"w0": LinkState()}, view=View(run, (run / "script",), shared, {"w0": (run / "cells/c/hosts/w0",)}))
+    plan = LabPlan(
+        {"w0": LinkState()},
+        view=View(run, (run / "script",), shared, {"w0": (run / "cells/c/hosts/w0",)}),
+    )
     seen = []
 
     def place() -> dict[str, tuple[str, dict[str, Any]]]:
         time.sleep(0.2)
-        seen.append(sorted(path.relative_to(tmp_path / "n1").as_posix() for path in (tmp_path / "n1").rglob("*")))
+        seen.append(
+            sorted(
+                path.relative_to(tmp_path / "n1").as_posix()
+                for path in (tmp_path / "n1").rglob("*")
+            )
+        )
         return {"w0": ("n1", {})}
 
     with (
@@ -215,13 +255,25 @@ def test_what_a_node_cannot_make_is_said_with_its_name(tmp_path: Path) -> None:
         agent_in_thread(f"127.0.0.1:{nodes.port}", nodes.secret, tmp_path / "n1", cannot),
     ):
         found = nodes.wait(["n1"], 10)
-        with pytest.raises(LabError, match=r"^node n1: the kernel has no veth$"), RemoteLab(plan, run, found, place):
+        with (
+            pytest.raises(LabError, match=r"^node n1: the kernel has no veth$"),
+            RemoteLab(plan, run, found, place),
+        ):
             pass
         assert list((tmp_path / "n1").iterdir()) == []
         node = found["n1"]
-        with pytest.raises(NodeRefused, match=r"^node n1: there is no cell$"):  # once a lab is made, that ends its cell alone
+        # once a lab is made, that ends its cell alone
+        with pytest.raises(NodeRefused, match=r"^node n1: there is no cell$"):
             node.answer(node.ask(messages.ReadCounters(request=node.number())))
-    made = ["cells", "cells/c", "cells/c/control.sock", "cells/c/hosts", "cells/c/hosts/w0", "cells/c/logs", "cells/c/shared"]
+    made = [
+        "cells",
+        "cells/c",
+        "cells/c/control.sock",
+        "cells/c/hosts",
+        "cells/c/hosts/w0",
+        "cells/c/logs",
+        "cells/c/shared",
+    ]
     assert seen == [[*made, "script", "script/train.py"]]
     with pytest.raises(NodeLost, match="node n1 is lost"):
         found["n1"].send(messages.Kill(number=1))
@@ -234,7 +286,9 @@ def test_what_a_node_cannot_make_is_said_with_its_name(tmp_path: Path) -> None:
     slowest_s=st.floats(1e-4, 0.2),
     seed=st.integers(0, 1000),
 )
-def test_a_measured_clock_is_never_farther_off_than_it_says(offset_s: float, drift: float, slowest_s: float, seed: int) -> None:
+def test_a_measured_clock_is_never_farther_off_than_it_says(
+    offset_s: float, drift: float, slowest_s: float, seed: int
+) -> None:
     chance, clock, own_s = random.Random(seed), MeasuredClock(), 5e5
 
     def true_s(at_s: float) -> float:
@@ -252,7 +306,8 @@ def test_a_measured_clock_is_never_farther_off_than_it_says(offset_s: float, dri
 
 
 def test_a_drift_is_found_and_followed() -> None:
-    """200 ppm are 12 ms a minute; with round trips of half a millisecond it is known to a few ppm after that time."""
+    """200 ppm are 12 ms a minute; with round trips of half a millisecond it is known to a few ppm
+    after that time."""
     chance, clock = random.Random(0), MeasuredClock()
     for number in range(300):
         own_s = 0.2 * number

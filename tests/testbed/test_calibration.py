@@ -1,4 +1,5 @@
-"""Which links which floods fill, what is expected of them, and how attempts are judged; without a network."""
+"""Which links which floods fill, what is expected of them, and how attempts are judged; without a
+network."""
 
 import math
 
@@ -43,7 +44,11 @@ def judged(plan: LabPlan) -> dict[tuple[str, str], float]:
 
 
 def limits(plan: LabPlan) -> dict[tuple[str, str], int]:
-    sides = {(link, side): getattr(state, side).rate_bps for link, state in plan.links.items() for side in ("up", "down")}
+    sides = {
+        (link, side): getattr(state, side).rate_bps
+        for link, state in plan.links.items()
+        for side in ("up", "down")
+    }
     return {side: rate for side, rate in sides.items() if rate is not None}
 
 
@@ -77,7 +82,11 @@ def test_unequal_links_are_filled_where_any_flow_can_fill_them(plan):
 def test_nothing_is_expected_beyond_a_limit_and_no_host_floods_twice_at_once(rates):
     plan = star(*rates)
     for one in rounds(plan):
-        assert len({source for source, _ in one.pairs}) == len({target for _, target in one.pairs}) == len(one.pairs)
+        assert (
+            len({source for source, _ in one.pairs})
+            == len({target for _, target in one.pairs})
+            == len(one.pairs)
+        )
         assert all(0 < rate <= limits(plan)[side] for side, rate in one.expected_bps.items())
     assert measurable(plan) == any(rate is not None for rate in rates)
 
@@ -106,7 +115,9 @@ def test_a_partition_is_left_alone():
         {
             "w0": both(50),
             "w1": both(50),
-            "w2": LinkState(LinkParameters(50_000_000), LinkParameters(50_000_000), connected=False),
+            "w2": LinkState(
+                LinkParameters(50_000_000), LinkParameters(50_000_000), connected=False
+            ),
         }
     )
     assert all("w2" not in pair for one in rounds(plan) for pair in one.pairs)
@@ -114,7 +125,14 @@ def test_a_partition_is_left_alone():
 
 
 def test_rtt_is_the_sum_of_all_delays_there_and_back():
-    plan = LabPlan({"w0": both(50, delay_s=0.01), "w1": both(50, delay_s=0.02, jitter_s=0.003), "w2": both(50), "w3": both(50)})
+    plan = LabPlan(
+        {
+            "w0": both(50, delay_s=0.01),
+            "w1": both(50, delay_s=0.02, jitter_s=0.003),
+            "w2": both(50),
+            "w3": both(50),
+        }
+    )
     assert expected_rtt(plan, "w0", "w1") == (pytest.approx(0.03), pytest.approx(0.003))
     assert delayed_pairs(plan) == [("w0", "w1"), ("w1", "w2"), ("w3", "w0")]
 
@@ -141,7 +159,10 @@ def test_a_test_is_repeated_with_more_effort_until_all_was_good_once():
 
     def test(effort):
         asked.append(effort)
-        return [rate(99.0 if effort == 1 else 90.0, "w0"), rate(math.nan if effort == 1 else 98.0, "w1")]
+        return [
+            rate(99.0 if effort == 1 else 90.0, "w0"),
+            rate(math.nan if effort == 1 else 98.0, "w1"),
+        ]
 
     results = attempts(test)
     assert asked == [1, 2]

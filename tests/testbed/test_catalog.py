@@ -19,8 +19,12 @@ def test_defaults_are_filled_in() -> None:
     assert workloads.check_optimizer("sgd", {"lr": 0.2, "momentum": 0.9})["nesterov"] is False
 
 
-@pytest.mark.parametrize("table", [catalog.METHODS, workloads.MODELS, workloads.DATA, workloads.OPTIMIZERS])
-def test_every_default_is_valid_and_every_option_explained(table: dict[str, dict[str, catalog.Option]]) -> None:
+@pytest.mark.parametrize(
+    "table", [catalog.METHODS, workloads.MODELS, workloads.DATA, workloads.OPTIMIZERS]
+)
+def test_every_default_is_valid_and_every_option_explained(
+    table: dict[str, dict[str, catalog.Option]],
+) -> None:
     for options in table.values():
         for option in options.values():
             assert option.check(option.default) == option.default
@@ -32,7 +36,11 @@ def test_every_default_is_valid_and_every_option_explained(table: dict[str, dict
     [
         ("topkk", {}, "unknown method 'topkk'; choose from topk, "),
         ("topk", {"ratoi": 0.1}, "method 'topk' has no option 'ratoi'; its options: ratio"),
-        ("allreduce", {"ratio": 0.1}, "method 'allreduce' has no option 'ratio'; its options: none"),
+        (
+            "allreduce",
+            {"ratio": 0.1},
+            "method 'allreduce' has no option 'ratio'; its options: none",
+        ),
         ("topk", {"ratio": 0}, "method 'topk': ratio must be a number > 0 and <= 1, not 0"),
         ("topk", {"ratio": 1.5}, "ratio must be a number > 0 and <= 1, not 1.5"),
         ("topk", {"ratio": "half"}, "ratio must be a number > 0 and <= 1, not 'half'"),
@@ -42,12 +50,26 @@ def test_every_default_is_valid_and_every_option_explained(table: dict[str, dict
         ("qsgd", {"bits": True}, "bits must be one of 8, 4, not True"),
         ("netsense", {"policy": "fixed"}, "policy 'fixed' needs schemes"),
         ("netsense", {"schemes": ["int8"]}, "schemes is for policy: fixed, not for progress"),
-        ("netsense", {"policy": "fixed", "schemes": ["int9"]}, "unknown scheme 'int9'; there are allreduce"),
-        ("netsense", {"policy": "fixed", "schemes": ["sparse-int8@0%"]}, "unknown scheme 'sparse-int8@0%'"),
-        ("netsense", {"policy": "fixed", "schemes": [1]}, "schemes must be a list of texts, not [1]"),
+        (
+            "netsense",
+            {"policy": "fixed", "schemes": ["int9"]},
+            "unknown scheme 'int9'; there are allreduce",
+        ),
+        (
+            "netsense",
+            {"policy": "fixed", "schemes": ["sparse-int8@0%"]},
+            "unknown scheme 'sparse-int8@0%'",
+        ),
+        (
+            "netsense",
+            {"policy": "fixed", "schemes": [1]},
+            "schemes must be a list of texts, not [1]",
+        ),
     ],
 )
-def test_errors_are_one_line_that_names_the_choices(name: str, options: dict[str, object], said: str) -> None:
+def test_errors_are_one_line_that_names_the_choices(
+    name: str, options: dict[str, object], said: str
+) -> None:
     with pytest.raises(ValueError) as error:
         catalog.check_method(name, options)
     assert said in str(error.value)
@@ -67,7 +89,9 @@ def test_lists_and_booleans() -> None:
 
 def test_methods_of_installed_packages_are_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("mine", "my.package:Method", catalog.ENTRY_POINTS)
-    monkeypatch.setattr(catalog, "entry_points", lambda group: [point] if group == catalog.ENTRY_POINTS else [])
+    monkeypatch.setattr(
+        catalog, "entry_points", lambda group: [point] if group == catalog.ENTRY_POINTS else []
+    )
     assert catalog.check_method("mine", {"anything": 1}) == {"anything": 1}
     with pytest.raises(ValueError, match="choose from mine"):
         catalog.check_method("mime")

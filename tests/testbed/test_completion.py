@@ -1,4 +1,5 @@
-"""Completion in shells, through the scripts that the command gives them; quick, since it is asked at each press of a key."""
+"""Completion in shells, through the scripts that the command gives them; quick, since it is asked
+at each press of a key."""
 
 import os
 import shutil
@@ -17,7 +18,13 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "experiments" / "below").mkdir(parents=True)
-    for name in ("drop.yaml", "experiments/a.yaml", "experiments/notes.txt", "experiments/below/b.yml", ".hidden.yaml"):
+    for name in (
+        "drop.yaml",
+        "experiments/a.yaml",
+        "experiments/notes.txt",
+        "experiments/below/b.yml",
+        ".hidden.yaml",
+    ):
         (tmp_path / name).write_text("")
     for name in ("drop-20260101T000000Z", "walk-20260102T000000Z"):
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -30,7 +37,13 @@ def folder(tmp_path):
 
 def environment(folder, **more):
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    return {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1", **more}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PATH": path,
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+        **more,
+    }
 
 
 def asked(monkeypatch, folder, shell, *words):
@@ -38,7 +51,10 @@ def asked(monkeypatch, folder, shell, *words):
     line = " ".join(words)
     of_bash = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
     of_others = {"_TYPER_COMPLETE_ARGS": line, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-    given = {"_TESTBED_COMPLETE": f"complete_{shell}", **(of_bash if shell == "bash" else of_others)}
+    given = {
+        "_TESTBED_COMPLETE": f"complete_{shell}",
+        **(of_bash if shell == "bash" else of_others),
+    }
     monkeypatch.chdir(folder)
     return CliRunner().invoke(app, [], prog_name="testbed", env=given).stdout
 
@@ -62,17 +78,36 @@ def test_names_paths_and_choices_are_completed(monkeypatch, folder, words, choic
 
 
 def test_completion_imports_nothing_that_takes_long(folder):
-    given = {"_TESTBED_COMPLETE": "complete_bash", "COMP_WORDS": "testbed run dr", "COMP_CWORD": "2"}
+    given = {
+        "_TESTBED_COMPLETE": "complete_bash",
+        "COMP_WORDS": "testbed run dr",
+        "COMP_CWORD": "2",
+    }
     command = [sys.executable, "-X", "importtime", "-m", "testbed"]
-    done = subprocess.run(command, env=environment(folder, **given), cwd=folder, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command,
+        env=environment(folder, **given),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.split() == ["drop.yaml"]
-    loaded = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.count("|") == 2}
+    loaded = {
+        line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.count("|") == 2
+    }
     assert "testbed.cli" in loaded
-    assert loaded & {"torch", "numpy", "pandas", "pyroute2", "docker", "yaml", "testbed.spec.models"} == set()
+    assert (
+        loaded & {"torch", "numpy", "pandas", "pyroute2", "docker", "yaml", "testbed.spec.models"}
+        == set()
+    )
 
 
 def test_bash_completes_by_the_script_that_it_is_given(folder):
-    script = "source <(testbed --show-completion bash); COMP_WORDS=(testbed run dr); COMP_CWORD=2; _testbed_completion testbed"
+    script = (
+        "source <(testbed --show-completion bash); COMP_WORDS=(testbed run dr); COMP_CWORD=2;"
+        " _testbed_completion testbed"
+    )
     done = subprocess.run(
         ["bash", "-c", f'{script}; echo "${{COMPREPLY[@]}}"; complete -p testbed'],
         env=environment(folder),
@@ -81,7 +116,10 @@ def test_bash_completes_by_the_script_that_it_is_given(folder):
         text=True,
         check=True,
     )
-    assert done.stdout.split("\n")[0] == "drop.yaml" and "-F _testbed_completion testbed" in done.stdout
+    assert (
+        done.stdout.split("\n")[0] == "drop.yaml"
+        and "-F _testbed_completion testbed" in done.stdout
+    )
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

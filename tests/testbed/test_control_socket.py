@@ -46,7 +46,9 @@ def heard(server: ControlServer) -> Heard:
 HEARTBEAT = {"type": "heartbeat", "step": 3}
 
 
-def test_a_message_is_of_the_member_whose_token_was_shown(server: ControlServer, tmp_path: Path) -> None:
+def test_a_message_is_of_the_member_whose_token_was_shown(
+    server: ControlServer, tmp_path: Path
+) -> None:
     for member, token in server.tokens.items():
         Member(tmp_path, token).say(HEARTBEAT)
         got = heard(server)
@@ -74,7 +76,9 @@ def test_a_message_is_of_the_member_whose_token_was_shown(server: ControlServer,
     ],
     ids=lambda wrong: json.dumps(wrong)[:40],
 )
-def test_what_is_no_message_is_a_fault_of_its_sender_alone(server: ControlServer, tmp_path: Path, wrong: Any) -> None:
+def test_what_is_no_message_is_a_fault_of_its_sender_alone(
+    server: ControlServer, tmp_path: Path, wrong: Any
+) -> None:
     odd, good = Member(tmp_path, server.tokens[0]), Member(tmp_path, server.tokens[1])
     odd.say(wrong)
     got = heard(server)
@@ -87,15 +91,25 @@ def test_what_is_no_message_is_a_fault_of_its_sender_alone(server: ControlServer
 
 
 @pytest.mark.parametrize(
-    "data", [b"{\n", b"\xff\xfe\n", b"[" * 100_000 + b"\n", b"x" * (protocol.MessageBuffer.LIMIT + 2)], ids=len
+    "data",
+    [b"{\n", b"\xff\xfe\n", b"[" * 100_000 + b"\n", b"x" * (protocol.MessageBuffer.LIMIT + 2)],
+    ids=len,
 )
-def test_bytes_that_are_no_lines_of_json_are_a_fault(server: ControlServer, tmp_path: Path, data: bytes) -> None:
+def test_bytes_that_are_no_lines_of_json_are_a_fault(
+    server: ControlServer, tmp_path: Path, data: bytes
+) -> None:
     Member(tmp_path, server.tokens[0]).send(data)
     assert isinstance(heard(server).message, ProtocolViolation)
 
 
 def test_strangers_are_shut_out_without_a_word(server: ControlServer, tmp_path: Path) -> None:
-    for hello in ({"type": "hello", "token": "guessed"}, {"type": "hello", "token": 3}, HEARTBEAT, {"type": "hello"}, []):
+    for hello in (
+        {"type": "hello", "token": "guessed"},
+        {"type": "hello", "token": 3},
+        HEARTBEAT,
+        {"type": "hello"},
+        [],
+    ):
         stranger = Member(tmp_path, None)
         stranger.say(hello)
         stranger.socket.settimeout(5)
@@ -114,7 +128,9 @@ def test_strangers_in_numbers_keep_no_member_out(server: ControlServer, tmp_path
 
 
 def test_a_flood_is_a_fault(server: ControlServer, tmp_path: Path) -> None:
-    Member(tmp_path, server.tokens[0]).send(b'{"type": "heartbeat", "step": 1}\n' * (2 * MOST_MESSAGES_PER_S))
+    Member(tmp_path, server.tokens[0]).send(
+        b'{"type": "heartbeat", "step": 1}\n' * (2 * MOST_MESSAGES_PER_S)
+    )
     while isinstance((got := heard(server)).message, messages.Heartbeat):
         pass
     assert isinstance(got.message, ProtocolViolation)
@@ -138,7 +154,8 @@ def test_who_does_not_read_delays_nobody(server: ControlServer, tmp_path: Path) 
 
 
 def test_a_reset_is_an_end_and_no_fault(server: ControlServer, tmp_path: Path) -> None:
-    """A program that fails has not read the heartbeats that came meanwhile, and the kernel then says "reset by peer"."""
+    """A program that fails has not read the heartbeats that came meanwhile, and the kernel then
+    says "reset by peer"."""
     member = Member(tmp_path, server.tokens[0])
     member.say(HEARTBEAT)
     heard(server)
@@ -150,10 +167,26 @@ def test_a_reset_is_an_end_and_no_fault(server: ControlServer, tmp_path: Path) -
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=12,
 )
-keys = st.sampled_from(["type", "step", "steps", "token", "error", "parameters", "accuracy", "loss", "t_s", "by_peer", "pid"])
+keys = st.sampled_from(
+    [
+        "type",
+        "step",
+        "steps",
+        "token",
+        "error",
+        "parameters",
+        "accuracy",
+        "loss",
+        "t_s",
+        "by_peer",
+        "pid",
+    ]
+)
 kinds = st.sampled_from(["hello", "ready", "heartbeat", "holding", "eval", "done", "failed"])
 
 

@@ -20,7 +20,11 @@ SPEC = {
         {"from": "bg0", "to": "w1", "at": "3s", "for": "4s", "udp": {"rate": "5mbit"}},
         {"from": "bg0", "to": "w2", "tcp": {"streams": 2}, "on": "2s", "off": "1s"},
     ],
-    "workload": {"stop": {"seconds": "10s"}, "compute": {"pace": "20ms", "stragglers": {"w3": 2}}, "evaluate_every": "1s"},
+    "workload": {
+        "stop": {"seconds": "10s"},
+        "compute": {"pace": "20ms", "stragglers": {"w3": 2}},
+        "evaluate_every": "1s",
+    },
     "methods": ["netsense"],
 }
 
@@ -41,19 +45,30 @@ def test_everything_is_slower_by_the_same_factor(factor: float) -> None:
             assert b.rate_bps == pytest.approx(a.rate_bps / factor, abs=1)
             assert (b.delay_s, b.queue_s) == pytest.approx((a.delay_s * factor, a.queue_s * factor))
             assert b.rate_bps * b.queue_s == pytest.approx(a.rate_bps * a.queue_s, rel=1e-4)
-    assert [c.at_s for c in slow.timeline] == pytest.approx([c.at_s * factor for c in real.timeline], abs=1e-5)
+    assert [c.at_s for c in slow.timeline] == pytest.approx(
+        [c.at_s * factor for c in real.timeline], abs=1e-5
+    )
     assert [c.state.up.rate_bps for c in slow.timeline] == pytest.approx(
         [c.state.up.rate_bps / factor for c in real.timeline], abs=1
     )
     for a, b in zip(real.flows, slow.flows, strict=True):
-        assert (b.at_s, b.end_s, b.rate_bps) == pytest.approx((a.at_s * factor, a.end_s * factor, a.rate_bps / factor), abs=1)
+        assert (b.at_s, b.end_s, b.rate_bps) == pytest.approx(
+            (a.at_s * factor, a.end_s * factor, a.rate_bps / factor), abs=1
+        )
     assert slow.flows[1].on is not None and slow.flows[1].on.seconds == pytest.approx(2 * factor)
     assert slow.stop == pytest.approx({"seconds": 10 * factor})
     if factor > 1:  # CUBIC's window would not be slowed down
-        assert (slow.lab.tcp.congestion, slow.lab.tcp.min_rto_s) == ("reno", pytest.approx(0.2 * factor))
+        assert (slow.lab.tcp.congestion, slow.lab.tcp.min_rto_s) == (
+            "reno",
+            pytest.approx(0.2 * factor),
+        )
     workload = slow.config()["workload"]
     assert workload is not None
-    assert workload["compute"] == {"pace_s": pytest.approx(0.02 * factor), "factors": [1, 1, 1, 2], "slow": []}
+    assert workload["compute"] == {
+        "pace_s": pytest.approx(0.02 * factor),
+        "factors": [1, 1, 1, 2],
+        "slow": [],
+    }
     assert workload["evaluate_every_s"] == pytest.approx(factor)
     assert workload["stop"] == slow.stop
 
@@ -71,8 +86,12 @@ def test_times_are_reported_as_if_nothing_had_been_slowed_down(tmp_path: Path) -
         file.write_text(file.read_text().replace('"workers"', '"dilation": 4.0, "workers"', 1))
     reported = load_run(run)
     for column in ("t_s", "step_s", "comm_s"):
-        assert (4 * reported.steps[column]).to_list() == pytest.approx(clocked.steps[column].to_list())
-    assert (reported.links["rate_bps"] / 4).to_list() == pytest.approx(clocked.links["rate_bps"].to_list())
+        assert (4 * reported.steps[column]).to_list() == pytest.approx(
+            clocked.steps[column].to_list()
+        )
+    assert (reported.links["rate_bps"] / 4).to_list() == pytest.approx(
+        clocked.links["rate_bps"].to_list()
+    )
     assert reported.steps["payload_bytes"].equals(clocked.steps["payload_bytes"])
     before, after = summarize(clocked), summarize(reported)
     assert after["valid"] and before["valid"]  # judged in the machine's own time

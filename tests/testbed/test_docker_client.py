@@ -1,4 +1,5 @@
-"""What is said of a Docker daemon that cannot be had, refuses something, or does not let go of a network."""
+"""What is said of a Docker daemon that cannot be had, refuses something, or does not let go of a
+network."""
 
 import json
 import threading
@@ -15,7 +16,11 @@ from testbed.labs.docker import LABEL, OWNER
 
 pytestmark = pytest.mark.fast
 
-NETWORK = {"Name": "netsense-left", "Id": "left", "Labels": {LABEL: "left", OWNER: "1:1:another boot:1"}}
+NETWORK = {
+    "Name": "netsense-left",
+    "Id": "left",
+    "Labels": {LABEL: "left", OWNER: "1:1:another boot:1"},
+}
 ANSWERS: dict[str, Any] = {
     "_ping": {},
     "version": {"Version": "1", "ApiVersion": "1.41"},
@@ -66,7 +71,10 @@ def test_clean_says_only_what_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1
     assert "network netsense-left" not in result.stdout
     (line,) = result.stderr.splitlines()
-    assert "could not remove network netsense-left (network netsense-left has active endpoints)" in line
+    assert (
+        "could not remove network netsense-left (network netsense-left has active endpoints)"
+        in line
+    )
 
 
 @pytest.mark.usefixtures("daemon")

@@ -50,25 +50,33 @@ class SlowLinks:
 def drive(directory: Path, every_s: float, seconds: float) -> tuple[list[float], list[float]]:
     """Lateness of each change, in s, and the gaps between samples."""
     timeline = [
-        Change(round(0.1 + i * every_s, 6), "w0", LinkState(LinkParameters(10**7 + i))) for i in range(int(seconds / every_s))
+        Change(round(0.1 + i * every_s, 6), "w0", LinkState(LinkParameters(10**7 + i)))
+        for i in range(int(seconds / every_s))
     ]
     links: Any = SlowLinks()
     with LinkDriver(links, timeline, monotonic_s(), directory) as driver:
         time.sleep(seconds + 0.3)
     assert driver.failure is None
     events = [row for row in read_records(directory / "events.jsonl") if row["kind"] == "schedule"]
-    times = [row["t_s"] for row in read_records(directory / "links.jsonl") if row["direction"] == "up"]
+    times = [
+        row["t_s"] for row in read_records(directory / "links.jsonl") if row["direction"] == "up"
+    ]
     assert len(events) == len(timeline)
-    return [row["applied_s"] - row["planned_s"] for row in events], [b - a for a, b in itertools.pairwise(times)]
+    return [row["applied_s"] - row["planned_s"] for row in events], [
+        b - a for a, b in itertools.pairwise(times)
+    ]
 
 
 def test_no_reading_is_begun_shortly_before_a_change(tmp_path: Path) -> None:
-    """Readings are due every 100 ms and changes every 90: without care every second change would have to wait for a reading."""
+    """Readings are due every 100 ms and changes every 90: without care every second change would
+    have to wait for a reading."""
     late_s, gaps_s = drive(tmp_path, 0.09, 2.7)
     assert sum(late > READING_S / 4 for late in late_s) <= len(late_s) / 10
     assert statistics.median(gaps_s) < 0.25
 
 
-def test_changes_in_quick_succession_do_not_keep_the_counters_from_being_read(tmp_path: Path) -> None:
+def test_changes_in_quick_succession_do_not_keep_the_counters_from_being_read(
+    tmp_path: Path,
+) -> None:
     _, gaps_s = drive(tmp_path, 0.02, 2.5)
     assert max(gaps_s) < 0.9

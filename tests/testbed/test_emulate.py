@@ -59,7 +59,9 @@ def test_resnet_multiplies_as_often_as_published() -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet18", "gpt"])
-def test_a_step_takes_its_time_and_gives_every_parameter_a_gradient(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_step_takes_its_time_and_gives_every_parameter_a_gradient(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     clock = FakeClock(monkeypatch)
     model = emulated(name)
     real = [parameter.shape for parameter in make_model(name, {}, 0).parameters()]
@@ -69,11 +71,16 @@ def test_a_step_takes_its_time_and_gives_every_parameter_a_gradient(monkeypatch:
         model.begin()
         model.zero_grad(set_to_none=False)
         step(model)
-        assert clock.slept_s - before_s == pytest.approx(STEP_S, rel=1e-2)  # the shortest waits are left out
-        assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+        # the shortest waits are left out
+        assert clock.slept_s - before_s == pytest.approx(STEP_S, rel=1e-2)
+        assert all(
+            parameter.grad is not None and parameter.grad.any() for parameter in model.parameters()
+        )
 
 
-def test_a_machine_that_comes_late_catches_up_but_not_what_the_hook_took(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_comes_late_catches_up_but_not_what_the_hook_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = FakeClock(monkeypatch)
     model = emulated()
     model.begin()
@@ -107,7 +114,9 @@ def test_jitter_has_its_deviation_and_a_seed(monkeypatch: pytest.MonkeyPatch) ->
     assert once.std().item() == pytest.approx(0.1 * STEP_S, rel=0.2)
 
 
-def test_gradients_have_heavy_tails_and_differ_from_step_to_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_have_heavy_tails_and_differ_from_step_to_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     FakeClock(monkeypatch)
     model = make_emulated("vgg16", {}, Timing(STEP_S, 0.0, 0))
     drawn = []
@@ -146,7 +155,11 @@ def test_a_model_of_the_users_own_is_refused_in_one_line() -> None:
 
 def test_text_is_that_of_the_library_and_every_byte_is_to_be_guessed() -> None:
     train_x, train_y, test_x, test_y = make_data("text", {"kilobytes": 64, "context": 32})
-    assert train_x.shape == train_y.shape and train_x.shape[1] == 32 and len(test_x) == len(test_y) > 50
+    assert (
+        train_x.shape == train_y.shape
+        and train_x.shape[1] == 32
+        and len(test_x) == len(test_y) > 50
+    )
     assert train_x[:, 1:].equal(train_y[:, :-1])
     logits = make_model("gpt", {"layers": 1, "width": 16, "heads": 2, "context": 32}, 0)(test_x[:5])
     assert logits.shape == (5, 256, 32)
@@ -163,12 +176,15 @@ def test_a_byte_is_guessed_from_those_before_it_alone() -> None:
 
 
 def test_images_can_be_learnt() -> None:
-    train_x, train_y, test_x, test_y = make_data("images", {"classes": 4, "side": 8, "samples": 400, "noise": 0.3})
+    train_x, train_y, test_x, test_y = make_data(
+        "images", {"classes": 4, "side": 8, "samples": 400, "noise": 0.3}
+    )
     assert train_x.shape == (360, 3, 8, 8) and test_x.shape == (40, 3, 8, 8)
     assert train_y.unique().tolist() == [0, 1, 2, 3]
     logits = make_model("resnet18", {"classes": 4}, 0)(train_x[:8])
     assert logits.shape == (8, 4)
-    # Without regard to where it lies, the nearest pattern is that of the class: the spectrum does not know of shifts.
+    # Without regard to where it lies, the nearest pattern is that of the class: the spectrum does
+    # not know of shifts.
     spectra = torch.fft.fft2(train_x).abs().flatten(1)
     means = torch.stack([spectra[train_y == label].mean(0) for label in range(4)])
     found = torch.cdist(torch.fft.fft2(test_x).abs().flatten(1), means).argmin(1)

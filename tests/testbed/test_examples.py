@@ -1,4 +1,5 @@
-"""What one begins with: ``testbed init`` and ``testbed examples``, in a folder where there is nothing."""
+"""What one begins with: ``testbed init`` and ``testbed examples``, in a folder where there is
+nothing."""
 
 import json
 import re
@@ -54,7 +55,11 @@ def test_what_init_writes_runs_as_it_is_in_under_a_minute():
 def test_the_commented_parts_of_what_init_writes_are_good_as_well():
     cli("init")
     text = Path("experiment.yaml").read_text()
-    commented = [line for line in text.splitlines() if line.startswith(("# traffic:", "#   - {", "# matrix:"))]
+    commented = [
+        line
+        for line in text.splitlines()
+        if line.startswith(("# traffic:", "#   - {", "# matrix:"))
+    ]
     assert len(commented) == 3
     for line in commented:
         text = text.replace(line, line.removeprefix("# "))
@@ -81,14 +86,20 @@ def test_another_name_is_the_name_of_file_and_experiment():
 def test_init_writes_nothing_over():
     Path("experiment.yaml").write_text("mine")
     line = cli("init", code=2)
-    assert line == "experiment.yaml exists already, and is left as it is; name another one: testbed init experiment-2\n"
+    assert (
+        line
+        == "experiment.yaml exists already, and is left as it is; name another one: testbed init"
+        " experiment-2\n"
+    )
     assert Path("experiment.yaml").read_text() == "mine"
     Path("link.yaml").symlink_to("elsewhere.yaml")
     assert "exists already" in cli("init", "link", code=2) and not Path("elsewhere.yaml").exists()
     Path(SCHEMA_NAME).write_text("{}")
     assert "is not the schema" in cli("init", "other", code=2)
     assert not Path("other.yaml").exists() and Path(SCHEMA_NAME).read_text() == "{}"
-    Path(SCHEMA_NAME).write_text('{"$comment": "Made by: testbed schema", "of": "an earlier version"}')
+    Path(SCHEMA_NAME).write_text(
+        '{"$comment": "Made by: testbed schema", "of": "an earlier version"}'
+    )
     cli("init", "other")
     assert is_checked_by_the_schema_that_it_names(Path("other.yaml"))
     cli("init", "other", code=2)
@@ -104,7 +115,10 @@ def test_examples_are_listed_with_a_line_each_and_copied_with_what_they_need():
     lines = cli("examples").splitlines()
     found = {one["name"]: one["about"] for one in json.loads(cli("examples", "--json"))}
     assert [line.split()[0] for line in lines] == list(found) and max(map(len, lines)) <= 120
-    assert found["smoke"] == "Who trains faster when the links drop from 50 to 10 Mbit/s and come back?"
+    assert (
+        found["smoke"]
+        == "Who trains faster when the links drop from 50 to 10 Mbit/s and come back?"
+    )
     assert {"own_script", "paper/static", "schedules/cellular", "wan/leo"} <= found.keys()
     assert not any(name.startswith("bench/") for name in found)
     cli("examples", "schedules/cellular")
@@ -117,13 +131,20 @@ def test_examples_are_listed_with_a_line_each_and_copied_with_what_they_need():
     for name in ("own_script", "wan/leo"):
         path = Path("elsewhere", f"{name}.yaml")
         assert is_checked_by_the_schema_that_it_names(path)
-        (_, original), (_, copied) = load_plan(ROOT / "experiments" / f"{name}.yaml"), load_plan(path)
-        assert [cell.timeline for cell in copied.cells] == [cell.timeline for cell in original.cells]
+        (_, original), (_, copied) = (
+            load_plan(ROOT / "experiments" / f"{name}.yaml"),
+            load_plan(path),
+        )
+        assert [cell.timeline for cell in copied.cells] == [
+            cell.timeline for cell in original.cells
+        ]
     assert Path("elsewhere/own_method.py").is_file()
 
 
 def test_the_command_that_runs_a_copy_finds_the_modules_beside_it():
-    assert cli("examples", "own_method").endswith("next: PYTHONPATH=experiments testbed run experiments/own_method.yaml\n")
+    assert cli("examples", "own_method").endswith(
+        "next: PYTHONPATH=experiments testbed run experiments/own_method.yaml\n"
+    )
     assert cli("examples", "own_script", ".").endswith("next: testbed run own_script.yaml\n")
 
 
@@ -138,15 +159,21 @@ def test_a_copy_writes_nothing_over_and_an_unknown_name_has_its_nearest():
 
 def test_without_a_spec_there_is_one_line_that_says_how_to_have_one():
     for command in ("run", "validate"):
-        assert "experiment.yaml if left out" in " ".join(re.findall(r"[\w.,;]+", cli(command, "--help")))
+        assert "experiment.yaml if left out" in " ".join(
+            re.findall(r"[\w.,;]+", cli(command, "--help"))
+        )
         line = cli(command, code=2)
-        assert line.startswith("SPEC is missing") and "testbed init" in line and line.count("\n") == 1
+        assert (
+            line.startswith("SPEC is missing") and "testbed init" in line and line.count("\n") == 1
+        )
 
 
 def test_faults_are_there_for_programs_too():
     cli("init")
     good = json.loads(cli("validate", "--json"))
     assert (good["name"], len(good["cells"]), good["faults"]) == ("experiment", 3, [])
-    result = CliRunner().invoke(app, ["validate", "--json", "--set", "wokers=3", "--set", "workers=0"])
+    result = CliRunner().invoke(
+        app, ["validate", "--json", "--set", "wokers=3", "--set", "workers=0"]
+    )
     assert result.exit_code == 2
     assert {fault["place"] for fault in json.loads(result.stdout)["faults"]} >= {"wokers"}

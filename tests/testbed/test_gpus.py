@@ -17,7 +17,9 @@ from testbed.spec.load import load_spec
 
 pytestmark = pytest.mark.fast
 
-WITH_RUNTIME: dict[str, Any] = {"Runtimes": {"runc": {"path": "runc"}, "nvidia": {"path": "nvidia-container-runtime"}}}
+WITH_RUNTIME: dict[str, Any] = {
+    "Runtimes": {"runc": {"path": "runc"}, "nvidia": {"path": "nvidia-container-runtime"}}
+}
 WITHOUT: dict[str, Any] = {"Runtimes": {"runc": {"path": "runc"}}}
 CARDS = ["NVIDIA H100", "NVIDIA H100"]
 SPEC = """
@@ -49,9 +51,12 @@ def test_a_container_asks_for_gpus_where_its_workload_wants_them_and_the_daemon_
 
 
 @pytest.mark.parametrize(
-    ("names", "daemon", "said"), [([], WITH_RUNTIME, "this machine has none"), (CARDS, WITHOUT, "nvidia-ctk runtime configure")]
+    ("names", "daemon", "said"),
+    [([], WITH_RUNTIME, "this machine has none"), (CARDS, WITHOUT, "nvidia-ctk runtime configure")],
 )
-def test_a_container_that_must_have_a_gpu_is_refused_with_the_mend(names: list[str], daemon: dict[str, Any], said: str) -> None:
+def test_a_container_that_must_have_a_gpu_is_refused_with_the_mend(
+    names: list[str], daemon: dict[str, Any], said: str
+) -> None:
     with pytest.raises(LabError, match=said):
         docker.device_requests("cuda", names, daemon)
 
@@ -99,7 +104,9 @@ def test_validate_says_that_a_good_spec_cannot_run_for_want_of_a_gpu(
     assert (said or "good; 1 cell") in result.output
 
 
-@pytest.mark.parametrize("error", [DockerException("half an answer"), requests.ConnectionError("half an answer")])
+@pytest.mark.parametrize(
+    "error", [DockerException("half an answer"), requests.ConnectionError("half an answer")]
+)
 def test_validate_says_in_one_line_that_the_daemon_has_not_answered(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,9 +132,12 @@ def test_what_a_lab_builds_knows_the_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "daemon", "verdicts"), [([], WITHOUT, []), (CARDS, WITHOUT, ["limited"]), (CARDS, WITH_RUNTIME, ["ok"])]
+    ("names", "daemon", "verdicts"),
+    [([], WITHOUT, []), (CARDS, WITHOUT, ["limited"]), (CARDS, WITH_RUNTIME, ["ok"])],
 )
-def test_doctor_tells_whether_containers_get_the_gpus(names: list[str], daemon: dict[str, Any], verdicts: list[str]) -> None:
+def test_doctor_tells_whether_containers_get_the_gpus(
+    names: list[str], daemon: dict[str, Any], verdicts: list[str]
+) -> None:
     findings = docker_gpus(names, daemon)
     assert [finding.verdict for finding in findings] == verdicts
     assert all(finding.verdict == "ok" or gpus.TOOLKIT in finding.mend for finding in findings)

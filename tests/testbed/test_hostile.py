@@ -1,4 +1,5 @@
-"""Specs and run directories of strangers: taken, or refused in one clear line; nothing of them is run, followed or believed.
+"""Specs and run directories of strangers: taken, or refused in one clear line; nothing of them is
+run, followed or believed.
 
 NETSENSE_FUZZ: how many examples of each, instead of some hundreds.
 """
@@ -35,21 +36,79 @@ from testbed.spec.load import load_spec
 def examples(usual: int) -> settings:
     """The same examples each time, unless many are asked for."""
     asked = os.environ.get("NETSENSE_FUZZ")
-    return settings(max_examples=int(asked or usual), derandomize=asked is None, suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=int(asked or usual),
+        derandomize=asked is None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 ODD: list[Any] = [
-    *[None, True, False, 0, -1, 1, 3.5, -0.0, 1e308, -1e308, float("inf"), float("nan"), 2**31, 2**63, 10**400],
-    *["", " ", "0", "-5s", "1e400s", "NaN", "inf", "5mbit", "999999999999gbit", "1e-30ms", "50%", "-3%", "w0", "w99", "all"],
-    *["../../etc/passwd", "/dev/zero", "os:system", "os.path:join", "<script>alert(1)</script>", "ü" * 300, "x" * 5000],
+    *[
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        3.5,
+        -0.0,
+        1e308,
+        -1e308,
+        float("inf"),
+        float("nan"),
+        2**31,
+        2**63,
+        10**400,
+    ],
+    *[
+        "",
+        " ",
+        "0",
+        "-5s",
+        "1e400s",
+        "NaN",
+        "inf",
+        "5mbit",
+        "999999999999gbit",
+        "1e-30ms",
+        "50%",
+        "-3%",
+        "w0",
+        "w99",
+        "all",
+    ],
+    *[
+        "../../etc/passwd",
+        "/dev/zero",
+        "os:system",
+        "os.path:join",
+        "<script>alert(1)</script>",
+        "ü" * 300,
+        "x" * 5000,
+    ],
     *["a\nb", "\x1b[2J", "\x00", "\ud800"],
-    *[[], [[]], [None], ["w0", "w0"], list(range(50)), {}, {"": ""}, {"rate": {}}, {"name": "mlp"}, {"random": [1, 2]}],
+    *[
+        [],
+        [[]],
+        [None],
+        ["w0", "w0"],
+        list(range(50)),
+        {},
+        {"": ""},
+        {"rate": {}},
+        {"name": "mlp"},
+        {"random": [1, 2]},
+    ],
     {"share": "1%", "burst": 1e9},
 ]
 WHOLE = yaml.safe_load(EVERYTHING.replace(" on:", " 'on':").replace(" off:", " 'off':"))
 PLACES = list(places(WHOLE))
 changes = st.lists(
-    st.tuples(st.sampled_from(PLACES), st.sampled_from(ODD) | st.sampled_from(["remove", "rename", "swap"])),
+    st.tuples(
+        st.sampled_from(PLACES),
+        st.sampled_from(ODD) | st.sampled_from(["remove", "rename", "swap"]),
+    ),
     min_size=1,
     max_size=3,
 )
@@ -57,7 +116,8 @@ changes = st.lists(
 
 def changed(raw: Any, path: tuple[Any, ...], value: Any) -> None:
     *parents, last = path
-    with contextlib.suppress(LookupError, TypeError):  # an earlier change may have taken its place away
+    # an earlier change may have taken its place away
+    with contextlib.suppress(LookupError, TypeError):
         for part in parents:
             raw = raw[part]
         if value == "remove":
@@ -72,7 +132,9 @@ def changed(raw: Any, path: tuple[Any, ...], value: Any) -> None:
 
 @examples(200)
 @given(changes)
-def test_any_spec_is_taken_or_refused_in_lines_that_name_the_place(tmp_path_factory: Any, made: list[tuple[Any, Any]]) -> None:
+def test_any_spec_is_taken_or_refused_in_lines_that_name_the_place(
+    tmp_path_factory: Any, made: list[tuple[Any, Any]]
+) -> None:
     raw = copy.deepcopy(WHOLE)
     for path, value in made:
         changed(raw, path, value)
@@ -167,7 +229,12 @@ def replace(file: Path, kind: int) -> None:
             pass  # it is gone
 
 
-DAMAGES: list[Callable[[Path, random.Random], None]] = [damaged_text, damaged_json, damaged_json, replaced]
+DAMAGES: list[Callable[[Path, random.Random], None]] = [
+    damaged_text,
+    damaged_json,
+    damaged_json,
+    replaced,
+]
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +250,9 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
 
 @examples(30)
 @given(seed=st.integers(0, 2**32))
-def test_any_damaged_run_is_read_or_refused_in_one_line(tmp_path_factory: Any, originals: list[Path], seed: int) -> None:
+def test_any_damaged_run_is_read_or_refused_in_one_line(
+    tmp_path_factory: Any, originals: list[Path], seed: int
+) -> None:
     draw = random.Random(seed)
     directory = tmp_path_factory.getbasetemp() / "damaged"
     shutil.rmtree(directory, ignore_errors=True)
@@ -203,8 +272,12 @@ def test_any_damaged_run_is_read_or_refused_in_one_line(tmp_path_factory: Any, o
 
 
 @pytest.mark.parametrize("kind", range(REPLACEMENTS))
-@pytest.mark.parametrize("name", ["spec.yaml", "environment.json", "cell.json", "result.json", "steps", "links"])
-def test_no_file_of_a_run_need_be_one(tmp_path: Path, originals: list[Path], name: str, kind: int) -> None:
+@pytest.mark.parametrize(
+    "name", ["spec.yaml", "environment.json", "cell.json", "result.json", "steps", "links"]
+)
+def test_no_file_of_a_run_need_be_one(
+    tmp_path: Path, originals: list[Path], name: str, kind: int
+) -> None:
     original = originals[kind % 2]  # while it goes on, or after its end
     directory = tmp_path / original.name
     shutil.copytree(original, directory)
@@ -215,7 +288,9 @@ def test_no_file_of_a_run_need_be_one(tmp_path: Path, originals: list[Path], nam
         assert len(summary["cells"]) == 2
 
 
-@pytest.mark.parametrize("name", ["report.html", "summary.json", "summary.csv", "report.html.tmp", "summary.json.tmp"])
+@pytest.mark.parametrize(
+    "name", ["report.html", "summary.json", "summary.csv", "report.html.tmp", "summary.json.tmp"]
+)
 def test_a_report_follows_no_link_that_lies_in_a_run(tmp_path: Path, name: str) -> None:
     run = write_run(tmp_path / "run", methods=("allreduce",), t_end_s=2.0)
     (tmp_path / "home").write_text("mine")
@@ -225,15 +300,23 @@ def test_a_report_follows_no_link_that_lies_in_a_run(tmp_path: Path, name: str) 
     assert (run / "report.html").exists()
 
 
-def test_a_report_of_a_strangers_run_runs_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_of_a_strangers_run_runs_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = write_run(tmp_path / "run", methods=("allreduce",), t_end_s=2.0)
-    (tmp_path / "run" / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\nclass Method: pass\n")
+    (tmp_path / "run" / "trap.py").write_text(
+        f"open({str(tmp_path / 'sprung')!r}, 'w')\nclass Method: pass\n"
+    )
     spec = yaml.safe_load((run / "spec.yaml").read_text())
     spec["methods"] = [{"name": "trap:Method"}]
     spec["workload"] = {**spec["workload"], "model": "trap:build", "data": "trap:data"}
     (run / "spec.yaml").write_text(yaml.safe_dump(spec))
     cell = run / "cells" / "allreduce-s0" / "cell.json"
-    cell.write_text(json.dumps({**json.loads(cell.read_text()), "method": {"name": "trap:Method", "options": {}}}))
+    cell.write_text(
+        json.dumps(
+            {**json.loads(cell.read_text()), "method": {"name": "trap:Method", "options": {}}}
+        )
+    )
     monkeypatch.chdir(run)
     monkeypatch.syspath_prepend(str(run))
     done = CliRunner().invoke(app, ["report", str(run)])

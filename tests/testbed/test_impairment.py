@@ -1,4 +1,5 @@
-"""The fates of frames, counted and held to binomial intervals. The seeds are fixed, so that a run is like any other."""
+"""The fates of frames, counted and held to binomial intervals. The seeds are fixed, so that a run
+is like any other."""
 
 import itertools
 import random
@@ -58,7 +59,13 @@ def test_independent_loss(share):
 
 
 @pytest.mark.parametrize(
-    "loss", [Loss(0.01, burst=3), Loss(0.02, burst=8), Loss(0.1, burst=20), Loss(0.03, burst=10, bad_loss=0.5, good_loss=0.005)]
+    "loss",
+    [
+        Loss(0.01, burst=3),
+        Loss(0.02, burst=8),
+        Loss(0.1, burst=20),
+        Loss(0.03, burst=10, bad_loss=0.5, good_loss=0.005),
+    ],
 )
 def test_bursts_of_loss(loss):
     count = 200_000
@@ -75,7 +82,9 @@ def test_bursts_of_loss(loss):
 
 def test_correlated_loss_is_what_netem_makes_of_it():
     share, correlation, count = 0.1, 0.3, 200_000
-    impairment, leaving = admitted(Conditions(loss=Loss(share, correlation=correlation), seed=3), count)
+    impairment, leaving = admitted(
+        Conditions(loss=Loss(share, correlation=correlation), seed=3), count
+    )
     rng, value, losses, begun = random.Random(0), 0.5, 0, 0
     for _ in range(5 * count):
         before, value = value, (1 - correlation) * rng.random() + correlation * value
@@ -124,7 +133,9 @@ def test_corruption_flips_one_bit_anywhere_in_the_frame():
         [(_, frame)] = impairment.admit(checked, 0, 0)
         if frame != checked:
             assert frame[0] == 0  # the receiver looks at the checksum
-            flipped = int.from_bytes(frame[VNET_HEADER_BYTES:]) ^ int.from_bytes(checked[VNET_HEADER_BYTES:])
+            flipped = int.from_bytes(frame[VNET_HEADER_BYTES:]) ^ int.from_bytes(
+                checked[VNET_HEADER_BYTES:]
+            )
             assert flipped.bit_count() == 1
             bits.append(flipped.bit_length() - 1)
     assert len(bits) == impairment.corrupted
@@ -152,7 +163,9 @@ def test_a_share_overtakes():
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_jitter_is_the_standard_deviation_whatever_the_distribution(distribution):
-    conditions = Conditions(delay_ns=50_000_000, jitter_ns=5_000_000, distribution=distribution, seed=9)
+    conditions = Conditions(
+        delay_ns=50_000_000, jitter_ns=5_000_000, distribution=distribution, seed=9
+    )
     _, leaving = admitted(conditions, 50_000)
     delays = [due for [(due, _)] in leaving]
     mean = sum(delays) / len(delays)
@@ -168,8 +181,12 @@ def test_jitter_is_the_standard_deviation_whatever_the_distribution(distribution
     jitter_ns=st.integers(0, 10_000),
     seed=st.integers(0, 100),
 )
-def test_in_order_nothing_overtakes_and_nothing_leaves_before_it_came(gaps, delay_ns, jitter_ns, seed):
-    impairment = Impairment(Conditions(delay_ns, jitter_ns, in_order=True, seed=seed), table("normal"))
+def test_in_order_nothing_overtakes_and_nothing_leaves_before_it_came(
+    gaps, delay_ns, jitter_ns, seed
+):
+    impairment = Impairment(
+        Conditions(delay_ns, jitter_ns, in_order=True, seed=seed), table("normal")
+    )
     now = last = 0
     for gap in gaps:
         now += gap

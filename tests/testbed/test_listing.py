@@ -1,4 +1,5 @@
-"""``testbed runs`` and ``testbed show``: runs that ended, go on, were killed or damaged, and what strangers left by them."""
+"""``testbed runs`` and ``testbed show``: runs that ended, go on, were killed or damaged, and what
+strangers left by them."""
 
 import json
 import os
@@ -34,7 +35,9 @@ def cli(*arguments, code=0):
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    run = write_run(tmp_path_factory.mktemp("original") / "run", methods=("allreduce", "netsense"), t_end_s=3.0)
+    run = write_run(
+        tmp_path_factory.mktemp("original") / "run", methods=("allreduce", "netsense"), t_end_s=3.0
+    )
     write_summary(summarize(load_run(run)), run)
     return run
 
@@ -56,7 +59,9 @@ def test_runs_are_listed_newest_first_with_verdict_and_headline(folder, original
         (folder / NAMES[name] / "summary.json").unlink()
     (folder / NAMES["killed"] / "cells" / "netsense-s0" / "result.json").unlink()
     (folder / NAMES["cut"] / "summary.json").write_text('{"valid": tr')
-    (folder / NAMES["odd"] / "summary.json").write_text('{"valid": true, "comparisons": 7, "cells": [3]}')
+    (folder / NAMES["odd"] / "summary.json").write_text(
+        '{"valid": true, "comparisons": 7, "cells": [3]}'
+    )
     with run_lock(folder / NAMES["going"]):
         found = listed()
     order = ("later", "ended", "going", "killed", "cut", "odd")
@@ -74,16 +79,23 @@ def test_runs_are_listed_newest_first_with_verdict_and_headline(folder, original
     assert "netsense trained" in found[f"runs/{NAMES['ended']}"]["headline"]
     killed = found[f"runs/{NAMES['killed']}"]
     assert killed["began"] == "2026-01-03T00:00:00+00:00"
-    assert killed["headline"] == f"1 of 2 cells are done; go on with: testbed run --resume runs/{NAMES['killed']}"
+    assert (
+        killed["headline"]
+        == f"1 of 2 cells are done; go on with: testbed run --resume runs/{NAMES['killed']}"
+    )
     assert listed()[f"runs/{NAMES['going']}"]["verdict"] == "unfinished", "the lock is gone"
     table = cli("runs")
     assert len(table.splitlines()) == len(order) + 1, "in a pipe a run is a line"
-    assert table.index("2026-01-05 00:00") < table.index("2026-01-04 12:00") < table.index("damaged")
+    assert (
+        table.index("2026-01-05 00:00") < table.index("2026-01-04 12:00") < table.index("damaged")
+    )
 
 
 def test_what_strangers_leave_is_listed_or_left_out_and_never_raises(folder, tmp_path):
     runs = [folder / name for name in NAMES.values()]
-    for path, kind in zip(runs, ["fifo", "link", "directory", "number", "deep", "inf"], strict=True):
+    for path, kind in zip(
+        runs, ["fifo", "link", "directory", "number", "deep", "inf"], strict=True
+    ):
         summary = path / "summary.json"
         whole = json.loads(summary.read_text())
         summary.unlink()
@@ -113,11 +125,15 @@ def test_what_strangers_leave_is_listed_or_left_out_and_never_raises(folder, tmp
     assert len(found) == len(NAMES) + 1
     assert {found[f"runs/{path.name}"]["verdict"] for path in runs[:5]} == {"damaged"}
     assert "\x1b" not in cli("runs")
-    assert [run["verdict"] for run in found.values() if "bad-" in run["directory"]] == ["unfinished"]
+    assert [run["verdict"] for run in found.values() if "bad-" in run["directory"]] == [
+        "unfinished"
+    ]
 
 
 def test_a_folder_without_runs_or_that_is_one_or_is_none(folder, tmp_path, monkeypatch):
-    assert "is one run directory; show it with: testbed show" in cli("runs", f"runs/{NAMES['ended']}", code=2)
+    assert "is one run directory; show it with: testbed show" in cli(
+        "runs", f"runs/{NAMES['ended']}", code=2
+    )
     assert "nowhere" in cli("runs", "nowhere", code=2)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
@@ -131,7 +147,10 @@ def test_a_run_is_shown_without_writing_to_it(folder):
     text = cli("show", str(run))
     assert "netsense trained" in text and "samples/s" in text
     summary = json.loads(cli("show", str(run), "--json"))
-    assert summary["directory"] == str(run) and [cell["method"] for cell in summary["cells"]] == ["allreduce", "netsense"]
+    assert summary["directory"] == str(run) and [cell["method"] for cell in summary["cells"]] == [
+        "allreduce",
+        "netsense",
+    ]
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     line = cli("show", str(folder), code=2)
     assert "not a run directory" in line and line.count("\n") == 1
@@ -161,10 +180,16 @@ def test_a_run_is_told_with_progress_without_it_or_as_json(monkeypatch, tmp_path
         app(["run", str(SMOKE), *filter(None, [option])], prog_name="testbed")
     assert ended.value.code in (0, 3)
     out, err = capfd.readouterr()
-    assert ("a line of progress" in out, "a line of progress" in err) == (option == "", option == "--json")
+    assert ("a line of progress" in out, "a line of progress" in err) == (
+        option == "",
+        option == "--json",
+    )
     if option == "--json":
         summary = json.loads(out)
-        assert len(summary["cells"]) == 3 and (tmp_path / summary["directory"] / "summary.json").exists()
+        assert (
+            len(summary["cells"]) == 3
+            and (tmp_path / summary["directory"] / "summary.json").exists()
+        )
         assert "report: " in err
     else:
         assert "report: " in out and err == ""

@@ -1,4 +1,5 @@
-"""The live page: it tells what was recorded, once; who has not its address gets nothing; links move by requests."""
+"""The live page: it tells what was recorded, once; who has not its address gets nothing; links move
+by requests."""
 
 import contextlib
 import http.client
@@ -53,12 +54,20 @@ MISCHIEF = "</script><img src=x onerror=alert(1)>"
 
 @settings(max_examples=40)
 @given(
-    st.lists(st.binary(max_size=20).filter(lambda line: b"\n" not in line) | st.integers(0, 99), max_size=20),
+    st.lists(
+        st.binary(max_size=20).filter(lambda line: b"\n" not in line) | st.integers(0, 99),
+        max_size=20,
+    ),
     st.lists(st.integers(0, 400), max_size=8),
 )
-def test_every_row_is_told_once_however_it_is_written(tmp_path_factory: Any, lines: list[bytes | int], cuts: list[int]) -> None:
+def test_every_row_is_told_once_however_it_is_written(
+    tmp_path_factory: Any, lines: list[bytes | int], cuts: list[int]
+) -> None:
     path = tmp_path_factory.mktemp("tail") / "rows.jsonl"
-    data = b"".join((json.dumps({"n": line}).encode() if isinstance(line, int) else line) + b"\n" for line in lines)
+    data = b"".join(
+        (json.dumps({"n": line}).encode() if isinstance(line, int) else line) + b"\n"
+        for line in lines
+    )
     tail, told = Tail(path), []
     ends = sorted({*(cut for cut in cuts if cut < len(data)), len(data)})
     for begin, end in zip([0, *ends], ends, strict=False):
@@ -82,14 +91,22 @@ def test_a_file_that_was_replaced_is_read_anew_and_one_that_is_none_is_left(tmp_
     append(path, [{"n": 3}])
     assert rows() == [{"n": 3}]
     (tmp_path / "secret").write_text('{"n": 4}\n')
-    for replace in (lambda: path.symlink_to(tmp_path / "secret"), lambda: os.mkfifo(path), path.mkdir):
+    for replace in (
+        lambda: path.symlink_to(tmp_path / "secret"),
+        lambda: os.mkfifo(path),
+        path.mkdir,
+    ):
         path.unlink()
         replace()
         assert rows() == []
 
 
 @settings(max_examples=30)
-@given(st.lists(st.tuples(st.floats(0, 900), st.floats(0, 30), st.floats(0, 1e6)), min_size=1, max_size=30))
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 900), st.floats(0, 30), st.floats(0, 1e6)), min_size=1, max_size=30
+    )
+)
 def test_bins_lose_nothing_when_they_widen(amounts: list[tuple[float, float, float]]) -> None:
     bins = Bins(50)
     for begin_s, took_s, amount in amounts:
@@ -97,7 +114,9 @@ def test_bins_lose_nothing_when_they_widen(amounts: list[tuple[float, float, flo
         bins.mean("loss", begin_s, amount)
     told = bins.values()
     assert all(len(column) <= 50 for column in told.values())
-    assert sum(value or 0 for value in told["samples"]) == pytest.approx(sum(amount for *_, amount in amounts), rel=1e-3)
+    assert sum(value or 0 for value in told["samples"]) == pytest.approx(
+        sum(amount for *_, amount in amounts), rel=1e-3
+    )
     for place, value in enumerate(told["loss"]):
         own = [amount for begin_s, _, amount in amounts if int(begin_s / bins.width_s) == place]
         assert value == (pytest.approx(sum(own) / len(own), rel=1e-3) if own else None)
@@ -150,21 +169,28 @@ def test_the_page_tells_what_the_report_does(tmp_path: Path) -> None:
         "dilation": 2.0,
     }  # what is as slow as that is reported as if it were not
     slow = write_cell(run / "cells" / "slow-s0", "slow", killed=True)
-    (slow / CELL_FILE).write_text(json.dumps({**json.loads((slow / CELL_FILE).read_text()), **stopped}))
+    (slow / CELL_FILE).write_text(
+        json.dumps({**json.loads((slow / CELL_FILE).read_text()), **stopped})
+    )
     finish_cell(run / "cells" / "topk-s0")  # as in a run that is resumed
     view = RunView(run)
     view.update(60)
     view.changes()
     page = view.snapshot()
-    finish_cell(run / "cells" / "allreduce-s0")  # as at the end of a run; what has been read is not read again
+    # as at the end of a run; what has been read is not read again
+    finish_cell(run / "cells" / "allreduce-s0")
     view.update(60)
     assert view.changes() == {}
     loaded = load_run(run)
     summary = {cell["cell"]: cell for cell in summarize(loaded)["cells"]}
     accuracy = loaded.evals.groupby("cell")["accuracy"].last()
     for name, row in page["rows"].items():
-        assert row["samples_per_s"] == pytest.approx(summary[name]["throughput_samples_per_s"], rel=1e-3)
-        assert row["payload_bytes"] == pytest.approx(summary[name]["payload_bytes_per_step"], rel=1e-3)
+        assert row["samples_per_s"] == pytest.approx(
+            summary[name]["throughput_samples_per_s"], rel=1e-3
+        )
+        assert row["payload_bytes"] == pytest.approx(
+            summary[name]["payload_bytes_per_step"], rel=1e-3
+        )
         assert row["accuracy"] == pytest.approx(accuracy[name], rel=1e-3)
         assert row["state"] == ("waiting" if name == "slow-s0" else "done")
         columns, width_s = page["series"][name]["columns"], page["series"][name]["width_s"]
@@ -173,7 +199,12 @@ def test_the_page_tells_what_the_report_does(tmp_path: Path) -> None:
         assert max(value or 0 for value in columns["carried_bps"]) <= max(columns["limit_bps"])
         assert columns["limit_bps"][int(2 / width_s)] == (100e6 if name == "slow-s0" else 50e6)
     assert page["rows"]["slow-s0"]["share"] == pytest.approx(0.5, rel=0.02)
-    assert page["progress"] == {"cells": 4, "done": 3, "share": 0.75, "left_s": page["progress"]["left_s"]}
+    assert page["progress"] == {
+        "cells": 4,
+        "done": 3,
+        "share": 0.75,
+        "left_s": page["progress"]["left_s"],
+    }
 
 
 def test_problems_are_told_as_they_arise(tmp_path: Path) -> None:
@@ -181,7 +212,11 @@ def test_problems_are_told_as_they_arise(tmp_path: Path) -> None:
     cell = write_cell(run / "cells" / "c", killed=True, t_end_s=6.0, late_s=0.2)
     event = {"planned_s": 5.0, "applied_s": 5.0, "link": "w1", "state": {}}
     append(
-        cell / "events.jsonl", [{**event, "kind": "manual", "verified": True}, {**event, "kind": "readback", "verified": False}]
+        cell / "events.jsonl",
+        [
+            {**event, "kind": "manual", "verified": True},
+            {**event, "kind": "readback", "verified": False},
+        ],
     )
     view = RunView(run)
     view.update(60)
@@ -190,29 +225,53 @@ def test_problems_are_told_as_they_arise(tmp_path: Path) -> None:
         "a change of its links came 200 ms late",
         "the kernel did not confirm a change of w1",
     ]
-    load = {"t_s": 1.0, "cpu_some_share": 1.0, "cpu_busy_share": 1.0, "cpu_foreign_share": 0.5, "softnet_drops": 0}
+    load = {
+        "t_s": 1.0,
+        "cpu_some_share": 1.0,
+        "cpu_busy_share": 1.0,
+        "cpu_foreign_share": 0.5,
+        "softnet_drops": 0,
+    }
     append(cell / "host.jsonl", [load] * 200)
-    (cell / RESULT_FILE).write_text(json.dumps({"status": "failed", "problems": ["w1 was ended\x1b[2J\nby signal 9"]}))
+    (cell / RESULT_FILE).write_text(
+        json.dumps({"status": "failed", "problems": ["w1 was ended\x1b[2J\nby signal 9"]})
+    )
     view.update(60)
     row = view.changes()["rows"]["c"]
     assert row["state"] == "failed" and row["problems"][0] == "w1 was ended [2J by signal 9"
     assert any(problem.startswith("other programs took 38 %") for problem in row["problems"])
 
 
-def test_workers_that_were_started_again_go_on_and_steps_done_twice_count_once(tmp_path: Path) -> None:
+def test_workers_that_were_started_again_go_on_and_steps_done_twice_count_once(
+    tmp_path: Path,
+) -> None:
     run = write_run(tmp_path / "run", methods=())
     cell = write_cell(run / "cells" / "c", killed=True, t_end_s=3.0)
     view = RunView(run)
     view.update(60)
     before = view.changes()["rows"]["c"]
-    again = [{"rank": 0, "step": before["steps"] - 5 + n, "t_s": 6.0 + n, "samples": BATCH, "step_s": 1.0} for n in range(10)]
-    append(cell / "failures.jsonl", [{"t_s": 3.5, "worker": "w1", "kind": "failure", "text": "was ended by signal 9"}])
+    again = [
+        {
+            "rank": 0,
+            "step": before["steps"] - 5 + n,
+            "t_s": 6.0 + n,
+            "samples": BATCH,
+            "step_s": 1.0,
+        }
+        for n in range(10)
+    ]
+    append(
+        cell / "failures.jsonl",
+        [{"t_s": 3.5, "worker": "w1", "kind": "failure", "text": "was ended by signal 9"}],
+    )
     append(host_directory(cell, "w0") / "steps-1.jsonl", again)
     view.update(60)
     row = view.changes()["rows"]["c"]
     assert row["steps"] == before["steps"] + 5
     assert row["samples_per_s"] * 15.0 == pytest.approx(BATCH * (2 * before["steps"] + 5), rel=1e-3)
-    assert row["problems"] == ["at 3.5 s w1 was ended by signal 9; all workers were to be started again"]
+    assert row["problems"] == [
+        "at 3.5 s w1 was ended by signal 9; all workers were to be started again"
+    ]
 
 
 def test_steps_of_all_ranks_of_a_worker_count(tmp_path: Path) -> None:
@@ -227,7 +286,11 @@ def test_steps_of_all_ranks_of_a_worker_count(tmp_path: Path) -> None:
 
 def test_what_failed_before_is_still_to_be_done_when_a_run_is_resumed(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", methods=("allreduce", "topk", "netsense"))
-    for method, status, ended_at_s in (("allreduce", "done", 100.0), ("topk", "failed", 200.0), ("netsense", "done", 310.0)):
+    for method, status, ended_at_s in (
+        ("allreduce", "done", 100.0),
+        ("topk", "failed", 200.0),
+        ("netsense", "done", 310.0),
+    ):
         result = run / "cells" / f"{method}-s0" / RESULT_FILE
         result.write_text(json.dumps({**json.loads(result.read_text()), "status": status}))
         os.utime(result, (ended_at_s, ended_at_s))
@@ -236,7 +299,8 @@ def test_what_failed_before_is_still_to_be_done_when_a_run_is_resumed(tmp_path: 
     view = RunView(run)
     view.update(60)
     progress = view.changes()["progress"]
-    assert (progress["cells"], progress["done"], progress["left_s"]) == (3, 2, 0)  # 10 s from the epoch's 310th second on
+    # 10 s from the epoch's 310th second on
+    assert (progress["cells"], progress["done"], progress["left_s"]) == (3, 2, 0)
     os.utime(run / "cells" / "netsense-s0" / RESULT_FILE, (1e10, 1e10))
     os.utime(run / LOCK_FILE, (1e10 - 40.0, 1e10 - 40.0))
     view.update(60)
@@ -275,22 +339,35 @@ def nested(depth: int) -> str:
             '{"workers": 1e9, "dilation": -1, "method": [], "overrides": 3, "earlier": 3}'
         ),
         lambda cell: (cell / CELL_FILE).write_text(
-            '{"workers": 2, "dilation": 1e-300, "workload": {"stop": {"seconds": 1e-300}}, "overrides": {"a": '
-            + nested(900)
-            + "}}"
+            '{"workers": 2, "dilation": 1e-300, "workload": {"stop": {"seconds": 1e-300}},'
+            ' "overrides": {"a": ' + nested(900) + "}}"
         ),
         lambda cell: (cell / CELL_FILE).unlink(),
         lambda cell: (cell / RESULT_FILE).write_text('{"status": [[]], "problems": {"a": 1}}'),
-        lambda cell: append(steps_file(cell, 0), [{"rank": 1, "t_s": 1, "samples": 1e9}, {"rank": 0, "t_s": 1e300, "loss": 1}]),
         lambda cell: append(
-            steps_file(cell, 0), [{"rank": 0, "t_s": 1, "scheme": ["\ud800"], "samples": 10**400, "loss": "x"}]
+            steps_file(cell, 0),
+            [{"rank": 1, "t_s": 1, "samples": 1e9}, {"rank": 0, "t_s": 1e300, "loss": 1}],
         ),
-        lambda cell: steps_file(cell, 0).write_bytes(b'{"rank": 0, "t_s": NaN}\n\xff\xfe\n' + b"x" * 3_000_000),
-        lambda cell: append(cell / "links.jsonl", [{"t_s": "x", "link": {}, "bytes": []}, {"t_s": 99.0}, {"t_s": 100.0}]),
-        lambda cell: append(cell / "events.jsonl", [{"kind": "manual", "state": {"up": 3, "down": {"rate_bps": "x"}}}]),
+        lambda cell: append(
+            steps_file(cell, 0),
+            [{"rank": 0, "t_s": 1, "scheme": ["\ud800"], "samples": 10**400, "loss": "x"}],
+        ),
+        lambda cell: steps_file(cell, 0).write_bytes(
+            b'{"rank": 0, "t_s": NaN}\n\xff\xfe\n' + b"x" * 3_000_000
+        ),
+        lambda cell: append(
+            cell / "links.jsonl",
+            [{"t_s": "x", "link": {}, "bytes": []}, {"t_s": 99.0}, {"t_s": 100.0}],
+        ),
+        lambda cell: append(
+            cell / "events.jsonl",
+            [{"kind": "manual", "state": {"up": 3, "down": {"rate_bps": "x"}}}],
+        ),
     ],
 )
-def test_a_damaged_cell_harms_no_more_than_itself(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+def test_a_damaged_cell_harms_no_more_than_itself(
+    tmp_path: Path, damage: Callable[[Path], Any]
+) -> None:
     run = write_run(tmp_path / "run", methods=("allreduce", "topk"), t_end_s=3.0)
     damage(run / "cells" / "allreduce-s0")
     view = RunView(run)
@@ -298,7 +375,9 @@ def test_a_damaged_cell_harms_no_more_than_itself(tmp_path: Path, damage: Callab
     page = json.loads(json.dumps(view.changes(), allow_nan=False))
     assert page["rows"]["topk-s0"]["samples_per_s"] > 0
     assert max(len(column) for column in page["series"]["topk-s0"]["columns"].values()) == 7
-    assert (page["rows"]["allreduce-s0"]["samples_per_s"] or 0) < 2 * page["rows"]["topk-s0"]["samples_per_s"]
+    assert (page["rows"]["allreduce-s0"]["samples_per_s"] or 0) < 2 * page["rows"]["topk-s0"][
+        "samples_per_s"
+    ]
 
 
 # The server
@@ -325,16 +404,25 @@ def still(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LivePage]:
         yield page
 
 
-def ask(page: LivePage | str, path: str, method: str = "GET", body: Any = None, **headers: str | None) -> tuple[int, Any, str]:
-    """(status, headers, text) of a request as the page makes it; ``path`` begins behind the token, or with "/" at the root."""
+def ask(
+    page: LivePage | str, path: str, method: str = "GET", body: Any = None, **headers: str | None
+) -> tuple[int, Any, str]:
+    """(status, headers, text) of a request as the page makes it; ``path`` begins behind the token,
+    or with "/" at the root."""
     address = urlsplit(page if isinstance(page, str) else page.url)
     connection = http.client.HTTPConnection(address.hostname or "", address.port or 0, timeout=20)
     data = json.dumps(body) if isinstance(body, dict) else body
     usual = {"Host": address.netloc, "Origin": f"http://{address.netloc}" if body else None}
     usual |= {"Content-Type": "application/json" if body else None}
-    sent = {name.replace("_", "-"): value for name, value in {**usual, **headers}.items() if value is not None}
+    sent = {
+        name.replace("_", "-"): value
+        for name, value in {**usual, **headers}.items()
+        if value is not None
+    }
     with contextlib.closing(connection):
-        connection.request(method, path if path.startswith("/") else address.path + path, data, sent)
+        connection.request(
+            method, path if path.startswith("/") else address.path + path, data, sent
+        )
         answer = connection.getresponse()
         return answer.status, answer.headers, answer.read().decode()
 
@@ -344,7 +432,9 @@ class Listener:
 
     def __init__(self, page: LivePage | str) -> None:
         address = urlsplit(page if isinstance(page, str) else page.url)
-        self.connection = http.client.HTTPConnection(address.hostname or "", address.port or 0, timeout=20)
+        self.connection = http.client.HTTPConnection(
+            address.hostname or "", address.port or 0, timeout=20
+        )
         self.connection.request("GET", address.path + "events", headers={"Host": address.netloc})
         self.answer = self.connection.getresponse()
         self.state: dict[str, Any] = {}
@@ -360,19 +450,37 @@ class Listener:
 def test_the_page_is_shipped_whole_and_may_fetch_nothing_from_elsewhere(still: LivePage) -> None:
     for name, kind in (("", "text/html"), ("page.js", "text/javascript"), ("page.css", "text/css")):
         status, headers, text = ask(still, name)
-        assert (status, headers["Content-Type"]) == (200, f"{kind}; charset=utf-8") and "http" not in text.replace(
-            "http-equiv", ""
+        assert (status, headers["Content-Type"]) == (
+            200,
+            f"{kind}; charset=utf-8",
+        ) and "http" not in text.replace("http-equiv", "")
+        assert (
+            headers["X-Content-Type-Options"] == "nosniff"
+            and headers["Referrer-Policy"] == "no-referrer"
         )
-        assert headers["X-Content-Type-Options"] == "nosniff" and headers["Referrer-Policy"] == "no-referrer"
-        assert headers["Cache-Control"] == "no-store" and "Access-Control-Allow-Origin" not in headers
+        assert (
+            headers["Cache-Control"] == "no-store" and "Access-Control-Allow-Origin" not in headers
+        )
         policy = headers["Content-Security-Policy"]
-        assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+        assert (
+            "default-src 'none'" in policy
+            and "unsafe" not in policy
+            and "frame-ancestors 'none'" in policy
+        )
     script = ask(still, "page.js")[2]
-    assert not any(sink in script for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("))
-    assert ask(still, still.url[still.url.index("/", 8) : -1])[1]["Location"] == urlsplit(still.url).path
+    assert not any(
+        sink in script
+        for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(")
+    )
+    assert (
+        ask(still, still.url[still.url.index("/", 8) : -1])[1]["Location"]
+        == urlsplit(still.url).path
+    )
 
 
-@pytest.mark.parametrize("path", ["/", "/events", "/wrong/", "/wrong/events", "//", "/?token=", "/page.js"])
+@pytest.mark.parametrize(
+    "path", ["/", "/events", "/wrong/", "/wrong/events", "//", "/?token=", "/page.js"]
+)
 def test_without_the_token_there_is_nothing(still: LivePage, path: str) -> None:
     status, _, text = ask(still, path)
     assert status == 403 and "token" in text and text.count("\n") == 1
@@ -384,9 +492,20 @@ def test_without_the_token_there_is_nothing(still: LivePage, path: str) -> None:
     [
         *[
             (host, 403)
-            for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "192.168.1.1", "[::1", "a:b:c")
+            for host in (
+                "evil.example",
+                "evil.example:80",
+                "127.0.0.1.evil.example",
+                "",
+                "192.168.1.1",
+                "[::1",
+                "a:b:c",
+            )
         ],
-        *[(host, 200) for host in ("127.0.0.1", "LOCALHOST:80", "127.0.0.1:9", "[::1]:8000", "[::1]")],
+        *[
+            (host, 200)
+            for host in ("127.0.0.1", "LOCALHOST:80", "127.0.0.1:9", "[::1]:8000", "[::1]")
+        ],
     ],
 )
 def test_only_an_address_of_this_machine_is_a_host(still: LivePage, host: str, status: int) -> None:
@@ -396,7 +515,9 @@ def test_only_an_address_of_this_machine_is_a_host(still: LivePage, host: str, s
 def test_two_hosts_are_none(still: LivePage) -> None:
     address = urlsplit(still.url)
     with socket.create_connection((address.hostname or "", address.port or 0)) as connection:
-        connection.sendall(f"GET {address.path} HTTP/1.1\r\nHost: {address.netloc}\r\nHost: evil\r\n\r\n".encode())
+        connection.sendall(
+            f"GET {address.path} HTTP/1.1\r\nHost: {address.netloc}\r\nHost: evil\r\n\r\n".encode()
+        )
         assert b" 403 " in connection.makefile("rb").readline()
 
 
@@ -415,11 +536,22 @@ def test_what_is_no_request_gets_a_line_that_does_not_repeat_it(still: LivePage)
 
 
 @pytest.mark.parametrize(
-    "origin", ["http://evil.example", "null", "http://127.0.0.1", "https://127.0.0.1:{port}", "http://localhost:{port}"]
+    "origin",
+    [
+        "http://evil.example",
+        "null",
+        "http://127.0.0.1",
+        "https://127.0.0.1:{port}",
+        "http://localhost:{port}",
+    ],
 )
 def test_no_other_site_may_ask(still: LivePage, origin: str) -> None:
     told = origin.format(port=urlsplit(still.url).port)
-    for path, method, body in (("events", "GET", None), ("", "GET", None), ("link", "POST", {"set": {}})):
+    for path, method, body in (
+        ("events", "GET", None),
+        ("", "GET", None),
+        ("link", "POST", {"set": {}}),
+    ):
         status, headers, _ = ask(still, path, method, body, Origin=told)
         assert status == 403 and "Access-Control-Allow-Origin" not in headers
     assert ask(still, "link", "POST", {"set": {}}, Origin=None)[0] == 403, (
@@ -449,7 +581,11 @@ def test_a_request_names_no_file(still: LivePage, path: str) -> None:
 def test_other_ways_to_ask_are_refused(still: LivePage) -> None:
     for method in ("HEAD", "PUT", "DELETE", "OPTIONS", "TRACE", "CONNECT"):
         status, headers, text = ask(still, "", method)
-        assert status == 501 and "Access-Control-Allow-Origin" not in headers and "Python" not in str(headers) + text
+        assert (
+            status == 501
+            and "Access-Control-Allow-Origin" not in headers
+            and "Python" not in str(headers) + text
+        )
     for body, headers, status in (
         ("x", {}, 400),
         ("[]", {}, 400),
@@ -482,13 +618,20 @@ def test_a_page_is_told_all_and_then_what_changes(page: LivePage) -> None:
     append(steps_file(cell, 0), [row])
     page.tick()
     told = follower.hear()
-    assert set(told) == {"rows", "series"} and set(told["rows"]) == {"netsense-s0"}, "only what changed"
+    assert set(told) == {"rows", "series"} and set(told["rows"]) == {"netsense-s0"}, (
+        "only what changed"
+    )
     assert told["rows"]["netsense-s0"]["scheme"] == MISCHIEF[:40]
     assert told["series"]["netsense-s0"]["from"] >= 7
     page.tick()
-    append(host_directory(cell, "w0") / EVALS_FILE, [{"step": 1, "t_s": 4.1, "accuracy": 0.5, "loss": 1.0}])
+    append(
+        host_directory(cell, "w0") / EVALS_FILE,
+        [{"step": 1, "t_s": 4.1, "accuracy": 0.5, "loss": 1.0}],
+    )
     page.tick()
-    assert follower.hear()["rows"]["netsense-s0"]["accuracy"] == 0.5, "nothing is told while nothing changes"
+    assert follower.hear()["rows"]["netsense-s0"]["accuracy"] == 0.5, (
+        "nothing is told while nothing changes"
+    )
     later = Listener(page)
     later.hear()
     assert later.state == follower.state
@@ -530,8 +673,15 @@ class Links:
     mtu = 1500
 
     def __init__(self) -> None:
-        self.states = {name: LinkState(LinkParameters(50_000_000), LinkParameters(50_000_000)) for name in ("w0", "w1")}
-        self.trees = {(name, side): compile_tree(LinkParameters(50_000_000)) for name in self.states for side in ("up", "down")}
+        self.states = {
+            name: LinkState(LinkParameters(50_000_000), LinkParameters(50_000_000))
+            for name in ("w0", "w1")
+        }
+        self.trees = {
+            (name, side): compile_tree(LinkParameters(50_000_000))
+            for name in self.states
+            for side in ("up", "down")
+        }
 
     def apply(self, changes: Mapping[str, LinkState]) -> dict[str, Applied]:
         self.states.update(changes)
@@ -541,7 +691,10 @@ class Links:
         return []
 
     def counters(self) -> dict[tuple[str, str], QdiscCounters]:
-        return dict.fromkeys(self.trees, QdiscCounters(bytes=0, packets=0, drops=0, overlimits=0, backlog_bytes=0, qlen=0))
+        return dict.fromkeys(
+            self.trees,
+            QdiscCounters(bytes=0, packets=0, drops=0, overlimits=0, backlog_bytes=0, qlen=0),
+        )
 
 
 def test_a_link_is_moved_by_request_and_recorded_as_manual(page: LivePage) -> None:
@@ -556,7 +709,9 @@ def test_a_link_is_moved_by_request_and_recorded_as_manual(page: LivePage) -> No
     ):
 
         def move(links: list[str], **wanted: Any) -> Any:
-            status, _, text = ask(page, "link", "POST", {"cell": "netsense-s0", "links": links, "set": wanted})
+            status, _, text = ask(
+                page, "link", "POST", {"cell": "netsense-s0", "links": links, "set": wanted}
+            )
             assert status == 200, text
             return json.loads(text)
 
@@ -570,15 +725,24 @@ def test_a_link_is_moved_by_request_and_recorded_as_manual(page: LivePage) -> No
         assert "'<b>' is not a rate" in move(["w0"], rate="<b>")["error"]
         page.tick()
     manual = [row for row in read_records(cell / "events.jsonl") if row["kind"] == "manual"]
-    assert [row["link"] for row in manual] == ["w0", "w0", "w1", "w1"] and all(row["verified"] for row in manual)
-    assert ask(page, "link", "POST", {"cell": "netsense-s0", "links": [], "set": {"up": True}})[0] == 409
+    assert [row["link"] for row in manual] == ["w0", "w0", "w1", "w1"] and all(
+        row["verified"] for row in manual
+    )
+    assert (
+        ask(page, "link", "POST", {"cell": "netsense-s0", "links": [], "set": {"up": True}})[0]
+        == 409
+    )
 
 
 # The report, and the end
 
 
-def test_a_run_that_has_ended_is_its_report_in_an_origin_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("testbed.report.html.render", lambda run: f"a report of {len(run.steps)} rows")
+def test_a_run_that_has_ended_is_its_report_in_an_origin_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "testbed.report.html.render", lambda run: f"a report of {len(run.steps)} rows"
+    )
     run = write_run(tmp_path / "run", methods=("allreduce",), t_end_s=3.0)
     with LivePage(run, "127.0.0.1", 0, lambda: under_way(run)) as page:
         status, headers, _ = ask(page, "")
@@ -586,7 +750,11 @@ def test_a_run_that_has_ended_is_its_report_in_an_origin_of_its_own(tmp_path: Pa
         status, headers, text = ask(page, "report.html")
         assert status == 200 and text.startswith("a report of "), "there is none, so it is made"
         policy = headers["Content-Security-Policy"]
-        assert policy.startswith("sandbox allow-scripts") and "allow-same-origin" not in policy and "connect-src" not in policy
+        assert (
+            policy.startswith("sandbox allow-scripts")
+            and "allow-same-origin" not in policy
+            and "connect-src" not in policy
+        )
         (run / "report.html").write_text("the report")
         assert ask(page, "report.html")[2] == "the report"
         os.utime(run / "report.html", (1, 1))
@@ -607,7 +775,10 @@ def test_the_address_must_be_one(tmp_path: Path) -> None:
         with pytest.raises(CannotServe) as refused:
             LivePage(tmp_path, address, port, lambda: True)
         assert "\n" not in str(refused.value)
-    with LivePage(tmp_path, "127.0.0.1", 0, lambda: True) as page, pytest.raises(CannotServe, match="choose another port"):
+    with (
+        LivePage(tmp_path, "127.0.0.1", 0, lambda: True) as page,
+        pytest.raises(CannotServe, match="choose another port"),
+    ):
         LivePage(tmp_path, "127.0.0.1", urlsplit(page.url).port or 0, lambda: True)
 
 
@@ -637,11 +808,13 @@ def test_the_page_beside_a_run_becomes_its_report_and_ends_with_it(tmp_path: Pat
 def test_the_page_ends_with_whoever_started_it_however_that_ends(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", methods=(), t_end_s=3.0)
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom rich.console import Console\n"
-        "from testbed.run.live_page import live_page\n"
-        "with live_page(Path(sys.argv[1]), Console(width=200)):\n    sys.stdout.flush()\n    time.sleep(60)\n"
+        "import sys, time\nfrom pathlib import Path\nfrom rich.console import Console\nfrom"
+        " testbed.run.live_page import live_page\nwith live_page(Path(sys.argv[1]),"
+        " Console(width=200)):\n    sys.stdout.flush()\n    time.sleep(60)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert parent.stdout is not None
     url = parent.stdout.readline().split()[-1]
     assert reachable(url)
@@ -653,7 +826,9 @@ def test_the_page_ends_with_whoever_started_it_however_that_ends(tmp_path: Path)
         time.sleep(0.1)
 
 
-def test_a_run_has_its_page_while_its_cells_run_if_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_has_its_page_while_its_cells_run_if_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = Console(width=300, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     reached: list[bool] = []
 
@@ -668,11 +843,16 @@ def test_a_run_has_its_page_while_its_cells_run_if_that_is_asked_for(tmp_path: P
     spec = ROOT / "experiments" / "smoke.yaml"
     for live in (True, False):
         options = start.RunOptions(live=live)
-        assert start.start_run(*load_plan(spec), tmp_path, spec.parent, said, options)[0] == start.EXIT_INVALID
+        assert (
+            start.start_run(*load_plan(spec), tmp_path, spec.parent, said, options)[0]
+            == start.EXIT_INVALID
+        )
         assert not reachable(said.export_text().split()[-1]) if live else said.export_text() == ""
     assert reached == [True, False]
     asked: list[Any] = []
-    monkeypatch.setattr(start, "start_run", lambda *given: (asked.append(given[-1].live) or 0, tmp_path))
+    monkeypatch.setattr(
+        start, "start_run", lambda *given: (asked.append(given[-1].live) or 0, tmp_path)
+    )
     for more in ([], ["--live"]):
         assert CliRunner().invoke(app, ["run", str(spec), *more]).exit_code == 0
     assert asked == [False, True]
@@ -692,7 +872,9 @@ def test_watch_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
 def test_watch_ends_quietly(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", methods=("allreduce",), t_end_s=3.0)
     command = [sys.executable, "-m", "testbed", "watch", str(run)]
-    watch = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    watch = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert watch.stdout is not None
     words = watch.stdout.readline().split()
     assert words[0] == "report:"
@@ -707,25 +889,50 @@ def test_watch_ends_quietly(tmp_path: Path) -> None:
 
 @pytest.fixture
 def long_run(tmp_path: Path) -> Path:
-    """A run of which a cell with 64 links has gone on for 10 min. A sample a second: the page is sent no more than two."""
+    """A run of which a cell with 64 links has gone on for 10 min. A sample a second: the page is
+    sent no more than two."""
     run = write_run(tmp_path / "run", methods=("allreduce", "topk"), t_end_s=60.0)
-    cell = write_cell(run / "cells" / "netsense-s0", "netsense", killed=True, t_end_s=3.0, workers=64)
-    write_cell(run / "cells" / "odd-s0", MISCHIEF, overrides={MISCHIEF: MISCHIEF}, killed=True, t_end_s=3.0)
-    config = {**json.loads((cell / CELL_FILE).read_text()), "workload": {"stop": {"seconds": 900.0}}, "impaired": ["w1"]}
+    cell = write_cell(
+        run / "cells" / "netsense-s0", "netsense", killed=True, t_end_s=3.0, workers=64
+    )
+    write_cell(
+        run / "cells" / "odd-s0", MISCHIEF, overrides={MISCHIEF: MISCHIEF}, killed=True, t_end_s=3.0
+    )
+    config = {
+        **json.loads((cell / CELL_FILE).read_text()),
+        "workload": {"stop": {"seconds": 900.0}},
+        "impaired": ["w1"],
+    }
     (cell / CELL_FILE).write_text(json.dumps(config))
     template = [row for row in link_rows([], 64, 1.0) if row["t_s"] == 0.0]
     file = RecordFile(cell / "links.jsonl")
     for second in range(3, 600):
-        file.append([{**row, "t_s": float(second), "bytes": second * (10**6 + n * 10**4)} for n, row in enumerate(template)])
+        file.append(
+            [
+                {**row, "t_s": float(second), "bytes": second * (10**6 + n * 10**4)}
+                for n, row in enumerate(template)
+            ]
+        )
     file.close()
     steps = [
-        {"rank": 0, "step": n, "t_s": 3.0 + n, "samples": BATCH, "step_s": 1.0, "loss": 1 / (n + 1), "ratio": 0.1}
+        {
+            "rank": 0,
+            "step": n,
+            "t_s": 3.0 + n,
+            "samples": BATCH,
+            "step_s": 1.0,
+            "loss": 1 / (n + 1),
+            "ratio": 0.1,
+        }
         for n in range(597)
     ]
     for rank in range(64):
         steps_file(cell, rank).unlink()
     for rank in range(0, 64, 8):
-        append(steps_file(cell, rank), [{**row, "rank": rank, "bandwidth_bps": 4e7 + 1e5 * rank} for row in steps])
+        append(
+            steps_file(cell, rank),
+            [{**row, "rank": rank, "bandwidth_bps": 4e7 + 1e5 * rank} for row in steps],
+        )
     append(cell / "events.jsonl", list(first_states(64)))
     return run
 
@@ -733,11 +940,20 @@ def long_run(tmp_path: Path) -> Path:
 def first_states(workers: int) -> Iterator[dict[str, Any]]:
     state = LinkState(LinkParameters(50_000_000), LinkParameters(50_000_000)).to_json()
     for rank in range(workers):
-        yield {"planned_s": 0.0, "applied_s": 0.0, "link": f"w{rank}", "state": state, "kind": "initial", "verified": True}
+        yield {
+            "planned_s": 0.0,
+            "applied_s": 0.0,
+            "link": f"w{rank}",
+            "state": state,
+            "kind": "initial",
+            "verified": True,
+        }
 
 
 @pytest.mark.chromium
-def test_a_browser_draws_a_long_run_in_no_time_and_moves_a_link(long_run: Path, tmp_path: Path) -> None:
+def test_a_browser_draws_a_long_run_in_no_time_and_moves_a_link(
+    long_run: Path, tmp_path: Path
+) -> None:
     cell = long_run / "cells" / "netsense-s0"
     asked: list[Any] = []
     ended = threading.Event()
@@ -747,7 +963,12 @@ def test_a_browser_draws_a_long_run_in_no_time_and_moves_a_link(long_run: Path, 
             asked.append(request.body)
             state = LinkState(LinkParameters(20_000_000), LinkParameters(20_000_000)).to_json()
             now = monotonic_s()
-            change = {"planned_s": 600.0, "applied_s": 600.0 + now * 1e-9, "link": "w1", "state": state}
+            change = {
+                "planned_s": 600.0,
+                "applied_s": 600.0 + now * 1e-9,
+                "link": "w1",
+                "state": state,
+            }
             append(cell / "events.jsonl", [{**change, "kind": "manual", "verified": True}])
             request.answer.put({"links": {"w1": {"state": state, "up": {}, "down": {}}}})
 
@@ -758,23 +979,42 @@ def test_a_browser_draws_a_long_run_in_no_time_and_moves_a_link(long_run: Path, 
     ):
         threading.Thread(target=answer, args=(server,), daemon=True).start()
         stop = threading.Event()
-        threading.Thread(target=lambda: [page.tick() for _ in iter(lambda: stop.wait(0.25), True)], daemon=True).start()
+        threading.Thread(
+            target=lambda: [page.tick() for _ in iter(lambda: stop.wait(0.25), True)], daemon=True
+        ).start()
         browser.tell("Page.navigate", url=page.url)
         browser.wait_for("document.querySelectorAll('#links tr').length === 64")
         browser.wait_for("run.series['netsense-s0']?.columns.carried_bps?.length >= 298")
-        browser.wait_for("run.series['netsense-s0'].reported_s > 590 && run.series['topk-s0']?.reported_s > 55")
+        browser.wait_for(
+            "run.series['netsense-s0'].reported_s > 590 && run.series['topk-s0']?.reported_s > 55"
+        )
         assert browser.value("document.querySelectorAll('img').length") == 0
         browser.value("$('scenario').selectedIndex = 2; schedule()")
-        browser.wait_for(f"document.getElementById('methods').textContent.includes({json.dumps(MISCHIEF)})")
+        browser.wait_for(
+            f"document.getElementById('methods').textContent.includes({json.dumps(MISCHIEF)})"
+        )
         browser.value("$('scenario').selectedIndex = 0; schedule()")
 
         browser.value("document.querySelector('#links tr:nth-child(2) button').click()")
         assert browser.value("document.activeElement.id") == "rate-slider"
         for kind in ("keyDown", "keyUp"):
-            browser.tell("Input.dispatchKeyEvent", type=kind, key="ArrowLeft", code="ArrowLeft", windowsVirtualKeyCode=37)
+            browser.tell(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key="ArrowLeft",
+                code="ArrowLeft",
+                windowsVirtualKeyCode=37,
+            )
         browser.wait_for("document.getElementById('events').textContent.includes('by hand')")
-        assert browser.value("$('answer').textContent").replace("\xa0", " ") == "w1: up 20 Mbit/s, down 20 Mbit/s"
-        assert len(asked) == 1 and asked[0]["links"] == ["w1"] and asked[0]["set"]["rate"].endswith("mbit")
+        assert (
+            browser.value("$('answer').textContent").replace("\xa0", " ")
+            == "w1: up 20 Mbit/s, down 20 Mbit/s"
+        )
+        assert (
+            len(asked) == 1
+            and asked[0]["links"] == ["w1"]
+            and asked[0]["set"]["rate"].endswith("mbit")
+        )
         assert browser.value("$('delay').disabled") is False
         browser.value("$('link').value = 'w2'; $('link').dispatchEvent(new Event('change'))")
         assert browser.value("$('delay').disabled") is True, "nothing in its schedule has any"
@@ -789,8 +1029,12 @@ def test_a_browser_draws_a_long_run_in_no_time_and_moves_a_link(long_run: Path, 
         assert browser.metric("JSHeapUsedSize") < 100e6
         browser.value("FIGURES[0].at = 0.05; draw()")
         assert browser.value("FIGURES[0].readout.textContent").startswith("30")
-        assert "netsense 512 samples/s" in browser.value("FIGURES[0].readout.textContent").replace("\xa0", " ")
-        (long_run / "report.html").write_text("<title>the report</title><script>document.title += ' ' + origin</script>")
+        assert "netsense 512 samples/s" in browser.value("FIGURES[0].readout.textContent").replace(
+            "\xa0", " "
+        )
+        (long_run / "report.html").write_text(
+            "<title>the report</title><script>document.title += ' ' + origin</script>"
+        )
         ended.set()
         browser.wait_for("document.title === 'the report null'")
         assert browser.messages == []

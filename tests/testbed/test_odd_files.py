@@ -1,4 +1,5 @@
-"""Names and files that nobody expects, one clear line each: too long, leading nowhere, no files at all, in no encoding."""
+"""Names and files that nobody expects, one clear line each: too long, leading nowhere, no files at
+all, in no encoding."""
 
 import errno
 import os
@@ -18,7 +19,8 @@ pytestmark = pytest.mark.fast
 
 SMOKE = Path(__file__).parents[2] / "experiments" / "smoke.yaml"
 LONG = "a" * 300
-"""Longer than a file system takes; as with a closed folder on the way, looking at it is an error, for root, too."""
+"""Longer than a file system takes; as with a closed folder on the way, looking at it is an error,
+for root, too."""
 
 
 @pytest.fixture(autouse=True)
@@ -85,18 +87,30 @@ def test_a_link_that_cannot_be_followed_hides_no_run():
     Path("runs/one/cells/latest").symlink_to(LONG)
     result = CliRunner().invoke(app, ["runs"])
     assert result.exit_code == 0, result.output
-    assert "one" in result.stdout and "unfinished" in result.stdout and "damaged" not in result.stdout
+    assert (
+        "one" in result.stdout and "unfinished" in result.stdout and "damaged" not in result.stdout
+    )
     assert CliRunner().invoke(app, ["show", "runs/one"]).exit_code == 0
-    asked = {"_TESTBED_COMPLETE": "complete_bash", "COMP_WORDS": "testbed show runs/", "COMP_CWORD": "2"}
-    assert CliRunner().invoke(app, [], prog_name="testbed", env=asked).stdout.split() == ["runs/one/cells/"]
+    asked = {
+        "_TESTBED_COMPLETE": "complete_bash",
+        "COMP_WORDS": "testbed show runs/",
+        "COMP_CWORD": "2",
+    }
+    assert CliRunner().invoke(app, [], prog_name="testbed", env=asked).stdout.split() == [
+        "runs/one/cells/"
+    ]
 
 
 def test_nor_the_valid_names_of_a_trace():
     Path("rates.csv").touch()
     Path("latest.csv").symlink_to(LONG)
     os.mkfifo("pipe.csv")
-    assert "did you mean 'rates.csv'" in refused("validate", spec(schedule=[{"at": "0s", "links": "w0", "trace": "rate.csv"}]))
-    assert "is no file" in refused("validate", spec(schedule=[{"at": "0s", "links": "w0", "trace": "pipe.csv"}]))
+    assert "did you mean 'rates.csv'" in refused(
+        "validate", spec(schedule=[{"at": "0s", "links": "w0", "trace": "rate.csv"}])
+    )
+    assert "is no file" in refused(
+        "validate", spec(schedule=[{"at": "0s", "links": "w0", "trace": "pipe.csv"}])
+    )
 
 
 def test_a_package_is_copied_without_what_is_no_file():
@@ -115,7 +129,8 @@ def test_a_package_is_copied_without_what_is_no_file():
 
 
 @pytest.mark.parametrize(
-    ("fault", "code"), [(KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, "No space left on device", "x"), 1)]
+    ("fault", "code"),
+    [(KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, "No space left on device", "x"), 1)],
 )
 def test_a_run_directory_is_made_whole_or_not_at_all(monkeypatch, fault, code):
     def fails():
@@ -130,7 +145,8 @@ def test_what_cannot_be_copied_is_named_in_one_line():
     Path("train.py").write_text("import pkg\n")
     Path("pkg").mkdir()
     Path("pkg/m.py").touch()
-    Path("pkg/memory").symlink_to("/proc/self/mem")  # a file that not even root can read from its beginning
+    # a file that not even root can read from its beginning
+    Path("pkg/memory").symlink_to("/proc/self/mem")
     line = refused("run", script_spec(), code=1)
     assert "Input/output error" in line and "[(" not in line
     assert not list(Path("runs").iterdir())
@@ -143,7 +159,9 @@ def test_a_place_for_runs_that_is_no_directory_is_bad_input():
     assert "is no directory" in refused("run", "smoke.yaml", "--out", "file")
     assert "is no directory" in refused("run", "smoke.yaml", "--out", "file/below")
     assert "leads nowhere" in refused("run", "smoke.yaml", "--out", "dangling")
-    assert refused("run", "smoke.yaml").startswith("runs: is a link that leads nowhere; name another place with --out")
+    assert refused("run", "smoke.yaml").startswith(
+        "runs: is a link that leads nowhere; name another place with --out"
+    )
 
 
 def test_a_key_that_is_a_huge_number_is_bad_input():
@@ -153,7 +171,9 @@ def test_a_key_that_is_a_huge_number_is_bad_input():
 
 def test_more_cells_than_anybody_runs_are_refused_before_they_are_made():
     seeds, rates = list(range(1000)), [f"{number}mbit" for number in range(1, 102)]
-    line = refused("validate", spec(methods=["allreduce"], seeds=seeds, matrix={"network.link.rate": rates}))
+    line = refused(
+        "validate", spec(methods=["allreduce"], seeds=seeds, matrix={"network.link.rate": rates})
+    )
     assert line.startswith("odd.yaml: seeds: ") and "101,000 cells" in line
 
 

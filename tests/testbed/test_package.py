@@ -35,8 +35,12 @@ def test_every_package_of_the_extra_is_known_by_the_name_of_its_module() -> None
 
 
 # The command line itself needs the first; only the lab of Docker needs the second.
-@pytest.mark.parametrize(("module", "arguments"), [("typer", ["--help"]), ("docker", ["clean", "--dry-run"])])
-def test_without_the_extra_the_console_script_names_it_in_one_line(module: str, arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("module", "arguments"), [("typer", ["--help"]), ("docker", ["clean", "--dry-run"])]
+)
+def test_without_the_extra_the_console_script_names_it_in_one_line(
+    module: str, arguments: list[str]
+) -> None:
     done = run_without(module, *arguments)
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr.startswith(f"testbed: the package {module} is missing")
@@ -55,7 +59,13 @@ def says(installation: Installation, tmp_path: Path) -> Callable[..., str]:
 
     def says(*command: str) -> str:
         done = subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=installation.environment, check=False, timeout=150
+            command,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=installation.environment,
+            check=False,
+            timeout=150,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -67,24 +77,43 @@ def says(installation: Installation, tmp_path: Path) -> Callable[..., str]:
 def test_the_wheel_is_all_that_one_needs_where_there_is_no_checkout(
     installation: Installation, says: Callable[..., str], tmp_path: Path
 ) -> None:
-    code = "import sys, testbed, netsenseml as n; print(testbed.__file__, n.__file__, *sys.path, sep='\\n')"
+    code = (
+        "import sys, testbed, netsenseml as n; print(testbed.__file__, n.__file__, *sys.path,"
+        " sep='\\n')"
+    )
     where = says(str(installation.python), "-c", code)
     assert where.count(f"{installation.packages}/") == 2 and str(ROOT) not in where.splitlines()
     says("testbed", "init")
     assert says("testbed", "validate") == "experiment.yaml: good; 3 cells, 2 workers, lab netns\n"
     says("testbed", "examples", "schedules/cellular")
     assert (tmp_path / "experiments" / "traces" / "cellular.csv").is_file()
-    typed = {path.name for path in installation.packages.glob("*/py.typed") if path.parent.name in ("testbed", "netsenseml")}
+    typed = {
+        path.name
+        for path in installation.packages.glob("*/py.typed")
+        if path.parent.name in ("testbed", "netsenseml")
+    }
     assert typed == {"py.typed"}
 
 
 @pytest.mark.netns
-def test_the_wheel_runs_the_smoke_spec_where_there_is_no_checkout(says: Callable[..., str], tmp_path: Path) -> None:
-    assert says("testbed", "examples", "smoke").endswith("next: testbed run experiments/smoke.yaml\n")
-    short = ["workers=2", "methods=[allreduce, netsense]", "schedule=[]", "workload.stop={steps: 3}"]
+def test_the_wheel_runs_the_smoke_spec_where_there_is_no_checkout(
+    says: Callable[..., str], tmp_path: Path
+) -> None:
+    assert says("testbed", "examples", "smoke").endswith(
+        "next: testbed run experiments/smoke.yaml\n"
+    )
+    short = [
+        "workers=2",
+        "methods=[allreduce, netsense]",
+        "schedule=[]",
+        "workload.stop={steps: 3}",
+    ]
     options = [word for text in short for word in ("--set", text)]
     summary = json.loads(says("testbed", "run", "experiments/smoke.yaml", *options, "--json"))
-    assert summary["valid"] and {cell["method"] for cell in summary["cells"]} == {"allreduce", "netsense"}
+    assert summary["valid"] and {cell["method"] for cell in summary["cells"]} == {
+        "allreduce",
+        "netsense",
+    }
     directory = tmp_path / summary["directory"]
     assert (directory / "report.html").is_file()
     assert str(ROOT) not in (directory / "environment.json").read_text()

@@ -82,12 +82,18 @@ def test_a_bucket_is_a_millisecond_or_a_frame(rate, mtu):
 
 
 @given(link_parameters, mtus)
-def test_the_queue_is_what_was_asked_for_but_holds_a_frame_and_nothing_larger_than_itself_enters_it(parameters, mtu):
+def test_the_queue_is_what_was_asked_for_but_holds_a_frame_and_nothing_larger_than_itself_enters_it(
+    parameters, mtu
+):
     tree = compile_tree(parameters, mtu=mtu)
     if parameters.rate_bps is None or parameters.aqm != "fifo":
         assert queue_of(tree) is None
         return
-    asked = parameters.queue_bytes if parameters.queue_bytes is not None else parameters.rate_bps / 8 * parameters.queue_s
+    asked = (
+        parameters.queue_bytes
+        if parameters.queue_bytes is not None
+        else parameters.rate_bps / 8 * parameters.queue_s
+    )
     assert queue_of(tree) == pytest.approx(min(max(asked, frame_bytes(mtu)), 2**32 - 1), abs=1)
     (cut,) = (node for node in tree if isinstance(node, Cut))
     assert frame_bytes(mtu) <= cut.largest_bytes <= max(frame_bytes(mtu), queue_of(tree))
@@ -97,7 +103,9 @@ def test_the_queue_is_what_was_asked_for_but_holds_a_frame_and_nothing_larger_th
 def test_a_tree_limits_and_impairs_as_asked(parameters, impaired):
     tree = compile_tree(parameters, impaired=impaired)
     kinds = [type(node) for node in tree]
-    limiter = [Pfifo] if parameters.rate_bps is None else [Htb, HtbClass, Cut, AQM_NODES[parameters.aqm]]
+    limiter = (
+        [Pfifo] if parameters.rate_bps is None else [Htb, HtbClass, Cut, AQM_NODES[parameters.aqm]]
+    )
     assert kinds == ([Netem] if impaired or parameters.impaired else []) + limiter
     assert len(requests(tree, 7, "w0")) == len(tc_commands(tree, "w0")) == len(tree)
 
@@ -107,7 +115,9 @@ def test_only_what_changes_is_sent_and_below_a_new_qdisc_everything(first, secon
     before, after = (compile_tree(parameters, impaired=impaired) for parameters in (first, second))
     levels = changed(after, before)
     assert changed(after, after) == []
-    kinds = [(type(node), node.kind) for node in before] == [(type(node), node.kind) for node in after]
+    kinds = [(type(node), node.kind) for node in before] == [
+        (type(node), node.kind) for node in after
+    ]
     for level, node in enumerate(after):
         if level not in levels:
             assert before[level] == node
@@ -115,7 +125,9 @@ def test_only_what_changes_is_sent_and_below_a_new_qdisc_everything(first, secon
         new = next(level for level, node in enumerate(after) if level >= len(before) or type(before[level]) is not type(node)
                    or before[level].kind != node.kind)  # fmt: skip
         assert set(range(new, len(after))) <= set(levels)
-    assert [node for node, _ in requests(after, 7, "w0", before)] == [after[level] for level in levels]
+    assert [node for node, _ in requests(after, 7, "w0", before)] == [
+        after[level] for level in levels
+    ]
 
 
 @given(link_parameters, st.booleans(), st.sampled_from(["htb", "tbf"]))
@@ -145,25 +157,41 @@ def test_a_delay_distribution_has_mean_zero_and_deviation_one(name):
 
 
 def test_tc_commands_are_the_ones_a_person_would_type():
-    parameters = LinkParameters(rate_bps=10_000_000, delay_s=0.01, jitter_s=0.001, loss=Loss(0.01, burst=4), duplicate=0.001)
+    parameters = LinkParameters(
+        rate_bps=10_000_000, delay_s=0.01, jitter_s=0.001, loss=Loss(0.01, burst=4), duplicate=0.001
+    )
     tree = compile_tree(parameters, seed=7)
     assert tc_commands(tree, "w1") == [
-        "tc qdisc replace dev w1 root handle 7e51: netem limit 2333 delay 10000us 1000us distribution normal "
-        "loss gemodel 0.252525% 25% 100% 0% duplicate 0.1% seed 7",
+        (
+            "tc qdisc replace dev w1 root handle 7e51: netem limit 2333 delay 10000us 1000us"
+            " distribution normal loss gemodel 0.252525% 25% 100% 0% duplicate 0.1% seed 7"
+        ),
         "tc qdisc replace dev w1 parent 7e51:1 handle 7e52: htb default 1",
-        "tc class replace dev w1 parent 7e52: classid 7e52:1 htb rate 10000000bit ceil 10000000bit burst 1514 cburst 1514 "
-        "quantum 60000",
-        "tc qdisc replace dev w1 parent 7e52:1 handle 7e53: tbf rate 8000000000000000bit burst 1514 limit 62500",
+        (
+            "tc class replace dev w1 parent 7e52: classid 7e52:1 htb rate 10000000bit ceil"
+            " 10000000bit burst 1514 cburst 1514 quantum 60000"
+        ),
+        (
+            "tc qdisc replace dev w1 parent 7e52:1 handle 7e53: tbf rate 8000000000000000bit burst"
+            " 1514 limit 62500"
+        ),
         "tc qdisc replace dev w1 parent 7e53:1 handle 7e54: bfifo limit 62500",
     ]
-    slower = compile_tree(parameters.with_changes({"rate_bps": 5_000_000, "queue_bytes": 62500}), seed=7)
-    (_, only) = tc_commands(slower, "w1", before=tree)  # netem holds fewer packets; the queue stays
-    assert only.startswith("tc class replace dev w1 parent 7e52: classid 7e52:1 htb rate 5000000bit")
+    slower = compile_tree(
+        parameters.with_changes({"rate_bps": 5_000_000, "queue_bytes": 62500}), seed=7
+    )
+    _, only = tc_commands(slower, "w1", before=tree)  # netem holds fewer packets; the queue stays
+    assert only.startswith(
+        "tc class replace dev w1 parent 7e52: classid 7e52:1 htb rate 5000000bit"
+    )
 
 
 @given(st.sampled_from(["htb", "tbf"]), st.booleans())
 def test_in_an_outage_nothing_passes_and_the_end_of_it_replaces_no_qdisc(shaper, impaired):
-    usual, outage = (compile_tree(LinkParameters(rate_bps=rate), shaper=shaper, impaired=impaired) for rate in (20_000_000, 0))
+    usual, outage = (
+        compile_tree(LinkParameters(rate_bps=rate), shaper=shaper, impaired=impaired)
+        for rate in (20_000_000, 0)
+    )
     assert [type(node) for node in usual] == [type(node) for node in outage]
     (shut,) = (node for node in outage if isinstance(node, Cut | Tbf))
     assert shut.rate_bps < 100

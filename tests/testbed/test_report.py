@@ -1,4 +1,5 @@
-"""The page and the terminal table: whatever the run looks like, they are complete, honest and self-contained."""
+"""The page and the terminal table: whatever the run looks like, they are complete, honest and
+self-contained."""
 
 import html
 import io
@@ -57,7 +58,9 @@ def on_terminal(run: Run, width: int = 80) -> str:
 
 def visible(page: str) -> str:
     """The text of a page without its packed data."""
-    return html.unescape(re.sub(r'<script type="text/plain".*?</script>', "", page, flags=re.DOTALL))
+    return html.unescape(
+        re.sub(r'<script type="text/plain".*?</script>', "", page, flags=re.DOTALL)
+    )
 
 
 # Series
@@ -78,7 +81,9 @@ def test_flow_loses_nothing(steps: list[tuple[float, float]], bins: int) -> None
 
 def test_a_slow_step_is_spread_over_its_duration() -> None:
     times_s = [1.0, 1.01, 2.0, 2.01, 12.0, 12.01]
-    steps = pd.DataFrame({"rank": [0, 1] * 3, "t_s": times_s, "samples": [10, 10, 10, 10, 100, 100]})
+    steps = pd.DataFrame(
+        {"rank": [0, 1] * 3, "t_s": times_s, "samples": [10, 10, 10, 10, 100, 100]}
+    )
     assert series.throughput(steps)["samples_per_s"].to_numpy() == pytest.approx(20, rel=0.03)
 
 
@@ -113,16 +118,37 @@ def test_thinning_keeps_the_mean_and_the_number_of_points(rows: int, points: int
 
 def test_numbers_as_people_read_them() -> None:
     space = text.SPACE
-    assert [text.si(v, "B") for v in (480_000, 0, 1.5e9, None)] == [f"480{space}kB", f"0{space}B", f"1.5{space}GB", "–"]
-    assert [text.si(v, "s") for v in (0.0123, 999.9, 1e-12)] == [f"12.3{space}ms", f"1e+03{space}s", f"0.001{space}ns"]
-    assert [text.times(v) for v in (0.5, 2.513, 12.34, 123.4, None)] == ["0.50×", "2.51×", "12.3×", "123×", "–"]
+    assert [text.si(v, "B") for v in (480_000, 0, 1.5e9, None)] == [
+        f"480{space}kB",
+        f"0{space}B",
+        f"1.5{space}GB",
+        "–",
+    ]
+    assert [text.si(v, "s") for v in (0.0123, 999.9, 1e-12)] == [
+        f"12.3{space}ms",
+        f"1e+03{space}s",
+        f"0.001{space}ns",
+    ]
+    assert [text.times(v) for v in (0.5, 2.513, 12.34, 123.4, None)] == [
+        "0.50×",
+        "2.51×",
+        "12.3×",
+        "123×",
+        "–",
+    ]
     assert text.interval([2.5, 2.6]) == "2.50–2.60×" and text.interval([None, None], "x") == ""
 
 
 def summary(valid: bool = True, **ratios: list[float]) -> dict[str, Any]:
     """A summary in which each method has these throughput ratios, one a set of overrides."""
     comparisons = [
-        {"baseline": "allreduce", "method": m, "overrides": {"i": i}, "throughput_ratio": r, "ci95": [None, None]}
+        {
+            "baseline": "allreduce",
+            "method": m,
+            "overrides": {"i": i},
+            "throughput_ratio": r,
+            "ci95": [None, None],
+        }
         for m, found in ratios.items()
         for i, r in enumerate(found)
     ]
@@ -130,21 +156,34 @@ def summary(valid: bool = True, **ratios: list[float]) -> dict[str, Any]:
 
 
 def test_headline() -> None:
-    assert text.headline(summary(netsense=[4.071], topk=[2.0])) == (
-        "netsense trained 4.07× as many samples per second as allreduce."
+    assert (
+        text.headline(summary(netsense=[4.071], topk=[2.0]))
+        == "netsense trained 4.07× as many samples per second as allreduce."
     )
-    assert text.headline(summary(netsense=[1.5, 9.0], topk=[2.0, 2.0])) == (
-        "netsense trained 1.50× to 9.00× as many samples per second as allreduce under 2 sets of conditions."
+    assert (
+        text.headline(summary(netsense=[1.5, 9.0], topk=[2.0, 2.0]))
+        == "netsense trained 1.50× to 9.00× as many samples per second as allreduce under 2 sets of"
+        " conditions."
     )
-    assert text.headline(summary(topk=[0.4])).startswith("No method beat allreduce: the nearest, topk, trained 0.40×")
+    assert text.headline(summary(topk=[0.4])).startswith(
+        "No method beat allreduce: the nearest, topk, trained 0.40×"
+    )
     assert text.headline(summary(valid=False, topk=[2.0])).startswith("Not a valid run")
 
 
 def test_headline_without_a_comparison_has_one_span_a_method() -> None:
     def cell(i: int, rate: float | None) -> dict[str, Any]:
-        unknown = dict.fromkeys(("step_s_median", "encode_s_median", "payload_bytes_per_step", "lost_energy"))
+        unknown = dict.fromkeys(
+            ("step_s_median", "encode_s_median", "payload_bytes_per_step", "lost_energy")
+        )
         unknown |= dict.fromkeys(("final_accuracy", "final_loss", "time_to_target_s"))
-        return {"method": "bf16", "overrides": {"i": i}, "valid": True, "throughput_samples_per_s": rate, **unknown}
+        return {
+            "method": "bf16",
+            "overrides": {"i": i},
+            "valid": True,
+            "throughput_samples_per_s": rate,
+            **unknown,
+        }
 
     cells = [cell(0, 52.0), cell(1, 52.01), cell(2, 168.2), cell(3, None)]
     for count, words in (
@@ -205,10 +244,15 @@ def without_anything_optional(path: Path) -> None:
         (without_anything_optional, []),
         (lambda path: write_run(path, methods=("topk",)), ALL_FIGURES),
         (lambda path: write_run(path, methods=("topk",), killed=True), ALL_FIGURES),
-        (lambda path: write_run(path, evaluated=False), [name for name in ALL_FIGURES if not name.startswith("accuracy")]),
+        (
+            lambda path: write_run(path, evaluated=False),
+            [name for name in ALL_FIGURES if not name.startswith("accuracy")],
+        ),
     ],
 )
-def test_a_run_of_any_kind_has_a_page_and_a_table(tmp_path: Path, make: Any, drawn: list[str] | None) -> None:
+def test_a_run_of_any_kind_has_a_page_and_a_table(
+    tmp_path: Path, make: Any, drawn: list[str] | None
+) -> None:
     make(tmp_path / "run")
     run = load_run(tmp_path / "run")
     assert [list(group) for group in figures(run).values()] == ([] if drawn is None else [drawn])
@@ -219,7 +263,9 @@ def test_a_run_of_any_kind_has_a_page_and_a_table(tmp_path: Path, make: Any, dra
 def test_an_invalid_cell_is_marked_in_every_output(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", seeds=3)
     spoilt = path / "cells" / "topk-s1" / "result.json"
-    spoilt.write_text(json.dumps({**json.loads(spoilt.read_text()), "parameters": {"0": "a", "1": "b"}}))
+    spoilt.write_text(
+        json.dumps({**json.loads(spoilt.read_text()), "parameters": {"0": "a", "1": "b"}})
+    )
     run = load_run(path)
     write_summary(summarize(run), path)
     reason = "the replicas ended with different parameters"
@@ -228,7 +274,9 @@ def test_an_invalid_cell_is_marked_in_every_output(tmp_path: Path) -> None:
     assert [c["valid"] for c in written["comparisons"]] == [True, False]
     assert reason in (path / "summary.csv").read_text()
     terminal = on_terminal(run)
-    assert f"topk-s1: {reason}" in terminal and "invalid" in terminal and "Not a valid run" in terminal
+    assert (
+        f"topk-s1: {reason}" in terminal and "invalid" in terminal and "Not a valid run" in terminal
+    )
     page = visible(render(run))
     assert f"topk-s1: {reason}" in page and "not valid" in page and "Not a valid run" in page
     # In the table of results and in the table of cells, and nowhere else.
@@ -247,9 +295,16 @@ def test_terminal_table_fits_80_columns(tmp_path: Path) -> None:
 
 def test_what_users_wrote_is_escaped(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", methods=())
-    (path / "spec.yaml").write_text(json.dumps({"name": MISCHIEF, "workload": {"model": MISCHIEF, "data": MISCHIEF}}))
+    (path / "spec.yaml").write_text(
+        json.dumps({"name": MISCHIEF, "workload": {"model": MISCHIEF, "data": MISCHIEF}})
+    )
     (path / "environment.json").write_text(json.dumps({MISCHIEF: {MISCHIEF: [MISCHIEF]}}))
-    write_cell(path / "cells" / "c", MISCHIEF, overrides={MISCHIEF: MISCHIEF}, result={"problems": [MISCHIEF]})
+    write_cell(
+        path / "cells" / "c",
+        MISCHIEF,
+        overrides={MISCHIEF: MISCHIEF},
+        result={"problems": [MISCHIEF]},
+    )
     page = render(load_run(path))
     assert "<img" not in page
     assert page.count("</script>") == 3  # the two packs and the program
@@ -262,7 +317,8 @@ def test_page_refers_to_nothing_outside(tmp_path: Path) -> None:
 
 
 def test_page_of_a_long_sweep_stays_small(tmp_path: Path) -> None:
-    """7 methods with 8 workers and thousands of steps each: under 5 MB, and drawn without every point."""
+    """7 methods with 8 workers and thousands of steps each: under 5 MB, and drawn without every
+    point."""
     path = write_run(tmp_path / "run", methods=())
     for number in range(7):
         write_cell(path / "cells" / f"c{number}", f"method{number}", t_end_s=100.0, workers=8)
@@ -279,7 +335,13 @@ def test_page_opens_without_network_and_draws_everything(tmp_path: Path) -> None
     chromium = shutil.which("chromium")
     assert chromium is not None
     command = [
-        *(chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"),
+        *(
+            chromium,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'profile'}",
+        ),
         *(
             "--proxy-server=127.0.0.1:9",
             "--enable-logging=stderr",
@@ -290,7 +352,9 @@ def test_page_opens_without_network_and_draws_everything(tmp_path: Path) -> None
         (path / "report.html").as_uri(),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert "CONSOLE" not in done.stderr, [
+        line for line in done.stderr.splitlines() if "CONSOLE" in line
+    ]
     expected = sum(map(len, figures(load_run(path)).values()))
     assert f'data-drawn="{expected}"' in done.stdout
     assert len(re.findall(r'class="plot js-plotly-plot"', done.stdout)) == expected
@@ -299,12 +363,18 @@ def test_page_opens_without_network_and_draws_everything(tmp_path: Path) -> None
 
 def test_tensorboard_gets_every_step_and_evaluation(tmp_path: Path) -> None:
     directory = write_run(tmp_path / "run", methods=("allreduce", "netsense"))
-    done = CliRunner().invoke(app, ["report", str(directory), "--tensorboard", str(tmp_path / "events")])
+    done = CliRunner().invoke(
+        app, ["report", str(directory), "--tensorboard", str(tmp_path / "events")]
+    )
     assert done.exit_code in (0, 3), done.output
     run = load_run(directory)
-    assert sorted(path.name for path in (tmp_path / "events").iterdir()) == sorted(run.cells["cell"])
+    assert sorted(path.name for path in (tmp_path / "events").iterdir()) == sorted(
+        run.cells["cell"]
+    )
     [file] = (tmp_path / "events" / "netsense-s0").iterdir()
-    steps = run.steps[(run.steps["cell"] == "netsense-s0") & (run.steps["rank"] == 0)].set_index("step")
+    steps = run.steps[(run.steps["cell"] == "netsense-s0") & (run.steps["rank"] == 0)].set_index(
+        "step"
+    )
     scalars = {
         (value.tag, event.step): (value.simple_value, event.wall_time)
         for event in read_events(file)
@@ -313,11 +383,16 @@ def test_tensorboard_gets_every_step_and_evaluation(tmp_path: Path) -> None:
     for step, row in steps.iterrows():
         assert scalars["step/comm_s", step] == pytest.approx((row["comm_s"], row["t_s"]))
     CliRunner().invoke(app, ["report", str(directory), "--tensorboard", str(tmp_path / "events")])
-    assert len(list((tmp_path / "events" / "netsense-s0").iterdir())) == 1  # or every point would be there twice
+    # or every point would be there twice
+    assert len(list((tmp_path / "events" / "netsense-s0").iterdir())) == 1
     (tmp_path / "file").touch()
-    refused = CliRunner().invoke(app, ["report", str(directory), "--tensorboard", str(tmp_path / "file")])
+    refused = CliRunner().invoke(
+        app, ["report", str(directory), "--tensorboard", str(tmp_path / "file")]
+    )
     assert refused.exit_code == 2 and "Traceback" not in refused.output
-    no_run = CliRunner().invoke(app, ["report", str(tmp_path / "no run"), "--tensorboard", str(tmp_path / "none")])
+    no_run = CliRunner().invoke(
+        app, ["report", str(tmp_path / "no run"), "--tensorboard", str(tmp_path / "none")]
+    )
     assert no_run.exit_code == 2 and not (tmp_path / "none").exists()  # nothing was touched
     tested = run.evals[run.evals["cell"] == "netsense-s0"]
     assert {step for tag, step in scalars if tag == "test/accuracy"} == set(tested["step"])
@@ -332,10 +407,14 @@ def read_events(file: Path) -> Iterator[Any]:
         data = data[16 + length :]
 
 
-def test_tensorboard_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     monkeypatch.delitem(sys.modules, "testbed.report.tensorboard", raising=False)
     directory = write_run(tmp_path / "run", methods=("allreduce",))
-    done = CliRunner().invoke(app, ["report", str(directory), "--tensorboard", str(tmp_path / "events")])
+    done = CliRunner().invoke(
+        app, ["report", str(directory), "--tensorboard", str(tmp_path / "events")]
+    )
     assert done.exit_code == 4
     assert "pip install tensorboardX" in done.output

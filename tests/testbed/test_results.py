@@ -18,7 +18,15 @@ from testbed.results.columns import IDENTITY_COLUMNS, TABLES
 from testbed.results.load import NotARun, Run, load_run
 from testbed.results.phases import phases
 from testbed.results.records import finish_cell, method_label, read_table
-from testbed.results.summary import bootstrap_ci95, compare, geometric_mean, lost_energy, regrets, summarize, write_summary
+from testbed.results.summary import (
+    bootstrap_ci95,
+    compare,
+    geometric_mean,
+    lost_energy,
+    regrets,
+    summarize,
+    write_summary,
+)
 from tests.testbed.synthetic_run import append, host_rows, steps_file, write_cell, write_run
 
 
@@ -48,8 +56,14 @@ def test_a_running_and_a_finished_run_load_alike(tmp_path: Path) -> None:
 def test_several_ranks_of_a_worker_have_records_and_a_say_of_their_own(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", methods=("allreduce",), ranks_per_worker=2)
     cell = path / "cells" / "allreduce-s0"
-    assert sorted(found.name for found in (cell / "hosts").iterdir()) == ["w0-0", "w0-1", "w1-0", "w1-1"]
-    append(steps_file(cell, 1, 2), [{"rank": 0, "step": 5000, "t_s": 9.0, "step_s": 1e-9}])  # not for it to say
+    assert sorted(found.name for found in (cell / "hosts").iterdir()) == [
+        "w0-0",
+        "w0-1",
+        "w1-0",
+        "w1-1",
+    ]
+    # not for it to say
+    append(steps_file(cell, 1, 2), [{"rank": 0, "step": 5000, "t_s": 9.0, "step_s": 1e-9}])
     loaded = load_run(path)
     assert sorted(set(loaded.steps["rank"])) == [0, 1, 2, 3] and loaded.steps["step"].max() < 5000
     summary = cell_of(loaded, "allreduce-s0")
@@ -58,8 +72,12 @@ def test_several_ranks_of_a_worker_have_records_and_a_say_of_their_own(tmp_path:
     finish_cell(cell)
     assert summarize(load_run(path))["cells"] == [summary]
     result = json.loads((cell / "result.json").read_text())
-    (cell / "result.json").write_text(json.dumps({**result, "parameters": {"0": "cafe", "1": "cafe"}}))
-    assert "not every rank reported its final parameters" in summarize(load_run(path))["problems"][0]
+    (cell / "result.json").write_text(
+        json.dumps({**result, "parameters": {"0": "cafe", "1": "cafe"}})
+    )
+    assert (
+        "not every rank reported its final parameters" in summarize(load_run(path))["problems"][0]
+    )
 
 
 def test_state_of_an_event_is_json_text(tmp_path: Path) -> None:
@@ -111,7 +129,9 @@ def test_a_run_without_cells_is_not_valid_and_keeps_its_columns(tmp_path: Path) 
     assert run.steps["loss"].dtype == "float64" and run.events["verified"].dtype == "bool"
 
 
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("x")])
+@pytest.mark.parametrize(
+    "make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("x")]
+)
 def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, make: Any) -> None:
     make(tmp_path / "x")
     with pytest.raises(NotARun) as error:
@@ -145,7 +165,9 @@ def test_a_run_of_an_older_version_loads_with_newer_columns_unknown(tmp_path: Pa
     finish_cell(cell)
     (cell / "delayline.parquet").unlink()
     newer = ["burst_bytes", "queue_bytes", "lost", "reading_s"]
-    pd.read_parquet(cell / "links.parquet").drop(columns=newer).to_parquet(cell / "links.parquet", index=False)
+    pd.read_parquet(cell / "links.parquet").drop(columns=newer).to_parquet(
+        cell / "links.parquet", index=False
+    )
     run = load_run(path)
     assert run.links[newer].isna().all(axis=None) and (run.links[newer].dtypes == "float64").all()
     assert run.delayline.empty and summarize(run)["valid"]
@@ -193,11 +215,21 @@ def test_nothing_is_lost_when_finishing_is_killed_anywhere(
 
 
 def step(rank: int, number: int, t_s: float, **columns: Any) -> dict[str, Any]:
-    return {"rank": rank, "step": number, "t_s": t_s, "samples": 10, "step_s": 1.0, "payload_bytes": 100.0, **columns}
+    return {
+        "rank": rank,
+        "step": number,
+        "t_s": t_s,
+        "samples": 10,
+        "step_s": 1.0,
+        "payload_bytes": 100.0,
+        **columns,
+    }
 
 
 def test_metrics_by_hand(tmp_path: Path) -> None:
-    cell = write_cell(tmp_path / "cells" / "c", overrides={"network.link.rate": "1mbit"}, evaluated=False)
+    cell = write_cell(
+        tmp_path / "cells" / "c", overrides={"network.link.rate": "1mbit"}, evaluated=False
+    )
     (tmp_path / "spec.yaml").write_text("name: hand\nworkload: {stop: {accuracy: 0.8}}\n")
     for records_file in cell.glob("hosts/*/steps.jsonl"):
         records_file.unlink()
@@ -205,25 +237,42 @@ def test_metrics_by_hand(tmp_path: Path) -> None:
     append(steps_file(cell, 0), [step(0, 0, 1.0), step(0, 1, 3.0, step_s=2.0, payload_bytes=300)])
     append(steps_file(cell, 1), [step(1, 0, 1.0), step(1, 1, 4.0, step_s=3.0, payload_bytes=300)])
     evals = [(1.0, 0.5), (2.0, 0.8), (3.0, 0.96), (4.0, 0.95)]
-    append(host_directory(cell, "w0") / "evals.jsonl", [{"step": 1, "t_s": t, "accuracy": a, "loss": 1 - a} for t, a in evals])
+    append(
+        host_directory(cell, "w0") / "evals.jsonl",
+        [{"step": 1, "t_s": t, "accuracy": a, "loss": 1 - a} for t, a in evals],
+    )
     found = cell_of(load_run(tmp_path), "c")
     assert found["throughput_samples_per_s"] == 10.0
     assert found["step_s_median"] == 1.5
     assert found["payload_bytes_per_step"] == 200.0
-    assert (found["final_accuracy"], found["best_accuracy"], found["final_loss"]) == (0.95, 0.96, 0.2)
+    assert (found["final_accuracy"], found["best_accuracy"], found["final_loss"]) == (
+        0.95,
+        0.96,
+        0.2,
+    )
     assert found["time_to_target_s"] == 2.0
     assert found["replicas_identical"] is True
     assert found["overrides"] == {"network.link.rate": "1mbit"}
 
 
 def test_what_was_not_measured_is_null(tmp_path: Path) -> None:
-    cell = write_cell(tmp_path / "cells" / "c", evaluated=False, result={"final_accuracy": None, "final_loss": None})
+    cell = write_cell(
+        tmp_path / "cells" / "c",
+        evaluated=False,
+        result={"final_accuracy": None, "final_loss": None},
+    )
     append(steps_file(cell, 0), [])
     for records_file in cell.glob("hosts/*/steps.jsonl"):
         records_file.unlink()
     append(steps_file(cell, 0), [step(0, 0, 1.0, samples=None)])
     found = cell_of(load_run(tmp_path), "c")
-    unknown = ("throughput_samples_per_s", "final_loss", "final_accuracy", "best_accuracy", "time_to_target_s")
+    unknown = (
+        "throughput_samples_per_s",
+        "final_loss",
+        "final_accuracy",
+        "best_accuracy",
+        "time_to_target_s",
+    )
     assert all(found[key] is None for key in unknown)
 
 
@@ -239,7 +288,9 @@ def summary_cell(method: str, seed: int, throughput: float, **columns: Any) -> d
 
 
 def test_comparison_is_paired_over_seeds() -> None:
-    cells = [summary_cell("netsense", seed, rate) for seed, rate in ((0, 20.0), (1, 80.0), (7, 1e9))]
+    cells = [
+        summary_cell("netsense", seed, rate) for seed, rate in ((0, 20.0), (1, 80.0), (7, 1e9))
+    ]
     cells += [summary_cell("allreduce", seed, 10.0, time_to_target_s=8.0) for seed in (0, 1)]
     cells[0]["time_to_target_s"] = 2.0
     [comparison] = compare(cells)
@@ -251,7 +302,9 @@ def test_comparison_is_paired_over_seeds() -> None:
 
 
 def test_comparison_with_an_invalid_cell_is_not_valid() -> None:
-    [comparison] = compare([summary_cell("allreduce", 0, 1.0, valid=False), summary_cell("topk", 0, 2.0)])
+    [comparison] = compare(
+        [summary_cell("allreduce", 0, 1.0, valid=False), summary_cell("topk", 0, 2.0)]
+    )
     assert not comparison["valid"]
 
 
@@ -261,8 +314,14 @@ def test_comparison_stays_within_equal_overrides_and_without_allreduce_takes_the
         for link, rates in (("1mbit", (1.0, 3.0)), ("2mbit", (2.0, 4.0)))
         for method, rate in zip(("bf16", "topk"), rates, strict=True)
     ]
-    found = [(c["baseline"], c["method"], c["overrides"]["network.link.rate"], c["throughput_ratio"]) for c in compare(cells)]
-    assert found == [("bf16", "topk", "1mbit", pytest.approx(3.0)), ("bf16", "topk", "2mbit", pytest.approx(2.0))]
+    found = [
+        (c["baseline"], c["method"], c["overrides"]["network.link.rate"], c["throughput_ratio"])
+        for c in compare(cells)
+    ]
+    assert found == [
+        ("bf16", "topk", "1mbit", pytest.approx(3.0)),
+        ("bf16", "topk", "2mbit", pytest.approx(2.0)),
+    ]
 
 
 ratios = st.lists(st.floats(0.01, 100), min_size=1, max_size=12)
@@ -311,7 +370,10 @@ def test_summary_files(tmp_path: Path) -> None:
 
 
 def test_the_columns_can_be_had_without_pandas() -> None:
-    code = "import sys, testbed.results.columns; sys.exit('pandas' in sys.modules or 'torch' in sys.modules)"
+    code = (
+        "import sys, testbed.results.columns; sys.exit('pandas' in sys.modules or 'torch' in"
+        " sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -330,8 +392,12 @@ def test_regret_counts_only_what_loses_no_more() -> None:
 
 
 def test_a_step_counts_in_every_phase_in_which_it_took_time() -> None:
-    steps = pd.DataFrame({"t_s": [4.0, 12.0, 14.0], "step_s": [4.0, 8.0, 2.0], "samples": [8, 8, 8]})
-    events = pd.DataFrame({"kind": ["initial", "schedule", "schedule", "manual"], "planned_s": [0.0, 10.0, 10.0, 5.0]})
+    steps = pd.DataFrame(
+        {"t_s": [4.0, 12.0, 14.0], "step_s": [4.0, 8.0, 2.0], "samples": [8, 8, 8]}
+    )
+    events = pd.DataFrame(
+        {"kind": ["initial", "schedule", "schedule", "manual"], "planned_s": [0.0, 10.0, 10.0, 5.0]}
+    )
     first, second = phases(steps, pd.Series([0.2, 0.6, np.nan]), events)
     assert (first["from_s"], first["to_s"], second["to_s"]) == (0, 10, 14)
     assert first["samples_per_s"] == pytest.approx((8 + 8 * 6 / 8) / 10)
@@ -348,7 +414,10 @@ def test_the_oracle_takes_in_every_phase_the_best_of_those_that_lose_no_more() -
             {"from_s": 10.0 * n, "to_s": 10.0 * (n + 1), "samples_per_s": rate, "lost_energy": lost}
             for n, (rate, lost) in enumerate(phases)
         ]
-        return {**summary_cell(method, 0, 50.0, lost_energy=np.mean([lost for _, lost in phases])), "phases": spans}
+        return {
+            **summary_cell(method, 0, 50.0, lost_energy=np.mean([lost for _, lost in phases])),
+            "phases": spans,
+        }
 
     cells = [
         cell("netsense", (90, 0.0), (60, 0.9)),
@@ -373,7 +442,11 @@ def test_bytes_to_the_target_are_those_of_all_ranks(tmp_path: Path) -> None:
 
 def test_energy_that_rounding_alone_loses_is_its_bound() -> None:
     def lost(*schemes: str, recorded: float | None = None) -> float | None:
-        return lost_energy(pd.DataFrame({"scheme": list(schemes), "lost_energy": [recorded] * len(schemes)}, dtype=object))
+        return lost_energy(
+            pd.DataFrame(
+                {"scheme": list(schemes), "lost_energy": [recorded] * len(schemes)}, dtype=object
+            )
+        )
 
     assert lost("allreduce") == 0
     assert lost("allreduce", "allreduce+1", "allreduce/8+1") == 0
@@ -389,7 +462,10 @@ def test_the_warm_up_does_not_count(tmp_path: Path) -> None:
     for file in cell.glob("hosts/*/steps.jsonl"):
         file.unlink()
     times = [(0, 10.0), (1, 20.0), (2, 21.0), (3, 22.0)]
-    append(steps_file(cell, 0), [step(0, n, t_s, step_s=t_s, samples=8, payload_bytes=100 - n) for n, t_s in times])
+    append(
+        steps_file(cell, 0),
+        [step(0, n, t_s, step_s=t_s, samples=8, payload_bytes=100 - n) for n, t_s in times],
+    )
     found = cell_of(load_run(path), "c")
     assert found["throughput_samples_per_s"] == pytest.approx(16 / 2)
     assert found["step_s_median"] == pytest.approx(21.5)
@@ -397,7 +473,9 @@ def test_the_warm_up_does_not_count(tmp_path: Path) -> None:
 
 
 def test_steps_of_plain_all_reduce_lose_nothing_and_count() -> None:
-    steps = pd.DataFrame({"scheme": ["sparse-int4@1%", *["allreduce"] * 9], "lost_energy": [0.5, *[None] * 9]})
+    steps = pd.DataFrame(
+        {"scheme": ["sparse-int4@1%", *["allreduce"] * 9], "lost_energy": [0.5, *[None] * 9]}
+    )
     assert lost_energy(steps) == pytest.approx(0.05)
 
 

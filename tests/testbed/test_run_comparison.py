@@ -37,7 +37,9 @@ def test_a_planted_slow_down_is_named(tmp_path: Path, seeds: int) -> None:
     found = compare(run, slowed(run, tmp_path / "after", "topk", 1.1))
     assert found.exit_code == 1
     assert "Slower or missing: topk." in found.output
-    assert [d.verdict for d in compare_runs(load_run(run), load_run(tmp_path / "after"), 0.05)].count("slower") == 1
+    assert [
+        d.verdict for d in compare_runs(load_run(run), load_run(tmp_path / "after"), 0.05)
+    ].count("slower") == 1
 
 
 def test_equal_runs_are_equal(tmp_path: Path) -> None:
@@ -47,9 +49,13 @@ def test_equal_runs_are_equal(tmp_path: Path) -> None:
     assert "Nothing became slower." in found.output
 
 
-def test_what_became_faster_is_no_failure_and_what_is_within_the_tolerance_is_the_same(tmp_path: Path) -> None:
+def test_what_became_faster_is_no_failure_and_what_is_within_the_tolerance_is_the_same(
+    tmp_path: Path,
+) -> None:
     run = write_run(tmp_path / "before")
-    after = slowed(slowed(run, tmp_path / "middle", "topk", 0.8), tmp_path / "after", "netsense", 1.04)
+    after = slowed(
+        slowed(run, tmp_path / "middle", "topk", 0.8), tmp_path / "after", "netsense", 1.04
+    )
     verdicts = {d.method: d.verdict for d in compare_runs(load_run(run), load_run(after), 0.05)}
     assert verdicts == {"allreduce": "same", "netsense": "same", "topk": "faster"}
     assert compare(run, after).exit_code == 0

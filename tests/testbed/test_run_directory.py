@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from netsenseml.records import RecordFile, read_records
-from testbed.run.directory import RESERVE_FILE, RunIsBusy, is_full, note_environment, release_reserve, reserve_room, run_lock
+from testbed.run.directory import (
+    RESERVE_FILE,
+    RunIsBusy,
+    is_full,
+    note_environment,
+    release_reserve,
+    reserve_room,
+    run_lock,
+)
 from testbed.signals import ending_signals, undisturbed
 from testbed.spec.files import script_files
 
@@ -17,7 +25,11 @@ pytestmark = pytest.mark.fast
 
 
 def test_a_directory_has_one_owner_and_is_free_when_that_has_ended(tmp_path: Path) -> None:
-    with run_lock(tmp_path), pytest.raises(RunIsBusy, match=f"process {os.getpid()} is running it"), run_lock(tmp_path):
+    with (
+        run_lock(tmp_path),
+        pytest.raises(RunIsBusy, match=f"process {os.getpid()} is running it"),
+        run_lock(tmp_path),
+    ):
         pass
     with run_lock(tmp_path):
         pass
@@ -51,7 +63,9 @@ def test_who_ignores_a_hang_up_goes_on() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_what_must_not_be_disturbed_comes_to_its_end_before_a_signal_does(number: signal.Signals) -> None:
+def test_what_must_not_be_disturbed_comes_to_its_end_before_a_signal_does(
+    number: signal.Signals,
+) -> None:
     reached = False
 
     def interrupt(*_: object) -> None:
@@ -73,7 +87,8 @@ def test_what_is_there_stays_if_a_run_cannot_be_resumed(tmp_path: Path, lab: str
         f"name: kept\nlab: {lab}\nworkload: {{stop: {{steps: 5}}}}\nmethods: [allreduce, bf16]\n"
     )
     records = {}
-    for cell, status in (("allreduce-s0", "failed"), ("bf16-s0", "done")):  # and not valid: there is nothing in it
+    # and not valid: there is nothing in it
+    for cell, status in (("allreduce-s0", "failed"), ("bf16-s0", "done")):
         place = tmp_path / "cells" / cell
         (place / "hosts" / "w0").mkdir(parents=True)
         records[place / "hosts" / "w0" / "steps.jsonl"] = '{"step": 0}\n'
@@ -89,7 +104,10 @@ def test_what_is_there_stays_if_a_run_cannot_be_resumed(tmp_path: Path, lab: str
 
 def test_a_script_brings_what_it_imports_from_its_folder(tmp_path: Path) -> None:
     files = {
-        "train.py": "import os, nets\nfrom utils.shapes import x\ndef f():\n    import late\nimport wandb, broken\n",
+        "train.py": (
+            "import os, nets\nfrom utils.shapes import x\ndef f():\n    import late\nimport wandb,"
+            " broken\n"
+        ),
         "nets.py": "import pack\n",
         "late.py": "",
         "broken.py": "this is no Python (\n",
@@ -105,7 +123,16 @@ def test_a_script_brings_what_it_imports_from_its_folder(tmp_path: Path) -> None
         (tmp_path / name).write_text(text)
     found = script_files(tmp_path / "train.py", ["wandb/log.txt"])
     names = {str(path.relative_to(tmp_path)) for path in found}
-    assert names == {"train.py", "nets.py", "late.py", "broken.py", "pack", "deepest.py", "utils", "wandb/log.txt"}
+    assert names == {
+        "train.py",
+        "nets.py",
+        "late.py",
+        "broken.py",
+        "pack",
+        "deepest.py",
+        "utils",
+        "wandb/log.txt",
+    }
     assert found[0] == tmp_path / "train.py"
 
 

@@ -1,4 +1,5 @@
-"""The JSON Schema for editors: it takes what the command line takes, and refuses what a schema can refuse."""
+"""The JSON Schema for editors: it takes what the command line takes, and refuses what a schema can
+refuse."""
 
 import copy
 import functools
@@ -37,7 +38,9 @@ VALIDATOR = jsonschema.Draft7Validator(SCHEMA)
 
 @functools.cache
 def definition(name):
-    return jsonschema.Draft7Validator({**SCHEMA["definitions"][name], "definitions": SCHEMA["definitions"]})
+    return jsonschema.Draft7Validator(
+        {**SCHEMA["definitions"][name], "definitions": SCHEMA["definitions"]}
+    )
 
 
 def faults(raw):
@@ -45,10 +48,14 @@ def faults(raw):
 
 
 def test_what_is_shipped_is_what_the_models_give_and_the_command_prints():
-    assert schema_text() == SCHEMA_FILE.read_text(), "mend it with: testbed schema > testbed/spec/schema.json"
+    assert schema_text() == SCHEMA_FILE.read_text(), (
+        "mend it with: testbed schema > testbed/spec/schema.json"
+    )
     jsonschema.Draft7Validator.check_schema(SCHEMA)
     text = SCHEMA_FILE.read_text()
-    assert [name for name in SCHEMA["definitions"] if f'"#/definitions/{name}"' not in text] == [], "nothing refers to these"
+    assert [
+        name for name in SCHEMA["definitions"] if f'"#/definitions/{name}"' not in text
+    ] == [], "nothing refers to these"
     result = CliRunner().invoke(app, ["schema"])
     assert (result.exit_code, json.loads(result.stdout)) == (0, SCHEMA)
 
@@ -71,7 +78,9 @@ MATRIX = "what may stand there depends on the key of the matrix"
 TAKEN = {
     "network.link.loss.burst": COMPARED,
     "network: link w0": LINKS,
-    "network.link.loss.share": "to a schema 1 and 1.0 are the same number, of which the second is good",
+    "network.link.loss.share": (
+        "to a schema 1 and 1.0 are the same number, of which the second is good"
+    ),
     "network.link.delay: less than": HOW_LARGE,
     "schedule: link w0 at 8s": LINKS,
     "network.link.queue: 1513B": HOW_LARGE,
@@ -89,7 +98,9 @@ TAKEN = {
     "network.links.w7": NAMED,
     "workload.compute.stragglers.w9": NAMED,
     "placement.w9": NAMED,
-    "script.args[1]: has the character NUL": "nobody types it by accident, and a schema says of texts how they look",
+    "script.args[1]: has the character NUL": (
+        "nobody types it by accident, and a schema says of texts how they look"
+    ),
     "script.args: has 110000 bytes": HOW_LARGE,
     "workload.data: 99 bytes": COMPARED,
     "workload.data: 200 classes": COMPARED,
@@ -131,7 +142,10 @@ def unexpected(cases, taken):
 
 
 def test_bad_specs_are_refused_but_for_those_that_no_schema_can_refuse(tmp_path):
-    cases = [(read_yaml(write(tmp_path, None, **replaced)), f"{place} {words}") for replaced, place, words in BAD]
+    cases = [
+        (read_yaml(write(tmp_path, None, **replaced)), f"{place} {words}")
+        for replaced, place, words in BAD
+    ]
     assert list(unexpected(cases, TAKEN)) == []
 
 
@@ -139,10 +153,20 @@ def test_bad_lines_of_a_schedule_and_bad_flows_are_refused_likewise():
     cases = [({**BASE, "schedule": [{"at": "0s", **entry}]}, words) for entry, words in BAD_ENTRIES]
     assert list(unexpected(cases, TAKEN_OF_ENTRIES)) == []
     workers = {**SPEC, "name": "workers", "workload": PACED}
-    cases = [({**workers, "schedule": [{"at": "1s", **entry}]}, words) for entry, _, words in BAD_WORKERS]
+    cases = [
+        ({**workers, "schedule": [{"at": "1s", **entry}]}, words) for entry, _, words in BAD_WORKERS
+    ]
     assert list(unexpected(cases, TAKEN_OF_WORKERS)) == []
     cases = [
-        ({**BASE, "traffic": [{key: value for key, value in {**TCP, **flow}.items() if value is not None}]}, words)
+        (
+            {
+                **BASE,
+                "traffic": [
+                    {key: value for key, value in {**TCP, **flow}.items() if value is not None}
+                ],
+            },
+            words,
+        )
         for flow, _, words in BAD_FLOWS
     ]
     assert list(unexpected(cases, TAKEN_OF_FLOWS)) == []
@@ -213,7 +237,10 @@ NUMBERS = [
     "--1",
 ]
 texts = st.tuples(
-    st.sampled_from(["", " "]), st.sampled_from(NUMBERS), st.sampled_from(["", " ", "\t"]), st.sampled_from(UNITS)
+    st.sampled_from(["", " "]),
+    st.sampled_from(NUMBERS),
+    st.sampled_from(["", " ", "\t"]),
+    st.sampled_from(UNITS),
 ).map("".join)
 others = st.sampled_from([0, 0.0, -0.0, 1, 1.0, 0.5, -1, 2, 1e8, True, False, [], ["1s"], {}])
 PARSERS = {
@@ -234,7 +261,8 @@ def test_a_quantity_is_what_its_parser_takes_but_for_its_size(name, value):
         if "out of range" in str(error) and isinstance(value, str):
             return
         if name == "share" and value == 1:
-            return  # the whole number 1 is refused, the number 1.0 is not, and JSON has no such difference
+            # the whole number 1 is refused, the number 1.0 is not, and JSON has no such difference
+            return
         good = False
     else:
         good = True
@@ -242,15 +270,25 @@ def test_a_quantity_is_what_its_parser_takes_but_for_its_size(name, value):
 
 
 @pytest.mark.parametrize(
-    ("kind", "catalog"), [("MethodSpec", METHODS), ("ModelSpec", MODELS), ("DataSpec", DATA), ("OptimizerSpec", OPTIMIZERS)]
+    ("kind", "catalog"),
+    [
+        ("MethodSpec", METHODS),
+        ("ModelSpec", MODELS),
+        ("DataSpec", DATA),
+        ("OptimizerSpec", OPTIMIZERS),
+    ],
 )
 def test_names_of_the_catalogues_are_choices_with_their_options(kind, catalog):
     check = definition(kind).is_valid
     for name, options in catalog.items():
         assert check(name) and check({"name": name}) and check({"name": name, "label": "mine"})
-        assert not check({"name": name, "nonsense": 1}) and not check({"name": name, "options": {"nonsense": 1}})
+        assert not check({"name": name, "nonsense": 1}) and not check(
+            {"name": name, "options": {"nonsense": 1}}
+        )
         for key, option in options.items():
-            assert check({"name": name, key: option.default}) and check({"name": name, "options": {key: option.default}})
+            assert check({"name": name, key: option.default}) and check(
+                {"name": name, "options": {key: option.default}}
+            )
             for odd in (None, {}, -1, "", True, "nonsense", [0], [None]):
                 try:
                     option.check(odd)
@@ -258,8 +296,15 @@ def test_names_of_the_catalogues_are_choices_with_their_options(kind, catalog):
                     assert not check({"name": name, key: odd}), (name, key, odd)
                 else:
                     assert check({"name": name, key: odd}), (name, key, odd)
-    assert check("package.module:Class") and check({"name": "package.module:Class.inner", "anything": [1]})
-    assert not check("nonsense") and not check({"name": "nonsense"}) and not check({"ratio": 0.1}) and not check("a.b:")
+    assert check("package.module:Class") and check(
+        {"name": "package.module:Class.inner", "anything": [1]}
+    )
+    assert (
+        not check("nonsense")
+        and not check({"name": "nonsense"})
+        and not check({"ratio": 0.1})
+        and not check("a.b:")
+    )
 
 
 def test_methods_of_installed_packages_are_choices_of_the_schema_that_is_printed():
@@ -271,10 +316,19 @@ def test_methods_of_installed_packages_are_choices_of_the_schema_that_is_printed
 
 def test_each_key_is_described_and_has_an_example_or_a_default_that_is_good():
     for name, part in {"Spec": SCHEMA, **SCHEMA["definitions"]}.items():
-        for key, value in [pair for one in [part, *part.get("anyOf", [])] for pair in one.get("properties", {}).items()]:
-            assert name.endswith("Pairs") or key == "name" or {"description", "$ref"} & value.keys(), f"{name}.{key}"
+        for key, value in [
+            pair
+            for one in [part, *part.get("anyOf", [])]
+            for pair in one.get("properties", {}).items()
+        ]:
+            assert (
+                name.endswith("Pairs") or key == "name" or {"description", "$ref"} & value.keys()
+            ), f"{name}.{key}"
             if "$ref" in value:  # nothing else that stands beside it counts
                 assert set(value) <= {"$ref", "description", "default", "examples"}, f"{name}.{key}"
             check = jsonschema.Draft7Validator({**value, "definitions": SCHEMA["definitions"]})
-            for good in [*value.get("examples", []), *([value["default"]] if "default" in value else [])]:
+            for good in [
+                *value.get("examples", []),
+                *([value["default"]] if "default" in value else []),
+            ]:
                 assert check.is_valid(good), f"{name}.{key}: {good}"

@@ -1,4 +1,5 @@
-"""Properties of timelines: order, completeness, exact ends, takeover; and what each pattern promises."""
+"""Properties of timelines: order, completeness, exact ends, takeover; and what each pattern
+promises."""
 
 import itertools
 from bisect import bisect_right
@@ -21,7 +22,8 @@ from testbed.timeline.updates import interpolate
 pytestmark = pytest.mark.fast
 
 LINKS = {
-    name: LinkState(LinkParameters(rate_bps=50_000_000), LinkParameters(rate_bps=50_000_000)) for name in ("w0", "w1", "w2")
+    name: LinkState(LinkParameters(rate_bps=50_000_000), LinkParameters(rate_bps=50_000_000))
+    for name in ("w0", "w1", "w2")
 }
 ONE = {"w0": LINKS["w0"]}
 
@@ -29,26 +31,46 @@ times = st.integers(0, 10_000).map(lambda ms: f"{ms}ms")
 lengths = st.integers(1, 3000).map(lambda ms: f"{ms}ms")
 rates = st.integers(1, 1000).map(lambda mbit: f"{mbit}mbit")
 pairs = st.lists(rates, min_size=2, max_size=2, unique=True)
-properties = st.fixed_dictionaries({"rate": rates}, optional={"delay": times, "up": st.fixed_dictionaries({"rate": rates})})
+properties = st.fixed_dictionaries(
+    {"rate": rates}, optional={"delay": times, "up": st.fixed_dictionaries({"rate": rates})}
+)
 pairs = st.one_of(
-    st.fixed_dictionaries({"rate": pairs}, optional={"delay": st.lists(times, min_size=2, max_size=2)}),
+    st.fixed_dictionaries(
+        {"rate": pairs}, optional={"delay": st.lists(times, min_size=2, max_size=2)}
+    ),
     st.fixed_dictionaries({"down": st.fixed_dictionaries({"rate": pairs})}),
 )
-links = st.one_of(st.just("all"), st.lists(st.sampled_from(sorted(LINKS)), min_size=1, max_size=3, unique=True))
+links = st.one_of(
+    st.just("all"), st.lists(st.sampled_from(sorted(LINKS)), min_size=1, max_size=3, unique=True)
+)
 
 
 def of(pattern, optional=None, **keys):
     head = {"at": times, "links": links}
     return st.fixed_dictionaries(
-        {**head, **keys, pattern: properties if pattern in ("set", "ramp") else pairs}, optional=optional
+        {**head, **keys, pattern: properties if pattern in ("set", "ramp") else pairs},
+        optional=optional,
     )
 
 
 sets = of("set")
 ramps = of("ramp", over=lengths, every=st.integers(1, 500).map(lambda ms: f"{ms}ms"))
-sawtooths = of("sawtooth", {"for": lengths}, period=st.integers(200, 3000).map(lambda ms: f"{ms}ms"))
-squares = of("square", {"for": lengths}, period=st.integers(20, 3000).map(lambda ms: f"{ms}ms"), duty=st.floats(0.1, 0.9))
-walks = of("walk", {"for": lengths}, step=st.floats(0.01, 1), seed=st.integers(0, 5), every=st.just("100ms"))
+sawtooths = of(
+    "sawtooth", {"for": lengths}, period=st.integers(200, 3000).map(lambda ms: f"{ms}ms")
+)
+squares = of(
+    "square",
+    {"for": lengths},
+    period=st.integers(20, 3000).map(lambda ms: f"{ms}ms"),
+    duty=st.floats(0.1, 0.9),
+)
+walks = of(
+    "walk",
+    {"for": lengths},
+    step=st.floats(0.01, 1),
+    seed=st.integers(0, 5),
+    every=st.just("100ms"),
+)
 anything = st.one_of(sets, ramps, sawtooths, squares, walks)
 
 
@@ -102,13 +124,16 @@ def test_a_later_entry_takes_over_whatever_was_going_on(raw, at, wanted):
     for change in changes:
         if change.at_s >= round(last.at, 6):
             assert change.state == given.applied_to(change.state)
-    before = [change for change in expand(schedule, LINKS, end_s=20) if change.at_s < round(last.at, 6)]
+    before = [
+        change for change in expand(schedule, LINKS, end_s=20) if change.at_s < round(last.at, 6)
+    ]
     assert [change for change in changes if change.at_s < round(last.at, 6)] == before
 
 
 @given(ramps)
 def test_a_ramp_ends_exactly_at_its_target_on_time_and_never_turns(raw):
-    raw = {**raw, "ramp": {**raw["ramp"], "rate": raw["ramp"]["rate"].replace("50mbit", "51mbit")}}  # it begins with 50
+    # it begins with 50
+    raw = {**raw, "ramp": {**raw["ramp"], "rate": raw["ramp"]["rate"].replace("50mbit", "51mbit")}}
     (entry,) = entries([raw])
     name = "w0" if entry.links == ["all"] else entry.links[0]
     track = [change for change in expand([entry], LINKS) if change.link == name]
@@ -124,7 +149,13 @@ def test_a_later_entry_takes_over_from_a_running_ramp():
     changes = expand(
         entries(
             [
-                {"at": "0s", "links": "w0", "ramp": {"rate": "10mbit"}, "over": "4s", "every": "1s"},
+                {
+                    "at": "0s",
+                    "links": "w0",
+                    "ramp": {"rate": "10mbit"},
+                    "over": "4s",
+                    "every": "1s",
+                },
                 {"at": "2.5s", "links": "w0", "set": {"rate": "90mbit"}},
             ]
         ),
@@ -139,18 +170,32 @@ def test_a_later_entry_takes_over_from_a_running_ramp():
 
 def test_changing_one_property_keeps_the_others():
     changes = expand(
-        entries([{"at": "1s", "links": "w1", "set": {"delay": "5ms"}}, {"at": "2s", "set": {"rate": "9mbit"}}]), LINKS
+        entries(
+            [
+                {"at": "1s", "links": "w1", "set": {"delay": "5ms"}},
+                {"at": "2s", "set": {"rate": "9mbit"}},
+            ]
+        ),
+        LINKS,
     )
     state = changes[-2].state
     assert changes[-2].link == "w1"
-    assert state == LinkState(LinkParameters(rate_bps=9_000_000), LinkParameters(rate_bps=9_000_000, delay_s=0.005))
+    assert state == LinkState(
+        LinkParameters(rate_bps=9_000_000), LinkParameters(rate_bps=9_000_000, delay_s=0.005)
+    )
 
 
 def test_a_partition_stays_until_it_is_ended_and_touches_nothing_else():
     schedule = entries(
-        [{"at": "1s", "set": {"up": False}}, {"at": "2s", "set": {"rate": "9mbit"}}, {"at": "3s", "set": {"up": True}}]
+        [
+            {"at": "1s", "set": {"up": False}},
+            {"at": "2s", "set": {"rate": "9mbit"}},
+            {"at": "3s", "set": {"up": True}},
+        ]
     )
-    assert [(change.state.connected, change.state.up.rate_bps) for change in expand(schedule, ONE)] == [
+    assert [
+        (change.state.connected, change.state.up.rate_bps) for change in expand(schedule, ONE)
+    ] == [
         (False, 50_000_000),
         (False, 9_000_000),
         (True, 9_000_000),
@@ -158,15 +203,28 @@ def test_a_partition_stays_until_it_is_ended_and_touches_nothing_else():
 
 
 def test_on_a_trunk_everything_holds_in_both_directions_and_all_means_what_it_is_told():
-    schedule = entries([{"at": "1s", "set": {"rate": "9mbit"}}, {"at": "2s", "links": "trunk", "set": {"delay": "5ms"}}])
+    schedule = entries(
+        [
+            {"at": "1s", "set": {"rate": "9mbit"}},
+            {"at": "2s", "links": "trunk", "set": {"delay": "5ms"}},
+        ]
+    )
     changes = expand(schedule, {"w0": LINKS["w0"], "trunk": LINKS["w1"]}, ["w0"], trunks={"trunk"})
     assert [change.link for change in changes] == ["w0", "trunk"]
-    assert changes[1].state.up == changes[1].state.down == LinkParameters(rate_bps=50_000_000, delay_s=0.005)
+    assert (
+        changes[1].state.up
+        == changes[1].state.down
+        == LinkParameters(rate_bps=50_000_000, delay_s=0.005)
+    )
 
 
 def test_a_ramp_needs_a_rate_to_start_from():
-    with pytest.raises(SpecError, match=r"schedule\[0\].ramp.rate: link w0 has no rate to start from"):
-        expand(entries([{"at": "1s", "ramp": {"rate": "5mbit"}, "over": "1s"}]), {"w0": LinkState()})
+    with pytest.raises(
+        SpecError, match=r"schedule\[0\].ramp.rate: link w0 has no rate to start from"
+    ):
+        expand(
+            entries([{"at": "1s", "ramp": {"rate": "5mbit"}, "over": "1s"}]), {"w0": LinkState()}
+        )
 
 
 unequal = st.lists(st.integers(1, 1000), min_size=2, max_size=2, unique=True)
@@ -176,7 +234,9 @@ unequal = st.lists(st.integers(1, 1000), min_size=2, max_size=2, unique=True)
 def test_a_sawtooth_repeats_with_its_period_and_meets_both_values(ends, period_ms, every_ms):
     low, high = ends
     rate, period = [f"{low}mbit", f"{high}mbit"], f"{period_ms}ms"
-    starts, values = one(end_s=3 * period_ms / 1e3, sawtooth={"rate": rate}, period=period, every=f"{every_ms}ms")
+    starts, values = one(
+        end_s=3 * period_ms / 1e3, sawtooth={"rate": rate}, period=period, every=f"{every_ms}ms"
+    )
     steps = len(values) // 3
     assert values == values[:steps] * 3
     assert values[:steps] in (sorted(values[:steps]), sorted(values[:steps], reverse=True))
@@ -190,7 +250,12 @@ def test_a_sawtooth_repeats_with_its_period_and_meets_both_values(ends, period_m
 def test_a_square_has_each_value_for_its_share_of_the_period(ends, period_ms, duty):
     first, second = ends
     period_s = period_ms / 1e3
-    track = one(end_s=4 * period_s, square={"rate": [f"{first}mbit", f"{second}mbit"]}, period=f"{period_ms}ms", duty=duty)
+    track = one(
+        end_s=4 * period_s,
+        square={"rate": [f"{first}mbit", f"{second}mbit"]},
+        period=f"{period_ms}ms",
+        duty=duty,
+    )
     assert track[1] == [first * 10**6, second * 10**6] * 4
     for cycle in range(4):
         assert track[0][2 * cycle] == pytest.approx(cycle * period_s, abs=1e-6)
@@ -198,15 +263,23 @@ def test_a_square_has_each_value_for_its_share_of_the_period(ends, period_ms, du
 
 
 def test_a_square_can_cut_a_link_and_change_a_queue():
-    entry = parse_entry({"at": "1s", "square": {"up": [False, True], "queue": ["5ms", "8ms"]}, "period": "2s"})
+    entry = parse_entry(
+        {"at": "1s", "square": {"up": [False, True], "queue": ["5ms", "8ms"]}, "period": "2s"}
+    )
     states = [change.state for change in expand([entry], ONE, end_s=4)]
-    assert [(state.connected, state.down.queue_s) for state in states] == [(False, 0.005), (True, 0.008), (False, 0.005)]
+    assert [(state.connected, state.down.queue_s) for state in states] == [
+        (False, 0.005),
+        (True, 0.008),
+        (False, 0.005),
+    ]
 
 
 @given(st.integers(1, 500), st.integers(1, 500), st.floats(0.01, 1), st.integers(0, 100))
 def test_a_walk_stays_within_its_bounds_and_takes_no_step_too_far(low, more, step, seed):
     high = low + more
-    starts, values = one(end_s=10, walk={"rate": [f"{low}mbit", f"{high}mbit"]}, every="100ms", step=step, seed=seed)
+    starts, values = one(
+        end_s=10, walk={"rate": [f"{low}mbit", f"{high}mbit"]}, every="100ms", step=step, seed=seed
+    )
     assert 95 <= len(values) <= 100, "only a step that rounds to nothing is left out"
     assert all(round(at_s * 10, 6).is_integer() for at_s in starts)
     assert all(low * 10**6 <= value <= high * 10**6 for value in values)
@@ -237,9 +310,13 @@ def test_a_pattern_ends_with_its_time_or_with_the_run_and_needs_one_of_them(patt
     timed = one(**keys, **{"for": "2s"})
     assert timed[0][-1] < 2
     assert one(end_s=2, **keys) == timed
-    with pytest.raises(SpecError, match=r"schedule\[0\].for: is missing, as the run has no stop.seconds"):
+    with pytest.raises(
+        SpecError, match=r"schedule\[0\].for: is missing, as the run has no stop.seconds"
+    ):
         one(**keys)
-    with pytest.raises(SpecError, match=r"schedule\[0\].for: 9s comes after the end of the run at 8s"):
+    with pytest.raises(
+        SpecError, match=r"schedule\[0\].for: 9s comes after the end of the run at 8s"
+    ):
         one(end_s=8, **keys, **{"for": "9s"})
 
 
@@ -247,14 +324,20 @@ def test_a_pattern_ends_with_its_time_or_with_the_run_and_needs_one_of_them(patt
 def test_interpolation_stays_between_and_meets_its_ends(share, first, second):
     assert interpolate(first, second, 0.0) == first
     assert interpolate(first, second, 1.0) == second
-    assert min(first, second) * (1 - 1e-9) <= interpolate(first, second, share) <= max(first, second) * (1 + 1e-9)
+    assert (
+        min(first, second) * (1 - 1e-9)
+        <= interpolate(first, second, share)
+        <= max(first, second) * (1 + 1e-9)
+    )
 
 
 def test_loss_moves_with_its_bursts():
     assert interpolate(Loss(), Loss(0.1), 0.5) == Loss(0.05)
     assert interpolate(Loss(), Loss(0.1, burst=8.0), 0.5) == Loss(0.05, burst=8.0)
     assert interpolate(Loss(0.1, burst=8.0), Loss(), 0.5) == Loss(0.05, burst=8.0)
-    assert interpolate(Loss(0.25, burst=8.0), Loss(0.5, burst=4.0, bad_loss=0.5), 0.5) == Loss(0.375, burst=6.0, bad_loss=0.75)
+    assert interpolate(Loss(0.25, burst=8.0), Loss(0.5, burst=4.0, bad_loss=0.5), 0.5) == Loss(
+        0.375, burst=6.0, bad_loss=0.75
+    )
 
 
 @given(anything)
@@ -266,11 +349,17 @@ def test_an_entry_survives_a_round_trip(raw):
 
 
 def test_loss_as_a_mapping_survives_a_round_trip():
-    pair = {"loss": [{"share": "1%", "burst": 8}, {"share": "5%", "burst": 8}], "rate": ["1mbit", "2mbit"]}
+    pair = {
+        "loss": [{"share": "1%", "burst": 8}, {"share": "5%", "burst": 8}],
+        "rate": ["1mbit", "2mbit"],
+    }
     entry = parse_entry({"at": "0s", "sawtooth": pair, "period": "1s"})
     assert parse_entry(entry.model_dump(mode="json", exclude_none=True, by_alias=True)) == entry
     changes = expand([entry], ONE, end_s=1)
-    assert (changes[0].state.down.loss, changes[-1].state.down.loss) == (Loss(0.01, burst=8.0), Loss(0.05, burst=8.0))
+    assert (changes[0].state.down.loss, changes[-1].state.down.loss) == (
+        Loss(0.01, burst=8.0),
+        Loss(0.05, burst=8.0),
+    )
     assert changes[-1].state.up.loss == Loss()
 
 
@@ -278,7 +367,9 @@ def test_there_is_a_limit_to_the_number_of_changes(monkeypatch):
     monkeypatch.setattr("testbed.timeline.changes.MAX_CHANGES", 1000)
     walk = parse_entry({"at": "0s", "walk": {"rate": ["5mbit", "50mbit"]}, "every": "10ms"})
     assert len(expand([walk], ONE, end_s=10)) == 1000
-    with pytest.raises(SpecError, match=r"schedule\[0\]: the schedule makes more than 1,000 changes"):
+    with pytest.raises(
+        SpecError, match=r"schedule\[0\]: the schedule makes more than 1,000 changes"
+    ):
         expand([walk], ONE, end_s=10.01)
 
 
@@ -298,7 +389,12 @@ SAME, APART = {"rate": ["5mbit", "5mbit"]}, {"rate": ["5mbit", "9mbit"]}
         {"ramp": {"rate": "50mbit"}, "over": "10000000s", "every": "1ms"},
         {"trace": "1\n2\n", "repeat": True},
         {"trace": "t_ms,rate_mbps\n0,1\n1,1\n2,1\n", "repeat": True},
-        {"trace": "t_ms,rate_mbps\n" + "".join(f"{row},{1 + row // 499}\n" for row in range(500)), "repeat": True},
+        {
+            "trace": (
+                "t_ms,rate_mbps\n" + "".join(f"{row},{1 + row // 499}\n" for row in range(500))
+            ),
+            "repeat": True,
+        },
     ],
     ids=itertools.count(),
 )
@@ -317,9 +413,17 @@ def test_nothing_that_a_schedule_asks_for_goes_on_and_on(entry, monkeypatch):
     for pattern in PATTERNS.values():
         monkeypatch.setattr(pattern, "updates", counted(pattern.updates))
     for name in ("sawtooth", "walk"):
-        monkeypatch.setattr(f"testbed.timeline.patterns.{name}.values_at", lambda *given: once_more() or values_at(*given))
+        monkeypatch.setattr(
+            f"testbed.timeline.patterns.{name}.values_at",
+            lambda *given: once_more() or values_at(*given),
+        )
     try:
-        assert len(expand([parse_entry({"at": "0s", **entry})], ONE, end_s=1e7, read=lambda text: text)) == 1
+        assert (
+            len(
+                expand([parse_entry({"at": "0s", **entry})], ONE, end_s=1e7, read=lambda text: text)
+            )
+            == 1
+        )
     except SpecError as error:
         assert "the schedule makes more than 1,000 changes" in str(error)
 
@@ -336,21 +440,38 @@ def test_a_move_that_changes_nothing_is_left_out():
 def test_jitter_never_needs_a_packet_that_arrives_before_it_was_sent():
     delayed = {"w0": LinkState(LinkParameters(), LinkParameters(delay_s=0.05, jitter_s=0.02))}
     raw = {"at": "0s", "ramp": {"delay": "0s"}, "over": "1s", "every": "100ms"}
-    with pytest.raises(SpecError, match=r"schedule: link w0 at 0.3s: a jitter of 20ms needs a delay of 40ms or more"):
+    with pytest.raises(
+        SpecError,
+        match=r"schedule: link w0 at 0.3s: a jitter of 20ms needs a delay of 40ms or more",
+    ):
         expand([parse_entry(raw)], delayed)
-    assert len(expand([parse_entry({**raw, "ramp": {"delay": "0s", "jitter": "0s"}})], delayed)) == 10
+    assert (
+        len(expand([parse_entry({**raw, "ramp": {"delay": "0s", "jitter": "0s"}})], delayed)) == 10
+    )
 
 
 BAD_ENTRIES = [
     ({"ramp": {"aqm": "codel"}, "over": "1s"}, "cannot change while a link is in use"),
-    ({"square": {"aqm": ["fifo", "codel"]}, "period": "1s"}, "cannot change while a link is in use"),
-    ({"square": {"down": {"aqm": ["fifo", "codel"]}}, "period": "1s"}, "cannot change while a link is in use"),
+    (
+        {"square": {"aqm": ["fifo", "codel"]}, "period": "1s"},
+        "cannot change while a link is in use",
+    ),
+    (
+        {"square": {"down": {"aqm": ["fifo", "codel"]}}, "period": "1s"},
+        "cannot change while a link is in use",
+    ),
     ({"walk": {"in_order": [True, False]}}, "in_order has no values in between; use square"),
     ({"sawtoth": {}}, "did you mean 'sawtooth'"),
     ({"square": {"rate": ["1mbit", "2mbit"]}}, "is missing; for example period: 10s"),
-    ({"square": {"rate": ["1mbit", "2mbit"]}, "period": "1s", "seed": 3}, "belongs to a walk; remove it, or write walk"),
+    (
+        {"square": {"rate": ["1mbit", "2mbit"]}, "period": "1s", "seed": 3},
+        "belongs to a walk; remove it, or write walk",
+    ),
     ({"set": {"rate": "1mbit"}, "period": "1s"}, "belongs to a sawtooth or a square"),
-    ({"square": {"rate": "1mbit"}, "period": "1s"}, "must be two values, for example [10mbit, 50mbit], not '1mbit'"),
+    (
+        {"square": {"rate": "1mbit"}, "period": "1s"},
+        "must be two values, for example [10mbit, 50mbit], not '1mbit'",
+    ),
     ({"square": {"rate": ["1mbit"]}, "period": "1s"}, "must be two values"),
     ({"square": {"rate": ["1mbit", "fast"]}, "period": "1s"}, "'fast' is not a rate"),
     ({"square": {"rat": ["1mbit", "2mbit"]}, "period": "1s"}, "did you mean 'rate'"),
@@ -359,7 +480,10 @@ BAD_ENTRIES = [
     ({"square": {"rate": ["1mbit", "2mbit"]}, "period": "1s", "duty": "100%"}, "less than 1"),
     ({"square": {"rate": ["1mbit", "2mbit"]}, "period": "1ms"}, "at least 1ms apart"),
     ({"sawtooth": {"rate": ["1mbit", "2mbit"]}, "period": "150ms"}, "too short for two steps"),
-    ({"sawtooth": {"queue": ["1ms", "2ms"]}, "period": "1s"}, "queue has no values in between; use square"),
+    (
+        {"sawtooth": {"queue": ["1ms", "2ms"]}, "period": "1s"},
+        "queue has no values in between; use square",
+    ),
     ({"walk": {"up": [True, False]}}, "up has no values in between; use square"),
     ({"ramp": {"queue": "1ms"}, "over": "1s"}, "queue has no values in between; use set"),
     ({"ramp": {"rate": "1mbit"}}, "is missing; for example over: 4s"),

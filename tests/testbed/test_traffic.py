@@ -32,7 +32,9 @@ TCP = {"from": "bg0", "to": "w1", "tcp": {}}
 durations = st.builds(Duration, st.floats(0.1, 1e3), st.booleans())
 pauses = st.one_of(st.just((None, None)), st.tuples(durations, durations))
 streams = st.builds(
-    lambda pair, ramp: Streams(*sorted(pair), ramp=ramp), st.tuples(st.integers(1, 128), st.integers(1, 128)), st.booleans()
+    lambda pair, ramp: Streams(*sorted(pair), ramp=ramp),
+    st.tuples(st.integers(1, 128), st.integers(1, 128)),
+    st.booleans(),
 )
 
 
@@ -46,7 +48,11 @@ def flows(draw):
         target="w0",
         kind="tcp",
         at_s=at_s,
-        end_s=draw(st.one_of(st.just(float("inf")), st.floats(0.1, 1e5).map(lambda seconds: at_s + seconds))),
+        end_s=draw(
+            st.one_of(
+                st.just(float("inf")), st.floats(0.1, 1e5).map(lambda seconds: at_s + seconds)
+            )
+        ),
         streams=draw(streams),
         on=on,
         off=off,
@@ -91,11 +97,15 @@ def test_seeds_and_names_make_independent_draws():
 def test_the_pattern_of_the_paper_is_one_line(tmp_path):
     line = "{from: bg0, to: w0, tcp: {streams: {random: [1, 50]}}, on: 60s, off: 10s, seed: 3}"
     path = tmp_path / "paper.yaml"
-    path.write_text(yaml.safe_dump({**BASE, "workload": {"stop": {"seconds": 600}}}) + f"traffic:\n  - {line}\n")
+    path.write_text(
+        yaml.safe_dump({**BASE, "workload": {"stop": {"seconds": 600}}}) + f"traffic:\n  - {line}\n"
+    )
     spec = validate(read_yaml(path))
     (flow,) = make_plan(spec).cells[0].flows
     found = list(islice(phases(flow), 8))
-    assert [(phase.at_s, phase.end_s) for phase in found] == [(70 * n, 70 * n + 60) for n in range(8)]
+    assert [(phase.at_s, phase.end_s) for phase in found] == [
+        (70 * n, 70 * n + 60) for n in range(8)
+    ]
     assert len({phase.streams for phase in found}) > 4
     path.write_text(dump_spec(spec))
     assert validate(read_yaml(path)) == spec
@@ -111,13 +121,18 @@ def test_streams_may_become_one_more_with_every_phase(tmp_path):
 
 
 def test_the_shipped_example_is_good_and_has_that_pattern():
-    (cell, *_) = make_plan(load_spec(ROOT / "experiments" / "schedules" / "competing.yaml")).cells
+    cell, *_ = make_plan(load_spec(ROOT / "experiments" / "schedules" / "competing.yaml")).cells
     assert cell.flows[0].streams == Streams(1, 50)
     assert cell.flows[0].on is not None
 
 
 def test_hosts_exist_because_traffic_names_them_and_are_no_workers():
-    cell = cell_of({**TCP, "from": "bg10"}, {"from": "bg2", "to": "bg10", "udp": {"rate": "5mbit"}}, TCP, {**TCP, "at": "3s"})
+    cell = cell_of(
+        {**TCP, "from": "bg10"},
+        {"from": "bg2", "to": "bg10", "udp": {"rate": "5mbit"}},
+        TCP,
+        {**TCP, "at": "3s"},
+    )
     assert cell.workers == ("w0", "w1")
     assert cell.config()["workers"] == 2
     assert cell.lab.hosts == ("w0", "w1", "bg0", "bg2", "bg10")
@@ -128,7 +143,10 @@ def test_hosts_exist_because_traffic_names_them_and_are_no_workers():
 
 def test_all_links_of_a_schedule_are_the_links_of_the_workers():
     network = {"topology": "dumbbell", "trunk": {"rate": "50mbit"}, "link": {"rate": "20mbit"}}
-    schedule = [{"at": "1s", "set": {"rate": "9mbit"}}, {"at": "2s", "links": ["bg0", "trunk"], "set": {"rate": "8mbit"}}]
+    schedule = [
+        {"at": "1s", "set": {"rate": "9mbit"}},
+        {"at": "2s", "links": ["bg0", "trunk"], "set": {"rate": "8mbit"}},
+    ]
     changes = cell_of(TCP, network=network, schedule=schedule).timeline
     assert [change.link for change in changes] == ["w0", "w1", "bg0", "trunk"]
 
@@ -138,9 +156,16 @@ def test_all_links_of_a_schedule_are_the_links_of_the_workers():
     [
         ({"topology": "star"}, {"switch": ("w0", "w1", "bg0", "bg1")}),
         ({"topology": "dumbbell", "trunk": {}}, {"left": ("w0", "bg0", "bg1"), "right": ("w1",)}),
-        ({"topology": "dumbbell", "trunk": {}, "left": ["w0", "bg0"]}, {"left": ("w0", "bg0"), "right": ("w1", "bg1")}),
         (
-            {"topology": "regions", "regions": {"eu": ["w0"], "us": ["w1", "bg1"]}, "between": {"all": {}}},
+            {"topology": "dumbbell", "trunk": {}, "left": ["w0", "bg0"]},
+            {"left": ("w0", "bg0"), "right": ("w1", "bg1")},
+        ),
+        (
+            {
+                "topology": "regions",
+                "regions": {"eu": ["w0"], "us": ["w1", "bg1"]},
+                "between": {"all": {}},
+            },
             {"eu": ("w0", "bg0"), "us": ("w1", "bg1")},
         ),
     ],
@@ -150,7 +175,11 @@ def test_hosts_of_traffic_have_their_place_in_every_topology(network, switches):
 
 
 BAD_FLOWS = [
-    ({"to": "w2"}, "traffic[0].to", "there is no host 'w2'; did you mean 'w1'? valid: w0, w1, and bg0, bg1, …"),
+    (
+        {"to": "w2"},
+        "traffic[0].to",
+        "there is no host 'w2'; did you mean 'w1'? valid: w0, w1, and bg0, bg1, …",
+    ),
     ({"from": "bg01"}, "traffic[0].from", "there is no host 'bg01'"),
     ({"to": "bg0"}, "traffic[0].to", "is the host that it comes from"),
     ({"frm": "bg0"}, "traffic[0].frm", "did you mean 'from'?"),
@@ -162,7 +191,11 @@ BAD_FLOWS = [
     ({"tcp": None, "udp": {"rate": "5mbit", "packet": "9000B"}}, "traffic[0].udp.packet", "1472"),
     ({"tcp": {"streams": 0}}, "traffic[0].tcp.streams", "1 to 128"),
     ({"tcp": {"streams": "four"}}, "traffic[0].tcp.streams", "{random: [1, 50]}"),
-    ({"tcp": {"streams": {"random": [50, 1]}}}, "traffic[0].tcp.streams", "the smaller number first"),
+    (
+        {"tcp": {"streams": {"random": [50, 1]}}},
+        "traffic[0].tcp.streams",
+        "the smaller number first",
+    ),
     ({"on": "5s"}, "traffic[0].off", "is missing"),
     ({"on": "5s", "off": {"mena": "5s"}}, "traffic[0].off", "{mean: 60s}"),
     ({"on": "5", "off": "5s"}, "traffic[0].on", "no unit"),
@@ -193,8 +226,20 @@ def test_a_dry_run_tells_what_flows():
                 {
                     **BASE,
                     "traffic": [
-                        {**TCP, "at": "3s", "for": "5s", "tcp": {"streams": 4, "congestion": "reno"}},
-                        {"from": "bg0", "to": "bg1", "udp": {"rate": "5mbit"}, "on": "10s", "off": "2s", "engine": "iperf3"},
+                        {
+                            **TCP,
+                            "at": "3s",
+                            "for": "5s",
+                            "tcp": {"streams": 4, "congestion": "reno"},
+                        },
+                        {
+                            "from": "bg0",
+                            "to": "bg1",
+                            "udp": {"rate": "5mbit"},
+                            "on": "10s",
+                            "off": "2s",
+                            "engine": "iperf3",
+                        },
                     ],
                 }
             )
@@ -208,7 +253,9 @@ def test_a_dry_run_tells_what_flows():
 
 
 def test_what_the_machine_lacks_is_refused_with_the_mend(monkeypatch):
-    with pytest.raises(LabError, match=r"no congestion control 'nope'; valid: .*reno.*modprobe tcp_nope"):
+    with pytest.raises(
+        LabError, match=r"no congestion control 'nope'; valid: .*reno.*modprobe tcp_nope"
+    ):
         check_traffic([Flow("bg0-w0", "bg0", "w0", "tcp", congestion="nope")], "netns")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(LabError, match="apt-get install iperf3"):
@@ -249,4 +296,9 @@ def test_iperf3_is_understood():
     counted = Transcript(Flow("bg0-w0", "bg0", "w0", "udp", packet_bytes=1200))
     for line in SERVED_UDP.splitlines():
         counted.take(line)
-    assert (counted.bytes, counted.streams, counted.packets, counted.lost) == (102 * 1200, None, 102, 2)
+    assert (counted.bytes, counted.streams, counted.packets, counted.lost) == (
+        102 * 1200,
+        None,
+        102,
+        2,
+    )

@@ -1,4 +1,5 @@
-"""What speaks against a cell: every fault is noticed, and honest links and hosts are never blamed."""
+"""What speaks against a cell: every fault is noticed, and honest links and hosts are never
+blamed."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.results import validity
-from testbed.results.columns import DELAYLINE_COLUMNS, EVENT_COLUMNS, HOST_COLUMNS, LINK_COLUMNS, STEP_COLUMNS, TRAFFIC_COLUMNS
+from testbed.results.columns import (
+    DELAYLINE_COLUMNS,
+    EVENT_COLUMNS,
+    HOST_COLUMNS,
+    LINK_COLUMNS,
+    STEP_COLUMNS,
+    TRAFFIC_COLUMNS,
+)
 from testbed.results.load import load_run
 from testbed.results.summary import summarize
 from tests.testbed.synthetic_run import append, host_rows, steps_file, write_cell, write_run
@@ -21,7 +29,9 @@ from tests.testbed.synthetic_run import append, host_rows, steps_file, write_cel
 
 def problems_of(path: Path, **options: Any) -> list[str]:
     """What a run of one cell is blamed for."""
-    found: list[str] = summarize(load_run(write_run(path / "run", methods=("allreduce",), **options)))["problems"]
+    found: list[str] = summarize(
+        load_run(write_run(path / "run", methods=("allreduce",), **options))
+    )["problems"]
     return found
 
 
@@ -33,23 +43,33 @@ def test_a_sound_cell_has_no_problem(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"killed": True}, "did not finish"),
-        ({"result": {"status": "failed", "problems": ["w1 exited with code 1"]}}, "w1 exited with code 1"),
+        (
+            {"result": {"status": "failed", "problems": ["w1 exited with code 1"]}},
+            "w1 exited with code 1",
+        ),
         ({"result": {"status": "failed"}}, "failed"),
         ({"result": {"status": "interrupted"}}, "interrupted"),
         ({"result": {"parameters": {"0": "a", "1": "b"}}}, "different parameters"),
         ({"result": {"parameters": {"0": "a"}}}, "not every rank"),
         ({"result": {"t_end_s": 33.0}}, "no telemetry for 3 s from 30 s on"),
-        ({"late_s": 0.2}, "4 of 4 scheduled changes came late (the worst: w0 at 10 s, 200 ms late)"),
+        (
+            {"late_s": 0.2},
+            "4 of 4 scheduled changes came late (the worst: w0 at 10 s, 200 ms late)",
+        ),
         ({"late_s": float("nan")}, "never applied"),
     ],
 )
 def test_what_spoils_a_cell_is_named(tmp_path: Path, options: dict[str, Any], words: str) -> None:
     problems = problems_of(tmp_path, **options)
-    assert any(words in problem and problem.startswith("allreduce-s0: ") for problem in problems), problems
+    assert any(words in problem and problem.startswith("allreduce-s0: ") for problem in problems), (
+        problems
+    )
 
 
 @pytest.mark.parametrize("status", ["failed", "done"])
-def test_of_a_cell_that_ended_before_it_began_only_the_reason_is_told(tmp_path: Path, status: str) -> None:
+def test_of_a_cell_that_ended_before_it_began_only_the_reason_is_told(
+    tmp_path: Path, status: str
+) -> None:
     why = "w0 failed: there is no module 'own'"
     result = {"status": status, "problems": [why] if status == "failed" else []}
     run = write_run(tmp_path / "run", methods=("allreduce",), result=result)
@@ -65,7 +85,9 @@ def test_of_a_cell_that_ended_before_it_began_only_the_reason_is_told(tmp_path: 
 def test_unconfirmed_changes_are_named(tmp_path: Path) -> None:
     events = load_run(write_run(tmp_path / "run")).events
     events.loc[3, "verified"] = False
-    assert validity.unverified_changes(events) == ["the kernel did not confirm 1 of 18 link changes (w1)"]
+    assert validity.unverified_changes(events) == [
+        "the kernel did not confirm 1 of 18 link changes (w1)"
+    ]
 
 
 def test_no_telemetry_is_a_problem(tmp_path: Path) -> None:
@@ -79,15 +101,28 @@ def calibration_rows(*measured_mbps: float | None) -> Any:
     """Attempts at 50 Mbit/s on w1 down, one after the other."""
     for attempt, measured in enumerate(measured_mbps, start=1):
         within = measured is not None and abs(measured - 50) <= 1.5
-        place = {"quantity": "rate", "link": "w1", "direction": "down", "source": "", "target": "", "attempt": attempt}
-        amounts = {"expected": 50e6, "measured": None if measured is None else measured * 1e6, "tolerance": 1.5e6}
+        place = {
+            "quantity": "rate",
+            "link": "w1",
+            "direction": "down",
+            "source": "",
+            "target": "",
+            "attempt": attempt,
+        }
+        amounts = {
+            "expected": 50e6,
+            "measured": None if measured is None else measured * 1e6,
+            "tolerance": 1.5e6,
+        }
         yield {**place, **amounts, "within": within}
 
 
 def calibrated(path: Path, rows: Any) -> dict[str, Any]:
     """The summary of a cell whose links were to be calibrated, with these results."""
     cell = write_cell(path / "cells" / "c")
-    (cell / "cell.json").write_text(json.dumps({**json.loads((cell / "cell.json").read_text()), "calibrate": True}))
+    (cell / "cell.json").write_text(
+        json.dumps({**json.loads((cell / "cell.json").read_text()), "calibrate": True})
+    )
     append(cell / "calibration.jsonl", rows)
     [found] = summarize(load_run(path))["cells"]
     return dict(found)
@@ -101,7 +136,8 @@ def test_the_best_attempt_of_a_calibration_counts(tmp_path: Path) -> None:
 def test_a_link_off_in_every_attempt_spoils_the_cell(tmp_path: Path) -> None:
     cell = calibrated(tmp_path, [*calibration_rows(41.0, None, 46.0)])
     assert cell["problems"] == [
-        "1 of 1 calibrated rates and delays are off (the worst: w1 down carried 46 instead of 50 Mbit/s)"
+        "1 of 1 calibrated rates and delays are off (the worst: w1 down carried 46 instead of 50"
+        " Mbit/s)"
     ]
 
 
@@ -114,23 +150,49 @@ def test_a_link_off_in_every_attempt_spoils_the_cell(tmp_path: Path) -> None:
         (("n1", "n2"), {"source": ""}, 50.0, False),  # of several flows
         (("n1", "n2"), {"measured": 60e6}, 50.0, False),
         (("n1", "n2"), {"measured": np.nan}, 50.0, False),
-        (("n1", "n2"), {"quantity": "rtt", "link": "", "direction": "", "expected": 0.01, "measured": 0.005}, 50.0, False),
+        (
+            ("n1", "n2"),
+            {"quantity": "rtt", "link": "", "direction": "", "expected": 0.01, "measured": 0.005},
+            50.0,
+            False,
+        ),
         (("",), {}, 50.0, False),
     ],
 )
 def test_the_network_between_nodes_is_blamed_for_what_left_one_and_came_to_no_other(
     nodes: tuple[str, ...], change: dict[str, Any], up_mbps: float, blamed: bool
 ) -> None:
-    row = {"quantity": "rate", "source": "w0", "target": "w1", "attempt": 1, "expected": 50e6, "tolerance": 1.5e6}
-    left = {**row, "link": "w0", "direction": "up", "measured": up_mbps * 1e6, "within": up_mbps > 48.5}
+    row = {
+        "quantity": "rate",
+        "source": "w0",
+        "target": "w1",
+        "attempt": 1,
+        "expected": 50e6,
+        "tolerance": 1.5e6,
+    }
+    left = {
+        **row,
+        "link": "w0",
+        "direction": "up",
+        "measured": up_mbps * 1e6,
+        "within": up_mbps > 48.5,
+    }
     came = {**row, "link": "w1", "direction": "down", "measured": 20e6, "within": False, **change}
-    [problem] = validity.uncalibrated_links(pd.DataFrame([left, came]), pd.DataFrame({"node": nodes}))
+    [problem] = validity.uncalibrated_links(
+        pd.DataFrame([left, came]), pd.DataFrame({"node": nodes})
+    )
     assert "of 2 calibrated rates and delays are off" in problem
-    assert ("; w0 had sent as much as it may, so if they are on two nodes, the network between these" in problem) == blamed
+    assert (
+        "; w0 had sent as much as it may, so if they are on two nodes, the network between these"
+        in problem
+    ) == blamed
 
 
 def test_a_calibration_that_measured_nothing_is_no_pass(tmp_path: Path) -> None:
-    assert "nothing that could be measured" in calibrated(tmp_path / "a", [*calibration_rows(None)])["problems"][0]
+    assert (
+        "nothing that could be measured"
+        in calibrated(tmp_path / "a", [*calibration_rows(None)])["problems"][0]
+    )
     assert "not calibrated" in calibrated(tmp_path / "b", [])["problems"][0]
 
 
@@ -144,24 +206,37 @@ def host(busy: float, foreign: float, waited: float = 0.5, rows: int = 80) -> pd
 
 
 def test_a_host_that_others_keep_busy_is_blamed() -> None:
-    blame = "this machine was too busy: other programs took 60 % of its processors while none was idle"
-    assert validity.busy_host(host(1.0, 0.6)) == [f"{blame} (programs waited for one in 50 % of the time)"]
-    assert validity.busy_host(host(1.0, 0.6, float("nan"))) == [blame]  # a kernel that does not tell who waits
+    blame = (
+        "this machine was too busy: other programs took 60 % of its processors while none was idle"
+    )
+    assert validity.busy_host(host(1.0, 0.6)) == [
+        f"{blame} (programs waited for one in 50 % of the time)"
+    ]
+    # a kernel that does not tell who waits
+    assert validity.busy_host(host(1.0, 0.6, float("nan"))) == [blame]
     assert "30 %" in validity.busy_host(pd.concat([host(1.0, 0.6), host(0.4, 0.0)]))[0]
 
 
 @pytest.mark.parametrize(("busy", "foreign"), [(1.0, 0.02), (0.7, 0.5), (0.9, 0.8)])
-def test_honest_computing_and_processors_to_spare_are_not_blamed(busy: float, foreign: float) -> None:
+def test_honest_computing_and_processors_to_spare_are_not_blamed(
+    busy: float, foreign: float
+) -> None:
     assert validity.busy_host(host(busy, foreign)) == []
 
 
 def test_each_machine_of_a_lab_is_judged_by_itself_and_nodes_of_one_together() -> None:
-    busy, fine = (host(1.0, foreign).assign(node=node, machine=node) for node, foreign in (("n1", 0.4), ("n2", 0.0)))
+    busy, fine = (
+        host(1.0, foreign).assign(node=node, machine=node)
+        for node, foreign in (("n1", 0.4), ("n2", 0.0))
+    )
     [problem] = validity.busy_host(pd.concat([busy, fine]))
     assert problem.startswith("node n1 was too busy: other programs took 40 %")
     # Of one machine, 45 % are of n1's programs and 35 % of n2's: to each, the other's are foreign.
     shares = {"n1": (0.45, 0.55), "n2": (0.35, 0.65)}
-    rows = [host(1.0, theirs).assign(cpu_own_share=own, node=node, machine="m") for node, (own, theirs) in shares.items()]
+    rows = [
+        host(1.0, theirs).assign(cpu_own_share=own, node=node, machine="m")
+        for node, (own, theirs) in shares.items()
+    ]
     assert validity.busy_host(pd.concat(rows)) == []
     for frame in rows:
         frame[["cpu_own_share", "cpu_foreign_share"]] += [-0.1, 0.1]
@@ -181,9 +256,14 @@ def test_packets_lost_between_links_are_blamed_when_they_matter() -> None:
         for t_s, packets in ((0.0, 100), (1.0, 10_100))
     )
     for drops, blamed in ((0, False), (40, False), (41, True)):
-        found = validity.lost_between_links(host(0.5, 0.0).assign(softnet_drops=drops), links, events_of({}))
+        found = validity.lost_between_links(
+            host(0.5, 0.0).assign(softnet_drops=drops), links, events_of({})
+        )
         assert bool(found) == blamed
-    assert "dropped 41 packets between links, of 40000" in found[0] and "netdev_max_backlog" in found[0]
+    assert (
+        "dropped 41 packets between links, of 40000" in found[0]
+        and "netdev_max_backlog" in found[0]
+    )
 
 
 def step_rows(compute_s: Sequence[float], exchange_s: float = 0.0) -> pd.DataFrame:
@@ -198,7 +278,9 @@ def step_rows(compute_s: Sequence[float], exchange_s: float = 0.0) -> pd.DataFra
 
 def test_a_pace_that_was_not_held_is_blamed() -> None:
     [problem] = validity.missed_pace(step_rows([0.02, 0.02]), {"pace_s": 0.015})
-    assert problem.startswith("the pace of 15 ms was not held: half of the steps of rank 0 computed for 20 ms and more")
+    assert problem.startswith(
+        "the pace of 15 ms was not held: half of the steps of rank 0 computed for 20 ms and more"
+    )
     assert validity.missed_pace(step_rows([0.02, 0.02]), {"pace_s": 0.02}) == []
     assert validity.missed_pace(step_rows([0.02, 0.02]), "real") == []
 
@@ -213,29 +295,42 @@ def test_a_pace_matters_as_much_as_it_makes_steps_longer() -> None:
 
 def test_the_pace_is_that_of_every_rank_of_its_own() -> None:
     """Most ranks, and most of all steps, hold the pace."""
-    [problem] = validity.missed_pace(step_rows([0.02, 0.02, 0.03, 0.02]), {"pace_s": 0.02, "factors": [1, 1, 1, 1]})
+    [problem] = validity.missed_pace(
+        step_rows([0.02, 0.02, 0.03, 0.02]), {"pace_s": 0.02, "factors": [1, 1, 1, 1]}
+    )
     assert "half of the steps of rank 2 computed for 30 ms" in problem
     straggler = {"pace_s": 0.02, "factors": [1, 1, 2, 1]}
     assert validity.missed_pace(step_rows([0.02, 0.02, 0.04, 0.02]), straggler) == []
     [problem] = validity.missed_pace(step_rows([0.02, 0.02, 0.05, 0.02]), straggler)
-    assert problem.startswith("the pace of 40 ms was not held: half of the steps of rank 2 computed for 50 ms")
+    assert problem.startswith(
+        "the pace of 40 ms was not held: half of the steps of rank 2 computed for 50 ms"
+    )
 
 
 def test_the_first_touch_of_memory_in_the_warm_up_is_no_missed_pace(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", methods=("allreduce",), result={"steps": 3})
     cell = path / "cells" / "allreduce-s0"
     config = json.loads((cell / "cell.json").read_text())
-    (cell / "cell.json").write_text(json.dumps({**config, "workload": {"compute": {"emulate_s": 0.02}}}))
+    (cell / "cell.json").write_text(
+        json.dumps({**config, "workload": {"compute": {"emulate_s": 0.02}}})
+    )
     for rank in range(2):
         first = steps_file(cell, rank).read_text().splitlines()[:3]
         slow = [line.replace('"compute_s": 0.02', '"compute_s": 0.5') for line in first[:2]]
         steps_file(cell, rank).write_text("\n".join([*slow, first[2], ""]))
     assert any("pace" in problem for problem in summarize(load_run(path))["problems"])
     spec = yaml.safe_load((path / "spec.yaml").read_text())
-    (path / "spec.yaml").write_text(yaml.safe_dump({**spec, "workload": {**spec["workload"], "warmup": 2}}))
+    (path / "spec.yaml").write_text(
+        yaml.safe_dump({**spec, "workload": {**spec["workload"], "warmup": 2}})
+    )
     assert not any("pace" in problem for problem in summarize(load_run(path))["problems"])
-    (path / "spec.yaml").write_text(yaml.safe_dump({**spec, "workload": {**spec["workload"], "warmup": 3}}))
-    assert any("none of its steps came after the warm-up of 3" in problem for problem in summarize(load_run(path))["problems"])
+    (path / "spec.yaml").write_text(
+        yaml.safe_dump({**spec, "workload": {**spec["workload"], "warmup": 3}})
+    )
+    assert any(
+        "none of its steps came after the warm-up of 3" in problem
+        for problem in summarize(load_run(path))["problems"]
+    )
 
 
 # Links
@@ -244,11 +339,16 @@ def test_the_first_touch_of_memory_in_the_warm_up_is_no_missed_pace(tmp_path: Pa
 def link_rows(rows: Any) -> pd.DataFrame:
     """Rows of links; what they do not say is 0, or not known."""
     unknown = dict.fromkeys(("rate_bps", "burst_bytes", "queue_bytes", "lost"), np.nan)
-    frame = pd.DataFrame([{**dict.fromkeys(LINK_COLUMNS, 0.0), **unknown, **row} for row in rows], columns=list(LINK_COLUMNS))
+    frame = pd.DataFrame(
+        [{**dict.fromkeys(LINK_COLUMNS, 0.0), **unknown, **row} for row in rows],
+        columns=list(LINK_COLUMNS),
+    )
     return frame.astype({"link": "str", "direction": "str"})
 
 
-def events_of(changes: dict[str, list[tuple[float, float, float | None]]], **options: Any) -> pd.DataFrame:
+def events_of(
+    changes: dict[str, list[tuple[float, float, float | None]]], **options: Any
+) -> pd.DataFrame:
     """Events: of each link its changes, (planned s, applied s, bits/s of both directions)."""
     rows = []
     for link, list_of_changes in changes.items():
@@ -260,11 +360,26 @@ def events_of(changes: dict[str, list[tuple[float, float, float | None]]], **opt
                 "rate_bps": rate_bps,
                 "reorder": 0.0,
             }
-            state = json.dumps({"connected": options.get("connected", True), "down": parameters, "up": parameters})
+            state = json.dumps(
+                {"connected": options.get("connected", True), "down": parameters, "up": parameters}
+            )
             kind = options.get("kind", "schedule")
-            row = {"planned_s": planned_s, "applied_s": applied_s, "link": link, "state": state, "kind": kind, "verified": True}
+            row = {
+                "planned_s": planned_s,
+                "applied_s": applied_s,
+                "link": link,
+                "state": state,
+                "kind": kind,
+                "verified": True,
+            }
             rows.append(row)
-    types = {"planned_s": "float64", "applied_s": "float64", "link": "str", "state": "str", "kind": "str"}
+    types = {
+        "planned_s": "float64",
+        "applied_s": "float64",
+        "link": "str",
+        "state": "str",
+        "kind": "str",
+    }
     return pd.DataFrame(rows, columns=list(EVENT_COLUMNS)).astype(types)
 
 
@@ -274,18 +389,26 @@ def moments(number: int, seed: int) -> np.ndarray:
 
 
 class Timeline:
-    """What the kernel did: a rate from each instant on, and when the driver said so. The first one holds from the beginning.
+    """What the kernel did: a rate from each instant on, and when the driver said so. The first one
+    holds from the beginning.
 
-    late_s: how long after it was due each change was acknowledged; share: at which part of that the kernel took it.
+    late_s: how long after it was due each change was acknowledged; share: at which part of that the
+    kernel took it.
     """
 
     def __init__(
-        self, at_s: Sequence[float], rates_bps: Sequence[float], late_s: Sequence[float] = (), share: float = 0.5
+        self,
+        at_s: Sequence[float],
+        rates_bps: Sequence[float],
+        late_s: Sequence[float] = (),
+        share: float = 0.5,
     ) -> None:
         self.rates_bps = np.array(rates_bps)
         self.planned_s = np.array([0.0, *at_s])
         # No change is made before the one before it was acknowledged.
-        self.applied_s = np.maximum.accumulate(self.planned_s + np.array([0.0, *(late_s or [0.0] * len(at_s))]))
+        self.applied_s = np.maximum.accumulate(
+            self.planned_s + np.array([0.0, *(late_s or [0.0] * len(at_s))])
+        )
         begun_s = np.append(0.0, np.maximum(self.planned_s[1:], self.applied_s[:-1]))
         self.taken_s = begun_s + share * (self.applied_s - begun_s)
 
@@ -297,10 +420,14 @@ class Timeline:
 
     def events(self) -> pd.DataFrame:
         """As the driver recorded them."""
-        changes = zip(self.planned_s.tolist(), self.applied_s.tolist(), self.rates_bps.tolist(), strict=True)
+        changes = zip(
+            self.planned_s.tolist(), self.applied_s.tolist(), self.rates_bps.tolist(), strict=True
+        )
         return events_of({"w0": [*changes]})
 
-    def links(self, t_s: np.ndarray, carried: np.ndarray, waiting_bytes: Any = 0.0, **columns: Any) -> pd.DataFrame:
+    def links(
+        self, t_s: np.ndarray, carried: np.ndarray, waiting_bytes: Any = 0.0, **columns: Any
+    ) -> pd.DataFrame:
         """Samples of w0 up, which carried these bits and has these bytes in its queue."""
         rate_bps = self.rates_bps[np.searchsorted(self.applied_s, t_s, side="right") - 1]
         numbers = {
@@ -311,8 +438,21 @@ class Timeline:
             "backlog_bytes": waiting_bytes,
             "drops": 0.0,
         }
-        sizes = {"burst_bytes": np.maximum(rate_bps / 8000, 1514), "queue_bytes": np.maximum(rate_bps / 160, 1514)}
-        return pd.DataFrame({"link": "w0", "direction": "up", "packets": 0.0, "lost": np.nan, **numbers, **sizes, **columns})
+        sizes = {
+            "burst_bytes": np.maximum(rate_bps / 8000, 1514),
+            "queue_bytes": np.maximum(rate_bps / 160, 1514),
+        }
+        return pd.DataFrame(
+            {
+                "link": "w0",
+                "direction": "up",
+                "packets": 0.0,
+                "lost": np.nan,
+                **numbers,
+                **sizes,
+                **columns,
+            }
+        )
 
 
 def excesses(links: pd.DataFrame, events: pd.DataFrame) -> list[str]:
@@ -353,12 +493,19 @@ def test_a_bucket_more_or_a_packet_less_is_honest(timeline: Timeline, seed: int,
     t_s = moments(60, seed)
     bucket = 8 * timeline.links(t_s, t_s)["burst_bytes"].iloc[at - 1 : at + 1].max()
     later = np.arange(60) >= at
-    assert excesses(timeline.links(t_s, timeline.allowed(t_s) + later * bucket), timeline.events()) == []
+    assert (
+        excesses(timeline.links(t_s, timeline.allowed(t_s) + later * bucket), timeline.events())
+        == []
+    )
     less = timeline.links(t_s, timeline.allowed(t_s) - later * bucket, waiting_bytes=1e12)
     assert shortfalls(less, timeline.events()) == []
 
 
-@given(timeline=timelines(st.floats(20e6, 200e6), late_s=0.0), seed=st.integers(0, 99), start=st.integers(0, 45))
+@given(
+    timeline=timelines(st.floats(20e6, 200e6), late_s=0.0),
+    seed=st.integers(0, 99),
+    start=st.integers(0, 45),
+)
 def test_a_link_that_carries_a_tenth_more_or_less_for_a_second_is_always_blamed(
     timeline: Timeline, seed: int, start: int
 ) -> None:
@@ -367,7 +514,10 @@ def test_a_link_that_carries_a_tenth_more_or_less_for_a_second_is_always_blamed(
     inside = (gap >= start) & (gap < start + 14)
     [problem] = excesses(timeline.links(t_s, carried(allowed, 1 + 0.1 * inside)), timeline.events())
     assert problem.startswith("w0 up: carried ")
-    [problem] = shortfalls(timeline.links(t_s, carried(allowed, 1 - 0.1 * inside), waiting_bytes=1e12), timeline.events())
+    [problem] = shortfalls(
+        timeline.links(t_s, carried(allowed, 1 - 0.1 * inside), waiting_bytes=1e12),
+        timeline.events(),
+    )
     assert problem.startswith("w0 up: carried only ")
 
 
@@ -385,7 +535,8 @@ def test_a_change_inside_a_window_does_not_hide_what_is_wrong() -> None:
     assert excesses(timeline.links(t_s, allowed), timeline.events()) == []
     assert excesses(timeline.links(t_s, 1.1 * allowed), timeline.events())
     assert shortfalls(timeline.links(t_s, allowed, 1e9), timeline.events()) == []
-    # A frame that has begun at the low rate is waited for after every rise, which is 4 % of what may pass here.
+    # A frame that has begun at the low rate is waited for after every rise, which is 4 % of what
+    # may pass here.
     assert shortfalls(timeline.links(t_s, 0.95 * allowed, 1e9), timeline.events()) == []
     assert shortfalls(timeline.links(t_s, 0.85 * allowed, 1e9), timeline.events())
 
@@ -398,7 +549,8 @@ def test_a_change_that_takes_effect_late_and_is_said_to_be_on_time_is_an_excess(
 
 
 def test_what_a_late_change_may_have_let_pass_is_allowed() -> None:
-    """The driver says that a change came 50 ms late, and nobody knows when in between the kernel took it."""
+    """The driver says that a change came 50 ms late, and nobody knows when in between the kernel
+    took it."""
     t_s = moments(60, 0)
     for share in (0.0, 1.0):
         timeline = Timeline([2.0, 3.0], [50e6, 10e6, 50e6], late_s=[0.05, 0.05], share=share)
@@ -410,7 +562,9 @@ def test_the_figures_are_those_of_the_worst_window() -> None:
     timeline = Timeline([], [10e6])
     t_s = np.arange(60) / 10
     share = np.where((t_s[1:] > 2) & (t_s[1:] <= 3), 1.2, 0.5)
-    [problem] = excesses(timeline.links(t_s, carried(timeline.allowed(t_s), share)), timeline.events())
+    [problem] = excesses(
+        timeline.links(t_s, carried(timeline.allowed(t_s), share)), timeline.events()
+    )
     assert problem == "w0 up: carried 12 Mbit/s over 1 s from 2 s on, above its limit of 10 Mbit/s"
 
 
@@ -418,7 +572,10 @@ def test_a_small_excess_of_a_thin_link_shows_in_a_longer_window() -> None:
     """Two frames are a quarter of a second at 100 kbit/s."""
     timeline, t_s = Timeline([], [1e5]), moments(400, 0)
     assert excesses(timeline.links(t_s, 1.1 * timeline.allowed(t_s)), timeline.events())
-    assert excesses(timeline.links(t_s[:20], 1.1 * timeline.allowed(t_s[:20])), timeline.events()) == []
+    assert (
+        excesses(timeline.links(t_s[:20], 1.1 * timeline.allowed(t_s[:20])), timeline.events())
+        == []
+    )
 
 
 def test_without_events_the_samples_say_what_the_limit_was() -> None:
@@ -441,7 +598,8 @@ def test_an_unlimited_link_may_carry_anything_but_only_as_long_as_it_is_unlimite
 
 @given(timeline=timelines(any_rate, late_s=0.05), seed=st.integers(0, 99))
 def test_a_sample_that_took_long_to_read_blames_nobody(timeline: Timeline, seed: int) -> None:
-    """A program that reads is off the processor for 50 ms at times; when in them it read, nobody knows."""
+    """A program that reads is off the processor for 50 ms at times; when in them it read, nobody
+    knows."""
     t_s, draw = moments(60, seed), np.random.default_rng(seed)
     reading_s = np.where(draw.random(60) < 0.2, 0.05, 0.0)
     carried = timeline.allowed(np.maximum(t_s + reading_s * draw.choice([-0.5, 0.5], 60), t_s[0]))
@@ -450,11 +608,14 @@ def test_a_sample_that_took_long_to_read_blames_nobody(timeline: Timeline, seed:
 
 
 def test_a_reading_at_a_rise_that_was_acknowledged_late_blames_nobody() -> None:
-    """The rise came as it was due, in the middle of a reading that ended before the kernel's answer."""
+    """The rise came as it was due, in the middle of a reading that ended before the kernel's
+    answer."""
     timeline = Timeline([2.02], [1e3, 5e7], late_s=[0.05], share=0.0)
     t_s = np.append(np.arange(0.0, 2.0, 0.1), [2.0, 2.5, 3.0])
     reading_s = np.where(t_s == 2.0, 0.06, 0.0)
-    links = timeline.links(t_s, timeline.allowed(t_s + reading_s / 2), waiting_bytes=1e12, reading_s=reading_s)
+    links = timeline.links(
+        t_s, timeline.allowed(t_s + reading_s / 2), waiting_bytes=1e12, reading_s=reading_s
+    )
     assert excesses(links, timeline.events()) == shortfalls(links, timeline.events()) == []
 
 
@@ -463,7 +624,9 @@ def test_a_single_late_reading_would_blame_a_link_that_kept_its_limit() -> None:
     t_s, timeline = np.arange(40) / 10, Timeline([], [250e6])
     late = t_s == 1.0
     links = {
-        reading_s: timeline.links(t_s, timeline.allowed(t_s - 0.03 * late), 1e12, reading_s=reading_s * late)
+        reading_s: timeline.links(
+            t_s, timeline.allowed(t_s - 0.03 * late), 1e12, reading_s=reading_s * late
+        )
         for reading_s in (0.0, 0.06)
     }
     assert excesses(links[0.0], timeline.events()) and not excesses(links[0.06], timeline.events())
@@ -474,11 +637,17 @@ def test_an_old_run_is_judged_by_the_bucket_it_had() -> None:
     timeline, t_s = Timeline([], [1e6]), np.arange(20) / 10
     for frames, blamed in ((8, False), (12, True)):
         more = timeline.allowed(t_s) + (t_s > 0.5) * frames * 1514 * 8
-        assert bool(excesses(timeline.links(t_s, more, burst_bytes=np.nan), timeline.events())) == blamed
+        assert (
+            bool(excesses(timeline.links(t_s, more, burst_bytes=np.nan), timeline.events()))
+            == blamed
+        )
 
 
-def pauses(t_s: np.ndarray, rate_bps: float, period_s: float, busy: float, queue_s: float) -> tuple[np.ndarray, np.ndarray]:
-    """(carried bits, waiting bytes) of an honest link that is busy for a share of every period, from its beginning on."""
+def pauses(
+    t_s: np.ndarray, rate_bps: float, period_s: float, busy: float, queue_s: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """(carried bits, waiting bytes) of an honest link that is busy for a share of every period,
+    from its beginning on."""
     number, within_s = np.divmod(t_s, period_s)
     left_s = np.maximum(busy * period_s - within_s, 0.0)
     sent = rate_bps * (number * busy * period_s + np.minimum(within_s, busy * period_s))
@@ -518,10 +687,14 @@ def test_a_link_that_stands_still_with_a_full_queue_is_blamed() -> None:
     t_s = np.arange(60) / 10
     timeline = Timeline([], [50e6])
     share = np.where((t_s[1:] > 1) & (t_s[1:] <= 4), 0.0, 1.0)
-    stuck = timeline.links(t_s, carried(timeline.allowed(t_s), share), np.where((t_s >= 1) & (t_s <= 4), 500, 0))
+    stuck = timeline.links(
+        t_s, carried(timeline.allowed(t_s), share), np.where((t_s >= 1) & (t_s <= 4), 500, 0)
+    )
     [problem] = shortfalls(stuck, timeline.events())
     assert (
-        problem == "w0 up: carried only 0 Mbit/s over 2.9 s from 1 s on with packets in its queue, below its limit of 50 Mbit/s"
+        problem
+        == "w0 up: carried only 0 Mbit/s over 2.9 s from 1 s on with packets in its queue, below"
+        " its limit of 50 Mbit/s"
     )
 
 
@@ -546,15 +719,21 @@ def test_packets_dropped_from_a_queue_with_room_are_blamed() -> None:
     drops = np.minimum(np.arange(60), 30)
     links = timeline.links(t_s, 0.3 * timeline.allowed(t_s), 2000, queue_bytes=250_000, drops=drops)
     [problem] = validity.early_drops(validity.directions(links, timeline.events()))
-    assert problem == "w0 up: dropped 30 packets from 0 s on while its queue held at most 42.53 of 250 kB"
+    assert (
+        problem
+        == "w0 up: dropped 30 packets from 0 s on while its queue held at most 42.53 of 250 kB"
+    )
 
 
 @pytest.mark.parametrize(
-    "change", [{"drops": 0.0}, {"backlog_bytes": 250_000}, {"queue_bytes": np.nan}, {"queue_bytes": 40_000}]
+    "change",
+    [{"drops": 0.0}, {"backlog_bytes": 250_000}, {"queue_bytes": np.nan}, {"queue_bytes": 40_000}],
 )
 def test_drops_of_a_queue_that_may_have_been_full_are_not_blamed(change: dict[str, float]) -> None:
     timeline, t_s = Timeline([], [10e6]), np.arange(60) / 10
-    links = timeline.links(t_s, 0.3 * timeline.allowed(t_s), 2000, queue_bytes=250_000, drops=np.arange(60)).assign(**change)
+    links = timeline.links(
+        t_s, 0.3 * timeline.allowed(t_s), 2000, queue_bytes=250_000, drops=np.arange(60)
+    ).assign(**change)
     assert validity.early_drops(validity.directions(links, timeline.events())) == []
 
 
@@ -577,7 +756,9 @@ def two_hosts(arrived: float, drops: float = 0.0, lost: float = np.nan) -> pd.Da
 
 
 def test_bytes_that_no_link_received_are_missed() -> None:
-    constant: dict[str, list[tuple[float, float, float | None]]] = {link: [(0.0, 0.0, 1e7)] for link in ("w0", "w1")}
+    constant: dict[str, list[tuple[float, float, float | None]]] = {
+        link: [(0.0, 0.0, 1e7)] for link in ("w0", "w1")
+    }
     fine = host(0.5, 0.0)
     assert validity.lost_between_links(fine, two_hosts(1.0), events_of(constant)) == []
     [problem] = validity.lost_between_links(fine, two_hosts(0.99), events_of(constant))
@@ -585,14 +766,19 @@ def test_bytes_that_no_link_received_are_missed() -> None:
     # What a queue dropped, or netem lost, is known.
     assert validity.lost_between_links(fine, two_hosts(0.99, drops=1.0), events_of(constant)) == []
     assert validity.lost_between_links(fine, two_hosts(0.99, lost=1.0), events_of(constant)) == []
-    assert validity.lost_between_links(fine, two_hosts(0.99), events_of(constant, connected=False)) == []
+    assert (
+        validity.lost_between_links(fine, two_hosts(0.99), events_of(constant, connected=False))
+        == []
+    )
     # What was dropped before says nothing of what is missing afterwards.
     later = two_hosts(0.99)
     later.loc[later["t_s"] < 15, "drops"] = later["t_s"] * 10
     later.loc[later["t_s"] >= 15, "drops"] = 1000.0
     assert validity.lost_between_links(fine, later, events_of(constant))
     # Of 60 MB, 0.8 may be under way, over a trunk and a link.
-    assert validity.lost_between_links(fine, two_hosts(0.99), events_of(constant, delay_s=0.1)) == []
+    assert (
+        validity.lost_between_links(fine, two_hosts(0.99), events_of(constant, delay_s=0.1)) == []
+    )
     assert validity.lost_between_links(fine, two_hosts(0.95), events_of(constant, delay_s=0.1))
     # Two machines read their links at times of their own: what came between is not known.
     for arrived, missed in ((1.0, False), (0.95, True)):
@@ -605,7 +791,9 @@ def test_bytes_that_no_link_received_are_missed() -> None:
 
 def test_what_waits_between_links_while_a_processor_stands_still_is_not_missing() -> None:
     """0.6 of 60 MB that came 0.3 s later."""
-    constant: dict[str, list[tuple[float, float, float | None]]] = {link: [(0.0, 0.0, 1e7)] for link in ("w0", "w1")}
+    constant: dict[str, list[tuple[float, float, float | None]]] = {
+        link: [(0.0, 0.0, 1e7)] for link in ("w0", "w1")
+    }
     links = two_hosts(1.0)
     still = (links["direction"] == "down") & links["t_s"].between(10.0, 10.3)
     links.loc[still, "bytes"] = 1e5 * 100
@@ -615,10 +803,14 @@ def test_what_waits_between_links_while_a_processor_stands_still_is_not_missing(
 def test_changes_that_a_clock_cannot_place_are_blamed() -> None:
     """10 ms late are well, if the clock is known to 10 ms; not if it is known to 60."""
     events = events_of({"w0": [(1.0, 1.01, 1e6), (2.0, 2.01, 2e6)], "w1": [(2.0, 2.3, 1e6)]})
-    assert validity.unplaced_changes(events) == validity.unplaced_changes(events.assign(unsure_s=0.01)) == []
+    assert (
+        validity.unplaced_changes(events)
+        == validity.unplaced_changes(events.assign(unsure_s=0.01))
+        == []
+    )
     [problem] = validity.unplaced_changes(events.assign(unsure_s=[0.0, 0.06, 0.06]))
-    assert problem == (
-        "1 of 3 states of links and flows cannot be placed within 50 ms of their time:"
+    assert (
+        problem == "1 of 3 states of links and flows cannot be placed within 50 ms of their time:"
         " the clock of the machine of w0 was known only to 60 ms"
     )
 
@@ -628,8 +820,14 @@ def test_samples_that_a_clock_cannot_place_are_blamed_where_there_are_several_ma
     links = pd.DataFrame({"link": "w0", "t_s": np.arange(40) / 10, "reading_s": 0.12})
     nodes, here = pd.DataFrame({"node": ["n1"]}), pd.DataFrame({"node": [""]})
     [problem] = validity.unplaced_samples(links, nodes)
-    assert problem.startswith("40 samples of w0 cannot be placed within 50 ms: the clock of its machine")
-    assert validity.unplaced_samples(links, here) == validity.unplaced_samples(links, here.iloc[:0]) == []
+    assert problem.startswith(
+        "40 samples of w0 cannot be placed within 50 ms: the clock of its machine"
+    )
+    assert (
+        validity.unplaced_samples(links, here)
+        == validity.unplaced_samples(links, here.iloc[:0])
+        == []
+    )
     assert validity.unplaced_samples(links.iloc[:10], nodes) == []
     assert validity.unplaced_samples(links.assign(reading_s=0.08), nodes) == []
 
@@ -645,7 +843,9 @@ def test_changes_by_hand_are_no_evidence_for_a_spec(tmp_path: Path) -> None:
         "allreduce-s0: its links were changed by hand: 2 times, first w1 at 21.4 s"
     ]
     once = events_of({"w0": [(3.2, 3.2, 1e6)]}, kind="manual")
-    assert validity.manual_changes(once) == ["its links were changed by hand: 1 time, first w0 at 3.2 s"]
+    assert validity.manual_changes(once) == [
+        "its links were changed by hand: 1 time, first w0 at 3.2 s"
+    ]
 
 
 # What ranks say
@@ -662,40 +862,72 @@ def told(
     ranks: int = 1,
     workers: int = 4,
 ) -> list[str]:
-    """What the ranks of w0 are blamed for, whose steps of 1 s claim so many bytes each, and whose link carried so much TCP
-    payload."""
-    steps = pd.DataFrame({"rank": 0, "step": range(20), "t_s": np.arange(20) + 1.5, "step_s": 1.0, "dense_bytes": 1e6})
+    """What the ranks of w0 are blamed for, whose steps of 1 s claim so many bytes each, and whose
+    link carried so much TCP payload."""
+    steps = pd.DataFrame(
+        {
+            "rank": 0,
+            "step": range(20),
+            "t_s": np.arange(20) + 1.5,
+            "step_s": 1.0,
+            "dense_bytes": 1e6,
+        }
+    )
     steps = steps.assign(payload_bytes=claimed, retransmits=retransmits, scheme=scheme)
     steps = pd.concat([steps.assign(rank=rank) for rank in range(ranks)])
     frames = sent / 1448 / 10 * np.arange(206)
-    up = {"t_s": np.arange(206) / 10, "link": "w0", "direction": "up", "bytes": 1514 * frames, "packets": frames}
-    cell = {"workers": workers, "ranks_per_worker": ranks, "workload": {} if script else {"model": "mlp"}}
-    return validity.misstated_payloads(cell, steps, pd.DataFrame(up), pd.DataFrame(flows, columns=list(TRAFFIC_COLUMNS)))
+    up = {
+        "t_s": np.arange(206) / 10,
+        "link": "w0",
+        "direction": "up",
+        "bytes": 1514 * frames,
+        "packets": frames,
+    }
+    cell = {
+        "workers": workers,
+        "ranks_per_worker": ranks,
+        "workload": {} if script else {"model": "mlp"},
+    }
+    return validity.misstated_payloads(
+        cell, steps, pd.DataFrame(up), pd.DataFrame(flows, columns=list(TRAFFIC_COLUMNS))
+    )
 
 
 def test_a_rank_that_claims_more_than_its_link_carried_is_blamed() -> None:
     assert told(1e6, 1.005e6) == []
     assert told(1e6, 1.0e6) == []
     assert told(1e6, 0.9e6) == [
-        "1 of 4 ranks say they sent more than their links carried (the worst: w0, 20 MB instead of 18.45 MB)"
+        "1 of 4 ranks say they sent more than their links carried (the worst: w0, 20 MB instead of"
+        " 18.45 MB)"
     ]
 
 
 def test_what_sockets_hold_when_a_step_ends_is_sent_afterwards() -> None:
-    steps = pd.DataFrame({"rank": 0, "step": range(4), "t_s": np.arange(4) + 1.5, "step_s": 1.0, "dense_bytes": 1e6})
+    steps = pd.DataFrame(
+        {"rank": 0, "step": range(4), "t_s": np.arange(4) + 1.5, "step_s": 1.0, "dense_bytes": 1e6}
+    )
     steps = steps.assign(payload_bytes=1e6, retransmits=0.0, scheme="")
     t_s = np.arange(60) / 10
     frames = (1e6 * (t_s - 0.8)).clip(0, 4e6) / 1448
-    up = pd.DataFrame({"t_s": t_s, "link": "w0", "direction": "up", "bytes": 1514 * frames, "packets": frames})
-    cell, no_flow = {"workers": 4, "workload": {"model": "mlp"}}, pd.DataFrame(columns=list(TRAFFIC_COLUMNS))
+    up = pd.DataFrame(
+        {"t_s": t_s, "link": "w0", "direction": "up", "bytes": 1514 * frames, "packets": frames}
+    )
+    cell, no_flow = (
+        {"workers": 4, "workload": {"model": "mlp"}},
+        pd.DataFrame(columns=list(TRAFFIC_COLUMNS)),
+    )
     assert validity.misstated_payloads(cell, steps, up, no_flow) == []
-    assert "sent more" in validity.misstated_payloads(cell, steps.assign(payload_bytes=1.2e6), up, no_flow)[0]
+    assert (
+        "sent more"
+        in validity.misstated_payloads(cell, steps.assign(payload_bytes=1.2e6), up, no_flow)[0]
+    )
 
 
 def test_a_rank_whose_link_carried_much_more_than_it_claims_is_blamed() -> None:
     [problem] = told(1e6, 1.3e6)
     assert problem.startswith(
-        "1 of 4 ranks say they sent much less than their links carried (the worst: w0, 20 MB instead of 26"
+        "1 of 4 ranks say they sent much less than their links carried (the worst: w0, 20 MB"
+        " instead of 26"
     )
     assert told(1e6, 1.05e6) == []
     assert told(1e6, 1.3e6, flows=[{"from": "bg0", "to": "w0"}]) == []  # its acknowledgements go up
@@ -705,13 +937,16 @@ def test_a_rank_whose_link_carried_much_more_than_it_claims_is_blamed() -> None:
 
 
 def test_what_the_ranks_of_a_host_say_is_added_up_as_far_as_it_leaves_the_host() -> None:
-    """Two ranks that say 1 MB each: over a ring only one of them uses the link, by host what is said is what leaves."""
+    """Two ranks that say 1 MB each: over a ring only one of them uses the link, by host what is
+    said is what leaves."""
     for scheme in ("allreduce", "int8-ring", "allreduce/8", "int8-ring/8"):
         assert told(1e6, 1e6, scheme=scheme, ranks=2) == []
         assert "much less" in told(1e6, 1.5e6, scheme=scheme, ranks=2)[0]
     assert told(1e6, 1.5e6, scheme="int8", ranks=2) == []
     assert told(1e6, 2e6, scheme="host-int8-ring", ranks=2) == []
-    assert told(1e6, 1.5e6, scheme="host-int8", ranks=2)[0].startswith("the ranks of 1 of 4 hosts say they sent more than")
+    assert told(1e6, 1.5e6, scheme="host-int8", ranks=2)[0].startswith(
+        "the ranks of 1 of 4 hosts say they sent more than"
+    )
     for scheme in ("allreduce", "host-int8", "int8"):
         assert "more than" in told(1e6, 0.8e6, scheme=scheme, ranks=2)[0]
         assert "much less than" in told(1e6, 2.5e6, scheme=scheme, ranks=2)[0]
@@ -726,8 +961,19 @@ def test_small_payloads_may_be_less_than_headers_and_buffers() -> None:
 
 def test_nothing_is_said_of_steps_that_were_not_sampled_to_their_end() -> None:
     """A run that is going on: the last step was written after the last sample."""
-    steps = pd.DataFrame({"rank": [0], "step": 0, "t_s": 5.0, "step_s": 4.0, "payload_bytes": 1e6, "dense_bytes": 1e6})
-    up = link_rows({"t_s": n / 10, "link": "w0", "direction": "up", "bytes": 2e4 * n} for n in range(40))
+    steps = pd.DataFrame(
+        {
+            "rank": [0],
+            "step": 0,
+            "t_s": 5.0,
+            "step_s": 4.0,
+            "payload_bytes": 1e6,
+            "dense_bytes": 1e6,
+        }
+    )
+    up = link_rows(
+        {"t_s": n / 10, "link": "w0", "direction": "up", "bytes": 2e4 * n} for n in range(40)
+    )
     cell = {"workers": 1, "workload": {"model": "mlp"}}
     no_flow = pd.DataFrame(columns=list(TRAFFIC_COLUMNS))
     assert validity.misstated_payloads(cell, steps.assign(retransmits=0.0), up, no_flow) == []
@@ -740,8 +986,13 @@ def test_a_method_that_counts_half_of_what_it_sends_spoils_its_cell(tmp_path: Pa
     (cell / "cell.json").write_text(json.dumps({**config, "workload": {"compute": "real"}}))
     assert summarize(load_run(path))["valid"]
     rows = steps_file(cell, 1).read_text()
-    steps_file(cell, 1).write_text(rows.replace('"payload_bytes": 480000', '"payload_bytes": 240000'))
-    assert "1 of 2 ranks say they sent much less than their links carried" in summarize(load_run(path))["problems"][0]
+    steps_file(cell, 1).write_text(
+        rows.replace('"payload_bytes": 480000', '"payload_bytes": 240000')
+    )
+    assert (
+        "1 of 2 ranks say they sent much less than their links carried"
+        in summarize(load_run(path))["problems"][0]
+    )
 
 
 # The delay line
@@ -750,8 +1001,14 @@ def test_a_method_that_counts_half_of_what_it_sends_spoils_its_cell(tmp_path: Pa
 def line(late: float, overflowed: float = 0.0) -> pd.DataFrame:
     """10 s of a delay line of which of every 100 frames so many were late."""
     number = np.arange(101)
-    columns = {"t_s": number / 10, "cpu_s": number / 100, "frames": 9999 + 100 * number, "late": 777 + late * number}
-    columns["overflowed"] = 5 + overflowed * (number > 50)  # what was before the first sample was calibration
+    columns = {
+        "t_s": number / 10,
+        "cpu_s": number / 100,
+        "frames": 9999 + 100 * number,
+        "late": 777 + late * number,
+    }
+    # what was before the first sample was calibration
+    columns["overflowed"] = 5 + overflowed * (number > 50)
     return pd.DataFrame({**columns, "latest_s": 0.004, "held": 3}, columns=list(DELAYLINE_COLUMNS))
 
 

@@ -100,7 +100,9 @@ def orchestrated(directory: Path, ranks: int) -> Iterator[Orchestrator]:
         orchestrator.close()
 
 
-def write_cell(directory: Path, ranks: int, method: str = "topk", seed: int = 0, **workload: Any) -> None:
+def write_cell(
+    directory: Path, ranks: int, method: str = "topk", seed: int = 0, **workload: Any
+) -> None:
     defaults = {
         "model": "mlp",
         "model_options": {"hidden": [32]},
@@ -126,7 +128,9 @@ def write_cell(directory: Path, ranks: int, method: str = "topk", seed: int = 0,
 
 def work(rank: int) -> int:
     os.environ[protocol.ENV_TOKEN] = f"rank {rank}"
-    output = protocol.host_directory(Path(os.environ[protocol.ENV_CELL_DIR]), protocol.worker_name(rank))
+    output = protocol.host_directory(
+        Path(os.environ[protocol.ENV_CELL_DIR]), protocol.worker_name(rank)
+    )
     output.mkdir(parents=True)
     os.environ[protocol.ENV_OUTPUT_DIR] = str(output)
     return program.main()
@@ -143,7 +147,9 @@ def start_workers(directory: Path, ranks: int) -> Ranks:
 
 @pytest.mark.parametrize("method", ["allreduce", "netsense"])
 @pytest.mark.parametrize(
-    "workload", [{}, {"model": "cnn", "model_options": {}, "stop": {"epochs": 0.8}, "bucket_cap_mb": 0.1}], ids=["mlp", "cnn"]
+    "workload",
+    [{}, {"model": "cnn", "model_options": {}, "stop": {"epochs": 0.8}, "bucket_cap_mb": 0.1}],
+    ids=["mlp", "cnn"],
 )
 def test_trains_to_the_end(tmp_path: Path, method: str, workload: dict[str, Any]) -> None:
     write_cell(tmp_path, 2, method, **workload)
@@ -152,9 +158,15 @@ def test_trains_to_the_end(tmp_path: Path, method: str, workload: dict[str, Any]
         orchestrator.start()
         orchestrator.finish()
         assert workers.results() == [0, 0]
-    steps = 17 if workload else 12  # 1347 samples make 21 batches of 2 x 32; 0.8 of them begin 17 steps
+    # 1347 samples make 21 batches of 2 x 32; 0.8 of them begin 17 steps
+    steps = 17 if workload else 12
     ready, done = orchestrator.of("ready"), orchestrator.of("done")
-    assert ready[0]["parameters"] == ready[1]["parameters"] != done[0]["parameters"] == done[1]["parameters"]
+    assert (
+        ready[0]["parameters"]
+        == ready[1]["parameters"]
+        != done[0]["parameters"]
+        == done[1]["parameters"]
+    )
     assert {message["steps"] for message in done.values()} == {steps}
     assert done[1]["accuracy"] is None
     for rank in range(2):
@@ -168,8 +180,12 @@ def test_trains_to_the_end(tmp_path: Path, method: str, workload: dict[str, Any]
     assert orchestrator.of("eval")[0].keys() == {"type", *protocol.EVAL_COLUMNS}
 
 
-@pytest.mark.parametrize("compute", ["real", {"emulate_s": 0.005, "jitter": 0.0}], ids=["real", "emulated"])
-def test_local_updates_end_with_equal_replicas_and_all_their_bytes_in_the_records(tmp_path: Path, compute: Any) -> None:
+@pytest.mark.parametrize(
+    "compute", ["real", {"emulate_s": 0.005, "jitter": 0.0}], ids=["real", "emulated"]
+)
+def test_local_updates_end_with_equal_replicas_and_all_their_bytes_in_the_records(
+    tmp_path: Path, compute: Any
+) -> None:
     write_cell(tmp_path, 2, "localsgd", compute=compute, evaluate_every_s=0.01)
     with orchestrated(tmp_path, 2) as orchestrator:
         workers = start_workers(tmp_path, 2)
@@ -177,10 +193,14 @@ def test_local_updates_end_with_equal_replicas_and_all_their_bytes_in_the_record
         orchestrator.finish()
         assert workers.results() == [0, 0]
     done = orchestrator.of("done")
-    assert done[0]["parameters"] == done[1]["parameters"] and {message["steps"] for message in done.values()} == {12}
+    assert done[0]["parameters"] == done[1]["parameters"] and {
+        message["steps"] for message in done.values()
+    } == {12}
     for rank in range(2):
         rows = list(read_records(steps_file(tmp_path, rank)))
-        assert [(row["step"], row["samples"]) for row in rows] == [(step, 32) for step in range(12)] + [(12, None)]
+        assert [(row["step"], row["samples"]) for row in rows] == [
+            (step, 32) for step in range(12)
+        ] + [(12, None)]
         sent = {row["step"]: row["payload_bytes"] for row in rows if row["payload_bytes"]}
         assert sent == dict.fromkeys([7, 12], rows[0]["dense_bytes"])
         assert rows[-1]["t_s"] > rows[-2]["t_s"] and rows[-1]["comm_s"] > 0
@@ -189,7 +209,13 @@ def test_local_updates_end_with_equal_replicas_and_all_their_bytes_in_the_record
 
 
 def test_some_methods_have_a_momentum_in_place_of_the_optimizers() -> None:
-    sgd, adam = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True}, {"name": "adamw", "lr": 1e-3}
+    sgd, adam = (
+        {"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True},
+        {
+            "name": "adamw",
+            "lr": 1e-3,
+        },
+    )
     for name, options, given, left, told in (
         ("topk", {}, sgd, sgd, {}),
         ("dgc", {}, sgd, {"name": "sgd", "lr": 0.1}, {"momentum": 0.9}),
@@ -198,7 +224,10 @@ def test_some_methods_have_a_momentum_in_place_of_the_optimizers() -> None:
         ("demo", {}, adam, {**adam, "beta1": 0.0}, {}),
         ("demo", {"update": "mean"}, adam, adam, {}),
     ):
-        assert program._momentum_where_it_belongs({"name": name, "options": options}, given) == (left, told)
+        assert program._momentum_where_it_belongs({"name": name, "options": options}, given) == (
+            left,
+            told,
+        )
 
 
 @pytest.mark.alone
@@ -217,14 +246,18 @@ def test_all_ranks_stop_after_the_same_step_and_pace_is_kept(tmp_path: Path) -> 
     assert len(rows) == last
     paced = sorted(row["compute_s"] for row in rows[3:])
     assert 0.045 <= paced[len(paced) // 2] <= 0.1
-    assert abs(rows[0]["t_s"] - rows[0]["step_s"]) < 0.1  # t = 0 is the start, not the epoch of the clock
+    # t = 0 is the start, not the epoch of the clock
+    assert abs(rows[0]["t_s"] - rows[0]["step_s"]) < 0.1
 
 
 @pytest.mark.parametrize(
     ("workload", "said"),
     [
         ({"model": "mpl"}, "unknown model 'mpl'; choose from mlp"),
-        ({"model_options": {"hiden": [1]}}, "model 'mlp' has no option 'hiden'; its options: hidden"),
+        (
+            {"model_options": {"hiden": [1]}},
+            "model 'mlp' has no option 'hiden'; its options: hidden",
+        ),
         ({"data": "no.such:data"}, "cannot load 'no.such:data': No module named 'no'"),
         ({"optimizer": {"name": "sdg"}}, "unknown optimizer 'sdg'; choose from sgd"),
         ({"batch": 5000}, "1 workers with batches of 5000 need more than 1347 training samples"),
@@ -236,7 +269,9 @@ def test_all_ranks_stop_after_the_same_step_and_pace_is_kept(tmp_path: Path) -> 
         ),
     ],
 )
-def test_bad_names_are_said_in_one_line(tmp_path: Path, workload: dict[str, Any], said: str) -> None:
+def test_bad_names_are_said_in_one_line(
+    tmp_path: Path, workload: dict[str, Any], said: str
+) -> None:
     write_cell(tmp_path, 1, **workload)
     with orchestrated(tmp_path, 1) as orchestrator:
         workers = start_workers(tmp_path, 1)
@@ -288,7 +323,9 @@ threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task
 print(len([name for name in threads if name != "jemalloc_bg_thd"]))
 """
     env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+    )
     assert done.stdout == "1\n", done.stderr
 
 
@@ -308,7 +345,8 @@ assert "torch" not in sys.modules
 
 @pytest.mark.alone
 @pytest.mark.parametrize(
-    ("ending", "said"), [("silence", "no word from the orchestrator for 0.6 s"), ("lost", "closed the control socket")]
+    ("ending", "said"),
+    [("silence", "no word from the orchestrator for 0.6 s"), ("lost", "closed the control socket")],
 )
 def test_a_worker_that_is_left_alone_ends_itself(tmp_path: Path, ending: str, said: str) -> None:
     with orchestrated(tmp_path, 1) as orchestrator:
@@ -341,7 +379,9 @@ def test_models_fit_the_digits(name: str) -> None:
     assert model(test_x[:5]).shape == (5, 10)
     assert 2e5 <= sum(parameter.numel() for parameter in model.parameters()) <= 4e5
     again = zoo.make_model(name, {}, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
@@ -367,6 +407,8 @@ def test_checkpoints_reach_back_to_where_a_rank_may_have_stopped_and_newer_ones_
     monkeypatch.setattr(checkpoint.dist, "all_gather_object", of_all)
     others = [20]
     assert mine.newest_of_all() == (20, {"after": 20})
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-20.pt"], "what came later is no part of the training now"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-20.pt"], (
+        "what came later is no part of the training now"
+    )
     others = []
     assert mine.newest_of_all() is None and not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
-"""Entries of a schedule about workers: what they become, what is refused, and what results make of restarts."""
+"""Entries of a schedule about workers: what they become, what is refused, and what results make of
+restarts."""
 
 from pathlib import Path
 
@@ -81,7 +82,13 @@ def test_real_compute_cannot_be_slowed_down():
     with pytest.raises(SpecError) as raised:
         plan([{"at": "1s", "slow": {"w0": 2}}], workload={"stop": {"seconds": 30}})
     assert raised.value.faults == [
-        ("schedule[0].slow", "what real compute takes is for this machine to say; it needs compute: {pace: …} or {emulate: …}")
+        (
+            "schedule[0].slow",
+            (
+                "what real compute takes is for this machine to say; it needs compute: {pace: …} or"
+                " {emulate: …}"
+            ),
+        )
     ]
 
 
@@ -93,15 +100,22 @@ def test_a_slow_time_is_no_missed_pace():
 
 
 def test_steps_that_are_done_again_count_once(tmp_path: Path) -> None:
-    """Three steps, a failure at 3.5 s, all trains again at 5 s from step 1 on: four steps of 10 samples by 8 s."""
+    """Three steps, a failure at 3.5 s, all trains again at 5 s from step 1 on: four steps of 10
+    samples by 8 s."""
     cell = write_cell(tmp_path / "cells" / "c", evaluated=False)
     for records_file in cell.glob("hosts/*/steps*.jsonl"):
         records_file.unlink()
     append(steps_file(cell, 0), [step(0, number, number + 1.0) for number in range(3)])
-    append(steps_file(cell, 0).with_name("steps-1.jsonl"), [step(0, number, number + 5.0) for number in range(1, 4)])
+    append(
+        steps_file(cell, 0).with_name("steps-1.jsonl"),
+        [step(0, number, number + 5.0) for number in range(1, 4)],
+    )
     failure = {"planned_s": 3.0, "worker": "w0", "text": "was ended by signal 9; its log is empty"}
     kinds = {"kill": 3.0, "failure": 3.5, "restart": 5.0}
-    append(cell / "failures.jsonl", [{**failure, "t_s": t_s, "kind": kind} for kind, t_s in kinds.items()])
+    append(
+        cell / "failures.jsonl",
+        [{**failure, "t_s": t_s, "kind": kind} for kind, t_s in kinds.items()],
+    )
     run = load_run(tmp_path)
     found = cell_of(run, "c")
     assert (found["restarts"], found["lost_steps"]) == (1, 2)
@@ -111,5 +125,10 @@ def test_steps_that_are_done_again_count_once(tmp_path: Path) -> None:
 
 def test_a_kill_that_came_late_is_blamed(tmp_path: Path) -> None:
     cell = write_cell(tmp_path / "cells" / "c")
-    append(cell / "failures.jsonl", [{"planned_s": 3.0, "t_s": 3.2, "worker": "w1", "kind": "kill", "text": ""}])
-    assert "w1 was killed 200 ms after its time, 3 s" in validity.late_kills(load_run(tmp_path).failures)
+    append(
+        cell / "failures.jsonl",
+        [{"planned_s": 3.0, "t_s": 3.2, "worker": "w1", "kind": "kill", "text": ""}],
+    )
+    assert "w1 was killed 200 ms after its time, 3 s" in validity.late_kills(
+        load_run(tmp_path).failures
+    )

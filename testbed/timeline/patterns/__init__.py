@@ -1,4 +1,5 @@
-"""What an entry of a schedule can be. A new pattern of links is one file here and one line in ``PATTERNS``."""
+"""What an entry of a schedule can be. A new pattern of links is one file here and one line in
+``PATTERNS``."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -45,13 +46,20 @@ def parse_entry(raw: object) -> Entry:
     given = [name for name in ENTRIES if name in raw]
     if len(given) != 1:
         *others, last = ENTRIES
-        text = f"needs exactly one of {', '.join(others)} and {last}, for example set: {{rate: 10mbit}}"
+        text = (
+            f"needs exactly one of {', '.join(others)} and {last}, for example set: {{rate:"
+            " 10mbit}"
+        )
         raise PydanticCustomError("entry", text)
     chosen = given[0]
     for key in raw:
         if chosen not in owners[key]:
             owner = owners[key][0]
-            _refuse(key, f"belongs to a {' or a '.join(owners[key])}; remove it, or write {owner} instead of {chosen}")
+            _refuse(
+                key,
+                f"belongs to a {' or a '.join(owners[key])}; remove it, or write {owner} instead of"
+                f" {chosen}",
+            )
     for key, field in _keys(ENTRIES[chosen]).items():
         if field.is_required() and key not in raw:
             example = f"; for example {key}: {field.examples[0]}" if field.examples else ""

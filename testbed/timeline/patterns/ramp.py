@@ -17,7 +17,9 @@ class Ramp(ScheduleEntry):
 
     LENGTH: ClassVar[str] = "over"
 
-    ramp: Annotated[LinkChange, written_as("GradualLinkChange")] = Field(examples=["{rate: 50mbit}"])
+    ramp: Annotated[LinkChange, written_as("GradualLinkChange")] = Field(
+        examples=["{rate: 50mbit}"]
+    )
     """The new values."""
     over: PositiveTime = Field(examples=["4s"])
     """How long it takes."""
@@ -44,4 +46,7 @@ class Ramp(ScheduleEntry):
         steps = max(1, math.ceil(self.over / self.every - 1e-9))
         for step in range(1, steps + 1):
             fraction = step * self.every / self.over if step < steps else 1.0
-            yield self.over * fraction, {key: interpolate(origins[key], targets[key], fraction) for key in targets}
+            yield (
+                self.over * fraction,
+                {key: interpolate(origins[key], targets[key], fraction) for key in targets},
+            )

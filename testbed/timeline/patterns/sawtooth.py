@@ -1,4 +1,5 @@
-"""``sawtooth: {rate: [10mbit, 50mbit]}, period: 4s``: straight from one value to another, then back at once."""
+"""``sawtooth: {rate: [10mbit, 50mbit]}, period: 4s``: straight from one value to another, then back
+at once."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -14,7 +15,8 @@ from testbed.timeline.updates import StartContext, Update
 
 
 class Sawtooth(DurationEntry):
-    """Equal steps of equal length: the first has the first value, the last the second one, so their mean is the middle."""
+    """Equal steps of equal length: the first has the first value, the last the second one, so their
+    mean is the middle."""
 
     sawtooth: ContinuousPair = Field(examples=["{rate: [10mbit, 50mbit]}"])
     """From the first value of a property straight to the second, then back at once."""

@@ -15,7 +15,8 @@ from testbed.timeline.updates import StartContext, Update
 
 
 class Square(DurationEntry):
-    """The first value, then the second, again and again; ``square: {up: [true, false]}`` is a link that flaps."""
+    """The first value, then the second, again and again; ``square: {up: [true, false]}`` is a link
+    that flaps."""
 
     square: AnyPair = Field(examples=["{rate: [50mbit, 10mbit]}"])
     """To and fro between two values of a property."""
@@ -33,7 +34,9 @@ class Square(DurationEntry):
 
     def unbounded_updates(self, start: StartContext) -> Iterator[Update]:
         pairs = self.square.pairs(start.trunk)
-        first, second = ({key: pair[position] for key, pair in pairs.items()} for position in (0, 1))
+        first, second = (
+            {key: pair[position] for key, pair in pairs.items()} for position in (0, 1)
+        )
         for cycle in count():
             yield cycle * self.period, first
             yield (cycle + self.duty) * self.period, second

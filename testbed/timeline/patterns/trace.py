@@ -1,4 +1,5 @@
-"""``trace: traces/example.csv, repeat: true, scale: {rate: 0.5, time: 2}, offset: 10s``: what was recorded elsewhere."""
+"""``trace: traces/example.csv, repeat: true, scale: {rate: 0.5, time: 2}, offset: 10s``: what was
+recorded elsewhere."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -40,10 +41,11 @@ class Scale(Model):
 
 
 class Trace(DurationEntry):
-    """Replay of a file (``timeline.recording`` has the formats), which is named relative to the spec.
+    """Replay of a file (``timeline.recording`` has the formats), which is named relative to the
+    spec.
 
-    A rate of 0 is an outage: nothing passes, and what comes waits in the queue. Any other rate below 8kbit becomes 8kbit, the
-    least of a link.
+    A rate of 0 is an outage: nothing passes, and what comes waits in the queue. Any other rate
+    below 8kbit becomes 8kbit, the least of a link.
     """
 
     trace: str = Field(min_length=1, max_length=4096, examples=["traces/cellular.csv"])
@@ -57,11 +59,15 @@ class Trace(DurationEntry):
     every: Interval | None = Field(None, examples=["100ms"])
     """Width of the windows in which a packet-delivery file is counted."""
     direction: Literal[*DIRECTIONS] | None = None  # type: ignore[valid-type]
-    """Replay it in this direction only. Otherwise the rate holds in both, all else on down (on a trunk in both)."""
+    """Replay it in this direction only. Otherwise the rate holds in both, all else on down (on a
+    trunk in both)."""
 
     def endless(self, start: StartContext) -> bool:
-        """True if it begins again and again; a recording of a constant, such as Mahimahi's of 12 Mbit/s, has no need to."""
-        return self.repeat and any(len(set(values)) > 1 for values in self._columns(self._recording(start), start).values())
+        """True if it begins again and again; a recording of a constant, such as Mahimahi's of 12
+        Mbit/s, has no need to."""
+        return self.repeat and any(
+            len(set(values)) > 1 for values in self._columns(self._recording(start), start).values()
+        )
 
     def unbounded_updates(self, start: StartContext) -> Iterator[Update]:
         recording = self._recording(start)
@@ -82,27 +88,55 @@ class Trace(DurationEntry):
         given = recording.columns.keys()
         delays = [value for name in _SCALED["delay"] & given for value in recording.columns[name]]
         if self.every is not None and not recording.counted:
-            key, fault = "every", f"is for packet-delivery files; {self.trace} has times of its own, remove it"
+            key, fault = (
+                "every",
+                f"is for packet-delivery files; {self.trace} has times of its own, remove it",
+            )
         elif self.offset >= recording.length_s:
             key, fault = (
                 "offset",
-                f"{format_time(self.offset)} is not within {self.trace}, which ends at {recording.length_s:g}s",
+                (
+                    f"{format_time(self.offset)} is not within {self.trace}, which ends at"
+                    f" {recording.length_s:g}s"
+                ),
             )
         elif recording.shortest_s * self.scale.time < MIN_INTERVAL_S - 1e-9:
-            key, fault = "trace", f"{self.trace} has rows less than 1ms apart; scale its time or thin it out"
+            key, fault = (
+                "trace",
+                f"{self.trace} has rows less than 1ms apart; scale its time or thin it out",
+            )
         elif max(recording.columns.get("rate_bps", (0.0,))) * self.scale.rate > MAX_RATE_BPS:
             key, fault = "trace", f"{self.trace} has rates above 100gbit; scale them down"
         elif max(delays, default=0.0) * self.scale.delay > MAX_DELAY_S:
-            key, fault = "trace", f"{self.trace} has delays above {format_time(MAX_DELAY_S)}; scale them down"
-        elif missing := [name for name in _SCALED if getattr(self.scale, name) != 1 and not given & _SCALED[name]]:
-            key, fault = f"scale.{missing[0]}", f"{self.trace} has no {missing[0]} that could be scaled; remove it"
+            key, fault = (
+                "trace",
+                f"{self.trace} has delays above {format_time(MAX_DELAY_S)}; scale them down",
+            )
+        elif missing := [
+            name for name in _SCALED if getattr(self.scale, name) != 1 and not given & _SCALED[name]
+        ]:
+            key, fault = (
+                f"scale.{missing[0]}",
+                f"{self.trace} has no {missing[0]} that could be scaled; remove it",
+            )
         elif self.direction == "up" and not trunk and given - {*_BOTH_DIRECTIONS}:
-            key, fault = "direction", f"{self.trace} has more than a rate, and all else exists on the down direction only"
+            key, fault = (
+                "direction",
+                (
+                    f"{self.trace} has more than a rate, and all else exists on the down direction"
+                    " only"
+                ),
+            )
         if key:
             raise SpecError([(key, fault)])
 
-    def _columns(self, recording: Recording, start: StartContext) -> dict[PropertyKey, Sequence[Any]]:
-        columns = {name: [self._scaled(name, value) for value in values] for name, values in recording.columns.items()}
+    def _columns(
+        self, recording: Recording, start: StartContext
+    ) -> dict[PropertyKey, Sequence[Any]]:
+        columns = {
+            name: [self._scaled(name, value) for value in values]
+            for name, values in recording.columns.items()
+        }
         sides = (self.direction,) if self.direction else DIRECTIONS
         return {
             (side, name): values

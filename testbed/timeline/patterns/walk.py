@@ -1,4 +1,5 @@
-"""``walk: {rate: [5mbit, 50mbit]}, every: 500ms, step: 20%, seed: 1``: a random walk between two bounds."""
+"""``walk: {rate: [5mbit, 50mbit]}, every: 500ms, step: 20%, seed: 1``: a random walk between two
+bounds."""
 
 import random
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from testbed.timeline.updates import StartContext, Update
 
 
 class Walk(DurationEntry):
-    """Steps of a random size up or down, reflected at the bounds; each value between them is equally likely at any time.
+    """Steps of a random size up or down, reflected at the bounds; each value between them is
+    equally likely at any time.
 
     Each link walks on its own; all properties of a link, and both its directions, walk together.
     """
@@ -29,10 +31,12 @@ class Walk(DurationEntry):
     """The same one gives the same walk on every machine."""
 
     def unbounded_updates(self, start: StartContext) -> Iterator[Update]:
-        # Only a text as seed and random() itself are promised to be the same in all versions and on all platforms.
+        # Only a text as seed and random() itself are promised to be the same in all versions and on
+        # all platforms.
         pairs = self.walk.pairs(start.trunk)
         numbers = random.Random(f"{self.seed} {start.link}")
-        place = numbers.random()  # uniform, which is what the walk keeps: it needs no time to settle
+        # uniform, which is what the walk keeps: it needs no time to settle
+        place = numbers.random()
         for number in count():
             yield number * self.every, values_at(pairs, place)
             place = _reflected(place + (2 * numbers.random() - 1) * self.step)
