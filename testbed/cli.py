@@ -817,13 +817,15 @@ def _plan(
 
 def _guarded(call: Callable[[], T]) -> T:
     from testbed.files import explained
-    from testbed.labs.base import LabError
+    from testbed.labs.base import HostFailed, LabError
     from testbed.run.directory import NoPlace, RunIsBusy
 
     try:
         return call()
     except LabError as error:
         _fail(str(error), EXIT_CANNOT)
+    except HostFailed as error:
+        _fail(str(error), EXIT_FAILED)
     except (RunIsBusy, NoPlace) as error:
         _fail(str(error), EXIT_BAD_INPUT)
     except KeyboardInterrupt:

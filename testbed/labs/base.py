@@ -215,7 +215,7 @@ class Lab(Protocol):
 
 
 class HostFailed(Exception):
-    """A host can start no program, though the lab was made. The message is one line."""
+    """A host can start no program, or has ended; the next time it may live. One line."""
 
 
 class LabError(Exception):

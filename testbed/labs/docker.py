@@ -44,7 +44,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from testbed import gpus, protocol
 from testbed.clock import HERE
 from testbed.files import everything_in
-from testbed.labs.base import OOM_SCORE_ADJ, LabError, LabPlan, make_shaper
+from testbed.labs.base import OOM_SCORE_ADJ, HostFailed, LabError, LabPlan, make_shaper
 from testbed.labs.capabilities import lacking_capabilities
 from testbed.labs.containers import ContainerProcess, InitConnection, change_interface, interfaces
 from testbed.labs.owner import owner_lives, owner_mark
@@ -79,6 +79,10 @@ _NO_IPV6_ADDRESS = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE
 """An interface that makes up no address (IN6_ADDR_GEN_MODE_NONE), and so says nothing on its link
 of its own accord."""
 _READY_S = 60.0
+_SIGNALLED = 128
+"""Above it an exit code tells of the signal that ended a program."""
+_DEATH_NOTICE_S = 0.3
+"""Within it, at most, the daemon hears of a death."""
 _START_THREADS = 8
 _COMPOSE = "docker compose up experiment"
 _OTHER_NAMESPACE = (
@@ -169,8 +173,11 @@ class DockerLab:
                 self._build(self._client)
             self.links.apply(self._plan.links)
         except BaseException as error:
+            killed = self._killed_container() if isinstance(error, LabError | OSError) else ""
             self._close()
-            # which may live the next time
+            if killed:
+                raise HostFailed(killed) from error
+            # a delay line that has died may live the next time
             if isinstance(error, OSError) and not isinstance(error, DelayLineDied):
                 raise LabError(f"the lab cannot be made: {error}") from error
             raise
@@ -337,6 +344,23 @@ class DockerLab:
             f"the container of {name} ended at once; see: docker run --rm --entrypoint python"
             f" {self._image} --version"
         )
+
+    def _killed_container(self) -> str:
+        """In one line, which container of this lab was ended by a signal; "" if none was, as far as
+        the daemon tells."""
+        assert self._client is not None
+        filters = {"type": "container", "event": "die", "label": f"{LABEL}={self._token}"}
+        # Of a container that is removed nothing but its last events can be had. As text, since
+        # whole seconds would leave this one out, or wait for its end.
+        until = f"{time.time() + _DEATH_NOTICE_S:.3f}"
+        with contextlib.suppress(DockerException, requests.RequestException, KeyError, ValueError):
+            for event in self._client.events(since=0, until=until, filters=filters, decode=True):
+                died = event["Actor"]["Attributes"]
+                if int(died["exitCode"]) > _SIGNALLED:
+                    host = died["name"].removeprefix(f"netsense-{self._token}-")
+                    code = died["exitCode"]
+                    return f"the container of {host} ended with exit code {code} too early"
+        return ""
 
     def _wire(self, network: Network, containers: Mapping[str, Container]) -> None:
         self._switch = NetlinkSocket()

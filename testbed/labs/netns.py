@@ -220,7 +220,7 @@ class NetnsLab:
             self.links.apply(self._plan.links)
         except BaseException as error:
             self._close()
-            # which may live the next time
+            # a delay line that has died may live the next time
             if isinstance(error, OSError) and not isinstance(error, DelayLineDied):
                 raise LabError(f"the lab cannot be made: {error}") from error
             raise

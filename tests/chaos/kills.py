@@ -2,16 +2,27 @@
 
     python tests/chaos/kills.py [--kills 20] [--seed 0] [--lab netns] [--lab docker]
 
-Each round runs a small experiment and sends one signal to one of its processes: the orchestrator,
-the first process of the lab, the process that forks workers, a worker, a program of the traffic, a
-delay line or a container. Then, after the stated clean-up (none; in Docker ``testbed clean`` where
-the orchestrator was killed), nothing may be left of it, what lay beside it must be as it was, all
-records that were a second old must load, and nobody may have seen a traceback.
+Each round runs a small experiment, waits for one of its phases and then for a random moment, and
+sends one signal to
+
+    orchestrator   testbed run
+    group          all processes of its process group, as a terminal or a scheduler does
+    sandbox        the first process of the netns lab
+    fork server    the process from which the netns lab forks its programs
+    program        a worker, or a program of the traffic
+    delay line     that of the netns lab, in half of its rounds
+    container      the first process of one, in the Docker lab
+    daemon         dockerd, which is started again afterwards
+
+Then, after the stated clean-up (none; in Docker ``testbed clean``), nothing may be left of it, what
+lay beside it must be as it was, all records that were a second old must load, and nobody may have
+seen a traceback.
 """
 
 import argparse
 import collections
 import contextlib
+import math
 import os
 import random
 import shutil
@@ -32,16 +43,12 @@ from testbed import load_run
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-TARGETS = (
-    "orchestrator",
-    "group",
-    "sandbox",
-    "fork server",
-    "worker",
-    "traffic",
-    "delay line",
-    "container",
-)
+TARGETS = {
+    "netns": ("orchestrator", "group", "sandbox", "fork server", "program"),
+    "docker": ("orchestrator", "group", "program", "container", "daemon"),
+}
+PHASES = {"start": 1.5, "lab and workers": 3.0, "calibration": 2.0, "steps": 3.0, "report": 3.0}
+"""The signal comes within so many seconds of a phase's begin."""
 _END_S = 15.0
 SPEC = {
     "name": "chaos",
@@ -78,7 +85,9 @@ class Outcome:
 
 def one_round(lab: str, draw: random.Random, directory: Path) -> Outcome:
     spec = {**SPEC, "lab": lab}
+    targets = TARGETS[lab]
     if lab == "netns" and draw.random() < 0.5:
+        targets = (*targets, "delay line")
         spec["network"] = {"link": {"rate": "20mbit", "delay": "5ms"}, "engine": "userspace"}
     (directory / "chaos.yaml").write_text(yaml.safe_dump(spec))
     printed = directory / "printed.txt"
@@ -101,21 +110,24 @@ def one_round(lab: str, draw: random.Random, directory: Path) -> Outcome:
             start_new_session=True,
         )
     outcome = Outcome(lab)
-    wanted = draw.choice(
-        [target for target in TARGETS if (target == "container") <= (lab == "docker")]
-    )
-    outcome.signal = draw.choice(SIGNALS).name
-    kill_at_s = time.monotonic() + draw.uniform(0.2, 12.0 if lab == "netns" else 18.0)
+    wanted, outcome.signal = draw.choice(targets), draw.choice(SIGNALS).name
+    phase, cells = draw.choice(list(PHASES)), draw.choice((0, 1))
+    later_s, kill_at_s = draw.uniform(0.0, PHASES[phase]), math.inf
     written: collections.deque[tuple[float, int]] = collections.deque()
     victims: Sequence[int] = ()
     while process.poll() is None and not victims:
-        written.append((time.monotonic(), _rows(directory)))
-        if time.monotonic() >= kill_at_s:
+        now_s = time.monotonic()
+        written.append((now_s, _rows(directory)))
+        outcome.phase, ended = _phase(directory)
+        come = outcome.phase == phase and (phase in ("start", "report") or ended >= cells)
+        if come and math.isinf(kill_at_s):
+            kill_at_s = now_s + later_s
+        if now_s >= kill_at_s:
             victims = _victims(process.pid, wanted, draw)
-            outcome.phase = _phase(directory)
         time.sleep(0.05)
     killed_s = time.monotonic()
     outcome.target = wanted if victims else "it had ended"
+    daemon = _words(victims[0]) if wanted == "daemon" and victims else []
     for pid in victims:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.Signals[outcome.signal])
@@ -127,6 +139,8 @@ def one_round(lab: str, draw: random.Random, directory: Path) -> Outcome:
         outcome.faults.append("did not end")
         process.kill()
         process.wait()
+    if wanted == "daemon" and victims:
+        _start_daemon(victims[0], daemon)
     outcome.code, outcome.seconds = process.returncode, time.monotonic() - killed_s
     outcome.printed = printed.read_text(errors="replace")
     outcome.faults += _faults(outcome, directory, must_load)
@@ -140,8 +154,11 @@ def _victims(orchestrator: int, wanted: str, draw: random.Random) -> list[int]:
             return [orchestrator]
         if wanted == "group":
             return [pid for pid in psutil.pids() if _group(pid) == orchestrator]
+        inits = _containers() if wanted in ("container", "program") else []
         if wanted == "container":
-            return [draw.choice(found)] if (found := _containers()) else []
+            return [draw.choice(inits)] if inits else []
+        if wanted == "daemon":
+            return [one.pid for one in psutil.process_iter() if one.name() == "dockerd"]
         words = {
             "sandbox": "testbed.run.sandbox_main",
             "fork server": "testbed.labs.forkserver",
@@ -155,8 +172,25 @@ def _victims(orchestrator: int, wanted: str, draw: random.Random) -> list[int]:
             ][:1]
         servers = {one.pid for one in below if "testbed.labs.forkserver" in one.cmdline()}
         forked = [one.pid for one in below if one.ppid() in servers]
+        forked += [one.pid for init in inits for one in psutil.Process(init).children()]
         return [draw.choice(forked)] if forked else []
     return []
+
+
+def _words(pid: int) -> list[str]:
+    return psutil.Process(pid).cmdline()
+
+
+def _start_daemon(pid: int, command: list[str]) -> None:
+    """Again, if the signal has ended it."""
+    end_s = time.monotonic() + 15  # it ends its containers first, if it was only asked
+    while psutil.pid_exists(pid) and time.monotonic() < end_s:
+        time.sleep(0.2)
+    if not psutil.pid_exists(pid):
+        nowhere = subprocess.DEVNULL
+        subprocess.Popen(command, stdout=nowhere, stderr=nowhere, start_new_session=True)
+    while subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
+        time.sleep(0.2)
 
 
 def _group(pid: int) -> int:
@@ -188,22 +222,20 @@ def _rows(directory: Path) -> int:
     return 0
 
 
-def _phase(directory: Path) -> str:
+def _phase(directory: Path) -> tuple[str, int]:
+    """And how many cells have ended."""
     cells = list(directory.glob("runs/*/cells/*"))
-    if not cells:
-        return "start"
-    if list(directory.glob("runs/*/summary.json")):
-        return "report"
     going = [cell for cell in cells if not (cell / "result.json").exists()]
+    ended = len(cells) - len(going)
+    if not cells:
+        return "start", 0
     if not going:
-        return "results"
+        return "report", ended
     if any((cell / "host.jsonl").exists() for cell in going):
-        return "steps"
-    return (
-        "calibration"
-        if any((cell / "calibration.jsonl").exists() for cell in going)
-        else "lab and workers"
-    )
+        return "steps", ended
+    if any(list((cell / "logs").glob("*.log")) for cell in going):
+        return "calibration", ended  # the workers have begun; it follows when they are ready
+    return "lab and workers", ended
 
 
 def _faults(outcome: Outcome, directory: Path, must_load: int) -> Iterator[str]:
@@ -243,6 +275,8 @@ def _faults(outcome: Outcome, directory: Path, must_load: int) -> Iterator[str]:
             yield f"exit code {outcome.code}"
     elif outcome.target == "sandbox" and outcome.signal != "SIGKILL" and outcome.code == 130:
         pass  # it ends in order, as when the orchestrator is asked to
+    elif outcome.target == "daemon" and outcome.code == 4:
+        pass  # there is none that could do it
     elif outcome.target not in ("orchestrator", "group") and outcome.code not in (0, 1, 3):
         yield f"exit code {outcome.code}"
 

@@ -18,10 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from docker.models.networks import NetworkCollection
+from docker.models.containers import Container
+from docker.models.networks import Network, NetworkCollection
 
 from testbed.labs import docker as lab_module
-from testbed.labs.base import LabError, LabPlan, Process
+from testbed.labs.base import HostFailed, LabError, LabPlan, Process
 from testbed.labs.docker import LABEL, OWNER, DockerHost, DockerLab, clean, connect
 from testbed.labs.owner import owner_lives, owner_mark
 from testbed.links.delayline import DelayLineDied
@@ -415,6 +416,22 @@ def test_missing_image_says_how_to_build_it(directory: Path) -> None:
         DockerLab(plan(1), directory, image="no-such-image:x"),
     ):
         pass
+
+
+def test_a_container_killed_too_early_is_no_fault_of_the_machine(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire = DockerLab._wire
+
+    def kill_first(lab: DockerLab, network: Network, containers: dict[str, Container]) -> None:
+        containers["w1"].kill()
+        wire(lab, network, containers)
+
+    monkeypatch.setattr(DockerLab, "_wire", kill_first)
+    lab = DockerLab(plan(2), directory)
+    with pytest.raises(HostFailed, match="the container of w1 ended with exit code 137"), lab:
+        pass
+    assert not left(f"{LABEL}={lab._token}")
 
 
 def test_topology_that_needs_another_lab_is_refused(directory: Path) -> None:
