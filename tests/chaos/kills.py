@@ -330,8 +330,9 @@ def main() -> int:
     parser.add_argument("--lab", action="append", choices=["netns", "docker"])
     options = parser.parse_args()
     labs = options.lab or ["netns"]
-    # below nohup it would be ignored by what is killed here, too
+    # What nohup or a shell's & has ignored would be so by all that is killed here, too.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     outcomes = []
     with bystanders(labs) as harmed:
         for number in range(options.kills):
