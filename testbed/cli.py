@@ -786,7 +786,8 @@ def clean(
     for name in groups:  # whether there is a Docker daemon or not
         typer.echo(f"{verb} {name}")
     removed, left = _guarded(lambda: clean_docker(dry_run))
-    removed += _guarded(lambda: clean_swarm(dry_run))
+    removed_of_swarm, left_of_swarm = _guarded(lambda: clean_swarm(dry_run))
+    removed, left = [*removed, *removed_of_swarm], {**left, **left_of_swarm}
     for name in removed:
         typer.echo(f"{verb} {name}")
     if left:

@@ -33,6 +33,7 @@ from testbed.links.shaper import Shaper
 from testbed.nodes import messages
 from testbed.nodes.channel import LOST_S, MAX_PAYLOAD_BYTES, Channel, secured
 from testbed.nodes.clock import MeasuredClock
+from testbed.recording import link_server
 from testbed.recording.recorder import LocalRecorder, Recording
 from testbed.timeline import Change
 from testbed.timeline.changes import MAX_CHANGES
@@ -199,8 +200,10 @@ class Agent:
                 self._cell.kill(number)
             case messages.ReadCounters():
                 return self._cell.counters()
-            case messages.Timeline(last=last):
-                self._cell.plan(_changes(payload), last)
+            case messages.Timeline(last=last, dilation=dilation):
+                self._cell.plan(_changes(payload), last, dilation)
+            case messages.AskLinks(links=links, wanted=wanted):
+                return dict(self._cell.ask_links({"links": links, "set": wanted}))
             case messages.Begin(t0_s=t0_s):
                 self._cell.begin(t0_s)
             case messages.End():
@@ -256,6 +259,7 @@ class _Cell:
         self._lock = threading.Lock()
         self._timeline: list[Change] = []
         self._recorder: LocalRecorder | None = None
+        self._requests: link_server.Requests = queue.Queue()
         self._stopping = threading.Event()
         _empty(directory)
         (self._directory / "logs").mkdir(parents=True)
@@ -305,13 +309,15 @@ class _Cell:
         counters = self._made.links.counters()
         return {"counters": [[*place, astuple(counted)] for place, counted in counters.items()]}
 
-    def plan(self, changes: Iterable[Change], last: bool) -> None:
+    def plan(self, changes: Iterable[Change], last: bool, dilation: float) -> None:
         self._timeline += changes
         if len(self._timeline) > MAX_CHANGES:
             raise ValueError(f"more than {MAX_CHANGES} changes")
         if last:
             lab = self._made
-            recording = Recording(self._directory, self._timeline)
+            recording = Recording(
+                self._directory, self._timeline, self._requests, dilation=dilation
+            )
             recorder = LocalRecorder(
                 recording,
                 lab.links,
@@ -326,6 +332,18 @@ class _Cell:
         if self._recorder is None:
             raise ValueError("there is no timeline")
         self._recorder.begin(t0_s)
+
+    def ask_links(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the recorder, whose links they are, answers."""
+        request = link_server.Request(body)
+        self._requests.put(request)
+        try:
+            answer = request.answer.get(timeout=link_server.TIMEOUT_S)
+        except queue.Empty:
+            raise ValueError("its links are not driven now") from None
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer
 
     def end(self) -> None:
         if self._recorder is not None:

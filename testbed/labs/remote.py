@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import math
 import os
+import queue
 import socket
 import ssl
 import threading
@@ -32,12 +33,15 @@ from testbed.links.state import LinkState
 from testbed.nodes import messages
 from testbed.nodes.channel import MAX_PAYLOAD_BYTES, Channel, make_secret, secured
 from testbed.recording.recorder import Recorder, Recording
+from testbed.spec.errors import did_you_mean
+from testbed.spec.load import parse_link
 from testbed.timeline import Change
 
 _ANSWER_S = 30.0
 _END_S = 10.0
 _MOST_END_S = 600.0
 """A node that goes on sending what programs have left has so long at most."""
+_REQUESTS_S = 0.1
 _CHANGES_IN_A_MESSAGE = 500
 _MOST_STRANGERS = 32
 """Connections that have not shown the secret yet; for one more the oldest is dropped."""
@@ -66,6 +70,10 @@ class _Counted(BaseModel):
     counters: list[
         tuple[str, Literal["up", "down"], tuple[int, int, int, int, int, int, int | None]]
     ]
+
+
+class _Links(BaseModel):
+    links: dict[str, dict[str, Any]]
 
 
 _Result = TypeVar("_Result", bound=BaseModel)
@@ -344,8 +352,8 @@ class RemoteHost:
     @property
     def nsenter_target(self) -> Mapping[str, int | str]:
         raise ValueError(
-            f"{self.name} is on another machine, {self.node.name}, where programs of this one"
-            " cannot run"
+            f"{self.name} is on another machine, {self.node.name}, which has its programs; there:"
+            f" docker exec $(docker ps --quiet --filter name=netsense-.*-{self.name}\\.) …"
         )
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> RemoteProcess:
@@ -402,13 +410,14 @@ class RemoteRecorder:
     ) -> None:
         self._recording, self._links = recording, links
         self._nodes = list({host.node.name: host.node for host in hosts.values()}.values())
+        self._hosts = hosts
         self._node_of = {name: host.node for name, host in hosts.items()}
+        self._ended = threading.Event()
+        self._answering = threading.Thread(
+            target=self._answer_requests, name="link requests", daemon=True
+        )
 
     def __enter__(self) -> Self:
-        if self._recording.server is not None:
-            self._recording.server.refusal = (
-                "its links and hosts are on other machines, where nothing can be done by hand"
-            )
         asked = [(node, request) for node in self._nodes for request in self._send_timeline(node)]
         for node, request in asked:
             node.answer(request)
@@ -421,14 +430,56 @@ class RemoteRecorder:
         for first in range(0, len(changes) or 1, _CHANGES_IN_A_MESSAGE):
             some = changes[first : first + _CHANGES_IN_A_MESSAGE]
             last = first + _CHANGES_IN_A_MESSAGE >= len(changes)
-            yield node.ask(
-                messages.Timeline(request=node.number(), last=last), _TIMELINE.dump_json(some)
+            message = messages.Timeline(
+                request=node.number(), last=last, dilation=self._recording.dilation
             )
+            yield node.ask(message, _TIMELINE.dump_json(some))
 
     def begin(self, t0_s: float) -> None:
         for node in self._nodes:
             node.send(messages.Begin(t0_s=t0_s))
         self._links.follow(self._recording.timeline, t0_s)
+        self._answering.start()
+
+    def _answer_requests(self) -> None:
+        requests = self._recording.requests
+        while requests is not None and not self._ended.is_set():
+            try:
+                request = requests.get(timeout=_REQUESTS_S)
+            except queue.Empty:
+                continue
+            try:
+                asked_host = request.body.get("host")
+                if asked_host is not None:
+                    request.answer.put({"host": self._host(str(asked_host)).nsenter_target})
+                else:
+                    request.answer.put({"links": self._answer_links(request.body)})
+            except (ValueError, TypeError, AttributeError, HostFailed) as error:
+                request.answer.put({"error": str(error)})
+
+    def _host(self, name: str) -> RemoteHost:
+        if name not in self._hosts:
+            raise ValueError(f"there is no host {name!r}; {did_you_mean(name, self._hosts)}")
+        return self._hosts[name]
+
+    def _answer_links(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """As a lab on this machine does. What no link can have is refused before any is changed;
+        what only some can, by their nodes."""
+        names = list(body.get("links") or self._node_of)
+        for name in names:
+            if name not in self._node_of:
+                raise ValueError(f"there is no link {name!r}; {did_you_mean(name, self._node_of)}")
+        wanted = body.get("set") or {}
+        parse_link(wanted)
+        asked = []
+        for node in self._nodes:
+            if ours := [name for name in names if self._node_of[name] is node]:
+                message = messages.AskLinks(request=node.number(), links=ours, wanted=wanted)
+                asked.append((node, node.ask(message)))
+        found = {}
+        for node, request in asked:
+            found.update(node.result(request, _Links).links)
+        return {name: found[name] for name in names if name in found}
 
     def __exit__(
         self,
@@ -436,6 +487,7 @@ class RemoteRecorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._ended.set()
         fault = _finish(self._nodes, messages.End, patient=not isinstance(error, KeyboardInterrupt))
         if fault and error is None:
             raise NodeLost(f"its records are not whole: {fault}")

@@ -501,18 +501,20 @@ def _address(task: Mapping[str, Any], network: str) -> str:
     )
 
 
-def clean(dry_run: bool, client: docker.DockerClient | None = None) -> list[str]:
-    """Remove what runs have left in a swarm whose orchestrator is gone; returns what that is.
-    Nothing if there is no swarm.
+def clean(
+    dry_run: bool, client: docker.DockerClient | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """Remove what runs have left in a swarm whose orchestrator is gone. Nothing if there is no
+    swarm.
 
-    An orchestrator on another machine lives as long as any of its tasks does.
+    Returns (what is gone, or would be, {what could not be removed: why}). An orchestrator on another machine lives as long as any of its tasks does.
     """
     with contextlib.ExitStack() as stack:
         if client is None:
             client = stack.enter_context(contextlib.closing(connect()))
         swarm = client.info()["Swarm"]
         if swarm["LocalNodeState"] != "active" or not swarm["ControlAvailable"]:
-            return []
+            return [], {}
         running = {
             task["ServiceID"]
             for task in client.api.tasks()
@@ -525,9 +527,8 @@ def clean(dry_run: bool, client: docker.DockerClient | None = None) -> list[str]
             return not owner_lives(mark) and (boot_id() in mark or labels[LABEL] not in busy)
 
         found = [f"{one['kind']} {one['name']}" for one in _made(client) if is_left(one["labels"])]
-        if found and not dry_run:
-            _remove(client, is_left)
-        return found
+        left = _remove(client, is_left) if found and not dry_run else {}
+        return [name for name in found if name not in left], left
 
 
 def _made(client: docker.DockerClient) -> Iterator[dict[str, Any]]:
@@ -568,24 +569,30 @@ def _remove(
     chosen: Callable[[Mapping[str, str]], bool],
     prefix: str = "",
     lost: Collection[str] = (),
-) -> None:
+) -> dict[str, str]:
     """Remove what is ours and chosen by its labels, and wait until the nodes have ended the tasks,
-    but those that are lost."""
+    but those that are lost. Returns what could not be removed, and why."""
     given_up_s = time.monotonic() + _REMOVED_S
     services: set[str] = set()
+    why: dict[str, str] = {}
     while time.monotonic() < given_up_s:
         left = [
             one for one in _made(client) if chosen(one["labels"]) and one["name"].startswith(prefix)
         ]
         services |= {one["id"] for one in left if one["kind"] == "service"}
+        why = {}
         for one in left:
-            # what is still in use is removed a moment later
-            with contextlib.suppress(NotFound, APIError):
+            try:
                 one["remove"]()
+            except NotFound:
+                pass
+            except APIError as error:  # what is still in use is removed a moment later
+                why[f"{one['kind']} {one['name']}"] = one_line(str(error.explanation or error))
         ready = {id for id, name in _ready_nodes(client).items() if name not in lost}
         if not left and not any(
             task["ServiceID"] in services and task.get("NodeID") in ready
             for task in client.api.tasks()
         ):
-            return
+            break
         time.sleep(_POLL_S)
+    return why

@@ -203,10 +203,20 @@ class ReadCounters(Request):
 
 class Timeline(Request):
     """The bytes are changes of links, as JSON; each such message continues the one before. last:
-    records may begin."""
+    records may begin. dilation: of the cell, by which ``AskLinks`` is understood."""
 
     type: Literal["timeline"] = "timeline"
     last: bool
+    dilation: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+
+class AskLinks(Request):
+    """Change these links now as ``wanted`` says, a link of a spec, and tell of them; the body of a
+    request to ``recording.link_server``."""
+
+    type: Literal["ask_links"] = "ask_links"
+    links: list[Name]
+    wanted: dict[str, Any]
 
 
 class Begin(Message):
@@ -250,6 +260,7 @@ FromOrchestrator = Annotated[
     | Kill
     | ReadCounters
     | Timeline
+    | AskLinks
     | Begin
     | End
     | Close

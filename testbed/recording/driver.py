@@ -17,7 +17,7 @@ from testbed.clock import HERE, Clock
 from testbed.links.qdiscs import QdiscCounters, bucket_of, queue_of
 from testbed.links.shaper import Applied, Prepared, Shaper
 from testbed.links.state import DIRECTIONS, LinkState
-from testbed.recording.link_server import LinkServer
+from testbed.recording.link_server import Requests
 from testbed.spec.errors import did_you_mean
 from testbed.spec.load import parse_link
 from testbed.timeline import Change
@@ -49,7 +49,7 @@ class LinkDriver:
     """Runs from entering to leaving. Records go to events.jsonl (every change), and ten times a
     second to links.jsonl, and to delayline.jsonl where there is a delay line.
 
-    One thread does both, and answers the requests of the server, so the netlink sockets need no
+    One thread does both, and answers ``requests``, so the netlink sockets need no
     lock. ``failure`` has the error that ended it early, if any. trunks: names of the links on which
     all properties hold in both directions.
     dilation: requests and answers have rates and delays as they would be without it. hosts: that
@@ -63,7 +63,7 @@ class LinkDriver:
         timeline: Sequence[Change],
         t0_s: float,
         directory: Path,
-        server: LinkServer | None = None,
+        requests: Requests | None = None,
         trunks: Collection[str] = (),
         dilation: float = 1.0,
         hosts: Mapping[str, Reachable] = MappingProxyType({}),
@@ -72,7 +72,7 @@ class LinkDriver:
         self._hosts = hosts
         self._clock = clock
         self.failure: Exception | None = None
-        self._server = server
+        self._requests = requests
         self._trunks = trunks
         self._dilation = dilation
         self._carried = CarriedRates()
@@ -164,9 +164,9 @@ class LinkDriver:
             self._events.append(events)
 
     def _answer_requests(self) -> None:
-        while self._server is not None:
+        while self._requests is not None:
             try:
-                request = self._server.requests.get_nowait()
+                request = self._requests.get_nowait()
             except queue.Empty:
                 return
             try:

@@ -26,7 +26,7 @@ from testbed import protocol
 
 SOCKET_FILE = "links.sock"
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred
-_TIMEOUT_S = 5.0
+TIMEOUT_S = 5.0
 
 
 @dataclass
@@ -37,13 +37,14 @@ class Request:
     answer: "queue.Queue[Mapping[str, Any]]" = field(default_factory=lambda: queue.Queue(1))
 
 
+Requests = queue.Queue[Request]
+
+
 class LinkServer:
     """Listens from entering to leaving and puts every request into ``requests``."""
 
     def __init__(self, directory: Path) -> None:
-        self.requests: queue.Queue[Request] = queue.Queue()
-        self.refusal = ""
-        """What every request gets as its answer instead, where nothing can be done for them."""
+        self.requests: Requests = queue.Queue()
         self._path = directory / SOCKET_FILE
         self._thread = threading.Thread(target=self._serve, name="link requests", daemon=True)
         self._closing = False
@@ -65,7 +66,7 @@ class LinkServer:
         self._path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)
-        self._thread.join(timeout=_TIMEOUT_S)
+        self._thread.join(timeout=TIMEOUT_S)
         self._server.close()
 
     def _serve(self) -> None:
@@ -77,13 +78,10 @@ class LinkServer:
             with connection, contextlib.suppress(OSError, ValueError, queue.Empty):
                 if _is_confined(connection):
                     continue
-                connection.settimeout(_TIMEOUT_S)
+                connection.settimeout(TIMEOUT_S)
                 request = Request(_receive(connection))
-                if self.refusal:
-                    connection.sendall(protocol.encode_message({"error": self.refusal}))
-                    continue
                 self.requests.put(request)
-                connection.sendall(protocol.encode_message(request.answer.get(timeout=_TIMEOUT_S)))
+                connection.sendall(protocol.encode_message(request.answer.get(timeout=TIMEOUT_S)))
 
 
 def _pid_of_peer(connection: socket.socket) -> int:
@@ -107,7 +105,7 @@ def send_request(directory: Path, request: Mapping[str, Any]) -> Mapping[str, An
     """Put a request to the cell that runs in ``directory``; raises OSError, one line, if none
     does."""
     with _connected(directory) as connection:
-        connection.settimeout(2 * _TIMEOUT_S)
+        connection.settimeout(2 * TIMEOUT_S)
         connection.sendall(protocol.encode_message(request))
         return _receive(connection)
 

@@ -14,7 +14,7 @@ from testbed.files import no_room
 from testbed.links.shaper import Shaper
 from testbed.recording.driver import LinkDriver, Reachable
 from testbed.recording.host import HostMonitor
-from testbed.recording.link_server import LinkServer
+from testbed.recording.link_server import Requests
 from testbed.timeline import Change
 
 
@@ -22,13 +22,13 @@ from testbed.timeline import Change
 class Recording:
     """What is to be done and recorded in a cell.
 
-    directory: of the cell, for the records. timeline: changes of links, in order. server: whose
-    requests are answered. trunks, dilation: see ``LinkDriver``.
+    directory: of the cell, for the records. timeline: changes of links, in order. requests: are
+    answered while it goes on. trunks, dilation: see ``LinkDriver``.
     """
 
     directory: Path
     timeline: Sequence[Change]
-    server: LinkServer | None = None
+    requests: Requests | None = None
     trunks: Sequence[str] = ()
     dilation: float = 1.0
 
@@ -93,7 +93,7 @@ class LocalRecorder:
             self._recording.timeline,
             t0_s,
             directory,
-            self._recording.server,
+            self._recording.requests,
             trunks=self._recording.trunks,
             dilation=self._recording.dilation,
             hosts=self._hosts,

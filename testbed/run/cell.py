@@ -278,7 +278,13 @@ class _CellRunner:
         with (
             LinkServer(self._directory) as server,
             self._lab.recorder(
-                Recording(self._directory, self._cell.timeline, server, trunks, self._cell.dilation)
+                Recording(
+                    self._directory,
+                    self._cell.timeline,
+                    server.requests,
+                    trunks,
+                    self._cell.dilation,
+                )
             ) as recorder,
         ):
             t0_s = monotonic_s()

@@ -88,6 +88,7 @@ from testbed.nodes.channel import Channel
 from testbed.labs.remote import Nodes, RemoteLab, RemoteRecorder
 from testbed.plan import make_plan
 from testbed.results.records import finish_cell
+from testbed.recording.link_server import send_request
 from testbed.run import directory as run_directory
 from testbed.run.cell import prepare_cell, run_cell
 from testbed.spec.load import load_spec
@@ -146,7 +147,21 @@ with ExitStack() as stack, Nodes() as listener:
         time.sleep(0.01)
     running.append(stack.enter_context(agent("n3")))
     them = listener.wait(["n1", "n2", "n3"], 40)
-    run(second)
+
+    def by_hand(place):
+        while not (place / "hosts/w1/steps.jsonl").exists():
+            time.sleep(0.01)
+        time.sleep(1.5)  # until the schedule has done what it does
+        asked = [
+            {"links": ["w2", "w1"], "set": {"rate": "7mbit"}},
+            {"links": []},
+            {"links": ["w1"], "set": {"rate": "fast"}},
+            {"links": ["w9"]},
+            {"links": ["w0"], "set": {"delay": "5ms"}},
+            {"host": "w2"},
+        ]
+        found["by_hand"] = [send_request(place, body) for body in asked]
+    run(second, by_hand)
 
     def kill(place):
         while not (place / "hosts/w1/steps.jsonl").exists():
@@ -275,6 +290,20 @@ def test_a_clock_that_is_known_badly_makes_the_cell_invalid(found) -> None:
     assert "samples of w2 cannot be placed within 50 ms" in "".join(
         validity.unplaced_samples(of["links"], of["host"])
     )
+
+
+def test_links_of_all_nodes_can_be_seen_and_changed_by_hand(found) -> None:
+    changed, seen, bad_rate, no_link, no_delay, host = found["by_hand"]
+    assert list(changed["links"]) == ["w2", "w1"] and list(seen["links"]) == ["w0", "w1", "w2"]
+    rates = {name: told["state"]["down"]["rate_bps"] for name, told in seen["links"].items()}
+    assert rates["w1"] == rates["w2"] == 7_000_000 != rates["w0"]
+    assert "carried_bps" in seen["links"]["w0"]["up"]
+    assert "rate" in bad_rate["error"] and "no link 'w9'" in no_link["error"]
+    assert no_delay["error"].startswith("node n1: w0 can have no delay")
+    assert "on another machine, n3" in host["error"]
+    _, of = tables(found, 1)
+    manual = of["events"][of["events"]["kind"] == "manual"]
+    assert sorted(manual["link"]) == ["w1", "w2"] and manual["verified"].all()
 
 
 def test_a_lost_node_is_named_and_its_records_are_kept(found) -> None:
