@@ -507,7 +507,8 @@ def clean(
     """Remove what runs have left in a swarm whose orchestrator is gone. Nothing if there is no
     swarm.
 
-    Returns (what is gone, or would be, {what could not be removed: why}). An orchestrator on another machine lives as long as any of its tasks does.
+    Returns (what is gone, or would be, {what could not be removed: why}). An orchestrator on
+    another machine lives as long as any of its tasks does.
     """
     with contextlib.ExitStack() as stack:
         if client is None:
