@@ -37,10 +37,10 @@ def main() -> None:
         missing = (error.name or "").partition(".")[0]
         if missing not in modules_of_the_extra():
             raise  # a fault of ours, or of the user's own code
-        mend = "pip install 'netsenseml[testbed]' (in a checkout: pip install '.[testbed]')"
+        fix = "pip install 'netsenseml[testbed]' (in a checkout: pip install '.[testbed]')"
         print(
             f"testbed: the package {missing} is missing; install what the testbed needs with:"
-            f" {mend}",
+            f" {fix}",
             file=sys.stderr,
         )
         sys.exit(_EXIT_CANNOT)

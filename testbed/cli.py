@@ -369,7 +369,7 @@ def validate(spec: SpecPath = None, overrides: Overrides = [], as_json: AsJson =
             "lab": plan.lab,
             "workers": workers,
             "cells": cells,
-            "faults": [],
+            "errors": [],
         }
         _print_json({**found, "lacking": lacking})
         return
@@ -810,7 +810,7 @@ def _plan(
             _print_json(
                 {
                     "spec": str(path),
-                    "faults": [{"place": place, "text": text} for place, text in error.faults],
+                    "errors": [{"place": place, "text": text} for place, text in error.errors],
                 }
             )
         _fail(str(error), EXIT_BAD_INPUT)

@@ -45,18 +45,18 @@ _COMPOSE = "docker compose up experiment"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at. mend: the command, or the way, to make it better; empty if
-    there is nothing to mend."""
+    """One thing that was looked at. fix: the command, or the way, to make it better; empty if
+    there is nothing to fix."""
 
     name: str
     verdict: Verdict
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """What kind of machine this is, as far as the mend depends on it.
+    """What kind of machine this is, as far as the fix depends on it.
 
     family: "debian", "ubuntu", "fedora" or "" for any other. container: its kind, or "" if this is
     none.
@@ -138,7 +138,7 @@ class System:
 
 def examine() -> dict[str, Any]:
     """Look at everything: {"system": …, "labs": {name: works}, "findings": [{"name", "verdict",
-    "found", "mend"}]}."""
+    "found", "fix"}]}."""
     system = System.of_this_machine()
     netns, missing = netns_lab(system)
     docker = docker_lab(system)
@@ -225,8 +225,8 @@ def netns_lab(system: System) -> tuple[Finding, list[str] | None]:
             name: _read(f"/proc/sys/{name.replace('.', '/')}").strip()
             for name in _USER_NAMESPACE_SETTINGS
         }
-        mend = user_namespaces_fix(system, settings, shutil.which("unshare") is not None)
-        return Finding("lab netns", "missing", reason, mend), _missing_here()
+        fix = user_namespaces_fix(system, settings, shutil.which("unshare") is not None)
+        return Finding("lab netns", "missing", reason, fix), _missing_here()
     command = [*prefix, *module_command("testbed.links.kernel_support", *KERNEL_KINDS)]
     done = subprocess.run(
         command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
@@ -282,7 +282,7 @@ def delay_line(system: System) -> Finding:
         prefix = sandbox_command()
     except LabError:
         return Finding(
-            name, "limited", "cannot be tried without a network namespace", "mend lab netns first"
+            name, "limited", "cannot be tried without a network namespace", "fix lab netns first"
         )
     command = [*prefix, *module_command("testbed.links.tap")]
     done = subprocess.run(
@@ -290,10 +290,10 @@ def delay_line(system: System) -> Finding:
     )
     if done.returncode == 0:
         return Finding(name, "ok", "makes delay, jitter and loss where the kernel has no netem")
-    reason, _, mend = why_it_failed(done).partition("; ")
+    reason, _, fix = why_it_failed(done).partition("; ")
     if system.container:
-        mend = "start the container with: docker run --device /dev/net/tun …"
-    return Finding(name, "limited", reason, mend)
+        fix = "start the container with: docker run --device /dev/net/tun …"
+    return Finding(name, "limited", reason, fix)
 
 
 def limits() -> Finding:
@@ -338,8 +338,8 @@ def control_groups() -> Finding:
                 name, "ok", "memory and processes, by control groups (limits: in a spec)"
             )
     except LabError as error:
-        reason, _, mend = str(error).removeprefix("limits: ").partition("; ")
-        return Finding(name, "limited", f"{reason}; only specs with limits: need it", mend)
+        reason, _, fix = str(error).removeprefix("limits: ").partition("; ")
+        return Finding(name, "limited", f"{reason}; only specs with limits: need it", fix)
 
 
 def _number(path: str, position: int = 0) -> int | None:
@@ -355,7 +355,7 @@ def qdiscs(system: System, missing: Sequence[str] | None, line: Finding) -> list
                 "kernel",
                 "limited",
                 "cannot be asked without a network namespace",
-                "mend lab netns first",
+                "fix lab netns first",
             )
         ]
     needed = {
@@ -400,10 +400,10 @@ def docker_lab(system: System) -> list[Finding]:
             findings += docker_gpus(gpus.found(), client.info())
             findings.append(_image(client))
     except LabError as error:
-        reason, _, mend = str(error).partition("; ")
+        reason, _, fix = str(error).partition("; ")
         if reason.startswith("no Docker daemon answers ("):
             if system.container:
-                mend = (
+                fix = (
                     "give the container the daemon's socket: docker run -v"
                     " /var/run/docker.sock:/var/run/docker.sock …"
                 )
@@ -413,24 +413,24 @@ def docker_lab(system: System) -> list[Finding]:
                     if shutil.which("systemctl")
                     else "service docker start"
                 )
-                mend = (
+                fix = (
                     system.command(start)
                     if shutil.which("dockerd")
                     else system.install("docker.io", "moby-engine")
                 )
-        return [Finding("lab docker", "missing", reason, mend)]
+        return [Finding("lab docker", "missing", reason, fix)]
     compose = _output(["docker", "compose", "version", "--short"]) if shutil.which("docker") else ""
     if compose:
         findings.append(Finding("Compose", "ok", compose))
     else:
         # Docker's own repository has it under the first name, Fedora and Debian from 13 on under
         # the second.
-        mend = (
+        fix = (
             f"{system.install('docker-compose-plugin', 'docker-compose')} (or docker-compose;"
             " version 2 is needed)"
         )
         findings.append(
-            Finding("Compose", "missing", "the command docker compose does not answer", mend)
+            Finding("Compose", "missing", "the command docker compose does not answer", fix)
         )
     faults = [
         finding.found for finding in findings if finding.name == "image" and finding.verdict != "ok"
@@ -471,8 +471,8 @@ def docker_gpus(names: list[str], daemon: Mapping[str, Any]) -> list[Finding]:
         return []
     if gpus.reach_containers(names, daemon):
         return [Finding("GPUs in Docker", "ok", "NVIDIA's runtime")]
-    mend = f"install nvidia-container-toolkit, then: {gpus.TOOLKIT}"
-    return [Finding("GPUs in Docker", "limited", "the daemon has no runtime of NVIDIA's", mend)]
+    fix = f"install nvidia-container-toolkit, then: {gpus.TOOLKIT}"
+    return [Finding("GPUs in Docker", "limited", "the daemon has no runtime of NVIDIA's", fix)]
 
 
 def swarm_lab() -> list[Finding]:
@@ -486,15 +486,15 @@ def swarm_lab() -> list[Finding]:
             away = swarm.nodes_away(client)
             found = Finding("lab swarm", "ok", f"with --lab swarm, on {', '.join(swarm.try_out())}")
     except (LabError, HostFailed) as error:
-        reason, _, mend = str(error).partition("; ")
-        return [Finding("lab swarm", "missing", reason, mend)]
-    mend = (
+        reason, _, fix = str(error).partition("; ")
+        return [Finding("lab swarm", "missing", reason, fix)]
+    fix = (
         "start Docker there, open tcp 2377 and 7946, udp 7946 and 4789; docker node update"
         " --availability active NODE"
     )
     return [
         found,
-        *(Finding(f"node {name}", "missing", state, mend) for name, state in away.items()),
+        *(Finding(f"node {name}", "missing", state, fix) for name, state in away.items()),
     ]
 
 
@@ -556,7 +556,7 @@ def pressure(system: System) -> Finding:
     try:
         text = Path("/proc/pressure/cpu").read_text()
     except OSError:
-        mend = (
+        fix = (
             "start the kernel with psi=1"
             if not system.wsl
             else "add kernelCommandLine=psi=1 to .wslconfig under [wsl2]"
@@ -565,7 +565,7 @@ def pressure(system: System) -> Finding:
             "CPU pressure",
             "limited",
             "the kernel does not tell; busy hosts are known by their idle time alone",
-            mend,
+            fix,
         )
     now = re.search(r"some avg10=([\d.]+)", text)
     return Finding("CPU pressure", "ok", f"{now[1]} % of the last 10 s" if now else "readable")
@@ -619,13 +619,13 @@ def user_mode_linux(system: System) -> Finding:
     """The kernel in which ``make test-netem`` runs."""
     if path := shutil.which("linux.uml"):
         return Finding("User-Mode Linux", "ok", f"{path}; make test-netem")
-    mend = (
+    fix = (
         system.install("user-mode-linux kmod")
         if system.family in ("debian", "ubuntu")
         else "Debian and Ubuntu package it"
     )
     return Finding(
-        "User-Mode Linux", "limited", "not installed; only make test-netem needs it", mend
+        "User-Mode Linux", "limited", "not installed; only make test-netem needs it", fix
     )
 
 

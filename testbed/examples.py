@@ -53,10 +53,10 @@ def write_starter(name: str) -> Path:
             "testbed run", f"testbed run {shown}"
         )
     text = text.replace(f"runs/{STARTER}-", f"runs/{path.stem}-")
-    mend = f"name another one: testbed init {path.stem}-2"
+    fix = f"name another one: testbed init {path.stem}-2"
     if path.exists() or path.is_symlink():
-        raise Refused(f"{path} exists already, and is left as it is; {mend}")
-    _write({path: _pointing(text, path, path.parent)}, path.parent, mend)
+        raise Refused(f"{path} exists already, and is left as it is; {fix}")
+    _write({path: _pointing(text, path, path.parent)}, path.parent, fix)
     return path
 
 
@@ -145,14 +145,14 @@ def _pointing(text: str, spec: Path, folder: Path) -> str:
     return f"{_MODELINE}{os.path.relpath(folder / SCHEMA_NAME, spec.parent)}\n{rest}"
 
 
-def _write(texts: dict[Path, str], folder: Path, mend: str) -> None:
+def _write(texts: dict[Path, str], folder: Path, fix: str) -> None:
     """Write files that are not there yet, and the schema into their folder, where an older one of
     ours may lie."""
     for path, text in texts.items():
         if path.is_symlink() or (
             path.exists() and (not path.is_file() or path.read_text(errors="replace") != text)
         ):
-            raise Refused(f"{path} exists already, and is left as it is; {mend}")
+            raise Refused(f"{path} exists already, and is left as it is; {fix}")
     schema = folder / SCHEMA_NAME
     if schema.is_symlink() or (
         schema.exists() and (not schema.is_file() or MARK not in schema.read_text(errors="replace"))

@@ -31,8 +31,8 @@ def plan_network(
     links |= {name: spec.applied_to(LinkState(), trunk=True) for name, spec in between.items()}
     for name, spec in network.links.items():
         if name not in links:
-            fault = f"there is no worker {name!r} among {len(workers)}; {did_you_mean(name, links)}"
-            raise SpecError([(place_of(["network", "links", name]), fault)])
+            error = f"there is no worker {name!r} among {len(workers)}; {did_you_mean(name, links)}"
+            raise SpecError([(place_of(["network", "links", name]), error)])
         links[name] = spec.applied_to(links[name], trunk=name in trunks)
     marks = any(parameters.ecn for state in links.values() for parameters in (state.up, state.down))
     return LabPlan(
@@ -109,11 +109,11 @@ def _topology(network: NetworkSpec, workers: Sequence[str], background: Sequence
         right = tuple(host for host in hosts if host not in left)
         if not left or not right:
             side, other = ("left", "right") if not left else ("right", "left")
-            fault = (
+            error = (
                 f"all hosts are at the {other} and none is at the {side}, so nothing crosses the"
                 " trunk; give each side some"
             )
-            raise SpecError([("network.left", fault)])
+            raise SpecError([("network.left", error)])
         return (
             {"left": tuple(left), "right": right},
             {TRUNK: ("left", "right")},
@@ -141,12 +141,12 @@ def _regions(
         placed += members
     for host in hosts:
         if placed.count(host) != 1 and (host in workers or host in placed):
-            fault = (
+            error = (
                 f"{host} is in no region"
                 if host not in placed
                 else f"{host} is in more than one region"
             )
-            raise SpecError([("network.regions", f"{fault}; put every worker into exactly one")])
+            raise SpecError([("network.regions", f"{error}; put every worker into exactly one")])
     first = next(iter(regions))
     unplaced = [host for host in background if host not in placed]
     pairs = {f"{a}-{b}": (a, b) for a, b in itertools.combinations(regions, 2)}
@@ -165,8 +165,8 @@ def _regions(
         given[key if key == "all" else pair] = spec
     for pair in pairs:
         if pair not in given and "all" not in given:
-            fault = f"says nothing of {pair}; give every pair, or all"
-            raise SpecError([("network.between", fault)])
+            error = f"says nothing of {pair}; give every pair, or all"
+            raise SpecError([("network.between", error)])
     return (
         {
             name: (*members, *(unplaced if name == first else ()))
@@ -180,5 +180,5 @@ def _regions(
 def _check_hosts(names: Sequence[str], hosts: Sequence[str], place: list[str]) -> None:
     for position, name in enumerate(names):
         if name not in hosts:
-            fault = f"there is no host {name!r}; {did_you_mean(name, hosts)}"
-            raise SpecError([(place_of([*place, position]), fault)])
+            error = f"there is no host {name!r}; {did_you_mean(name, hosts)}"
+            raise SpecError([(place_of([*place, position]), error)])

@@ -175,11 +175,11 @@ def make_plan(spec: Spec, directory: Path = Path(), auto: str = "auto") -> Plan:
     auto: the engine that ``engine: auto`` stands for on this machine, if that is known.
     """
     if spec.lab != "netns" and spec.network.topology != "star":
-        fault = (
+        error = (
             f"{spec.network.topology} is built in the netns lab only; use lab: netns, or topology:"
             " star"
         )
-        raise SpecError([("network.topology", fault)])
+        raise SpecError([("network.topology", error)])
     if spec.lab == "swarm" and spec.workload and spec.workload.device == "cuda":
         raise SpecError(
             [("workload.device", "cuda is for labs of one machine; use lab: netns, or device: cpu")]
@@ -189,11 +189,11 @@ def make_plan(spec: Spec, directory: Path = Path(), auto: str = "auto") -> Plan:
             [("network.ip", "6 is built in the netns lab only; use lab: netns, or ip: 4")]
         )
     if spec.lab == "swarm" and spec.network.engine == "userspace":
-        fault = (
+        error = (
             "userspace is for labs of one machine; use engine: netem, which each node's kernel has"
             " to have, or lab: netns"
         )
-        raise SpecError([("network.engine", fault)])
+        raise SpecError([("network.engine", error)])
     if spec.lab != "swarm" and spec.placement:
         raise SpecError(
             [
@@ -227,8 +227,8 @@ def _cells(
     network = plan_network(spec.network, workers, background_hosts(spec.traffic, workers))
     flows = plan_flows(spec.traffic, stop.get("seconds"))
     if strangers := [host for host in spec.placement if host not in network.hosts]:
-        fault = f"there is no host {strangers[0]!r}; {did_you_mean(strangers[0], network.hosts)}"
-        raise SpecError([(place_of(["placement", strangers[0]]), fault)])
+        error = f"there is no host {strangers[0]!r}; {did_you_mean(strangers[0], network.hosts)}"
+        raise SpecError([(place_of(["placement", strangers[0]]), error)])
     end_s = stop.get("seconds")
     timeline = expand(
         spec.schedule, network.links, workers, trunks=network.trunks, end_s=end_s, read=read
@@ -248,11 +248,11 @@ def _cells(
     slow = spec.dilation
     rates_bps = [parameters.rate_bps for *_, parameters in directions if parameters.rate_bps]
     if too_slow := [rate_bps for rate_bps in rates_bps if rate_bps / slow < MIN_RATE_BPS]:
-        fault = (
+        error = (
             f"{slow:g} makes {format_rate(min(too_slow))} slower than {format_rate(MIN_RATE_BPS)},"
             " the least of a link"
         )
-        raise SpecError([("dilation", fault)])
+        raise SpecError([("dilation", error)])
     network = replace(
         network, links={link: state.slowed(slow) for link, state in network.links.items()}
     )
@@ -262,11 +262,11 @@ def _cells(
     tcp = dilation.slowed_tcp(network.tcp, slow)
     for number, flow in enumerate(flows):
         if flow.engine == "iperf3" and flow.congestion is not None and tcp.congestion is not None:
-            fault = (
+            error = (
                 f"iperf3 chooses before it connects, and then {tcp.congestion} of the hosts wins;"
                 " leave out engine: iperf3"
             )
-            raise SpecError([(place_of(["traffic", number, "tcp", "congestion"]), fault)])
+            raise SpecError([(place_of(["traffic", number, "tcp", "congestion"]), error)])
     stop = dilation.slowed_stop(stop, slow)
     folder = data_folder(spec, directory)
     network = replace(

@@ -76,9 +76,9 @@ class Context:
         """The same among the ranks of all hosts that have this rank's number within theirs. out:
         its share of ``out``."""
         mesh = self.mesh
-        stages = mesh.share_stage(0), mesh.share_stage(1)
+        stages = mesh.cross_host_stage(0), mesh.cross_host_stage(1)
         return replace(
-            self, rank=mesh.sharers.index(mesh.rank), stages=stages, out=out, sent=Sent()
+            self, rank=mesh.cross_host_ranks.index(mesh.rank), stages=stages, out=out, sent=Sent()
         )
 
 

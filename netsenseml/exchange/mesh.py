@@ -140,7 +140,7 @@ class Mesh:
         return [rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
 
     @property
-    def sharers(self) -> list[int]:
+    def cross_host_ranks(self) -> list[int]:
         """The ranks of all hosts that have this rank's number within theirs; hosts are of equal
         size."""
         number = self.host_ranks.index(self.rank)
@@ -176,9 +176,11 @@ class Mesh:
             f"host{number}-{self.hosts[self.rank]}", self.host_ranks, by_nccl=self.within_by_nccl
         )
 
-    def share_stage(self, number: int) -> dist.ProcessGroup:
-        """Likewise of ``sharers``."""
-        return self._made(f"share{number}-{self.host_ranks.index(self.rank)}", self.sharers)
+    def cross_host_stage(self, number: int) -> dist.ProcessGroup:
+        """Likewise of ``cross_host_ranks``."""
+        return self._made(
+            f"share{number}-{self.host_ranks.index(self.rank)}", self.cross_host_ranks
+        )
 
     def _made(self, name: str, ranks: Iterable[int], *, by_nccl: bool = False) -> dist.ProcessGroup:
         if name not in self._groups:

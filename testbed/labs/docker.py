@@ -482,9 +482,9 @@ def connect() -> docker.DockerClient:
         said = str(error).removeprefix("Error while fetching server API version: ")
         reason = protocol.one_line(said).replace(";", ",")
         if place := os.environ.get("DOCKER_HOST"):
-            mend = "mend that, or unset the variable, or use --lab netns"
+            fix = "mend that, or unset the variable, or use --lab netns"
             raise LabError(
-                f"no Docker daemon answers at DOCKER_HOST={place} ({reason}); {mend}"
+                f"no Docker daemon answers at DOCKER_HOST={place} ({reason}); {fix}"
             ) from None
         raise LabError(
             f"no Docker daemon answers ({reason}); start it (for example: sudo systemctl start"
@@ -501,8 +501,8 @@ def device_requests(
     names: the machine's GPUs. daemon: what it tells of itself. Raises LabError where there must be
     a GPU.
     """
-    if fault := gpus.why_not(device, names, daemon):
-        raise LabError(fault)
+    if error := gpus.why_not(device, names, daemon):
+        raise LabError(error)
     wanted = device != "cpu" and gpus.reach_containers(names, daemon)
     return [DeviceRequest(count=-1, capabilities=[["gpu", "compute", "utility"]])] if wanted else []
 

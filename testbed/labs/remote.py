@@ -488,13 +488,15 @@ class RemoteRecorder:
         trace: TracebackType | None,
     ) -> None:
         self._ended.set()
-        fault = _finish(self._nodes, messages.End, patient=not isinstance(error, KeyboardInterrupt))
-        if fault and error is None:
-            raise NodeLost(f"its records are not whole: {fault}")
+        message = _finish(
+            self._nodes, messages.End, patient=not isinstance(error, KeyboardInterrupt)
+        )
+        if message and error is None:
+            raise NodeLost(f"its records are not whole: {message}")
 
     @property
     def failure(self) -> str:
-        return next((fault for node in self._nodes if (fault := node.lost or node.failure)), "")
+        return next((error for node in self._nodes if (error := node.lost or node.failure)), "")
 
     def arrived_bytes(self, links: Iterable[str]) -> int:
         return sum(self._node_of[link].arrived.get(link, 0) for link in links)
@@ -551,9 +553,9 @@ class RemoteLab:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        fault = self._close(patient=not isinstance(error, KeyboardInterrupt))
-        if fault and error is None:
-            raise NodeLost(f"what its programs have left may not be whole: {fault}")
+        message = self._close(patient=not isinstance(error, KeyboardInterrupt))
+        if message and error is None:
+            raise NodeLost(f"what its programs have left may not be whole: {message}")
 
     def _provide(self) -> None:
         """Give every node the directories of all hosts, the files that they read, and the control
@@ -622,10 +624,10 @@ class RemoteLab:
 
         Returns why one of them has not, in one line, or "".
         """
-        fault = _finish(self._nodes.values(), messages.Close, patient)
+        error = _finish(self._nodes.values(), messages.Close, patient)
         for node in self._nodes.values():
             node.attach(None)
-        return fault
+        return error
 
 
 def _finish(

@@ -200,7 +200,7 @@ _QUANTUM = 60_000
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class SegmentingTbf:
     """A tbf that does not limit, and cuts packets that are larger than ``largest_bytes`` into
     frames.
 
@@ -351,7 +351,7 @@ class Pfifo:
         return f"pfifo limit {self.limit_packets}"
 
 
-Node = Htb | HtbClass | Cut | Bfifo | Codel | Cake | Tbf | Netem | Pfifo
+Node = Htb | HtbClass | SegmentingTbf | Bfifo | Codel | Cake | Tbf | Netem | Pfifo
 Tree = tuple[Node, ...]
 """Qdiscs, and htb's class, from the root downwards, each the only child of the one before."""
 
@@ -418,7 +418,7 @@ def _limiter(
         math.ceil(parameters.rate_bps / 8 * _WHOLE_S) if parameters.rate_bps >= _WHOLE_BPS else 0
     )
     # What is larger than the queue could never enter it.
-    cut = Cut(max(frame, min(max(burst, min(whole, UNCUT_PACKET_BYTES)), limit)), limit)
+    cut = SegmentingTbf(max(frame, min(max(burst, min(whole, UNCUT_PACKET_BYTES)), limit)), limit)
     return (
         Htb(),
         HtbClass(parameters.rate_bps, burst),
@@ -445,7 +445,7 @@ def _outage(
 
 def _shut(node: Node) -> Node:
     match node:
-        case Cut():
+        case SegmentingTbf():
             return replace(node, shut=True)
         case Tbf():
             return replace(node, rate_bps=_SHUT_BPS)
@@ -482,7 +482,12 @@ def queue_of(tree: Tree) -> int | None:
     if any(isinstance(node, Codel | Cake) for node in tree):
         return None
     return next(
-        (node.limit_bytes for node in reversed(tree) if isinstance(node, Bfifo | Tbf | Cut)), None
+        (
+            node.limit_bytes
+            for node in reversed(tree)
+            if isinstance(node, Bfifo | Tbf | SegmentingTbf)
+        ),
+        None,
     )
 
 
@@ -592,7 +597,7 @@ def _options(node: Node) -> bytes:
     match node:
         case Tbf():
             return _tbf_options(node.rate_bps, node.burst_bytes, node.limit_bytes)
-        case Cut():
+        case SegmentingTbf():
             return _tbf_options(node.rate_bps, node.largest_bytes, node.limit_bytes)
         case Htb():
             return _attribute(_HTB_INIT, _HTB_GLOB.pack(_HTB_VERSION, 10, _DEFAULT_CLASS, 0, 0))
@@ -720,13 +725,13 @@ def same_on_kernel(wanted: Node, answer: bytes) -> bool:
         else {kind: options[a:b] for kind, a, b in attributes(options, offset)}
     )
     match wanted:
-        case Tbf() | Cut():
+        case Tbf() | SegmentingTbf():
             _, rate, _, _, limit, buffer, _ = _TBF_PARMS.unpack_from(parts[_TBF_PARMS_KIND])
             if _TBF_RATE64 in parts:
                 (rate,) = struct.unpack("=Q", parts[_TBF_RATE64])
             # The kernel keeps a bucket as time: nothing where this does not limit, more than it can
             # tell where it is shut.
-            if isinstance(wanted, Cut) or wanted.rate_bps == _SHUT_BPS:
+            if isinstance(wanted, SegmentingTbf) or wanted.rate_bps == _SHUT_BPS:
                 return rate == wanted.rate_bps // 8 and limit == wanted.limit_bytes
             off = abs(buffer * _TICK_S * rate - wanted.burst_bytes)
             return (

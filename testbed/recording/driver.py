@@ -200,8 +200,8 @@ class LinkDriver:
                 for name in names
             }
             for name, state in wished.items():
-                if fault := state_error(state):
-                    raise ValueError(f"{name}: {fault}")
+                if error := state_error(state):
+                    raise ValueError(f"{name}: {error}")
             changes = {name: state.slowed(self._dilation) for name, state in wished.items()}
             impaired = {
                 (link, side)

@@ -120,7 +120,7 @@ def calibration_table(result: Mapping[str, Any]) -> RenderableType:
 
 
 def doctor_table(result: Mapping[str, Any]) -> RenderableType:
-    """What ``testbed doctor`` found (``testbed.doctor``): one row a finding, then what mends it,
+    """What ``testbed doctor`` found (``testbed.doctor``): one row a finding, then what fixes it,
     ready to be copied."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
@@ -133,10 +133,10 @@ def doctor_table(result: Mapping[str, Any]) -> RenderableType:
             finding["name"],
             Text(finding["found"]),
         )
-    mends = [
-        Text(f"  {finding['name']}: {finding['mend']}")
+    fixes = [
+        Text(f"  {finding['name']}: {finding['fix']}")
         for finding in result["findings"]
-        if finding["mend"]
+        if finding["fix"]
     ]
     works = [name for name, good in result["labs"].items() if good]
     verdict = (
@@ -145,8 +145,8 @@ def doctor_table(result: Mapping[str, Any]) -> RenderableType:
         else "No experiment can run here."
     )
     parts: list[RenderableType] = [table, ""]
-    if mends:
-        parts += [Text("What would mend it", style="bold"), *mends, ""]
+    if fixes:
+        parts += [Text("What would fix it", style="bold"), *fixes, ""]
     if works:
         verdict += f" {_ENGINES[result['engine']]}"
     return Group(*parts, Text(verdict, style="bold" if works else "bold red"))

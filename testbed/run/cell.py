@@ -33,7 +33,7 @@ from testbed.plan import Cell, notes
 from testbed.recording.link_server import LinkServer
 from testbed.recording.recorder import Recorder, Recording
 from testbed.run import messages
-from testbed.run.control import ControlServer, Heard, Lost, Member, ProtocolViolation
+from testbed.run.control import ControlServer, Disconnected, Member, ProtocolViolation, Received
 from testbed.run.directory import DATA, SCRIPT, is_nearly_full, machine, release_reserve
 from testbed.spec.units import format_size, format_time
 from testbed.timeline.workers import Kills
@@ -432,8 +432,8 @@ class _CellRunner:
             self._receive(min(poll_s, *(at_s - now_s for at_s in due_s)) if due_s else poll_s)
             while self._kills and self._kills[0].at_s <= monotonic_s() - t0_s:
                 self._kill(self._kills.popleft(), t0_s)
-            if fault := recorder.failure:
-                raise CellFailed(fault)
+            if error := recorder.failure:
+                raise CellFailed(error)
             if is_nearly_full(self._directory):
                 raise CellFailed(f"the disk is nearly full; {self._most_written()}")
             try:
@@ -589,18 +589,18 @@ class _CellRunner:
         except queue.Empty:
             return
 
-    def _take(self, heard: Heard) -> None:
+    def _take(self, heard: Received) -> None:
         member = heard.member
         if heard.token != self._control.tokens[member]:
             return  # a last word of one that has been started again since
         self._heard_s[member] = heard.at_s
         if not isinstance(member, int) and not isinstance(
-            heard.message, messages.Ready | ProtocolViolation | Lost
+            heard.message, messages.Ready | ProtocolViolation | Disconnected
         ):
             self._note(member, _Failure(heard.at_s, "said what is for workers to say"))
             return
         match heard.message:
-            case Lost():
+            case Disconnected():
                 self._lost_s.setdefault(member, heard.at_s)
             case ProtocolViolation(error):
                 self._note(

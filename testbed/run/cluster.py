@@ -96,10 +96,10 @@ def connected(address: str) -> Iterator[Any]:
                 f"--on {address}: no Dask scheduler can be reached there: {one_line(str(error))}"
             ) from None
         except TypeError as error:  # what Dask raises where it has no certificates to show
-            mend = "configure distributed.comm.tls, or use tcp://"
+            fix = "configure distributed.comm.tls, or use tcp://"
             raise LabError(
                 f"--on {address}: Dask has no TLS configuration here ({one_line(str(error))});"
-                f" {mend}"
+                f" {fix}"
             ) from None
         given_up_s = time.monotonic() + _NO_MACHINE_S
         while not any(

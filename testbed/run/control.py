@@ -34,17 +34,17 @@ class ProtocolViolation:
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class Disconnected:
     """A connection of a member has ended."""
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class Received:
     """What came from a member, and when (CLOCK_MONOTONIC). token: by which it had shown who it
     is."""
 
     member: Member
-    message: Message | ProtocolViolation | Lost
+    message: Message | ProtocolViolation | Disconnected
     at_s: float
     token: str = ""
 
@@ -67,7 +67,7 @@ class ControlServer:
     """
 
     def __init__(self, path: Path, members: Iterable[Member]) -> None:
-        self.inbox: queue.Queue[Heard] = queue.Queue()
+        self.inbox: queue.Queue[Received] = queue.Queue()
         self.tokens = {member: secrets.token_hex(16) for member in members}
         self._members = {token: member for member, token in self.tokens.items()}
         self._path = path
@@ -173,13 +173,15 @@ class ControlServer:
         except ValueError as error:
             if connection.member is not None:
                 self.inbox.put(
-                    Heard(connection.member, ProtocolViolation(str(error)), now_s, connection.token)
+                    Received(
+                        connection.member, ProtocolViolation(str(error)), now_s, connection.token
+                    )
                 )
             data = b""
         if not data:
             self._close(selector, connection)
             if connection.member is not None:
-                self.inbox.put(Heard(connection.member, Lost(), now_s, connection.token))
+                self.inbox.put(Received(connection.member, Disconnected(), now_s, connection.token))
 
     def _take(self, connection: _Connection, message: Message, now_s: float) -> None:
         if connection.member is None:
@@ -194,7 +196,7 @@ class ControlServer:
         if len(times_s) == times_s.maxlen and now_s - times_s[0] < 1:
             raise ValueError(f"more than {MOST_MESSAGES_PER_S} messages a second")
         times_s.append(now_s)
-        self.inbox.put(Heard(connection.member, message, now_s, connection.token))
+        self.inbox.put(Received(connection.member, message, now_s, connection.token))
 
     def _close(self, selector: selectors.BaseSelector, connection: _Connection) -> None:
         selector.unregister(connection.socket)

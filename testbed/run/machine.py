@@ -19,8 +19,8 @@ def check_congestion(names: Collection[str | None], *, privileged: bool) -> None
     privileged: who chooses it has CAP_NET_ADMIN in the network namespace.
     """
     for name in sorted(filter(None, names)):
-        if fault := congestion_error(name, privileged=privileged):
-            raise LabError(fault)
+        if error := congestion_error(name, privileged=privileged):
+            raise LabError(error)
 
 
 def check_traffic(flows: Collection[Flow], lab: str) -> None:
@@ -31,16 +31,16 @@ def check_traffic(flows: Collection[Flow], lab: str) -> None:
     if not any(flow.engine == "iperf3" for flow in flows):
         return
     if lab == "netns" and shutil.which(PROGRAM) is None:
-        mend = f"install it with: sudo apt-get install {PROGRAM} (or dnf), or {_BUILTIN}"
-        raise LabError(f"engine: {PROGRAM} needs a program that this machine lacks; {mend}")
+        fix = f"install it with: sudo apt-get install {PROGRAM} (or dnf), or {_BUILTIN}"
+        raise LabError(f"engine: {PROGRAM} needs a program that this machine lacks; {fix}")
     if lab in ("docker", "swarm"):
         from testbed.labs.docker import image_has
 
         if not image_has(PROGRAM):
-            mend = (
+            fix = (
                 "add it to containers/Dockerfile (RUN apt-get update && apt-get install -y"
                 f" {PROGRAM}), or {_BUILTIN}"
             )
             raise LabError(
-                f"engine: {PROGRAM} needs a program that the image of the hosts lacks; {mend}"
+                f"engine: {PROGRAM} needs a program that the image of the hosts lacks; {fix}"
             )

@@ -94,8 +94,8 @@ def lacking_gpu(plan: Plan) -> str | None:
 def check_machine(plan: Plan) -> str:
     """Raise LabError, before anything is made, if this machine cannot run the plan; returns the
     engine that impairs links."""
-    if fault := lacking_gpu(plan):
-        raise LabError(fault)
+    if error := lacking_gpu(plan):
+        raise LabError(error)
     engine = "auto"
     for wanted in sorted(plan.engines or {"auto"}):
         chosen = choose_engine(plan.lab, wanted, plan.impaired, plan.qdiscs)
@@ -265,8 +265,8 @@ def _run(
                 say_ended()
         return code if code == EXIT_CANNOT else verdict or code
     finally:
-        if fault := run_directory.give_to_owner_of(directory.parent, directory):
-            console.print(fault, markup=False, soft_wrap=True)
+        if error := run_directory.give_to_owner_of(directory.parent, directory):
+            console.print(error, markup=False, soft_wrap=True)
 
 
 def groups_for(

@@ -10,22 +10,22 @@ _SHOWN = 5
 
 
 class SpecError(ValueError):
-    """Bad input (exit code 2). ``str()`` has one line for each fault:
-    ``file: place: fault; mend``."""
+    """Bad input (exit code 2). ``str()`` has one line for each error:
+    ``file: place: error; fix``."""
 
-    def __init__(self, faults: Sequence[tuple[str, str]], source: str = "") -> None:
-        self.faults = list(faults)
+    def __init__(self, errors: Sequence[tuple[str, str]], source: str = "") -> None:
+        self.errors = list(errors)
         self.source = source
         lines = [
-            ": ".join(part for part in (source, *fault) if part) for fault in self.faults[:_SHOWN]
+            ": ".join(part for part in (source, *error) if part) for error in self.errors[:_SHOWN]
         ]
-        if len(self.faults) > _SHOWN:
-            lines.append(f"{source}: and {len(self.faults) - _SHOWN} more faults")
+        if len(self.errors) > _SHOWN:
+            lines.append(f"{source}: and {len(self.errors) - _SHOWN} more errors")
         super().__init__("\n".join(one_line(line, 1000) for line in lines))
 
     def found_in(self, source: str) -> "SpecError":
-        """The same faults, with the name of the file in front."""
-        return SpecError(self.faults, source)
+        """The same errors, with the name of the file in front."""
+        return SpecError(self.errors, source)
 
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:

@@ -64,8 +64,8 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
     except SpecError as error:
         raise error.found_in(path.name) from None
     if spec.script and not is_file(path.parent / spec.script.file):
-        fault = ("script", f"there is no file {spec.script.file!r} beside the spec")
-        raise SpecError([fault], path.name)
+        message = ("script", f"there is no file {spec.script.file!r} beside the spec")
+        raise SpecError([message], path.name)
     for index, name in enumerate(spec.script.files if spec.script else ()):
         named = (path.parent / spec.script.file).parent / name  # type: ignore[union-attr]
         if not is_file(named) and not is_directory(named):
@@ -153,12 +153,12 @@ def _check_values(data: Any, source: str) -> None:
         # before a key becomes part of a place
         for value in [node, *node] if isinstance(node, Mapping) else [node]:
             if isinstance(value, int) and abs(value) >= 2**63:
-                fault = (
+                error = (
                     "is a number that is too large"
                     if value is node
                     else "has a key that is too large a number"
                 )
-                raise SpecError([(place_of(place), fault)], source)
+                raise SpecError([(place_of(place), error)], source)
             if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
                 raise SpecError(
                     [(place_of(place), f"{value!r:.40} has half a character; write whole ones")],

@@ -778,8 +778,8 @@ class MethodSpec(Named):
             if not isinstance(data.get("label", ""), str):
                 raise PydanticCustomError("at_key", "must be text", {"path": ["label"]})
             if data.get("label") in METHODS and data["label"] != data["name"]:
-                fault = f"{data['label']!r} is the name of another method; choose another label"
-                raise PydanticCustomError("at_key", fault, {"path": ["label"]})
+                error = f"{data['label']!r} is the name of another method; choose another label"
+                raise PydanticCustomError("at_key", error, {"path": ["label"]})
             if not data.get("label"):
                 data["label"] = "-".join(
                     [data["name"].replace(":", "."), *(str(v) for v in given.values())]
@@ -1148,9 +1148,9 @@ class Spec(Model):
             names = [m.label if isinstance(m, MethodSpec) else m for m in getattr(self, key)]
             for index, name in enumerate(names):
                 if name in names[:index]:
-                    mend = "remove one, or give it a label" if key == "methods" else "remove one"
+                    fix = "remove one, or give it a label" if key == "methods" else "remove one"
                     raise PydanticCustomError(
-                        "at_key", f"{name!r} stands there twice; {mend}", {"path": [key, index]}
+                        "at_key", f"{name!r} stands there twice; {fix}", {"path": [key, index]}
                     )
         return self
 
@@ -1166,8 +1166,8 @@ class Spec(Model):
                 raise PydanticCustomError(
                     "at_key", text, {"path": ["traffic", index, "udp", "packet"]}
                 )
-        if fault := next(small_queues(self, self.network.mtu), None):
-            raise PydanticCustomError("at_key", fault[1], {"path": fault[0]})
+        if error := next(small_queues(self, self.network.mtu), None):
+            raise PydanticCustomError("at_key", error[1], {"path": error[0]})
         return self
 
     @property

@@ -76,17 +76,17 @@ def expand(
     ]
     changes.sort(key=attrgetter("at_s", "link"))
     for change in changes:
-        if fault := state_error(change.state):
+        if error := state_error(change.state):
             raise SpecError(
-                [("schedule", f"link {change.link} at {format_time(change.at_s)}: {fault}")]
+                [("schedule", f"link {change.link} at {format_time(change.at_s)}: {error}")]
             )
     return tuple(changes)
 
 
 def _check_first(initial: Mapping[str, LinkState]) -> None:
     for link, state in initial.items():
-        if fault := state_error(state):
-            raise SpecError([("network", f"link {link}: {fault}")])
+        if error := state_error(state):
+            raise SpecError([("network", f"link {link}: {error}")])
 
 
 def _check_rates(initial: Mapping[str, LinkState], tracks: Mapping[str, _Tracks]) -> None:
@@ -94,11 +94,11 @@ def _check_rates(initial: Mapping[str, LinkState], tracks: Mapping[str, _Tracks]
         for side in DIRECTIONS:
             aqm, rate_bps = getattr(state, side).aqm, getattr(state, side).rate_bps
             if aqm != "fifo" and rate_bps is None and (side, "rate_bps") not in tracks[link]:
-                fault = (
+                error = (
                     f"link {link}: {aqm} has nothing to manage where no rate makes packets wait;"
                     " give it a rate, too"
                 )
-                raise SpecError([("network", fault)])
+                raise SpecError([("network", error)])
 
 
 def _record(
@@ -116,11 +116,11 @@ def _record(
         if end_s is not None and at_s >= end_s:
             break
         if not left:
-            fault = (
+            error = (
                 f"the schedule makes more than {MAX_CHANGES:,} changes; choose longer steps, a"
                 " shorter for, or fewer links"
             )
-            raise SpecError([("", fault)])
+            raise SpecError([("", error)])
         left -= 1
         if values == last:
             continue
@@ -172,8 +172,8 @@ def _named_links(
                 ]
             )
         if name not in links:
-            fault = f"there is no link {name!r}; {did_you_mean(name, ['all', *links])}"
-            raise SpecError([(place_of(["links", position]), fault)])
+            error = f"there is no link {name!r}; {did_you_mean(name, ['all', *links])}"
+            raise SpecError([(place_of(["links", position]), error)])
     return entry.links
 
 
@@ -184,11 +184,11 @@ def check_end(entry: Entry, end_s: float | None) -> None:
     last_s = entry.at + entry.length_s
     late = "at" if entry.at >= end_s else entry.LENGTH if last_s > end_s + 1e-9 else None
     if late:
-        fault = (
+        error = (
             f"{format_time(entry.at if late == 'at' else last_s)} comes after the end of the run at"
             f" {format_time(end_s)} (stop.seconds); make it earlier or the run longer"
         )
-        raise SpecError([(late, fault)])
+        raise SpecError([(late, error)])
 
 
 @contextmanager
@@ -198,5 +198,7 @@ def placed(index: int) -> Iterator[None]:
         yield
     except SpecError as error:
         entry = place_of(["schedule", index])
-        faults = [(f"{entry}.{place}" if place else entry, fault) for place, fault in error.faults]
+        faults = [
+            (f"{entry}.{place}" if place else entry, message) for place, message in error.errors
+        ]
         raise SpecError(faults, error.source) from None

@@ -21,11 +21,11 @@ def background_hosts(traffic: Sequence[TrafficSpec], workers: Sequence[str]) -> 
             if _BACKGROUND_HOST.fullmatch(name):
                 found.add(name)
             elif name not in workers:
-                fault = (
+                error = (
                     f"there is no host {name!r}; {did_you_mean(name, workers)}, and bg0, bg1, … for"
                     " traffic alone"
                 )
-                raise SpecError([(place_of(["traffic", index, key]), fault)])
+                raise SpecError([(place_of(["traffic", index, key]), error)])
     return tuple(sorted(found, key=lambda name: int(name.removeprefix("bg"))))
 
 
@@ -37,11 +37,11 @@ def plan_flows(traffic: Sequence[TrafficSpec], stop_s: float | None) -> tuple[Fl
     flows: list[Flow] = []
     for index, entry in enumerate(traffic):
         if stop_s is not None and entry.at >= stop_s:
-            fault = (
+            error = (
                 f"the traffic at {format_time(entry.at)} comes after the end of the run at"
                 f" {format_time(stop_s)} (stop.seconds); make it earlier or the run longer"
             )
-            raise SpecError([(place_of(["traffic", index, "at"]), fault)])
+            raise SpecError([(place_of(["traffic", index, "at"]), error)])
         flow = _flow(entry, FIRST_PORT + index, {flow.name for flow in flows})
         flows.append(flow)
     return tuple(flows)

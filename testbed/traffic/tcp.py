@@ -134,8 +134,8 @@ def set_congestion_control(stream: socket.socket, name: str) -> None:
     try:
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
     except OSError as error:
-        fault = congestion_error(name, privileged=not isinstance(error, PermissionError))
-        raise OSError(fault or f"congestion control {name!r}: {error.strerror}") from None
+        message = congestion_error(name, privileged=not isinstance(error, PermissionError))
+        raise OSError(message or f"congestion control {name!r}: {error.strerror}") from None
 
 
 def congestion_error(name: str, *, privileged: bool) -> str | None:

@@ -184,11 +184,11 @@ def test_the_doctor_says_what_works_here():
         == "ok"
     )
     assert verdicts["limits"]["found"]
-    assert all(finding["mend"] for finding in result["findings"] if finding["verdict"] == "missing")
-    assert verdicts["delay line"]["verdict"] == "ok" or verdicts["delay line"]["mend"]
-    assert verdicts["limits of workers"]["verdict"] == "ok" or verdicts["limits of workers"]["mend"]
+    assert all(finding["fix"] for finding in result["findings"] if finding["verdict"] == "missing")
+    assert verdicts["delay line"]["verdict"] == "ok" or verdicts["delay line"]["fix"]
+    assert verdicts["limits of workers"]["verdict"] == "ok" or verdicts["limits of workers"]["fix"]
     netem = verdicts["netem"]
-    assert netem["verdict"] == "ok" or netem["mend"]
+    assert netem["verdict"] == "ok" or netem["fix"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

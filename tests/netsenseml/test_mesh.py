@@ -77,9 +77,9 @@ def test_the_ranks_of_a_host_agree_on_who_they_are(hosts: list[int], data: st.Da
 def test_every_share_is_exchanged_by_one_rank_of_each_host(hosts: int, ranks_per_host: int) -> None:
     placed = [rank // ranks_per_host for rank in range(hosts * ranks_per_host)]
     for rank in range(len(placed)):
-        sharers = Described(placed, rank).sharers
-        assert rank in sharers and [placed[other] for other in sharers] == list(range(hosts))
-        assert all(Described(placed, other).sharers == sharers for other in sharers)
+        same = Described(placed, rank).cross_host_ranks
+        assert rank in same and [placed[other] for other in same] == list(range(hosts))
+        assert all(Described(placed, other).cross_host_ranks == same for other in same)
 
 
 @given(st.integers(1, 8), st.integers(1, 8))
@@ -124,7 +124,7 @@ def test_ranks_of_one_network_namespace_are_on_one_host() -> None:
 
 def timeouts_of_groups(rank: int) -> list[float]:
     mesh = Mesh(world(), hosts=[0, 0, 1, 1])
-    groups = [world(), mesh.stage(0), mesh.stage(1), mesh.host_stage(0), mesh.share_stage(0)]
+    groups = [world(), mesh.stage(0), mesh.stage(1), mesh.host_stage(0), mesh.cross_host_stage(0)]
     found = [timeout(groups[0]), *(group.options._timeout for group in groups[1:])]
     assert mesh.stage(0) is groups[1], "made once"
     del groups

@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 
 from testbed import protocol
 from testbed.run import messages
-from testbed.run.control import MOST_MESSAGES_PER_S, ControlServer, Heard, Lost, ProtocolViolation
+from testbed.run.control import (
+    MOST_MESSAGES_PER_S,
+    ControlServer,
+    Disconnected,
+    ProtocolViolation,
+    Received,
+)
 
 
 class Member:
@@ -39,7 +45,7 @@ def server(tmp_path: Path) -> Iterator[ControlServer]:
         yield control
 
 
-def heard(server: ControlServer) -> Heard:
+def heard(server: ControlServer) -> Received:
     return server.inbox.get(timeout=5)
 
 
@@ -53,7 +59,7 @@ def test_a_message_is_of_the_member_whose_token_was_shown(
         Member(tmp_path, token).say(HEARTBEAT)
         got = heard(server)
         assert (got.member, got.message) == (member, messages.Heartbeat(type="heartbeat", step=3))
-        assert isinstance(heard(server).message, Lost)
+        assert isinstance(heard(server).message, Disconnected)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +91,7 @@ def test_what_is_no_message_is_a_fault_of_its_sender_alone(
     assert got.member == 0
     assert isinstance(got.message, ProtocolViolation)
     assert len(got.message.error) < 300 and "\n" not in got.message.error
-    assert isinstance(heard(server).message, Lost)
+    assert isinstance(heard(server).message, Disconnected)
     good.say(HEARTBEAT)
     assert heard(server).member == 1
 
@@ -150,7 +156,7 @@ def test_who_does_not_read_delays_nobody(server: ControlServer, tmp_path: Path) 
         while read < 10_000:
             read += len(good.socket.recv(1 << 16))
     assert time.monotonic() - began < 5
-    assert (got := heard(server)).member == 0 and isinstance(got.message, Lost)
+    assert (got := heard(server)).member == 0 and isinstance(got.message, Disconnected)
 
 
 def test_a_reset_is_an_end_and_no_fault(server: ControlServer, tmp_path: Path) -> None:
@@ -162,7 +168,7 @@ def test_a_reset_is_an_end_and_no_fault(server: ControlServer, tmp_path: Path) -
     server.broadcast({"type": "heartbeat"})
     time.sleep(0.1)
     member.socket.close()
-    assert isinstance(heard(server).message, Lost)
+    assert isinstance(heard(server).message, Disconnected)
 
 
 json_values = st.recursive(

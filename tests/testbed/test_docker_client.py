@@ -92,4 +92,4 @@ def test_why_no_daemon_can_be_had_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     (line,) = result.stderr.splitlines()
     assert "DOCKER_HOST=nonsense://here" in line and "nvalid" in line
     (finding,) = docker_lab(System.of_this_machine())
-    assert "start" not in finding.mend
+    assert "start" not in finding.fix

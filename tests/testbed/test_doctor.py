@@ -58,7 +58,7 @@ def test_wsl_and_the_kernel_are_recognised():
 def test_missing_netem_has_the_mend_of_the_system_and_a_way_to_go_on(here, words):
     (netem,) = (finding for finding in qdiscs(here, ["netem"], NO_LINE) if finding.verdict != "ok")
     assert (netem.name, netem.verdict) == ("netem", "missing")
-    assert words in netem.mend
+    assert words in netem.fix
 
 
 def test_where_the_delay_line_stands_in_for_netem_nothing_is_missing():
@@ -67,7 +67,7 @@ def test_where_the_delay_line_stands_in_for_netem_nothing_is_missing():
         for finding in qdiscs(system(), ["netem"], Finding("delay line", "ok", ""))
         if finding.name == "netem"
     )
-    assert netem.verdict == "ok" and not netem.mend
+    assert netem.verdict == "ok" and not netem.fix
     assert "this kernel has none" in netem.found and "delay line" in netem.found
 
 

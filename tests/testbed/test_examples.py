@@ -171,9 +171,9 @@ def test_without_a_spec_there_is_one_line_that_says_how_to_have_one():
 def test_faults_are_there_for_programs_too():
     cli("init")
     good = json.loads(cli("validate", "--json"))
-    assert (good["name"], len(good["cells"]), good["faults"]) == ("experiment", 3, [])
+    assert (good["name"], len(good["cells"]), good["errors"]) == ("experiment", 3, [])
     result = CliRunner().invoke(
         app, ["validate", "--json", "--set", "wokers=3", "--set", "workers=0"]
     )
     assert result.exit_code == 2
-    assert {fault["place"] for fault in json.loads(result.stdout)["faults"]} >= {"wokers"}
+    assert {fault["place"] for fault in json.loads(result.stdout)["errors"]} >= {"wokers"}

@@ -140,4 +140,4 @@ def test_doctor_tells_whether_containers_get_the_gpus(
 ) -> None:
     findings = docker_gpus(names, daemon)
     assert [finding.verdict for finding in findings] == verdicts
-    assert all(finding.verdict == "ok" or gpus.TOOLKIT in finding.mend for finding in findings)
+    assert all(finding.verdict == "ok" or gpus.TOOLKIT in finding.fix for finding in findings)

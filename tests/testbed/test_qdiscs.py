@@ -13,11 +13,11 @@ from testbed.links.qdiscs import (
     Bfifo,
     Cake,
     Codel,
-    Cut,
     Htb,
     HtbClass,
     Netem,
     Pfifo,
+    SegmentingTbf,
     Tbf,
     bucket_of,
     changed,
@@ -95,7 +95,7 @@ def test_the_queue_is_what_was_asked_for_but_holds_a_frame_and_nothing_larger_th
         else parameters.rate_bps / 8 * parameters.queue_s
     )
     assert queue_of(tree) == pytest.approx(min(max(asked, frame_bytes(mtu)), 2**32 - 1), abs=1)
-    (cut,) = (node for node in tree if isinstance(node, Cut))
+    (cut,) = (node for node in tree if isinstance(node, SegmentingTbf))
     assert frame_bytes(mtu) <= cut.largest_bytes <= max(frame_bytes(mtu), queue_of(tree))
 
 
@@ -104,7 +104,9 @@ def test_a_tree_limits_and_impairs_as_asked(parameters, impaired):
     tree = compile_tree(parameters, impaired=impaired)
     kinds = [type(node) for node in tree]
     limiter = (
-        [Pfifo] if parameters.rate_bps is None else [Htb, HtbClass, Cut, AQM_NODES[parameters.aqm]]
+        [Pfifo]
+        if parameters.rate_bps is None
+        else [Htb, HtbClass, SegmentingTbf, AQM_NODES[parameters.aqm]]
     )
     assert kinds == ([Netem] if impaired or parameters.impaired else []) + limiter
     assert len(requests(tree, 7, "w0")) == len(tc_commands(tree, "w0")) == len(tree)
@@ -193,5 +195,5 @@ def test_in_an_outage_nothing_passes_and_the_end_of_it_replaces_no_qdisc(shaper,
         for rate in (20_000_000, 0)
     )
     assert [type(node) for node in usual] == [type(node) for node in outage]
-    (shut,) = (node for node in outage if isinstance(node, Cut | Tbf))
+    (shut,) = (node for node in outage if isinstance(node, SegmentingTbf | Tbf))
     assert shut.rate_bps < 100

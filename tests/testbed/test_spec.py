@@ -577,7 +577,7 @@ def test_an_empty_value_is_refused_everywhere_and_never_means_no_limit():
         ) as raised:
             for combination in combinations(validate(raw)):
                 validate(apply_overrides(raw, combination))
-        assert len(raised.value.faults) == 1, path
+        assert len(raised.value.errors) == 1, path
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_a_fault_is_named_with_its_place_and_mend(entry, place, words):
     raw = {key: value for key, value in {**TCP, **entry}.items() if value is not None}
     with pytest.raises(SpecError) as error:
         cell_of(raw)
-    ((found, text),) = error.value.faults
+    ((found, text),) = error.value.errors
     assert found == place
     assert words in text
 

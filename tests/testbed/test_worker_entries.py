@@ -74,14 +74,14 @@ BAD_WORKERS = [
 def test_what_is_wrong_with_them(entry, place, words):
     with pytest.raises(SpecError) as raised:
         plan([{"at": "1s", **entry}])
-    (found, text), *_ = raised.value.faults
-    assert found.startswith(place) and words in text, raised.value.faults
+    (found, text), *_ = raised.value.errors
+    assert found.startswith(place) and words in text, raised.value.errors
 
 
 def test_real_compute_cannot_be_slowed_down():
     with pytest.raises(SpecError) as raised:
         plan([{"at": "1s", "slow": {"w0": 2}}], workload={"stop": {"seconds": 30}})
-    assert raised.value.faults == [
+    assert raised.value.errors == [
         (
             "schedule[0].slow",
             (

@@ -41,8 +41,8 @@ class Ramp(ScheduleEntry):
         targets = values_of(self.ramp, start.trunk)
         origins = {key: value_in(start.state, key) for key in targets}
         if None in origins.values():
-            fault = f"link {start.link} has no rate to start from; give network.link.rate"
-            raise SpecError([("ramp.rate", fault)])
+            error = f"link {start.link} has no rate to start from; give network.link.rate"
+            raise SpecError([("ramp.rate", error)])
         steps = max(1, math.ceil(self.over / self.every - 1e-9))
         for step in range(1, steps + 1):
             fraction = step * self.every / self.over if step < steps else 1.0

@@ -84,16 +84,16 @@ class Trace(DurationEntry):
         return recording
 
     def _check(self, recording: Recording, trunk: bool) -> None:
-        key = fault = ""
+        key = error = ""
         given = recording.columns.keys()
         delays = [value for name in _SCALED["delay"] & given for value in recording.columns[name]]
         if self.every is not None and not recording.counted:
-            key, fault = (
+            key, error = (
                 "every",
                 f"is for packet-delivery files; {self.trace} has times of its own, remove it",
             )
         elif self.offset >= recording.length_s:
-            key, fault = (
+            key, error = (
                 "offset",
                 (
                     f"{format_time(self.offset)} is not within {self.trace}, which ends at"
@@ -101,26 +101,26 @@ class Trace(DurationEntry):
                 ),
             )
         elif recording.shortest_s * self.scale.time < MIN_INTERVAL_S - 1e-9:
-            key, fault = (
+            key, error = (
                 "trace",
                 f"{self.trace} has rows less than 1ms apart; scale its time or thin it out",
             )
         elif max(recording.columns.get("rate_bps", (0.0,))) * self.scale.rate > MAX_RATE_BPS:
-            key, fault = "trace", f"{self.trace} has rates above 100gbit; scale them down"
+            key, error = "trace", f"{self.trace} has rates above 100gbit; scale them down"
         elif max(delays, default=0.0) * self.scale.delay > MAX_DELAY_S:
-            key, fault = (
+            key, error = (
                 "trace",
                 f"{self.trace} has delays above {format_time(MAX_DELAY_S)}; scale them down",
             )
         elif missing := [
             name for name in _SCALED if getattr(self.scale, name) != 1 and not given & _SCALED[name]
         ]:
-            key, fault = (
+            key, error = (
                 f"scale.{missing[0]}",
                 f"{self.trace} has no {missing[0]} that could be scaled; remove it",
             )
         elif self.direction == "up" and not trunk and given - {*_BOTH_DIRECTIONS}:
-            key, fault = (
+            key, error = (
                 "direction",
                 (
                     f"{self.trace} has more than a rate, and all else exists on the down direction"
@@ -128,7 +128,7 @@ class Trace(DurationEntry):
                 ),
             )
         if key:
-            raise SpecError([(key, fault)])
+            raise SpecError([(key, error)])
 
     def _columns(
         self, recording: Recording, start: StartContext
