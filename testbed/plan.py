@@ -143,6 +143,16 @@ class Plan:
         """What is to make them; more than one only with a matrix over it."""
         return {cell.lab.engine for cell in self.cells if cell.lab.impaired}
 
+    def with_engine(self, engine: str) -> "Plan":
+        """The same with an engine chosen for the cells that need one and leave it open."""
+        cells = (
+            replace(cell, lab=replace(cell.lab, engine=engine))
+            if cell.lab.impaired and cell.lab.engine == "auto"
+            else cell
+            for cell in self.cells
+        )
+        return replace(self, cells=tuple(cells))
+
     @property
     def limits(self) -> set[str]:
         """Controllers of control groups by which some hosts are limited."""
@@ -167,12 +177,11 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> tuple[Spec, Plan]:
         raise error.found_in(path.name) from None
 
 
-def make_plan(spec: Spec, directory: Path = Path(), auto: str = "auto") -> Plan:
+def make_plan(spec: Spec, directory: Path = Path()) -> Plan:
     """Cells of a spec: every combination of matrix, seed and method. Raises SpecError with the
     place in the spec.
 
     directory: where the files that the spec names are read from, the directory of the spec itself.
-    auto: the engine that ``engine: auto`` stands for on this machine, if that is known.
     """
     if spec.lab != "netns" and spec.network.topology != "star":
         error = (
@@ -211,10 +220,6 @@ def make_plan(spec: Spec, directory: Path = Path(), auto: str = "auto") -> Plan:
     read = reader(directory)
     for overrides in combinations(spec):
         varied = validate(apply_overrides(raw, overrides)) if overrides else spec
-        if varied.network.engine == "auto":
-            varied = varied.model_copy(
-                update={"network": varied.network.model_copy(update={"engine": auto})}
-            )
         cells += _cells(varied, overrides, directory, read)
     return Plan(spec.name, spec.lab, tuple(cells))
 

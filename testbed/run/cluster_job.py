@@ -29,7 +29,7 @@ def main() -> int:
     ).start()
     plan = make_plan(load_spec(directory / run_directory.SPEC_FILE), directory)
     try:
-        check_machine(plan)
+        plan = plan.with_engine(check_machine(plan))
         with run_directory.run_lock(directory) as lock, groups_for(plan) as groups:
             return run_cells(plan, directory, lock, Console(), groups, cells)
     except LabError as error:

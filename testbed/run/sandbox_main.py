@@ -1,11 +1,12 @@
 """The first process of a netns lab:
-``python -m testbed.run.sandbox_main RUN_DIRECTORY LOCK [CELL …]``.
+``python -m testbed.run.sandbox_main RUN_DIRECTORY LOCK WORK``.
 
 Not for people: ``testbed run`` starts it inside private namespaces, with a pipe as standard input
 whose end means stop.
 """
 
 import os
+import pickle
 import sys
 import threading
 from pathlib import Path
@@ -22,13 +23,15 @@ from testbed.signals import EXIT_INTERRUPTED, interrupt_main_thread_once, watch_
 def main() -> int:
     """Run the cells; exit code 0, 1 (the disk is full), 4 (this machine cannot) or 130
     (interrupted)."""
-    # the lock of the run is held until this process ends, but by no worker
-    os.set_inheritable(int(sys.argv[2]), False)
+    directory, lock, work = Path(sys.argv[1]), *map(int, sys.argv[2:])
+    os.set_inheritable(lock, False)  # held until this process ends, but by no worker
     stop, interrupted = interrupt_main_thread_once()
     try:
         # It may say so at once: whoever started us can have ended while this process was loading.
         threading.Thread(target=watch_parent_pipe, args=(stop,), daemon=True).start()
-        execute(Path(sys.argv[1]), Console(), sys.argv[3:])
+        with open(work, "rb") as handed:
+            plan, only = pickle.load(handed)  # noqa: S301 - from whoever started us
+        execute(plan, directory, Console(), only)
     except (Exception, KeyboardInterrupt) as error:
         if interrupted.is_set():
             return EXIT_INTERRUPTED

@@ -20,7 +20,7 @@ from testbed.labs.base import LabError
 from testbed.labs.cgroups import groups_of_run
 from testbed.labs.netns import sandbox_command, why_it_failed
 from testbed.links.kernel_support import missing_kinds, require_taps
-from testbed.plan import Plan
+from testbed.plan import Plan, make_plan
 from testbed.run import directory as run_directory
 from testbed.run.live_page import live_page
 from testbed.run.machine import check_congestion, check_traffic
@@ -34,6 +34,7 @@ from testbed.run.sweep import (
     not_done,
 )
 from testbed.signals import DOCKER_GRACE_S, EXIT_INTERRUPTED, interrupt_main_thread_once
+from testbed.spec.load import load_spec
 from testbed.spec.models import Spec
 
 EXIT_INVALID = 3
@@ -196,6 +197,8 @@ def start_run(
     directory = run_directory.create(spec, out, script_directory)
     if (copied := run_directory.copied_script(directory)) and not options.quiet:
         console.print(f"copied into the run: {', '.join(copied)}", markup=False, soft_wrap=True)
+    # Cells are called what they are called there, as when the run is gone on with.
+    plan = make_plan(load_spec(directory / run_directory.SPEC_FILE), directory).with_engine(engine)
     with run_directory.run_lock(directory) as lock:
         return _run(plan, directory, lock, console, options), directory
 
@@ -213,7 +216,7 @@ def continue_run(
     again: and those that are done, but not valid. Raises RunIsBusy if they are being run.
     """
     if options.on is None:
-        check_machine(plan)
+        plan = plan.with_engine(check_machine(plan))
     with run_directory.run_lock(directory) as lock:
         for line in run_directory.note_environment(directory) if options.on is None else ():
             console.print(
@@ -292,14 +295,14 @@ def run_cells(
     """
     if plan.lab == "netns":
         output = subprocess.DEVNULL if quiet else 2 if console.stderr else None
-        code = execute_in_sandbox(directory, lock, only, output, groups)
+        code = execute_in_sandbox(plan, directory, lock, only, output, groups)
         if code < 0:
             console.print(f"testbed: the lab was ended by signal {-code}", style="red")
             return EXIT_FAILED
         return code
     _, interrupted = interrupt_main_thread_once(DOCKER_GRACE_S)
     try:
-        execute(directory, Console(quiet=True) if quiet else console, only)
+        execute(plan, directory, Console(quiet=True) if quiet else console, only)
     except (Exception, KeyboardInterrupt) as error:
         if interrupted.is_set():
             return EXIT_INTERRUPTED

@@ -1,6 +1,7 @@
 """All cells of a run directory, one after the other. A cell that is done is not run again."""
 
 import os
+import pickle
 import random
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,15 +16,13 @@ from testbed.files import read_json
 from testbed.labs import open_labs
 from testbed.labs.cgroups import ENV_GROUPS, encode_groups
 from testbed.labs.netns import sandbox_command
-from testbed.links.kernel_support import missing_kinds
-from testbed.plan import Cell, Plan, make_plan
+from testbed.plan import Cell, Plan
 from testbed.protocol import CELL_FILE, SOCKET_FILE
 from testbed.recording.link_server import SOCKET_FILE as LINK_SOCKET_FILE
 from testbed.run.cell import prepare_cell, read_result, run_cell
-from testbed.run.directory import SPEC_FILE, NoRoom, is_full, release_reserve, reserve_room
+from testbed.run.directory import NoRoom, is_full, release_reserve, reserve_room
 from testbed.run.progress import RunProgress
 from testbed.signals import child_of_ours
-from testbed.spec.load import load_spec
 from testbed.traffic.flows import TRAFFIC_PROGRAM
 
 PROGRAMS = ("testbed.worker.program", TRAFFIC_PROGRAM)
@@ -32,17 +31,13 @@ PROGRAMS = ("testbed.worker.program", TRAFFIC_PROGRAM)
 EXIT_DONE, EXIT_FAILED, EXIT_CANNOT = 0, 1, 4
 
 
-def execute(directory: Path, console: Console, only: Collection[str] = ()) -> None:
-    """Run every cell of a run directory that is not done yet; for netns the caller is inside the
-    sandbox.
+def execute(plan: Plan, directory: Path, console: Console, only: Collection[str] = ()) -> None:
+    """Run every cell of a plan that is not done yet in its run directory; for netns the caller is
+    inside the sandbox.
 
     only: these instead, done or not, if there are any. What an earlier try of a cell has left is
     kept until its turn comes.
     """
-    spec = load_spec(directory / SPEC_FILE)
-    plan = make_plan(spec, directory)
-    if "auto" in plan.engines:  # of a matrix over networks; the others are written down
-        plan = make_plan(spec, directory, "userspace" if missing_kinds(["netem"]) else "netem")
     wanted = [cell for cell in in_turn(plan) if not only or cell.name in only]
     pending = wanted if only else not_done(wanted, directory)
     for cell in pending:
@@ -137,6 +132,7 @@ def in_turn(plan: Plan) -> list[Cell]:
 
 
 def execute_in_sandbox(
+    plan: Plan,
     directory: Path,
     lock: int,
     only: Collection[str] = (),
@@ -152,10 +148,14 @@ def execute_in_sandbox(
     When we end, in whatever way, the child stops in an orderly way (``child_of_ours``); and when
     its first process ends, the kernel removes the rest.
     """
-    command = [
-        *sandbox_command(),
-        *module_command("testbed.run.sandbox_main", str(directory), str(lock), *only),
-    ]
     environment = {**os.environ, ENV_GROUPS: encode_groups(groups)}
-    with child_of_ours(command, stdout=progress, pass_fds=[lock], env=environment) as child:
-        return child.wait()
+    with open(os.memfd_create("plan"), "w+b") as work:
+        pickle.dump((plan, tuple(only)), work)
+        work.seek(0)
+        descriptors = [lock, work.fileno()]
+        arguments = [str(directory), *map(str, descriptors)]
+        command = [*sandbox_command(), *module_command("testbed.run.sandbox_main", *arguments)]
+        with child_of_ours(
+            command, stdout=progress, pass_fds=descriptors, env=environment
+        ) as child:
+            return child.wait()

@@ -262,10 +262,13 @@ def test_the_end_of_a_run_is_obeyed_though_a_link_is_cut_for_good(tmp_path):
     code = """
     from pathlib import Path
     from rich.console import Console
+    from testbed.plan import make_plan
     from testbed.run import cell, directory, sweep
     from testbed.spec.load import load_spec
     cell._CUT_S = 3.0  # instead of half a minute
-    sweep.execute(directory.create(load_spec(Path("faulty.yaml")), Path("runs"), Path()), Console())
+    spec = load_spec(Path("faulty.yaml"))
+    place = directory.create(spec, Path("runs"), Path())
+    sweep.execute(make_plan(spec), place, Console())
     """
     run_in_sandbox(textwrap.dedent(code), tmp_path)
     [[problem]] = testbed.load_run(only_run(tmp_path)).cells["problems"]

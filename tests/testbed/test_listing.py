@@ -166,7 +166,7 @@ def test_a_comparison_is_there_for_programs_too(folder):
 def test_a_run_is_told_with_progress_without_it_or_as_json(monkeypatch, tmp_path, capfd, option):
     """The lab is left out here: in its place, records are written as a lab's workers would have."""
 
-    def in_sandbox(directory, lock, only, progress, groups):
+    def in_sandbox(plan, directory, lock, only, progress, groups):
         subprocess.run(["echo", "a line of progress"], stdout=progress, check=True)
         for method in ("allreduce", "topk", "netsense"):
             write_cell(directory / "cells" / f"{method}-s0", method, t_end_s=2.0)
