@@ -183,13 +183,12 @@ def _words(pid: int) -> list[str]:
 
 def _start_daemon(pid: int, command: list[str]) -> None:
     """Again, if the signal has ended it."""
-    end_s = time.monotonic() + 15  # it ends its containers first, if it was only asked
-    while psutil.pid_exists(pid) and time.monotonic() < end_s:
-        time.sleep(0.2)
-    if not psutil.pid_exists(pid):
-        nowhere = subprocess.DEVNULL
-        subprocess.Popen(command, stdout=nowhere, stderr=nowhere, start_new_session=True)
+    begun = False
     while subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
+        if not begun and not psutil.pid_exists(pid):  # asked to end, it ends its containers first
+            nowhere = subprocess.DEVNULL
+            subprocess.Popen(command, stdout=nowhere, stderr=nowhere, start_new_session=True)
+            begun = True
         time.sleep(0.2)
 
 
