@@ -49,6 +49,7 @@ from testbed.signals import (
     EXIT_INTERRUPTED,
     child_of_ours,
     interrupt_main_thread_once,
+    unblock_interrupts,
     watch_parent_pipe,
 )
 from testbed.spec.units import format_rate
@@ -138,13 +139,13 @@ def _calibrate_in_sandbox(conditions: Conditions) -> Generator[dict[str, Any], N
 
 
 def _calibrate_by_daemon(conditions: Conditions, lab: str) -> Generator[dict[str, Any], None, None]:
-    _, interrupted = interrupt_main_thread_once(DOCKER_GRACE_S)
-    try:
-        yield from _calibrate_here(conditions, lab)
-    except Exception:
-        if interrupted.is_set():
-            raise KeyboardInterrupt from None
-        raise
+    with interrupt_main_thread_once(DOCKER_GRACE_S) as (_, interrupted):
+        try:
+            yield from _calibrate_here(conditions, lab)
+        except Exception:
+            if interrupted.is_set():
+                raise KeyboardInterrupt from None
+            raise
 
 
 def _calibrate_here(conditions: Conditions, lab: str) -> Iterator[dict[str, Any]]:
@@ -348,18 +349,19 @@ def _scratch_directory(lab: str) -> Iterator[Path]:
 def main() -> int:
     """Inside the sandbox: one row a line; exit code 0, 4 with the reason on standard error, or 130
     (interrupted)."""
-    stop, interrupted = interrupt_main_thread_once()
-    try:
-        threading.Thread(target=watch_parent_pipe, args=(stop,), daemon=True).start()
-        for row in _calibrate_here(Conditions(**json.loads(sys.argv[1])), "netns"):
-            print(json.dumps(row), flush=True)
-    except (Exception, KeyboardInterrupt) as error:
-        if interrupted.is_set():
-            return EXIT_INTERRUPTED
-        if isinstance(error, LabError | OSError):
-            print(f"testbed: {error}", file=sys.stderr)
-            return 4
-        raise
+    with interrupt_main_thread_once() as (stop, interrupted):
+        try:
+            unblock_interrupts()
+            threading.Thread(target=watch_parent_pipe, args=(stop,), daemon=True).start()
+            for row in _calibrate_here(Conditions(**json.loads(sys.argv[1])), "netns"):
+                print(json.dumps(row), flush=True)
+        except (Exception, KeyboardInterrupt) as error:
+            if interrupted.is_set():
+                return EXIT_INTERRUPTED
+            if isinstance(error, LabError | OSError):
+                print(f"testbed: {error}", file=sys.stderr)
+                return 4
+            raise
     return 0
 
 

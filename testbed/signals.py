@@ -44,12 +44,30 @@ def undisturbed() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Until the end of the block SIGTERM and a hang-up raise KeyboardInterrupt, too, as Ctrl-C
+    does; in the main thread, which alone is interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, signal.default_int_handler) for number in ending_signals()
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def interrupt_main_thread_once(
     grace_s: float = _GRACE_S,
-) -> tuple[Callable[[], None], threading.Event]:
-    """Make SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt once; returns a function that does so
-    from any thread, and what says that it has been done: libraries may wrap the exception in one of
-    their own.
+) -> Iterator[tuple[Callable[[], None], threading.Event]]:
+    """Until the end of the block SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt once. The block
+    has a function that does so from any thread, and what says that it has been done: libraries may
+    wrap the exception in one of their own.
 
     Whoever cleans up must not be interrupted again, so later signals are ignored; but the process
     ends after a grace time even if the clean-up hangs.
@@ -57,19 +75,28 @@ def interrupt_main_thread_once(
     fired = threading.Event()
     main = threading.main_thread().ident
     assert main is not None
+    timer = threading.Timer(grace_s, os._exit, (EXIT_INTERRUPTED,))
+    timer.daemon = True
 
     def handler(*_: object) -> None:
         if fired.is_set():
             return
         fired.set()
-        timer = threading.Timer(grace_s, os._exit, (EXIT_INTERRUPTED,))
-        timer.daemon = True
         timer.start()
         raise KeyboardInterrupt
 
-    for number in ending_signals():
-        signal.signal(number, handler)
-    return lambda: signal.pthread_kill(main, signal.SIGINT), fired
+    before = {number: signal.signal(number, handler) for number in ending_signals()}
+    try:
+        yield lambda: signal.pthread_kill(main, signal.SIGINT), fired
+    finally:
+        timer.cancel()
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def unblock_interrupts() -> None:
+    """Let the SIGINT come that ``child_of_ours`` has held back."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 def watch_parent_pipe(stop: Callable[[], None]) -> None:
@@ -87,18 +114,23 @@ def child_of_ours(command: Sequence[str], **more: Any) -> Iterator["subprocess.P
 
     Its standard input is a pipe that only we hold open, of which it reads the end
     (``watch_parent_pipe``). Signals that would end us close it, and the block goes on until the
-    child has ended.
+    child has ended. SIGINT waits until the child calls ``unblock_interrupts``: a Python that is
+    still loading answers it with a traceback.
     """
     read_end, parent_pipe = os.pipe2(os.O_CLOEXEC)
-    # A process group of its own, or a signal to ours would end the child before it can clean up.
-    with subprocess.Popen(command, stdin=read_end, process_group=0, **more) as child:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a child has its parent's
+    try:
+        # A process group of its own, or a signal to ours would end it before it can clean up.
+        started = subprocess.Popen(command, stdin=read_end, process_group=0, **more)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(read_end)
-        with _closing_on_signal(parent_pipe) as close_parent_pipe:
-            try:
-                yield child
-            finally:
-                close_parent_pipe()
-                child.wait()
+    with started as child, _closing_on_signal(parent_pipe) as close_parent_pipe:
+        try:
+            yield child
+        finally:
+            close_parent_pipe()
+            child.wait()
 
 
 class _closing_on_signal:  # noqa: N801

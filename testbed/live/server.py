@@ -202,10 +202,12 @@ class LivePage:
                     return found.read(LARGEST_BYTES)
         from testbed.report.html import render
         from testbed.results.load import NotARun, load_run
+        from testbed.results.summary import summarize
 
         try:
             with self._rendering:
-                return render(load_run(self.directory)).encode()
+                run = load_run(self.directory)
+                return render(run, summarize(run)).encode()
         except (NotARun, OSError) as error:
             raise ValueError(str(error)) from None
 

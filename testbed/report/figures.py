@@ -18,7 +18,7 @@ from testbed.report import series
 from testbed.report.palette import Palette, palette
 from testbed.results.load import Run
 from testbed.results.names import method_order, scenario
-from testbed.results.summary import outages, summarize, target_accuracy
+from testbed.results.summary import outages
 
 INK, FAINT, GRID, SCHEDULE = "#1f2933", "#616e7c", "rgba(31, 41, 51, 0.09)", "#e4eaf1"
 
@@ -27,21 +27,22 @@ PAYLOAD_SHARE = 1448 / 1514 * 0.98
 take."""
 
 
-def figures(run: Run, summary: Mapping[str, Any] | None = None) -> dict[str, dict[str, go.Figure]]:
+def figures(run: Run, summary: Mapping[str, Any]) -> dict[str, dict[str, go.Figure]]:
     """All figures of a run: {text of the overrides ("" for none): {name of the figure: figure}}.
 
     If there are several sets of overrides the first group, "Overview", compares them. summary: of
-    the run, if it is at hand.
+    the run, as ``summarize`` makes it.
     """
     styles = palette(run.cells["method"])
     names = run.cells["overrides"].map(scenario)
+    target = summary["target_accuracy"]
     drawn = {
-        name: _of_scenario(run, set(run.cells.loc[names == name, "cell"]), styles)
+        name: _of_scenario(run, set(run.cells.loc[names == name, "cell"]), target, styles)
         for name in dict.fromkeys(names)
     }
     if len(drawn) < 2 or run.cells["method"].nunique() < 2:
         return drawn
-    return {"Overview": {"heat_map": heat_map(summary or summarize(run))}, **drawn}
+    return {"Overview": {"heat_map": heat_map(summary)}, **drawn}
 
 
 def heat_map(summary: Mapping[str, Any]) -> go.Figure:
@@ -98,7 +99,9 @@ def _short(name: str) -> str:
     return ", ".join(f"{end}={value}" for end, (_, value) in zip(ends, pairs, strict=True))
 
 
-def _of_scenario(run: Run, cells: set[str], styles: Palette) -> dict[str, go.Figure]:
+def _of_scenario(
+    run: Run, cells: set[str], target: float | None, styles: Palette
+) -> dict[str, go.Figure]:
     tables = (run.steps, run.links, run.evals, run.failures)
     steps, links, evals, failures = (table[table["cell"].isin(cells)] for table in tables)
     drawn: dict[str, go.Figure | None] = {
@@ -106,8 +109,8 @@ def _of_scenario(run: Run, cells: set[str], styles: Palette) -> dict[str, go.Fig
         "compression": compression(steps, styles),
         "loss_over_time": loss(steps, styles, over="t_s"),
         "loss_over_bytes": loss(steps, styles, over="sent_bytes"),
-        "accuracy": accuracy(evals, styles, target_accuracy(run.spec)),
-        "accuracy_over_bytes": accuracy_over_bytes(evals, steps, styles, target_accuracy(run.spec)),
+        "accuracy": accuracy(evals, styles, target),
+        "accuracy_over_bytes": accuracy_over_bytes(evals, steps, styles, target),
         "breakdown": breakdown(steps),
         "sensing": sensing(steps, links, styles),
         "links": utilisation(links, styles),

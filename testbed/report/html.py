@@ -20,7 +20,7 @@ from testbed.report.palette import palette
 from testbed.results.columns import TABLES
 from testbed.results.load import Run
 from testbed.results.names import scenario
-from testbed.results.summary import METRICS, summarize
+from testbed.results.summary import METRICS
 
 CAPTIONS: Mapping[str, tuple[str, str]] = {
     "throughput": (
@@ -104,15 +104,14 @@ WIDE = {"throughput", "compression", "sensing", "links", "heat_map"}
 """Figures that take the whole width of a wide page."""
 
 
-def write_report(run: Run, path: Path, summary: Mapping[str, Any] | None = None) -> None:
-    """Write the page for a run, finished or not. summary: of the run, if it is at hand."""
+def write_report(run: Run, path: Path, summary: Mapping[str, Any]) -> None:
+    """Write the page for a run, finished or not. summary: of the run, as ``summarize`` makes it."""
     with replacing(path) as temporary:
         temporary.write_text(render(run, summary), encoding="utf-8")
 
 
-def render(run: Run, summary: Mapping[str, Any] | None = None) -> str:
+def render(run: Run, summary: Mapping[str, Any]) -> str:
     """The page as text. Everything that comes from the run is escaped."""
-    summary = summary or summarize(run)
     rows = text.rows(summary)
     drawn = figures(run, summary)
     ids = {

@@ -9,6 +9,7 @@
      "comparisons": [{"baseline", "method", "overrides", "throughput_ratio", "ci95": [lo, hi],
                       "time_to_target_ratio", "seeds", "valid"}],
      "regrets": [{"method", "overrides", "best", "regret", "oracle", "valid"}],
+     "target_accuracy": the spec's, or null,
      "notes": ["what a reader of the figures should know"]}
 
 A number that is not known is null. ``METRICS`` gives the meaning and unit of each number.
@@ -110,6 +111,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "cells": cells,
         "comparisons": compare(cells),
         "regrets": regrets(cells),
+        "target_accuracy": target_accuracy(run.spec),
         "notes": [*planned, *_machines(run), *_restarts(run), *_delay_line(run), *_processors(run)],
     }
 

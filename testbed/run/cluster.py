@@ -58,14 +58,14 @@ def execute_on(
     only: as in ``sweep.execute``. spread: any machine may take any cell, also where methods are
     compared. Raises LabError if there is no such cluster, or nothing in it offers RESOURCE.
     """
-    _, interrupted = interrupt_main_thread_once(_LEAVE_S)
-    try:
-        with connected(address) as client:
-            return _Sweep(client, plan, directory, console).run(only, spread)
-    except (Exception, KeyboardInterrupt):
-        if interrupted.is_set():
-            return EXIT_INTERRUPTED
-        raise
+    with interrupt_main_thread_once(_LEAVE_S) as (_, interrupted):
+        try:
+            with connected(address) as client:
+                return _Sweep(client, plan, directory, console).run(only, spread)
+        except (Exception, KeyboardInterrupt):
+            if interrupted.is_set():
+                return EXIT_INTERRUPTED
+            raise
 
 
 @contextlib.contextmanager

@@ -25,7 +25,6 @@ from testbed.run import directory as run_directory
 from testbed.run.live_page import live_page
 from testbed.run.machine import check_congestion, check_traffic
 from testbed.run.sweep import (
-    EXIT_CANNOT,
     EXIT_DONE,
     EXIT_FAILED,
     execute,
@@ -33,7 +32,12 @@ from testbed.run.sweep import (
     no_room_left,
     not_done,
 )
-from testbed.signals import DOCKER_GRACE_S, EXIT_INTERRUPTED, interrupt_main_thread_once
+from testbed.signals import (
+    DOCKER_GRACE_S,
+    EXIT_INTERRUPTED,
+    interrupt_main_thread_once,
+    interruptible,
+)
 from testbed.spec.load import load_spec
 from testbed.spec.models import Spec
 
@@ -263,10 +267,11 @@ def _run(
                 )
             else:
                 code = run_cells(plan, directory, lock, console, groups, only, quiet=options.quiet)
-            verdict = finish(directory, console, interrupted=code == EXIT_INTERRUPTED)
+            with interruptible():
+                verdict = finish(directory, console, interrupted=code == EXIT_INTERRUPTED)
             if say_ended is not None and code != EXIT_INTERRUPTED:
                 say_ended()
-        return code if code == EXIT_CANNOT else verdict or code
+        return code or verdict
     finally:
         if error := run_directory.give_to_owner_of(directory.parent, directory):
             console.print(error, markup=False, soft_wrap=True)
@@ -300,16 +305,16 @@ def run_cells(
             console.print(f"testbed: the lab was ended by signal {-code}", style="red")
             return EXIT_FAILED
         return code
-    _, interrupted = interrupt_main_thread_once(DOCKER_GRACE_S)
-    try:
-        execute(plan, directory, Console(quiet=True) if quiet else console, only)
-    except (Exception, KeyboardInterrupt) as error:
-        if interrupted.is_set():
-            return EXIT_INTERRUPTED
-        if not isinstance(error, run_directory.NoRoom):
-            raise
-        console.print(f"testbed: {error}", markup=False, soft_wrap=True)
-        return EXIT_FAILED
+    with interrupt_main_thread_once(DOCKER_GRACE_S) as (_, interrupted):
+        try:
+            execute(plan, directory, Console(quiet=True) if quiet else console, only)
+        except (Exception, KeyboardInterrupt) as error:
+            if interrupted.is_set():
+                return EXIT_INTERRUPTED
+            if not isinstance(error, run_directory.NoRoom):
+                raise
+            console.print(f"testbed: {error}", markup=False, soft_wrap=True)
+            return EXIT_FAILED
     return EXIT_DONE
 
 
@@ -320,7 +325,7 @@ def _load_results() -> None:
 
 def report_run(directory: Path, console: Console) -> int:
     """``finish`` a run that may be going on, whose records are then left to whoever runs it."""
-    with contextlib.ExitStack() as stack:
+    with interruptible(), contextlib.ExitStack() as stack:
         try:
             stack.enter_context(run_directory.run_lock(directory))
         except run_directory.RunIsBusy:

@@ -1,5 +1,6 @@
 """Whole runs in the netns lab through the command line: results, interrupts, kills, refusals."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -213,6 +214,27 @@ def test_an_interrupt_ends_within_five_seconds_and_keeps_the_records(tmp_path, n
     assert len(loaded.steps) > 5
     assert len(loaded.links) > 5
     assert loaded.cells["status"].tolist() == ["interrupted", "unfinished"]
+    wait_until(lambda: not descendants_of(tmp_path), 2)
+
+
+@pytest.mark.shared
+def test_an_interrupt_waits_until_the_labs_first_process_can_obey(tmp_path):
+    """Sent when its Python has hardly begun to load, it used to end in a traceback, exit code 3."""
+
+    def loading():
+        for pid in descendants_of(tmp_path):
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if b"testbed.run.sandbox_main" in words and b"unshare" not in words[0]:
+                    return pid
+        return 0
+
+    process = launch(tmp_path)
+    while not (pid := loading()):
+        assert process.poll() is None
+    os.kill(pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in out + err, out + err
     wait_until(lambda: not descendants_of(tmp_path), 2)
 
 

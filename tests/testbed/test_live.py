@@ -704,7 +704,7 @@ def test_a_link_is_moved_by_request_and_recorded_as_manual(page: LivePage) -> No
     links: Any = Links()
     with (
         LinkServer(cell) as server,
-        LinkDriver(links, [], monotonic_s(), cell, server, dilation=2.0),
+        LinkDriver(links, [], monotonic_s(), cell, server.requests, dilation=2.0),
         contextlib.closing(Listener(page).connection),
     ):
 

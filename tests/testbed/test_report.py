@@ -56,6 +56,14 @@ def on_terminal(run: Run, width: int = 80) -> str:
     return console.export_text()
 
 
+def rendered(path: Path) -> str:
+    return render(run := load_run(path), summarize(run))
+
+
+def reported(path: Path) -> None:
+    write_report(run := load_run(path), path / "report.html", summarize(run))
+
+
 def visible(page: str) -> str:
     """The text of a page without its packed data."""
     return html.unescape(
@@ -218,7 +226,7 @@ def test_the_baseline_and_each_method_look_different() -> None:
 
 def test_all_figures_of_a_whole_run(tmp_path: Path) -> None:
     run = load_run(write_run(tmp_path / "run", seeds=2))
-    [(name, drawn)] = figures(run).items()
+    [(name, drawn)] = figures(run, summarize(run)).items()
     assert name == "" and list(drawn) == ALL_FIGURES
     lines = [trace for trace in drawn["throughput"].data if trace.name == "netsense"]
     assert len(lines) == 2 and sum(trace.showlegend for trace in lines) == 1
@@ -255,8 +263,10 @@ def test_a_run_of_any_kind_has_a_page_and_a_table(
 ) -> None:
     make(tmp_path / "run")
     run = load_run(tmp_path / "run")
-    assert [list(group) for group in figures(run).values()] == ([] if drawn is None else [drawn])
-    assert "drop" in visible(render(run))
+    assert [list(group) for group in figures(run, summarize(run)).values()] == (
+        [] if drawn is None else [drawn]
+    )
+    assert "drop" in visible(render(run, summarize(run)))
     assert on_terminal(run)
 
 
@@ -277,7 +287,7 @@ def test_an_invalid_cell_is_marked_in_every_output(tmp_path: Path) -> None:
     assert (
         f"topk-s1: {reason}" in terminal and "invalid" in terminal and "Not a valid run" in terminal
     )
-    page = visible(render(run))
+    page = visible(render(run, summarize(run)))
     assert f"topk-s1: {reason}" in page and "not valid" in page and "Not a valid run" in page
     # In the table of results and in the table of cells, and nowhere else.
     assert page.count('<tr class="bad">') == 3
@@ -305,13 +315,13 @@ def test_what_users_wrote_is_escaped(tmp_path: Path) -> None:
         overrides={MISCHIEF: MISCHIEF},
         result={"problems": [MISCHIEF]},
     )
-    page = render(load_run(path))
+    page = rendered(path)
     assert "<img" not in page
     assert page.count("</script>") == 3  # the two packs and the program
 
 
 def test_page_refers_to_nothing_outside(tmp_path: Path) -> None:
-    page = render(load_run(write_run(tmp_path / "run")))
+    page = rendered(write_run(tmp_path / "run"))
     assert set(re.findall(r"""(?:src|href|action)\s*=\s*["']?([^"' >]+)""", page)) == {"data:,"}
     assert "@import" not in page and "url(" not in page
 
@@ -322,7 +332,7 @@ def test_page_of_a_long_sweep_stays_small(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", methods=())
     for number in range(7):
         write_cell(path / "cells" / f"c{number}", f"method{number}", t_end_s=100.0, workers=8)
-    write_report(load_run(path), path / "report.html")
+    reported(path)
     assert (path / "report.html").stat().st_size < 5e6
     assert not (path / "report.html.tmp").exists()
 
@@ -331,7 +341,7 @@ def test_page_of_a_long_sweep_stays_small(tmp_path: Path) -> None:
 def test_page_opens_without_network_and_draws_everything(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", seeds=2)
     write_cell(path / "cells" / "odd", MISCHIEF, overrides={"workers": 2})
-    write_report(load_run(path), path / "report.html")
+    reported(path)
     chromium = shutil.which("chromium")
     assert chromium is not None
     command = [
@@ -355,7 +365,7 @@ def test_page_opens_without_network_and_draws_everything(tmp_path: Path) -> None
     assert "CONSOLE" not in done.stderr, [
         line for line in done.stderr.splitlines() if "CONSOLE" in line
     ]
-    expected = sum(map(len, figures(load_run(path)).values()))
+    expected = sum(map(len, figures(run := load_run(path), summarize(run)).values()))
     assert f'data-drawn="{expected}"' in done.stdout
     assert len(re.findall(r'class="plot js-plotly-plot"', done.stdout)) == expected
     assert "<img" not in done.stdout

@@ -125,6 +125,7 @@ def test_a_run_without_cells_is_not_valid_and_keeps_its_columns(tmp_path: Path) 
         "cells": [],
         "comparisons": [],
         "regrets": [],
+        "target_accuracy": None,
     }
     assert run.steps["loss"].dtype == "float64" and run.events["verified"].dtype == "bool"
 
