@@ -1,6 +1,6 @@
 """Kill parts of running experiments at random moments, and see what is left, lost and said.
 
-    python tests/chaos/kills.py [--kills 20] [--seed 0] [--lab netns] [--lab docker]
+    python tests/chaos/kills.py [--kills 20] [--first 0] [--seed 0] [--lab netns] [--lab docker]
 
 Each round runs a small experiment, waits for one of its phases and then for a random moment, and
 sends one signal to
@@ -201,17 +201,11 @@ def _group(pid: int) -> int:
 def _containers() -> list[int]:
     command = ["docker", "ps", "--quiet", "--filter", "label=netsense.testbed"]
     names = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    if not names:
+        return []
     ask = ["docker", "inspect", "--format", "{{.State.Pid}}", *names]
-    return (
-        [
-            int(pid)
-            for pid in subprocess.run(
-                ask, capture_output=True, text=True, check=False
-            ).stdout.split()
-        ]
-        if names
-        else []
-    )
+    pids = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.split()
+    return [int(pid) for pid in pids if int(pid)]  # 0: has ended
 
 
 def _rows(directory: Path) -> int:
@@ -327,6 +321,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="number of the first round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lab", action="append", choices=["netns", "docker"])
     options = parser.parse_args()
@@ -336,7 +331,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     outcomes = []
     with bystanders(labs) as harmed:
-        for number in range(options.kills):
+        for number in range(options.first, options.first + options.kills):
             draw = random.Random(f"{options.seed} {number}")
             scratch = Path(tempfile.mkdtemp(prefix="netsense-chaos-"))
             try:
