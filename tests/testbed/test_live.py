@@ -741,7 +741,7 @@ def test_a_run_that_has_ended_is_its_report_in_an_origin_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "testbed.report.html.render", lambda run: f"a report of {len(run.steps)} rows"
+        "testbed.report.html.render", lambda run, _: f"a report of {len(run.steps)} rows"
     )
     run = write_run(tmp_path / "run", methods=("allreduce",), t_end_s=3.0)
     with LivePage(run, "127.0.0.1", 0, lambda: under_way(run)) as page:
