@@ -32,8 +32,8 @@ from testbed.links.shaper import Place
 from testbed.links.state import LinkState
 from testbed.nodes import messages
 from testbed.nodes.channel import MAX_PAYLOAD_BYTES, Channel, make_secret, secured
+from testbed.recording.link_server import check_name
 from testbed.recording.recorder import Recorder, Recording
-from testbed.spec.errors import did_you_mean
 from testbed.spec.load import parse_link
 from testbed.timeline import Change
 
@@ -448,37 +448,30 @@ class RemoteRecorder:
                 request = requests.get(timeout=_REQUESTS_S)
             except queue.Empty:
                 continue
-            try:
-                asked_host = request.body.get("host")
-                if asked_host is not None:
-                    request.answer.put({"host": self._host(str(asked_host)).nsenter_target})
-                else:
-                    request.answer.put({"links": self._answer_links(request.body)})
-            except (ValueError, TypeError, AttributeError, HostFailed) as error:
-                request.answer.put({"error": str(error)})
+            request.fulfil(self._host_info, self._answer_links)
 
-    def _host(self, name: str) -> RemoteHost:
-        if name not in self._hosts:
-            raise ValueError(f"there is no host {name!r}; {did_you_mean(name, self._hosts)}")
-        return self._hosts[name]
+    def _host_info(self, name: str) -> Mapping[str, Any]:
+        check_name("host", name, self._hosts)
+        return self._hosts[name].nsenter_target
 
     def _answer_links(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """As a lab on this machine does. What no link can have is refused before any is changed;
         what only some can, by their nodes."""
         names = list(body.get("links") or self._node_of)
         for name in names:
-            if name not in self._node_of:
-                raise ValueError(f"there is no link {name!r}; {did_you_mean(name, self._node_of)}")
+            check_name("link", name, self._node_of)
         wanted = body.get("set") or {}
         parse_link(wanted)
-        asked = []
-        for node in self._nodes:
-            if ours := [name for name in names if self._node_of[name] is node]:
-                message = messages.AskLinks(request=node.number(), links=ours, wanted=wanted)
-                asked.append((node, node.ask(message)))
-        found = {}
-        for node, request in asked:
-            found.update(node.result(request, _Links).links)
+        asked, found = [], {}
+        try:
+            for node in self._nodes:
+                if ours := [name for name in names if self._node_of[name] is node]:
+                    message = messages.AskLinks(request=node.number(), links=ours, wanted=wanted)
+                    asked.append((node, node.ask(message)))
+            for node, request in asked:
+                found.update(node.result(request, _Links).links)
+        except HostFailed as error:
+            raise ValueError(str(error)) from None
         return {name: found[name] for name in names if name in found}
 
     def __exit__(

@@ -17,8 +17,7 @@ from testbed.clock import HERE, Clock
 from testbed.links.qdiscs import QdiscCounters, bucket_of, queue_of
 from testbed.links.shaper import Applied, Prepared, Shaper
 from testbed.links.state import DIRECTIONS, LinkState
-from testbed.recording.link_server import Requests
-from testbed.spec.errors import did_you_mean
+from testbed.recording.link_server import Requests, check_name
 from testbed.spec.load import parse_link
 from testbed.timeline import Change
 from testbed.timeline.validation import state_error
@@ -169,18 +168,10 @@ class LinkDriver:
                 request = self._requests.get_nowait()
             except queue.Empty:
                 return
-            try:
-                asked_host = request.body.get("host")
-                if asked_host is not None:
-                    request.answer.put({"host": self._host_info(str(asked_host))})
-                else:
-                    request.answer.put({"links": self._answer_links(request.body)})
-            except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-                request.answer.put({"error": str(error)})
+            request.fulfil(self._host_info, self._answer_links)
 
     def _host_info(self, name: str) -> Mapping[str, Any]:
-        if name not in self._hosts:
-            raise ValueError(f"there is no host {name!r}; {did_you_mean(name, self._hosts)}")
+        check_name("host", name, self._hosts)
         host = self._hosts[name]
         addresses = {other: self._hosts[other].address for other in self._hosts}
         return {"interface": host.interface, "addresses": addresses, **host.nsenter_target}
@@ -189,8 +180,7 @@ class LinkDriver:
         states = self._links.states
         names = list(request.get("links") or states)
         for name in names:
-            if name not in states:
-                raise ValueError(f"there is no link {name!r}; {did_you_mean(str(name), states)}")
+            check_name("link", name, states)
         if request.get("set"):
             wanted = parse_link(request["set"], self._links.mtu)
             wished = {

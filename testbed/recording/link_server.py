@@ -16,13 +16,14 @@ import queue
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from testbed import protocol
+from testbed.spec.errors import did_you_mean
 
 SOCKET_FILE = "links.sock"
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred
@@ -35,6 +36,26 @@ class Request:
 
     body: Mapping[str, Any]
     answer: "queue.Queue[Mapping[str, Any]]" = field(default_factory=lambda: queue.Queue(1))
+
+    def fulfil(
+        self,
+        of_host: Callable[[str], Mapping[str, Any]],
+        of_links: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    ) -> None:
+        """Answer it by what these say; what they cannot do is told in one line."""
+        try:
+            if (host := self.body.get("host")) is not None:
+                self.answer.put({"host": of_host(str(host))})
+            else:
+                self.answer.put({"links": of_links(self.body)})
+        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+            self.answer.put({"error": str(error)})
+
+
+def check_name(kind: str, name: object, known: Collection[str]) -> None:
+    """Raise ValueError, one line, if there is no link, or host, of that name."""
+    if name not in known:
+        raise ValueError(f"there is no {kind} {name!r}; {did_you_mean(str(name), known)}")
 
 
 Requests = queue.Queue[Request]
