@@ -183,12 +183,15 @@ def _words(pid: int) -> list[str]:
 
 def _start_daemon(pid: int, command: list[str]) -> None:
     """Again, if the signal has ended it."""
-    begun = False
+    started: subprocess.Popen[bytes] | None = None
     while subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
-        if not begun and not psutil.pid_exists(pid):  # asked to end, it ends its containers first
+        # asked to end, it ends its containers first; and it gives up itself where what is left of
+        # the last one's containerd is in its way
+        if not psutil.pid_exists(pid) and (started is None or started.poll() is not None):
             nowhere = subprocess.DEVNULL
-            subprocess.Popen(command, stdout=nowhere, stderr=nowhere, start_new_session=True)
-            begun = True
+            started = subprocess.Popen(
+                command, stdout=nowhere, stderr=nowhere, start_new_session=True
+            )
         time.sleep(0.2)
 
 
