@@ -426,7 +426,8 @@ def _raised_queues(cell: Cell) -> Iterator[str]:
                 continue
             by_time = parameters.rate_bps / 8 * parameters.queue_s
             asked = by_time if parameters.queue_bytes is None else parameters.queue_bytes
-            made = queue_of(_tree(cell, parameters)) or 0
+            tree = _tree(cell, parameters)
+            made = queue_of(tree) or 0
             if made > asked + 1 and (
                 link not in least or parameters.rate_bps < (least[link][1].rate_bps or 0)
             ):

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import geometric_mean
 from typing import Any
 
 from testbed.results.names import method_order, scenario
-from testbed.results.summary import geometric_mean
 
 NONE = "–"
 SPACE = "\u00a0"
@@ -80,7 +80,7 @@ def headline(summary: Mapping[str, Any]) -> str:
     }
     best = max(
         by_method,
-        key=lambda method: geometric_mean([c["throughput_ratio"] for c in by_method[method]]) or 0,
+        key=lambda method: geometric_mean(c["throughput_ratio"] for c in by_method[method]),
     )
     baseline, ratios = (
         comparisons[0]["baseline"],

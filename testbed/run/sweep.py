@@ -40,19 +40,15 @@ def execute(plan: Plan, directory: Path, console: Console, only: Collection[str]
     """
     wanted = [cell for cell in in_turn(plan) if not only or cell.name in only]
     pending = wanted if only else not_done(wanted, directory)
-    for cell in pending:
-        place = directory / "cells" / cell.name
-        if not place.is_dir():  # the live page, and the report, are to know of it
-            prepare_cell(cell, place)
-        # of a try that was killed: the page would say that it runs
-        for left in (SOCKET_FILE, LINK_SOCKET_FILE):
-            (place / left).unlink(missing_ok=True)
     failed: list[Cell] = []
-    with (
-        _room_reserved(directory),
-        RunProgress(console, len(wanted), len(pending)) as progress,
-        open_labs(plan.lab, directory, PROGRAMS) as open_lab,
-    ):
+    with _room_reserved(directory), RunProgress(console, len(wanted), len(pending)) as progress:
+        for cell in pending:
+            place = directory / "cells" / cell.name
+            if not place.is_dir():  # the live page, and the report, are to know of it
+                prepare_cell(cell, place)
+            # of a try that was killed: the page would say that it runs
+            for left in (SOCKET_FILE, LINK_SOCKET_FILE):
+                (place / left).unlink(missing_ok=True)
 
         def run(cell: Cell) -> None:
             progress.begin(cell)
@@ -67,12 +63,13 @@ def execute(plan: Plan, directory: Path, console: Console, only: Collection[str]
             if result.status == "failed" and cell not in failed and not cell.restarts:
                 failed.append(cell)
 
-        for cell in pending:
-            run(cell)
-        # what went wrong once may have been an accident, but it is not forgotten
-        for cell in list(failed):
-            progress.retry()
-            run(cell)
+        with open_labs(plan.lab, directory, PROGRAMS) as open_lab:
+            for cell in pending:
+                run(cell)
+            # what went wrong once may have been an accident, but it is not forgotten
+            for cell in list(failed):
+                progress.retry()
+                run(cell)
 
 
 def not_done(cells: Iterable[Cell], directory: Path) -> list[Cell]:
