@@ -11,8 +11,8 @@ gathered, indices cast to int32. Encoding includes the removal of what was sent 
 which the baseline does not do; decoding adds to a dense tensor.
 """
 
+import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -110,14 +110,20 @@ def measure(x: torch.Tensor, repetitions: int) -> Table:
     return table
 
 
-def main(elements: int = RESNET18, repetitions: int = 5) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("elements", type=int, nargs="?", default=RESNET18)
+    parser.add_argument("repetitions", type=int, nargs="?", default=5)
+    given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for kind, gradient in GRADIENTS.items():
-        table = measure(gradient(elements), repetitions)
-        table.title = f"{kind}, {elements} elements"
+        table = measure(gradient(given.elements), given.repetitions)
+        table.title = f"{kind}, {given.elements} elements"
         Console().print(table)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main()

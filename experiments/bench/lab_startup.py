@@ -6,6 +6,7 @@ Both ways make the same namespaces, veth pairs, addresses and tbf on both ends o
 same private namespaces, in turn. The ratio is what counts; the machine may be busy.
 """
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -69,8 +70,13 @@ def report(name: str, measure: Callable[[], tuple[float, float]], repetitions: i
 
 
 def main() -> None:
-    hosts = int(sys.argv[1]) if len(sys.argv) > 1 else 64
-    repetitions = int(sys.argv[2]) if len(sys.argv) > 2 else 5
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("hosts", type=int, nargs="?", default=64)
+    parser.add_argument("repetitions", type=int, nargs="?", default=5)
+    given = parser.parse_args()
+    hosts, repetitions = given.hosts, given.repetitions
     if os.environ.get("BENCH_INSIDE") != "1":
         os.execvpe(
             "env",

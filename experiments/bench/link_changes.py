@@ -11,6 +11,7 @@ planned_s from the event log.
 3. Cost: one change of all links as netlink batches against one call of tc for each qdisc, in turn.
 """
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -151,8 +152,13 @@ def cost(server: ForkServer, links: int, scratch: Path) -> None:
 
 
 def main() -> None:
-    links = int(sys.argv[1]) if len(sys.argv) > 1 else 64
-    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 60
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("links", type=int, nargs="?", default=64)
+    parser.add_argument("seconds", type=float, nargs="?", default=60)
+    given = parser.parse_args()
+    links, seconds = given.links, given.seconds
     if os.environ.get("BENCH_INSIDE") != "1":
         os.execvpe(
             "env",

@@ -13,6 +13,7 @@ Plain all-reduce loses none; what bfloat16 loses by rounding is not recorded, an
 bound, 2**-16.
 """
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +68,11 @@ def measured(run: testbed.Run) -> pd.DataFrame:
 
 
 def main() -> None:
-    given = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_suffix(".yaml")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, nargs="?", default=Path(__file__).with_suffix(".yaml"))
+    given = parser.parse_args().run
     directory = given if given.is_dir() else run_it(given, Path("runs"))
     run = testbed.load_run(directory)
     if run.summary is None:

@@ -11,6 +11,7 @@ what a packet and the frame that keeps its rate after a rise (``testbed.links.qd
 a second.
 """
 
+import argparse
 import os
 import sys
 import tempfile
@@ -156,7 +157,11 @@ def judged(
 
 
 def main() -> None:
-    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 8.0
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("seconds", type=float, nargs="?", default=8.0)
+    seconds = parser.parse_args().seconds
     if os.environ.get("BENCH_INSIDE") != "1":
         os.execvpe(
             "env",

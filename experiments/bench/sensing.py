@@ -16,6 +16,7 @@ share is what that flow left over, as a median over 16 steps. Writes a figure, a
 steps as JSON lines.
 """
 
+import argparse
 import json
 import math
 import os
@@ -230,13 +231,15 @@ def main() -> None:
         return worker(int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
     if len(sys.argv) > 1 and sys.argv[1] in ("send", "receive"):
         return compete(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
-    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 6
-    target = (
-        Path(sys.argv[2])
-        if len(sys.argv) > 2
-        else Path(__file__).parents[2] / "runs" / "sensing.html"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    rtt_s = float(sys.argv[3]) / 1e3 if len(sys.argv) > 3 else 0.0
+    parser.add_argument("seconds", type=float, nargs="?", default=6)
+    figure = Path(__file__).parents[2] / "runs" / "sensing.html"
+    parser.add_argument("figure", type=Path, nargs="?", default=figure)
+    parser.add_argument("rtt_ms", type=float, nargs="?", default=0)
+    given = parser.parse_args()
+    seconds, target, rtt_s = given.seconds, given.figure, given.rtt_ms / 1e3
     if os.environ.get("BENCH_INSIDE") != "1":
         os.execvpe(
             "env",

@@ -13,6 +13,7 @@ the reaction of the sender to the change is part of what is measured: it loses p
 falls, and needs a round trip to grow when it rises.
 """
 
+import argparse
 import os
 import statistics
 import sys
@@ -134,23 +135,24 @@ def report(flow: str, windows: Sequence[tuple[float, float, float]]) -> None:
 
 
 def main() -> None:
-    trace = (
-        Path(sys.argv[1])
-        if len(sys.argv) > 1
-        else Path(__file__).parents[1] / "traces" / "cellular.csv"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 60
-    flows = sys.argv[3:] or ["udp", "tcp4", "tcp1"]
+    cellular = Path(__file__).parents[1] / "traces" / "cellular.csv"
+    parser.add_argument("trace", type=Path, nargs="?", default=cellular)
+    parser.add_argument("seconds", type=float, nargs="?", default=60)
+    parser.add_argument("flows", nargs="*", default=["udp", "tcp4", "tcp1"])
+    given = parser.parse_args()
     if os.environ.get("BENCH_INSIDE") != "1":
         os.execvpe(
             "env",
             ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv],
             os.environ,
         )
-    timeline = planned(trace, seconds)
-    print(f"{trace.name}: {len(timeline)} changes in {seconds:g} s")
+    timeline = planned(given.trace, given.seconds)
+    print(f"{given.trace.name}: {len(timeline)} changes in {given.seconds:g} s")
     with ForkServer() as server:
-        for flow in flows:
+        for flow in given.flows:
             with tempfile.TemporaryDirectory() as scratch:
                 report(flow, measure(server, timeline, flow, Path(scratch)))
 

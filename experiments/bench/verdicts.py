@@ -21,6 +21,7 @@ An honest cell of which the verdict also says that other programs kept this mach
 nothing, and is tried again.
 """
 
+import argparse
 import ipaddress
 import os
 import random
@@ -344,15 +345,20 @@ def judged(trial: Trial, problems: Sequence[str]) -> bool:
 
 
 def main() -> int:
-    each = int(sys.argv[1]) if len(sys.argv) > 1 else 40
-    seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("each", type=int, nargs="?", default=40)
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    given = parser.parse_args()
+    each = given.each
     if os.environ.get("BENCH_INSIDE") != "1":
         os.execvpe(
             "env",
             ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv],
             os.environ,
         )
-    source = random.Random(seed)
+    source = random.Random(given.seed)
     kinds = [DEVIATIONS[n % len(DEVIATIONS)] for n in range(each)] + [""] * each
     trials = [Trial.draw(n, kind, n // len(DEVIATIONS), source) for n, kind in enumerate(kinds)]
     source.shuffle(trials)
@@ -365,7 +371,7 @@ def main() -> int:
         for trial in trials:
             for attempt in range(TRIES):
                 problems = verdict(
-                    trial, seed, open_lab, Path(scratch, f"{trial.number}-{attempt}")
+                    trial, given.seed, open_lab, Path(scratch, f"{trial.number}-{attempt}")
                 )
                 if trial.deviation or not any("was too busy" in problem for problem in problems):
                     break

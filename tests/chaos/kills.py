@@ -332,6 +332,8 @@ def main() -> int:
     # What nohup or a shell's & has ignored would be so by all that is killed here, too.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # so that what stands beside the runs is removed, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     outcomes = []
     with bystanders(labs) as harmed:
         for number in range(options.first, options.first + options.kills):
