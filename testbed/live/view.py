@@ -29,7 +29,7 @@ from testbed.protocol import SOCKET_FILE as CONTROL_FILE
 from testbed.recording.link_server import SOCKET_FILE as LINK_SOCKET_FILE
 from testbed.report.palette import palette
 from testbed.results.names import scenario
-from testbed.results.tolerances import BUSY_SHARE, FOREIGN_SHARE, LATE_S
+from testbed.results.tolerances import LATE_S, TAKEN_SHARE, taken_share
 from testbed.run.directory import LOCK_FILE
 
 DIRECTIONS = ("up", "down")
@@ -179,10 +179,9 @@ class CellView:
                 f"the kernel did not confirm a change of {_names(list(self._unconfirmed))}"
             )
         taken, samples = self._taken
-        if samples >= _BUSY_SAMPLES and taken > FOREIGN_SHARE * samples:
+        if samples >= _BUSY_SAMPLES and taken > TAKEN_SHARE * samples:
             found.append(
-                f"other programs took {100 * taken / samples:.0f} % of this machine while none of"
-                " it was idle"
+                f"other programs took {100 * taken / samples:.0f} % of the time of a process of it"
             )
         found += [
             f"{line}; all workers were to be started again"
@@ -440,12 +439,7 @@ class CellView:
             self._sources += self._of_workers(len(self._failures))
 
     def _take_load(self, row: Mapping[str, Any]) -> None:
-        busy, foreign = number(row.get("cpu_busy_share")), number(row.get("cpu_foreign_share"))
-        if busy is not None and foreign is not None:
-            self._taken = (
-                self._taken[0] + (foreign if busy >= BUSY_SHARE else 0.0),
-                self._taken[1] + 1,
-            )
+        self._taken = self._taken[0] + taken_share(row), self._taken[1] + 1
 
 
 class RunView:

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +26,10 @@ class _Counters:
     kernel does not tell.
 
     busy_s, total_s: of all processors. programs_s: what programs used of busy_s, with what a
-    hypervisor took away; ours_s: what our programs used of that. softnet_drops: packets that did
-    not fit into a processor's input queue.
+    hypervisor took away (stolen_s); ours_s: what our programs used of that, hidden_s: those of them
+    that cannot be seen as processes. waits_s: how long each of our processes has waited for a
+    processor, by its PID. stopped: whether one of them stands still, by a signal. softnet_drops:
+    packets that did not fit into a processor's input queue.
     """
 
     t_s: float
@@ -35,7 +37,11 @@ class _Counters:
     busy_s: float
     total_s: float
     programs_s: float
+    stolen_s: float
     ours_s: float
+    hidden_s: float
+    waits_s: Mapping[int, float]
+    stopped: bool
     softnet_drops: int
 
 
@@ -106,22 +112,48 @@ class HostMonitor:
             self._next_search_s = now_s + 1.0
         user, nice, system, idle, iowait, irq, softirq, steal = _processor_times()
         busy_s = user + nice + system + irq + softirq + steal
-        ours_s = sum(map(_time_of, self._ours)) + self._usage_s()
-        total_s, programs_s = busy_s + idle + iowait, user + nice + system + steal
-        return _Counters(now_s, _waiting_s(), busy_s, total_s, programs_s, ours_s, _softnet_drops())
+        states = {pid: fields for pid in self._ours if (fields := _stat(pid))}
+        hidden_s = self._usage_s()
+        return _Counters(
+            t_s=now_s,
+            waiting_s=_waiting_s(),
+            busy_s=busy_s,
+            total_s=busy_s + idle + iowait,
+            programs_s=user + nice + system + steal,
+            stolen_s=steal,
+            ours_s=sum(map(_time_of, states.values())) + hidden_s,
+            hidden_s=hidden_s,
+            waits_s={pid: waited_s for pid in states if (waited_s := _waited_s(pid)) is not None},
+            stopped=any(fields[0] in "Tt" for fields in states.values()),
+            softnet_drops=_softnet_drops(),
+        )
 
 
 def shares(first: _Counters, last: _Counters, t0_s: float) -> dict[str, Any]:
     """The load between two moments."""
+    window_s = max(last.t_s - first.t_s, 1e-9)
     total_s = max(last.total_s - first.total_s, 1e-9)
     foreign_s = (last.programs_s - first.programs_s) - (last.ours_s - first.ours_s)
     return {
         "t_s": round(last.t_s - t0_s, 6),
-        "cpu_some_share": (last.waiting_s - first.waiting_s) / max(last.t_s - first.t_s, 1e-9),
+        "cpu_some_share": (last.waiting_s - first.waiting_s) / window_s,
         "cpu_busy_share": (last.busy_s - first.busy_s) / total_s,
         "cpu_foreign_share": max(0.0, foreign_s / total_s),
         "cpu_own_share": (last.ours_s - first.ours_s) / total_s,
+        "cpu_waited_share": _waited_share(first, last, window_s),
+        "processors": round(total_s / window_s),
+        "stopped": last.stopped,
     }
+
+
+def _waited_share(first: _Counters, last: _Counters, window_s: float) -> float | None:
+    """Of that one of our processes which waited longest; None if not known of all of them."""
+    both = first.waits_s.keys() & last.waits_s
+    if last.hidden_s or not both:
+        return None
+    # a hypervisor takes from whoever has the processor, who then does not wait
+    stolen_s = (last.stolen_s - first.stolen_s) / (last.total_s - first.total_s) * window_s
+    return (max(last.waits_s[pid] - first.waits_s[pid] for pid in both) + stolen_s) / window_s
 
 
 def descendants(roots: Iterable[int]) -> list[int]:
@@ -148,10 +180,19 @@ def _stat(pid: int) -> list[str]:
         return []  # it has ended
 
 
-def _time_of(pid: int) -> float:
+def _time_of(fields: Sequence[str]) -> float:
     """Seconds on processors of a process and of its children that have ended."""
-    fields = _stat(pid)
-    return sum(map(int, fields[11:15])) / _TICKS_PER_S if fields else 0.0
+    return sum(map(int, fields[11:15])) / _TICKS_PER_S
+
+
+def _waited_s(pid: int) -> float | None:
+    """Seconds for which the first thread of a process, which is what computes in a worker, could
+    have run and waited for a processor (the kernel's Documentation/scheduler/sched-stats.rst); None
+    if it has ended, or the kernel does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _processor_times() -> list[float]:

@@ -115,6 +115,12 @@ HOST_COLUMNS: Mapping[str, str] = {
         "share of it that the cell's programs used, as far as this node has started them; null = an"
         " old run"
     ),
+    "cpu_waited_share": (
+        "share of the last second for which that one of the cell's processes which waited longest"
+        " waited for a processor; null = not known (another machine's containers, an old run)"
+    ),
+    "processors": "how many there are; null = an old run",
+    "stopped": "whether one of the cell's processes stood still, stopped by a signal",
     "node": "name of the node; empty if the lab is on one machine",
     "machine": (
         "which machine that is, by its boot_id (random(4)); empty if the lab is on one machine"
@@ -195,7 +201,9 @@ TABLES: Mapping[str, Table] = {
     "failures": Table(
         ("failures.jsonl",), FAILURE_COLUMNS, {"worker": "str", "kind": "str", "text": "str"}
     ),
-    "host": Table(("host.jsonl",), HOST_COLUMNS, {"node": "str", "machine": "str"}),
+    "host": Table(
+        ("host.jsonl",), HOST_COLUMNS, {"node": "str", "machine": "str", "stopped": "bool"}
+    ),
     "delayline": Table(("delayline.jsonl",), DELAYLINE_COLUMNS),
     "calibration": Table(
         ("calibration.jsonl",),

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from testbed.protocol import ranks_per_worker, worker_name
-from testbed.results.tolerances import BUSY_SHARE, FOREIGN_SHARE, LATE_S
+from testbed.results.tolerances import LATE_S, STOPPED_SHARE, TAKEN_SHARE, taken_share
 
 GAP_S = 1.0
 """The longest time without a sample of a link; samples are due every 0.1 s, so a gap means a
@@ -95,8 +95,8 @@ def cell_problems(
 
 
 def busy_host(host: pd.DataFrame) -> list[str]:
-    """Whether other programs took more than ``FOREIGN_SHARE`` of a machine, counting only times
-    when nothing was idle.
+    """Whether other programs took more than ``TAKEN_SHARE`` of the time of a process of the cell
+    (``taken_share``), or one of these was stopped.
 
     A cell whose own computing fills the processors is slow, but honestly so; and what others use of
     a machine that has processors to spare takes nothing away.
@@ -109,17 +109,19 @@ def busy_host(host: pd.DataFrame) -> list[str]:
             problems.append(
                 f"the load of the machine of {node} was not recorded by all of them together"
             )
-        share = rows["cpu_foreign_share"].where(rows["cpu_busy_share"] >= BUSY_SHARE, 0.0).mean()
-        if share > FOREIGN_SHARE:
-            waited = rows["cpu_some_share"].mean()
-            pressure = (
-                f" (programs waited for one in {100 * waited:.0f} % of the time)"
-                if pd.notna(waited)
-                else ""
-            )
+            continue
+        where = f"node {node}" if node else "this machine"
+        share = float(np.mean([taken_share(row) for row in rows.to_dict("records")]))
+        if share > TAKEN_SHARE:
             problems.append(
-                f"{f'node {node}' if node else 'this machine'} was too busy: other programs took"
-                f" {100 * share:.0f} % of its processors while none was idle{pressure}"
+                f"{where} was too busy: other programs took {100 * share:.0f} % of the time of a"
+                f" process of the cell, and {100 * rows['cpu_foreign_share'].mean():.0f} % of the"
+                " processors"
+            )
+        if (share := rows["stopped"].mean()) > STOPPED_SHARE:
+            problems.append(
+                f"on {where} a process of the cell stood still for {100 * share:.0f} % of the time,"
+                " stopped by a signal"
             )
     return problems
 
@@ -139,15 +141,18 @@ def _names(column: "pd.Series[str]") -> np.ndarray:
 
 def _together(rows: pd.DataFrame, nodes: np.ndarray) -> pd.DataFrame:
     """The load of one machine at the times of which all of its nodes tell."""
-    shares = ["cpu_some_share", "cpu_busy_share", "cpu_foreign_share", "cpu_own_share"]
-    slots = (
-        rows.groupby([(rows["t_s"] // _SLOT_S).to_numpy(), nodes])[shares].mean().groupby(level=0)
-    )
+    slot = (rows["t_s"] // _SLOT_S).to_numpy()
+    slots = rows.groupby([slot, nodes])[_SHARES].mean().groupby(level=0)
     load = slots.mean()[slots.size() == len(set(nodes))]
     others = (slots["cpu_own_share"].sum() - slots["cpu_own_share"].mean())[load.index]
-    return load.assign(cpu_foreign_share=(load["cpu_foreign_share"] - others).clip(lower=0.0))
+    return load.assign(
+        cpu_foreign_share=(load["cpu_foreign_share"] - others).clip(lower=0.0),
+        # of any process, whichever node has started it
+        **rows.groupby(slot)[["cpu_waited_share", "stopped"]].max(),
+    )
 
 
+_SHARES = ["cpu_some_share", "cpu_busy_share", "cpu_foreign_share", "cpu_own_share", "processors"]
 _SLOT_S = 0.5
 """So close in time are samples of two nodes that are taken together; each is of the second before
 it."""

@@ -5,7 +5,7 @@ import contextlib
 import os
 import subprocess
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -299,8 +299,8 @@ def run_cells(
     groups: from ``groups_for``. only: as in ``sweep.execute``.
     """
     if plan.lab == "netns":
-        output = subprocess.DEVNULL if quiet else 2 if console.stderr else None
-        code = execute_in_sandbox(plan, directory, lock, only, output, groups)
+        with _writing_to(Console(quiet=True) if quiet else console) as output:
+            code = execute_in_sandbox(plan, directory, lock, only, output, groups)
         if code < 0:
             console.print(f"testbed: the lab was ended by signal {-code}", style="red")
             return EXIT_FAILED
@@ -316,6 +316,35 @@ def run_cells(
             console.print(f"testbed: {error}", markup=False, soft_wrap=True)
             return EXIT_FAILED
     return EXIT_DONE
+
+
+@contextlib.contextmanager
+def _writing_to(console: Console) -> Iterator[int]:
+    """A descriptor for a child: what it writes there comes out of a console."""
+    if console.quiet:
+        yield subprocess.DEVNULL
+        return
+    console.file.flush()  # what was said before comes first
+    descriptor = None
+    with contextlib.suppress(AttributeError, OSError):  # a notebook, or text in memory, has none
+        descriptor = console.file.fileno()
+    if descriptor is not None:
+        yield descriptor
+        return
+    read, write = os.pipe()
+
+    def pass_on() -> None:
+        with open(read, errors="replace") as lines:
+            for line in lines:
+                console.file.write(line)
+
+    reader = threading.Thread(target=pass_on)
+    reader.start()
+    try:
+        yield write
+    finally:
+        os.close(write)
+        reader.join()
 
 
 def _load_results() -> None:

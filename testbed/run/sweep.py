@@ -139,8 +139,8 @@ def execute_in_sandbox(
     """Run ``execute`` inside private namespaces as a child process; returns its exit code. lock: of
     ``directory.run_lock``.
 
-    progress: where the child writes it, as in ``subprocess``; None: to our standard output. groups:
-    from ``groups_of_run``.
+    progress: where the child writes it, as ``stdout`` of ``subprocess``. groups: from
+    ``groups_of_run``.
 
     When we end, in whatever way, the child stops in an orderly way (``child_of_ours``); and when
     its first process ends, the kernel removes the rest.

@@ -173,15 +173,18 @@ def eval_rows(steps: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def host_rows(
-    t_end_s: float, busy: float = 0.5, foreign: float = 0.02, waited: float = 0.3
+    t_end_s: float, busy: float = 0.5, foreign: float = 0.01, waited: float | None = 0.3
 ) -> Iterator[dict[str, Any]]:
     """Ten samples a second of a machine under some load."""
     for number in range(1, round(t_end_s * 10) + 1):
         yield {
             "t_s": number / 10,
-            "cpu_some_share": waited,
+            "cpu_some_share": 0.3,
             "cpu_busy_share": busy,
             "cpu_foreign_share": foreign,
+            "cpu_waited_share": waited,
+            "processors": 2,
+            "stopped": False,
             "softnet_drops": 0,
         }
 

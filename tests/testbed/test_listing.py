@@ -1,6 +1,7 @@
 """``testbed runs`` and ``testbed show``: runs that ended, go on, were killed or damaged, and what
 strangers left by them."""
 
+import io
 import json
 import os
 import shutil
@@ -8,9 +9,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from synthetic_run import write_cell, write_run
 from typer.testing import CliRunner
 
+import testbed
 from testbed.cli import app
 from testbed.results.load import load_run
 from testbed.results.summary import summarize, write_summary
@@ -162,9 +165,9 @@ def test_a_comparison_is_there_for_programs_too(folder):
     assert {one["method"]: one["verdict"] for one in found}.keys() == {"allreduce", "netsense"}
 
 
-@pytest.mark.parametrize("option", ["", "--quiet", "--json"])
-def test_a_run_is_told_with_progress_without_it_or_as_json(monkeypatch, tmp_path, capfd, option):
-    """The lab is left out here: in its place, records are written as a lab's workers would have."""
+@pytest.fixture
+def without_a_lab(monkeypatch, tmp_path):
+    """In a lab's place, records are written as its workers would have."""
 
     def in_sandbox(plan, directory, lock, only, progress, groups):
         subprocess.run(["echo", "a line of progress"], stdout=progress, check=True)
@@ -176,6 +179,22 @@ def test_a_run_is_told_with_progress_without_it_or_as_json(monkeypatch, tmp_path
     monkeypatch.setattr("testbed.run.start.check_machine", lambda plan: "netem")
     monkeypatch.setattr("testbed.run.start.execute_in_sandbox", in_sandbox)
     monkeypatch.setattr("testbed.report.html.write_report", lambda *_: None)
+
+
+@pytest.mark.usefixtures("without_a_lab")
+def test_a_console_takes_progress_and_table_wherever_it_writes(tmp_path, capfd):
+    text = io.StringIO()
+    testbed.run_experiment(SMOKE, console=Console(file=text))
+    with open(tmp_path / "said", "w") as file:
+        testbed.run_experiment(SMOKE, console=Console(file=file))
+    for said in (text.getvalue(), (tmp_path / "said").read_text()):
+        assert said.index("a line of progress") < said.index("samples/s") < said.index("report: ")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("option", ["", "--quiet", "--json"])
+@pytest.mark.usefixtures("without_a_lab")
+def test_a_run_is_told_with_progress_without_it_or_as_json(tmp_path, capfd, option):
     with pytest.raises(SystemExit) as ended:
         app(["run", str(SMOKE), *filter(None, [option])], prog_name="testbed")
     assert ended.value.code in (0, 3)

@@ -201,27 +201,45 @@ def test_calibration_may_be_turned_off_but_not_unseen(tmp_path: Path) -> None:
     assert cell["valid"] and not cell["calibrated"]
 
 
-def host(busy: float, foreign: float, waited: float = 0.5, rows: int = 80) -> pd.DataFrame:
+def host(busy: float, foreign: float, waited: float | None = 0.5, rows: int = 80) -> pd.DataFrame:
+    """Of two processors."""
     return pd.DataFrame(host_rows(rows / 10, busy, foreign, waited), columns=list(HOST_COLUMNS))
 
 
-def test_a_host_that_others_keep_busy_is_blamed() -> None:
+def test_a_host_on_which_others_take_the_time_of_a_process_is_blamed() -> None:
     blame = (
-        "this machine was too busy: other programs took 60 % of its processors while none was idle"
+        "this machine was too busy: other programs took {} % of the time of a process of the cell"
     )
-    assert validity.busy_host(host(1.0, 0.6)) == [
-        f"{blame} (programs waited for one in 50 % of the time)"
-    ]
-    # a kernel that does not tell who waits
-    assert validity.busy_host(host(1.0, 0.6, float("nan"))) == [blame]
-    assert "30 %" in validity.busy_host(pd.concat([host(1.0, 0.6), host(0.4, 0.0)]))[0]
+    for busy, foreign, waited, taken in (
+        (1.0, 0.6, 0.5, 50),  # as long as it waited
+        (1.0, 0.1, 0.5, 20),  # but no more than they used, of both processors
+        (0.7, 0.5, 0.06, 6),  # one processor was idle, but not where it had to wait
+        (1.0, 0.6, None, 30),  # not known of the processes: as long as any program waited
+    ):
+        [problem] = validity.busy_host(host(busy, foreign, waited))
+        assert problem.startswith(blame.format(taken)), problem
+    # nor does the kernel tell this: while no processor was idle
+    unknown = host(1.0, 0.35, None).assign(cpu_some_share=float("nan"))
+    assert validity.busy_host(unknown)[0].startswith(blame.format(70))
+    assert validity.busy_host(unknown.assign(cpu_busy_share=0.9)) == []
 
 
-@pytest.mark.parametrize(("busy", "foreign"), [(1.0, 0.02), (0.7, 0.5), (0.9, 0.8)])
+@pytest.mark.parametrize(
+    ("busy", "foreign", "waited"), [(1.0, 0.015, 0.6), (0.7, 0.5, 0.03), (0.9, 0.8, 0.0)]
+)
 def test_honest_computing_and_processors_to_spare_are_not_blamed(
-    busy: float, foreign: float
+    busy: float, foreign: float, waited: float
 ) -> None:
-    assert validity.busy_host(host(busy, foreign)) == []
+    assert validity.busy_host(host(busy, foreign, waited)) == []
+
+
+def test_a_process_that_was_stopped_is_told() -> None:
+    rows = host(0.3, 0.0).assign(stopped=[True, False, False, False] * 20)
+    [problem] = validity.busy_host(rows)
+    assert problem == (
+        "on this machine a process of the cell stood still for 25 % of the time, stopped by a signal"
+    )
+    assert validity.busy_host(rows.assign(stopped=[True] + 79 * [False])) == []
 
 
 def test_each_machine_of_a_lab_is_judged_by_itself_and_nodes_of_one_together() -> None:
@@ -230,9 +248,9 @@ def test_each_machine_of_a_lab_is_judged_by_itself_and_nodes_of_one_together() -
         for node, foreign in (("n1", 0.4), ("n2", 0.0))
     )
     [problem] = validity.busy_host(pd.concat([busy, fine]))
-    assert problem.startswith("node n1 was too busy: other programs took 40 %")
-    # Of one machine, 45 % are of n1's programs and 35 % of n2's: to each, the other's are foreign.
-    shares = {"n1": (0.45, 0.55), "n2": (0.35, 0.65)}
+    assert problem.startswith("node n1 was too busy: other programs took 50 %")
+    # Of one machine, 45 % are of n1's programs and 54 % of n2's: to each, the other's are foreign.
+    shares = {"n1": (0.45, 0.55), "n2": (0.54, 0.46)}
     rows = [
         host(1.0, theirs).assign(cpu_own_share=own, node=node, machine="m")
         for node, (own, theirs) in shares.items()
@@ -241,7 +259,12 @@ def test_each_machine_of_a_lab_is_judged_by_itself_and_nodes_of_one_together() -
     for frame in rows:
         frame[["cpu_own_share", "cpu_foreign_share"]] += [-0.1, 0.1]
     [problem] = validity.busy_host(pd.concat(rows))
-    assert problem.startswith("node n1, n2 was too busy: other programs took 40 %")
+    assert problem.startswith("node n1, n2 was too busy: other programs took 42 %")
+    rows[1] = rows[1].assign(cpu_foreign_share=0.0, stopped=True)
+    assert (
+        "on node n1, n2 a process of the cell stood still for 100 %"
+        in (validity.busy_host(pd.concat(rows))[-1])
+    )
 
 
 def test_a_load_that_was_not_recorded_is_no_pass() -> None:
