@@ -140,20 +140,22 @@ def shares(first: _Counters, last: _Counters, t0_s: float) -> dict[str, Any]:
         "cpu_busy_share": (last.busy_s - first.busy_s) / total_s,
         "cpu_foreign_share": max(0.0, foreign_s / total_s),
         "cpu_own_share": (last.ours_s - first.ours_s) / total_s,
-        "cpu_waited_share": _waited_share(first, last, window_s),
+        "cpu_waited_share": _waited_share(first, last, window_s, total_s),
         "processors": round(total_s / window_s),
         "stopped": last.stopped,
     }
 
 
-def _waited_share(first: _Counters, last: _Counters, window_s: float) -> float | None:
+def _waited_share(
+    first: _Counters, last: _Counters, window_s: float, total_s: float
+) -> float | None:
     """Of that one of our processes which waited longest; None if not known of all of them."""
     both = first.waits_s.keys() & last.waits_s
     if last.hidden_s or not both:
         return None
     # a hypervisor takes from whoever has the processor, who then does not wait
-    stolen_s = (last.stolen_s - first.stolen_s) / (last.total_s - first.total_s) * window_s
-    return (max(last.waits_s[pid] - first.waits_s[pid] for pid in both) + stolen_s) / window_s
+    stolen_share = (last.stolen_s - first.stolen_s) / total_s
+    return max(last.waits_s[pid] - first.waits_s[pid] for pid in both) / window_s + stolen_share
 
 
 def descendants(roots: Iterable[int]) -> list[int]:

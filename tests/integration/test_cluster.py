@@ -104,7 +104,6 @@ def test_cells_of_a_machine_that_is_lost_run_elsewhere(tmp_path):
         lost = parts_of(machines[0])
         machines[0].kill()
         code, printed = finished(process)
-        assert code in (0, 3), printed  # 3: two cells at once on the one machine that this is
         wait_until(
             lambda: (
                 not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in lost)
@@ -112,6 +111,9 @@ def test_cells_of_a_machine_that_is_lost_run_elsewhere(tmp_path):
             15,
         )
     run = testbed.load_run(only_run(tmp_path))
+    # The two machines are one here, and their cells take time from each other; nothing else is wrong.
+    problems = [line for line in run.summary["problems"] if "was too busy: other" not in line]
+    assert problems == [] and code == (0 if run.summary["valid"] else 3), printed
     assert sorted(run.cells["cell"]) == sorted(
         f"{method}-rate-{rate}-s0"
         for method in SPEC["methods"]

@@ -241,7 +241,7 @@ def test_problems_are_told_as_they_arise(tmp_path: Path) -> None:
     view.update(60)
     row = view.changes()["rows"]["c"]
     assert row["state"] == "failed" and row["problems"][0] == "w1 was ended [2J by signal 9"
-    assert any(problem.startswith("other programs took 3") for problem in row["problems"])
+    assert any(problem.startswith("other programs took 31 %") for problem in row["problems"])
 
 
 def test_workers_that_were_started_again_go_on_and_steps_done_twice_count_once(

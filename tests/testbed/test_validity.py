@@ -218,6 +218,8 @@ def test_a_host_on_which_others_take_the_time_of_a_process_is_blamed() -> None:
     ):
         [problem] = validity.busy_host(host(busy, foreign, waited))
         assert problem.startswith(blame.format(taken)), problem
+    mixed = pd.concat([host(1.0, 0.6), host(0.4, 0.0)])
+    assert validity.busy_host(mixed)[0].startswith(blame.format(25))
     # nor does the kernel tell this: while no processor was idle
     unknown = host(1.0, 0.35, None).assign(cpu_some_share=float("nan"))
     assert validity.busy_host(unknown)[0].startswith(blame.format(70))
