@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from private_namespaces import enter_sandbox
 from rich.console import Console
 from rich.table import Table
 
-from testbed.labs.netns import sandbox_command
 from testbed.links.delayline import DelayLine, DirectionCounters, LineCounters
 from testbed.links.netlink import back_to_own_namespace, setns, unshare_network
 from testbed.links.qdiscs import Netem
@@ -326,12 +326,7 @@ def lateness(bench: Bench) -> None:
 
 
 def main() -> None:
-    if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe(
-            "env",
-            ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv],
-            os.environ,
-        )
+    enter_sandbox()
     with back_to_own_namespace():
         near, far = Host(1), Host(2)
     with DelayLine({"link": (near.tap, far.tap)}) as line:

@@ -7,16 +7,16 @@ same private namespaces, in turn. The ratio is what counts; the machine may be b
 """
 
 import argparse
-import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 
+from private_namespaces import enter_sandbox
+
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
-from testbed.labs.netns import NetnsLab, sandbox_command
+from testbed.labs.netns import NetnsLab
 from testbed.links.qdiscs import compile_tree, tc_commands
 from testbed.links.state import LinkParameters, LinkState
 
@@ -77,12 +77,7 @@ def main() -> None:
     parser.add_argument("repetitions", type=int, nargs="?", default=5)
     given = parser.parse_args()
     hosts, repetitions = given.hosts, given.repetitions
-    if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe(
-            "env",
-            ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv],
-            os.environ,
-        )
+    enter_sandbox()
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True)
     print(f"{hosts} hosts, tbf on both ends of each veth pair, median of {repetitions}")
     with ForkServer() as server:

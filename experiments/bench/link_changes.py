@@ -12,19 +12,19 @@ planned_s from the event log.
 """
 
 import argparse
-import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from private_namespaces import enter_sandbox
+
 from netsenseml.records import monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
-from testbed.labs.netns import NetnsLab, sandbox_command
+from testbed.labs.netns import NetnsLab
 from testbed.links import measurement_programs
 from testbed.links.qdiscs import compile_tree, tc_commands
 from testbed.links.state import LinkParameters, LinkState
@@ -133,15 +133,19 @@ def rate_after_change(
 def cost(server: ForkServer, links: int, scratch: Path) -> None:
     names = [f"w{i}" for i in range(links)]
     ours, theirs = [], []
+    tree = compile_tree(LinkParameters(rate_bps=LOW))
+    for command in tc_commands(tree, "lo"):
+        subprocess.run(command.split(), check=True)
     with NetnsLab(plan(names, HIGH, LOW), server) as lab:
         for step in range(5):
             changes = {name: both(LOW + step) for name in names}
             begin = time.perf_counter()
             assert all(applied.verified for applied in lab.links.apply(changes).values())
             ours.append(time.perf_counter() - begin)
-            (command,) = tc_commands(compile_tree(LinkParameters(rate_bps=HIGH + step)), "lo")
+            after = compile_tree(LinkParameters(rate_bps=HIGH + step))
+            commands, tree = tc_commands(after, "lo", before=tree), after
             begin = time.perf_counter()
-            for _ in range(2 * links):
+            for command in 2 * links * commands:
                 subprocess.run(command.split(), check=True)
             theirs.append(time.perf_counter() - begin)
     mine, tc = statistics.median(ours), statistics.median(theirs)
@@ -159,12 +163,7 @@ def main() -> None:
     parser.add_argument("seconds", type=float, nargs="?", default=60)
     given = parser.parse_args()
     links, seconds = given.links, given.seconds
-    if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe(
-            "env",
-            ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv],
-            os.environ,
-        )
+    enter_sandbox()
     with ForkServer() as server, tempfile.TemporaryDirectory() as scratch:
         cost(server, links, Path(scratch))
         rate_after_change(server, start_flood, "UDP", Path(scratch))

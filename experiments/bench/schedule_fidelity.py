@@ -12,8 +12,6 @@ a second.
 """
 
 import argparse
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -22,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from private_namespaces import enter_sandbox
 from rich.console import Console
 from rich.table import Table
 
 from netsenseml.records import monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
-from testbed.labs.netns import NetnsLab, sandbox_command
+from testbed.labs.netns import NetnsLab
 from testbed.links import measurement_programs
 from testbed.links.kernel_support import missing_kinds
 from testbed.links.qdiscs import burst_bytes
@@ -162,12 +161,7 @@ def main() -> None:
     )
     parser.add_argument("seconds", type=float, nargs="?", default=8.0)
     seconds = parser.parse_args().seconds
-    if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe(
-            "env",
-            ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv],
-            os.environ,
-        )
+    enter_sandbox()
     table = Table(
         "schedule",
         "most",

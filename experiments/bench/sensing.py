@@ -31,10 +31,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from private_namespaces import enter_sandbox
+
 from netsenseml.records import RecordFile, monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
-from testbed.labs.netns import NetnsLab, sandbox_command
+from testbed.labs.netns import NetnsLab
 from testbed.links.kernel_support import missing_kinds
 from testbed.links.state import LinkParameters, LinkState
 from testbed.traffic import tcp as traffic
@@ -240,12 +242,7 @@ def main() -> None:
     parser.add_argument("rtt_ms", type=float, nargs="?", default=0)
     given = parser.parse_args()
     seconds, target, rtt_s = given.seconds, given.figure, given.rtt_ms / 1e3
-    if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe(
-            "env",
-            ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv],
-            os.environ,
-        )
+    enter_sandbox()
     with ForkServer() as server, tempfile.TemporaryDirectory() as scratch:
         begins = measure(server, seconds, Path(scratch), rtt_s)
         steps, windows, rival = (

@@ -14,9 +14,7 @@ falls, and needs a round trip to grow when it rises.
 """
 
 import argparse
-import os
 import statistics
-import sys
 import tempfile
 import time
 from bisect import bisect_right
@@ -24,10 +22,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from private_namespaces import enter_sandbox
+
 from netsenseml.records import monotonic_s, read_records
 from testbed.labs.base import LabPlan
 from testbed.labs.forkserver import ForkServer
-from testbed.labs.netns import NetnsLab, sandbox_command
+from testbed.labs.netns import NetnsLab
 from testbed.links.state import LinkParameters, LinkState
 from testbed.recording.driver import LinkDriver
 from testbed.spec.files import reader
@@ -143,12 +143,7 @@ def main() -> None:
     parser.add_argument("seconds", type=float, nargs="?", default=60)
     parser.add_argument("flows", nargs="*", default=["udp", "tcp4", "tcp1"])
     given = parser.parse_args()
-    if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe(
-            "env",
-            ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv],
-            os.environ,
-        )
+    enter_sandbox()
     timeline = planned(given.trace, given.seconds)
     print(f"{given.trace.name}: {len(timeline)} changes in {given.seconds:g} s")
     with ForkServer() as server:

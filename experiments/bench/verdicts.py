@@ -42,7 +42,7 @@ from netsenseml.records import RecordFile, monotonic_s
 from testbed import protocol
 from testbed.labs import open_labs
 from testbed.labs.base import LabPlan
-from testbed.labs.netns import NetnsLab, sandbox_command
+from testbed.labs.netns import NetnsLab
 from testbed.links import measurement_programs, shaper
 from testbed.links.qdiscs import ETHERNET_FRAME_BYTES, Tree, compile_tree, tc_commands
 from testbed.links.shaper import Applied, Prepared
@@ -345,6 +345,9 @@ def judged(trial: Trial, problems: Sequence[str]) -> bool:
 
 
 def main() -> int:
+    # not above: a copy of this file is the script of cells, without what lies beside it
+    from private_namespaces import enter_sandbox
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -352,12 +355,7 @@ def main() -> int:
     parser.add_argument("seed", type=int, nargs="?", default=0)
     given = parser.parse_args()
     each = given.each
-    if os.environ.get("BENCH_INSIDE") != "1":
-        os.execvpe(
-            "env",
-            ["env", "BENCH_INSIDE=1", *sandbox_command(), sys.executable, *sys.argv],
-            os.environ,
-        )
+    enter_sandbox()
     source = random.Random(given.seed)
     kinds = [DEVIATIONS[n % len(DEVIATIONS)] for n in range(each)] + [""] * each
     trials = [Trial.draw(n, kind, n // len(DEVIATIONS), source) for n, kind in enumerate(kinds)]
