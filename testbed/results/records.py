@@ -180,10 +180,13 @@ def read_table(cell_dir: Path, name: str) -> pd.DataFrame:
     parquet = cell_dir / f"{name}.parquet"
     if is_regular(parquet):
         try:
-            if (rows := pq.read_metadata(parquet).num_rows) > MOST_ROWS:
-                raise ValueError(f"has {rows} rows, more than {MOST_ROWS}")
+            with pq.ParquetFile(parquet) as file:
+                if (rows := file.metadata.num_rows) > MOST_ROWS:
+                    raise ValueError(f"has {rows} rows, more than {MOST_ROWS}")
+                # What pandas noted of types beside the columns is not needed, nor to be trusted.
+                frame = file.read().to_pandas(ignore_metadata=True)
             # A run of an older version knows nothing of newer columns, which are all measured ones.
-            frame = pd.read_parquet(parquet).reindex(columns=list(TABLES[name].columns))
+            frame = frame.reindex(columns=list(TABLES[name].columns))
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ValueError(f"{parquet}: cannot be read: {one_line(str(error))}") from None
         return _identified(_typed(frame, TABLES[name]), identity(cell_dir))

@@ -143,6 +143,23 @@ with ForkServer() as server, lab_of(["w0"], 10_000_000) as lab:
     assert (length, score) == ("80000", "700")
 
 
+def test_a_collection_of_garbage_copies_no_memory_that_hosts_share(tmp_path):
+    (tmp_path / "collect.py").write_text(
+        "import gc, psutil\n"
+        "own = lambda: psutil.Process().memory_full_info().uss / 2**20\n"
+        "before = own(); gc.collect(); print(before, own())\n"
+    )
+    before_mib, after_mib = in_lab(
+        tmp_path,
+        """
+with ForkServer(["torch"]) as server, lab_of(["w0"], 10_000_000) as lab:
+    wait(lab.hosts["w0"].start(["python", str(tmp / "collect.py")], {}, tmp / "log"))
+    print(json.dumps([float(word) for word in (tmp / "log").read_text().split()]))
+""",
+    )
+    assert after_mib < before_mib + 10  # 50 to 90 were copied, for each of them
+
+
 def test_a_killed_program_and_one_that_cannot_start(tmp_path):
     seen = in_lab(
         tmp_path,

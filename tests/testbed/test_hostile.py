@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -269,6 +270,18 @@ def test_any_damaged_run_is_read_or_refused_in_one_line(
     json.dumps(summary, allow_nan=False)
     if draw.random() < 0.3:
         assert "<script>alert(1)</script>" not in render(run, summary)
+
+
+def test_what_pandas_noted_in_a_table_is_not_needed(tmp_path: Path, originals: list[Path]) -> None:
+    """A changed byte in it ended in a TypeError of numpy's."""
+    directory = tmp_path / "ended"
+    shutil.copytree(originals[1], directory)
+    whole = load_run(directory).steps
+    for file in directory.glob("cells/*/steps.parquet"):
+        table = pq.read_table(file)
+        noted = table.schema.metadata[b"pandas"].replace(b"float64", b"floa`64")
+        pq.write_table(table.replace_schema_metadata({b"pandas": noted}), file)
+    pd.testing.assert_frame_equal(load_run(directory).steps, whole)
 
 
 @pytest.mark.parametrize("kind", range(REPLACEMENTS))
