@@ -21,8 +21,8 @@ something else uses this machine while the second is trained:
 Prints a line a trial: its ratio of throughputs, and what it is blamed for. Then a table: how many
 ratios are off by more than 5 % from the median of the undisturbed runs with such compute, whose own
 spread stands below it: where that is not far less than 5 %, chance alone puts ratios off. Exit code
-1 if a run with a ratio that is off is called valid, or if an undisturbed run with one that is not
-off is called invalid.
+1 if a disturbed run with a ratio that is off is called valid, or if an undisturbed run with one
+that is not off is called invalid; an undisturbed run that chance put off has nothing to be noticed.
 
 Nothing else may run beside it. A trial takes 15 to 30 s. When the time is over, what has been tried
 is judged; it is in the file of results, and started again with the same seed and number of runs,
@@ -323,7 +323,7 @@ def judge(trials: Sequence[Trial]) -> int:
         off = [trial for trial in ours if abs(trial.ratio / quiet[trial.condition] - 1) > OFF]
         missed = [trial for trial in off if not trial.problems]
         blamed = [trial for trial in ours if trial.problems and trial not in off]
-        wrong += len(missed) + (0 if kind else len(blamed))
+        wrong += len(missed if kind else blamed)
         table.add_row(
             kind or "nothing", *(str(len(group)) for group in (ours, off, missed, blamed))
         )
