@@ -112,8 +112,9 @@ def _number(value: object) -> float:
 
 
 def _texts(values: "pd.Series[Any]") -> "pd.Series[str]":
+    """Empty where there is none, as in a run of an older version."""
     try:
-        return values.astype("str")
+        return values.astype("str").fillna("")
     except (ValueError, TypeError, RecursionError):  # half a character
         return values.map(lambda value: str(value).encode(errors="replace").decode()).astype("str")
 

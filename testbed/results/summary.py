@@ -501,8 +501,11 @@ def write_summary(summary: Mapping[str, Any], directory: Path) -> None:
 def _ratios(
     pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]], metric: str
 ) -> list[float]:
+    """Of what is positive in both, as it is in all cells whose records are whole."""
     return [
-        ours[metric] / theirs[metric] for ours, theirs in pairs if ours[metric] and theirs[metric]
+        ours[metric] / theirs[metric]
+        for ours, theirs in pairs
+        if (ours[metric] or 0) > 0 and (theirs[metric] or 0) > 0
     ]
 
 

@@ -65,6 +65,7 @@ def cell_problems(
     return [
         *ended,
         *([] if len(steps) else ["no step was recorded"]),
+        *damaged_steps(steps),
         *(
             [f"none of its steps came after the warm-up of {warmup}"]
             if steps["step"].max() < warmup
@@ -77,7 +78,7 @@ def cell_problems(
         *unplaced_samples(links, tables["host"]),
         *late_kills(tables["failures"]),
         *unverified_changes(events),
-        *telemetry_gaps(links, float(t_end_s)),
+        *telemetry_gaps(links, events, float(t_end_s)),
         *excesses(sides),
         *shortfalls(sides),
         *early_drops(sides),
@@ -129,14 +130,10 @@ def busy_host(host: pd.DataFrame) -> list[str]:
 def _loads(host: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """The load of each machine, with the names of its nodes. What one of these has started is not
     foreign to the others."""
-    for _, rows in host.groupby(_names(host["machine"])):
-        nodes = _names(rows["node"])
+    for _, rows in host.groupby("machine"):
+        nodes = rows["node"].to_numpy()
         names = sorted(set(nodes))
         yield ", ".join(names), rows if len(names) < 2 else _together(rows, nodes)
-
-
-def _names(column: "pd.Series[str]") -> np.ndarray:
-    return column.astype("object").where(column.notna(), "").to_numpy()
 
 
 def _together(rows: pd.DataFrame, nodes: np.ndarray) -> pd.DataFrame:
@@ -163,7 +160,7 @@ def lost_between_links(host: pd.DataFrame, links: pd.DataFrame, events: pd.DataF
     do."""
     if host.empty or links.empty:
         return []  # that they are missing is a problem already
-    lost = host.groupby(machines := _names(host["machine"]))["softnet_drops"].max().sum()
+    lost = host.groupby(machines := host["machine"])["softnet_drops"].max().sum()
     carried = (
         links.groupby(["link", "direction"])["packets"].agg(["min", "max"]).diff(axis=1)["max"]
     ).sum()
@@ -512,7 +509,7 @@ def uncalibrated_links(calibration: pd.DataFrame, host: pd.DataFrame) -> list[st
     reason = ""
     left = best[(best["link"] == worst["source"]) & (best["direction"] == "up") & best["within"]]
     less = worst["quantity"] == "rate" and worst["measured"] < worst["expected"]
-    if less and len(left) and len(set(_names(host["node"]))) > 1:
+    if less and len(left) and len(set(host["node"])) > 1:
         reason = (
             f"; {worst['source']} had sent as much as it may, so if they are on two nodes, the"
             " network between these is the limit, and not the shaper"
@@ -576,7 +573,7 @@ def unplaced_samples(links: pd.DataFrame, host: pd.DataFrame) -> list[str]:
     What a clock leaves unsure is in ``reading_s``, on both sides, and would widen what is tolerated
     of the link.
     """
-    if not host["node"].fillna("").ne("").any():
+    if not host["node"].ne("").any():
         return []
     wide = links[links["reading_s"].astype("float64") > 2 * LATE_S]
     samples = wide.groupby("link")["t_s"].nunique()
@@ -622,13 +619,29 @@ def unverified_changes(events: pd.DataFrame) -> list[str]:
     return problems
 
 
-def telemetry_gaps(links: pd.DataFrame, t_end_s: float) -> list[str]:
+def damaged_steps(steps: pd.DataFrame) -> list[str]:
+    """Rows that no worker writes, as times and counts are never below 0."""
+    measured = steps[["t_s", "step_s", "samples", "payload_bytes"]]
+    damaged = int((measured < 0).any(axis=1).sum())
+    return [f"{damaged} records of steps are damaged: less than 0 s, samples or bytes"] * (
+        damaged > 0
+    )
+
+
+def telemetry_gaps(links: pd.DataFrame, events: pd.DataFrame, t_end_s: float) -> list[str]:
     """The longest gap between samples of each direction of each link over 0…``t_end_s``, if above
-    ``GAP_S``."""
+    ``GAP_S``; and links that had a state before t = 0, but no samples."""
     if links.empty:
         return ["no telemetry of any link was recorded"]
-    problems = []
-    for (link, direction), samples in links.groupby(["link", "direction"]):
+    sampled = links.groupby(["link", "direction"])
+    begun = events.loc[events["kind"] == "initial", "link"].unique()
+    problems = [
+        f"{link} {direction}: no telemetry was recorded"
+        for link in begun
+        for direction in ("up", "down")
+        if (link, direction) not in sampled.groups
+    ]
+    for (link, direction), samples in sampled:
         times_s = np.sort(np.concatenate([[0.0, t_end_s], samples["t_s"]]))
         gaps_s = np.diff(times_s)
         widest = int(np.argmax(gaps_s))

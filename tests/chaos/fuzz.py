@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,7 @@ def run(directory: Path) -> tuple[Target, list[bytes]]:
     """A run directory in which one file is a stranger's: the first byte says which."""
     from synthetic_run import write_run
 
+    from testbed.report.html import render
     from testbed.results.load import load_run
     from testbed.results.records import finish_cell
     from testbed.results.summary import summarize
@@ -175,7 +177,10 @@ def run(directory: Path) -> tuple[Target, list[bytes]]:
         files[place].write_bytes(data[1:])
         try:
             opened = load_run(directory / files[place].relative_to(directory).parts[0])
-            json.dumps(summarize(opened), allow_nan=False)
+            summary = summarize(opened)
+            json.dumps(summary, allow_nan=False)
+            if zlib.crc32(data) % 4 == 0:  # it takes longest
+                render(opened, summary)
         finally:
             files[place].write_bytes(whole[place])
 

@@ -20,7 +20,7 @@ PROGRAM = Path(__file__).parents[1] / "chaos" / "fuzz.py"
         ("agent", 3000),
         ("link", 3000),
         ("buffer", 3000),
-        ("run", 100),
+        ("run", 60),
     ],
 )
 def test_what_guided_fuzzing_finds_is_taken_or_refused_in_clear_lines(

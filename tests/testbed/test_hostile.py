@@ -7,6 +7,7 @@ NETSENSE_FUZZ: how many examples of each, instead of some hundreds.
 import contextlib
 import copy
 import json
+import math
 import os
 import random
 import shutil
@@ -118,7 +119,7 @@ changes = st.lists(
 def changed(raw: Any, path: tuple[Any, ...], value: Any) -> None:
     *parents, last = path
     # an earlier change may have taken its place away
-    with contextlib.suppress(LookupError, TypeError):
+    with contextlib.suppress(LookupError, TypeError, AttributeError):
         for part in parents:
             raw = raw[part]
         if value == "remove":
@@ -282,6 +283,31 @@ def test_what_pandas_noted_in_a_table_is_not_needed(tmp_path: Path, originals: l
         noted = table.schema.metadata[b"pandas"].replace(b"float64", b"floa`64")
         pq.write_table(table.replace_schema_metadata({b"pandas": noted}), file)
     pd.testing.assert_frame_equal(load_run(directory).steps, whole)
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "value"),
+    [
+        ("links", "link", None),
+        ("links", "direction", None),
+        ("links", "t_s", math.nan),
+        ("steps", "samples", -1.0),
+        ("steps", "t_s", -1.0),
+    ],
+)
+def test_rows_that_nobody_writes_spoil_no_report(
+    tmp_path: Path, originals: list[Path], table: str, column: str, value: float | None
+) -> None:
+    directory = tmp_path / "ended"
+    shutil.copytree(originals[1], directory)
+    file = directory / "cells" / "allreduce-s0" / f"{table}.parquet"
+    pd.read_parquet(file).assign(**{column: value}).to_parquet(file, index=False)
+    run = load_run(directory)
+    summary = summarize(run)
+    json.dumps(summary, allow_nan=False)
+    assert "netsense" in render(run, summary)
+    cells = {cell["cell"]: cell["valid"] for cell in summary["cells"]}
+    assert cells == {"allreduce-s0": False, "netsense-s0": True}
 
 
 @pytest.mark.parametrize("kind", range(REPLACEMENTS))

@@ -17,12 +17,13 @@ from testbed.results import validity
 from testbed.results.columns import (
     DELAYLINE_COLUMNS,
     EVENT_COLUMNS,
-    HOST_COLUMNS,
     LINK_COLUMNS,
     STEP_COLUMNS,
+    TABLES,
     TRAFFIC_COLUMNS,
 )
 from testbed.results.load import load_run
+from testbed.results.records import to_frame
 from testbed.results.summary import summarize
 from tests.testbed.synthetic_run import append, host_rows, steps_file, write_cell, write_run
 
@@ -91,10 +92,16 @@ def test_unconfirmed_changes_are_named(tmp_path: Path) -> None:
 
 
 def test_no_telemetry_is_a_problem(tmp_path: Path) -> None:
-    links = load_run(write_run(tmp_path / "run")).links
-    assert validity.telemetry_gaps(links.iloc[:0], 30.0)
+    run = load_run(write_run(tmp_path / "run"))
+    links, events = run.links, run.events
+    assert validity.telemetry_gaps(links, events, 30.0) == []
+    assert validity.telemetry_gaps(links.iloc[:0], events, 30.0)
     gappy = links[~links["t_s"].between(4.95, 6.45)]
-    assert "w0 down: no telemetry for 1.6 s from 4.9 s on" in validity.telemetry_gaps(gappy, 30.0)
+    gap = "w0 down: no telemetry for 1.6 s from 4.9 s on"
+    assert gap in validity.telemetry_gaps(gappy, events, 30.0)
+    one_less = links[(links["link"] != "w1") | (links["direction"] != "up")]
+    missing = ["w1 up: no telemetry was recorded"]
+    assert validity.telemetry_gaps(one_less, events, 30.0) == missing
 
 
 def calibration_rows(*measured_mbps: float | None) -> Any:
@@ -203,7 +210,8 @@ def test_calibration_may_be_turned_off_but_not_unseen(tmp_path: Path) -> None:
 
 def host(busy: float, foreign: float, waited: float | None = 0.5, rows: int = 80) -> pd.DataFrame:
     """Of two processors."""
-    return pd.DataFrame(host_rows(rows / 10, busy, foreign, waited), columns=list(HOST_COLUMNS))
+    sampled = host_rows(rows / 10, busy, foreign, waited)
+    return to_frame(sampled, TABLES["host"], {"cell": "c", "method": "m", "seed": 0})
 
 
 def test_a_host_on_which_others_take_the_time_of_a_process_is_blamed() -> None:
