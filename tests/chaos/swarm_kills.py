@@ -11,10 +11,11 @@ a small experiment and sends SIGKILL at a random moment of a cell:
     manager        to dockerd of the node that is one, where ``testbed run`` goes on
     node           to all processes of such a node at once, as if it lost its power
 
-Then the cell has to end within 15 s, unless it does not need what was killed, with one line that
-names the node, and is tried again on what is left of the swarm. Afterwards the daemon is started
-again, ``testbed clean`` is run, and nothing may be left on any node. Of an orchestrator that was
-killed all records that were a second old must load.
+Then the cell has to end within 15 s with one line that names the node, and is tried again on what is
+left of the swarm; without a daemon it goes on to its end, for which it has as long. Afterwards the
+daemon is started again, ``testbed clean`` is run, and nothing may be left on any node. What an
+orchestrator that was killed had started ends by itself within 15 s, before ``testbed clean``, and all
+of its records that were a second old must load.
 """
 
 import argparse
@@ -108,7 +109,13 @@ def one_round(nodes: Nodes, target: str, draw: random.Random, directory: Path) -
         outcome.faults.append("the run does not end")
         process.kill()
         process.wait()
+    if target == "orchestrator" and not _wait(lambda: not _running(nodes), _END_S):
+        outcome.faults.append(f"still running after {_END_S:g} s: {_running(nodes)}")
+    if target in ("daemon", "manager"):
+        outcome.seconds = max(0.0, _ended_s(directory) - killed_s)
     outcome.seconds = outcome.seconds or time.monotonic() - killed_s
+    if outcome.seconds > _END_S:
+        outcome.faults.append(f"it took {outcome.seconds:.1f} s")
     if "Traceback" in printed.read_text():
         outcome.faults.append("a traceback")
     if target in ("daemon", "manager", "node"):
@@ -153,6 +160,17 @@ def _rows(directory: Path, older_s: float = 0.0) -> int:
     ]
     per_second = 1 / 0.06
     return max(0, sum(map(len, steps)) - round(len(steps) * older_s * per_second))
+
+
+def _running(nodes: Nodes) -> list[str]:
+    """Containers that run on any node."""
+    return [name for node in nodes.nodes for name in node.docker("ps", "-q").split()]
+
+
+def _ended_s(directory: Path) -> float:
+    """When the first try of the cell had ended, by its result, on the monotonic clock."""
+    results = [path.stat().st_mtime for path in directory.glob("runs/*/cells/*/result.json")]
+    return min(results, default=time.time()) - time.time() + time.monotonic()
 
 
 def _wait(condition, seconds: float) -> bool:
