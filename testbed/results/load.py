@@ -129,7 +129,9 @@ def _fits(key: str, value: Any) -> bool:
             return isinstance(value, str)
     if key.startswith("final_") and isinstance(value, float):
         return True  # a model that diverges has no finite loss
-    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > _LARGEST:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    if not abs(value) <= _LARGEST:  # nor not a number
         return False
     if key == "ranks_per_worker":
         return isinstance(value, int) and value > 0
@@ -180,7 +182,7 @@ def _all_cells(cell_dirs: list[Path], name: str, cells: list[dict[str, Any]]) ->
 
 def _natural(path: Path) -> list[int | str]:
     """Sort key under which "w10" follows "w9"."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def _read_spec(path: Path) -> dict[str, Any]:

@@ -49,8 +49,9 @@ def identity(cell_dir: Path) -> dict[str, Any]:
     try:
         config: Mapping[str, Any] = read_cell(cell_dir)
         label = config.get("label") or method_label(config["method"])
-        return {"cell": cell_dir.name, "method": str(label), "seed": int(config["seed"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        seed = int(np.int64(config["seed"]))  # as its column can hold it
+        return {"cell": cell_dir.name, "method": one_line(str(label)), "seed": seed}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return {"cell": cell_dir.name, "method": UNKNOWN, "seed": -1}
 
 

@@ -199,6 +199,7 @@ def _processors(run: Run) -> list[str]:
 _BUSY_SHARE, _BUSY_TIME = 0.9, 0.2
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # of damaged records
 def summarize_cell(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Metrics and verdict of one cell. ``cell`` is a row of ``Run.cells``.
 
