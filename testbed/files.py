@@ -76,7 +76,9 @@ def read_text(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object; None if the file is missing, was cut off, or holds something else."""
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(text := read_text(path))
+        if "\\ud" in text.lower():  # maybe half a character, which UTF-8 has no bytes for
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -107,7 +107,7 @@ WIDE = {"throughput", "compression", "sensing", "links", "heat_map"}
 def write_report(run: Run, path: Path, summary: Mapping[str, Any]) -> None:
     """Write the page for a run, finished or not. summary: of the run, as ``summarize`` makes it."""
     with replacing(path) as temporary:
-        temporary.write_text(render(run, summary), encoding="utf-8")
+        temporary.write_text(render(run, summary), encoding="utf-8", errors="replace")
 
 
 def render(run: Run, summary: Mapping[str, Any]) -> str:

@@ -91,7 +91,7 @@ def load_run(path: str | Path) -> Run:
     factors = {cell["cell"]: cell["dilation"] for cell in cells}
     return Run(
         path=path,
-        name=str(spec.get("name", path.name)),
+        name=one_line(str(spec.get("name", path.name))),
         spec=spec,
         environment=read_json(path / "environment.json") or {},
         summary=read_json(path / SUMMARY_FILE),

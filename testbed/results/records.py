@@ -46,13 +46,14 @@ def method_label(method: MethodConfig) -> str:
 def identity(cell_dir: Path) -> dict[str, Any]:
     """The values of ``IDENTITY_COLUMNS``. A cell whose ``cell.json`` is missing or damaged is
     "unknown", seed -1."""
+    name = cell_dir.name.encode(errors="replace").decode()  # it may be in no encoding
     try:
         config: Mapping[str, Any] = read_cell(cell_dir)
         label = config.get("label") or method_label(config["method"])
         seed = int(np.int64(config["seed"]))  # as its column can hold it
-        return {"cell": cell_dir.name, "method": one_line(str(label)), "seed": seed}
+        return {"cell": name, "method": one_line(str(label)), "seed": seed}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
-        return {"cell": cell_dir.name, "method": UNKNOWN, "seed": -1}
+        return {"cell": name, "method": UNKNOWN, "seed": -1}
 
 
 def to_frame(
@@ -182,15 +183,16 @@ def read_table(cell_dir: Path, name: str) -> pd.DataFrame:
     parquet = cell_dir / f"{name}.parquet"
     if is_regular(parquet):
         try:
-            with pq.ParquetFile(parquet) as file:
-                if (rows := file.metadata.num_rows) > MOST_ROWS:
+            # Arrow opens no file whose path is in no encoding.
+            with open(parquet, "rb") as file, pq.ParquetFile(file) as table:
+                if (rows := table.metadata.num_rows) > MOST_ROWS:
                     raise ValueError(f"has {rows} rows, more than {MOST_ROWS}")
                 # What pandas noted of types beside the columns is not needed, nor to be trusted.
-                frame = file.read().to_pandas(ignore_metadata=True)
+                frame = table.read().to_pandas(ignore_metadata=True)
             # A run of an older version knows nothing of newer columns, which are all measured ones.
             frame = frame.reindex(columns=list(TABLES[name].columns))
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise ValueError(f"{parquet}: cannot be read: {one_line(str(error))}") from None
+            raise ValueError(one_line(f"{parquet}: cannot be read: {error}", 400)) from None
         return _identified(_typed(frame, TABLES[name]), identity(cell_dir))
     return to_frame(_recorded(cell_dir, name), TABLES[name], identity(cell_dir))
 
@@ -210,8 +212,8 @@ def finish_cell(cell_dir: Path) -> None:
         parquet = cell_dir / f"{name}.parquet"
         if not is_regular(parquet):
             table = read_table(cell_dir, name)
-            with replacing(parquet) as temporary:
-                table.to_parquet(temporary, index=False)
+            with replacing(parquet) as temporary, open(temporary, "wb") as file:
+                table.to_parquet(file, index=False)
         for records in record_files(cell_dir, name):
             records.unlink()
     remove_tree(cell_dir / SHARED)

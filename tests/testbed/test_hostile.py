@@ -288,6 +288,25 @@ def test_what_pandas_noted_in_a_table_is_not_needed(tmp_path: Path, originals: l
     pd.testing.assert_frame_equal(load_run(directory).steps, whole)
 
 
+@pytest.mark.parametrize("place", ["spec.yaml", "result.json", "directory"])
+def test_half_a_character_spoils_no_report(tmp_path: Path, place: str) -> None:
+    """UTF-8 has no bytes for it."""
+    run = write_run(tmp_path / "run", methods=("allreduce",), t_end_s=2.0)
+    cell = run / "cells" / "allreduce-s0"
+    match place:
+        case "spec.yaml":
+            spec = (run / place).read_text()
+            (run / place).write_text(spec.replace("name: drop", r'name: "a\uD800b"'))
+        case "result.json":
+            result = json.loads((cell / place).read_text())
+            (cell / place).write_text(json.dumps({**result, "status": "\ud800"}))
+        case _:
+            cell.rename(os.fsdecode(bytes(cell.parent) + b"/a\x80\xc2\xb2"))  # \xc2\xb2 is ²
+    done = CliRunner().invoke(app, ["report", str(run)])
+    assert done.exit_code == (1 if place == "result.json" else 0), done.output
+    assert (run / "report.html").exists()
+
+
 @pytest.mark.parametrize(
     ("table", "column", "value"),
     [
