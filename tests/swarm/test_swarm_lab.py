@@ -17,6 +17,10 @@ import yaml
 import testbed
 from testbed.results.tolerances import LATE_S
 
+sys.path.append(str(Path(__file__).parents[1] / "integration"))
+
+from test_confinement import attack
+
 pytestmark = [pytest.mark.swarm, pytest.mark.alone]
 ROOT = Path(__file__).parents[2]
 SECONDS = 5.0
@@ -227,6 +231,13 @@ def test_hosts_of_traffic_are_on_the_nodes_too(swarm, testbed_command, tmp_path)
     assert received["tcp"] > 1e6 and received["udp"] > 0.5e6
     begun = run.events[run.events["kind"] == "traffic"]
     assert ((begun["applied_s"] - begun["planned_s"]).abs() < 0.1).all()
+    assert not swarm.left()
+
+
+def test_a_worker_on_a_node_has_its_own_directory_and_nothing_else(swarm, tmp_path):
+    manager = swarm.manager
+    given = [f"{name}={manager.environment[name]}" for name in ("DOCKER_HOST", "TESTBED_IMAGE")]
+    attack("swarm", tmp_path, prefix=manager.inside(["env", *given]))
     assert not swarm.left()
 
 
