@@ -2,17 +2,22 @@
 watched from outside.
 
     python tests/chaos/soak.py [--hours 2] [--links 64] [--workers 8] [--out DIRECTORY]
+    python tests/chaos/soak.py --judge --out DIRECTORY
 
 Eight workers train with netsense, and the other hosts send each other datagrams, two and two. All
 links get a new rate through the socket that ``testbed link`` uses, as soon as it has answered the
-last time, which is with every sample; the links of four workers have a timeline of ten changes a
-second besides. Every ten seconds the memory that each process has to itself (USS,
-/proc/PID/smaps_rollup), its descriptors and its threads are written to soak.csv.
+last time, which is with every sample, ten a second where the machine is not too busy; the links of
+four workers have a timeline of ten changes a second besides. Every ten seconds the memory of each
+process, its descriptors and its threads are written to soak.csv (/proc/PID/smaps_rollup).
 
-Prints a table by kind of process: its memory in the first tenth of the time, once it has settled
-for twenty minutes (a tenth of a shorter run), and in the last; the most that one has grown by; its
-descriptors. Exit code 1 if one grew by more than 2 % and 1 MiB, or keeps descriptors, or if the run
-failed; whether other programs made it not valid is no matter here.
+Prints a table by kind of process: what memory each has to itself (USS), and all that is resident of
+it (RSS), in the first tenth of the time, once it has settled for half an hour (a quarter of a
+shorter run), and in the last; the most by which what is resident of one has grown, as a share of
+what it has to itself; its descriptors. Exit code 1 if that is more than 2 % and 0.25 MiB, or if one
+keeps descriptors, or if the run failed; whether other programs made it not valid is no matter here.
+
+Of what is forked a page becomes its own when it is first written to, and was resident before: what
+a worker has to itself goes on to grow a little by that, and is no measure of what it takes.
 """
 
 import argparse
@@ -36,8 +41,8 @@ from testbed.recording.link_server import live_cell, send_request
 
 ROOT = Path(__file__).parents[2]
 GROWTH = 0.02
-_NOISE_MIB = 1.0
-_SETTLED_S = 1200.0
+_NOISE_MIB = 0.25
+_SETTLED_S = 1800.0
 _EVERY_S = 10.0
 
 
@@ -157,14 +162,12 @@ def judge(out: Path) -> bool:
     """Print the table; whether all kept their size."""
     rows = pd.read_csv(out / "soak.csv")
     end_s = rows["t_s"].max()
-    begin_s = min(_SETTLED_S, end_s / 10)
+    begin_s = min(_SETTLED_S, end_s / 4)
     tenth_s = (end_s - begin_s) / 10
     first = rows[rows["t_s"].between(begin_s, begin_s + tenth_s)]
     last = rows[rows["t_s"] >= end_s - tenth_s]
     well = True
-    print(
-        f"{'':20}{'number':>7}{'own MiB':>16}{'grown':>8}{'resident MiB':>18}{'grown':>8}{'descriptors':>14}"
-    )
+    print(f"{'':20}{'number':>7}{'own MiB':>16}{'resident MiB':>18}{'grown':>8}{'descriptors':>14}")
     for kind in rows["kind"].unique():
         measured = ["uss_mib", "rss_mib", "descriptors"]
         before, after = (
@@ -174,15 +177,11 @@ def judge(out: Path) -> bool:
             f"{before[column].mean():.1f} → {after[column].mean():.1f}" for column in measured[:2]
         )
         grown = (after - before).dropna()
-        share = {column: (grown[column] / before[column]).max() for column in measured[:2]}
-        beyond = (grown > _NOISE_MIB) & (grown > GROWTH * before.reindex(grown.index))
-        well &= (
-            not beyond[["uss_mib", "rss_mib"]].any(axis=None)
-            and not (grown["descriptors"] > 0).any()
-        )
+        share = grown["rss_mib"] / before["uss_mib"].reindex(grown.index)
+        well &= not ((grown["rss_mib"] > _NOISE_MIB) & (share > GROWTH)).any()
+        well &= not (grown["descriptors"] > 0).any()
         print(
-            f"{kind:20}{len(before):7}{own:>16}{share['uss_mib']:8.1%}{resident:>18}"
-            f"{share['rss_mib']:8.1%}"
+            f"{kind:20}{len(before):7}{own:>16}{resident:>18}{share.max():8.1%}"
             f"{before['descriptors'].max():8.0f} → {after['descriptors'].max():.0f}"
         )
     return well
@@ -201,7 +200,12 @@ def main() -> int:
         default=None,
         help="for the run and soak.csv (a new directory for temporary files)",
     )
+    parser.add_argument("--judge", action="store_true", help="only what is in it already")
     options = parser.parse_args()
+    if options.judge:
+        if options.out is None:
+            parser.error("--judge needs --out")
+        return int(not judge(options.out))
     seconds = 3600 * options.hours
     out = options.out or Path(tempfile.mkdtemp(prefix="netsense-soak-"))
     out.mkdir(parents=True, exist_ok=True)
