@@ -101,11 +101,17 @@ class RecordFile:
         os.close(self._fd)
 
 
+_LONGEST = 1 << 20
+
+
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a record file, skipping a torn last line."""
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if line.endswith("\n"):
+    """Yield the rows of a record file, skipping a torn last line, and any that is longer than rows
+    are."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        whole = True
+        while line := file.readline(_LONGEST):
+            whole, begun = line.endswith("\n"), whole
+            if whole and begun:
                 try:
                     yield json.loads(line)
                 except (ValueError, RecursionError):  # nobody who wrote rows nests them so deeply

@@ -84,6 +84,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def is_shallow(value: object, depth: int = 50) -> bool:
+    """Whether JSON is nested no deeper than so."""
+    if not isinstance(value, dict | list):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(is_shallow(one, depth - 1) for one in inner)
+
+
 def is_regular(path: Path) -> bool:
     """Whether there is a file, and not a link to one."""
     try:

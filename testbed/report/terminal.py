@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from testbed.protocol import one_line
 from testbed.report import text
 from testbed.results.run_comparison import MethodComparison
 
@@ -36,7 +37,7 @@ def _table(name: str, rows: list[text.Row]) -> Table:
     baseline = next(row.method for row in rows if row.is_baseline)
     # Names from the spec are Text: square brackets in them are not markup.
     table = Table(
-        title=Text(name, style="bold") if name else None,
+        title=Text(one_line(name, 1000), style="bold") if name else None,
         title_justify="left",
         box=None,
         pad_edge=False,

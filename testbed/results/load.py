@@ -1,20 +1,19 @@
 """A run directory → pandas. Works while the run is going on, after it, and on what a killed run has
 left."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
-from testbed.files import is_directory, is_file, read_json, read_text
+from testbed.files import is_directory, is_file, is_shallow, read_json, read_text
 from testbed.protocol import CELL_FILE, RESULT_FILE, one_line
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES
 from testbed.results.dilation import undilated
-from testbed.results.records import identity, read_table, to_frame
+from testbed.results.records import UNKNOWN, cell_directories, identity, read_table, to_frame
+from testbed.spec.load import MAX_BYTES, parse_yaml
 
 SUMMARY_FILE = "summary.json"
 
@@ -82,10 +81,7 @@ def load_run(path: str | Path) -> Run:
     path = Path(path)
     require_run(path)
     spec = _read_spec(path / "spec.yaml")
-    cell_dirs = sorted(
-        (d for d in (path / "cells").glob("*") if not d.is_symlink() and is_directory(d)),
-        key=_natural,
-    )
+    cell_dirs = cell_directories(path)
     cells = [cell_row(d) for d in cell_dirs]
     tables = {name: _all_cells(cell_dirs, name, cells) for name in TABLES}
     factors = {cell["cell"]: cell["dilation"] for cell in cells}
@@ -102,18 +98,28 @@ def load_run(path: str | Path) -> Run:
 
 def cell_row(cell_dir: Path) -> dict[str, Any]:
     """One row of ``Run.cells``; what is not recorded (yet) has its default."""
-    config = read_json(cell_dir / CELL_FILE) or {"problems": [f"{CELL_FILE} is missing or damaged"]}
+    config = read_json(cell_dir / CELL_FILE)
     result = read_json(cell_dir / RESULT_FILE) or {}
     known = {
         key: value
-        for key, value in {**config, **result}.items()
+        for key, value in {**(config or {}), **result}.items()
         if key in _CELL_DEFAULTS and value is not None
     }
+    own = identity(cell_dir)
+    problems = [f"{CELL_FILE} is missing or damaged"] if config is None else []
+    if config is not None and own["method"] == UNKNOWN:
+        problems.append(f"{CELL_FILE} is damaged: it names no method, or no seed")
+    elif config is not None and config.get("cell", cell_dir.name) != cell_dir.name:
+        problems.append(f"{CELL_FILE} is that of {one_line(str(config['cell']))}")
     known = {key: value for key, value in known.items() if key not in IDENTITY_COLUMNS}
     if odd := [key for key, value in known.items() if not _fits(key, value)]:
         known = {key: value for key, value in known.items() if key not in odd}
-        known["problems"] = [*known.get("problems", []), f"its files are damaged: {', '.join(odd)}"]
-    return {**_CELL_DEFAULTS, **known, **identity(cell_dir)}
+        problems.append(f"its files are damaged: {', '.join(odd)}")
+    for key, value in known.items():
+        if isinstance(value, list):
+            known[key] = [one_line(line, 1000) for line in value]
+    known["problems"] = [*known.get("problems", []), *problems]
+    return {**_CELL_DEFAULTS, **known, **own}
 
 
 def _fits(key: str, value: Any) -> bool:
@@ -124,7 +130,7 @@ def _fits(key: str, value: Any) -> bool:
         case list():
             return isinstance(value, list) and all(isinstance(line, str) for line in value)
         case dict():
-            return isinstance(value, dict)
+            return isinstance(value, dict) and is_shallow(value)
         case str():
             return isinstance(value, str)
     if key.startswith("final_") and isinstance(value, float):
@@ -180,24 +186,23 @@ def _all_cells(cell_dirs: list[Path], name: str, cells: list[dict[str, Any]]) ->
     )
 
 
-def _natural(path: Path) -> list[int | str]:
-    """Sort key under which "w10" follows "w9"."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
-
-
 def _read_spec(path: Path) -> dict[str, Any]:
     try:
-        spec = yaml.safe_load(read_text(path))
+        if path.lstat().st_size > 4 * MAX_BYTES:  # what it was left to say is said in it
+            raise ValueError(f"is larger than {4 * MAX_BYTES >> 20} MiB")
+        spec = parse_yaml(read_text(path), path.name)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as YAML: {one_line(str(error))}") from error
-    spec = spec if isinstance(spec, dict) else {}
     for place, kind in _READ_OF_SPEC.items():
         value: Any = spec
         for key in place.split("."):
             value = value.get(key) if value is not None else None
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        if isinstance(value, int | float):
+            fits &= abs(value) <= _LARGEST  # nor is it not a number
+        if value is not None and not fits:
             raise ValueError(f"{path}: {place} cannot be {one_line(repr(value), 40)}")
     return spec
 

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from netsenseml.records import read_records
-from testbed.files import is_regular, read_json, remove_tree, replacing
+from testbed.files import is_directory, is_regular, read_json, remove_tree, replacing
 from testbed.protocol import (
     CELL_FILE,
     CHECKPOINTS,
@@ -46,11 +47,16 @@ def method_label(method: MethodConfig) -> str:
 def identity(cell_dir: Path) -> dict[str, Any]:
     """The values of ``IDENTITY_COLUMNS``. A cell whose ``cell.json`` is missing or damaged is
     "unknown", seed -1."""
-    name = cell_dir.name.encode(errors="replace").decode()  # it may be in no encoding
+    # It may be in no encoding, or do something to a terminal.
+    name = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in cell_dir.name
+    )
     try:
         config: Mapping[str, Any] = read_cell(cell_dir)
         label = config.get("label") or method_label(config["method"])
-        seed = int(np.int64(config["seed"]))  # as its column can hold it
+        if type(seed := config["seed"]) is not int or abs(seed) >= 2**63:
+            raise ValueError("no seed")
         return {"cell": name, "method": one_line(str(label)), "seed": seed}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return {"cell": name, "method": UNKNOWN, "seed": -1}
@@ -100,10 +106,16 @@ def _typed(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
 
 
 def _numbers(values: "pd.Series[Any]") -> "pd.Series[float]":
+    """NaN where there is none that can be reckoned with."""
     try:
-        return values.astype("float64")
+        numbers = values.astype("float64")
     except (ValueError, TypeError, OverflowError):
-        return values.map(_number).astype("float64")
+        numbers = values.map(_number).astype("float64")
+    return numbers.where(numbers.abs() < _LARGEST)
+
+
+_LARGEST = 1e150
+"""The square of it is a number, too."""
 
 
 def _number(value: object) -> float:
@@ -128,11 +140,31 @@ def _identified(frame: pd.DataFrame, identity: Mapping[str, Any]) -> pd.DataFram
     return frame
 
 
+def cell_directories(run: Path) -> list[Path]:
+    """The directories of a run's cells, "a-s2" before "a-s10". A link is none, and leads to
+    none."""
+    if (cells := run / "cells").is_symlink():
+        return []
+    found = (one for one in cells.glob("*") if not one.is_symlink() and is_directory(one))
+    return sorted(found, key=_natural)
+
+
+def _natural(path: Path) -> list[int | str]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+
+
 def record_files(cell_dir: Path, name: str) -> list[Path]:
     """The record files of a table that are still there."""
-    return sorted(
-        path for glob in TABLES[name].records for path in cell_dir.glob(glob) if is_regular(path)
-    )
+    return _files(cell_dir, *TABLES[name].records)
+
+
+def _files(cell_dir: Path, *globs: str) -> list[Path]:
+    """Files of a cell to which no link leads."""
+    found = [path for glob in globs for path in cell_dir.glob(glob) if is_regular(path)]
+    inside = {
+        path: itertools.takewhile(lambda one: one != cell_dir, path.parents) for path in found
+    }
+    return sorted(path for path in found if not any(one.is_symlink() for one in inside[path]))
 
 
 def _recorded(cell_dir: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -141,7 +173,7 @@ def _recorded(cell_dir: Path, name: str) -> Iterator[dict[str, Any]]:
     config = read_json(cell_dir / CELL_FILE) or {}
     flows, per_host = config.get("flows"), ranks_per_worker(config)
     ends = (
-        {name: tuple(two) for name, two in flows.items() if isinstance(two, list)}
+        {name: tuple(two) for name, two in flows.items() if isinstance(two, list) and len(two) == 2}
         if isinstance(flows, dict)
         else {}
     )
@@ -187,8 +219,11 @@ def read_table(cell_dir: Path, name: str) -> pd.DataFrame:
             with open(parquet, "rb") as file, pq.ParquetFile(file) as table:
                 if (rows := table.metadata.num_rows) > MOST_ROWS:
                     raise ValueError(f"has {rows} rows, more than {MOST_ROWS}")
+                names = set(table.schema_arrow.names)
+                read = table.read([one for one in TABLES[name].columns if one in names])
+                read.validate(full=True)  # whether texts are UTF-8
                 # What pandas noted of types beside the columns is not needed, nor to be trusted.
-                frame = table.read().to_pandas(ignore_metadata=True)
+                frame = read.to_pandas(ignore_metadata=True)
             # A run of an older version knows nothing of newer columns, which are all measured ones.
             frame = frame.reindex(columns=list(TABLES[name].columns))
         except (OSError, ValueError, pa.ArrowException) as error:
@@ -217,8 +252,9 @@ def finish_cell(cell_dir: Path) -> None:
         for records in record_files(cell_dir, name):
             records.unlink()
     remove_tree(cell_dir / SHARED)
-    for checkpoint in filter(is_regular, cell_dir.glob(f"hosts/*/{CHECKPOINTS}")):
+    for checkpoint in _files(cell_dir, f"hosts/*/{CHECKPOINTS}"):
         checkpoint.unlink()
-    for directory in (*cell_dir.glob("hosts/*"), cell_dir / "hosts"):
+    hosts = cell_dir / "hosts"
+    for directory in () if hosts.is_symlink() else (*hosts.glob("*"), hosts):
         with contextlib.suppress(OSError):  # what programs of the user's have left there stays
             directory.rmdir()

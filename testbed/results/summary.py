@@ -139,7 +139,7 @@ def _restarts(run: Run) -> list[str]:
     """When all workers of a cell were started again, why, and how long nothing was trained."""
     notes = []
     for failure, to_s in outages(run.failures):
-        what = f"{failure['worker']} {failure['text'].partition(';')[0]}".strip()
+        what = one_line(f"{failure['worker']} {failure['text'].partition(';')[0]}")
         again = f"all were started again, which took {to_s - failure['t_s']:.1f} s"
         notes.append(f"{failure['cell']}: at {failure['t_s']:.1f} s {what}; {again}")
     return notes
@@ -485,7 +485,7 @@ def write_summary(summary: Mapping[str, Any], directory: Path) -> None:
     rows = [
         {
             **{key: value for key, value in cell.items() if key != "phases"},
-            **cell["overrides"],
+            **{key: value for key, value in cell["overrides"].items() if key not in cell},
             "overrides": scenario(cell["overrides"]),
             "problems": "; ".join(cell["problems"]),
         }

@@ -65,7 +65,8 @@ def cell_problems(
     return [
         *ended,
         *([] if len(steps) else ["no step was recorded"]),
-        *damaged_steps(steps),
+        *damaged_steps(steps, float(t_end_s)),
+        *(missing_steps(cell, steps) if tables["failures"].empty else []),
         *(
             [f"none of its steps came after the warm-up of {warmup}"]
             if steps["step"].max() < warmup
@@ -619,13 +620,41 @@ def unverified_changes(events: pd.DataFrame) -> list[str]:
     return problems
 
 
-def damaged_steps(steps: pd.DataFrame) -> list[str]:
-    """Rows that no worker writes, as times and counts are never below 0."""
+def damaged_steps(steps: pd.DataFrame, t_end_s: float) -> list[str]:
+    """Rows that no worker writes."""
     measured = steps[["t_s", "step_s", "samples", "payload_bytes"]]
-    damaged = int((measured < 0).any(axis=1).sum())
-    return [f"{damaged} records of steps are damaged: less than 0 s, samples or bytes"] * (
-        damaged > 0
-    )
+    odd = (measured < 0).any(axis=1) | steps["t_s"].isna() | (steps["t_s"] > t_end_s + GAP_S)
+    if not odd.any():
+        return []
+    return [f"{odd.sum()} records of steps are damaged: below 0, at no time, or after the end"]
+
+
+def missing_steps(cell: Mapping[str, Any], steps: pd.DataFrame) -> list[str]:
+    """Whether ranks or steps are missing in the records of a cell that was done, or are there
+    twice.
+
+    One step is allowed for at the end, as a row may be torn there, or be that of an exchange of
+    local updates after the last step.
+    """
+    ranks = range(cell["workers"] * ranks_per_worker(cell))
+    if cell["status"] != "done" or steps.empty or not len(ranks):
+        return []
+    by_rank = steps.groupby("rank")["step"].agg(["min", "max", "count", "nunique"])
+    if set(by_rank.index) != set(ranks):
+        found = ", ".join(map(str, by_rank.index))
+        return [f"steps of ranks 0 to {ranks[-1]} should be recorded, and are of {found}"]
+    first, last = by_rank["min"].min(), cell["steps"] or by_rank["max"].max() + 1
+    wrong = by_rank[
+        (by_rank["count"] != by_rank["nunique"])
+        | (by_rank["nunique"] != by_rank["max"] - by_rank["min"] + 1)
+        | (by_rank["min"] != first)
+        | ((by_rank["max"] + 1 - last).abs() > 1)
+    ]
+    return [
+        f"steps {first} to {last - 1:.0f} of rank {rank} should be recorded once each, and"
+        f" {row['count']} rows are, of {row['nunique']} steps up to {row['max']}"
+        for rank, row in wrong.head(1).iterrows()
+    ]
 
 
 def telemetry_gaps(links: pd.DataFrame, events: pd.DataFrame, t_end_s: float) -> list[str]:

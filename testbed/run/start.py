@@ -374,14 +374,14 @@ def finish(
     from testbed.report.html import write_report
     from testbed.report.terminal import terminal_table
     from testbed.results.load import load_run
-    from testbed.results.records import finish_cell
+    from testbed.results.records import cell_directories, finish_cell
     from testbed.results.summary import summarize, write_summary
 
     shown = Path(os.path.relpath(directory))
     summary: dict[str, Any] = {}
     try:
         # nothing if this is no run, which load_run then says
-        for cell in sorted((directory / "cells").glob("*")):
+        for cell in cell_directories(directory):
             if not going_on:
                 finish_cell(cell)
         run = load_run(directory)

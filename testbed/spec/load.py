@@ -120,6 +120,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise SpecError([("", f"cannot be read: {reason}")], str(path)) from None
+    return parse_yaml(text, name)
+
+
+def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """The mapping in YAML text; raises SpecError, of a file of that name, for anything else."""
     try:
         data = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
     except yaml.MarkedYAMLError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -25,6 +26,7 @@ from synthetic_run import write_run
 from test_spec import EVERYTHING, places
 from typer.testing import CliRunner
 
+from netsenseml.records import read_records
 from testbed.cli import app
 from testbed.plan import describe, make_plan
 from testbed.report.html import render
@@ -288,8 +290,17 @@ def test_what_pandas_noted_in_a_table_is_not_needed(tmp_path: Path, originals: l
     pd.testing.assert_frame_equal(load_run(directory).steps, whole)
 
 
-@pytest.mark.parametrize("place", ["spec.yaml", "result.json", "directory"])
-def test_half_a_character_spoils_no_report(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "code", "said"),
+    [
+        ("spec.yaml", 2, "has half a character"),
+        ("result.json", 1, "allreduce-s0: the cell ?"),
+        ("directory", 3, r"a\udc80²: cell.json is that of allreduce-s0"),
+    ],
+)
+def test_half_a_character_is_told_or_replaced(
+    tmp_path: Path, place: str, code: int, said: str
+) -> None:
     """UTF-8 has no bytes for it."""
     run = write_run(tmp_path / "run", methods=("allreduce",), t_end_s=2.0)
     cell = run / "cells" / "allreduce-s0"
@@ -303,8 +314,8 @@ def test_half_a_character_spoils_no_report(tmp_path: Path, place: str) -> None:
         case _:
             cell.rename(os.fsdecode(bytes(cell.parent) + b"/a\x80\xc2\xb2"))  # \xc2\xb2 is ²
     done = CliRunner().invoke(app, ["report", str(run)])
-    assert done.exit_code == (1 if place == "result.json" else 0), done.output
-    assert (run / "report.html").exists()
+    assert done.exit_code == code and said in done.output, done.output
+    assert code == 2 or (run / "report.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -359,6 +370,116 @@ def test_a_report_follows_no_link_that_lies_in_a_run(tmp_path: Path, name: str) 
     CliRunner().invoke(app, ["report", str(run)])
     assert (tmp_path / "home").read_text() == "mine"
     assert (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("place", ["cells", "cells/allreduce-s0", "hosts", "hosts/w0"])
+def test_a_report_removes_nothing_to_which_a_link_leads(tmp_path: Path, place: str) -> None:
+    """The records of an ended cell, checkpoints, and directories that are empty then, are
+    removed."""
+    run = write_run(tmp_path / "run", methods=("allreduce",), t_end_s=2.0)
+    theirs = write_run(tmp_path / "theirs", methods=("allreduce",), t_end_s=2.0)
+    cell = "" if place.startswith("cells") else "cells/allreduce-s0"
+    (theirs / "cells/allreduce-s0/hosts/w0/checkpoint-100.pt").write_text("mine")
+    (theirs / "cells/allreduce-s0/hosts/empty").mkdir()
+    before = sorted(theirs.rglob("*"))
+    shutil.rmtree(run / cell / place)
+    (run / cell / place).symlink_to(theirs / cell / place)
+    done = CliRunner().invoke(app, ["report", str(run)])
+    assert done.exit_code in (1, 2, 3), done.output
+    assert sorted(theirs.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda steps: steps[steps["rank"] != 1], "steps of ranks 0 to 1 should be recorded"),
+        (lambda steps: steps.assign(rank=2 * steps["rank"]), "steps of ranks 0 to 1 should be"),
+        (lambda steps: pd.concat([steps, steps]), "of rank 0 should be recorded once each"),
+        (lambda steps: steps[steps["step"] % 5 > 0], "of rank 0 should be recorded once each"),
+        (lambda steps: steps[(steps["step"] < 8) | (steps["rank"] != 1)], "of rank 1 should be"),
+        (lambda steps: steps[steps["step"] < 8], "of rank 0 should be recorded once each"),
+        (lambda steps: steps.assign(t_s=steps["t_s"].where(steps["step"] % 2 > 0)), "at no time"),
+        (lambda steps: steps.assign(t_s=1000 * steps["t_s"]), "after the end"),
+    ],
+)
+def test_steps_that_are_missing_or_twice_there_are_told(
+    tmp_path: Path,
+    originals: list[Path],
+    spoil: Callable[[pd.DataFrame], pd.DataFrame],
+    problem: str,
+) -> None:
+    directory = tmp_path / "ended"
+    shutil.copytree(originals[1], directory)
+    file = directory / "cells" / "allreduce-s0" / "steps.parquet"
+    spoil(pd.read_parquet(file)).to_parquet(file, index=False)
+    cell = next(iter(summarize(load_run(directory))["cells"]))
+    assert any(problem in line for line in cell["problems"]), cell["problems"]
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "problem"),
+    [
+        ("cell.json", "seed", None, "names no method, or no seed"),
+        ("cell.json", "seed", 10**400, "names no method, or no seed"),
+        ("cell.json", "cell", "other", "cell.json is that of other"),
+        ("cell.json", "overrides", {"a": json.loads("[" * 500 + "]" * 500)}, "damaged: overrides"),
+        ("cell.json", "workers", math.nan, "damaged: workers"),
+        ("result.json", "notes", ["\x1b[2J"], ""),
+    ],
+)
+def test_what_a_cell_says_of_itself_is_checked(
+    tmp_path: Path, originals: list[Path], file: str, key: str, value: object, problem: str
+) -> None:
+    directory = tmp_path / "ended"
+    shutil.copytree(originals[1], directory)
+    path = directory / "cells" / "allreduce-s0" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    done = CliRunner().invoke(app, ["report", str(directory)])
+    assert done.exit_code == (3 if problem else 0), done.output
+    assert problem in " ".join(done.output.split()) and "\x1b[2J" not in done.output
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "workload: {target: .inf}",
+        "workload: {target: 1" + 400 * "0" + "}",
+        "a0: &a0 [0,0,0,0,0,0,0,0,0]\n"
+        + "".join(f"a{n}: &a{n} [{9 * f'*a{n - 1},'}]\n" for n in range(1, 10)),
+    ],
+)
+def test_the_spec_of_a_strangers_run_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    run = write_run(tmp_path / "run", methods=("allreduce",), t_end_s=2.0)
+    (run / "spec.yaml").write_text(text)
+    done = CliRunner().invoke(app, ["report", str(run)])
+    assert done.exit_code == 2 and len(done.stderr.strip().splitlines()) == 1, done.output
+
+
+def test_a_line_that_is_no_row_is_no_burden(tmp_path: Path) -> None:
+    file = tmp_path / "steps.jsonl"
+    file.write_text('{"step": 0}\n' + 3 * 2**20 * " " + '{"step": 1}\n{"step": 2}\n{"step": 3')
+    assert list(read_records(file)) == [{"step": 0}, {"step": 2}]
+
+
+def test_texts_that_are_not_utf8_and_flows_without_ends_are_refused(
+    tmp_path: Path, originals: list[Path]
+) -> None:
+    directory = tmp_path / "ended"
+    shutil.copytree(originals[1], directory)
+    file = directory / "cells" / "allreduce-s0" / "links.parquet"
+    table = pq.read_table(file)
+    wrong = pa.array([b"\xff\xfe"] * len(table)).view(pa.string())
+    pq.write_table(table.set_column(table.schema.get_field_index("link"), "link", wrong), file)
+    cell = next(iter(summarize(load_run(directory))["cells"]))
+    assert any("cannot be read" in line for line in cell["problems"])
+    going = tmp_path / "going"
+    shutil.copytree(originals[0], going)
+    cell_file = going / "cells" / "allreduce-s0" / "cell.json"
+    cell_file.write_text(json.dumps({**json.loads(cell_file.read_text()), "flows": {"bg": []}}))
+    events = going / "cells" / "allreduce-s0" / "hosts" / "bg0" / "events-x.jsonl"
+    events.parent.mkdir()
+    events.write_text('{"kind": "traffic", "link": "bg"}\n')
+    load_run(going)
 
 
 def test_a_report_of_a_strangers_run_runs_nothing_of_it(
