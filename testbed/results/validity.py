@@ -113,6 +113,9 @@ def busy_host(host: pd.DataFrame) -> list[str]:
             )
             continue
         where = f"node {node}" if node else "this machine"
+        if rows[["cpu_busy_share", "cpu_foreign_share"]].isna().all().any():
+            problems.append(f"the load of {where} was not recorded")
+            continue
         share = float(np.mean([taken_share(row) for row in rows.to_dict("records")]))
         if share > TAKEN_SHARE:
             problems.append(
@@ -659,12 +662,17 @@ def missing_steps(cell: Mapping[str, Any], steps: pd.DataFrame) -> list[str]:
 
 def telemetry_gaps(links: pd.DataFrame, events: pd.DataFrame, t_end_s: float) -> list[str]:
     """The longest gap between samples of each direction of each link over 0…``t_end_s``, if above
-    ``GAP_S``; and links that had a state before t = 0, but no samples."""
+    ``GAP_S``; samples without a time or a count, and links without samples or a first state."""
     if links.empty:
         return ["no telemetry of any link was recorded"]
     sampled = links.groupby(["link", "direction"])
     begun = events.loc[events["kind"] == "initial", "link"].unique()
+    damaged = links[["t_s", "bytes", "packets"]].isna().any(axis=1).sum()
     problems = [
+        *([f"{damaged} samples of links are damaged: no time, or no count"] if damaged else []),
+        *([] if len(begun) else ["the state of links before t = 0 was not recorded"]),
+    ]
+    problems += [
         f"{link} {direction}: no telemetry was recorded"
         for link in begun
         for direction in ("up", "down")
