@@ -27,6 +27,7 @@ in the container ends too.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import selectors
@@ -46,13 +47,21 @@ _PROCESSOR_TIME = (
 _DEATH_CODE = 127  # as the shell: the program could not be started
 
 
-def main(path: str, host: str) -> None:
-    """Serve one orchestrator until it hangs up."""
+_PR_SET_NO_NEW_PRIVS = 38
+
+
+def main(path: str, host: str, oom_score_adj: str = "") -> None:
+    """Serve one orchestrator until it hangs up. oom_score_adj: of a task of a swarm."""
     # the first process gets no default actions
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     # The orchestrator must be on time while the workers are busy.
     os.nice(5)
     if path.startswith("@"):
+        # Docker before 27 leaves both out of what it makes of a service.
+        ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        # less than it has may be forbidden
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write(oom_score_adj)
         channel = _accept_agent(path)
         counters = [os.open(name, os.O_RDONLY) for name in _PROCESSOR_TIME if os.path.exists(name)]  # noqa: PTH110
         socket.send_fds(channel, [json.dumps({"host": host}).encode() + b"\n"], counters[:1])

@@ -392,13 +392,12 @@ class SwarmLab(RemoteLab):
         init = Path(__file__).with_name("container_init.py").read_text()
         return {
             "Image": self._swarm.image,
-            "Command": ["python", "-I", "-S", "-c", init, INIT_SOCKET, host],
+            "Command": ["python", "-I", "-S", "-c", init, INIT_SOCKET, host, str(OOM_SCORE_ADJ)],
             "Hostname": host,
             "User": f"{user}:{user}",
             "ReadOnly": True,
             "CapabilityDrop": ["ALL"],
             "Privileges": {"NoNewPrivileges": True},
-            "OomScoreAdj": OOM_SCORE_ADJ,
             "DNSConfig": {"Options": ["attempts:0"]},  # as in the Docker lab
             "Env": [f"{name}={value}" for name, value in ENVIRONMENT.items()],
             "Mounts": [

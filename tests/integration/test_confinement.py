@@ -107,7 +107,8 @@ def outlive():
 if rank == 1:
     attempt("own link", set_rate)
     attempt("sockets", lambda: [path.name for path in run.rglob("*.sock")])
-    attempt("files", lambda: sorted(str(path.relative_to(run)) for path in run.rglob("*") if "tmp" not in path.parts))
+    attempt("files", lambda: sorted(str(path.relative_to(run)) for path in run.rglob("*")
+                                     if "tmp" not in path.parts and os.access(path, os.R_OK)))
     for path in (cell / "x", run / "x", cell / "hosts/w0/steps.jsonl", cell / "links.jsonl", "x", "/x", "SPEC_DIRECTORY/x",
                  netsenseml.__file__):
         attempt(f"write {path}", lambda path=path: write(path))
@@ -215,6 +216,8 @@ def attack(lab, directory, prefix=()):
             "hosts/w1/steps.jsonl",
         )
     }
+    if lab == "swarm":  # there, what is in other directories of the node's agent is closed by mode
+        seen |= {f"{name}/logs", f"{name}/hosts/w0"}
     assert {
         name for name in said["files"] if not name.startswith((".hosts-", "script/__pycache__"))
     } <= seen
