@@ -471,10 +471,10 @@ def report(
                         EXIT_BAD_INPUT,
                     )
             code = report_run(directory, Console())
+            if write_events is not None and tensorboard is not None:
+                write_events(load_run(directory), tensorboard)
         except (NotARun, ValueError) as error:
             _fail(str(error), EXIT_BAD_INPUT)
-        if write_events is not None and tensorboard is not None:
-            write_events(load_run(directory), tensorboard)
         return code
 
     raise typer.Exit(_guarded(write))
