@@ -514,21 +514,21 @@ def compare(
     from testbed.results.run_comparison import compare_runs, differing_keys
     from testbed.spec.units import parse_share
 
-    def read() -> "tuple[tuple[Run, Run], list[MethodComparison]]":
+    def read() -> "tuple[list[str], list[MethodComparison]]":
         try:
             runs = load_run(before), load_run(after)
-            return runs, compare_runs(*runs, parse_share(tolerance))
+            return differing_keys(*runs), compare_runs(*runs, parse_share(tolerance))
         except (NotARun, ValueError) as error:
             _fail(str(error), EXIT_BAD_INPUT)
 
-    runs, found = _guarded(read)
+    keys, found = _guarded(read)
     if not found:
         _fail(f"{before}: has no cell that could be compared", EXIT_BAD_INPUT)
     if as_json:
         _print_json([asdict(difference) for difference in found])
     else:
         _print(run_comparison_table(found))
-    if keys := differing_keys(*runs):
+    if keys:
         typer.echo(
             f"The specs differ in {', '.join(keys)}: this compares two experiments.", err=True
         )
