@@ -3,6 +3,7 @@ input, nothing was touched; 3 done, but not valid; 4 this machine cannot do it; 
 
 What a command needs is imported in it: shells call this at each press of the tab key."""
 
+import errno
 import importlib.util
 import io
 import json
@@ -12,14 +13,14 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from testbed.files import exists, is_directory
+from testbed.files import exists, explained, is_directory
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -471,10 +472,10 @@ def report(
                         EXIT_BAD_INPUT,
                     )
             code = report_run(directory, Console())
+            if write_events is not None and tensorboard is not None:
+                write_events(load_run(directory), tensorboard)
         except (NotARun, ValueError) as error:
             _fail(str(error), EXIT_BAD_INPUT)
-        if write_events is not None and tensorboard is not None:
-            write_events(load_run(directory), tensorboard)
         return code
 
     raise typer.Exit(_guarded(write))
@@ -514,21 +515,21 @@ def compare(
     from testbed.results.run_comparison import compare_runs, differing_keys
     from testbed.spec.units import parse_share
 
-    def read() -> "tuple[tuple[Run, Run], list[MethodComparison]]":
+    def read() -> "tuple[list[str], list[MethodComparison]]":
         try:
             runs = load_run(before), load_run(after)
-            return runs, compare_runs(*runs, parse_share(tolerance))
+            return differing_keys(*runs), compare_runs(*runs, parse_share(tolerance))
         except (NotARun, ValueError) as error:
             _fail(str(error), EXIT_BAD_INPUT)
 
-    runs, found = _guarded(read)
+    keys, found = _guarded(read)
     if not found:
         _fail(f"{before}: has no cell that could be compared", EXIT_BAD_INPUT)
     if as_json:
         _print_json([asdict(difference) for difference in found])
     else:
         _print(run_comparison_table(found))
-    if keys := differing_keys(*runs):
+    if keys:
         typer.echo(
             f"The specs differ in {', '.join(keys)}: this compares two experiments.", err=True
         )
@@ -555,7 +556,9 @@ def link(
 ) -> None:
     """Show the links of a live run, or change one by hand; the change enters the event log as
     manual."""
-    from testbed.recording.link_server import send_request
+    from testbed.links.state import DIRECTIONS
+    from testbed.protocol import one_line
+    from testbed.recording.link_server import ask, stranger
     from testbed.report.terminal import links_table
     from testbed.spec.errors import SpecError
     from testbed.spec.load import parse_link, with_text
@@ -568,13 +571,26 @@ def link(
     except SpecError as error:
         _fail(str(error), EXIT_BAD_INPUT)
     cell = _live_cell(run)
-    answer = _guarded(lambda: send_request(cell, {"links": links or [], "set": wanted}))
-    if "error" in answer:
-        _fail(str(answer["error"]), EXIT_BAD_INPUT)
+
+    def answered() -> "tuple[Mapping[str, Any], RenderableType]":
+        try:
+            found = ask(cell, {"links": links or [], "set": wanted}, "links")
+        except ValueError as error:
+            _fail(str(error), EXIT_BAD_INPUT)
+        try:
+            if not all(
+                isinstance(link[way]["drops"], int) for link in found.values() for way in DIRECTIONS
+            ):
+                raise TypeError
+            return found, links_table({one_line(name): link for name, link in found.items()})
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
+            raise stranger(cell) from None
+
+    found, table = _guarded(answered)
     if as_json:
-        typer.echo(json.dumps(answer["links"]))
+        typer.echo(json.dumps(found))
     else:
-        _print(links_table(answer["links"]))
+        _print(table)
 
 
 @app.command()
@@ -646,9 +662,10 @@ def _live_cell(run: Path | None) -> Path:
                 if cell := live_cell(path):
                     return cell
             except PermissionError as error:  # also of a socket that a dead run has left
-                refused = refused or (error if is_being_run(path) else None)
+                listens = error.errno == errno.EPERM
+                refused = refused or (error if listens or is_being_run(path) else None)
         if refused:
-            _fail(f"{refused.filename}: belongs to another user; use sudo", EXIT_CANNOT)
+            _fail(explained(refused), EXIT_CANNOT)
         _fail(
             f"no cell is running in {run or RUNS}; start one with: testbed run SPEC", EXIT_BAD_INPUT
         )
@@ -817,7 +834,6 @@ def _plan(
 
 
 def _guarded(call: Callable[[], T]) -> T:
-    from testbed.files import explained
     from testbed.labs.base import HostFailed, LabError
     from testbed.run.directory import NoPlace, RunIsBusy
 

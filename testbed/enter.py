@@ -1,6 +1,8 @@
 """Programs of this machine on the hosts of a live run: ``testbed exec`` and ``testbed capture``."""
 
+import ipaddress
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,16 +12,19 @@ from testbed.children import module_command
 from testbed.labs.base import LabError
 from testbed.recording import link_server
 
+_CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,14}")
+
 
 def on_host(cell: Path, host: str, argv: Sequence[str]) -> list[str]:
     """The command that runs ``argv`` on a host of the cell that runs in ``cell``, as its own user.
 
-    A word that is the name of a host becomes its address. In the netns lab the program is this
-    machine's, and ends with the lab; in the Docker lab it is the container's. Raises ValueError,
-    one line, if there is no such host.
+    An argument that is the name of a host becomes its address. In the netns lab the program is
+    this machine's, and ends with the lab; in the Docker lab it is the container's. Raises
+    ValueError, one line, if there is no such host.
     """
     found = _ask(cell, host)
-    argv = [found["addresses"].get(word, word) for word in argv]
+    argv = [*argv[:1], *(found["addresses"].get(word, word) for word in argv[1:])]
     if "container" in found:
         terminal = ["--interactive", *(["--tty"] if os.isatty(0) and os.isatty(1) else [])]
         return ["docker", "exec", *terminal, found["container"], *argv]
@@ -44,10 +49,21 @@ def capture(cell: Path, host: str, out: Path) -> list[str]:
 
 
 def _ask(cell: Path, host: str) -> Mapping[str, Any]:
-    answer = link_server.send_request(cell, {"host": host})
-    if "error" in answer:
-        raise ValueError(answer["error"])
-    found: Mapping[str, Any] = answer["host"]
+    """What the cell tells of a host. It goes into commands: nothing but what a cell would say may
+    pass."""
+    found = link_server.ask(cell, {"host": host}, "host")
+    try:
+        for address in found["addresses"].values():
+            ipaddress.ip_address(str(address))
+        good = _INTERFACE.fullmatch(found["interface"]) and (
+            _CONTAINER.fullmatch(found["container"])
+            if "container" in found
+            else type(found["namespace"]) is int
+        )
+    except (LookupError, TypeError, ValueError, AttributeError):
+        good = False
+    if not good:
+        raise link_server.stranger(cell)
     return found
 
 

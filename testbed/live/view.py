@@ -46,6 +46,8 @@ _NAMED_LINKS = 4
 _TIME_FIRST = b'{"t_s": '
 _ROWS = 10_000
 _MOST_LINES = 20
+_MOST_TAILS = 4 * _MOST_RANKS
+"""About so many files of a cell are followed, however often its workers are started again."""
 
 
 _Source = tuple[Tail, Callable[[Mapping[str, Any]], None]]
@@ -102,28 +104,28 @@ class CellView:
         self._counted: deque[tuple[float, dict[tuple[str, str], float]]] = deque(maxlen=8)
         self._links: dict[str, dict[str, Any]] = {}
 
-        per_host = ranks_per_worker(config)
-        ranks = min(int(number(config.get("workers")) or 0) * per_host, _MOST_RANKS)
-        self._ranks = [
-            host_directory(directory, rank_name(rank, per_host)) for rank in range(ranks)
-        ]
-        self._failures: list[str] = []
+        self._per_host = ranks_per_worker(config)
+        self._ranks = min(int(number(config.get("workers")) or 0) * self._per_host, _MOST_RANKS)
+        self._restarts = 0
+        self._failures: deque[str] = deque(maxlen=_MOST_LINES)
         self._furthest: dict[object, float] = {}
-        self._sources: list[_Source] = [
-            (Tail(directory / "events.jsonl"), self._take_event),
-            (Tail(directory / "links.jsonl", self._is_due), self._take_link),
-            (Tail(directory / "host.jsonl"), self._take_load),
-            (Tail(directory / "failures.jsonl"), self._take_failure),
-            *self._of_workers(0),
-        ]
+        self._sources: list[_Source] = []
         self._whole = False
+
+    def _of_cell(self) -> Iterator["_Source"]:
+        yield Tail(self.directory / "events.jsonl"), self._take_event
+        yield Tail(self.directory / "links.jsonl", self._is_due), self._take_link
+        yield Tail(self.directory / "host.jsonl"), self._take_load
+        yield Tail(self.directory / "failures.jsonl"), self._take_failure
+        yield from self._of_workers(0)
 
     def _of_workers(self, restarts: int) -> Iterator["_Source"]:
         """What workers record that have been started again so often."""
-        for rank, own in enumerate(self._ranks):
+        for rank in range(self._ranks):
+            own = host_directory(self.directory, rank_name(rank, self._per_host))
             yield Tail(own / numbered(STEPS_FILE, restarts)), _of_rank(rank, self._take_step)
-        for own in self._ranks[:1]:
-            yield Tail(own / numbered(EVALS_FILE, restarts)), self._take_evaluation
+            if rank == 0:
+                yield Tail(own / numbered(EVALS_FILE, restarts)), self._take_evaluation
 
     # State
 
@@ -183,10 +185,7 @@ class CellView:
             found.append(
                 f"other programs took {100 * taken / samples:.0f} % of the time of a process of it"
             )
-        found += [
-            f"{line}; all workers were to be started again"
-            for line in self._failures[-_MOST_LINES:]
-        ]
+        found += [f"{line}; all workers were to be started again" for line in self._failures]
         return found + [f"tried again after: {line}" for line in self._earlier]
 
     def row(self) -> dict[str, Any]:
@@ -246,7 +245,9 @@ class CellView:
             self._read_tables()
             self._end_sample()
             self._whole = True
+            self._sources.clear()
             return
+        self._sources = self._sources or list(self._of_cell())
         for tail, take in self._sources:
             for row in tail.rows(deadline_s):
                 take(row)
@@ -255,6 +256,7 @@ class CellView:
         if ended:
             self._end_sample()
             self._whole = True
+            self._sources.clear()
 
     def _read_tables(self) -> None:
         """Of a cell that ended before this page was opened, in a run that goes on with others."""
@@ -436,7 +438,9 @@ class CellView:
             self._failures.append(
                 f"at {t_s} s {_text(row.get('worker'))} {_text(row.get('text'), 300)}"
             )
-            self._sources += self._of_workers(len(self._failures))
+            self._restarts += 1
+            if len(self._sources) < _MOST_TAILS:
+                self._sources += self._of_workers(self._restarts)
 
     def _take_load(self, row: Mapping[str, Any]) -> None:
         self._taken = self._taken[0] + taken_share(row), self._taken[1] + 1

@@ -12,8 +12,10 @@ One request a connection, one JSON object each way:
 
 import contextlib
 import errno
+import os
 import queue
 import socket
+import stat
 import struct
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -105,18 +107,18 @@ class LinkServer:
                 connection.sendall(protocol.encode_message(request.answer.get(timeout=TIMEOUT_S)))
 
 
-def _pid_of_peer(connection: socket.socket) -> int:
-    """0 if it is outside of this process's PID namespace."""
-    pid, _, _ = _CREDENTIALS.unpack(
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    """The other end's process, 0 if it is outside of this process's PID namespace, and user."""
+    pid, user, _ = _CREDENTIALS.unpack(
         connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     )
-    return int(pid)
+    return pid, user
 
 
 def _is_confined(connection: socket.socket) -> bool:
     """Whether the other end is a program on a host, which has a PID namespace of its own below
     ours: links are not for it."""
-    pid = _pid_of_peer(connection)
+    pid, _ = _peer(connection)
     own, theirs = (Path(f"/proc/{one}/ns/pid") for one in ("self", pid))
     # 0: outside of ours, as the caller is
     return pid > 0 and own.stat().st_ino != theirs.stat().st_ino
@@ -131,17 +133,40 @@ def send_request(directory: Path, request: Mapping[str, Any]) -> Mapping[str, An
         return _receive(connection)
 
 
+def ask(directory: Path, request: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """A part of the answer of the cell that runs in ``directory``.
+
+    Raises ValueError with what it says against the request, ``stranger`` if that is no cell's, and
+    OSError as ``send_request`` does; all of them one line.
+    """
+    try:
+        answer = send_request(directory, request)
+    except ValueError:
+        raise stranger(directory) from None
+    if "error" in answer:
+        raise ValueError(protocol.one_line(str(answer["error"]), 1000))
+    found = answer.get(part)
+    if not isinstance(found, dict):
+        raise stranger(directory)
+    return found
+
+
+def stranger(directory: Path) -> ConnectionError:
+    """What is raised where another program than a cell's seems to answer."""
+    return ConnectionError(f"{directory}: what answers at its {SOCKET_FILE} is no cell of testbed")
+
+
 def listening_pid(directory: Path) -> int:
     """The process that answers, as this PID namespace counts them (SO_PEERCRED, socket(7)); raises
     OSError if none does."""
     with _connected(directory) as connection:
-        return _pid_of_peer(connection)
+        return _peer(connection)[0]
 
 
 @contextlib.contextmanager
 def _connected(directory: Path) -> Iterator[socket.socket]:
     try:
-        with protocol.connect_unix(directory / SOCKET_FILE) as connection:
+        with _connect(directory / SOCKET_FILE) as connection:
             yield connection
     except (FileNotFoundError, ConnectionError):
         raise ConnectionError(
@@ -149,17 +174,36 @@ def _connected(directory: Path) -> Iterator[socket.socket]:
         ) from None
 
 
+def _connect(path: Path) -> socket.socket:
+    """Connect to a cell's socket. Others may have made the run directory: raises OSError where it
+    is a link, and PermissionError with EPERM where a program of another user listens."""
+    if not stat.S_ISSOCK(path.lstat().st_mode):
+        raise OSError(errno.ENOTSOCK, "is no socket", str(path))
+    connection = protocol.connect_unix(path)
+    _, user = _peer(connection)
+    if user not in (os.geteuid(), 0):
+        connection.close()
+        raise PermissionError(
+            errno.EPERM, f"a program of user {user} answers; use testbed as that user", str(path)
+        )
+    return connection
+
+
 def live_cell(run: Path) -> Path | None:
     """Directory of the cell of a run that is running now. Raises PermissionError if it may be one
-    of another user's."""
+    of another user's; with EPERM if it is."""
     refused = None
     for found in sorted(run.glob(f"cells/*/{SOCKET_FILE}")):
         try:
-            with protocol.connect_unix(found):
+            with _connect(found):
                 return found.parent
-        except PermissionError:
-            refused = PermissionError(
-                errno.EACCES, "belongs to another user; use sudo", str(found.parent)
+        except PermissionError as error:
+            refused = (
+                error
+                if error.errno == errno.EPERM
+                else PermissionError(
+                    errno.EACCES, "belongs to another user; use sudo", str(found.parent)
+                )
             )
         except OSError:
             pass  # none listens: it was killed

@@ -29,10 +29,17 @@ def write_events(run: Run, directory: Path) -> None:
     """Write ``directory/<cell>/events.out.tfevents…``: scalars by step, means over ranks, with the
     time since t = 0.
 
-    Event files that are there already are replaced.
+    Event files that are there already are replaced. Raises ValueError, one line, if a cell's
+    directory is a link: what it leads to may be another's.
     """
     from tensorboardX import SummaryWriter  # it imports torch
 
+    for cell in run.cells["cell"]:
+        if (directory / cell).is_symlink():
+            raise ValueError(
+                f"--tensorboard: {directory / cell}: is a link, and not followed; remove it, or"
+                " name another directory"
+            )
     for cell in run.cells["cell"]:
         steps, evals = (table[table["cell"] == cell] for table in (run.steps, run.evals))
         means = steps.groupby("step")[["t_s", *_STEPS]].mean()

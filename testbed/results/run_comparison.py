@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from testbed.protocol import one_line
 from testbed.results.load import Run
 from testbed.results.names import scenario
 from testbed.results.summary import RESAMPLES, bootstrap_ci95, geometric_mean, summarize
@@ -23,7 +24,8 @@ class MethodComparison:
     ratio: time of a step in the second run ÷ in the first, as long as both ran; geometric mean over
     the seeds that both have. ci95: of that, over seeds if there are three, else over ``WINDOWS``,
     which knows nothing of what differs from run to run. verdict: "slower", "faster", "same", or
-    "missing" if the second run lacks a cell of the first. valid: all cells are.
+    "missing" if the second run lacks a cell of the first, or a cell of either does not tell when
+    all of its steps ended. valid: all cells are.
     """
 
     method: str
@@ -73,10 +75,11 @@ def _compare_runs(before: Run, after: Run, tolerance: float) -> Iterator[MethodC
 
 
 def differing_keys(before: Run, after: Run) -> list[str]:
-    """Keys of the specs at the top that differ, but for the name: what is compared then is not the
-    same experiment."""
+    """Keys of the specs at the top that differ, but for the name, as lines: what is compared then
+    is not the same experiment."""
     keys = {*before.spec, *after.spec} - {"name"}
-    return sorted(key for key in keys if before.spec.get(key) != after.spec.get(key))
+    # YAML has keys that are no text: numbers, dates, null.
+    return sorted(one_line(str(key)) for key in keys if before.spec.get(key) != after.spec.get(key))
 
 
 def _cells(run: Run) -> dict[tuple[str, str, int], Mapping[str, Any]]:
@@ -93,24 +96,29 @@ def _both(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> bool:
 def _steps_by_window(
     before: Run, first: str, after: Run, second: str
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Steps in every window, of either run; None if one of them has no step."""
+    """Steps in every window, of either run; None if one of them has no step, or one whose end is
+    not known: without it the run would seem to have done less."""
     ends = [
         np.sort(run.steps.loc[run.steps["cell"] == cell, "t_s"])
         for run, cell in ((before, first), (after, second))
     ]
-    if not all(len(end) for end in ends):
+    # NaN is sorted to the end.
+    if not all(len(end) and end[0] >= 0 and np.isfinite(end[-1]) for end in ends):
         return None
     ranks = [
         run.steps.loc[run.steps["cell"] == cell, "rank"].nunique()
         for run, cell in ((before, first), (after, second))
     ]
+    if not all(ranks):
+        return None
     edges_s = np.linspace(0, min(end[-1] for end in ends), WINDOWS + 1)
     # Every rank has a row of every step; a step is spread over its duration.
     a, b = (
         np.diff(np.interp(edges_s, [0.0, *end], np.arange(len(end) + 1))) / count
         for end, count in zip(ends, ranks, strict=True)
     )
-    return a, b
+    # Every step takes some time, and so every window has a part of one.
+    return (a, b) if min(a.min(), b.min()) > 0 else None
 
 
 def _interval(windows: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float] | None:

@@ -1,7 +1,7 @@
 """Tolerances that the verdict of a cell goes by, and that a run under way is already held to.
 Imports no pandas."""
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,4 +34,9 @@ def taken_share(load: Mapping[str, Any]) -> float:
 
 
 def _known(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    # JSON has whole numbers that are larger than any float.
+    return (
+        float(value)
+        if isinstance(value, int | float) and abs(value) <= sys.float_info.max
+        else None
+    )
