@@ -198,13 +198,11 @@ def live_cell(run: Path) -> Path | None:
             with _connect(found):
                 return found.parent
         except PermissionError as error:
-            refused = (
-                error
-                if error.errno == errno.EPERM
-                else PermissionError(
-                    errno.EACCES, "belongs to another user; use sudo", str(found.parent)
-                )
-            )
+            refused = error
+            if error.errno == errno.EACCES:
+                mend = "use testbed as that user" if found.lstat().st_uid else "use sudo"
+                text = f"belongs to another user; {mend}"
+                refused = PermissionError(errno.EACCES, text, str(found.parent))
         except OSError:
             pass  # none listens: it was killed
     if refused:
