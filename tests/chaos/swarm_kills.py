@@ -188,6 +188,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", action="append", choices=TARGETS)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the nodes are ended
     targets = options.target or TARGETS
     draw = random.Random(options.seed)
     outcomes = []
