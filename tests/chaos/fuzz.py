@@ -201,7 +201,10 @@ def fuzz(name: str, runs: int, out: Path, again: Path | None) -> None:
     # so that two compared tables stay in memory for ever.
     dataflow = name != "run"
     with HookManager({"testbed", "netsenseml", "yaml"}, set(), False, trace_dataflow=dataflow):
-        take, seeds = TARGETS[name](Path(tempfile.mkdtemp(prefix="netsense-fuzz-")))
+        work = out / f"{name}.files"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        take, seeds = TARGETS[name](work)
     corpus = out / name
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(seeds):
@@ -259,12 +262,14 @@ def main() -> int:
     if options.again and len(options.target) != 1:
         parser.error("--again goes with one target")
     out = options.out or Path(tempfile.mkdtemp(prefix="netsense-fuzz-"))
-    if options.here or options.again:
+    if options.here:
         fuzz(options.target[0], options.runs, out, options.again)
     failed = []
     for name in options.target or TARGETS:
         # libFuzzer ends its process
         command = [sys.executable, __file__, name, "--here", "--out", str(out)]
+        if options.again:
+            return subprocess.run([*command, "--again", str(options.again)], check=False).returncode
         with tempfile.TemporaryFile("w+") as log:
             code = subprocess.run(
                 [*command, "--runs", str(options.runs)], stdout=log, stderr=log, check=False

@@ -32,7 +32,7 @@ def test_what_guided_fuzzing_finds_is_taken_or_refused_in_clear_lines(
     assert f"{runs} inputs" in done.stdout
 
 
-def test_an_input_is_tried_again_and_a_failure_is_told(tmp_path: Path) -> None:
+def test_an_input_is_tried_again_and_a_target_that_there_is_not_is_refused(tmp_path: Path) -> None:
     (tmp_path / "input").write_bytes(b'{"type": "holding"}\n')
     again = ["worker", "--again", str(tmp_path / "input"), "--out", str(tmp_path / "out")]
     done = subprocess.run(
