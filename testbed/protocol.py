@@ -64,12 +64,13 @@ makes them up. No control byte crosses a shaped link.
 
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from testbed.files import read_text
+from testbed.files import is_directory, read_text
 
 ENV_CELL_DIR = "NETSENSE_CELL_DIR"
 """Directory of the cell as the worker sees it; unset outside the testbed."""
@@ -168,6 +169,21 @@ def read_cell(directory: Path) -> CellConfig:
     return cast(CellConfig, decode_message(read_text(directory / CELL_FILE).encode()))
 
 
+def cell_directories(run: Path) -> list[Path]:
+    """The directories of a run's cells, "a-s2" before "a-s10". A link is none, and leads to
+    none."""
+    if (cells := run / "cells").is_symlink():
+        return []
+    found = (one for one in cells.glob("*") if not one.is_symlink() and is_directory(one))
+    return sorted(found, key=_natural)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    return [
+        (int(part) if part.isdecimal() else 0, part) for part in re.split(r"([0-9]+)", path.name)
+    ]
+
+
 def ranks_per_worker(cell: Mapping[str, Any]) -> int:
     """How many ranks share a host, by the content of cell.json; of an old run one."""
     known = cell.get("ranks_per_worker")
@@ -234,6 +250,17 @@ def one_line(text: str, length: int = 200) -> str:
     """What others have written, as one line that cannot do anything to a terminal."""
     plain = "".join(letter if letter.isprintable() else " " for letter in text[: 4 * length])
     return " ".join(plain.split())[:length]
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None for all that anybody may have written in its place."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+        return None
+    return float(value)
+
+
+_LARGEST = 1e18
+"""No quantity of ours is so large; and products of two such are finite."""
 
 
 def decode_message(line: bytes) -> dict[str, Any]:

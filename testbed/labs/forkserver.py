@@ -236,7 +236,6 @@ def serve(channel: socket.socket, preload: Sequence[str]) -> list[str]:
     for name in preload:
         importlib.import_module(name)
     # Each collection writes to all objects it looks at, and so copies the pages that forks share.
-    gc.collect()
     gc.freeze()
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write)

@@ -66,14 +66,3 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
-
-
-def number(value: object) -> float | None:
-    """A finite number, or None for all that anybody may have written in its place."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
-        return None
-    return float(value)
-
-
-_LARGEST = 1e18
-"""No quantity of ours is so large; and products of two such are finite."""

@@ -3,7 +3,6 @@ Imports no pandas."""
 
 import json
 import math
-import re
 import stat
 import time
 from collections import deque
@@ -11,15 +10,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from testbed.files import is_directory, read_json
+from testbed.files import read_json
 from testbed.live.bins import LONGEST_S, POINTS, Bins, newest
-from testbed.live.tail import Tail, number
+from testbed.live.tail import Tail
 from testbed.protocol import (
     CELL_FILE,
     EVALS_FILE,
     RESULT_FILE,
     STEPS_FILE,
+    cell_directories,
     host_directory,
+    number,
     numbered,
     one_line,
     rank_name,
@@ -470,14 +471,7 @@ class RunView:
                 return
 
     def _find_cells(self) -> None:
-        try:
-            paths = (self.directory / "cells").iterdir()
-            found = sorted(
-                (path for path in paths if not path.is_symlink() and is_directory(path)),
-                key=_natural,
-            )
-        except OSError:
-            found = []
+        found = cell_directories(self.directory)
         self._gone = not self.directory.is_dir()
         found = [path for path in found if not path.name.startswith(".")][:MOST_CELLS]
         points = max(30, min(POINTS, _ALL_POINTS // max(1, len(found))))
@@ -598,13 +592,6 @@ def _names(links: list[str]) -> str:
     return (
         ", ".join(links) if len(links) <= _NAMED_LINKS else f"{links[0]} and {len(links) - 1} more"
     )
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sort key under which "w10" follows "w9"."""
-    return [
-        (int(part) if part.isdecimal() else 0, part) for part in re.split(r"([0-9]+)", path.name)
-    ]
 
 
 def _text(value: object, length: int = 80) -> str:

@@ -193,7 +193,7 @@ def live_cell(run: Path) -> Path | None:
     """Directory of the cell of a run that is running now. Raises PermissionError if it may be one
     of another user's; with EPERM if it is."""
     refused = None
-    for found in sorted(run.glob(f"cells/*/{SOCKET_FILE}")):
+    for found in (cell / SOCKET_FILE for cell in protocol.cell_directories(run)):
         try:
             with _connect(found):
                 return found.parent

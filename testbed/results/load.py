@@ -9,10 +9,10 @@ from typing import Any
 import pandas as pd
 
 from testbed.files import is_directory, is_file, is_shallow, read_json, read_text
-from testbed.protocol import CELL_FILE, RESULT_FILE, one_line
+from testbed.protocol import CELL_FILE, RESULT_FILE, cell_directories, one_line
 from testbed.results.columns import IDENTITY_COLUMNS, TABLES
 from testbed.results.dilation import undilated
-from testbed.results.records import UNKNOWN, cell_directories, identity, read_table, to_frame
+from testbed.results.records import UNKNOWN, identity, read_table, to_frame
 from testbed.spec.load import MAX_BYTES, parse_yaml
 
 SUMMARY_FILE = "summary.json"

@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from netsenseml.records import read_records
-from testbed.files import is_directory, is_regular, read_json, remove_tree, replacing
+from testbed.files import is_regular, read_json, remove_tree, replacing
 from testbed.protocol import (
     CELL_FILE,
     CHECKPOINTS,
@@ -140,19 +139,6 @@ def _identified(frame: pd.DataFrame, identity: Mapping[str, Any]) -> pd.DataFram
     return frame
 
 
-def cell_directories(run: Path) -> list[Path]:
-    """The directories of a run's cells, "a-s2" before "a-s10". A link is none, and leads to
-    none."""
-    if (cells := run / "cells").is_symlink():
-        return []
-    found = (one for one in cells.glob("*") if not one.is_symlink() and is_directory(one))
-    return sorted(found, key=_natural)
-
-
-def _natural(path: Path) -> list[int | str]:
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
-
-
 def record_files(cell_dir: Path, name: str) -> list[Path]:
     """The record files of a table that are still there."""
     return _files(cell_dir, *TABLES[name].records)
@@ -160,11 +146,9 @@ def record_files(cell_dir: Path, name: str) -> list[Path]:
 
 def _files(cell_dir: Path, *globs: str) -> list[Path]:
     """Files of a cell to which no link leads."""
-    found = [path for glob in globs for path in cell_dir.glob(glob) if is_regular(path)]
-    inside = {
-        path: itertools.takewhile(lambda one: one != cell_dir, path.parents) for path in found
-    }
-    return sorted(path for path in found if not any(one.is_symlink() for one in inside[path]))
+    found = (path for glob in globs for path in cell_dir.glob(glob) if is_regular(path))
+    root = cell_dir.resolve()
+    return sorted(path for path in found if path.resolve() == root / path.relative_to(cell_dir))
 
 
 def _recorded(cell_dir: Path, name: str) -> Iterator[dict[str, Any]]:

@@ -1,9 +1,10 @@
 """Tolerances that the verdict of a cell goes by, and that a run under way is already held to.
 Imports no pandas."""
 
-import sys
 from collections.abc import Mapping
 from typing import Any
+
+from testbed.protocol import number
 
 LATE_S = 0.05
 """A change of a link may be applied this much after its time, as far as the clock of its machine
@@ -25,18 +26,9 @@ def taken_share(load: Mapping[str, Any]) -> float:
     not tell this either, all of the time in which no processor was idle. 0 if it is not known what
     others used.
     """
-    busy = _known(load.get("cpu_busy_share"))
-    waited = _known(load.get("cpu_waited_share"))
-    waited = _known(load.get("cpu_some_share")) if waited is None else waited
+    busy = number(load.get("cpu_busy_share"))
+    waited = number(load.get("cpu_waited_share"))
+    waited = number(load.get("cpu_some_share")) if waited is None else waited
     waited = float(busy is not None and busy >= BUSY_SHARE) if waited is None else waited
-    foreign, processors = _known(load.get("cpu_foreign_share")), _known(load.get("processors"))
+    foreign, processors = number(load.get("cpu_foreign_share")), number(load.get("processors"))
     return min(waited, (foreign or 0.0) * (processors or 1.0))
-
-
-def _known(value: object) -> float | None:
-    # JSON has whole numbers that are larger than any float.
-    return (
-        float(value)
-        if isinstance(value, int | float) and abs(value) <= sys.float_info.max
-        else None
-    )

@@ -371,10 +371,11 @@ def finish(
 
     going_on: the records stay as they are.
     """
+    from testbed.protocol import cell_directories
     from testbed.report.html import write_report
     from testbed.report.terminal import terminal_table
     from testbed.results.load import load_run
-    from testbed.results.records import cell_directories, finish_cell
+    from testbed.results.records import finish_cell
     from testbed.results.summary import summarize, write_summary
 
     shown = Path(os.path.relpath(directory))
