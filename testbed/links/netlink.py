@@ -38,6 +38,9 @@ _SIOCGSKNS = 0x894C
 """The namespace of a socket, <linux/sockios.h>."""
 _SIOCETHTOOL, _ETHTOOL_GLINK = 0x8946, 0x0A
 """Whether an interface has a carrier, <linux/ethtool.h>."""
+_LONGEST_ANSWER_BYTES = 64 << 10
+"""In one read; into one answer to a dump the kernel puts at most 32 KiB, netlink_dump() in
+net/netlink/af_netlink.c."""
 BATCH = 64
 """Requests in one write; the answers to more would overflow the socket."""
 
@@ -132,6 +135,7 @@ class NetlinkSocket:
             self._socket.close()
             raise
         self._sequence = 0
+        self._buffer = bytearray(_LONGEST_ANSWER_BYTES)
         self._frames: socket.socket | None = None
 
     @classmethod
@@ -271,7 +275,10 @@ class NetlinkSocket:
                 answers.append(answer)
 
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
-        data = self._socket.recv(1 << 20)
+        length = self._socket.recv_into(self._buffer, 0, socket.MSG_TRUNC)
+        if length > len(self._buffer):
+            raise NetlinkError(errno.EMSGSIZE, f"an answer of the kernel has {length} bytes")
+        data = bytes(memoryview(self._buffer)[:length])
         offset = 0
         while offset + _HEADER.size <= len(data):
             length, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)

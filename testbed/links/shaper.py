@@ -4,6 +4,7 @@ Thin on purpose: what to send is compiled in ``qdiscs``; this only sends it, one
 namespace.
 """
 
+import functools
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -268,7 +269,7 @@ class Shaper:
                 ifindex, handle, *_ = qdiscs.read_counters(answer)
                 found[socket, ifindex, handle] = answer
         for port in self._ports.values():
-            for answer in port.socket.dump(_class_request(port)):
+            for answer in port.socket.dump(_class_request(port.ifindex, port.interface)):
                 _, handle, *_ = qdiscs.read_counters(answer)
                 found[port.socket, port.ifindex, handle] = answer
         links = []
@@ -356,11 +357,13 @@ def _interface_request(port: Port) -> Request:
     return encode(question, RTM_GETLINK, 0, f"{port.interface}: counters")
 
 
-def _class_request(port: Port) -> Request:
+@functools.lru_cache(4096)
+def _class_request(ifindex: int, interface: str) -> Request:
     question = tcmsg()
-    question["index"] = port.ifindex
-    return encode(question, RTM_GETTCLASS, 0, f"list classes of {port.interface}")
+    question["index"] = ifindex
+    return encode(question, RTM_GETTCLASS, 0, f"list classes of {interface}")
 
 
+@functools.cache
 def _dump_request() -> Request:
     return encode(tcmsg(), RTM_GETQDISC, 0, "list qdiscs")

@@ -17,7 +17,7 @@ from testbed.clock import HERE, Clock
 from testbed.links.qdiscs import QdiscCounters, bucket_of, queue_of
 from testbed.links.shaper import Applied, Prepared, Shaper
 from testbed.links.state import DIRECTIONS, LinkState
-from testbed.recording.link_server import Requests, check_name
+from testbed.recording.link_server import Request, Requests, check_name
 from testbed.spec.load import parse_link
 from testbed.timeline import Change
 from testbed.timeline.validation import state_error
@@ -30,6 +30,9 @@ _READ_BACK_GUARD = 6.0
 _GUARD = 1.5
 """No sample is begun when a change is due sooner than this many times what the last one took: a
 change must be on time."""
+_FADE = 0.9
+"""With every sample the last answer to a request counts so much less: one that took longer than
+there is between two changes shall not be the last."""
 _OVERDUE_S = 0.5
 """But this late a sample comes first, or a dense timeline would leave no evidence."""
 
@@ -48,7 +51,7 @@ class LinkDriver:
     """Runs from entering to leaving. Records go to events.jsonl (every change), and ten times a
     second to links.jsonl, and to delayline.jsonl where there is a delay line.
 
-    One thread does both, and answers ``requests``, so the netlink sockets need no
+    One thread does both, and answers ``requests`` as they come, so the netlink sockets need no
     lock. ``failure`` has the error that ended it early, if any. trunks: names of the links on which
     all properties hold in both directions.
     dilation: requests and answers have rates and delays as they would be without it. hosts: that
@@ -71,7 +74,7 @@ class LinkDriver:
         self._hosts = hosts
         self._clock = clock
         self.failure: Exception | None = None
-        self._requests = requests
+        self._requests: Requests = queue.Queue() if requests is None else requests
         self._trunks = trunks
         self._dilation = dilation
         self._carried = CarriedRates()
@@ -97,6 +100,7 @@ class LinkDriver:
         trace: TracebackType | None,
     ) -> None:
         self._stopping.set()
+        self._requests.put(Request({}))  # it may be waiting for one
         self._thread.join()
         self._events.close()
         self._samples.close()
@@ -117,7 +121,7 @@ class LinkDriver:
     def _loop(self) -> None:
         pending = self._moments()
         due = next(pending, None)
-        next_sample = reading_s = next_read_back = 0.0
+        next_sample = reading_s = answering_s = next_read_back = 0.0
         slot = 0
         while not self._stopping.is_set():
             now = self._since_t0(monotonic_s())
@@ -134,7 +138,9 @@ class LinkDriver:
                 # them every time.
                 slot = max(slot + 1, int(now / SAMPLE_S))
                 next_sample = max(SAMPLE_S * (slot + random.random()), now)
-                self._answer_requests()
+                if overdue:  # as a request then is, too
+                    self._answer_request(0.0)
+                answering_s *= _FADE
                 reading_s = self._since_t0(monotonic_s()) - now
                 if now >= next_read_back and (
                     due is None or due.at_s - now > _READ_BACK_GUARD * reading_s
@@ -144,8 +150,17 @@ class LinkDriver:
             else:
                 moments = [next_sample] if next_sample > now else []
                 moments += [] if due is None else [due.at_s]
-                self._stopping.wait(max(0.0, min(moments) - now))
+                wait_s = max(0.0, min(moments) - now)
+                room_s = wait_s
+                if due is not None:
+                    room_s = min(wait_s, due.at_s - now - _GUARD * max(reading_s, answering_s))
+                if room_s > 0:
+                    answering_s = self._answer_request(room_s) or answering_s
+                else:
+                    self._stopping.wait(wait_s)
         self._sample()
+        while self._answer_request(0.0):
+            pass  # nobody shall wait for one that came at the end
 
     def _since_t0(self, own_s: float) -> float:
         """Seconds after t = 0 at a time of this machine."""
@@ -162,13 +177,15 @@ class LinkDriver:
         if events:
             self._events.append(events)
 
-    def _answer_requests(self) -> None:
-        while self._requests is not None:
-            try:
-                request = self._requests.get_nowait()
-            except queue.Empty:
-                return
-            request.fulfil(self._host_info, self._answer_links)
+    def _answer_request(self, wait_s: float) -> float:
+        """Answer the next one, if it comes in so long; returns how long that took."""
+        try:
+            request = self._requests.get(timeout=wait_s)
+        except queue.Empty:
+            return 0.0
+        begin_s = monotonic_s()
+        request.fulfil(self._host_info, self._answer_links)
+        return monotonic_s() - begin_s
 
     def _host_info(self, name: str) -> Mapping[str, Any]:
         check_name("host", name, self._hosts)

@@ -5,8 +5,7 @@ watched from outside.
     python tests/chaos/soak.py --judge --out DIRECTORY
 
 Eight workers train with netsense, and the other hosts send each other datagrams, two and two. All
-links get a new rate through the socket that ``testbed link`` uses, as soon as it has answered the
-last time, which is with every sample, ten a second where the machine is not too busy; the links of
+links get a new rate ten times a second through the socket that ``testbed link`` uses; the links of
 four workers have a timeline of ten changes a second besides. Every ten seconds the memory of each
 process, its descriptors and its threads are written to soak.csv (/proc/PID/smaps_rollup).
 
@@ -40,6 +39,7 @@ import yaml
 from testbed.recording.link_server import live_cell, send_request
 
 ROOT = Path(__file__).parents[2]
+CHANGES_PER_S = 10
 GROWTH = 0.02
 _NOISE_MIB = 0.25
 _SETTLED_S = 1800.0
@@ -126,19 +126,21 @@ def watched(orchestrator: int, begun_s: float) -> list[dict[str, Any]]:
 def soak(process: subprocess.Popen[bytes], runs: Path, out: Path, seconds: float) -> None:
     """Change all links ten times a second while the cell lives, and write soak.csv."""
     draw = random.Random(0)
-    cell, begun_s, next_row_s, changes = None, 0.0, 0.0, 0
+    cell, begun_s, next_row_s, next_change_s, changes = None, 0.0, 0.0, 0.0, 0
     while process.poll() is None:
         now_s = time.monotonic()
         if cell is None:
             cell = next((found for run in runs.glob("*") if (found := live_cell(run))), None)
             if cell is not None and not (cell / "events.jsonl").exists():
                 cell = None  # its links are not yet driven
-            begun_s = next_row_s = now_s
+            begun_s = next_row_s = next_change_s = now_s
             time.sleep(0.2)
             continue
         if now_s - begun_s > seconds - 1:
             break
-        # it is answered with the next sample, of which there are ten a second
+        if now_s < next_change_s:
+            time.sleep(next_change_s - now_s)
+        next_change_s += 1 / CHANGES_PER_S
         with suppress(OSError, ValueError):
             changes += "links" in send_request(
                 cell, {"links": [], "set": {"rate": f"{draw.randint(2, 8)}mbit"}}
@@ -155,7 +157,8 @@ def soak(process: subprocess.Popen[bytes], runs: Path, out: Path, seconds: float
                     f"{now_s - begun_s:6.0f} s, all links changed {changes} times, MiB: {sums}",
                     flush=True,
                 )
-    print(f"all links changed {changes} times; the cell ends")
+    per_s = changes / (time.monotonic() - begun_s)
+    print(f"all links changed {changes} times, {per_s:.1f} a second; the cell ends")
 
 
 def judge(out: Path) -> bool:
