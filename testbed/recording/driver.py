@@ -30,11 +30,9 @@ _READ_BACK_GUARD = 6.0
 _GUARD = 1.5
 """No sample is begun when a change is due sooner than this many times what the last one took: a
 change must be on time."""
-_FADE = 0.9
-"""With every sample the last answer to a request counts so much less: one that took longer than
-there is between two changes shall not be the last."""
 _OVERDUE_S = 0.5
-"""But this late a sample comes first, or a dense timeline would leave no evidence."""
+"""But this late a sample comes first, or a dense timeline would leave no evidence; and a request
+has waited for long enough."""
 
 
 class Reachable(Protocol):
@@ -121,7 +119,8 @@ class LinkDriver:
     def _loop(self) -> None:
         pending = self._moments()
         due = next(pending, None)
-        next_sample = reading_s = answering_s = next_read_back = 0.0
+        next_sample = reading_s = next_read_back = 0.0
+        answering_s = looked_s = 0.0
         slot = 0
         while not self._stopping.is_set():
             now = self._since_t0(monotonic_s())
@@ -129,6 +128,9 @@ class LinkDriver:
             if due is not None and due.at_s <= now and not overdue:
                 self._apply(due)
                 due = next(pending, None)
+                if now - looked_s > _OVERDUE_S:  # the most room that there is
+                    answering_s = self._answer_request(0.0) or answering_s
+                    looked_s = now
             elif next_sample <= now and (
                 due is None or overdue or due.at_s - now > _GUARD * reading_s
             ):
@@ -138,9 +140,6 @@ class LinkDriver:
                 # them every time.
                 slot = max(slot + 1, int(now / SAMPLE_S))
                 next_sample = max(SAMPLE_S * (slot + random.random()), now)
-                if overdue:  # as a request then is, too
-                    self._answer_request(0.0)
-                answering_s *= _FADE
                 reading_s = self._since_t0(monotonic_s()) - now
                 if now >= next_read_back and (
                     due is None or due.at_s - now > _READ_BACK_GUARD * reading_s
@@ -156,6 +155,7 @@ class LinkDriver:
                     room_s = min(wait_s, due.at_s - now - _GUARD * max(reading_s, answering_s))
                 if room_s > 0:
                     answering_s = self._answer_request(room_s) or answering_s
+                    looked_s = now
                 else:
                     self._stopping.wait(wait_s)
         self._sample()

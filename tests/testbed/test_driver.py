@@ -1,6 +1,7 @@
 """The thread that owns the links: what it does when reading their counters takes long."""
 
 import itertools
+import queue
 import statistics
 import time
 from pathlib import Path
@@ -13,10 +14,12 @@ from testbed.links.qdiscs import QdiscCounters, compile_tree
 from testbed.links.shaper import Applied, Prepared
 from testbed.links.state import LinkParameters, LinkState
 from testbed.recording.driver import LinkDriver
+from testbed.recording.link_server import Request, Requests
 from testbed.timeline import Change
 
 pytestmark = pytest.mark.alone
 READING_S = 0.04
+APPLYING_S = 0.08
 
 
 class SlowLinks:
@@ -37,6 +40,10 @@ class SlowLinks:
     def commit(self, prepared: Prepared) -> dict[str, Applied]:
         self.states.update(prepared.changes)
         return {link: Applied(monotonic_s(), True) for link in prepared.changes}
+
+    def apply(self, changes: dict[str, LinkState]) -> dict[str, Applied]:
+        time.sleep(APPLYING_S)
+        return self.commit(self.prepare(changes))
 
     def deviating(self) -> list[str]:
         return []
@@ -80,3 +87,49 @@ def test_changes_in_quick_succession_do_not_keep_the_counters_from_being_read(
 ) -> None:
     _, gaps_s = drive(tmp_path, 0.02, 2.5)
     assert max(gaps_s) < 0.9
+
+
+def ask(requests: Requests, **body: Any) -> Any:
+    request = Request(body)
+    requests.put(request)
+    return request.answer.get(timeout=5)
+
+
+def test_a_request_does_not_wait_for_the_next_sample(tmp_path: Path) -> None:
+    links: Any = SlowLinks()
+    requests: Requests = queue.Queue()
+    with LinkDriver(links, [], monotonic_s(), tmp_path, requests):
+        answers = [ask(requests, links=[]) for _ in range(50)]
+    assert all("links" in answer for answer in answers)
+    samples = [row for row in read_records(tmp_path / "links.jsonl") if row["direction"] == "up"]
+    assert len(samples) < 25
+
+
+def test_requests_that_take_long_are_answered_between_changes_that_are_on_time(
+    tmp_path: Path,
+) -> None:
+    """A request takes 80 of the 100 ms between two changes: there is room for one, but not with a
+    margin, and it must come to its turn all the same."""
+    timeline = [Change(0.1 * i, "w0", LinkState(LinkParameters(10**7 + i))) for i in range(1, 60)]
+    links: Any = SlowLinks()
+    requests: Requests = queue.Queue()
+    with LinkDriver(links, timeline, monotonic_s(), tmp_path, requests):
+        answers = [ask(requests, links=[], set={"rate": "5mbit"}) for _ in range(6)]
+    assert all("links" in answer for answer in answers), answers
+    late_s = [
+        row["applied_s"] - row["planned_s"]
+        for row in read_records(tmp_path / "events.jsonl")
+        if row["kind"] == "schedule"
+    ]
+    assert statistics.median(late_s) < 0.01
+
+
+def test_who_asks_at_the_very_end_is_answered(tmp_path: Path) -> None:
+    links: Any = SlowLinks()
+    requests: Requests = queue.Queue()
+    with LinkDriver(links, [], monotonic_s(), tmp_path, requests) as driver:
+        time.sleep(0.05)
+        driver._stopping.set()
+        last = Request({"links": []})
+        requests.put(last)
+    assert "links" in last.answer.get(timeout=0)
