@@ -4,7 +4,7 @@ torch."""
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +104,21 @@ class RecordFile:
 _LONGEST = 1 << 20
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
+def read_records(
+    path: Path, parse: Callable[[bytes], Any] = json.loads
+) -> Iterator[dict[str, Any]]:
     """Yield the rows of a record file, skipping a torn last line, and any that is longer than rows
-    are."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    are, or no JSON.
+
+    parse: reads one line; raises ValueError where it cannot.
+    """
+    with open(path, "rb") as file:
         whole = True
         while line := file.readline(_LONGEST):
-            whole, begun = line.endswith("\n"), whole
+            whole, begun = line.endswith(b"\n"), whole
             if whole and begun:
                 try:
-                    yield json.loads(line)
+                    yield parse(line)
                 except (ValueError, RecursionError):  # nobody who wrote rows nests them so deeply
                     continue
 

@@ -85,6 +85,24 @@ def test_state_of_an_event_is_json_text(tmp_path: Path) -> None:
     assert json.loads(run.events["state"].iloc[0])["up"]["rate_bps"] == 50_000_000
 
 
+def test_tables_longer_than_what_is_converted_at_once_are_the_same_before_and_after_the_end(
+    tmp_path: Path,
+) -> None:
+    path = write_run(tmp_path / "run", methods=("allreduce",))
+    cell = path / "cells" / "allreduce-s0"
+    (link,) = cell.glob("links.jsonl")
+    rows = link.read_text()
+    # the last, and one in the middle, have what no row before them has
+    odd = json.dumps({"t_s": 9.5, "link": "w1", "direction": "up", "lost": 3, "bytes": None})
+    with open(link, "a") as file:
+        file.write((rows + odd + "\n") * (50_000 // rows.count("\n")) + '{"t_s": 9')
+    before = read_table(cell, "links")
+    assert len(before) > 50_000 and before["lost"].notna().sum() > 1
+    finish_cell(cell)
+    assert not link.exists()
+    pd.testing.assert_frame_equal(read_table(cell, "links"), before)
+
+
 def test_a_killed_run_loads_with_its_torn_last_line_left_out(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", methods=("allreduce",), killed=True)
     cell = path / "cells" / "allreduce-s0"
