@@ -32,6 +32,9 @@ from testbed.results.columns import IDENTITY_COLUMNS, TABLES, Table
 UNKNOWN = "unknown"
 MOST_ROWS = 50_000_000
 """Of one table; steps of 64 ranks for nine days at a step a second."""
+MOST_NAMES = 4096
+"""Of links, flows, ranks …: each is looked at by itself."""
+_NAMES = frozenset({"rank", "link", "direction", "flow", "from", "to", "worker", "node", "machine"})
 _BATCH = 20_000
 """So many rows are Python objects at once: as such they take ten times the memory of a table."""
 
@@ -196,8 +199,19 @@ def read_table(cell_dir: Path, name: str) -> pd.DataFrame:
     """One table of a cell at any time: from Parquet if it has ended, else what its record files
     hold so far.
 
-    Raises ValueError, one line, if the Parquet file cannot be read.
+    Raises ValueError, one line, if the Parquet file cannot be read, or names more hosts than a lab
+    can have.
     """
+    frame = _read(cell_dir, name)
+    for column in _NAMES & set(frame):
+        if (names := frame[column].nunique()) > MOST_NAMES:
+            raise ValueError(
+                f"{cell_dir / name}: has {names} values of {column}, more than {MOST_NAMES}"
+            )
+    return frame
+
+
+def _read(cell_dir: Path, name: str) -> pd.DataFrame:
     parquet = cell_dir / f"{name}.parquet"
     if is_regular(parquet):
         try:

@@ -18,11 +18,18 @@ from testbed.spec.models import LinkChange, Spec, empty, small_queues
 
 MAX_BYTES = 1 << 20
 _MAX_NODES = 100_000
+_DEEPEST = 100
 _MAX_COMBINATIONS = 10_000
 _MAX_CELLS = 100_000
+_MAX_KEYS = 1000
+"""That a matrix varies."""
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+_SafeLoader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Without libyaml it takes ten times as long."""
+
+
+class _UniqueKeyLoader(_SafeLoader):
     """SafeLoader that refuses a key given twice (YAML would silently keep the last), and takes
     ``on`` and ``off`` for keys."""
 
@@ -59,7 +66,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
     try:
         spec = validate(raw)
         _check_overrides(spec, overrides)
-        for combination in combinations(spec):
+        for combination in combinations(spec) if spec.matrix else ():
             validate(apply_overrides(raw, combination))
     except SpecError as error:
         raise error.found_in(path.name) from None
@@ -126,7 +133,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
     """The mapping in YAML text; raises SpecError, of a file of that name, for anything else."""
     try:
+        _check_depth(text, name)
         data = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+    except SpecError:
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -147,10 +157,27 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
     return data
 
 
+def _check_depth(text: str, source: str) -> None:
+    """Raise SpecError where libyaml would run out of its stack, and the process end with it."""
+    depth = 0
+    for event in yaml.parse(text, _SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _DEEPEST:
+            place = f"line {event.start_mark.line + 1}"
+            raise SpecError([(place, f"is nested more than {_DEEPEST} levels deep")], source)
+
+
 def _check_values(data: Any, source: str) -> None:
     """Raise SpecError for what not every check would bear, and no spec has: huge whole numbers,
-    half characters, and aliases by which a small file stands for billions of nodes."""
+    half characters, and aliases by which a small file stands for billions of nodes, or one lies in
+    itself."""
     for count, (place, node) in enumerate(_nodes(data), 1):
+        if len(place) > _DEEPEST:
+            text = f"is nested more than {_DEEPEST} levels deep once its aliases are expanded"
+            raise SpecError([(place_of(place[:3]), text)], source)
         if count >= _MAX_NODES:
             raise SpecError(
                 [("", f"has more than {_MAX_NODES} values once its aliases are expanded")], source
@@ -267,7 +294,21 @@ NOT_COMPARED = ("workload", "workload.target", "workload.warmup")
 def combinations(spec: Spec) -> list[dict[str, Any]]:
     """Every combination of the matrix as {dotted key: value}; one empty one if there is no
     matrix."""
+    if (many := math.prod(map(len, spec.matrix.values()))) > _MAX_COMBINATIONS:
+        raise SpecError(
+            [
+                (
+                    "matrix",
+                    (
+                        f"makes {many:,} combinations; {_MAX_COMBINATIONS:,} are possible, make"
+                        " several experiments"
+                    ),
+                )
+            ]
+        )
     keys = list(spec.matrix)
+    if len(keys) > _MAX_KEYS:
+        raise SpecError([("matrix", f"has {len(keys):,} keys; {_MAX_KEYS} are possible")])
     for key, values in spec.matrix.items():
         if over := next(
             (later for later in keys[keys.index(key) + 1 :] if _lies_in(key, later)), None
@@ -298,18 +339,6 @@ def combinations(spec: Spec) -> list[dict[str, Any]]:
         if key in NOT_COMPARED:
             text = "cannot vary by matrix, or its cells could not be compared; run two experiments"
             raise SpecError([(place_of(["matrix", key]), text)])
-    if (many := math.prod(map(len, spec.matrix.values()))) > _MAX_COMBINATIONS:
-        raise SpecError(
-            [
-                (
-                    "matrix",
-                    (
-                        f"makes {many:,} combinations; {_MAX_COMBINATIONS:,} are possible, make"
-                        " several experiments"
-                    ),
-                )
-            ]
-        )
     if (cells := many * len(spec.methods) * len(spec.seeds)) > _MAX_CELLS:
         counts = {"matrix": many, "methods": len(spec.methods), "seeds": len(spec.seeds)}
         parts = (

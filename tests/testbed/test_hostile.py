@@ -293,7 +293,7 @@ def test_what_pandas_noted_in_a_table_is_not_needed(tmp_path: Path, originals: l
 @pytest.mark.parametrize(
     ("place", "code", "said"),
     [
-        ("spec.yaml", 2, "has half a character"),
+        ("spec.yaml", 2, "invalid Unicode character escape code"),
         ("result.json", 1, "allreduce-s0: the cell ?"),
         ("directory", 3, r"a\udc80²: cell.json is that of allreduce-s0"),
     ],
@@ -449,6 +449,10 @@ def test_what_a_cell_says_of_itself_is_checked(
         "workload: {target: 1" + 400 * "0" + "}",
         "a0: &a0 [0,0,0,0,0,0,0,0,0]\n"
         + "".join(f"a{n}: &a{n} [{9 * f'*a{n - 1},'}]\n" for n in range(1, 10)),
+        "name: &name [*name, *name]",
+        "name: " + 100_000 * "[",
+        100_000 * "- ",
+        "name: " + 100_000 * "{a: ",
     ],
 )
 def test_the_spec_of_a_strangers_run_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
@@ -456,6 +460,33 @@ def test_the_spec_of_a_strangers_run_is_refused_in_one_line(tmp_path: Path, text
     (run / "spec.yaml").write_text(text)
     done = CliRunner().invoke(app, ["report", str(run)])
     assert done.exit_code == 2 and len(done.stderr.strip().splitlines()) == 1, done.output
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("workload: &a [*a, *a]", "workload[1][1]: is nested more than 100 levels deep"),
+        ("name: " + 100_000 * "[", "line 2: is nested more than 100 levels deep"),
+        ("name:\n  " + 100_000 * "- ", "line 3: is nested more than 100 levels deep"),
+        (
+            f"workload: {{stop: {{steps: 1}}}}\nmatrix: {{network.link.rate: {[*range(90_000)]}}}",
+            "makes 90,000 combinations",
+        ),
+        (
+            "workload: {stop: {steps: 1}}\nmatrix:\n"
+            + "".join(f"  network.a{n}: [1]\n" for n in range(40_000)),
+            "matrix: has 40,000 keys; 1000 are possible",
+        ),
+    ],
+)
+def test_a_spec_that_would_take_for_ever_is_refused_in_one_line(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    spec = tmp_path / "odd.yaml"
+    spec.write_text(f"methods: [allreduce]\n{text}\n")
+    done = CliRunner().invoke(app, ["validate", str(spec)])
+    assert done.exit_code == 2 and len(done.stderr.strip().splitlines()) == 1, done.output[:500]
+    assert said in done.stderr
 
 
 def test_a_line_that_is_no_row_is_no_burden(tmp_path: Path) -> None:

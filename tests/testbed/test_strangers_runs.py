@@ -21,7 +21,9 @@ from testbed.live.tail import Tail
 from testbed.live.view import RunView
 from testbed.recording import link_server
 from testbed.recording.link_server import SOCKET_FILE
+from testbed.results.load import load_run
 from testbed.results.records import finish_cell
+from testbed.results.summary import summarize
 from testbed.results.tolerances import taken_share
 from tests.testbed.synthetic_run import append, write_run
 
@@ -261,3 +263,13 @@ def test_a_program_of_another_user_is_not_asked(
         done = invoke("link", "--run", cell.parents[1])
     assert done.exit_code == 4
     assert f"a program of user {os.geteuid() + 1} answers" in one_line(done)
+
+
+def test_a_table_that_names_more_links_than_a_lab_can_have_is_a_problem(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", methods=("allreduce",), t_end_s=2.0)
+    cell = run / "cells" / "allreduce-s0"
+    names = (f"w{number}" for number in range(5000))
+    rows = [{"t_s": 1.0, "link": name, "direction": "up", "bytes": 1} for name in names]
+    append(cell / "links.jsonl", rows)
+    (found,) = summarize(load_run(run))["cells"]
+    assert "links: has 5000 values of link, more than 4096" in " ".join(found["problems"])
