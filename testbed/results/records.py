@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -81,8 +82,17 @@ def _frames(rows: Iterable[Mapping[str, Any]], table: Table) -> Iterator[pd.Data
         values = {column: [row.get(column) for row in batch] for column in table.columns}
         for column in table.columns:
             if table.dtype(column) == "json":
-                values[column] = [to_json(value).decode() for value in values[column]]
+                values[column] = _json_texts(values[column])
         yield _typed(pd.DataFrame(values), table)
+
+
+def _json_texts(values: list[Any]) -> list[Any]:
+    """With sorted keys, as validity reads them. Most of many are alike, and to see that takes a
+    fifth of the time."""
+    alike = [to_json(value) for value in values]
+    unlike = dict(zip(alike, values, strict=True))
+    texts = {key: json.dumps(value, sort_keys=True) for key, value in unlike.items()}
+    return [texts[key] for key in alike]
 
 
 def _typed(frame: pd.DataFrame, table: Table) -> pd.DataFrame:
