@@ -104,16 +104,39 @@ def summarize(run: Run) -> dict[str, Any]:
     cells = [summarize_cell(cell, run) for cell in run.cells.to_dict("records")]
     planned = dict.fromkeys(note for cell in run.cells["notes"] for note in cell)
     problems = [f"{cell['cell']}: {problem}" for cell in cells for problem in cell["problems"]]
+    problems += _missing_cells(run) if cells else ["no cell was run"]
     return {
         "name": run.name,
-        "valid": bool(cells) and not problems,
-        "problems": problems if cells else ["no cell was run"],
+        "valid": not problems,
+        "problems": problems,
         "cells": cells,
         "comparisons": compare(cells),
         "regrets": regrets(cells),
         "target_accuracy": target_accuracy(run.spec),
         "notes": [*planned, *_machines(run), *_restarts(run), *_delay_line(run), *_processors(run)],
     }
+
+
+def _missing_cells(run: Run) -> list[str]:
+    """Whether there are as many cells as the spec makes."""
+    axes: list[Any] = [run.spec.get("methods"), run.spec.get("seeds")]
+    matrix = run.spec.get("matrix")
+    axes += matrix.values() if isinstance(matrix, dict) else ()
+    if not all(isinstance(axis, list) for axis in axes):
+        return []  # an old run, or a damaged spec
+    made = math.prod(map(len, axes))
+    missing = made - len(run.cells)
+    return [f"{missing} of the {made} cells of its spec are not there"] if missing > 0 else []
+
+
+def _unlike_spec(cell: Mapping[str, Any], spec: Mapping[str, Any]) -> list[str]:
+    """Whether a cell was run with what the spec says, where its figures depend on that."""
+    asked = {**spec, **cell["overrides"]}
+    return [
+        f"its cell.json has {key} {cell[key]:g}, and the spec {one_line(str(asked[key]), 40)}"
+        for key in ("workers", "dilation")
+        if asked.get(key) is not None and asked[key] != cell[key]
+    ]
 
 
 def _machines(run: Run) -> list[str]:
@@ -268,6 +291,7 @@ def _summary_of(cell: Mapping[str, Any], run: Run) -> dict[str, Any]:
             f"{problem} (in this machine's time, dilation {cell['dilation']:g})"
             for problem in problems
         ]
+    problems += _unlike_spec(cell, run.spec)
     last = evals.iloc[-1] if len(evals) else {"accuracy": None, "loss": None}
     final_accuracy = _number(cell["final_accuracy"], last["accuracy"])
     return {

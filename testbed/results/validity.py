@@ -21,6 +21,8 @@ from testbed.results.tolerances import LATE_S, STOPPED_SHARE, TAKEN_SHARE, taken
 GAP_S = 1.0
 """The longest time without a sample of a link; samples are due every 0.1 s, so a gap means a
 starved host."""
+UNKNOWN_SHARE = 0.1
+"""For so much of a cell the load of a machine may be unknown."""
 WINDOW_S = 1.0
 """What a link carries is judged over every window of this length, and over longer ones."""
 PACE_EXCESS = 0.1
@@ -79,11 +81,13 @@ def cell_problems(
         *unplaced_samples(links, tables["host"]),
         *late_kills(tables["failures"]),
         *unverified_changes(events),
+        *unrecorded_changes(sides),
         *telemetry_gaps(links, events, float(t_end_s)),
         *excesses(sides),
         *shortfalls(sides),
         *early_drops(sides),
         *busy_host(tables["host"]),
+        *unknown_load(tables["host"], float(t_end_s)),
         *lost_between_links(tables["host"], links, events),
         *delay_line(tables["delayline"]),
         *missed_pace(steps[steps["step"] >= warmup], (cell["workload"].get("compute") or {})),
@@ -129,6 +133,26 @@ def busy_host(host: pd.DataFrame) -> list[str]:
                 " stopped by a signal"
             )
     return problems
+
+
+def unknown_load(host: pd.DataFrame, t_end_s: float) -> list[str]:
+    """Whether the load of a node is known for less of 0…``t_end_s`` than can be judged by."""
+    problems = []
+    for node, rows in host.groupby("node"):
+        _, gaps_s = _gaps(rows["t_s"], t_end_s)
+        unknown_s = gaps_s[gaps_s > GAP_S].sum()
+        if unknown_s > UNKNOWN_SHARE * t_end_s:
+            where = f"node {node}" if node else "this machine"
+            problems.append(
+                f"the load of {where} was not recorded for {unknown_s:.2g} s of {t_end_s:.4g} s"
+            )
+    return problems
+
+
+def _gaps(t_s: "pd.Series[float]", t_end_s: float) -> tuple[np.ndarray, np.ndarray]:
+    """From when on there was no sample in 0…``t_end_s``, and for how long."""
+    times_s = np.sort(np.concatenate([[0.0, t_end_s], t_s]))
+    return times_s[:-1], np.diff(times_s)
 
 
 def _loads(host: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -602,6 +626,20 @@ def late_kills(failures: pd.DataFrame) -> list[str]:
     ]
 
 
+def unrecorded_changes(sides: list["Direction"]) -> list[str]:
+    """Links that had other limits than the recorded changes have set, for a second or more: some
+    are missing."""
+    unlike = [one for one in sides if one.unexplained > FEW_SAMPLES]
+    if not unlike:
+        return []
+    worst = max(unlike, key=lambda one: one.unexplained)
+    others = f", as did {len(unlike) - 1} other directions" if len(unlike) > 1 else ""
+    return [
+        f"changes of links are missing: {worst.unexplained} samples of {worst.name} found another"
+        f" limit than the recorded ones have set{others}"
+    ]
+
+
 def unverified_changes(events: pd.DataFrame) -> list[str]:
     """Changes after which the kernel did not report the state that was asked for."""
     unverified = events[~events["verified"]]
@@ -679,11 +717,10 @@ def telemetry_gaps(links: pd.DataFrame, events: pd.DataFrame, t_end_s: float) ->
         if (link, direction) not in sampled.groups
     ]
     for (link, direction), samples in sampled:
-        times_s = np.sort(np.concatenate([[0.0, t_end_s], samples["t_s"]]))
-        gaps_s = np.diff(times_s)
+        begins_s, gaps_s = _gaps(samples["t_s"], t_end_s)
         widest = int(np.argmax(gaps_s))
         if gaps_s[widest] > GAP_S:
-            gap = f"no telemetry for {gaps_s[widest]:.2g} s from {times_s[widest]:.4g} s on"
+            gap = f"no telemetry for {gaps_s[widest]:.2g} s from {begins_s[widest]:.4g} s on"
             problems.append(f"{link} {direction}: {gap}")
     return problems
 
@@ -743,6 +780,14 @@ class Limits:
         """The highest limit that may have been in force in windows, in bits/s."""
         last = np.searchsorted(self.since_s, to_s, side="right") - 1
         return _most(self.rate_bps, self._number(from_s), np.maximum(last, self._number(to_s)))
+
+    def differ_from(self, rate_bps: np.ndarray, t_s: np.ndarray, half_s: np.ndarray) -> int:
+        """How many samples, each read within ``half_s`` of its time, found another limit than the
+        one that alone can have been in force."""
+        first = self._number(t_s - half_s)
+        last = np.searchsorted(self.since_s, t_s + half_s, side="right") - 1
+        unlike = ~np.isclose(rate_bps, self.rate_bps[first], equal_nan=True)
+        return int(np.count_nonzero(unlike & (last <= first)))
 
     def _number(self, t_s: np.ndarray) -> np.ndarray:
         """Of the change in force."""
@@ -806,7 +851,7 @@ class Direction:
     carried, allowed: since the first sample, the latter by the limits in force. blur: what may have
     passed between the moment of a sample and that in which it was read. bucket: what may pass at
     once. waiting: in the queue, which has room for ``room`` (NaN if that is not known). drops:
-    packets so far.
+    packets so far. unexplained: samples that found another limit than the recorded changes set.
     """
 
     name: str
@@ -819,6 +864,7 @@ class Direction:
     waiting: np.ndarray
     room: np.ndarray
     drops: np.ndarray
+    unexplained: int
 
     @classmethod
     def of(cls, name: str, samples: pd.DataFrame, limits: Limits | None) -> Self:
@@ -845,6 +891,7 @@ class Direction:
             waiting=8 * samples["backlog_bytes"].to_numpy(dtype=float),
             room=8 * samples["queue_bytes"].to_numpy(dtype=float),
             drops=samples["drops"].to_numpy(dtype=float),
+            unexplained=limits.differ_from(rate_bps, t_s, half_s),
         )
 
     def windows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:

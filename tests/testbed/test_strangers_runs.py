@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 from typer.testing import CliRunner, Result
 
 from testbed import protocol
@@ -273,3 +274,42 @@ def test_a_table_that_names_more_links_than_a_lab_can_have_is_a_problem(tmp_path
     append(cell / "links.jsonl", rows)
     (found,) = summarize(load_run(run))["cells"]
     assert "links: has 5000 values of link, more than 4096" in " ".join(found["problems"])
+
+
+@pytest.mark.parametrize(
+    "spec, keep_load, said",
+    [
+        ({}, False, "the load of this machine was not recorded for 29 s of 30 s"),
+        ({"methods": ["allreduce"], "seeds": [0]}, True, ""),
+        ({"methods": ["allreduce", "bf16"], "seeds": [0, 1, 2]}, True, "5 of the 6 cells of its"),
+        (
+            {"methods": ["topk"], "seeds": [0], "matrix": {"dilation": [1.0, 2.0]}},
+            True,
+            "1 of the 2 cells of its spec are not there",
+        ),
+        ({"dilation": 4.0}, True, "its cell.json has dilation 1, and the spec 4.0"),
+        ({"workers": 8}, True, "its cell.json has workers 2, and the spec 8"),
+    ],
+)
+def test_a_run_that_is_not_whole_is_not_valid(
+    tmp_path: Path, spec: dict[str, Any], keep_load: bool, said: str
+) -> None:
+    run = write_run(tmp_path / "run", methods=("allreduce",))
+    written = yaml.safe_load((run / "spec.yaml").read_text())
+    (run / "spec.yaml").write_text(yaml.safe_dump({**written, **spec}))
+    load = run / "cells" / "allreduce-s0" / "host.jsonl"
+    if not keep_load:
+        load.write_text(load.read_text().splitlines(keepends=True)[5])
+    summary = summarize(load_run(run))
+    assert summary["valid"] == (not said)
+    assert said in " ".join(summary["problems"])
+
+
+def test_changes_of_links_that_are_missing_are_noticed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", methods=("allreduce",))
+    assert summarize(load_run(run))["valid"]
+    events = run / "cells" / "allreduce-s0" / "events.jsonl"
+    rows = events.read_text().splitlines(keepends=True)
+    events.write_text("".join(row for row in rows if '"schedule"' not in row))
+    problems = summarize(load_run(run))["problems"]
+    assert any("changes of links are missing" in problem for problem in problems), problems
