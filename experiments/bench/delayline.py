@@ -8,6 +8,7 @@ enters the other (packet(7), PACKET_RX_RING): what they say more than the delay 
 line, and the scheduler that runs it, add.
 """
 
+import argparse
 import mmap
 import os
 import socket
@@ -326,6 +327,9 @@ def lateness(bench: Bench) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     enter_sandbox()
     with back_to_own_namespace():
         near, far = Host(1), Host(2)

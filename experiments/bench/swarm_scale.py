@@ -8,6 +8,7 @@ against the orchestrator's.
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from netsenseml.records import monotonic_s
-from testbed.labs.base import LabPlan, View
+from testbed.labs.base import LabError, LabPlan, View
 from testbed.labs.swarm import Swarm, SwarmLab
 from testbed.links.state import LinkParameters, LinkState
 from testbed.recording.recorder import Recording
@@ -26,7 +27,9 @@ SECONDS, PER_SECOND = 3, 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hosts", type=int, nargs="+", default=[8, 32, 64])
     options = parser.parse_args()
     begin_s = time.monotonic()
@@ -73,4 +76,7 @@ def measure(count: int, swarm: Swarm, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LabError as error:
+        sys.exit(str(error))
