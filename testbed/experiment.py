@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from testbed.plan import load_plan
 from testbed.results.load import Run, load_run
 from testbed.run.start import start_run
 from testbed.signals import EXIT_INTERRUPTED
+from testbed.spec.load import dump_yaml
 
 
 def run_experiment(
@@ -39,7 +39,7 @@ def run_experiment(
     if isinstance(spec, Mapping):
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "spec.yaml"
-            path.write_text(yaml.safe_dump(dict(spec)))
+            path.write_text(dump_yaml(spec))
             return run_experiment(path, overrides=overrides, out=out, console=console)
     path = Path(spec)
     loaded, plan = load_plan(path, overrides)

@@ -140,6 +140,9 @@ class LinkDriver:
                 # them every time.
                 slot = max(slot + 1, int(now / SAMPLE_S))
                 next_sample = max(SAMPLE_S * (slot + random.random()), now)
+                if now - looked_s > _OVERDUE_S:
+                    answering_s = self._answer_request(0.0) or answering_s
+                    looked_s = now
                 reading_s = self._since_t0(monotonic_s()) - now
                 if now >= next_read_back and (
                     due is None or due.at_s - now > _READ_BACK_GUARD * reading_s
@@ -351,6 +354,9 @@ class CarriedRates:
     def of(self, link: str, dilation: float = 1.0) -> dict[str, dict[str, float]]:
         """By direction: carried_bps over the last second, as it would be without dilation,
         backlog_bytes now, drops so far."""
+        if not self._history:  # before t = 0
+            nothing = {"carried_bps": 0.0, "backlog_bytes": 0, "drops": 0}
+            return dict.fromkeys(DIRECTIONS, nothing)
         (first_s, first), (last_s, last) = self._history[0], self._history[-1]
         span_s = max(last_s - first_s, 1e-3) / dilation
         return {

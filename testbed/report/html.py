@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
@@ -21,6 +20,7 @@ from testbed.results.columns import TABLES
 from testbed.results.load import Run
 from testbed.results.names import scenario
 from testbed.results.summary import METRICS
+from testbed.spec.load import dump_yaml
 
 CAPTIONS: Mapping[str, tuple[str, str]] = {
     "throughput": (
@@ -159,7 +159,7 @@ def render(run: Run, summary: Mapping[str, Any]) -> str:
             for name in ("steps", "links", "events", "traffic", "failures")
         },
         environment=dict(flat(run.environment)),
-        spec=yaml.safe_dump(dict(run.spec), sort_keys=False, allow_unicode=True),
+        spec=dump_yaml(run.spec),
         facts=facts(run),
         caveat=(
             "Under dilation all runs slower by its factor, and is reported as if it did not."

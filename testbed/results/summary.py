@@ -33,6 +33,7 @@ from testbed.results.load import SUMMARY_FILE, Run
 from testbed.results.names import method_order, scenario
 from testbed.results.phases import oracle, phases
 from testbed.results.validity import WHEN, cell_problems, replicas_identical
+from testbed.spec.load import MAX_CELLS
 
 ADAPTIVE = "netsense"
 """How the labels of methods begin that choose for themselves."""
@@ -124,16 +125,22 @@ def _missing_cells(run: Run) -> list[str]:
     axes += matrix.values() if isinstance(matrix, dict) else ()
     if not all(isinstance(axis, list) for axis in axes):
         return []  # an old run, or a damaged spec
-    made = math.prod(map(len, axes))
+    if (made := math.prod(map(len, axes))) > MAX_CELLS:
+        return [f"its spec makes more than {MAX_CELLS:,} cells"]
     missing = made - len(run.cells)
-    return [f"{missing} of the {made} cells of its spec are not there"] if missing > 0 else []
+    return (
+        [f"{missing} of the {made} cells of its spec are not there, or not yet"]
+        if missing > 0
+        else []
+    )
 
 
 def _unlike_spec(cell: Mapping[str, Any], spec: Mapping[str, Any]) -> list[str]:
     """Whether a cell was run with what the spec says, where its figures depend on that."""
     asked = {**spec, **cell["overrides"]}
     return [
-        f"its cell.json has {key} {cell[key]:g}, and the spec {one_line(str(asked[key]), 40)}"
+        f"its cell.json has {key} {cell[key]:g}, and the spec"
+        f" {asked[key] if isinstance(asked[key], int | float) else 'no number'}"
         for key in ("workers", "dilation")
         if asked.get(key) is not None and asked[key] != cell[key]
     ]

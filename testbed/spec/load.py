@@ -20,13 +20,19 @@ MAX_BYTES = 1 << 20
 _MAX_NODES = 100_000
 _DEEPEST = 100
 _MAX_COMBINATIONS = 10_000
-_MAX_CELLS = 100_000
-_MAX_KEYS = 1000
+MAX_CELLS = 100_000
+_MAX_KEYS = 100
 """That a matrix varies."""
+_MAX_CHECKED = 2_000_000
+"""Values in all combinations together, which are checked one by one in a minute or two."""
 
 
 _SafeLoader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Without libyaml it takes ten times as long."""
+
+
+class _Refused(yaml.MarkedYAMLError):
+    """It is YAML, but no spec has it."""
 
 
 class _UniqueKeyLoader(_SafeLoader):
@@ -39,6 +45,10 @@ class _UniqueKeyLoader(_SafeLoader):
             if key_node.tag == "tag:yaml.org,2002:bool":  # what YAML 1.1 makes of a plain on or off
                 key_node.tag = "tag:yaml.org,2002:str"
             key = self.construct_object(key_node, deep=True)
+            if isinstance(key, int) and abs(key) >= 2**63:  # many of them may have one hash
+                raise _Refused(
+                    problem="has a key that is too large a number", problem_mark=key_node.start_mark
+                )
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands there twice", key_node.start_mark
@@ -48,13 +58,18 @@ class _UniqueKeyLoader(_SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts a text in quotes that the loader would take for something else."""
+
+
 # YAML 1.1 takes 1e-3 for a text, as it wants a point in each float; 1.2, by which editors go, does
 # not.
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
+for _either in (_UniqueKeyLoader, _Dumper):
+    _either.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
@@ -66,8 +81,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
     try:
         spec = validate(raw)
         _check_overrides(spec, overrides)
-        for combination in combinations(spec) if spec.matrix else ():
-            validate(apply_overrides(raw, combination))
+        _check_combinations(spec, raw)
     except SpecError as error:
         raise error.found_in(path.name) from None
     if spec.script and not is_file(path.parent / spec.script.file):
@@ -83,6 +97,16 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> Spec:
             )
             raise SpecError([(f"script.files.{index}", text)], path.name)
     return spec
+
+
+def _check_combinations(spec: Spec, raw: Mapping[str, Any]) -> None:
+    made = combinations(spec)
+    values = sum(1 for _ in _nodes({key: raw[key] for key in raw if key != "matrix"}))
+    if len(made) > 1 and len(made) * values > _MAX_CHECKED:
+        text = f"makes {len(made):,} combinations of a spec of {values:,} values; make several"
+        raise SpecError([("matrix", f"{text} experiments")])
+    for combination in made if spec.matrix else ():
+        validate(apply_overrides(raw, combination))
 
 
 def _check_overrides(spec: Spec, overrides: Sequence[str]) -> None:
@@ -133,17 +157,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
     """The mapping in YAML text; raises SpecError, of a file of that name, for anything else."""
     try:
-        _check_depth(text, name)
-        data = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
-    except SpecError:
-        raise
+        data = _load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise SpecError(
-            [(line, f"not valid YAML: {error.problem or error.context}")], name
-        ) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        what = "" if isinstance(error, _Refused) else "not valid YAML: "
+        raise SpecError([(line, f"{what}{error.problem or error.context}")], name) from None
+    except _ODD as error:
         raise SpecError(
             [("", f"not valid YAML: {str(error) or type(error).__name__}")], name
         ) from None
@@ -157,23 +177,44 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
     return data
 
 
-def _check_depth(text: str, source: str) -> None:
-    """Raise SpecError where libyaml would run out of its stack, and the process end with it."""
+_ODD = (yaml.YAMLError, RecursionError, ValueError, LookupError, ArithmeticError, AttributeError)
+"""What PyYAML raises."""
+
+
+def _load(text: str) -> Any:
+    """YAML text → data. Raises one of ``_ODD``."""
     depth = 0
     for event in yaml.parse(text, _SafeLoader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
+        problem = ""
+        if isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
-        if depth > _DEEPEST:
-            place = f"line {event.start_mark.line + 1}"
-            raise SpecError([(place, f"is nested more than {_DEEPEST} levels deep")], source)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > _DEEPEST:  # libyaml would run out of its stack, and the process end with it
+                problem = f"is nested more than {_DEEPEST} levels deep"
+        elif (
+            isinstance(event, yaml.ScalarEvent)
+            and event.implicit[0]
+            and len(event.value) > _LONGEST_NUMBER
+            and _LIKE_A_NUMBER.fullmatch(event.value)
+        ):
+            problem = f"is a number of more than {_LONGEST_NUMBER} characters"
+        if getattr(event, "tag", None) is not None:
+            problem = f"has the tag {event.tag:.40}; a spec has none"
+        if problem:
+            raise _Refused(problem=problem, problem_mark=event.start_mark)
+    return yaml.load(text, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+
+
+_LONGEST_NUMBER = 64
+_LIKE_A_NUMBER = re.compile(r"[-+.0-9][-+.:_0-9a-zA-Z]*")
 
 
 def _check_values(data: Any, source: str) -> None:
     """Raise SpecError for what not every check would bear, and no spec has: huge whole numbers,
-    half characters, and aliases by which a small file stands for billions of nodes, or one lies in
-    itself."""
+    half characters, and aliases by which a small file stands for billions of nodes or letters, or
+    one lies in itself."""
+    letters = 0
     for count, (place, node) in enumerate(_nodes(data), 1):
         if len(place) > _DEEPEST:
             text = f"is nested more than {_DEEPEST} levels deep once its aliases are expanded"
@@ -191,11 +232,19 @@ def _check_values(data: Any, source: str) -> None:
                     else "has a key that is too large a number"
                 )
                 raise SpecError([(place_of(place), error)], source)
-            if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            letters += len(value) if isinstance(value, str) else 0
+            if letters > _MOST_LETTERS:
+                text = f"has more than {_MOST_LETTERS:,} letters once its aliases are expanded"
+                raise SpecError([("", text)], source)
+            if isinstance(value, str) and _HALF.search(value):
                 raise SpecError(
                     [(place_of(place), f"{value!r:.40} has half a character; write whole ones")],
                     source,
                 )
+
+
+_MOST_LETTERS = 8 << 20
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def _nodes(data: Any) -> Iterator[tuple[list[str | int], Any]]:
@@ -294,6 +343,8 @@ NOT_COMPARED = ("workload", "workload.target", "workload.warmup")
 def combinations(spec: Spec) -> list[dict[str, Any]]:
     """Every combination of the matrix as {dotted key: value}; one empty one if there is no
     matrix."""
+    if (keys := len(spec.matrix)) > _MAX_KEYS:
+        raise SpecError([("matrix", f"has {keys:,} keys; {_MAX_KEYS} are possible")])
     if (many := math.prod(map(len, spec.matrix.values()))) > _MAX_COMBINATIONS:
         raise SpecError(
             [
@@ -306,13 +357,9 @@ def combinations(spec: Spec) -> list[dict[str, Any]]:
                 )
             ]
         )
-    keys = list(spec.matrix)
-    if len(keys) > _MAX_KEYS:
-        raise SpecError([("matrix", f"has {len(keys):,} keys; {_MAX_KEYS} are possible")])
-    for key, values in spec.matrix.items():
-        if over := next(
-            (later for later in keys[keys.index(key) + 1 :] if _lies_in(key, later)), None
-        ):
+    for index, (key, values) in enumerate(spec.matrix.items()):
+        later = itertools.islice(spec.matrix, index + 1, None)
+        if over := next((other for other in later if _lies_in(key, other)), None):
             raise SpecError(
                 [
                     (
@@ -339,15 +386,13 @@ def combinations(spec: Spec) -> list[dict[str, Any]]:
         if key in NOT_COMPARED:
             text = "cannot vary by matrix, or its cells could not be compared; run two experiments"
             raise SpecError([(place_of(["matrix", key]), text)])
-    if (cells := many * len(spec.methods) * len(spec.seeds)) > _MAX_CELLS:
+    if (cells := many * len(spec.methods) * len(spec.seeds)) > MAX_CELLS:
         counts = {"matrix": many, "methods": len(spec.methods), "seeds": len(spec.seeds)}
         parts = (
             f"{many:,} combinations of the matrix, {len(spec.methods):,} methods and"
             f" {len(spec.seeds):,} seeds"
         )
-        text = (
-            f"{parts} make {cells:,} cells; {_MAX_CELLS:,} are possible, make several experiments"
-        )
+        text = f"{parts} make {cells:,} cells; {MAX_CELLS:,} are possible, make several experiments"
         raise SpecError([(max(counts, key=counts.__getitem__), text)])
     return [
         dict(zip(spec.matrix, values, strict=True))
@@ -369,22 +414,24 @@ def with_text(raw: Mapping[str, Any], text: str) -> dict[str, Any]:
             ]
         )
     try:
-        given = yaml.load(value, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        given = _load(value)
         _check_values({key.strip(): given}, "--set")
         return with_override(raw, key.strip(), given)
     except SpecError as error:
         raise error.found_in("--set") from None
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except _Refused as error:
+        raise SpecError([("--set", f"the value of {key.strip()} {error.problem}")]) from None
+    except _ODD:
         raise SpecError(
             [("--set", f"the value of {key.strip()} is not YAML: {value!r:.60}")]
         ) from None
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a raw spec with dotted keys replaced."""
-    out = dict(raw)
+    """A copy of a raw spec, without its matrix, with dotted keys replaced."""
+    out = copy.deepcopy({key: value for key, value in raw.items() if key != "matrix"})
     for key, value in overrides.items():
-        out = with_override(out, key, value)
+        _replace(out, key, copy.deepcopy(value))
     return out
 
 
@@ -392,8 +439,15 @@ def with_override(raw: Mapping[str, Any], key: str, value: Any) -> dict[str, Any
     """A copy with one dotted key replaced; ``schedule.0.set.rate`` reaches into lists. Raises
     SpecError."""
     out = copy.deepcopy(dict(raw))
+    _replace(out, key, value)
+    return out
+
+
+def _replace(raw: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
-    node: Any = out
+    if len(parents) >= _MOST_PARTS:
+        raise SpecError([(f"{key:.40}", f"has more than {_MOST_PARTS} parts")])
+    node: Any = raw
     for part in parents:
         if isinstance(node, list):
             node = node[_position(node, part, key)]
@@ -409,7 +463,9 @@ def with_override(raw: Mapping[str, Any], key: str, value: Any) -> dict[str, Any
         node[last] = value
     else:
         raise SpecError([(key, f"{last!r} lies below a value that is no mapping")])
-    return out
+
+
+_MOST_PARTS = 20
 
 
 def _position(items: list[Any], text: str, key: str) -> int:
@@ -421,4 +477,13 @@ def _position(items: list[Any], text: str, key: str) -> int:
 def dump_spec(spec: Spec) -> str:
     """The resolved spec as YAML; ``load_spec`` of it gives the same spec."""
     plain = spec.model_dump(mode="json", exclude_none=True, by_alias=True)
-    return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    return dump_yaml(plain)
+
+
+def dump_yaml(data: Mapping[str, Any]) -> str:
+    """As ``parse_yaml`` reads it. Raises SpecError for what is no plain data."""
+    try:
+        return str(yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    except (yaml.YAMLError, RecursionError) as error:
+        what = str(error.args[0]) if error.args else "nested without end"
+        raise SpecError([("", f"is no plain data: {what:.80}")]) from None

@@ -30,7 +30,8 @@ class SlowLinks:
     line_counters = None
     mtu = 1500
 
-    def __init__(self) -> None:
+    def __init__(self, reading_s: float = READING_S) -> None:
+        self.reading_s = reading_s
         self.states = {"w0": LinkState()}
         self.trees = dict.fromkeys((("w0", "up"), ("w0", "down")), compile_tree(LinkParameters()))
 
@@ -49,7 +50,7 @@ class SlowLinks:
         return []
 
     def counters(self) -> dict[tuple[str, str], QdiscCounters]:
-        time.sleep(READING_S)
+        time.sleep(self.reading_s)
         nothing = QdiscCounters(bytes=0, packets=0, drops=0, overlimits=0, backlog_bytes=0, qlen=0)
         return {("w0", "up"): nothing, ("w0", "down"): nothing}
 
@@ -133,3 +134,18 @@ def test_who_asks_at_the_very_end_is_answered(tmp_path: Path) -> None:
         last = Request({"links": []})
         requests.put(last)
     assert "links" in last.answer.get(timeout=0)
+
+
+def test_requests_are_answered_where_reading_takes_all_the_time(tmp_path: Path) -> None:
+    links: Any = SlowLinks(reading_s=0.25)
+    requests: Requests = queue.Queue()
+    with LinkDriver(links, [], monotonic_s(), tmp_path, requests):
+        assert all("links" in ask(requests, links=[]) for _ in range(3))
+
+
+def test_a_request_before_the_first_sample_is_answered(tmp_path: Path) -> None:
+    links: Any = SlowLinks()
+    requests: Requests = queue.Queue()
+    with LinkDriver(links, [], monotonic_s() + 1.0, tmp_path, requests):
+        answer = ask(requests, links=["w0"])
+    assert answer["links"]["w0"]["up"]["carried_bps"] == 0.0

@@ -11,6 +11,8 @@ import math
 import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -462,21 +464,44 @@ def test_the_spec_of_a_strangers_run_is_refused_in_one_line(tmp_path: Path, text
     assert done.exit_code == 2 and len(done.stderr.strip().splitlines()) == 1, done.output
 
 
+STEP = "workload: {stop: {steps: 1}}\n"
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
         ("workload: &a [*a, *a]", "workload[1][1]: is nested more than 100 levels deep"),
-        ("name: " + 100_000 * "[", "line 2: is nested more than 100 levels deep"),
-        ("name:\n  " + 100_000 * "- ", "line 3: is nested more than 100 levels deep"),
+        ("name: " + 100_000 * "[", "line 2, column 106: is nested more than 100 levels deep"),
+        ("name:\n  " + 100_000 * "- ", "line 3, column 201: is nested more than 100 levels deep"),
+        (f"{STEP}matrix: {{network.link.rate: {[*range(90_000)]}}}", "makes 90,000 combinations"),
         (
-            f"workload: {{stop: {{steps: 1}}}}\nmatrix: {{network.link.rate: {[*range(90_000)]}}}",
-            "makes 90,000 combinations",
+            f"{STEP}matrix:\n" + "".join(f"  network.a{n}: [1]\n" for n in range(40_000)),
+            "matrix: has 40,000 keys; 100 are possible",
         ),
         (
-            "workload: {stop: {steps: 1}}\nmatrix:\n"
-            + "".join(f"  network.a{n}: [1]\n" for n in range(40_000)),
-            "matrix: has 40,000 keys; 1000 are possible",
+            f"{STEP}matrix:\n"
+            + "".join(f"  network.a{n}: [0, 1, 2, 3, 4, 5, 6, 7]\n" for n in range(4400)),
+            "matrix: has 4,400 keys; 100 are possible",
         ),
+        (
+            f"{STEP}matrix:\n"
+            + "".join(f"  ? network{3000 * '.a'}.{last}\n  : [1]\n" for last in "bc"),
+            "has more than 20 parts",
+        ),
+        (
+            f"{STEP}schedule:\n"
+            + "".join(f"  - {{at: {n}s, links: all, set: {{rate: 5mbit}}}}\n" for n in range(2000))
+            + f"matrix: {{network.link.rate: {[f'{rate}mbit' for rate in range(1, 301)]}}}",
+            "makes 300 combinations of a spec of 10,007 values",
+        ),
+        ("seeds: [&a '" + 100_000 * "x" + "'" + 1000 * ", *a" + "]", "more than 8,388,608 letters"),
+        ("seeds: [1" + 150_000 * ":0" + "]", "is a number of more than 64 characters"),
+        ("seeds: [1" + 250 * ":0" + ":0.5]", "is a number of more than 64 characters"),
+        (f"name: {{? {5 * (2**61 - 1)}}}", "has a key that is too large a number"),
+        ("lab: &a !!pairs [x: 1]", "has the tag tag:yaml.org,2002:pairs; a spec has none"),
+        ("seeds: !!int ''", "has the tag tag:yaml.org,2002:int; a spec has none"),
+        ("calibrate: !!bool x", "has the tag tag:yaml.org,2002:bool; a spec has none"),
+        ("seeds: !!python/object/apply:os.system [true]", "has the tag"),
     ],
 )
 def test_a_spec_that_would_take_for_ever_is_refused_in_one_line(
@@ -487,6 +512,24 @@ def test_a_spec_that_would_take_for_ever_is_refused_in_one_line(
     done = CliRunner().invoke(app, ["validate", str(spec)])
     assert done.exit_code == 2 and len(done.stderr.strip().splitlines()) == 1, done.output[:500]
     assert said in done.stderr
+
+
+@pytest.mark.parametrize("value", [60_000 * "[", "!!int ''", "1" + 250 * ":0" + ":0.5", "&a [*a]"])
+def test_an_odd_value_behind_set_is_refused_in_one_line(tmp_path: Path, value: str) -> None:
+    spec = tmp_path / "good.yaml"
+    spec.write_text(f"methods: [allreduce]\n{STEP}")
+    command = [sys.executable, "-m", "testbed.cli", "validate", spec, "--set", f"seeds={value}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("--set: ")
+
+
+def test_the_matrix_of_a_strangers_run_may_be_of_any_size(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", methods=("allreduce",), t_end_s=2.0)
+    matrix = {f"network.a{number}": [*range(10)] for number in range(4400)}
+    spec = {**yaml.safe_load((run / "spec.yaml").read_text()), "methods": [1], "seeds": [0]}
+    (run / "spec.yaml").write_text(yaml.safe_dump({**spec, "matrix": matrix}))
+    assert summarize(load_run(run))["problems"] == ["its spec makes more than 100,000 cells"]
 
 
 def test_a_line_that_is_no_row_is_no_burden(tmp_path: Path) -> None:

@@ -166,7 +166,9 @@ def test_a_place_for_runs_that_is_no_directory_is_bad_input():
 
 def test_a_key_that_is_a_huge_number_is_bad_input():
     Path("odd.yaml").write_text(f"a:\n  ? 0x{'f' * 5000}\n  : 1\n")
-    assert refused("validate", "odd.yaml") == "odd.yaml: a: has a key that is too large a number"
+    assert refused("validate", "odd.yaml") == (
+        "odd.yaml: line 2, column 5: is a number of more than 64 characters"
+    )
 
 
 def test_more_cells_than_anybody_runs_are_refused_before_they_are_made():
