@@ -5,6 +5,7 @@ tcpdump itself gives up root's rights by becoming another user, whom there is no
 lab. Ends at SIGINT or SIGTERM, or with the lab, and says how much it has seen.
 """
 
+import errno
 import signal
 import socket
 import struct
@@ -48,12 +49,17 @@ def main(interface: str, path: str) -> None:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: ended.set())
             out.write(struct.pack("=IHHiIII", _NANOSECONDS, 2, 4, 0, 0, _PACKET_BYTES, _ETHERNET))
+            out.flush()
             seen = 0
             while not ended.is_set():
                 try:
                     frame, ancillary, _, _ = tap.recvmsg(_PACKET_BYTES, 128)
                 except BlockingIOError:
                     continue
+                except OSError as error:
+                    if error.errno != errno.ENETDOWN:
+                        raise
+                    break  # the lab has ended
                 seen += 1
                 seconds, nanoseconds = struct.unpack("qq", ancillary[0][2])
                 out.write(

@@ -151,3 +151,23 @@ def test_show_and_change_a_link_of_a_live_run(tmp_path):
     gone = link(run)
     assert gone.returncode == 2
     assert "no cell is running" in gone.stderr
+
+
+def test_a_capture_ends_with_its_interface_and_says_what_it_has_seen(tmp_path):
+    file = tmp_path / "v0.pcap"
+    commands = f"""
+        ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up
+        {sys.executable} -m testbed.links.capture v0 {file} &
+        while ! test -s {file}; do sleep 0.1; done
+        ip link set v0 down; wait $!"""
+    done = subprocess.run(
+        ["unshare", "-rn", "sh", "-c", commands],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+        timeout=30,
+    )
+    packets = pcap(file.read_bytes())
+    assert done.stderr == f"{len(packets)} packets captured, 0 dropped for want of time\n"
+    assert done.returncode == 0
