@@ -44,7 +44,9 @@ _MOST_SEGMENTS = 64
 """UDP_MAX_SEGMENTS of older kernels, <linux/udp.h>."""
 _PINGS, _PING_INTERVAL_S, _PING_PATIENCE_S = 20, 0.01, 0.2
 _START_S = 0.025
-"""Time for the two programs of a flow to start."""
+"""Time for the two programs of a flow to start, at least."""
+_START_MARGIN = 1.25
+"""And so many times as long as the first of them took."""
 _CROWD = 8
 """With more flows at once everything is done more seldom, so that measuring does not take the
 processors itself."""
@@ -353,14 +355,17 @@ def measure_rates(
     crowding = _crowding(len(flows.pairs))
     ways = {pair: plan.route(*pair) for pair in flows.pairs}
     floods = {pair: _Flood.on(plan, way, crowding, effort) for pair, way in ways.items()}
+    starting_s = monotonic_s()
     ignoring = [
         programs.start(host, "ignore")
         for host in dict.fromkeys(target for _, target in flows.pairs)
     ]
+    # All must have started before any begins: what ends before the first sample is not measured.
+    start_s = max(_START_S, _START_MARGIN * (monotonic_s() - starting_s) / len(ignoring))
     begin_s = (
         monotonic_s()
         + _SETTLE_S
-        + _START_S * len(floods)
+        + start_s * len(floods)
         + max(expected_rtt(plan, *pair)[0] for pair in floods)
     )
     running = {}
