@@ -39,7 +39,7 @@ def run_experiment(
     if isinstance(spec, Mapping):
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "spec.yaml"
-            path.write_text(dump_yaml(spec))
+            path.write_text(dump_yaml(spec), encoding="utf-8")
             return run_experiment(path, overrides=overrides, out=out, console=console)
     path = Path(spec)
     loaded, plan = load_plan(path, overrides)

@@ -128,9 +128,6 @@ class LinkDriver:
             if due is not None and due.at_s <= now and not overdue:
                 self._apply(due)
                 due = next(pending, None)
-                if now - looked_s > _OVERDUE_S:  # the most room that there is
-                    answering_s = self._answer_request(0.0) or answering_s
-                    looked_s = now
             elif next_sample <= now and (
                 due is None or overdue or due.at_s - now > _GUARD * reading_s
             ):
@@ -140,9 +137,6 @@ class LinkDriver:
                 # them every time.
                 slot = max(slot + 1, int(now / SAMPLE_S))
                 next_sample = max(SAMPLE_S * (slot + random.random()), now)
-                if now - looked_s > _OVERDUE_S:
-                    answering_s = self._answer_request(0.0) or answering_s
-                    looked_s = now
                 reading_s = self._since_t0(monotonic_s()) - now
                 if now >= next_read_back and (
                     due is None or due.at_s - now > _READ_BACK_GUARD * reading_s
@@ -161,6 +155,10 @@ class LinkDriver:
                     looked_s = now
                 else:
                     self._stopping.wait(wait_s)
+                continue
+            if now - looked_s > _OVERDUE_S:  # behind a change, or a sample, there is the most room
+                answering_s = self._answer_request(0.0) or answering_s
+                looked_s = now
         self._sample()
         while self._answer_request(0.0):
             pass  # nobody shall wait for one that came at the end

@@ -35,7 +35,7 @@ MOST_ROWS = 50_000_000
 """Of one table; steps of 64 ranks for nine days at a step a second."""
 MOST_NAMES = 4096
 """Of links, flows, ranks …: each is looked at by itself."""
-_NAMES = frozenset({"rank", "link", "direction", "flow", "from", "to", "worker", "node", "machine"})
+_NAMES = ["rank", "link", "direction", "flow", "from", "to", "worker", "node", "machine"]
 _BATCH = 20_000
 """So many rows are Python objects at once: as such they take ten times the memory of a table."""
 
@@ -213,7 +213,7 @@ def read_table(cell_dir: Path, name: str) -> pd.DataFrame:
     can have.
     """
     frame = _read(cell_dir, name)
-    for column in _NAMES & set(frame):
+    for column in frame.columns.intersection(_NAMES):
         if (names := frame[column].nunique()) > MOST_NAMES:
             raise ValueError(
                 f"{cell_dir / name}: has {names} values of {column}, more than {MOST_NAMES}"

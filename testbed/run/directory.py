@@ -190,7 +190,7 @@ def _fill(directory: Path, spec: Spec, spec_directory: Path) -> None:
         spec = spec.model_copy(update={"script": spec.script.model_copy(update={"file": file})})
     spec = _with_traces_copied(spec, spec_directory, directory)
     spec = _with_data_linked(spec, spec_directory, directory)
-    (directory / SPEC_FILE).write_text(dump_spec(spec))
+    (directory / SPEC_FILE).write_text(dump_spec(spec), encoding="utf-8")
     (directory / ENVIRONMENT_FILE).write_text(json.dumps(environment(), indent=1))
 
 

@@ -226,12 +226,7 @@ def _check_values(data: Any, source: str) -> None:
         # before a key becomes part of a place
         for value in [node, *node] if isinstance(node, Mapping) else [node]:
             if isinstance(value, int) and abs(value) >= 2**63:
-                error = (
-                    "is a number that is too large"
-                    if value is node
-                    else "has a key that is too large a number"
-                )
-                raise SpecError([(place_of(place), error)], source)
+                raise SpecError([(place_of(place), "is a number that is too large")], source)
             letters += len(value) if isinstance(value, str) else 0
             if letters > _MOST_LETTERS:
                 text = f"has more than {_MOST_LETTERS:,} letters once its aliases are expanded"
