@@ -84,7 +84,10 @@ def heat_map(summary: Mapping[str, Any]) -> go.Figure:
             ygap=2,
         )
     )
-    return _finish(figure, 100 + 42 * len(methods), hovermode="closest").update_layout(
+    return _finish(
+        figure,
+        100 + 42 * len(methods),
+        hovermode="closest",
         xaxis=_axis("", showgrid=False, type="category"),
         yaxis=_axis("", showgrid=False, autorange="reversed", type="category"),
     )
@@ -150,7 +153,9 @@ def throughput(
         line = {"width": 1, "color": colour, "dash": "dot"}
         figure.add_vrect(failure["t_s"], to_s, fillcolor=colour, opacity=0.15, line=line)
     # The first axis lies behind the second: the schedule has to be the one on y.
-    return _finish(figure, 380).update_layout(
+    return _finish(
+        figure,
+        380,
         xaxis=_time_axis(),
         yaxis=_axis(
             "link limit (bit/s)", side="right", showgrid=False, rangemode="tozero", tickformat="~s"
@@ -188,7 +193,9 @@ def compression(steps: pd.DataFrame, styles: Palette) -> go.Figure | None:
     ]
     if not any(drawn):
         return None
-    return _finish(figure, 440).update_layout(
+    return _finish(
+        figure,
+        440,
         xaxis=_axis(""),
         xaxis2=_time_axis(),
         yaxis=_log_axis("share sent", tickformat=".1~%"),
@@ -207,9 +214,7 @@ def loss(steps: pd.DataFrame, styles: Palette, over: str) -> go.Figure | None:
         if over == "t_s"
         else _axis("bytes sent by all ranks", rangemode="tozero", tickformat="~s")
     )
-    return _finish(figure, 340).update_layout(
-        xaxis=axis, yaxis=_log_axis("training loss", tickformat="~g")
-    )
+    return _finish(figure, 340, xaxis=axis, yaxis=_log_axis("training loss", tickformat="~g"))
 
 
 def accuracy(evals: pd.DataFrame, styles: Palette, target: float | None) -> go.Figure | None:
@@ -231,9 +236,7 @@ def accuracy(evals: pd.DataFrame, styles: Palette, target: float | None) -> go.F
         figure.add_hline(
             target, line={"color": FAINT, "width": 1, "dash": "dot"}, annotation_text="target"
         )
-    return _finish(figure, 340).update_layout(
-        xaxis=_time_axis(), yaxis=_axis("test accuracy", tickformat=".0%")
-    )
+    return _finish(figure, 340, xaxis=_time_axis(), yaxis=_axis("test accuracy", tickformat=".0%"))
 
 
 def accuracy_over_bytes(
@@ -254,7 +257,9 @@ def accuracy_over_bytes(
         figure.add_hline(
             target, line={"color": FAINT, "width": 1, "dash": "dot"}, annotation_text="target"
         )
-    return _finish(figure, 340).update_layout(
+    return _finish(
+        figure,
+        340,
         xaxis=_axis("bytes sent by all ranks", type="log", tickformat="~s"),
         yaxis=_axis("test accuracy", tickformat=".0%"),
     )
@@ -284,7 +289,10 @@ def breakdown(steps: pd.DataFrame) -> go.Figure | None:
             marker={"color": colour},
             hovertemplate=f"{name} %{{x:.3~f}} ms<extra>%{{y}}</extra>",
         )
-    return _finish(figure, 150 + 56 * len(means), hovermode="closest").update_layout(
+    return _finish(
+        figure,
+        150 + 56 * len(means),
+        hovermode="closest",
         barmode="stack",
         bargap=0.3,
         xaxis=_axis("mean time of a step (ms)"),
@@ -310,7 +318,9 @@ def sensing(steps: pd.DataFrame, links: pd.DataFrame, styles: Palette) -> go.Fig
             hovertemplate="truth %{y:.3~s}bit/s<extra></extra>",
         )
     _lines(figure, sensed, styles, series.by_step, "bandwidth_bps", "estimate %{y:.3~s}bit/s")
-    return _finish(figure, 340).update_layout(
+    return _finish(
+        figure,
+        340,
         xaxis=_time_axis(),
         yaxis=_axis("payload bandwidth (bit/s)", rangemode="tozero", tickformat="~s"),
     )
@@ -447,7 +457,10 @@ def _time_axis() -> dict[str, object]:
     return _axis("time since every worker was ready", ticksuffix=" s", rangemode="tozero")
 
 
-def _finish(figure: go.Figure, height: int, hovermode: str = "x unified") -> go.Figure:
+def _finish(
+    figure: go.Figure, height: int, hovermode: str = "x unified", **layout: object
+) -> go.Figure:
+    """All of the layout at once: to change it takes longer than to draw."""
     return figure.update_layout(
         template="none",
         height=height,
@@ -465,4 +478,5 @@ def _finish(figure: go.Figure, height: int, hovermode: str = "x unified") -> go.
         hoverlabel={"font": {"size": 12}},
         paper_bgcolor="white",
         plot_bgcolor="white",
+        **layout,
     )

@@ -1,6 +1,7 @@
 """A run → one HTML page that needs nothing else: no network, no server, no second file."""
 
 import base64
+import functools
 import gzip
 import json
 from collections.abc import Iterator, Mapping
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from plotly.offline import get_plotlyjs
 
 from testbed.dilation import CAVEAT
@@ -125,17 +126,7 @@ def render(run: Run, summary: Mapping[str, Any]) -> str:
         for name, group in drawn.items()
         for key in group
     }
-    environment = Environment(
-        loader=PackageLoader("testbed.report", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters.update(
-        si=text.si, number=text.number, times=text.times, percent=text.percent, scenario=scenario
-    )
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         run=run,
         summary=summary,
         headline=text.headline(summary),
@@ -167,9 +158,29 @@ def render(run: Run, summary: Mapping[str, Any]) -> str:
             if _dilation(run)
             else ""
         ),
-        plotly=packed(get_plotlyjs()),
+        plotly=_plotly(),
         plots=packed(json.dumps(plots)),
     )
+
+
+@functools.cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("testbed.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters.update(
+        si=text.si, number=text.number, times=text.times, percent=text.percent, scenario=scenario
+    )
+    return environment.get_template("report.html.j2")
+
+
+@functools.cache
+def _plotly() -> str:
+    return packed(get_plotlyjs())
 
 
 def packed(content: str) -> str:
