@@ -48,6 +48,7 @@ def send(pair, count, payload_bytes=16):
         "a queue overflowed, so that not only netem dropped"
     )
     assert udp_counters(hosts["w1"])["RcvbufErrors"] + backlog_drops() == elsewhere
+    assert links.line_counters is None or links.line_counters.refused == 0
     return (
         came,
         frames_left(pair, "w1") - left,

@@ -7,6 +7,7 @@ Linux; packets are sent and read many at a time.
 
 import ctypes
 import os
+import select
 import selectors
 import socket
 import struct
@@ -28,6 +29,10 @@ RATE_BPS = 100_000_000
 _BATCH = 128
 _BURST_PER_S = {"netem": 150_000, "userspace": 40_000}[os.environ.get("NETSENSE_ENGINE", "netem")]
 """What impairs the packets takes so many in without a queue that runs over."""
+_MOST_AHEAD = 3000
+"""Datagrams sent and not yet heard of: fewer than wait for the delay line (links/tap.py), which on
+a busy machine may have no processor for longer than any rate allows for."""
+_ALL_LOST_S = 1.0
 _SO_RCVBUFFORCE, _SO_TIMESTAMPNS = 33, 35
 _BUFFER_BYTES = 64 << 20
 _TCP_INFO = 100, 156, 196
@@ -97,6 +102,7 @@ class Flow:
     def __init__(self, source: NetnsHost, sink: NetnsHost, payload_bytes: int = 16) -> None:
         self.source, self.sink = source, sink
         self._next = 0
+        self._newest = -1
         self._got: list[tuple[Any, Any]] = []
         with at(sink):
             self._in = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -121,7 +127,8 @@ class Flow:
         self._in.close()
 
     def burst(self, count: int) -> None:
-        """Send as fast as can be taken, and read what comes meanwhile."""
+        """Send as fast as can be taken, at most ``_MOST_AHEAD`` of what has come, and read what
+        comes meanwhile."""
         messages = self._sending
         address = messages.headers.ctypes.data
         end = self._next + count
@@ -143,7 +150,7 @@ class Flow:
                     )
                 done += sent
             self._next += size
-            self._read()
+            self._read_what_must_have_come()
             due_s += size / _BURST_PER_S
             time.sleep(max(0.0, due_s - time.monotonic()))
 
@@ -161,7 +168,7 @@ class Flow:
             self._out.send(payload)
             self._next += 1
             if position % _BATCH == 0:
-                self._read()
+                self._read_what_must_have_come()
         self._read()
         return sent
 
@@ -179,6 +186,13 @@ class Flow:
         self._got.clear()
         return Arrivals(np.concatenate(numbers), np.concatenate(stamps))
 
+    def _read_what_must_have_come(self) -> None:
+        self._read()
+        while self._next - self._newest > _MOST_AHEAD:
+            if not select.select([self._in], [], [], _ALL_LOST_S)[0]:
+                return
+            self._read()
+
     def _read(self) -> None:
         messages = self._reading
         while True:
@@ -188,7 +202,9 @@ class Flow:
             if size <= 0:
                 return
             seconds, ns = messages.control[:size, 16:32].view("=i8").T  # behind struct cmsghdr
-            self._got.append((messages.numbers[:size].copy(), seconds * 10**9 + ns))
+            numbers = messages.numbers[:size].copy()
+            self._newest = max(self._newest, int(numbers.max()))
+            self._got.append((numbers, seconds * 10**9 + ns))
             if size < _BATCH:
                 return
 
