@@ -35,9 +35,12 @@ lint: setup
 fast: lint
 	$(VENV)/bin/python -m pytest -q -n 2 -m fast $$(grep -lr --include 'test_*.py' 'mark\.fast' tests) $(PYTEST_ARGS)
 
+# A test that asks for a valid run gets it again, twice at most, where the verdict was that other programs disturbed it.
+AGAIN = --reruns 2 --only-rerun 'was\s+too\s+busy'
+
 test: lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not netem and not swarm and not ($(ALONE))" $(PYTEST_ARGS); others=$$?; \
-	$(VENV)/bin/python -m pytest -m "not netem and not swarm and ($(ALONE))" $(PYTEST_ARGS); alone=$$?; \
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(AGAIN) -m "not netem and not swarm and not ($(ALONE))" $(PYTEST_ARGS); others=$$?; \
+	$(VENV)/bin/python -m pytest $(AGAIN) -m "not netem and not swarm and ($(ALONE))" $(PYTEST_ARGS); alone=$$?; \
 	case $$others,$$alone in 0,0 | 0,5 | 5,0) ;; *) exit 1 ;; esac  # 5: PYTEST_ARGS selects none of these
 
 # Delay, jitter, loss and the like need netem, which not every kernel has; a User-Mode Linux kernel brings it along.
@@ -52,7 +55,7 @@ test-delayline: setup
 		--ignore tests/netem/test_limits_delegated.py $(PYTEST_ARGS)
 
 test-swarm: setup
-	NETSENSE_REQUIRE=swarm $(VENV)/bin/python -m pytest tests/swarm $(PYTEST_ARGS)
+	NETSENSE_REQUIRE=swarm $(VENV)/bin/python -m pytest $(AGAIN) tests/swarm $(PYTEST_ARGS)
 
 test-chaos: setup
 	$(VENV)/bin/python tests/chaos/kills.py --kills $(KILLS) --lab $(LAB)

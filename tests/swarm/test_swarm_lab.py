@@ -81,13 +81,10 @@ def here(tmp_path_factory):
 def test_smoke_over_three_nodes_is_valid_and_as_fast_as_on_one_machine(
     swarm, testbed_command, here, tmp_path
 ):
-    # what else runs on the machine may spoil one
-    for out in (tmp_path / "first", tmp_path / "second"):
-        code, printed = testbed_command(
-            "run", "experiments/smoke.yaml", "--lab", "swarm", "--out", out, *SHORT
-        )
-        if code != 3:
-            break
+    out = tmp_path / "runs"
+    code, printed = testbed_command(
+        "run", "experiments/smoke.yaml", "--lab", "swarm", "--out", out, *SHORT
+    )
     assert code == 0, printed
     run = testbed.load_run(next(out.iterdir()))
     assert run.summary["valid"] and all(cell["replicas_identical"] for cell in run.summary["cells"])
