@@ -217,20 +217,27 @@ def fuzz(name: str, runs: int, out: Path, again: Path | None) -> None:
     tried = taken = 0
     slowest_s = first_mib = 0.0
 
-    def once(data: bytes) -> None:
-        nonlocal tried, taken, slowest_s, first_mib
-        tried += 1
-        begun_s = time.thread_time()
+    def timed(data: bytes) -> tuple[float, bool]:
+        begun_s, accepted = time.thread_time(), True
         try:
             take(data)
         except ValueError as error:
             lines = str(error).split("\n")
             if not (1 <= len(lines) <= 6 and all(line.isprintable() for line in lines)):
                 raise AssertionError(f"refused in {lines!r:.300}") from None
-        else:
-            taken += 1
+            accepted = False
+        return time.thread_time() - begun_s, accepted
+
+    def once(data: bytes) -> None:
+        nonlocal tried, taken, slowest_s, first_mib
+        tried += 1
+        took_s, accepted = timed(data)
+        taken += accepted
+        for _ in range(3):  # who shares the machine makes all of it slower for a while
+            if took_s > SLOW_S:
+                took_s = min(took_s, timed(data)[0])
         if tried > 10:  # the first compile and import
-            slowest_s = max(slowest_s, time.thread_time() - begun_s)
+            slowest_s = max(slowest_s, took_s)
         if slowest_s > SLOW_S:
             raise AssertionError(f"took {slowest_s:.1f} s")
         if tried == runs // 10:

@@ -161,6 +161,7 @@ finally:
     if label == "raises-closing":
         session.close()
 if label == "no-close":
+    time.sleep(rank)  # so that w0 is the first
     sys.exit(0)
 if label == "good":
     os.system("setsid sleep 4242 &")
