@@ -217,7 +217,11 @@ class DockerLab:
                 driver="bridge",
                 internal=True,
                 labels=self._labels,
-                options={"com.docker.network.driver.mtu": str(self._plan.mtu)},
+                options={
+                    "com.docker.network.driver.mtu": str(self._plan.mtu),
+                    # or the bridge has an address, at which workers reach what this machine serves
+                    "com.docker.network.bridge.inhibit_ipv4": "true",
+                },
             ).result()
             with protocol.listen_unix(rendezvous, backlog=len(self._plan.hosts) + 8) as listener:
                 os.chown(rendezvous, *user)

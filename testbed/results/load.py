@@ -32,8 +32,8 @@ class Run:
 
     path, name: its directory and the name in its spec.
     spec, environment: what was asked for, and the machine that did it; {} if not recorded.
-    summary: content of ``summary.json``; None until the run has ended (``summarize(run)`` makes one
-    at any time).
+    summary: content of ``summary.json``; None before the run has ended once, or was reported
+        (``summarize(run)`` makes one at any time).
     cells: one row a cell: cell, method, seed, workers, ranks_per_worker, overrides ({dotted key:
         value}), status ("done", "failed", "interrupted", or "unfinished" if it is running or was
         killed), problems ([text]), earlier ([text], of a failed try before this one), steps,

@@ -1008,7 +1008,8 @@ class LimitsSpec(Model):
     pids: Annotated[StrictInt, Field(ge=16, le=2**22)] | None = Field(
         default=None, examples=["1000"]
     )
-    """Processes and threads. If left out 4096 in the Docker lab, no limit in the netns lab."""
+    """Processes and threads. If left out 4096 in the Docker and swarm labs, no limit in the netns
+    lab."""
 
 
 _IP_AND_UDP_BYTES = {4: 28, 6: 48}

@@ -3,6 +3,7 @@ lab's turn is in tests/swarm."""
 
 import json
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.shared
 RUNS = Path(__file__).parents[2] / "runs"
 
 ATTACKS = """
-import contextlib, ctypes, glob, itertools, re, signal, socket, stat, subprocess
+import contextlib, ctypes, glob, ipaddress, itertools, re, signal, socket, stat, subprocess
 from pyroute2 import IPRoute
 
 run, output = cell.parents[1], Path(os.environ["NETSENSE_OUTPUT_DIR"])
@@ -104,7 +105,21 @@ def outlive():
     subprocess.Popen(["sleep", "61.25"], start_new_session=True)
     return "done"
 
+def machine_reached():  # something listens on all of its addresses
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        way.connect((os.environ["MASTER_ADDR"], 9))
+        own = way.getsockname()[0]
+    firsts = {str(ipaddress.ip_network(f"{own}/{bits}", strict=False)[1]) for bits in (16, 20, 24)}
+    found = []
+    for address in {*firsts, *MACHINE_ADDRESSES}:
+        with socket.socket() as to:
+            to.settimeout(2)
+            if to.connect_ex((address, MACHINE_PORT)) == 0:
+                found.append(address)
+    return found
+
 if rank == 1:
+    attempt("machine by network", machine_reached)
     attempt("own link", set_rate)
     attempt("sockets", lambda: [path.name for path in run.rglob("*.sock")])
     attempt("files", lambda: sorted(str(path.relative_to(run)) for path in run.rglob("*") if "tmp" not in path.parts
@@ -182,12 +197,18 @@ def attack(lab, directory, prefix=()):
     # In a swarm what else a node's agent keeps is closed by its mode, and so its names are seen.
     attacks = ATTACKS.replace("SPEC_DIRECTORY", str(directory))
     attacks = attacks.replace("SWARM", str(lab == "swarm"))
-    attacks = script(directory, attacks)
-    _, out = finished(launch(directory, prefix=prefix, lab=lab, script=attacks))
+    with socket.create_server(("0.0.0.0", 0)) as server:
+        own = psutil.net_if_addrs().values()
+        addresses = [one.address for each in own for one in each if one.family == socket.AF_INET]
+        attacks = attacks.replace("MACHINE_PORT", str(server.getsockname()[1]))
+        attacks = attacks.replace("MACHINE_ADDRESSES", repr(addresses))
+        attacks = script(directory, attacks)
+        _, out = finished(launch(directory, prefix=prefix, lab=lab, script=attacks))
     assert "done, 20 steps" in out
     cell = next((only_run(directory) / "cells").iterdir())
     said = json.loads((cell / "hosts" / "w1" / "said.json").read_text())
     refused = {"OSError", "PermissionError", "FileNotFoundError", "NetlinkError"}
+    assert said["machine by network"] == []
     assert said.pop("own link") in refused
     assert {
         name: what
