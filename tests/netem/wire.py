@@ -8,7 +8,6 @@ Linux; packets are sent and read many at a time.
 import ctypes
 import os
 import select
-import selectors
 import socket
 import struct
 import time
@@ -33,6 +32,7 @@ _MOST_AHEAD = 3000
 """Datagrams sent and not yet heard of: fewer than wait for the delay line (links/tap.py), which on
 a busy machine may have no processor for longer than any rate allows for."""
 _ALL_LOST_S = 1.0
+"""What has not come by then will not."""
 _SO_RCVBUFFORCE, _SO_TIMESTAMPNS = 33, 35
 _BUFFER_BYTES = 64 << 20
 _TCP_INFO = 100, 156, 196
@@ -174,10 +174,8 @@ class Flow:
 
     def arrivals(self, quiet_s: float = 0.3) -> Arrivals:
         """Everything that has come since the last call, once nothing has come for a while."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._in, selectors.EVENT_READ)
-            while selector.select(quiet_s):
-                self._read()
+        while self._comes(quiet_s):
+            self._read()
         numbers, stamps = (
             zip(*self._got, strict=True)
             if self._got
@@ -189,9 +187,13 @@ class Flow:
     def _read_what_must_have_come(self) -> None:
         self._read()
         while self._next - self._newest > _MOST_AHEAD:
-            if not select.select([self._in], [], [], _ALL_LOST_S)[0]:
+            if not self._comes(_ALL_LOST_S):
                 return
             self._read()
+
+    def _comes(self, within_s: float) -> bool:
+        """Wait until something can be read; False if nothing comes in time."""
+        return bool(select.select([self._in], [], [], within_s)[0])
 
     def _read(self) -> None:
         messages = self._reading
@@ -274,22 +276,20 @@ def transfer(
         block, buffer = bytes(1 << 18), bytearray(1 << 18)
         begin, total = time.monotonic() + warm_up_s, 0
         counted_from = 0.0
-        with selectors.DefaultSelector() as selector:
-            selector.register(arriving, selectors.EVENT_READ)
-            while (now := time.monotonic()) < begin + seconds:
-                try:
-                    out.send(block)
-                except BlockingIOError:
-                    pass
-                selector.select(0.005)
-                try:
-                    size = arriving.recv_into(buffer, 0, socket.MSG_DONTWAIT)
-                except BlockingIOError:
-                    continue
-                if counted_from:
-                    total += size
-                elif now >= begin:
-                    counted_from = time.monotonic()
+        while (now := time.monotonic()) < begin + seconds:
+            try:
+                out.send(block)
+            except BlockingIOError:
+                pass
+            select.select([arriving], [], [], 0.005)
+            try:
+                size = arriving.recv_into(buffer, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue
+            if counted_from:
+                total += size
+            elif now >= begin:
+                counted_from = time.monotonic()
         took_s = time.monotonic() - counted_from
         info = out.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
         again, segments, marked = (
